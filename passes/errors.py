@@ -1,0 +1,23 @@
+"""Errors a user can meet; each message names the place, what was found and what would do."""
+
+from __future__ import annotations
+
+
+class AutoparError(Exception):
+    """Base of every error that autopar raises for a reason of its own."""
+
+
+class CaptureError(AutoparError):
+    """The model's step could not be captured as one graph."""
+
+
+class UnsupportedOpError(AutoparError):
+    """An op has no rule and may not be replicated."""
+
+
+class NoFeasiblePlanError(AutoparError):
+    """No plan satisfies the memory budget or the pins."""
+
+
+class PlanMismatchError(AutoparError):
+    """A plan was made for another graph, mesh or state of the parameters."""

@@ -1,0 +1,78 @@
+"""A captured training step: one ATen graph and what each of its inputs and outputs is.
+
+`Program` is the value every later stage reads. Its graph holds forward, loss and backward of the *global* batch on
+fake CPU tensors, is functional (no mutation, no aliasing that matters), and has one placeholder per `Input` and one
+flat output tuple with one entry per `Output`, both in order.
+
+Node metadata that later stages may rely on (set by `capture`, kept by every pass):
+
+    val        the fake tensor (or tuple of them) the node yields
+    phase      "forward" or "backward"
+    module     FQN of the module whose forward ran the op ("" at the root); a backward node has that of its forward op
+    source     "file.py:line" of the model code that ran it, or ""
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import fx
+
+InputKind = Literal["parameter", "buffer", "input", "tangent"]
+OutputKind = Literal["output", "buffer", "gradient"]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What a placeholder stands for.
+
+    `name` is an FQN for a parameter or buffer (the first of its names, where it is tied), a path such as `input_ids`
+    or `args.0` for what the user passes, and the path of the output for a tangent.
+    `batch_dim` is the dim that the batch axes split, for inputs and tangents that have one.
+    """
+
+    kind: InputKind
+    name: str
+    requires_grad: bool = False
+    batch_dim: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What an entry of the graph's output tuple is.
+
+    `output`: a tensor of what the model returned, `name` its path (`loss`, `logits`, `0`). `buffer`: the new value of
+    a buffer that the forward changed. `gradient`: of the parameter or input `name`.
+    """
+
+    kind: OutputKind
+    name: str
+    requires_grad: bool = False
+    batch_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """One training step (or one forward, where nothing asks for a gradient)."""
+
+    graph: fx.GraphModule
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    in_spec: Any
+    """pytree spec of `(args, kwargs)`; its leaves are the user's inputs, tensors and constants alike."""
+    in_constants: dict[int, Any]
+    """Leaf index in `in_spec` -> value, for inputs that are no tensors; the others match the "input" Inputs in order."""
+    out_spec: Any
+    """pytree spec of what the model returned."""
+    out_constants: dict[int, Any]
+    """Leaf index in `out_spec` -> value, for outputs that are no tensors; the others match the "output" Outputs."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Tied names: every further FQN of a parameter or buffer -> the name its `Input` carries."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about the capture; shown in the report."""
+    has_loss: bool = False
+    """A scalar among the outputs is differentiated, by a tangent of its own; then it alone has a tangent. Else every
+    differentiable output has one."""
+    fingerprint: str = ""
+    """Hash of the graph's structure, shapes and dtypes; equal for equal captures in any process."""
