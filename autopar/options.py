@@ -1,0 +1,37 @@
+"""What a user can ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Recompute = Literal["auto", "none", "selective", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `plan` and `parallelize`; every default is sensible.
+
+    compile: run forward and backward through `torch.compile`'s Inductor; False runs the same graphs uncompiled.
+    memory_budget: bytes per device a plan may use; None: what the hardware has, less a stated reserve.
+    mp_policy: `torch.distributed.fsdp.MixedPrecisionPolicy`; None computes in the parameters' own dtype.
+    optimizer: whose states to budget for: "adamw", "sgd", "momentum", or "none".
+    batch_axes: mesh axes that split the batch; None: by name (dp, dp_replicate, dp_shard, fsdp, data, batch).
+    batch_dims: input path -> the dim the batch axes split, or None for an input every rank shares.
+    pins: parameter-name pattern (fnmatch) -> placements such as "RS(0)", one per mesh axis, in compute.
+    recompute: which activations to compute again in backward.
+    accumulate: micro-batches per optimizer step.
+    seed: of dropout and every other random op in the model.
+    """
+
+    compile: bool = True
+    memory_budget: int | None = None
+    mp_policy: Any = None
+    optimizer: str = "adamw"
+    batch_axes: tuple[str, ...] | None = None
+    batch_dims: Mapping[str, int | None] | None = None
+    pins: Mapping[str, str] = field(default_factory=dict)
+    recompute: Recompute = "auto"
+    accumulate: int = 1
+    seed: int = 0
