@@ -1,0 +1,239 @@
+"""Seconds that a collective takes, by ranks, bytes and the wires under it.
+
+One group of `n` ranks lies on `N` nodes with `g = n / N` ranks in each. Bytes are always those of the *full* tensor
+`S` on one rank: the gathered result, the input that is reduced, the whole buffer of an all-to-all.
+
+    ring all-gather, reduce-scatter   (n - 1) / n * S through each port
+    ring all-reduce                   2 (n - 1) / n * S
+    in-switch all-reduce (NVLS)       (1 + 1 / n) * S: a rank reads its reduced part and all others' (one node)
+    tree all-reduce                   S across 2 nodes, 2 S across more; logarithmic latency
+    all-to-all                        (n - 1) / n * S, of which (n - g) / n * S leaves the node
+
+    time = base + hops * (latency + pipeline * fill) + wire bytes / rate + own part / copy rate
+
+A ring that crosses nodes runs at the rate of the `g` network cards its ranks own, or of the link inside the node if
+that is less. `fill` grows from 0 to 1 as the part that a hop passes on grows past `_CHUNK_BYTES`: small parts travel in
+low-latency packets, large ones wait for a whole chunk. The own part (`S / n`) is copied from input to output by the
+device, at a third of its memory rate; that is what makes 2 ranks slower per byte than 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from math import ceil, log2, prod
+from typing import NamedTuple
+
+from costmodel.hardware import Link, Topology
+
+_CHUNK_BYTES = 1.25e6
+"""Part of a rank at which half the pipeline is filled: H200 all-reduce table of collectives_busbw.csv, 10 MB, 8 ranks."""
+
+_COPY_PASSES = 3.0
+"""Passes over memory when a rank copies its own part: H100, 2 to 8 ranks in collectives_busbw.csv, gives 1.0 to 1.1 TB/s."""
+
+
+class Group(NamedTuple):
+    """The ranks of one collective: `in_node` in each of `nodes` nodes."""
+
+    ranks: int
+    in_node: int
+    nodes: int
+
+
+def group(axes: Sequence[int], topology: Topology) -> Group:
+    """The group that the mesh axes `axes` (indices) form together."""
+    chosen = [topology.axes[axis] for axis in set(axes)]
+    ranks = prod(axis.size for axis in chosen)
+    in_node = prod(axis.in_node for axis in chosen)
+    return Group(ranks, in_node, ranks // in_node)
+
+
+def all_gather_s(result_bytes: float, axes: Sequence[int], topology: Topology) -> float:
+    """Time after which every rank holds `result_bytes`, of which it held one part before."""
+    return collective_s("all_gather", result_bytes, tuple(axes), topology)
+
+
+def reduce_scatter_s(input_bytes: float, axes: Sequence[int], topology: Topology) -> float:
+    """Time to sum `input_bytes` over the ranks and leave each its part."""
+    return collective_s("reduce_scatter", input_bytes, tuple(axes), topology)
+
+
+def all_reduce_s(input_bytes: float, axes: Sequence[int], topology: Topology) -> float:
+    """Time to sum `input_bytes` over the ranks and leave the whole sum on each."""
+    return collective_s("all_reduce", input_bytes, tuple(axes), topology)
+
+
+def all_to_all_s(buffer_bytes: float, axes: Sequence[int], topology: Topology) -> float:
+    """Time for every rank to trade equal parts of `buffer_bytes` with every other."""
+    return collective_s("all_to_all", buffer_bytes, tuple(axes), topology)
+
+
+def broadcast_s(buffer_bytes: float, axes: Sequence[int], topology: Topology) -> float:
+    """Time for one rank's `buffer_bytes` to reach all."""
+    return collective_s("broadcast", buffer_bytes, tuple(axes), topology)
+
+
+def send_recv_s(message_bytes: float, axes: Sequence[int], topology: Topology) -> float:
+    """Time to pass `message_bytes` to the next rank of the axis; across nodes where any pair of neighbours is."""
+    return collective_s("send_recv", message_bytes, tuple(axes), topology)
+
+
+@lru_cache(maxsize=1 << 18)
+def collective_s(kind: str, bytes_: float, axes: tuple[int, ...], topology: Topology) -> float:
+    """Seconds of one collective over the group that the mesh axes `axes` form.
+
+    `kind` is one of `COLLECTIVES`; `bytes_` is the size of the full (gathered or unreduced) tensor on one rank.
+    A group of one rank is free.
+
+    Raises:
+        ValueError: an unknown kind, or negative bytes.
+    """
+    if bytes_ < 0:
+        raise ValueError(f"{kind}: {bytes_} bytes; a size cannot be negative")
+    price = _PRICES.get(kind)
+    if price is None:
+        raise ValueError(f"unknown collective {kind!r}; known are {', '.join(COLLECTIVES)}")
+    members = group(axes, topology)
+    if members.ranks == 1:
+        return 0.0
+    return price(float(bytes_), members, topology)
+
+
+def _fill(part_bytes: float) -> float:
+    return part_bytes / (part_bytes + _CHUNK_BYTES)
+
+
+def _hops_s(intra_hops: int, inter_hops: int, part_bytes: float, topology: Topology) -> float:
+    """Latency of a path of dependent hops that each pass `part_bytes` on."""
+    fill = _fill(part_bytes)
+    intra, inter = topology.hardware.intra_node, topology.hardware.inter_node
+    return intra_hops * (intra.latency_s + intra.pipeline_s * fill) + inter_hops * (
+        inter.latency_s + inter.pipeline_s * fill
+    )
+
+
+def _port_bytes_per_s(members: Group, topology: Topology) -> float:
+    """Rate of a ring through the group: its slowest link, where a node's ranks pool their network cards."""
+    intra, inter = topology.hardware.intra_node, topology.hardware.inter_node
+    if members.nodes == 1:
+        return intra.bytes_per_s
+    network = members.in_node * inter.bytes_per_s
+    return network if members.in_node == 1 else min(intra.bytes_per_s, network)
+
+
+def _slow_link(members: Group, topology: Topology) -> Link:
+    return topology.hardware.inter_node if members.nodes > 1 else topology.hardware.intra_node
+
+
+def _copy_s(part_bytes: float, topology: Topology) -> float:
+    return _COPY_PASSES * part_bytes / topology.device.memory_bytes_per_s
+
+
+def _ring_s(full_bytes: float, members: Group, topology: Topology) -> float:
+    """One pass around the ring: an all-gather or a reduce-scatter."""
+    part = full_bytes / members.ranks
+    inter_hops = members.nodes - 1
+    return (
+        _slow_link(members, topology).base_s
+        + _hops_s(members.ranks - 1 - inter_hops, inter_hops, part, topology)
+        + (members.ranks - 1) * part / _port_bytes_per_s(members, topology)
+        + _copy_s(part, topology)
+    )
+
+
+def _ring_all_reduce_s(full_bytes: float, members: Group, topology: Topology) -> float:
+    """Two passes around the ring, started once; the own part is copied once."""
+    part = full_bytes / members.ranks
+    base = _slow_link(members, topology).base_s
+    return 2 * _ring_s(full_bytes, members, topology) - base - _copy_s(part, topology)
+
+
+def _switch_all_reduce_s(full_bytes: float, members: Group, topology: Topology) -> float:
+    """All-reduce in the switch of one node: each port carries the payload once and the rank's part once more."""
+    link = topology.hardware.intra_node
+    part = full_bytes / members.ranks
+    wire = full_bytes + part
+    hops = 2 * (members.ranks - 1)
+    return link.base_s + _hops_s(hops, 0, part, topology) + wire / link.multicast_bytes_per_s
+
+
+def _tree_all_reduce_s(full_bytes: float, members: Group, topology: Topology) -> float:
+    """Chains inside the nodes, two binary trees across them, up and down.
+
+    Each node's cards take in `S` where there are 2 nodes (half a payload up, half down) and `2 S` where there are more.
+    """
+    intra, inter = topology.hardware.intra_node, topology.hardware.inter_node
+    depth = ceil(log2(members.nodes))
+    hops = _hops_s(2 * (members.in_node - 1), 2 * depth, full_bytes / members.ranks, topology)
+    network_s = (1 if members.nodes == 2 else 2) * full_bytes / (members.in_node * inter.bytes_per_s)
+    node_s = 0.0
+    if members.in_node > 1:
+        switch = intra.multicast_bytes_per_s
+        ring = 2 * (members.in_node - 1) / members.in_node * full_bytes / intra.bytes_per_s
+        node_s = min(ring, (1 + 1 / members.in_node) * full_bytes / switch) if switch else ring
+    return inter.base_s + hops + max(network_s, node_s)
+
+
+def _all_reduce_s(full_bytes: float, members: Group, topology: Topology) -> float:
+    """The fastest algorithm, as the libraries choose by size."""
+    best = _ring_all_reduce_s(full_bytes, members, topology)
+    if members.nodes > 1:
+        best = min(best, _tree_all_reduce_s(full_bytes, members, topology))
+    elif members.ranks > 2 and topology.hardware.intra_node.multicast_bytes_per_s:
+        best = min(best, _switch_all_reduce_s(full_bytes, members, topology))
+    return best
+
+
+def _all_to_all_s(full_bytes: float, members: Group, topology: Topology) -> float:
+    """Pairwise sends, all in flight at once: inside the node and across nodes side by side."""
+    intra, inter = topology.hardware.intra_node, topology.hardware.inter_node
+    part = full_bytes / members.ranks
+    inside_s = (members.in_node - 1) * part / intra.bytes_per_s
+    across_s = (members.ranks - members.in_node) * part / inter.bytes_per_s
+    peers_out = members.ranks - members.in_node
+    latency = members.in_node * intra.latency_s + (inter.latency_s + peers_out * intra.latency_s if peers_out else 0.0)
+    pipeline = _fill(part) * (inter.pipeline_s if peers_out else members.in_node * intra.pipeline_s)
+    base = _slow_link(members, topology).base_s
+    return base + latency + pipeline + max(inside_s, across_s) + _copy_s(part, topology)
+
+
+def _broadcast_s(full_bytes: float, members: Group, topology: Topology) -> float:
+    """Chunks flow down a chain, so the payload passes each port once."""
+    inter_hops = members.nodes - 1
+    return (
+        _slow_link(members, topology).base_s
+        + _hops_s(members.ranks - 1 - inter_hops, inter_hops, full_bytes / members.ranks, topology)
+        + full_bytes / _port_bytes_per_s(members, topology)
+    )
+
+
+def _send_recv_s(full_bytes: float, members: Group, topology: Topology) -> float:
+    link = _slow_link(members, topology)
+    return link.base_s + link.latency_s + link.pipeline_s * _fill(full_bytes) + full_bytes / link.bytes_per_s
+
+
+_PRICES: dict[str, Callable[[float, Group, Topology], float]] = {
+    "all_gather": _ring_s,
+    "reduce_scatter": _ring_s,
+    "all_reduce": _all_reduce_s,
+    "all_to_all": _all_to_all_s,
+    "broadcast": _broadcast_s,
+    "send_recv": _send_recv_s,
+}
+
+COLLECTIVES = tuple(_PRICES)
+"""Kinds that `collective_s` prices."""
+
+
+def wire_bytes(kind: str, bytes_: float, ranks: int) -> float:
+    """Bytes that one rank sends in the ring (or pairwise) form of `kind`; the volume that reports and tests count."""
+    if kind not in _PRICES:
+        raise ValueError(f"unknown collective {kind!r}; known are {', '.join(COLLECTIVES)}")
+    if ranks == 1:
+        return 0.0
+    if kind == "all_reduce":
+        return 2 * (ranks - 1) / ranks * bytes_
+    if kind in ("broadcast", "send_recv"):
+        return float(bytes_)
+    return (ranks - 1) / ranks * bytes_
