@@ -27,10 +27,10 @@ from typing import NamedTuple
 from costmodel.hardware import Link, Topology
 
 _CHUNK_BYTES = 1.25e6
-"""Part of a rank at which half the pipeline is filled: H200 all-reduce table of collectives_busbw.csv, 10 MB, 8 ranks."""
+"""Part of a rank at which half the pipeline is filled: collectives_busbw.csv, H200 all-reduce of 10 MB, 8 ranks."""
 
 _COPY_PASSES = 3.0
-"""Passes over memory when a rank copies its own part: H100, 2 to 8 ranks in collectives_busbw.csv, gives 1.0 to 1.1 TB/s."""
+"""Passes over memory when a rank copies its own part: collectives_busbw.csv, H100, 2 to 8 ranks: 1.0 to 1.1 TB/s."""
 
 
 class Group(NamedTuple):

@@ -2,6 +2,9 @@
 
     op_s = launch + max(arithmetic, memory)         a roofline, with a constant launch that sharding cannot save
 
+(A matrix product takes the root of the sum of squares instead of the maximum: a tile is written when its arithmetic is
+done, so the two overlap only in part where they are about as long.)
+
 Arithmetic runs at the device's best efficiency, less what the shape costs: a matrix product is cut into output tiles
 that run in waves over the SMs (a half-empty last wave or tile is wasted), and each tile pays a start-up along `k`.
 Memory traffic runs at a fraction of the datasheet rate that depends on how the kind of op reads. What a fused
@@ -15,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
+from math import ceil, hypot
 
-from costmodel.hardware import Device, dtype_name
+from costmodel.hardware import Device, Link, dtype_name
 
 KINDS = ("matmul", "attention", "attention_backward", "pointwise", "reduction", "copy", "gather", "scatter", "view")
 """Kinds that `op_s` knows; any other is priced as a slow, memory-bound op."""
@@ -38,8 +41,18 @@ at random; rows that are read, added to and written (atomics)."""
 _UNKNOWN_RATE = 0.25
 """The same for kinds we do not know: slower than any we do."""
 
+_SUSTAINED = 0.92
+"""Share of the best product's rate that products keep in a training step: clocks under the power cap, a library's
+choice of kernel, operands that are transposed. Fitted to the forward times of layer_timing.csv."""
+
+_REREAD = 0.15
+"""Slowdown of a tile that reads its operands once more per multiply-add than the best tile does."""
+
 _K_START = 64
 """Depth of `k` that filling the pipeline of a tile costs: a kernel's 3 to 4 stages of 16 to 64."""
+
+_CUT_K = 1024
+"""Depth from which kernels cut a product along `k` to fill the last wave (split-K, stream-K)."""
 
 _HEAD_START = 24
 """The same for attention, along the head size: softmax and rescaling per score, in units of multiply-adds."""
@@ -47,8 +60,8 @@ _HEAD_START = 24
 _ATTENTION_ROWS = 128
 """Query rows of one thread block of a flash kernel."""
 
-_SMALLEST_TILE = 64
-"""The smallest output tile kernels use on either side before they waste most of a tensor core instruction."""
+_SMALLEST_TILE = 16
+"""The smallest side of an output tile: that of one tensor core instruction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +158,19 @@ def op_s(work: Work, device: Device) -> float:
         raise ValueError(f"{work.kind}: work must not be negative, found {work}")
     if work.kind == "view":
         return 0.0
-    return device.kernel_launch_s + max(_arithmetic_s(work, device), _memory_s(work, device))
+    arithmetic_s, memory_s = _arithmetic_s(work, device), _memory_s(work, device)
+    busy_s = hypot(arithmetic_s, memory_s) if work.kind == "matmul" else max(arithmetic_s, memory_s)
+    return device.kernel_launch_s + busy_s
+
+
+def side_by_side_s(compute_s: float, comm_s: float, device: Device, link: Link) -> float:
+    """Time until both are done, where a collective of `comm_s` on `link` starts together with compute of `compute_s`.
+
+    The collective keeps `link.sms` SMs busy, and compute runs on the others until it ends.
+    """
+    share = min(1.0, link.sms / device.sm_count)
+    done_s = comm_s * (1.0 - share)
+    return comm_s + compute_s - done_s if compute_s > done_s else comm_s
 
 
 def _memory_s(work: Work, device: Device) -> float:
@@ -175,22 +200,22 @@ def vector_flops_per_s(device: Device) -> float:
 
 def _matmul_s(work: Work, device: Device) -> float:
     """Tiles in waves: the best over the tile shapes that libraries choose from."""
-    peak = tensor_flops_per_s(device, work.dtype) * device.matmul_efficiency
+    peak = tensor_flops_per_s(device, work.dtype) * device.matmul_efficiency * _SUSTAINED
     depth = 1.0 + _K_START / work.k
     best = float("inf")
     for tile_m, tile_n, speed in _tiles(device.tile_m, device.tile_n):
         blocks = ceil(work.m / tile_m) * ceil(work.n / tile_n) * work.batch
         waves = blocks / device.sm_count
         # Stream-K and split-K cut long products along k, so that a last wave is filled where k is deep.
-        slots = _filled(waves, work.k, tile_m) * device.sm_count
+        slots = _filled(waves, work.k) * device.sm_count
         best = min(best, slots * tile_m * tile_n / speed)
     return 2.0 * best * work.k * depth / peak
 
 
-def _filled(waves: float, k: int, tile: int) -> float:
+def _filled(waves: float, k: int) -> float:
     """Waves that are paid for: whole ones, or `waves` and a little where `k` is deep enough to be cut."""
     whole = float(ceil(waves))
-    if k < 8 * tile:
+    if k < _CUT_K:
         return whole
     return min(whole, max(waves * 1.1, waves + 0.125))
 
@@ -203,14 +228,15 @@ def _tiles(tile_m: int, tile_n: int) -> tuple[tuple[int, int, float], ...]:
     much and reaches less of the peak.
     """
     found = []
-    sides_m = {tile_m, tile_m // 2, tile_m // 4}
-    sides_n = {tile_n, tile_n // 2, tile_n // 4}
+    smallest = min(_SMALLEST_TILE, tile_m, tile_n)
+    sides_m = {max(smallest, tile_m >> shift) for shift in range(5)}
+    sides_n = {max(smallest, tile_n >> shift) for shift in range(5)}
     best = 1 / tile_m + 1 / tile_n
     for m in sides_m:
         for n in sides_n:
-            if min(m, n) >= min(_SMALLEST_TILE, tile_m, tile_n):
+            if max(m, n) >= min(64, tile_m, tile_n):
                 reads = (1 / m + 1 / n) / best
-                found.append((m, n, 1.0 / (1.0 + 0.15 * (reads - 1.0))))
+                found.append((m, n, 1.0 / (1.0 + _REREAD * (reads - 1.0))))
     return tuple(sorted(found, reverse=True))
 
 

@@ -1,0 +1,191 @@
+"""Hardware: presets and their sources, meshes laid over nodes, and files read back."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from costmodel.hardware import (
+    dtype_name,
+    hardware,
+    hardware_names,
+    load_hardware,
+    preset_of,
+    save_hardware,
+    sources,
+    topology,
+)
+
+H100 = hardware("h100")
+
+
+@pytest.mark.parametrize("name", ["a100-40gb", "a100-80gb", "h100", "h200", "b200", "cpu"])
+def test_presets_are_known(name: str) -> None:
+    machine = hardware(name)
+    assert name in hardware_names()
+    assert machine.name == name
+    assert 0 < machine.device.usable_bytes < machine.device.memory_bytes
+    assert {"float32", "bfloat16"} <= set(machine.device.peak_flops_per_s)
+
+
+@pytest.mark.parametrize("name", hardware_names())
+def test_every_figure_has_a_source(name: str) -> None:
+    """All numbers of a preset appear with a text; those of the data file hold nothing else."""
+    found = sources(name)
+    machine = hardware(name)
+    if name != "cpu":
+        for field in ("memory_bytes_per_s", "memory_bytes", "sm_count", "matmul_efficiency", "kernel_launch_s"):
+            value, source = found[f"device.{field}"]
+            assert value == getattr(machine.device, field)
+            assert len(source) > 20
+        for link in ("intra_node", "inter_node"):
+            assert found[f"{link}.bytes_per_s"][0] == getattr(machine, link).bytes_per_s
+    assert all(source for _, source in found.values())
+
+
+def test_published_figures() -> None:
+    """Datasheet numbers, typed again here."""
+    assert hardware("a100-40gb").device.memory_bytes_per_s == 1.555e12
+    assert hardware("a100-80gb").device.peak_flops_per_s["bfloat16"] == 312e12
+    assert H100.device.peak_flops_per_s["float8"] == 1979e12
+    assert H100.device.peak_flops_per_s["float32"] == 67e12
+    assert hardware("h200").device.memory_bytes_per_s == 4.8e12
+    assert hardware("b200").device.peak_flops_per_s["bfloat16"] == 2250e12
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'v100'; known are a100-40gb, .*h100.*cpu"):
+        hardware("v100")
+
+
+def test_none_is_this_machine() -> None:
+    assert hardware(None).name in hardware_names()
+    assert hardware(H100) is H100
+
+
+def test_device_names_lead_to_presets() -> None:
+    assert preset_of("NVIDIA A100-SXM4-40GB") == "a100-40gb"
+    assert preset_of("NVIDIA A100-SXM4-80GB") == "a100-80gb"
+    assert preset_of("NVIDIA H100 80GB HBM3") == "h100"
+    assert preset_of("NVIDIA H200") == "h200"
+    assert preset_of("NVIDIA B200") == "b200"
+    assert preset_of("Tesla T4") is None
+
+
+def test_dtype_names() -> None:
+    names = [dtype_name(name) for name in ("torch.bfloat16", "bf16", "float8_e4m3fn", "int64")]
+    assert names == ["bfloat16", "bfloat16", "float8", "int64"]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "in_node", "nodes"),
+    [
+        ({"tp": 8}, (8,), (1,)),
+        ({"dp": 8, "tp": 8}, (1, 8), (8, 1)),
+        ({"dp": 8, "tp": 4}, (2, 4), (4, 1)),
+        ({"dp": 2, "tp": 4}, (2, 4), (1, 1)),
+        ({"dp": 4, "tp": 16}, (1, 8), (4, 2)),
+        ({"dp_replicate": 2, "dp_shard": 16, "tp": 4}, (1, 2, 4), (2, 8, 1)),
+        ({"dp": 128, "tp": 8}, (1, 8), (128, 1)),
+        ({"tp": 8, "dp": 8}, (1, 8), (8, 1)),
+        ({"dp": 4, "tp": 6}, (1, 6), (4, 1)),
+        ({"dp": 1, "tp": 1}, (1, 1), (1, 1)),
+    ],
+)
+def test_axes_on_nodes_of_eight(mesh: dict[str, int], in_node: tuple[int, ...], nodes: tuple[int, ...]) -> None:
+    laid = topology(H100, mesh)
+    assert tuple(axis.in_node for axis in laid.axes) == in_node
+    assert tuple(axis.nodes for axis in laid.axes) == nodes
+    assert laid.sizes == tuple(mesh.values())
+
+
+@pytest.mark.parametrize("mesh", [{"dp": 8, "tp": 4}, {"dp_replicate": 2, "dp_shard": 16, "tp": 4}, {"a": 3, "b": 24}])
+def test_in_node_counts_match_ranks_listed_one_by_one(mesh: dict[str, int]) -> None:
+    """Walk the ranks of the first group of every axis and count those on rank 0's node."""
+    laid = topology(H100, mesh)
+    for axis in laid.axes:
+        group = [index * axis.stride for index in range(axis.size)]
+        assert axis.in_node == sum(rank // 8 == 0 for rank in group)
+
+
+def test_describe_says_what_crosses_nodes() -> None:
+    lines = topology(H100, {"dp_replicate": 2, "dp_shard": 16, "tp": 4}).describe()
+    assert lines[0] == "128 x h100, 8 ranks per node"
+    assert lines[1].startswith("dp_replicate: 2 ranks, crosses nodes, one rank in each of 2")
+    assert lines[2].startswith("dp_shard: 16 ranks, crosses nodes, 2 ranks in each of 8")
+    assert lines[3].startswith("tp: 4 ranks, inside a node")
+
+
+@pytest.mark.parametrize("size", [0, -2, 2.0, "4", True])
+def test_a_size_that_is_none_is_refused(size: object) -> None:
+    with pytest.raises(ValueError, match="'tp' has size"):
+        topology(H100, {"dp": 2, "tp": size})  # type: ignore[dict-item]
+
+
+def test_a_mesh_without_axes_or_with_a_name_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="no axis"):
+        topology(H100, {})
+    with pytest.raises(ValueError, match="'dp' is named 2 times"):
+        topology(H100, [("dp", 2), ("dp", 4)])
+
+
+def test_axes_are_found_by_name() -> None:
+    laid = topology(H100, {"dp": 2, "tp": 4})
+    assert laid.axis("tp") == 1
+    with pytest.raises(ValueError, match="no mesh axis 'pp'; the mesh has dp, tp"):
+        laid.axis("pp")
+
+
+def test_ranks_of_one_host_share_it() -> None:
+    alone = hardware("cpu")
+    shared = topology(alone, {"dp": 2, "tp": 2})
+    assert shared.device.peak_flops_per_s["float32"] == alone.device.peak_flops_per_s["float32"] / 4
+    assert shared.device.memory_bytes == alone.device.memory_bytes // 4
+    assert not any(axis.crosses_nodes for axis in shared.axes)
+
+
+def test_topologies_hash_compare_and_pickle() -> None:
+    one, two = (topology(hardware("h100"), {"dp": 2, "tp": 4}) for _ in range(2))
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one != topology(hardware("h200"), {"dp": 2, "tp": 4})
+    assert pickle.loads(pickle.dumps(one)) == one
+
+
+def test_a_saved_file_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    save_hardware(replace(H100, name="mine"), path, {"matmul": [1, 2]})
+    assert load_hardware(path) == replace(H100, name="mine")
+    assert hardware(str(path)).name == "mine"
+    assert json.loads(path.read_text())["samples"] == {"matmul": [1, 2]}
+
+
+def test_wrong_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    with pytest.raises(ValueError, match="cannot be read"):
+        hardware(str(path))
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_hardware(path)
+    path.write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="is not a hardware file"):
+        load_hardware(path)
+    save_hardware(H100, path)
+    good = json.loads(path.read_text())
+    for change, message in (
+        (lambda c: c.update(version=99), "version 99"),
+        (lambda c: c["hardware"].pop("device"), "missing \\['device'\\]"),
+        (lambda c: c["hardware"]["intra_node"].update(bytes_per_s=-1), "intra_node.bytes_per_s: found -1"),
+        (lambda c: c["hardware"]["device"].update(sm_count="many"), "device.sm_count: found 'many'"),
+        (lambda c: c["hardware"]["device"].update(peak_flops_per_s={}), "peak_flops_per_s"),
+        (lambda c: c["hardware"].update(colour="red"), "unknown \\['colour'\\]"),
+    ):
+        broken = json.loads(json.dumps(good))
+        change(broken)
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=message):
+            load_hardware(path)
