@@ -12,7 +12,7 @@ One group of `n` ranks lies on `N` nodes with `g = n / N` ranks in each. Bytes a
     time = base + hops * (latency + pipeline * fill) + wire bytes / rate + own part / copy rate
 
 A ring that crosses nodes runs at the rate of the `g` network cards its ranks own, or of the link inside the node if
-that is less. `fill` grows from 0 to 1 as the part that a hop passes on grows past `_CHUNK_BYTES`: small parts travel in
+that is less. `fill` grows from 0 to 1 as the part that a hop passes on grows past `CHUNK_BYTES`: small parts travel in
 low-latency packets, large ones wait for a whole chunk. The own part (`S / n`) is copied from input to output by the
 device, at a third of its memory rate; that is what makes 2 ranks slower per byte than 8.
 """
@@ -26,10 +26,10 @@ from typing import NamedTuple
 
 from costmodel.hardware import Link, Topology
 
-_CHUNK_BYTES = 1.25e6
+CHUNK_BYTES = 1.25e6
 """Part of a rank at which half the pipeline is filled: collectives_busbw.csv, H200 all-reduce of 10 MB, 8 ranks."""
 
-_COPY_PASSES = 3.0
+COPY_PASSES = 3.0
 """Passes over memory when a rank copies its own part: collectives_busbw.csv, H100, 2 to 8 ranks: 1.0 to 1.1 TB/s."""
 
 
@@ -101,7 +101,7 @@ def collective_s(kind: str, bytes_: float, axes: tuple[int, ...], topology: Topo
 
 
 def _fill(part_bytes: float) -> float:
-    return part_bytes / (part_bytes + _CHUNK_BYTES)
+    return part_bytes / (part_bytes + CHUNK_BYTES)
 
 
 def _hops_s(intra_hops: int, inter_hops: int, part_bytes: float, topology: Topology) -> float:
@@ -127,7 +127,7 @@ def _slow_link(members: Group, topology: Topology) -> Link:
 
 
 def _copy_s(part_bytes: float, topology: Topology) -> float:
-    return _COPY_PASSES * part_bytes / topology.device.memory_bytes_per_s
+    return COPY_PASSES * part_bytes / topology.device.memory_bytes_per_s
 
 
 def _ring_s(full_bytes: float, members: Group, topology: Topology) -> float:

@@ -92,7 +92,7 @@ def test_all_to_all_inside_a_node() -> None:
 
 
 def test_large_all_gather_by_hand() -> None:
-    """64 GiB on 16 H100 in 2 nodes: 15/16 of it at min(372, 8 x 47.7) GB/s, and 4 GiB are copied at a third of HBM's."""
+    """64 GiB on 16 H100 in 2 nodes: 15/16 of it at min(372, 8 x 47.7) GB/s, and 4 GiB are copied at HBM's third."""
     payload = 64 * GIB
     mesh = topology(H100, {"dp": 16})
     by_hand = 15 / 16 * payload / 372e9 + 3 * payload / 16 / 3.35e12
