@@ -1,0 +1,350 @@
+"""`capture`: an unmodified module and example inputs in, its whole training step as one `Program` out.
+
+    placeholders -> model(...) -> outputs -> autograd.grad -> graph -> normalize
+
+The model's parameters and buffers are swapped for tracing tensors while its forward runs, and put back afterwards with
+every other attribute of its modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from passes.errors import CaptureError
+from passes.normalize import normalize
+from passes.program import Input, InputKind, Output, Program
+from passes.provenance import Provenance, error_line
+from passes.tracing import Tracer, fake_mode, tracing, unwrapped, wrapped
+
+Tangents = Literal["loss", "all"]
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    batch_dims: Sequence[int | None] | None = None,
+    batch_size: int | None = None,
+    tangents: Tangents = "loss",
+    backward: bool = True,
+) -> Program:
+    """The training step of `model` on the global batch `(args, kwargs)`, normalised.
+
+    `batch_dims` has the batch dim of each leaf of `(args, kwargs)` and `batch_size` the global batch size; an output
+    whose dim 0 is a multiple of `batch_size` has batch dim 0 (`inputs.global_inputs` gives both).
+
+    `tangents="loss"`: where the model returns a differentiable scalar, it alone gets a tangent: the one called `loss`,
+    else every such scalar. `tangents="all"`, or no scalar: every differentiable output gets one. A gradient is that of
+    sum(output * tangent). Without `backward`, under `torch.no_grad`, or where nothing requires a gradient, the program
+    is the forward alone.
+
+    Constants of the model's code that are no plain `full` or `arange` are buffers of the graph module, read by
+    `get_attr` nodes. Where the model reads a value that follows from the inputs and buffers alone, it is fixed to what
+    these inputs give, with a note. Raises `CaptureError` where it depends on anything else.
+    """
+    call_args, call_kwargs = tuple(args), dict(kwargs or {})
+    leaves, in_spec, names = _flatten_inputs(call_args, call_kwargs)
+    dims = list(batch_dims) if batch_dims is not None else [None] * len(leaves)
+    if len(dims) != len(leaves):
+        raise ValueError(f"batch_dims has {len(dims)} entries, but the inputs have {len(leaves)} leaves: {names}")
+    backward = backward and torch.is_grad_enabled()
+    provenance, mode = Provenance(), fake_mode()
+    tracer = Tracer(mode, provenance)
+
+    slots = _slots(model)
+    for slot in slots:
+        slot.place(tracer, backward)
+    user = [_user_slot(name, leaf, dim) for name, leaf, dim in zip(names, leaves, dims, strict=True)]
+    for leaf_slot in user:
+        if leaf_slot is not None:
+            leaf_slot.place(tracer, backward)
+    extra, notes = _extra_arguments(model, call_args, call_kwargs)
+
+    with _unchanged(model), torch.set_grad_enabled(backward), tracing(tracer, mode):
+        for slot in [*slots, *filter(None, user)]:
+            slot.wrap()
+        for slot in slots:
+            slot.swap_in()
+        values = [leaf if slot is None else slot.view for slot, leaf in zip(user, leaves, strict=True)]
+        traced_args, traced_kwargs = pytree.tree_unflatten(values, in_spec)
+        with provenance.watching(model):
+            out = run_model(model, traced_args, {**traced_kwargs, **extra})
+            result, more_notes = _flatten_outputs(out)
+            given = _tangents(tracer, result, tangents) if backward else []
+            with provenance.backward():
+                gradients = _gradients(given, [*slots, *filter(None, user)])
+        changed = [(slot, new) for slot in slots if (new := slot.changed()) is not None]
+        outputs = [
+            Output("output", name, bool(backward and t.requires_grad), _batch_dim(t, batch_size))
+            for name, t in result.tensors
+        ]
+        outputs += [Output("buffer", slot.input.name) for slot, _ in changed]
+        outputs += [Output("gradient", slot.input.name, False, slot.input.batch_dim) for slot, _ in gradients]
+        tensors = [*(t for _, t in result.tensors), *(t for _, t in changed), *(t for _, t in gradients)]
+        nodes = [tracer.node_of(unwrapped(t)) for t in tensors]
+        more_notes += _mutated_notes(slots, user, tracer)
+
+    tracer.graph.output(tuple(nodes))
+    tangent_inputs = [Input("tangent", t.name, False, _batch_dim(t.output, batch_size)) for t in given]
+    program = Program(
+        graph=fx.GraphModule(tracer.root, tracer.graph, class_name="Step"),
+        inputs=(*(slot.input for slot in [*slots, *filter(None, user)]), *tangent_inputs),
+        outputs=tuple(outputs),
+        in_spec=in_spec,
+        in_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)},
+        out_spec=result.spec,
+        out_constants=result.constants,
+        aliases={alias: slot.input.name for slot in slots for alias in slot.aliases},
+        notes=tuple(dict.fromkeys([*notes, *more_notes, *tracer.notes])),
+        has_loss=bool(given) and all(t.is_loss for t in given),
+    )
+    return normalize(program)
+
+
+def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns; an error of its own becomes a `CaptureError` that names the line."""
+    try:
+        return model(*args, **kwargs)
+    except CaptureError:
+        raise
+    except Exception as error:
+        file, line = error_line(error)
+        where = f"{file}:{line}" if file else type(model).__name__
+        raise CaptureError(f"{where}: the model's forward raised {type(error).__name__}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- inputs
+@dataclass(eq=False)
+class _Slot:
+    """A tensor that the step reads: where it lives in the model, and what stands for it while tracing."""
+
+    input: Input
+    tensor: Tensor
+    holders: tuple[tuple[dict[str, Any], str], ...] = ()
+    aliases: tuple[str, ...] = ()
+    differentiate: bool = False
+
+    def place(self, tracer: Tracer, backward: bool) -> None:
+        self.fake = tracer.placeholder(self.input.name, self.tensor)
+        self.differentiate = backward and self.input.requires_grad
+        node = tracer.node_of(self.fake)
+        if self.input.kind == "parameter":
+            tracer.values.set_unknown(node, f"the parameter {self.input.name}")
+        elif type(self.tensor) in (Tensor, nn.Buffer) and self.tensor.device.type != "meta":
+            tracer.values.set(node, self.tensor.detach().cpu())
+        else:
+            tracer.values.set_unknown(
+                node, f"the {self.input.kind} {self.input.name}, whose values are not known (it is meta or fake)"
+            )
+
+    def wrap(self) -> None:
+        self.view = wrapped(self.fake, self.differentiate)
+
+    def swap_in(self) -> None:
+        for holder, key in self.holders:
+            holder[key] = self.view
+
+    def changed(self) -> Tensor | None:
+        """The buffer's new value, where the forward wrote one."""
+        if self.input.kind != "buffer":
+            return None
+        holder, key = self.holders[0]
+        now = holder.get(key)
+        if isinstance(now, Tensor) and unwrapped(now) is not self.fake:
+            return now
+        return None
+
+
+def _slots(model: nn.Module) -> list[_Slot]:
+    """The model's parameters, then its buffers; tied ones once."""
+    found: dict[int, tuple[InputKind, Tensor, list[str], list[tuple[dict[str, Any], str]]]] = {}
+    kinds: tuple[InputKind, InputKind] = ("parameter", "buffer")
+    for kind in kinds:
+        for prefix, module in model.named_modules():
+            holder: dict[str, Any] = module._parameters if kind == "parameter" else module._buffers
+            for key, tensor in holder.items():
+                if tensor is None:
+                    continue
+                entry = found.setdefault(id(tensor), (kind, tensor, [], []))
+                entry[2].append(f"{prefix}.{key}" if prefix else key)
+                entry[3].append((holder, key))
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            for key, tensor in (module._parameters if kind == "parameter" else module._buffers).items():
+                name = f"{prefix}.{key}" if prefix else key
+                if tensor is not None and name not in found[id(tensor)][2]:
+                    found[id(tensor)][2].append(name)
+    slots = []
+    for kind, tensor, names, holders in found.values():
+        what = Input(kind, names[0], kind == "parameter" and tensor.requires_grad)
+        slots.append(_Slot(what, tensor, tuple(holders), tuple(names[1:])))
+    return slots
+
+
+def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec, list[str]]:
+    paths, spec = pytree.tree_flatten_with_path((args, kwargs))
+    names = [_path_name(path[1:] if path[0].idx else (_Key("args"), *path[1:])) for path, _ in paths]  # type: ignore[attr-defined]
+    return [leaf for _, leaf in paths], spec, names
+
+
+def _user_slot(name: str, leaf: Any, batch_dim: int | None) -> _Slot | None:
+    if not isinstance(leaf, Tensor):
+        return None
+    return _Slot(Input("input", name, leaf.requires_grad and torch.is_grad_enabled(), batch_dim), leaf)
+
+
+def _extra_arguments(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """A cache of keys and values is of no use in training: `use_cache=False` where the model would make one."""
+    signature = inspect.signature(model.forward)
+    if "use_cache" not in signature.parameters:
+        return {}, []
+    try:
+        bound = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError:  # the call below raises the same, with its place
+        return {}, []
+    if bound.get("use_cache") is not None:
+        return {}, []
+    made = getattr(getattr(model, "config", None), "use_cache", False)
+    return {"use_cache": False}, ["use_cache=False: the step makes no key-value cache"] if made else []
+
+
+# ---------------------------------------------------------------------------------------------------------- outputs
+@dataclass(frozen=True)
+class _Result:
+    tensors: list[tuple[str, Tensor]]
+    spec: pytree.TreeSpec
+    constants: dict[int, Any]
+
+
+@dataclass(frozen=True)
+class _Tangent:
+    name: str
+    output: Tensor
+    tangent: Tensor
+    is_loss: bool
+
+
+def _flatten_outputs(out: Any) -> tuple[_Result, list[str]]:
+    """What the model returned, as tensors with the names of their paths, and constants by leaf index."""
+    while unknown := {type(x) for x in pytree.tree_leaves(out) if dataclasses.is_dataclass(x)}:
+        for cls in unknown:
+            pytree.register_dataclass(cls)
+    try:
+        paths, spec = pytree.tree_flatten_with_path(out)
+        named = [(_path_name(path), leaf) for path, leaf in paths]
+    except (ValueError, NotImplementedError):  # a container that does not name its parts
+        leaves, spec = pytree.tree_flatten(out)
+        named = [(str(i), leaf) for i, leaf in enumerate(leaves)]
+    tensors: list[tuple[str, Tensor]] = []
+    constants: dict[int, Any] = {}
+    notes: list[str] = []
+    for i, (name, leaf) in enumerate(named):
+        if isinstance(leaf, Tensor):
+            tensors.append((name, leaf))
+        elif leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes, torch.dtype, torch.Size)):
+            constants[i] = leaf
+        else:
+            constants[i] = None
+            notes.append(f"output {name or 'of the model'}: a {type(leaf).__name__} is returned as None")
+    return _Result(tensors, spec, constants), notes
+
+
+def _tangents(tracer: Tracer, result: _Result, which: Tangents) -> list[_Tangent]:
+    """The outputs to differentiate, each with a new placeholder for its tangent."""
+    able = [(name, t) for name, t in result.tensors if t.requires_grad and (t.is_floating_point() or t.is_complex())]
+    scalars = [(name, t) for name, t in able if t.dim() == 0 and t.is_floating_point()]
+    loss = [(name, t) for name, t in scalars if name.rpartition(".")[2] == "loss"] or scalars
+    chosen = loss if which == "loss" and loss else able
+    out = []
+    for name, t in chosen:
+        like = torch.empty(t.shape, dtype=t.dtype, device="meta")
+        fake = tracer.placeholder(f"tangent_{name or 'output'}", like)
+        tracer.values.set_unknown(tracer.node_of(fake), "a tangent")
+        out.append(_Tangent(name, t, wrapped(fake, False), chosen is loss))
+    return out
+
+
+def _gradients(given: list[_Tangent], slots: list[_Slot]) -> list[tuple[_Slot, Tensor]]:
+    wanted = [slot for slot in slots if slot.differentiate]
+    if not given or not wanted:
+        return []
+    found = torch.autograd.grad(
+        [t.output for t in given],
+        [slot.view for slot in wanted],
+        [t.tangent for t in given],
+        allow_unused=True,
+    )
+    return [(slot, grad) for slot, grad in zip(wanted, found, strict=True) if grad is not None]
+
+
+def _mutated_notes(slots: list[_Slot], user: list[_Slot | None], tracer: Tracer) -> list[str]:
+    written = [s.input for s in [*slots, *filter(None, user)] if unwrapped(s.view) is not s.fake]
+    return [
+        f"{what.kind} {what.name}: the forward writes to it in place; only the graph sees what it wrote"
+        for what in written
+        if what.kind != "buffer"
+    ]
+
+
+def _batch_dim(tensor: Tensor, batch_size: int | None) -> int | None:
+    if not batch_size or tensor.dim() == 0 or tensor.shape[0] == 0 or tensor.shape[0] % batch_size:
+        return None
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------ names
+@dataclass(frozen=True)
+class _Key:
+    key: str
+
+
+def _path_name(path: Sequence[Any]) -> str:
+    parts = (getattr(k, "key", None) if hasattr(k, "key") else getattr(k, "idx", getattr(k, "name", k)) for k in path)
+    return ".".join(str(part) for part in parts)
+
+
+# ----------------------------------------------------------------------------------------------------- side effects
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back, afterwards, every attribute of the model's modules, and what their lists, dicts and sets held."""
+    before = []
+    for module in model.modules():
+        attributes = dict(module.__dict__)
+        held = {k: v.copy() for k, v in attributes.items() if isinstance(v, (dict, list, set))}
+        before.append((module, attributes, held))
+    try:
+        yield
+    finally:
+        for module, attributes, held in before:
+            for key, content in held.items():
+                _restore(attributes[key], content)
+            _restore(module.__dict__, attributes)
+
+
+def _restore(container: Any, content: Any) -> None:
+    if len(container) == len(content) and all(
+        (a is b) for a, b in zip(_parts(container), _parts(content), strict=True)
+    ):
+        return
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def _parts(container: Any) -> Iterator[Any]:
+    if isinstance(container, dict):
+        for key, value in container.items():
+            yield key
+            yield value
+    else:
+        yield from container

@@ -1,0 +1,189 @@
+"""`normalize`: the same program with what says nothing removed, and its fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from passes.program import Program
+
+aten = torch.ops.aten
+
+_VIEWS = {aten.view.default, aten.expand.default, aten.permute.default, aten._unsafe_view.default}
+
+
+def normalize(program: Program) -> Program:
+    """Drop ops that change nothing, equal ops and unused ops from the graph; set the fingerprint."""
+    graph = program.graph.graph
+    drop_no_ops(graph)
+    drop_written_slices(graph)
+    graph.eliminate_dead_code(is_impure_node=_is_impure)
+    merge_equal(graph)
+    graph.eliminate_dead_code(is_impure_node=_is_impure)
+    program.graph.recompile()
+    return dataclasses.replace(program, fingerprint=fingerprint(program))
+
+
+def drop_no_ops(graph: fx.Graph) -> None:
+    """Remove nodes whose value has the shape, strides and dtype of their operand and the same elements."""
+    for node in list(graph.nodes):
+        same = _same_as(node)
+        if same is not None:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
+def _same_as(node: fx.Node) -> fx.Node | None:
+    if node.op != "call_function" or not node.args:
+        return None
+    first = node.args[0]
+    if node.target is aten.cat.default:
+        return _one_part(node)
+    if not isinstance(first, fx.Node) or not isinstance(node.meta["val"], Tensor):
+        return None
+    old, new = first.meta["val"], node.meta["val"]
+    if not isinstance(old, Tensor) or old.shape != new.shape or old.dtype != new.dtype:
+        return None
+    if node.target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default):
+        return first
+    if node.target in (aten.clone.default, aten._to_copy.default):
+        return first if _same_strides(old, new) else None
+    if node.target in (aten.view.default, aten._unsafe_view.default, aten.expand.default):
+        return first
+    if node.target is aten.permute.default:
+        dims: Any = node.args[1]
+        return first if [d % max(old.dim(), 1) for d in dims] == list(range(old.dim())) else None
+    if node.target is aten.slice.Tensor:
+        return first if len(node.args) < 5 or node.args[4] == 1 else None
+    if node.target in (aten.transpose.int,):
+        a, b = (d % max(old.dim(), 1) for d in node.args[1:])  # type: ignore[operator]
+        return first if a == b else None
+    if node.target is aten.sum.dim_IntList and not old.dim():
+        return first
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+        return first if _is_one(node.args[1]) and _same_strides(old, new) else None
+    return None
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == 1
+
+
+def _one_part(node: fx.Node) -> fx.Node | None:
+    """The only operand of a `cat` that is not empty."""
+    parts: Any = node.args[0]
+    full = [p for p in parts if p.meta["val"].numel()]
+    if len(full) != 1 or full[0].meta["val"].shape != node.meta["val"].shape:
+        return None
+    same = full[0].meta["val"].dtype == node.meta["val"].dtype
+    return full[0] if same and _same_strides(full[0].meta["val"], node.meta["val"]) else None
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    """Equal strides along dims that have more than one element."""
+    return all(n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def drop_written_slices(graph: fx.Graph) -> None:
+    """Read what was just written to a slice from what was written: `select(select_scatter(x, y, d, i), d, i)` is y."""
+    pairs = {aten.select.int: aten.select_scatter.default, aten.slice.Tensor: aten.slice_scatter.default}
+    for node in list(graph.nodes):
+        written = node.args[0] if node.op == "call_function" and node.target in pairs else None
+        if not isinstance(written, fx.Node) or written.target is not pairs[node.target]:
+            continue
+        source: Any = written.args[1]
+        if node.args[1:] == written.args[2:] and not node.kwargs and not written.kwargs:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _is_impure(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output")
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def merge_equal(graph: fx.Graph) -> None:
+    """Compute equal nodes of one phase once; a backward node is never merged into a forward one (it would be saved)."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr") or _is_random(node):
+            continue
+        key = (node.meta["phase"], node.op, node.target, _key(node.args), _key(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _key(value: Any) -> Any:
+    """A hashable stand-in for an argument, equal for equal arguments of the same type."""
+    if isinstance(value, fx.Node):
+        return value
+    if isinstance(value, (list, tuple)):
+        return ("list", *(_key(v) for v in value))
+    if isinstance(value, dict):
+        return ("dict", *((k, _key(v)) for k, v in sorted(value.items())))
+    return (type(value).__name__, str(value))
+
+
+# ------------------------------------------------------------------------------------------------------ fingerprint
+def fingerprint(program: Program) -> str:
+    """sha256 over ops, arguments, shapes, dtypes, inputs and outputs; node names and places do not count."""
+    digest = hashlib.sha256()
+    for line in _structure(program):
+        digest.update(line.encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _structure(program: Program) -> Iterator[str]:
+    numbers: dict[fx.Node, int] = {}
+    yield from (f"{i.kind} {i.name} {i.requires_grad} {i.batch_dim}" for i in program.inputs)
+    yield from (f"{o.kind} {o.name} {o.requires_grad} {o.batch_dim}" for o in program.outputs)
+    for number, node in enumerate(program.graph.graph.nodes):
+        numbers[node] = number
+        if node.op == "placeholder":
+            what = "placeholder"
+        elif node.op == "get_attr":
+            what = f"constant {_content(program.graph.get_buffer(str(node.target)))}"
+        elif node.op == "output":
+            what = f"output {_text(node.args[0], numbers)}"
+        else:
+            what = f"{_name(node.target)} {_text(node.args, numbers)} {_text(node.kwargs, numbers)}"
+        yield f"{what} {_facts(node.meta.get('val'))}"
+
+
+def _name(target: Any) -> str:
+    return "getitem" if target is operator.getitem else str(target)
+
+
+def _text(value: Any, numbers: dict[fx.Node, int]) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{numbers[value]}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_text(v, numbers) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_text(v, numbers)}" for k, v in sorted(value.items())) + "}"
+    return repr(value)
+
+
+def _facts(val: Any) -> str:
+    if isinstance(val, Tensor):
+        return f"{val.dtype}{list(val.shape)}"
+    if isinstance(val, (list, tuple)):
+        return "(" + ",".join(_facts(v) for v in val) + ")"
+    return ""
+
+
+def _content(constant: Tensor) -> str:
+    raw = constant.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(raw).hexdigest()

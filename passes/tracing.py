@@ -1,0 +1,319 @@
+"""The tracer: runs Python code on fake tensors and records every aten op below autograd and functionalisation.
+
+    model code -> autograd -> functionalisation (C++) -> `Tracer` (decompose, record) -> fake tensors
+
+Autograd runs above, so forward and backward land in one graph; functionalisation has turned in-place ops and writes
+through views into pure ones. The tracer is a dispatch mode of its own, not `make_fx`: a node then costs about one fake
+dispatch, carries where it came from at once, and a value that the model reads can be answered (see `values`).
+
+All use of torch's private tracing API is in this file, `provenance` and `values`.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch._export.utils import _compiling_state_context
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from passes.decompositions import DECOMPOSITIONS
+from passes.errors import CaptureError
+from passes.provenance import Place, Provenance, model_line, short_location
+from passes.values import ExampleValues, UnknownValueError, run_real
+
+aten = torch.ops.aten
+
+_SAME_VALUE = {aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default}
+_CHECKS = {
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten._assert_scalar.default,
+    aten._assert_tensor_metadata.default,
+}
+_READS = {aten._local_scalar_dense.default, aten.equal.default}
+_INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
+_MAX_INLINE_ELEMENTS = 2**24
+
+
+class Tracer(TorchDispatchMode):
+    """Records ops on fake tensors into `graph`; `root` holds constants that are not inputs."""
+
+    def __init__(self, fake_mode: FakeTensorMode, provenance: Provenance) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.values = ExampleValues()
+        self.notes: list[str] = []
+        self._fake_mode = fake_mode
+        self._provenance = provenance
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[Any] = []
+        self._constants: dict[int, FakeTensor] = {}
+        self._last_placeholder: fx.Node | None = None
+
+    # ------------------------------------------------------------------------------------------- inputs and outputs
+    def placeholder(self, name: str, like: Tensor) -> Tensor:
+        """A fake CPU tensor of `like`'s shape, strides and dtype that is an input of the graph."""
+        if like.layout != torch.strided:
+            raise CaptureError(f"{name}: a {like.layout} tensor; only strided tensors are supported")
+        fake = self._fake_like(like)
+        anchor = self._last_placeholder
+        where = self.graph.inserting_after(anchor) if anchor is not None else self.graph.inserting_before(self._first())
+        with where:
+            node = self.graph.placeholder(re.sub(r"\W", "_", name))
+        node.target = node.name  # a name of its own: two inputs may read the same once dots are gone
+        self._last_placeholder = node
+        self._set(node, fake, Place("forward", "", ""))
+        self._nodes[id(fake)] = node
+        return fake
+
+    def _first(self) -> fx.Node | None:
+        return next(iter(self.graph.nodes), None)
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """Node that yields `tensor`: a fake tensor of this trace, or any other, which becomes a constant."""
+        found = self._nodes.get(id(tensor))
+        return found if found is not None else self._nodes[id(self._constant(tensor))]
+
+    # --------------------------------------------------------------------------------------------------- recording
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim" or func in _CHECKS:
+            return func(*args, **kwargs) if func.namespace == "prim" else None
+        if func in _SAME_VALUE:
+            return self._same(func, args[0])
+        if func in _READS:
+            return self._read(func, args, kwargs)
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type != "cpu":
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        decomposition = DECOMPOSITIONS.get(func)
+        if decomposition is not None:
+            with self:
+                out = decomposition(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        if func in _INDEXING:
+            args = self._without_masks(args)
+        try:
+            return self._record(func, args, kwargs)
+        except DynamicOutputShapeException:
+            return self._record_dynamic(func, args, kwargs)
+        except DataDependentOutputException:
+            return self._read(func, args, kwargs)
+
+    def _same(self, func: Any, x: Tensor) -> Tensor:
+        x = x if isinstance(x, FakeTensor) else self._constant(x)
+        out: Tensor = func(x)
+        self._nodes[id(out)] = self.node_of(x)
+        self._alive.append(out)
+        return out
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        node_args, args = self._map(args)
+        node_kwargs, kwargs = self._map(kwargs)
+        return self._emit(func, node_args, node_kwargs, func(*args, **kwargs))
+
+    def _emit(self, func: Any, node_args: Any, node_kwargs: Any, out: Any) -> Any:
+        node_kwargs = {k: v for k, v in node_kwargs.items() if k not in ("layout", "pin_memory") and v is not None}
+        node = self.graph.call_function(func, node_args, node_kwargs)
+        place = self._provenance.here()
+        self._set(node, out, place)
+        if isinstance(out, Tensor):
+            self._nodes[id(out)] = node
+        elif isinstance(out, (tuple, list)):
+            for i, part in enumerate(out):
+                if isinstance(part, Tensor):
+                    item = self.graph.call_function(operator.getitem, (node, i))
+                    self._set(item, part, place)
+                    self._nodes[id(part)] = item
+        return out
+
+    def _set(self, node: fx.Node, val: Any, place: Place) -> None:
+        node.meta = {"val": val, "phase": place.phase, "module": place.module, "source": place.source}
+
+    def _map(self, value: Any) -> tuple[Any, Any]:
+        """`value` with nodes for tensors, and with fake tensors for real ones."""
+        if isinstance(value, Tensor):
+            fake = value if id(value) in self._nodes else self._constant(value)
+            return self._nodes[id(fake)], fake
+        if isinstance(value, (list, tuple)):
+            pairs = [self._map(v) for v in value]
+            return type(value)([a for a, _ in pairs]), type(value)([b for _, b in pairs])
+        if isinstance(value, dict):
+            both = {k: self._map(v) for k, v in value.items()}
+            return {k: a for k, (a, _) in both.items()}, {k: b for k, (_, b) in both.items()}
+        return value, value
+
+    # --------------------------------------------------------------------------------------------------- constants
+    def _constant(self, tensor: Tensor) -> FakeTensor:
+        """A tensor from outside the trace, as a constructor where it is simple, else as a buffer of the graph."""
+        known = self._constants.get(id(tensor))
+        if known is not None:
+            return known
+        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+            if self._provenance.in_backward or not isinstance(tensor, FakeTensor):
+                raise CaptureError(
+                    f"{self._location()}: uses a {tuple(tensor.shape)} tensor on the meta device that is no parameter, "
+                    "buffer or input; register it as a buffer, or build the model on a real device"
+                )
+            raise AssertionError(f"fake tensor of unknown origin at {self._location()}")
+        with unset_fake_temporarily():
+            value = tensor.detach().cpu().clone()
+            simple = _simple(value)
+        if simple is not None:
+            constructor, args = simple
+            with self:
+                fake = constructor(*args, dtype=value.dtype, device=value.device)
+        else:
+            name = f"_tensor_constant{len(self._constants)}"
+            self.root.register_buffer(name, value)
+            fake = self._fake_like(value)
+            node = self.graph.get_attr(name)
+            self._set(node, fake, self._provenance.here())
+            self.values.set(node, value)
+            self._nodes[id(fake)] = node
+        self._constants[id(tensor)] = fake
+        self._alive.append(tensor)
+        return fake
+
+    # -------------------------------------------------------------------------------- values that the model reads
+    def _value(self, tensor: Tensor, what: str) -> Any:
+        try:
+            value = self.values.of(self.node_of(tensor))
+        except UnknownValueError as unknown:
+            raise CaptureError(
+                f"{self._location()}: {what}, which depends on {unknown.what}, so the step is not one graph. Compute it "
+                "with tensor ops (torch.where, masks) instead, or make it a constant of the model"
+            ) from None
+        note = f"{self._location(short=True)}: {what}; it is fixed to what the example inputs give"
+        if note not in self.notes:
+            self.notes.append(note)
+        return value
+
+    def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
+        real = [self._value(a, "the model reads the value of a tensor") if isinstance(a, Tensor) else a for a in args]
+        if func is aten._local_scalar_dense.default:
+            return real[0].item()
+        return func(*real, **kwargs)
+
+    def _record_dynamic(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record an op whose shape depends on values, with the shape that the example inputs give."""
+        if func is aten.masked_select.default:
+            x, mask = torch.broadcast_tensors(*args) if args[0].shape != args[1].shape else args
+            with self:
+                return aten.index.Tensor(x, [mask])
+        what = f"the shape of {func} depends on the value of a tensor"
+        node_args, _ = self._map(args)
+        node_kwargs, _ = self._map(kwargs)
+        real_args = _map_tensors(args, lambda t: self._value(t, what))
+        real_kwargs = _map_tensors(kwargs, lambda t: self._value(t, what))
+        from_values = run_real(func, real_args, real_kwargs)
+        out = _map_tensors(from_values, self._fake_like)
+        return self._emit(func, node_args, node_kwargs, out)
+
+    def _fake_like(self, tensor: Tensor) -> FakeTensor:
+        """An unrecorded fake CPU tensor of the same shape, strides and dtype."""
+        below = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
+        with below, _disable_current_modes(), self._fake_mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")  # type: ignore[return-value]
+
+    def _without_masks(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Index arguments with each boolean mask replaced by the positions of its true elements."""
+        x, indices, *rest = args
+        if not any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices):
+            return args
+        plain: list[Any] = []
+        for index in indices:
+            if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+                with self:
+                    where = aten.nonzero.default(index)
+                    plain.extend(aten.select.int(where, 1, i) for i in range(index.dim()))
+            else:
+                plain.append(index)
+        return (x, plain, *rest)
+
+    def _location(self, short: bool = False) -> str:
+        file, line = model_line(sys._getframe(1))
+        if not file:
+            return self._provenance.here().source or "in the model"
+        return short_location(file, line) if short else f"{file}:{line}"
+
+
+def _simple(value: Tensor) -> tuple[Any, tuple[Any, ...]] | None:
+    """The `full` or `arange` that gives `value`, where there is one."""
+    if not 0 < value.numel() <= _MAX_INLINE_ELEMENTS or value.is_complex():
+        return None
+    flat = value.reshape(-1)
+    first = flat[0].item()
+    if flat.numel() == 1 or bool((flat == first).all()):
+        return aten.full.default, (list(value.shape), first)
+    if value.dtype == torch.int64 and value.dim() == 1:
+        step = int(flat[1] - flat[0])
+        if step and bool((flat.diff() == step).all()):
+            return aten.arange.start_step, (int(first), int(first) + step * flat.numel(), step)
+    return None
+
+
+def _map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map_tensors(v, f) for v in value])
+    if isinstance(value, dict):
+        return {k: _map_tensors(v, f) for k, v in value.items()}
+    return value
+
+
+@contextmanager
+def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
+    """Record what is run inside. Random state and global settings are as before afterwards."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # A model that asks whether it is being compiled takes branches that do not look at values.
+    with _compiling_state_context():
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch._enable_functionalization(reapply_views=True)  # type: ignore[attr-defined]
+        try:
+            with fake_mode, tracer:
+                yield
+        finally:
+            torch._disable_functionalization()  # type: ignore[attr-defined]
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            torch.set_rng_state(states[0])
+            random.setstate(states[1])
+            np.random.set_state(states[2])
+
+
+def wrapped(fake: Tensor, requires_grad: bool) -> Tensor:
+    """What the model sees of a placeholder: a leaf for autograd that may be written to."""
+    out = torch._to_functional_tensor(fake)  # type: ignore[attr-defined]
+    return out.requires_grad_() if requires_grad else out  # type: ignore[no-any-return]
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The fake tensor that holds the present value of what the model sees."""
+    if not torch._is_functional_tensor(tensor):
+        return tensor
+    torch._sync(tensor)  # type: ignore[attr-defined]
+    return torch._from_functional_tensor(tensor)
+
+
+def fake_mode() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=False)

@@ -1,0 +1,106 @@
+"""Real values of a captured graph's nodes, computed on demand from the example inputs.
+
+A model may read a value while it runs: `.item()`, `.tolist()`, a branch on a tensor, the size of `nonzero`. Where the
+value follows from the example inputs and the buffers alone, it is computed here, by running just the nodes it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+aten = torch.ops.aten
+_UNIFORM = {aten.rand.default}
+
+
+class UnknownValueError(Exception):
+    """A value depends on `what`, which capture does not know."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+
+def run_real(func: Any, args: Any, kwargs: Any) -> Any:
+    """What `func` gives on real tensors while fake tensors are being traced."""
+    with unset_fake_temporarily(), torch.no_grad():
+        return func(*args, **kwargs)
+
+
+class ExampleValues:
+    """Values of nodes of one growing graph, each computed at most once."""
+
+    def __init__(self) -> None:
+        self._known: dict[fx.Node, Any] = {}
+        self._unknown: dict[fx.Node, str] = {}
+
+    def set(self, node: fx.Node, value: torch.Tensor) -> None:
+        """Give a leaf of the graph its value."""
+        self._known[node] = value
+
+    def set_unknown(self, node: fx.Node, what: str) -> None:
+        """Say why a leaf of the graph has no value."""
+        self._unknown[node] = what
+
+    def of(self, node: fx.Node) -> Any:
+        """Value of `node`; raises `UnknownValueError` where it depends on a parameter, on chance or on fake inputs.
+
+        A value that is the same whatever uniform random numbers are drawn (`rand() < 0.0`) is known.
+        """
+        if node in self._known:
+            return self._known[node]
+        order = self._needed(node)
+        if not any(n.target in _UNIFORM for n in order):
+            self._known.update(self._run(order, {}))
+            return self._known[node]
+        low, high = (self._run(order, dict.fromkeys(_UNIFORM, u))[node] for u in (0.0, 1.0 - 2.0**-24))
+        if not torch.equal(low, high):
+            raise UnknownValueError("random numbers")
+        self._known[node] = low
+        return low
+
+    def _needed(self, node: fx.Node) -> list[fx.Node]:
+        """Nodes to run for `node`, in the order of the graph."""
+        order: list[fx.Node] = []
+        seen: set[fx.Node] = set()
+        stack = [(node, False)]
+        while stack:
+            current, done = stack.pop()
+            if done:
+                order.append(current)
+                continue
+            if current in seen or current in self._known:
+                continue
+            seen.add(current)
+            if current in self._unknown:
+                raise UnknownValueError(self._unknown[current])
+            if current.op != "call_function":
+                raise UnknownValueError(current.name)
+            target: Any = current.target
+            tags = getattr(target, "tags", ())
+            if torch.Tag.nondeterministic_seeded in tags and target not in _UNIFORM:
+                raise UnknownValueError("random numbers")
+            stack.append((current, True))
+            stack.extend((parent, False) for parent in current.all_input_nodes)
+        return order
+
+    def _run(self, order: list[fx.Node], uniforms: Mapping[Any, float]) -> dict[fx.Node, Any]:
+        values: dict[fx.Node, Any] = {}
+
+        def value(node: fx.Node) -> Any:
+            return values[node] if node in values else self._known[node]
+
+        with unset_fake_temporarily(), torch.no_grad():
+            for node in order:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+                target: Any = node.target
+                if target in uniforms:
+                    val = node.meta["val"]
+                    values[node] = torch.full(val.shape, uniforms[target], dtype=val.dtype)
+                else:
+                    values[node] = target(*args, **kwargs)
+        return values
