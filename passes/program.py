@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torch import fx
 
-InputKind = Literal["parameter", "buffer", "input", "tangent"]
+InputKind = Literal["parameter", "buffer", "input", "tangent", "seed"]
 OutputKind = Literal["output", "buffer", "gradient"]
 
 
@@ -28,7 +28,8 @@ class Input:
     """What a placeholder stands for.
 
     `name` is an FQN for a parameter or buffer (the first of its names, where it is tied), a path such as `input_ids`
-    or `args.0` for what the user passes, and the path of the output for a tangent.
+    or `args.0` for what the user passes, and the path of the output for a tangent. A "seed" comes last, where the
+    program has random ops (`randomness.own_randomness`): int64 of shape (2,), the user's seed and the step's number.
     `batch_dim` is the dim that the batch axes split, for inputs and tangents that have one.
     """
 
@@ -62,7 +63,7 @@ class Program:
     in_spec: Any
     """pytree spec of `(args, kwargs)`; its leaves are the user's inputs, tensors and constants alike."""
     in_constants: dict[int, Any]
-    """Leaf index in `in_spec` -> value, for inputs that are no tensors; the others match the "input" Inputs in order."""
+    """Leaf index in `in_spec` -> value, for inputs that are no tensors; the others match "input" Inputs in order."""
     out_spec: Any
     """pytree spec of what the model returned."""
     out_constants: dict[int, Any]
