@@ -1,0 +1,80 @@
+"""Gathering and scattering of stored state: FSDP's dim-0 chunks.
+
+A tensor computed with as one part of n rows is stored over `axes` in chunks of ceil(n / ranks) rows, nested in mesh
+order and zero-padded, so that one collective over the flattened group moves it: `state_gather` for compute,
+`state_scatter` for a gradient that is a partial sum on all these axes, `state_slice` where the ranks of an axis already
+hold the same gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from costmodel.collectives import collective_s
+from costmodel.hardware import Topology
+from costmodel.layout import Layout, Partial, Replicate
+from costmodel.reshard import Step, steps
+
+
+def padded_rows(rows: int, axes: Sequence[int], topology: Topology) -> tuple[int, int]:
+    """(rows of one stored chunk, rows of all chunks of the group together)."""
+    chunk = rows
+    for axis in axes:
+        chunk = -(-chunk // topology.sizes[axis])
+    return chunk, chunk * math.prod(topology.sizes[axis] for axis in axes)
+
+
+def _full_bytes(local: tuple[int, ...], itemsize: int, axes: Sequence[int], topology: Topology) -> int:
+    rows = padded_rows(local[0], axes, topology)[1]
+    return rows * math.prod(local[1:]) * itemsize
+
+
+def state_gather(
+    local: tuple[int, ...], itemsize: int, axes: tuple[int, ...], layout: Layout, topology: Topology
+) -> Step:
+    """All-gather of a stored tensor into the part of shape `local` that is computed with."""
+    full = _full_bytes(local, itemsize, axes, topology)
+    seconds = collective_s("all_gather", full, axes, topology)
+    return Step("state_gather", axes, None, None, "", full, seconds, layout, layout)
+
+
+def state_scatter(
+    local: tuple[int, ...],
+    itemsize: int,
+    shape: tuple[int, ...],
+    given: Layout,
+    layout: Layout,
+    axes: tuple[int, ...],
+    topology: Topology,
+) -> tuple[Step, ...] | None:
+    """Steps from a gradient in layout `given` (on the expanded `shape`) to chunks over `axes` of the part `layout`.
+
+    `local` is the shape of that part. Axes in `axes` come in as partial sums or replicas; other placements there are
+    gathered first. None where there is no way.
+    """
+    partial = [axis for axis in axes if given[axis] == Partial()]
+    target = tuple(
+        (Partial() if axis in partial else Replicate()) if axis in axes else placement
+        for axis, placement in enumerate(layout)
+    )
+    path = steps(shape, itemsize, given, target, topology)
+    if path is None:
+        return None
+    if not axes:
+        return path
+    if len(partial) == len(axes):
+        full = _full_bytes(local, itemsize, axes, topology)
+        seconds = collective_s("reduce_scatter", full, axes, topology)
+        return (*path, Step("state_scatter", axes, None, None, "sum", full, seconds, target, layout))
+    moves = list(path)
+    rows = local[0]
+    row_bytes = math.prod(local[1:]) * itemsize
+    for axis in axes:
+        chunk, padded = padded_rows(rows, (axis,), topology)
+        full = padded * row_bytes
+        kind, collective = ("state_scatter", "reduce_scatter") if axis in partial else ("state_slice", "")
+        seconds = collective_s(collective, full, (axis,), topology) if collective else 0.0
+        moves.append(Step(kind, (axis,), None, None, "sum" if collective else "", full, seconds, target, layout))
+        rows = chunk
+    return tuple(moves)

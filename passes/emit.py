@@ -1,0 +1,273 @@
+"""Building a rank's graph: nodes with fake values, reshapes that always work, and the steps of a reshard.
+
+Every tensor of the local graph has the shape of the rank's part. Collectives work on its expanded shape (one dim per
+atom), where a layout is a plain one; reshapes between the two cost nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from costmodel.hardware import Topology
+from costmodel.layout import Layout, local_shape
+from costmodel.reshard import Step
+from costmodel.state import padded_rows
+from passes.local import WAIT
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+
+
+class Emitter:
+    """Adds nodes to a local graph; each has `val`, and the metadata (`phase`, `module`, `source`) now in force."""
+
+    def __init__(self, graph: fx.Graph, mode: FakeTensorMode, topology: Topology) -> None:
+        self.graph = graph
+        self.mode = mode
+        self.topology = topology
+        self.coordinates: tuple[fx.Node, ...] = ()
+        self.meta: Mapping[str, Any] = {}
+        self._values: dict[str, Any] = {}
+
+    def placeholder(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
+        """A new input."""
+        node = self.graph.placeholder(name)
+        with self.mode:
+            node.meta.update(val=torch.empty(tuple(shape), dtype=dtype), phase="forward", module="", source="")
+        return node
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """`target(*args, **kwargs)` as a node.
+
+        Raises:
+            RuntimeError: the op refuses these shapes.
+        """
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta.update(self.meta)
+        node.meta["val"] = self._value(node)
+        return node
+
+    def _value(self, node: fx.Node) -> Any:
+        def fake(value: Any) -> Any:
+            return value.meta["val"]
+
+        args = fx.map_arg(node.args, fake)
+        kwargs = fx.map_arg(node.kwargs, fake)
+        key = f"{node.target}{_key(args)}{_key(kwargs)}"
+        if key not in self._values:
+            with self.mode, torch.no_grad():
+                self._values[key] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._values[key]
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Local shape of a node."""
+        return tuple(node.meta["val"].shape)
+
+    def contiguous(self, x: fx.Node) -> fx.Node:
+        """`x` in row-major memory."""
+        if x.meta["val"].is_contiguous():
+            return x
+        return self.call(aten.clone.default, x, memory_format=torch.contiguous_format)
+
+    def view(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+        """`x` in another shape, copied only where its strides do not allow a view."""
+        if self.shape(x) == tuple(shape):
+            return x
+        value = x.meta["val"]
+        if not value.is_contiguous():
+            try:
+                with self.mode:
+                    value.view(tuple(shape))
+            except (RuntimeError, ValueError):
+                x = self.contiguous(x)
+        return self.call(aten.view.default, x, list(shape))
+
+    def move_dim(self, x: fx.Node, source: int, target: int) -> fx.Node:
+        """Dim `source` moved to place `target`."""
+        if source == target:
+            return x
+        order = list(range(len(self.shape(x))))
+        order.insert(target, order.pop(source))
+        return self.call(aten.permute.default, x, order)
+
+    def coordinate(self, axes: Sequence[int]) -> fx.Node:
+        """This rank's place in the group that `axes` form, an int64 scalar."""
+        sizes = self.topology.sizes
+        place = self.coordinates[axes[0]]
+        for axis in axes[1:]:
+            place = self.call(aten.mul.Tensor, place, sizes[axis])
+            place = self.call(aten.add.Tensor, place, self.coordinates[axis])
+        return place
+
+    def group(self, axes: Sequence[int]) -> tuple[int, str]:
+        """(ranks, name) of the group that `axes` form."""
+        members = self.topology.axes
+        return math.prod(members[a].size for a in axes), ",".join(members[a].name for a in axes)
+
+    def wait(self, x: fx.Node) -> fx.Node:
+        """The collective's result, once it is there."""
+        return self.call(WAIT, x)
+
+
+def _key(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"T{tuple(value.shape)}{value.stride()}{value.dtype}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_key, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_key(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def emit_steps(
+    emit: Emitter,
+    x: fx.Node,
+    steps: Sequence[Step],
+    dims: Sequence[Sequence[int]],
+    rows: int,
+) -> fx.Node:
+    """Bring `x`, the part of a tensor whose dims consist of atoms of sizes `dims`, through `steps`.
+
+    `rows` is dim 0 of the part that is computed with, for the steps that gather or scatter stored chunks.
+    """
+    for step in steps:
+        if step.kind == "state_gather":
+            x = _state_gather(emit, x, step, rows)
+        elif step.kind == "state_scatter":
+            x, rows = _state_scatter(emit, x, step), padded_rows(emit.shape(x)[0], step.axes, emit.topology)[0]
+        elif step.kind == "state_slice":
+            x, rows = _state_slice(emit, x, step), padded_rows(emit.shape(x)[0], step.axes, emit.topology)[0]
+        else:
+            x = _expanded_step(emit, x, step, dims)
+    return x
+
+
+def _merged(dims: Sequence[Sequence[int]], expanded: Sequence[int]) -> tuple[int, ...]:
+    shape, start = [], 0
+    for dim in dims:
+        shape.append(math.prod(expanded[start : start + len(dim)]))
+        start += len(dim)
+    return tuple(shape)
+
+
+def _local(emit: Emitter, dims: Sequence[Sequence[int]], layout: Layout) -> tuple[int, ...]:
+    return local_shape([size for dim in dims for size in dim], layout, emit.topology.sizes)
+
+
+def _expanded_step(emit: Emitter, x: fx.Node, step: Step, dims: Sequence[Sequence[int]]) -> fx.Node:
+    before, after = _local(emit, dims, step.before), _local(emit, dims, step.after)
+    ranks, name = emit.group(step.axes)
+    if step.kind == "all_reduce":
+        return emit.wait(emit.call(c10d.all_reduce.default, emit.contiguous(x), step.op, name))
+    x = emit.view(x, before)
+    if step.kind == "all_gather":
+        assert step.source is not None
+        x = emit.contiguous(_to_front(emit, x, step.source))
+        x = emit.wait(emit.call(c10d.all_gather_into_tensor.default, x, ranks, name))
+        x = _from_front(emit, x, step.source, after)
+    elif step.kind == "reduce_scatter":
+        assert step.target is not None
+        x = emit.contiguous(_to_front(emit, x, step.target))
+        x = emit.wait(emit.call(c10d.reduce_scatter_tensor.default, x, step.op, ranks, name))
+        x = _from_front(emit, x, step.target, after)
+    elif step.kind == "slice":
+        assert step.target is not None
+        d = step.target
+        x = emit.view(x, (*before[:d], ranks, before[d] // ranks, *before[d + 1 :]))
+        place = emit.view(emit.coordinate(step.axes), (1,))
+        x = emit.view(emit.call(aten.index_select.default, x, d, place), after)
+    elif step.kind == "all_to_all":
+        x = _all_to_all(emit, x, step, before, after)
+    else:
+        raise AssertionError(step)
+    return emit.view(x, _merged(dims, after))
+
+
+def _to_front(emit: Emitter, x: fx.Node, dim: int) -> fx.Node:
+    """Dim `dim` first; dims of size 1 before it are no obstacle."""
+    shape = emit.shape(x)
+    if math.prod(shape[:dim]) == 1:
+        return emit.view(x, (shape[dim], *shape[:dim], *shape[dim + 1 :]))
+    return emit.move_dim(x, dim, 0)
+
+
+def _from_front(emit: Emitter, x: fx.Node, dim: int, shape: Sequence[int]) -> fx.Node:
+    if math.prod(shape[:dim]) == 1:
+        return emit.view(x, shape)
+    return emit.move_dim(x, 0, dim)
+
+
+def _all_to_all(emit: Emitter, x: fx.Node, step: Step, before: Sequence[int], after: Sequence[int]) -> fx.Node:
+    ranks, name = emit.group(step.axes)
+    source, target = step.source, step.target
+    assert source is not None
+    assert target is not None
+    x = emit.view(x, (*before[:target], ranks, before[target] // ranks, *before[target + 1 :]))
+    x = emit.contiguous(emit.move_dim(x, target, 0))
+    shape = emit.shape(x)
+    ones = [1] * ranks
+    x = emit.wait(emit.call(c10d.all_to_all_single.default, x, ones, ones, name))
+    x = emit.view(x, shape)
+    x = emit.move_dim(x, 0, source)
+    return emit.view(x, after)
+
+
+def _nested(emit: Emitter, rows: int, axes: Sequence[int]) -> list[tuple[int, int]]:
+    """(ranks, rows of a chunk) per level, outermost first."""
+    levels = []
+    for axis in axes:
+        size = emit.topology.sizes[axis]
+        rows = -(-rows // size)
+        levels.append((size, rows))
+    return levels
+
+
+def _state_gather(emit: Emitter, x: fx.Node, step: Step, rows: int) -> fx.Node:
+    ranks, name = emit.group(step.axes)
+    rest = emit.shape(x)[1:]
+    x = emit.wait(emit.call(c10d.all_gather_into_tensor.default, emit.contiguous(x), ranks, name))
+    levels = _nested(emit, rows, step.axes)
+    for level in range(len(levels) - 1, -1, -1):
+        size, chunk = levels[level]
+        outer = math.prod(s for s, _ in levels[:level])
+        wanted = levels[level - 1][1] if level else rows
+        if size * chunk != wanted:
+            x = emit.view(x, (outer, size * chunk, *rest))
+            x = emit.call(aten.slice.Tensor, x, 1, 0, wanted)
+            x = emit.view(x, (outer * wanted, *rest))
+    return x
+
+
+def _pad_rows(emit: Emitter, x: fx.Node, dim: int, rows: int) -> fx.Node:
+    missing = rows - emit.shape(x)[dim]
+    if not missing:
+        return x
+    pads = [0, 0] * (len(emit.shape(x)) - dim - 1) + [0, missing]
+    return emit.call(aten.constant_pad_nd.default, x, pads, 0)
+
+
+def _state_scatter(emit: Emitter, x: fx.Node, step: Step) -> fx.Node:
+    ranks, name = emit.group(step.axes)
+    rest = emit.shape(x)[1:]
+    outer = 1
+    for size, chunk in _nested(emit, emit.shape(x)[0], step.axes):
+        x = emit.view(x, (outer, emit.shape(x)[0] // outer, *rest))
+        x = _pad_rows(emit, x, 1, size * chunk)
+        outer *= size
+        x = emit.view(x, (outer * chunk, *rest))
+    x = emit.contiguous(x)
+    return emit.wait(emit.call(c10d.reduce_scatter_tensor.default, x, step.op, ranks, name))
+
+
+def _state_slice(emit: Emitter, x: fx.Node, step: Step) -> fx.Node:
+    (size, chunk), *_ = _nested(emit, emit.shape(x)[0], step.axes)
+    rest = emit.shape(x)[1:]
+    x = emit.view(_pad_rows(emit, x, 0, size * chunk), (size, chunk, *rest))
+    place = emit.view(emit.coordinate(step.axes), (1,))
+    return emit.view(emit.call(aten.index_select.default, x, 0, place), (chunk, *rest))

@@ -1,0 +1,131 @@
+"""A plan in the order it runs: ops, and the moves of tensors between layouts that come before them.
+
+This one list is priced by `schedule`, shown as the ledger of collectives, and emitted by `rewrite`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from costmodel.layout import Layout
+from costmodel.reshard import Step
+from passes.dims import is_getitem, outputs_of, value_of
+from passes.price import conversion
+from passes.rules.call import operand_nodes
+from passes.space import Space
+from passes.strategies import Option, StoredOption
+
+
+@dataclass(frozen=True)
+class Run:
+    """An op runs under `option`."""
+
+    node: fx.Node
+    option: Option
+    site: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """`value` goes through `steps` to `target`; later readers in the same `era` find it there.
+
+    `era` is the phase for stored tensors, which are gathered for forward and again for backward, and "" for others.
+    `reader` is the op it is needed by, or None where it is an output; `stores` marks a gradient on its way to how its
+    parameter is stored.
+    """
+
+    value: fx.Node
+    source: Layout | StoredOption
+    target: Layout | StoredOption
+    steps: tuple[Step, ...]
+    phase: str
+    era: str
+    reader: fx.Node | None
+    stores: bool = False
+
+
+def itinerary(space: Space, assignment: Sequence[int]) -> Iterator[Run | Move]:
+    """Everything a rank does, in order, when site i takes option `assignment[i]`."""
+    program, folding = space.program, space.folding
+    seen: set[tuple[fx.Node, str, Layout | StoredOption]] = set()
+    picked: dict[tuple[fx.Node, int], fx.Node] = {}
+    source_of: dict[fx.Node, fx.Node] = {}
+    memo: dict[tuple[object, ...], tuple[Step, ...]] = {}
+
+    def given(node: fx.Node) -> Layout | StoredOption:
+        value = value_of(node, folding)
+        option = space.sites[value.op].options[assignment[value.op]]
+        return option.results[value.result] if isinstance(option, Option) else option
+
+    def move(
+        node: fx.Node, target: Layout | StoredOption, phase: str, reader: fx.Node | None, stores: bool = False
+    ) -> Iterator[Move]:
+        node = source_of.get(node, node)
+        source = given(node)
+        stored = isinstance(source, StoredOption)
+        era = phase if stored else ""
+        if source == target or (node, era, target) in seen:
+            return
+        value = value_of(node, folding)
+        key = (value, source, target)
+        if key not in memo:
+            path = conversion(space, value, source, target)
+            assert path is not None, f"{node.name}: no way from {source} to {target}"
+            memo[key] = path
+        seen.add((node, era, target))
+        if not memo[key] and not stores:
+            return
+        yield Move(node, source, target, memo[key], phase, era, reader, stores)
+
+    wanted: dict[fx.Node, list[Returned]] = {}
+    for leaving in returned(space, assignment):
+        wanted.setdefault(leaving.node, []).append(leaving)
+    for node in program.graph.graph.nodes:
+        if is_getitem(node):
+            source_of[node] = picked.setdefault((node.args[0], node.args[1]), node)
+        elif node.op == "call_function":
+            site = folding.of[node]
+            option = space.sites[site].options[assignment[site]]
+            assert isinstance(option, Option)
+            for operand, layout in zip(operand_nodes(node), option.operands, strict=True):
+                yield from move(operand, layout, node.meta.get("phase", "forward"), node)
+            yield Run(node, option, site)
+        for leaving in wanted.get(node, ()):  # at once: a gradient that waits is a full gradient in memory
+            yield from move(node, leaving.target, leaving.phase, None, leaving.stores)
+
+
+@dataclass(frozen=True)
+class Returned:
+    """Output number `index` of the program: the node, how it leaves, and whether it goes to its parameter's storage."""
+
+    index: int
+    node: fx.Node
+    target: Layout | StoredOption
+    option: StoredOption
+    phase: str
+    stores: bool
+
+
+def returned(space: Space, assignment: Sequence[int]) -> list[Returned]:
+    """What leaves the program, in the order of its outputs; outputs that are no tensors are left out."""
+    found = []
+    next_site = len(space.folding.members)
+    for index, (out, node, placeholder, given) in enumerate(outputs_of(space.program)):
+        if node is None:
+            continue
+        if out.kind == "gradient" and given is not None and given.kind == "parameter":
+            assert placeholder is not None
+            site = space.folding.of[placeholder]
+            option = space.sites[site].options[assignment[site]]
+            assert isinstance(option, StoredOption)
+            found.append(Returned(index, node, option, option, "backward", True))
+            continue
+        option = space.sites[next_site].options[assignment[next_site]]
+        assert isinstance(option, StoredOption)
+        phase = "backward" if out.kind == "gradient" else "forward"
+        found.append(Returned(index, node, option.layout, option, phase, False))
+        next_site += 1
+    return found

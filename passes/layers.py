@@ -1,0 +1,97 @@
+"""Repeated layers: which nodes of the graph are copies of one another and share every decision.
+
+Two nodes share a class when they run the same call, in the same phase, at the same place of modules whose names differ
+only in a layer's index (`layers.3.mlp.up` and `layers.7.mlp.up`). An index counts as a layer's where the indexed
+modules have submodules with parameters of their own, and the layers at that place have the same parameters; the members
+of a plain `nn.Sequential` stay apart. Folding restricts plans (layers are laid out alike) and never makes one wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from passes.program import Program
+from passes.rules.call import call_key, facts_of
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Classes of alike nodes. `members[c]` are in graph order; the first is the class's representative."""
+
+    members: tuple[tuple[fx.Node, ...], ...]
+    of: Mapping[fx.Node, int]
+    layers: Mapping[str, int]
+    """Name pattern of a repeated module (`model.layers.*`) -> how many there are."""
+
+
+def fold(program: Program) -> Folding:
+    """Group the graph's nodes, placeholders included (the output node is left out)."""
+    pattern, layers = layer_patterns([i.name for i in program.inputs if i.kind in ("parameter", "buffer")])
+    classes: dict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
+    seen: dict[tuple[object, ...], int] = defaultdict(int)
+    placeholders = iter(program.inputs)
+    keys: dict[fx.Node, str] = {}
+    for node in program.graph.graph.nodes:
+        if node.op == "output":
+            continue
+        if node.op == "placeholder":
+            given = next(placeholders)
+            key: tuple[object, ...] = (given.kind, pattern(given.name), given.requires_grad, facts_of(node.meta["val"]))
+            if given.kind not in ("parameter", "buffer"):
+                key = (given.kind, given.name)
+            classes[key].append(node)
+            continue
+        module = node.meta.get("module", "")
+        call = keys.setdefault(node, call_key(node) if node.op == "call_function" else f"{node.target}")
+        place = (node.meta.get("phase"), module, call)
+        ordinal = seen[place]
+        seen[place] += 1
+        classes[(node.meta.get("phase"), pattern(module), call, ordinal)].append(node)
+    members = tuple(tuple(nodes) for nodes in classes.values())
+    return Folding(members, {node: c for c, nodes in enumerate(members) for node in nodes}, layers)
+
+
+class _Pattern:
+    """Names with the indices of repeated layers replaced by `*`."""
+
+    def __init__(self, prefixes: frozenset[str]) -> None:
+        self.prefixes = prefixes
+        self.cache: dict[str, str] = {}
+
+    def __call__(self, name: str) -> str:
+        if name not in self.cache:
+            parts, done = name.split("."), []
+            for part in parts:
+                index = part.isdigit() and ".".join(done) in self.prefixes
+                done.append("*" if index else part)
+            self.cache[name] = ".".join(done)
+        return self.cache[name]
+
+
+def layer_patterns(names: list[str]) -> tuple[_Pattern, dict[str, int]]:
+    """A function from a module's or parameter's name to its pattern, and the repeated modules with their counts."""
+    layers: dict[str, int] = {}
+    prefixes: set[str] = set()
+    while True:
+        pattern = _Pattern(frozenset(prefixes))
+        children: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for name in names:
+            parts = pattern(name).split(".")
+            for depth, part in enumerate(parts):
+                if part.isdigit():
+                    children[".".join(parts[:depth])][part].add(".".join(parts[depth + 1 :]))
+                    break
+        grown = False
+        for prefix, members in children.items():
+            deep = [index for index, leaves in members.items() if any(re.search(r"\.", leaf) for leaf in leaves)]
+            if len(deep) > 1 and len(deep) == len(members):
+                prefixes.add(prefix)
+                layers[f"{prefix}.*"] = len(members)
+                grown = True
+        if not grown:
+            return pattern, layers

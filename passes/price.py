@@ -1,0 +1,379 @@
+"""Space -> Problem: seconds and bytes for every option and every change of layout (the only file that joins both).
+
+Sites whose layout follows from another's are merged with it first: a view, a cast, a pointwise op on one tensor takes
+its operand as it comes. That leaves a few variables per layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from costmodel.compute import op_s
+from costmodel.layout import Layout, Partial, Replicate, local_shape
+from costmodel.reshard import Step, reshard_s, steps
+from costmodel.state import state_gather, state_scatter
+from passes.dims import Value, expanded_shape
+from passes.errors import NoFeasiblePlanError
+from passes.named import Choices
+from passes.problem import Flow, Hold, Problem, Reader
+from passes.space import Port, Site, Space, Wire
+from passes.strategies import Option, StoredOption
+from passes.work import VIEWS, work_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """What an optimizer step costs per parameter element, beside the parameter: bytes kept, and bytes moved."""
+
+    state_bytes: int
+    gradient: bool = True
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A problem and what its variables mean: variable v stands for `groups[v]`, sites that decide together.
+
+    `table[v][i]` gives the option index of each of these sites under the variable's option i.
+    """
+
+    problem: Problem
+    groups: tuple[tuple[int, ...], ...]
+    table: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def assignment(self, picks: Sequence[int], sites: int) -> tuple[int, ...]:
+        """Option index per site."""
+        chosen = [0] * sites
+        for group, rows, pick in zip(self.groups, self.table, picks, strict=True):
+            for site, option in zip(group, rows[pick], strict=True):
+                chosen[site] = option
+        return tuple(chosen)
+
+
+def storage_steps(
+    space: Space, value: Value, source: StoredOption | None, given: Layout, target: Layout
+) -> tuple[Step, ...] | None:
+    """Steps from a value's layout to a reader's; `source` where it is a stored tensor, gathered first."""
+    shape, itemsize = space.shape_of(value), space.itemsize_of(value)
+    path = steps(shape, itemsize, given, target, space.topology)
+    if path is None or source is None or not source.storage.state_axes:
+        return path
+    local = source.storage.computed_shape(space.topology.sizes)
+    return (state_gather(local, itemsize, source.storage.state_axes, given, space.topology), *path)
+
+
+def gradient_steps(space: Space, value: Value, given: Layout, target: StoredOption) -> tuple[Step, ...] | None:
+    """Steps from a gradient's layout to how its parameter is stored."""
+    return state_scatter(
+        target.storage.computed_shape(space.topology.sizes),
+        space.itemsize_of(value),
+        space.shape_of(value),
+        given,
+        target.layout,
+        target.storage.state_axes,
+        space.topology,
+    )
+
+
+def option_local_shapes(site: Site, option: Option, sizes: Sequence[int]) -> tuple[list[tuple[int, ...]], ...]:
+    """Local shapes (on the tensors' own dims) of an op's operands and results."""
+    assert site.op is not None
+
+    def local(dims: tuple[tuple[int, ...], ...], layout: Layout) -> tuple[int, ...]:
+        flat = local_shape(expanded_shape(dims), layout, sizes)
+        shape, start = [], 0
+        for dim in dims:
+            shape.append(math.prod(flat[start : start + len(dim)]))
+            start += len(dim)
+        return tuple(shape)
+
+    return (
+        [local(dims, layout) for dims, layout in zip(site.op.operands, option.operands, strict=True)],
+        [local(dims, layout) for dims, layout in zip(site.op.results, option.results, strict=True)],
+    )
+
+
+def price(space: Space, choices: Choices, budget_bytes: float = math.inf, optimizer: Budgeted | None = None) -> Priced:
+    """The problem of choosing among `choices`.
+
+    Raises:
+        NoFeasiblePlanError: a site has no option left.
+    """
+    optimizer = optimizer or Budgeted(8)
+    for site, options in zip(space.sites, choices, strict=True):
+        if not options:
+            raise NoFeasiblePlanError(f"{site.name}: no layout is left by the strategy and the pins")
+    groups, table = _merge(space, choices)
+    where = {site: (v, k) for v, group in enumerate(groups) for k, site in enumerate(group)}
+    seconds, sizes = [], []
+    op_cost: dict[tuple[int, int], float] = {}
+    shared: dict[tuple[int, int], float] = {}
+
+    def site_s(site_index: int, option_index: int) -> float:
+        key = (site_index, option_index)
+        if key not in op_cost:
+            site = space.sites[site_index]
+            option = site.options[option_index]
+            alike = (id(site.call), id(option))
+            if site.call is not None and alike in shared:
+                op_cost[key] = shared[alike]
+            else:
+                op_cost[key] = shared[alike] = _option_s(space, site, option, optimizer)
+        return op_cost[key] * space.sites[site_index].count
+
+    for group, rows in zip(groups, table, strict=True):
+        seconds.append(tuple(sum(site_s(s, o) for s, o in zip(group, row, strict=True)) for row in rows))
+        sizes.append(
+            tuple(
+                sum(_option_bytes(space, space.sites[s], o, optimizer) for s, o in zip(group, row, strict=True))
+                for row in rows
+            )
+        )
+    flows, holds = [], []
+    held = held_values(space)
+    for wire in space.wires:
+        flows += _flows(space, wire, where, table)
+        if wire.value in held:
+            hold = _hold(space, wire, where, table)
+            if hold is not None:
+                holds.append(hold)
+    problem = Problem(tuple(seconds), tuple(sizes), tuple(flows), tuple(holds), budget_bytes)
+    return Priced(problem, groups, table)
+
+
+def _option_s(space: Space, site: Site, option: Option | StoredOption, optimizer: Budgeted) -> float:
+    device = space.topology.device
+    if isinstance(option, StoredOption):
+        if site.given is None or site.given.kind != "parameter" or not site.given.requires_grad:
+            return 0.0
+        elements = math.prod(option.storage.padded_shape(space.topology.sizes))
+        moved = elements * (2 * site.itemsize + site.itemsize + 2 * optimizer.state_bytes)
+        return moved / (device.memory_bytes_per_s * device.memory_efficiency)
+    assert site.call is not None
+    operands, results = option_local_shapes(site, option, space.topology.sizes)
+    return op_s(work_of(site.call, operands, results), device)
+
+
+def _option_bytes(space: Space, site: Site, option_index: int, optimizer: Budgeted) -> float:
+    option = site.options[option_index]
+    if not isinstance(option, StoredOption) or site.kind == "returned":
+        return 0.0
+    elements = math.prod(option.storage.padded_shape(space.topology.sizes))
+    each = site.itemsize
+    if site.given is not None and site.given.kind == "parameter" and site.given.requires_grad:
+        each += site.itemsize + optimizer.state_bytes
+    return float(elements * each * site.count)
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def _merge(
+    space: Space, choices: Choices
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[tuple[int, ...], ...], ...]]:
+    """Groups of sites that decide together, and the joint options of each."""
+    group_of: dict[int, int] = {}
+    groups: list[list[int]] = []
+    rows: list[list[tuple[int, ...]]] = []
+    producers: dict[tuple[int, int], set[Value]] = defaultdict(set)
+    for wire in space.wires:
+        for port in wire.ports:
+            if not port.stores:
+                producers[port.site, port.operand].add(wire.value)
+
+    def layout_of(value: Value, group: int, row: tuple[int, ...]) -> Layout | None:
+        site = space.sites[value.op]
+        option = site.options[row[groups[group].index(value.op)]]
+        return option.results[value.result] if isinstance(option, Option) else None
+
+    for index, site in enumerate(space.sites):
+        joined = False
+        if site.kind == "op" and site.op is not None and site.op.operands:
+            sources = [producers[index, k] for k in range(len(site.op.operands))]
+            origins = {group_of.get(value.op, -1) for values in sources for value in values}
+            single = all(len(values) == 1 for values in sources) and len(origins) == 1 and -1 not in origins
+            alike = single and all(space.sites[v.op].count == site.count for vs in sources for v in vs)
+            if alike and all(space.sites[v.op].kind == "op" for vs in sources for v in vs):
+                joined = _try_join(space, index, choices[index], next(iter(origins)), groups, rows, sources, layout_of)
+                if joined:
+                    group_of[index] = next(iter(origins))
+        if not joined:
+            group_of[index] = len(groups)
+            groups.append([index])
+            rows.append([(i,) for i in choices[index]])
+    return tuple(map(tuple, groups)), tuple(map(tuple, rows))
+
+
+def _try_join(space, index, options, group, groups, rows, sources, layout_of) -> bool:  # type: ignore[no-untyped-def]
+    """Append the site to the group where each of the group's options leaves it exactly one of its own."""
+    site = space.sites[index]
+    by_operands: dict[tuple[Layout, ...], list[int]] = defaultdict(list)
+    for i in options:
+        by_operands[site.options[i].operands].append(i)
+    values = [next(iter(vs)) for vs in sources]
+    extended = []
+    for row in rows[group]:
+        given = tuple(layout_of(value, group, row) for value in values)
+        fitting = by_operands.get(given, [])
+        if len(fitting) != 1:
+            return False
+        extended.append((*row, fitting[0]))
+    rows[group] = extended
+    groups[group].append(index)
+    return True
+
+
+# -- flows -------------------------------------------------------------------------------------------------------------
+
+
+class _States:
+    """Numbers layouts (or stored options) as they come."""
+
+    def __init__(self) -> None:
+        self.index: dict[object, int] = {}
+
+    def __call__(self, state: object) -> int:
+        return self.index.setdefault(state, len(self.index))
+
+
+def _asked(space: Space, port: Port, option_index: int) -> Layout | StoredOption:
+    option = space.sites[port.site].options[option_index]
+    if isinstance(option, Option):
+        return option.operands[port.operand]
+    return option if port.stores else option.layout
+
+
+def _given(space: Space, value: Value, option_index: int) -> Layout | StoredOption:
+    option = space.sites[value.op].options[option_index]
+    return option.results[value.result] if isinstance(option, Option) else option
+
+
+def _flows(
+    space: Space,
+    wire: Wire,
+    where: Mapping[int, tuple[int, int]],
+    table: Sequence[Sequence[tuple[int, ...]]],
+) -> list[Flow]:
+    """Stored tensors are gathered for forward and again for backward; other values are converted once and kept."""
+    stored = space.sites[wire.value.op].kind == "stored"
+    phases = ("forward", "backward") if stored else ("",)
+    flows = []
+    for phase in phases:
+        ports = [port for port in wire.ports if not phase or port.phase == phase]
+        if ports:
+            flow = _flow(space, wire, ports, where, table)
+            if flow is not None:
+                flows.append(flow)
+    return flows
+
+
+def _flow(
+    space: Space,
+    wire: Wire,
+    ports: Sequence[Port],
+    where: Mapping[int, tuple[int, int]],
+    table: Sequence[Sequence[tuple[int, ...]]],
+) -> Flow | None:
+    producer, place = where[wire.value.op]
+    given, asked = _States(), _States()
+    states = tuple(given(_given(space, wire.value, row[place])) for row in table[producer])
+    readers = []
+    for port in ports:
+        variable, k = where[port.site]
+        if variable == producer and not port.stores:
+            same = all(_asked(space, port, row[k]) == _given(space, wire.value, row[place]) for row in table[producer])
+            if same:
+                continue
+        readers.append(Reader(variable, tuple(asked(_asked(space, port, row[k])) for row in table[variable])))
+    if not readers:
+        return None
+    cost = tuple(tuple(_conversion_s(space, wire.value, p, q) for q in asked.index) for p in given.index)
+    return Flow(producer, states, tuple(readers), cost, wire.count)
+
+
+def conversion(
+    space: Space, value: Value, given: Layout | StoredOption, asked: Layout | StoredOption
+) -> tuple[Step, ...] | None:
+    """The steps that bring a value from what its producer gives to what a reader asks for."""
+    if isinstance(asked, StoredOption):
+        layout = given.layout if isinstance(given, StoredOption) else given
+        return gradient_steps(space, value, layout, asked)
+    if isinstance(given, StoredOption):
+        return storage_steps(space, value, given, given.layout, asked)
+    return steps(space.shape_of(value), space.itemsize_of(value), given, asked, space.topology)
+
+
+def _conversion_s(space: Space, value: Value, given: object, asked: object) -> float:
+    path = conversion(space, value, given, asked)  # type: ignore[arg-type]
+    return math.inf if path is None else reshard_s(path)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def held_values(space: Space) -> frozenset[Value]:
+    """Forward values that stay in memory for backward.
+
+    A value that backward reads is kept, unless it is computed again cheaply (pointwise, a view) from values that are
+    kept anyway.
+    """
+    read_backward = {
+        wire.value
+        for wire in space.wires
+        if _is_forward_value(space, wire.value) and any(port.phase == "backward" for port in wire.ports)
+    }
+    sources: dict[int, list[Value]] = defaultdict(list)
+    for wire in space.wires:
+        for port in wire.ports:
+            sources[port.site].append(wire.value)
+    held: set[Value] = set()
+    available: set[int] = {i for i, site in enumerate(space.sites) if site.kind in ("stored", "given")}
+    for index, site in enumerate(space.sites):
+        if site.kind != "op" or site.phase != "forward":
+            continue
+        assert site.call is not None
+        cheap = site.call.target in VIEWS or torch.Tag.pointwise in getattr(site.call.target, "tags", ())
+        if cheap and all(value.op in available for value in sources[index]):
+            available.add(index)
+            continue
+        for result in range(len(site.call.results)):
+            if Value(index, result) in read_backward:
+                held.add(Value(index, result))
+                available.add(index)
+    return frozenset(held)
+
+
+def _is_forward_value(space: Space, value: Value) -> bool:
+    site = space.sites[value.op]
+    return site.kind == "op" and site.phase == "forward"
+
+
+def _hold(
+    space: Space,
+    wire: Wire,
+    where: Mapping[int, tuple[int, int]],
+    table: Sequence[Sequence[tuple[int, ...]]],
+) -> Hold | None:
+    states = _States()
+    readers = []
+    for port in wire.ports:
+        if port.phase != "backward":
+            continue
+        variable, k = where[port.site]
+        readers.append(Reader(variable, tuple(states(_asked(space, port, row[k])) for row in table[variable])))
+    if not readers:
+        return None
+    shape, itemsize, sizes = space.shape_of(wire.value), space.itemsize_of(wire.value), space.topology.sizes
+
+    def state_bytes(state: object) -> float:
+        layout = state.layout if isinstance(state, StoredOption) else state
+        plain = tuple(Replicate() if isinstance(p, Partial) else p for p in layout)  # type: ignore[attr-defined]
+        return float(math.prod(local_shape(shape, plain, sizes)) * itemsize)
+
+    return Hold(tuple(readers), tuple(state_bytes(state) for state in states.index), wire.count)

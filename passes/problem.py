@@ -1,0 +1,70 @@
+"""The solver's problem in numbers alone, and what a choice costs.
+
+Each *variable* picks one of its options. An option has a price in seconds and bytes of its own. Tensors run along
+*flows*: one producer, several readers; the producer's option gives the tensor's state, each reader's option asks for
+one, and every state that is asked for and not the producer's own is paid for once, however many readers ask.
+A *hold* keeps tensors in memory for backward: each state that a reader asks for is paid in bytes, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A variable that reads a tensor; `states[i]` is the state its option i asks for."""
+
+    variable: int
+    states: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """`count` alike tensors from one variable to its readers.
+
+    `states[i]` is what the producer's option i gives; `cost_s[p][q]` the seconds from state p to q, inf where there is
+    no way. States of producer and readers are numbered apart.
+    """
+
+    producer: int
+    states: tuple[int, ...]
+    readers: tuple[Reader, ...]
+    cost_s: tuple[tuple[float, ...], ...]
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Hold:
+    """`count` alike tensors kept for backward readers, in each state they ask for."""
+
+    readers: tuple[Reader, ...]
+    state_bytes: tuple[float, ...]
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Pick one option per variable at the least seconds, with all bytes within `budget_bytes`."""
+
+    option_s: tuple[tuple[float, ...], ...]
+    option_bytes: tuple[tuple[float, ...], ...]
+    flows: tuple[Flow, ...]
+    holds: tuple[Hold, ...] = ()
+    budget_bytes: float = math.inf
+
+
+def evaluate(problem: Problem, picks: Sequence[int]) -> tuple[float, float]:
+    """Seconds and bytes of `picks`, one option index per variable."""
+    seconds = sum(costs[i] for costs, i in zip(problem.option_s, picks, strict=True))
+    size = sum(costs[i] for costs, i in zip(problem.option_bytes, picks, strict=True))
+    for flow in problem.flows:
+        given = flow.states[picks[flow.producer]]
+        asked = {reader.states[picks[reader.variable]] for reader in flow.readers}
+        seconds += flow.count * sum(flow.cost_s[given][state] for state in asked)
+    for hold in problem.holds:
+        kept = {reader.states[picks[reader.variable]] for reader in hold.readers}
+        size += hold.count * sum(hold.state_bytes[state] for state in kept)
+    return seconds, size

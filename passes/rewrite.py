@@ -1,0 +1,204 @@
+"""Program + decisions -> one rank's program, with explicit collectives.
+
+Every rank runs the same graph; what it has to know of itself comes in as its mesh coordinates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from costmodel.layout import Layout
+from passes.dims import is_getitem, value_of
+from passes.emit import Emitter, emit_steps
+from passes.itinerary import Move, Run, itinerary, returned
+from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
+from passes.localize import LocalOp, run_locally
+from passes.price import option_local_shapes
+from passes.rules.call import operand_nodes
+from passes.space import Space
+from passes.strategies import Option, StoredOption
+
+aten = torch.ops.aten
+
+Where = Layout | StoredOption
+
+
+def rewrite(space: Space, assignment: Sequence[int]) -> LocalProgram:
+    """One rank's program when site i of `space` takes option `assignment[i]`."""
+    return _Rewriter(space, assignment).program()
+
+
+class _Rewriter:
+    """The local graph under construction; `env` finds a global node's local part by its layout."""
+
+    def __init__(self, space: Space, assignment: Sequence[int]) -> None:
+        self.space = space
+        self.assignment = assignment
+        self.root = torch.nn.Module()
+        self.emit = Emitter(fx.Graph(), FakeTensorMode(allow_non_fake_inputs=True), space.topology)
+        self.env: dict[tuple[fx.Node, str, Where], fx.Node] = {}
+        self.source_of: dict[fx.Node, fx.Node] = {}
+        self.picked: dict[tuple[fx.Node, int], fx.Node] = {}
+
+    def program(self) -> LocalProgram:
+        space = self.space
+        inputs = self._placeholders()
+        for item in itinerary(space, self.assignment):
+            if isinstance(item, Move):
+                self._move(item)
+            else:
+                self._run(item)
+        outputs, values = self._outputs()
+        self.emit.graph.output(tuple(values))
+        graph = fx.GraphModule(self.root, self.emit.graph)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        axes = tuple((axis.name, axis.size) for axis in space.topology.axes)
+        return LocalProgram(graph, inputs, outputs, axes, space.program)
+
+    # -- inputs --------------------------------------------------------------------------------------------------------
+
+    def _placeholders(self) -> tuple[LocalInput, ...]:
+        space, emit = self.space, self.emit
+        sizes = space.topology.sizes
+        found: list[LocalInput] = []
+        placed: list[tuple[fx.Node, fx.Node, StoredOption]] = []
+        nodes = space.program.graph.graph.find_nodes(op="placeholder")
+        for node, given in zip(nodes, space.program.inputs, strict=True):
+            option = self._option(node)
+            assert isinstance(option, StoredOption)
+            value = node.meta["val"]
+            shape = option.storage.padded_shape(sizes)
+            local = emit.placeholder(node.name, shape, value.dtype)
+            found.append(LocalInput(given.kind, given.name, option.storage))
+            placed.append((node, local, option))
+        scalar = Storage((), (None,) * len(sizes))
+        emit.coordinates = tuple(
+            emit.placeholder(f"coordinate_{axis.name}", (), torch.int64) for axis in space.topology.axes
+        )
+        found += [LocalInput("coordinate", axis.name, scalar) for axis in space.topology.axes]
+        for node in space.program.graph.graph.find_nodes(op="get_attr"):
+            value = getattr(space.program.graph, str(node.target))
+            setattr(self.root, str(node.target), value)
+            local = emit.graph.get_attr(str(node.target))
+            local.meta.update(node.meta)
+            with emit.mode:
+                local.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+            option = self._option(node)
+            placed.append((node, local, option))  # type: ignore[arg-type]
+        for (node, local, option), given in zip(placed, [*space.program.inputs, *[None] * len(placed)], strict=False):
+            if given is not None and given.kind == "tangent":
+                local = self._averaged(node, local, given.batch_dim)
+            self._put(node, option if space.sites[space.folding.of[node]].kind == "stored" else option.layout, local)
+        return tuple(found)
+
+    def _averaged(self, node: fx.Node, local: fx.Node, batch_dim: int | None) -> fx.Node:
+        """A tangent of this rank's own loss: the ranks' losses are averaged."""
+        ways = math.prod(self.space.topology.sizes[axis] for axis in self.space.batch_axes)
+        if self.space.program.has_loss or ways == 1:
+            return local
+        self.emit.meta = {"phase": "backward", "module": "", "source": ""}
+        return self.emit.call(aten.div.Tensor, local, ways)
+
+    # -- body ----------------------------------------------------------------------------------------------------------
+
+    def _option(self, node: fx.Node) -> Option | StoredOption:
+        site = self.space.folding.of[node]
+        return self.space.sites[site].options[self.assignment[site]]
+
+    def _put(self, node: fx.Node, where: Where, local: fx.Node, era: str = "") -> None:
+        self.env[node, era, where] = local
+
+    def _get(self, node: fx.Node, where: Where, phase: str) -> fx.Node:
+        node = self.source_of.get(node, node)
+        for era in (phase, ""):
+            if (node, era, where) in self.env:
+                return self.env[node, era, where]
+        for (other, _, there), local in self.env.items():  # a stored tensor that nothing splits
+            if other is node and isinstance(there, StoredOption) and there.layout == where:
+                return local
+        raise AssertionError(f"{node.name}: nothing brought it to {where}")
+
+    def _meta(self, node: fx.Node, phase: str) -> None:
+        self.emit.meta = {
+            "phase": phase,
+            "module": node.meta.get("module", ""),
+            "source": node.meta.get("source", ""),
+        }
+
+    def _move(self, move: Move) -> None:
+        local = self._get(move.value, move.source, "")
+        self._meta(move.reader or move.value, move.phase)
+        value = value_of(move.value, self.space.folding)
+        site = self.space.sites[value.op]
+        dims = site.op.results[value.result] if site.op is not None else site.dims
+        stored = next((x for x in (move.source, move.target) if isinstance(x, StoredOption)), None)
+        computed = stored.storage.computed_shape(self.space.topology.sizes) if stored else ()
+        moved = emit_steps(self.emit, local, move.steps, dims, computed[0] if computed else 1)
+        self._put(move.value, move.target, moved, move.era)
+
+    def _run(self, run: Run) -> None:
+        site = self.space.sites[run.site]
+        assert site.call is not None
+        assert site.op is not None
+        phase = run.node.meta.get("phase", "forward")
+        operands = tuple(
+            self._get(operand, layout, phase)
+            for operand, layout in zip(operand_nodes(run.node), run.option.operands, strict=True)
+        )
+        self._meta(run.node, phase)
+        _, results = option_local_shapes(site, run.option, self.space.topology.sizes)
+        op = LocalOp(
+            self.emit,
+            run.node,
+            site.call,
+            site.op,
+            operands,
+            run.option.operands,
+            run.option.results,
+            tuple(results),
+        )
+        local = run_locally(op)
+        self._check(run.node, local, results)
+        if isinstance(run.node.meta["val"], list | tuple):
+            self._pick_results(run, local)
+        else:
+            self._put(run.node, run.option.results[0], local)
+
+    def _pick_results(self, run: Run, local: fx.Node) -> None:
+        for user in run.node.users:
+            if is_getitem(user):
+                first = self.picked.setdefault((run.node, user.args[1]), user)  # type: ignore[arg-type]
+                self.source_of[user] = first
+                if first is user:
+                    part = self.emit.call(user.target, local, user.args[1])
+                    self._put(user, run.option.results[user.args[1]], part)  # type: ignore[index]
+
+    def _check(self, node: fx.Node, local: fx.Node, shapes: Sequence[tuple[int, ...]]) -> None:
+        values = local.meta["val"]
+        for value, shape in zip(values if isinstance(values, list | tuple) else [values], shapes, strict=True):
+            if isinstance(value, torch.Tensor) and tuple(value.shape) != shape:
+                raise AssertionError(f"{node.name} ({node.target}): local shape {tuple(value.shape)}, planned {shape}")
+
+    # -- outputs -------------------------------------------------------------------------------------------------------
+
+    def _outputs(self) -> tuple[tuple[LocalOutput, ...], list[Any]]:
+        program = self.space.program
+        leaving = {item.index: item for item in returned(self.space, self.assignment)}
+        found, values = [], []
+        nodes = program.graph.graph.output_node().args[0]
+        for index, (out, node) in enumerate(zip(program.outputs, nodes, strict=True)):  # type: ignore[arg-type]
+            item = leaving.get(index)
+            if item is None:
+                found.append(LocalOutput(out.kind, out.name, Storage((), (None,) * len(self.space.topology.axes))))
+                values.append(node)
+                continue
+            found.append(LocalOutput(out.kind, out.name, item.option.storage))
+            values.append(self._get(item.node, item.target, item.phase))
+        return tuple(found), values

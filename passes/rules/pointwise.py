@@ -1,0 +1,79 @@
+"""Pointwise ops: every dim is a factor; operands broadcast from the right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from passes.rules.call import Call, Operand
+from passes.rules.form import Form, FormBuilder
+from passes.rules.table import POINTWISE, rule
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+_SUMS = {aten.add.Tensor, aten.sub.Tensor}
+_PRODUCTS = {aten.mul.Tensor}
+_COPIES = {
+    aten.neg.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten._to_copy.default,
+    prims.convert_element_type.default,
+    aten._conj.default,
+    aten.mul.Scalar,
+    aten.div.Scalar,
+}
+
+
+def broadcast_form(call: Call, linear: Iterable[Iterable[int]] = ()) -> Form:
+    """Form of an op whose results all have the operands' broadcast shape."""
+    shape = next(result.shape for result in call.results if result is not None)
+    build = FormBuilder()
+    dims = build.dims(shape)
+    operands = []
+    for operand in call.operands:
+        skip = len(shape) - len(operand.shape)
+        operands.append(tuple(dims[skip + i] if size > 1 else () for i, size in enumerate(operand.shape)))
+    return build.form(operands, [dims if result else () for result in call.results], linear)
+
+
+def _is_float(call: Call) -> bool:
+    return all(facts.dtype.is_floating_point for facts in (*call.operands, *filter(None, call.results)))
+
+
+def pointwise(call: Call) -> Form:
+    """Any pointwise op, and in which operands it is linear."""
+    linear: list[list[int]] = []
+    tensors = range(len(call.operands))
+    if _is_float(call):
+        if call.target in _SUMS:
+            if isinstance(call.get("other"), Operand):
+                linear = [list(tensors)]
+        elif call.target in _PRODUCTS:
+            linear = [[i] for i in tensors]
+        elif call.target is aten.div.Tensor or call.target in _COPIES:
+            linear = [[0]]
+    if call.target is aten.where.self and all(facts.dtype.is_floating_point for facts in call.operands[1:]):
+        linear = [[1, 2]]
+    if call.target is aten.masked_fill.Scalar and call.get("value") == 0:
+        linear = [[0]]
+    return broadcast_form(call, linear)
+
+
+POINTWISE.append(pointwise)
+rule(
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten._to_copy.default,
+    prims.convert_element_type.default,
+    aten.where.self,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.lift_fresh_copy.default,
+    aten.bernoulli.p,
+)(pointwise)

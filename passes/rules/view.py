@@ -1,0 +1,177 @@
+"""Views and copies that move dims: each element keeps its value."""
+
+from __future__ import annotations
+
+import torch
+
+from passes.rules.call import Call
+from passes.rules.form import Dims, Form, FormBuilder, view_dims
+from passes.rules.table import rule
+
+aten = torch.ops.aten
+
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+
+
+def _shapes(call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    result = call.results[0]
+    assert result is not None
+    return call.operands[0].shape, result.shape
+
+
+@rule(*RESHAPES)
+def _reshape(call: Call) -> Form:
+    build = FormBuilder()
+    source, target = view_dims(build, *_shapes(call))
+    return build.form([source], [target], [[0]])
+
+
+@rule(aten.t.default)
+def _t(call: Call) -> Form:
+    build = FormBuilder()
+    dims = build.dims(call.operands[0].shape)
+    return build.form([dims], [dims[::-1]], [[0]])
+
+
+@rule(aten.transpose.int)
+def _transpose(call: Call) -> Form:
+    build = FormBuilder()
+    dims = build.dims(call.operands[0].shape)
+    moved = list(dims)
+    if dims:
+        a, b = call.get("dim0"), call.get("dim1")
+        moved[a], moved[b] = moved[b], moved[a]
+    return build.form([dims], [tuple(moved)], [[0]])
+
+
+@rule(aten.permute.default)
+def _permute(call: Call) -> Form:
+    build = FormBuilder()
+    dims = build.dims(call.operands[0].shape)
+    return build.form([dims], [tuple(dims[d] for d in call.get("dims"))], [[0]])
+
+
+@rule(
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+)
+def _size_one_dims(call: Call) -> Form:
+    source, target = _shapes(call)
+    build = FormBuilder()
+    dims = build.dims(source)
+    kept = iter([dim for dim in dims if dim])
+    return build.form([dims], [tuple(next(kept) if size > 1 else () for size in target)], [[0]])
+
+
+@rule(aten.expand.default)
+def _expand(call: Call) -> Form:
+    source, target = _shapes(call)
+    build = FormBuilder()
+    dims = build.dims(target)
+    skip = len(target) - len(source)
+    return build.form([tuple(dims[skip + i] if s > 1 else () for i, s in enumerate(source))], [dims], [[0]])
+
+
+def _cut(call: Call, result: Dims | None = None) -> Form:
+    """Dims whose size changes are whole; the others keep their factor."""
+    source, target = _shapes(call)
+    build = FormBuilder()
+    dims = tuple(build.factor(a, whole=a != b) for a, b in zip(source, target, strict=True))
+    made = tuple(d if a == b else build.factor(b, whole=True) for d, a, b in zip(dims, source, target, strict=True))
+    return build.form([dims], [made], [[0]])
+
+
+@rule(aten.slice.Tensor)
+def _slice(call: Call) -> Form:
+    return _cut(call)
+
+
+@rule(aten.constant_pad_nd.default)
+def _pad(call: Call) -> Form:
+    form = _cut(call)
+    return form if not call.get("value", 0) else Form(form.operands, form.results, form.sizes, form.whole)
+
+
+@rule(aten.select.int)
+def _select(call: Call) -> Form:
+    source = call.operands[0].shape
+    dim = call.get("dim") % len(source)
+    build = FormBuilder()
+    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(source))
+    return build.form([dims], [dims[:dim] + dims[dim + 1 :]], [[0]])
+
+
+@rule(aten.slice_backward.default)
+def _slice_backward(call: Call) -> Form:
+    return _cut(call)
+
+
+@rule(aten.select_backward.default)
+def _select_backward(call: Call) -> Form:
+    _, target = _shapes(call)
+    dim = call.get("dim") % len(target)
+    build = FormBuilder()
+    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(target))
+    return build.form([dims[:dim] + dims[dim + 1 :]], [dims], [[0]])
+
+
+@rule(aten.cat.default)
+def _cat(call: Call) -> Form:
+    result = call.results[0]
+    assert result is not None
+    dim = call.get("dim", 0) % len(result.shape)
+    build = FormBuilder()
+    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(result.shape))
+    operands = []
+    for operand in call.operands:
+        if operand.shape == (0,):
+            operands.append(((),))
+            continue
+        part = build.factor(operand.shape[dim], whole=True)
+        operands.append(dims[:dim] + (part,) + dims[dim + 1 :])
+    return build.form(operands, [dims], [range(len(operands))])
+
+
+@rule(aten.stack.default)
+def _stack(call: Call) -> Form:
+    result = call.results[0]
+    assert result is not None
+    dim = call.get("dim", 0) % len(result.shape)
+    build = FormBuilder()
+    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(result.shape))
+    return build.form([dims[:dim] + dims[dim + 1 :]] * len(call.operands), [dims], [range(len(call.operands))])
+
+
+@rule(aten.repeat.default)
+def _repeat(call: Call) -> Form:
+    source, target = _shapes(call)
+    build = FormBuilder()
+    skip = len(target) - len(source)
+    made: list[tuple[int, ...]] = [build.factor(size) for size in target[:skip]]
+    operand = []
+    for a, b in zip(source, target[skip:], strict=True):
+        copies = build.factor(b // a) if a else ()
+        inner = build.factor(a)
+        operand.append(inner)
+        made.append(copies + inner)
+    return build.form([tuple(operand)], [tuple(made)], [[0]])
+
+
+@rule(aten.slice_scatter.default)
+def _slice_scatter(call: Call) -> Form:
+    whole, part = call.operands[0].shape, call.operands[1].shape
+    build = FormBuilder()
+    dims = tuple(build.factor(a, whole=a != b) for a, b in zip(whole, part, strict=True))
+    inner = tuple(d if a == b else build.factor(b, whole=True) for d, a, b in zip(dims, whole, part, strict=True))
+    return build.form([dims, inner], [dims], [[0, 1]])
+
+
+@rule(aten.select_scatter.default)
+def _select_scatter(call: Call) -> Form:
+    shape = call.operands[0].shape
+    dim = call.get("dim") % len(shape)
+    build = FormBuilder()
+    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(shape))
+    return build.form([dims, dims[:dim] + dims[dim + 1 :]], [dims], [[0, 1]])

@@ -1,0 +1,136 @@
+"""Options: the ways to lay one op out over the whole mesh.
+
+A mesh axis either leaves an op alone, splits one of its leaves, or lets partial sums flow through one of its linear
+groups. An option is one such choice per axis; what it asks of the operands and gives for the results follows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from costmodel.layout import Layout, Partial, Placement, Replicate, Shard
+from passes.dims import ExpandedOp, expanded_shape
+from passes.local import DimShard, Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """Layouts (on expanded dims) that an op asks of its operands and gives to its results.
+
+    `splits`: per axis, the index of the op's leaf that it splits, or None.
+    """
+
+    operands: tuple[Layout, ...]
+    results: tuple[Layout, ...]
+    splits: tuple[int | None, ...]
+
+
+def op_options(op: ExpandedOp, axis_sizes: Sequence[int]) -> tuple[Option, ...]:
+    """Every way to lay `op` out; the first one leaves it whole on every axis."""
+    none = -1
+    leaves = len(op.leaves)
+    per_axis = [
+        [
+            none,
+            *(i for i, leaf in enumerate(op.leaves) if leaf.size % size == 0),
+            *range(leaves, leaves + len(op.linear)),
+        ]
+        for size in axis_sizes
+    ]
+    options: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], Option] = {}
+    for choices in product(*per_axis):
+        if not _divides(op, choices, axis_sizes):
+            continue
+        operands = [_placements(op, choices, k, operand=True) for k in range(len(op.operands))]
+        results = [_placements(op, choices, r, operand=False) for r in range(len(op.results))]
+        splits = tuple(c if 0 <= c < leaves else None for c in choices)
+        options.setdefault((tuple(operands), tuple(results)), Option(tuple(operands), tuple(results), splits))
+    return tuple(options.values())
+
+
+def _divides(op: ExpandedOp, choices: Sequence[int], axis_sizes: Sequence[int]) -> bool:
+    for i in set(choices):
+        if 0 <= i < len(op.leaves):
+            parts = math.prod(size for choice, size in zip(choices, axis_sizes, strict=True) if choice == i)
+            if op.leaves[i].size % parts:
+                return False
+    return True
+
+
+def _placements(op: ExpandedOp, choices: Sequence[int], index: int, *, operand: bool) -> Layout:
+    placed: list[Placement] = []
+    for choice in choices:
+        if choice < 0:
+            placed.append(Replicate())
+        elif choice < len(op.leaves):
+            leaf = op.leaves[choice]
+            place = (leaf.operands if operand else leaf.results)[index]
+            if place is not None:
+                placed.append(Shard(place))
+            elif operand:
+                placed.append(Replicate())
+            else:
+                assert leaf.reduce is not None
+                placed.append(Partial(leaf.reduce))
+        else:
+            flows = not operand or index in op.linear[choice - len(op.leaves)]
+            placed.append(Partial() if flows else Replicate())
+    return tuple(placed)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOption:
+    """A way to store a parameter: what it is computed from (`layout`, on expanded dims) and its `Storage`."""
+
+    layout: Layout
+    storage: Storage
+
+
+def leading_places(dims: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """(dim, position of its outermost atom in the expanded shape), for dims that have one."""
+    places, offset = [], 0
+    for dim, sizes in enumerate(dims):
+        if sizes:
+            places.append((dim, offset))
+        offset += len(sizes)
+    return tuple(places)
+
+
+def stored_options(dims: Sequence[Sequence[int]], axis_sizes: Sequence[int]) -> tuple[StoredOption, ...]:
+    """Ways to store a tensor whose dims consist of atoms of these sizes.
+
+    On each axis it is replicated, split along a dim for computation, or kept in dim-0 chunks to be gathered for use.
+    Splits follow the outermost atom of a dim, so that every rank stores one contiguous box (checkpoints need that).
+    """
+    shape = tuple(math.prod(sizes) for sizes in dims)
+    expanded = expanded_shape(dims)
+    places = leading_places(dims)
+    state, whole = (-2, -2), (-1, -1)
+    choices = [whole, *places, *([state] if places and places[0][0] == 0 else [])]
+    options = []
+    for picks in product(choices, repeat=len(axis_sizes)):
+        layout: Layout = tuple(Shard(place) if dim >= 0 else Replicate() for dim, place in picks)
+        if any(
+            expanded[place] % math.prod(s for pick, s in zip(picks, axis_sizes, strict=True) if pick == (dim, place))
+            for dim, place in set(picks)
+            if dim >= 0
+        ):
+            continue
+        shards = tuple(DimShard(dim) if dim >= 0 else None for dim, _ in picks)
+        state_axes = tuple(axis for axis, pick in enumerate(picks) if pick == state)
+        options.append(StoredOption(layout, Storage(shape, shards, state_axes)))
+    return tuple(options)
+
+
+def plain_layouts(dims: Sequence[Sequence[int]], axis_sizes: Sequence[int]) -> tuple[StoredOption, ...]:
+    """Layouts a tensor can be handed to the user in: each axis replicates it or splits a dim evenly."""
+    return tuple(option for option in stored_options(dims, axis_sizes) if not option.storage.state_axes)
+
+
+def expanded_layout(storage: Storage, dims: Sequence[Sequence[int]]) -> Layout:
+    """The layout, on expanded dims, of a tensor stored so with its state axes gathered."""
+    places = dict(leading_places(dims))
+    return tuple(Replicate() if shard is None else Shard(places[shard.dim]) for shard in storage.shards)

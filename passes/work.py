@@ -1,0 +1,104 @@
+"""What a rank computes for one op: an op on local shapes as the cost model's `Work`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from costmodel.compute import Work, attention, matmul
+from passes.rules.call import Call
+from passes.rules.view import RESHAPES
+
+aten = torch.ops.aten
+
+VIEWS = {
+    *RESHAPES,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.slice.Tensor,
+    aten.select.int,
+}
+"""Ops that move nothing: layouts of one buffer. (A reshape that must copy is priced where it is fused: at its reader.)"""
+
+_GATHERS = {aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default}
+_SCATTERS = {aten.embedding_dense_backward.default, aten.scatter_add.default, aten.index_put.default}
+_FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
+_FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_FUSED_SHARE = 0.5
+"""Share of a pointwise op's traffic that is left when Inductor fuses it with its neighbours: of a read and a write per
+op, a chain of three or more keeps about one in two."""
+
+Shape = tuple[int, ...]
+
+
+def _bytes(shape: Shape, dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape]) -> Work:
+    """`call` on one rank, its tensors having these local shapes."""
+    read = sum(_bytes(shape, facts.dtype) for shape, facts in zip(operands, call.operands, strict=True))
+    facts = [facts for facts in call.results if facts is not None]
+    written = sum(
+        _bytes(shape, fact.dtype) for shape, fact in zip(results, call.results, strict=True) if fact is not None
+    )
+    dtype = dtype_text(facts[0].dtype) if facts else "float32"
+    item = facts[0].dtype.itemsize if facts else 4
+    target = call.target
+    if target in VIEWS:
+        return Work(0, 0, 0, "view", dtype)
+    if target is aten.mm.default:
+        (m, k), (_, n) = operands
+        return matmul(m, n, k, dtype=dtype, item_bytes=item)
+    if target is aten.addmm.default:
+        (m, k), (_, n) = operands[1:]
+        return matmul(m, n, k, dtype=dtype, item_bytes=item)
+    if target is aten.bmm.default:
+        (b, m, k), (_, _, n) = operands
+        return matmul(m, n, k, batch=b, dtype=dtype, item_bytes=item)
+    if target in (_FLASH, _FLASH_BACKWARD):
+        q, k = (operands[0], operands[1]) if target is _FLASH else (operands[1], operands[2])
+        return attention(
+            q[0],
+            q[1],
+            q[2],
+            k[2],
+            q[3],
+            kv_heads=k[1],
+            causal=bool(call.get("is_causal", False)),
+            backward=target is _FLASH_BACKWARD,
+            dtype=dtype,
+            item_bytes=item,
+        )
+    elements = max([math.prod(shape) for shape in (*operands, *results)], default=0)
+    if target in _GATHERS:
+        return Work(0, 2 * written, written, "gather", dtype)
+    if target in _SCATTERS:
+        return Work(0, read, written, "scatter", dtype)
+    if torch.Tag.pointwise in getattr(target, "tags", ()):
+        return Work(0, _FUSED_SHARE * read, _FUSED_SHARE * written, "pointwise", dtype)
+    if not operands:
+        return Work(0, 0, _FUSED_SHARE * written, "pointwise", dtype)
+    if "sum" in str(target) or "amax" in str(target) or "norm" in str(target) or "softmax" in str(target):
+        return Work(elements, read, written, "reduction", dtype)
+    if "convolution" in str(target):
+        weight = operands[1] if len(operands) > 1 else ()
+        return Work(2.0 * math.prod(results[0]) * math.prod(weight[1:]), read, written, "matmul", dtype)
+    if target in (aten.clone.default, aten.cat.default, aten.constant_pad_nd.default, aten.slice_backward.default):
+        return Work(0, read, written, "copy", dtype)
+    return Work(elements, read, written, "unknown", dtype)

@@ -1,0 +1,72 @@
+"""The solver against brute force on small random problems."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import product
+
+import pytest
+
+from passes.errors import NoFeasiblePlanError
+from passes.problem import Flow, Hold, Problem, Reader
+from passes.solve import solve
+
+
+def random_problem(seed: int) -> Problem:
+    rng = random.Random(seed)
+    variables = rng.randint(2, 6)
+    counts = [rng.randint(1, 4) for _ in range(variables)]
+    seconds = tuple(tuple(rng.choice([0.0, rng.random()]) for _ in range(n)) for n in counts)
+    sizes = tuple(tuple(float(rng.randint(0, 9)) for _ in range(n)) for n in counts)
+    flows, holds = [], []
+    for producer in range(variables - 1):
+        readers = tuple(
+            Reader(v, tuple(rng.randrange(3) for _ in range(counts[v])))
+            for v in rng.choices(range(producer + 1, variables), k=rng.randint(1, 3))
+        )
+        cost = tuple(
+            tuple(0.0 if rng.random() < 0.3 else math.inf if rng.random() < 0.1 else rng.random() for _ in range(3))
+            for _ in range(2)
+        )
+        states = tuple(rng.randrange(2) for _ in range(counts[producer]))
+        flows.append(Flow(producer, states, readers, cost, rng.randint(1, 5)))
+        holds.append(Hold(readers, tuple(float(rng.randint(0, 5)) for _ in range(3)), rng.randint(1, 3)))
+    budget = rng.choice([math.inf, float(rng.randint(5, 60))])
+    return Problem(seconds, sizes, tuple(flows), tuple(holds), budget)
+
+
+def price(problem: Problem, picks: tuple[int, ...]) -> tuple[float, float]:
+    """Cost of `picks`, written without `evaluate`."""
+    seconds, size = 0.0, 0.0
+    for v, i in enumerate(picks):
+        seconds += problem.option_s[v][i]
+        size += problem.option_bytes[v][i]
+    for flow in problem.flows:
+        row = flow.cost_s[flow.states[picks[flow.producer]]]
+        for q in range(len(row)):
+            if any(r.states[picks[r.variable]] == q for r in flow.readers):
+                seconds += flow.count * row[q]
+    for hold in problem.holds:
+        for q, each in enumerate(hold.state_bytes):
+            if any(r.states[picks[r.variable]] == q for r in hold.readers):
+                size += hold.count * each
+    return seconds, size
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_solve_finds_the_cheapest_picks(seed: int) -> None:
+    problem = random_problem(seed)
+    all_picks = product(*(range(len(costs)) for costs in problem.option_s))
+    fitting = [s for s, b in (price(problem, picks) for picks in all_picks) if b <= problem.budget_bytes and s < math.inf]
+    if not fitting:
+        with pytest.raises(NoFeasiblePlanError):
+            solve(problem, gap=0.0)
+        return
+    found = solve(problem, gap=0.0)
+    seconds, size = price(problem, found.picks)
+    assert seconds == pytest.approx(min(fitting), abs=1e-9)
+    assert size <= problem.budget_bytes
+    assert (found.seconds, found.bytes) == pytest.approx((seconds, size))
+    assert found.bound_s <= seconds + 1e-9
+    assert found.gap <= 1e-6
