@@ -1,0 +1,272 @@
+"""One rank's step, ready to run: two callables, forward and backward, compiled or not.
+
+    LocalProgram -retarget-> graph for the mesh's device -split-> forward, backward -Inductor-> callables
+
+A step is captured on fake CPU tensors. For another device, constants that the graph makes move there and attention
+takes that device's kernels. This is the one file that calls Inductor.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import compile as inductor_compile
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from passes.local import LocalProgram
+from passes.partition import Halves, Recompute, split
+
+aten = torch.ops.aten
+Tensors = Sequence[torch.Tensor]
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+# Attention kernels want the mask's rows and the heads' dims to start at multiples of 16 bytes.
+ALIGNED_ELEMENTS = 8
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A step that runs.
+
+    Placeholders are those of the local program without its tangents, in order; `outputs` counts what comes before the
+    saved values: the model's outputs and the new buffers.
+    """
+
+    halves: Halves
+    call_forward: Callable[..., Any]
+    call_backward: Callable[..., Any] | None
+    strides: tuple[tuple[int, ...], ...]
+    """Of every placeholder, tangents last; compiled code relies on them."""
+
+    @property
+    def outputs(self) -> int:
+        """How many values the forward gives before the saved ones."""
+        return self.halves.outputs
+
+    def forward(self, values: Tensors) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]:
+        """Outputs and new buffers, and what `backward` needs of the step: saved placeholders, then saved values."""
+        values = [_laid_out(value, stride) for value, stride in zip(values, self.strides, strict=False)]
+        with torch.no_grad():
+            results = tuple(self.call_forward(*values))
+        inputs = tuple(values[index] for index in self.halves.saved_inputs)
+        return results[: self.outputs], inputs + results[self.outputs :]
+
+    def backward(self, saved: Tensors, tangents: Tensors) -> tuple[Any, ...]:
+        """Gradients, in the order of the program's "gradient" outputs."""
+        if self.call_backward is None:
+            raise ValueError("this program was made without gradients")
+        strides = self.strides[len(self.strides) - len(tangents) :]
+        tangents = [_laid_out(value, stride) for value, stride in zip(tangents, strides, strict=True)]
+        with torch.no_grad():
+            return tuple(self.call_backward(*saved, *tangents))
+
+
+def lower(
+    local: LocalProgram, *, device: torch.device | str = "cpu", compile: bool, recompute: Recompute = "auto"
+) -> Lowered:
+    """Forward and backward of `local` on `device`, through Inductor where `compile`.
+
+    Collectives must already name process groups (`bind_groups`). Every rank makes the same graphs.
+    """
+    device = torch.device(device)
+    local = replace(local, graph=retarget(local.graph, device))
+    halves = split(local, recompute)
+    placeholders = {node.name: node for node in local.graph.graph.find_nodes(op="placeholder")}
+    tangents = [n for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind == "tangent"]
+    ordered = [*(n for n in placeholders.values() if n not in tangents), *tangents]
+    strides = tuple(tuple(node.meta["val"].stride()) for node in ordered)
+    if not compile:
+        return Lowered(halves, halves.forward, halves.backward, strides)
+    forward = _compiled(halves.forward)
+    return Lowered(halves, forward, None if halves.backward is None else _compiled(halves.backward), strides)
+
+
+def _laid_out(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """`value` with the strides that the graph was made for."""
+    if value.stride() == stride or value.numel() <= 1:
+        return value
+    wanted = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device)
+    return wanted.copy_(value)
+
+
+def _compiled(gm: fx.GraphModule) -> Callable[..., Any]:
+    """`gm` through Inductor, for inputs like its placeholders' fake values."""
+    if not any(node.op == "call_function" for node in gm.graph.nodes):
+        return gm
+    with FakeTensorMode():
+        examples: list[Any] = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        return inductor_compile(gm, examples)  # type: ignore[no-any-return]
+
+
+def _fake_like(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+# --- another device ---------------------------------------------------------------------------------------------------
+
+
+def retarget(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """A copy of `gm` that runs on `device`: constants made there, attention by its kernels, fake values renewed.
+
+    On the CPU, a copy as it is.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    moved = fx.GraphModule(gm, graph)
+    for node, original in zip(graph.nodes, gm.graph.nodes, strict=True):
+        node.meta = dict(original.meta)
+    if device.type == "cpu":
+        return moved
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            setattr(moved, node.target, getattr(moved, node.target).to(device))
+        elif node.op == "call_function":
+            _move_constants(node, device)
+    if device.type == "cuda":
+        for node in list(graph.nodes):
+            if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
+                _retarget_attention(graph, node)
+        # Kernels differ in the strides of what they give; a view that was one may need a copy.
+        for node in graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default
+    graph.lint()
+    moved.recompile()
+    _renew_values(moved, device)
+    return moved
+
+
+def _move_constants(node: fx.Node, device: torch.device) -> None:
+    """Makes on `device` what `node` would make on the CPU."""
+
+    def moved(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) and argument.type == "cpu" else argument
+
+    node.args = fx.node.map_aggregate(node.args, moved)
+    node.kwargs = fx.node.map_aggregate(dict(node.kwargs), moved)
+    makes = isinstance(node.target, torch._ops.OpOverload) and not node.all_input_nodes
+    if makes and any(argument.name == "device" for argument in node.target._schema.arguments):  # type: ignore[union-attr]
+        node.kwargs = {**node.kwargs, "device": device}
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The argument `name` of an op's call, or its default."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            if index < len(node.args):
+                return node.args[index]
+            return node.kwargs.get(name, argument.default_value)
+    raise AssertionError(f"{node.target} has no argument {name}")
+
+
+def _retarget_attention(graph: fx.Graph, node: fx.Node) -> None:
+    """Replaces the CPU's flash attention, and its backward, by CUDA's: flash for half precision without a mask, else
+    the memory-efficient kernel."""
+    query, key, value = node.args[:3]
+    mask = _argument(node, "attn_mask")
+    shapes = [operand.meta["val"].shape for operand in (query, key, value)]  # type: ignore[union-attr]
+    dtype = query.meta["val"].dtype  # type: ignore[union-attr]
+    head_dim, value_dim = shapes[0][-1], shapes[2][-1]
+    options = {"scale": _argument(node, "scale")}
+    if options["scale"] is None:
+        options["scale"] = head_dim**-0.5
+    dropout, causal = _argument(node, "dropout_p"), _argument(node, "is_causal")
+    flash = mask is None and dtype in FLASH_DTYPES and head_dim == value_dim and head_dim <= 256
+    backward = [u for u in node.users if u.target is aten._scaled_dot_product_flash_attention_for_cpu_backward.default]
+    if backward:
+        raise AssertionError(f"{node.name}: its backward takes it whole")
+    items = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    backward = [u for u in items[1].users if u is not None] if 1 in items else []
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = graph.call_function(target, args, kwargs)
+        made.meta = {key: value for key, value in position.meta.items() if key != "val"}
+        return made
+
+    def aligned(operand: Any, width: int) -> Any:
+        short = -width % ALIGNED_ELEMENTS
+        return operand if not short else call(aten.constant_pad_nd.default, operand, [0, short], 0.0)
+
+    def narrowed(result: fx.Node, width: int) -> fx.Node:
+        return result if width % ALIGNED_ELEMENTS == 0 else call(aten.slice.Tensor, result, -1, 0, width)
+
+    position = node
+    with graph.inserting_before(node):
+        operands = [aligned(operand, shape[-1]) for operand, shape in zip((query, key, value), shapes, strict=True)]
+        if flash:
+            forward = call(
+                aten._scaled_dot_product_flash_attention.default, *operands, dropout, causal, False, **options
+            )
+            picks = (0, 1, 6, 7)
+        else:
+            if mask is not None:
+                mask = _mask(call, mask, (*shapes[0][:3], shapes[1][2]), dtype)
+            forward = call(
+                aten._scaled_dot_product_efficient_attention.default,
+                *operands, mask, bool(backward), dropout, causal, **options,
+            )  # fmt: skip
+            picks = (0, 1, 2, 3)
+        output, logsumexp, seed, offset = (call(operator.getitem, forward, pick) for pick in picks)
+        result = narrowed(output, value_dim)
+    items[0].replace_all_uses_with(result)
+    for position in backward:
+        with graph.inserting_before(position):
+            gradient = aligned(position.args[0], value_dim)
+            if flash:
+                made = call(
+                    aten._scaled_dot_product_flash_attention_backward.default,
+                    gradient, *operands, output, logsumexp, None, None, shapes[0][2], shapes[1][2],
+                    dropout, causal, seed, offset, **options,
+                )  # fmt: skip
+            else:
+                made = call(
+                    aten._scaled_dot_product_efficient_attention_backward.default,
+                    gradient, *operands, mask, output, logsumexp, seed, offset,
+                    dropout, [True, True, True, False], causal, **options,
+                )  # fmt: skip
+            for user in list(position.users):
+                index: Any = user.args[1]
+                with graph.inserting_before(user):
+                    user.replace_all_uses_with(narrowed(call(operator.getitem, made, index), shapes[index][-1]))
+                graph.erase_node(user)
+        graph.erase_node(position)
+    for item in items.values():
+        graph.erase_node(item)
+    graph.erase_node(node)
+
+
+def _mask(call: Callable[..., fx.Node], mask: Any, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
+    """`mask` as the memory-efficient kernel takes it: added to the scores, its rows aligned, of the scores' `shape`."""
+    keys = mask.meta["val"].shape[-1]
+    if mask.meta["val"].dtype == torch.bool:
+        zero = call(aten.scalar_tensor.default, 0.0, dtype=dtype, device=mask.meta["val"].device)
+        never = call(aten.scalar_tensor.default, float("-inf"), dtype=dtype, device=mask.meta["val"].device)
+        mask = call(aten.where.self, mask, zero, never)
+    if short := -keys % ALIGNED_ELEMENTS:
+        mask = call(aten.constant_pad_nd.default, mask, [0, short], 0.0)
+        mask = call(aten.slice.Tensor, mask, -1, 0, keys)
+    return call(aten.expand.default, mask, list(shape))
+
+
+def _renew_values(gm: fx.GraphModule, device: torch.device) -> None:
+    """Computes the nodes' fake values again, on `device`."""
+
+    class Renew(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.op != "output":
+                n.meta["val"] = result
+            return result
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        inputs = [
+            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+            for value in (node.meta["val"] for node in gm.graph.find_nodes(op="placeholder"))
+        ]
+        del mode
+        Renew(gm).run(*inputs)

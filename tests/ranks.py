@@ -1,0 +1,121 @@
+"""Runs a function on N real ranks: one process each, a gloo process group between them, and a time limit.
+
+    def check(rank: int, ranks: int, size: int) -> float: ...      # at the top level of a test file
+
+    losses = run_ranks(check, 4, 128)                              # one result per rank, or RankError
+
+Processes come from a fork server that has torch imported, so starting four takes about a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+PRELOAD = ["torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one rank: its result, or its error as "Type: message" with the traceback, and how long it took."""
+
+    result: Any
+    error: str | None
+    traceback: str
+    seconds: float
+
+
+class RankError(AssertionError):
+    """Some rank raised or did not end in time."""
+
+
+def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+    """Results of `function(rank, ranks, *args)`, one per rank.
+
+    Raises:
+        RankError: with every failed rank's traceback.
+    """
+    outcomes = rank_outcomes(function, ranks, *args, timeout_s=timeout_s, grace_s=10)
+    failed = [f"rank {rank}:\n{o.traceback or o.error}" for rank, o in enumerate(outcomes) if o.error is not None]
+    if failed:
+        raise RankError("\n".join(failed))
+    return [outcome.result for outcome in outcomes]
+
+
+def rank_outcomes(
+    function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120, grace_s: float | None = None
+) -> list[Outcome]:
+    """What became of each rank of `function(rank, ranks, *args)`.
+
+    grace_s: how long the others may go on after a rank failed; None: until `timeout_s`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    outcomes: dict[int, Outcome] = {}
+    start = time.monotonic()
+    deadline = start + timeout_s
+    with tempfile.TemporaryDirectory() as folder:
+        processes, readers = [], {}
+        for rank in range(ranks):
+            reader, writer = context.Pipe(duplex=False)
+            work = pickle.dumps((function, args))
+            process = context.Process(target=_child, args=(rank, ranks, folder, work, writer, timeout_s), daemon=True)
+            process.start()
+            writer.close()
+            processes.append(process)
+            readers[reader] = rank
+        try:
+            while readers and (left_s := deadline - time.monotonic()) > 0:
+                for reader in multiprocessing.connection.wait(list(readers), timeout=left_s):
+                    rank = readers.pop(reader)
+                    outcomes[rank] = _received(reader, time.monotonic() - start)
+                    if outcomes[rank].error is not None and grace_s is not None:
+                        deadline = min(deadline, time.monotonic() + grace_s)
+        finally:
+            for process in processes:
+                process.join(timeout=2 if not readers else 0)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+    waited_s = time.monotonic() - start
+    late = Outcome(None, f"TimeoutError: still running after {waited_s:.0f} s", "", waited_s)
+    return [outcomes.get(rank, late) for rank in range(ranks)]
+
+
+def _received(reader: Any, seconds: float) -> Outcome:
+    try:
+        result, error, trace = pickle.loads(reader.recv_bytes())
+    except EOFError:
+        return Outcome(None, "EOFError: the process ended without a word", "", seconds)
+    return Outcome(result, error, trace, seconds)
+
+
+def _child(rank: int, ranks: int, folder: str, work: bytes, writer: Any, timeout_s: float) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    result, error, trace = None, None, ""
+    try:
+        function, args = pickle.loads(work)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
+            timeout=timedelta(seconds=timeout_s),
+        )  # fmt: skip
+        result = function(rank, ranks, *args)
+    except BaseException as raised:  # a rank's failure is data here
+        error, trace = f"{type(raised).__name__}: {raised}", traceback.format_exc()
+    writer.send_bytes(pickle.dumps((result, error, trace)))
+    writer.close()
+    if error is None and dist.is_initialized():
+        dist.destroy_process_group()

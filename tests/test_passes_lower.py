@@ -1,0 +1,254 @@
+"""Lowered steps against eager torch, and the choice of what is saved against brute force."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from local_steps import Net, NetOutput, local_step
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
+from passes.lower import lower, retarget
+from passes.partition import split
+from passes.program import Input, Output, Program
+
+aten = torch.ops.aten
+
+
+def values_of(local: LocalProgram, model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    given = iter(inputs)
+    return [
+        state[i.name].detach() if i.kind in ("parameter", "buffer") else next(given)
+        for i in local.inputs
+        if i.kind != "tangent"
+    ]
+
+
+def eager_step(model: Net, ids: torch.Tensor, labels: torch.Tensor) -> tuple[NetOutput, dict[str, torch.Tensor]]:
+    out = model(ids, labels)
+    assert out.loss is not None
+    out.loss.backward()
+    return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("recompute", ["none", "auto", "selective", "full"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_lowered_step_is_eagers(recompute: Any, compile: bool) -> None:
+    if compile and recompute in ("none", "selective"):
+        pytest.skip("compiled for two of the four")
+    torch.manual_seed(0)
+    model = Net()
+    ids, labels = torch.randint(0, 10, (2, 2, 5))
+    local = local_step(model, (ids,), {"labels": labels}, ())
+    lowered = lower(local, compile=compile, recompute=recompute)
+    results, saved = lowered.forward(values_of(local, model, ids, labels))
+    gradients = lowered.backward(saved, [torch.tensor(1.0)])
+    out, wanted = eager_step(model, ids, labels)
+
+    named = dict(zip([o.name for o in local.outputs if o.kind != "gradient"], results, strict=True))
+    torch.testing.assert_close(named["output.0"], out.loss)
+    torch.testing.assert_close(named["output.1"], out.logits)
+    assert named["calls"] == 1
+    found = dict(zip([o.name for o in local.outputs if o.kind == "gradient"], gradients, strict=True))
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_forward_alone_has_no_backward_and_takes_inputs_of_any_stride() -> None:
+    model = Net()
+    ids = torch.randint(0, 10, (5, 2)).t()
+    local = local_step(model, (torch.zeros(2, 5, dtype=torch.int64),), {}, (), backward=False)
+    lowered = lower(local, compile=True)
+    results, saved = lowered.forward(values_of(local, model, ids))
+    assert lowered.halves.backward is None
+    assert saved == ()
+    torch.testing.assert_close(results[0], model(ids).logits)
+    with pytest.raises(ValueError, match="without gradients"):
+        lowered.backward(saved, [])
+
+
+def test_gathered_parameters_are_gathered_again_and_not_saved() -> None:
+    model = Net()
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    halves = split(local_step(model, (ids,), {"labels": ids}, (("dp", 4),)))
+    gather = torch.ops._c10d_functional.all_gather_into_tensor.default
+    assert halves.backward is not None
+    forward = [n.args[0].name for n in halves.forward.graph.find_nodes(op="call_function", target=gather)]
+    backward = [n.args[0].name for n in halves.backward.graph.find_nodes(op="call_function", target=gather)]
+    assert len(forward) == 8  # every parameter but the unused one, once
+    assert sorted(backward) == sorted(set(backward))
+    # The weights of matrix products, the norm's weight, and the frozen factor; no bias.
+    assert len([name for name in backward if name in forward]) >= 4
+    parameters = sum(p.numel() for p in model.parameters())
+    assert sum(n.meta["val"].numel() for n in halves.saved) < 700
+    assert all(n.target is not torch.ops._c10d_functional.wait_tensor.default for n in halves.saved)
+    assert parameters > 300
+
+
+def program_of(gm: fx.GraphModule, kinds: list[str], gradients: int) -> LocalProgram:
+    """`gm` as a local program with inputs of `kinds`, its last `gradients` outputs being gradients."""
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    results = gm.graph.output_node().args[0]
+    names = [f"x{i}" for i in range(len(results))]
+    out = ["output"] * (len(results) - gradients) + ["gradient"] * gradients
+    program = Program(gm, tuple(Input(k, p.name) for k, p in zip(kinds, placeholders, strict=True)),
+                      tuple(Output(k, n) for k, n in zip(out, names, strict=True)), None, {}, None, {})  # type: ignore[arg-type] # fmt: skip
+    storage = Storage((1,), ())
+    return LocalProgram(
+        gm,
+        tuple(LocalInput(k, p.name, storage) for k, p in zip(kinds, placeholders, strict=True)),  # type: ignore[arg-type]
+        tuple(LocalOutput(k, n, storage) for k, n in zip(out, names, strict=True)),  # type: ignore[arg-type]
+        (),
+        program,
+    )
+
+
+def traced(function: Any, *examples: torch.Tensor) -> fx.GraphModule:
+    return make_fx(function, tracing_mode="fake")(*examples)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_saved_values_are_the_fewest_bytes(seed: int) -> None:
+    """On random graphs of pointwise ops (may be computed again) and sums (may not), against all subsets."""
+    pick = random.Random(seed).randrange
+
+    def step(x: torch.Tensor, tangent: torch.Tensor) -> Any:
+        made = [x.cumsum(0), x.cumsum(1)]
+        for _ in range(5):
+            kind, a, b = pick(4), made[pick(len(made))], made[pick(len(made))]
+            if kind == 0:
+                made.append(a.sum(1, keepdim=True))
+            elif kind == 1:
+                made.append(a.double().sin() if a.dtype == torch.float32 else a.float().sin())
+            elif kind == 2:
+                made.append(a.cumsum(0))
+            else:
+                made.append(a * b)
+        used = [made[pick(len(made))] for _ in range(3)]
+        return made[-1] * 1, *(tangent * value for value in used)
+
+    local = program_of(traced(step, torch.ones(3, 5), torch.ones(3, 5)), ["input", "tangent"], 3)
+    nodes = [n for n in local.graph.graph.nodes if n.op == "call_function"]
+    behind = {n for n in nodes if any(o.name.startswith("tangent") for o in n.all_input_nodes)}
+    forward = [n for n in nodes if n not in behind]
+    demands = {o for n in behind for o in n.all_input_nodes if o.op == "call_function"}
+    banned = {aten.cumsum.default, aten.sum.dim_IntList}
+
+    def computable(kept: set[fx.Node]) -> bool:
+        known = set(kept)
+        for node in forward:
+            if node.target not in banned and all(o in known or o.op == "placeholder" for o in node.all_input_nodes):
+                known.add(node)
+        return demands <= known
+
+    def size(kept: Any) -> int:
+        return sum(n.meta["val"].numel() * n.meta["val"].element_size() for n in kept)
+
+    best = min(
+        size(kept)
+        for count in range(len(forward) + 1)
+        for kept in itertools.combinations(forward, count)
+        if computable(set(kept))
+    )
+    assert size(split(local, "auto").saved) == best
+
+
+def test_full_recompute_keeps_only_block_inputs() -> None:
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4)) for _ in range(3))
+
+    def step(*values: torch.Tensor) -> Any:
+        weights = [v.detach().requires_grad_() for v in values[:12]]
+        x = values[12]
+        for i, block in enumerate(blocks):
+            w = weights[4 * i : 4 * i + 4]
+            names = [n for n, _ in block.named_parameters()]
+            x = torch.func.functional_call(block, dict(zip(names, w, strict=True)), (x,))
+        return (x.detach(), *torch.autograd.grad(x, weights, values[13]))
+
+    examples = [p.detach() for p in blocks.parameters()] + [torch.randn(8, 4), torch.randn(8, 4)]
+    gm = traced(step, *examples)
+    block, seen = 0, 0
+    for node in gm.graph.nodes:  # two products per block, then the backward
+        if node.op == "call_function":
+            node.meta["module"] = f"blocks.{min(block, 2)}"
+            seen += node.target is aten.addmm.default
+            block = seen // 2
+    local = program_of(gm, ["parameter"] * 12 + ["input", "tangent"], 12)
+    wanted = step(*examples)
+    for recompute, count in (("none", 5), ("full", 2)):
+        lowered = lower(local, compile=False, recompute=recompute)  # type: ignore[arg-type]
+        assert len(lowered.halves.saved) == count
+        results, saved = lowered.forward(examples[:-1])
+        torch.testing.assert_close((*results, *lowered.backward(saved, examples[-1:])), wanted)
+
+
+def test_a_collective_of_activations_is_saved_and_never_repeated() -> None:
+    reduce, wait = torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default
+
+    def step(x: torch.Tensor, tangent: torch.Tensor) -> Any:
+        whole = wait(reduce(x.sin(), "sum", "tp"))
+        return whole * 1, tangent * whole.cos()
+
+    for recompute in ("none", "auto", "selective", "full"):
+        halves = split(program_of(traced(step, torch.ones(3), torch.ones(3)), ["input", "tangent"], 1), recompute)  # type: ignore[arg-type]
+        assert halves.backward is not None
+        assert not halves.backward.graph.find_nodes(op="call_function", target=reduce)
+
+
+def attention(mask: bool, dtype: torch.dtype, causal: bool = False, dim: int = 16) -> fx.GraphModule:
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: torch.Tensor, tangent: torch.Tensor) -> Any:
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, m if mask else None, is_causal=causal)
+        merged = out.transpose(1, 2).contiguous().view(2, 5, -1) + torch.zeros(1)
+        return (merged.detach(), *torch.autograd.grad(merged, (q, k, v), tangent))
+
+    heads = torch.ones(2, 4, 5, dim, dtype=dtype)
+    examples = heads, heads, heads, torch.ones(2, 1, 5, 5, dtype=torch.bool), torch.ones(2, 5, 4 * dim, dtype=dtype)
+    return traced(step, *examples)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [16, 6])
+def test_attention_takes_cuda_kernels(mask: bool, dtype: torch.dtype, dim: int) -> None:
+    """On fake CUDA tensors: the kernels, and that the renewed values all lie on CUDA with the shapes they had."""
+    gm = attention(mask, dtype, causal=not mask, dim=dim)
+    assert any(n.target is aten._scaled_dot_product_flash_attention_for_cpu.default for n in gm.graph.nodes)
+    moved = retarget(gm, torch.device("cuda"))
+    targets = [str(n.target) for n in moved.graph.nodes]
+    kernel = "efficient" if mask or dtype == torch.float32 else "flash"
+    assert sum(f"{kernel}_attention.default" in t for t in targets) == 1
+    assert sum(f"{kernel}_attention_backward.default" in t for t in targets) == 1
+    assert not any("for_cpu" in t for t in targets)
+    for before, after in zip(gm.graph.output_node().args[0], moved.graph.output_node().args[0], strict=True):
+        assert before.meta["val"].shape == after.meta["val"].shape
+        assert after.meta["val"].device.type == "cuda"
+    for node in moved.graph.nodes:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            assert node.meta["val"].device.type == "cuda", node
+    local = program_of(moved, ["input"] * 4 + ["tangent"], 3)
+    assert split(local, "auto").backward is not None
+
+
+def test_private_torch_api_is_where_it_was() -> None:
+    from torch._inductor import compile as inductor_compile
+
+    gm = traced(lambda x: (x.sin(), x.t()), torch.ones(2, 3))
+    with FakeTensorMode():
+        example = torch.empty(2, 3)
+    with torch.no_grad():
+        compiled = inductor_compile(gm, [example])
+    sine, turned = compiled(torch.ones(2, 3))
+    torch.testing.assert_close(sine, torch.ones(2, 3).sin())
+    assert turned.shape == (3, 2)
+    assert replace(Storage((1,), ()), shape=(2,)).shape == (2,)
