@@ -97,7 +97,17 @@ def collective_s(kind: str, bytes_: float, axes: tuple[int, ...], topology: Topo
     members = group(axes, topology)
     if members.ranks == 1:
         return 0.0
+    if figures := _measured(kind, members, topology):
+        base_s, hop_s, bytes_per_s = figures
+        return base_s + ring_hops(kind, members.ranks) * hop_s + wire_bytes(kind, bytes_, members.ranks) / bytes_per_s
     return price(float(bytes_), members, topology)
+
+
+def _measured(kind: str, members: Group, topology: Topology) -> tuple[float, float, float] | None:
+    """Calibrated figures of the one link that the group lies on, if there are any."""
+    if members.nodes == 1:
+        return topology.hardware.intra_node.measured.get(kind)
+    return topology.hardware.inter_node.measured.get(kind) if members.in_node == 1 else None
 
 
 def _fill(part_bytes: float) -> float:
@@ -224,6 +234,13 @@ _PRICES: dict[str, Callable[[float, Group, Topology], float]] = {
 
 COLLECTIVES = tuple(_PRICES)
 """Kinds that `collective_s` prices."""
+
+
+def ring_hops(kind: str, ranks: int) -> int:
+    """Dependent steps of the ring (or pairwise) form of `kind`."""
+    if kind == "send_recv":
+        return 1
+    return 2 * (ranks - 1) if kind == "all_reduce" else ranks - 1
 
 
 def wire_bytes(kind: str, bytes_: float, ranks: int) -> float:

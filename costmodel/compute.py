@@ -49,7 +49,8 @@ _REREAD = 0.15
 """Slowdown of a tile that reads its operands once more per multiply-add than the best tile does."""
 
 _K_START = 64
-"""Depth of `k` that filling the pipeline of a tile costs: a kernel's 3 to 4 stages of 16 to 64."""
+"""Depth of `k` that filling the pipeline of a tile costs: a kernel's stages, 2 of 32; less for the small tiles of a
+CPU."""
 
 _CUT_K = 1024
 """Depth from which kernels cut a product along `k` to fill the last wave (split-K, stream-K)."""
@@ -175,7 +176,10 @@ def side_by_side_s(compute_s: float, comm_s: float, device: Device, link: Link) 
 
 def _memory_s(work: Work, device: Device) -> float:
     rate = device.memory_bytes_per_s * device.memory_efficiency * _RATE.get(work.kind, _UNKNOWN_RATE)
-    return work.bytes_moved / rate
+    if not device.cache_bytes:
+        return work.bytes_moved / rate
+    cached = min(work.bytes_moved, device.cache_bytes)
+    return cached / (rate / device.memory_bytes_per_s * device.cache_bytes_per_s) + (work.bytes_moved - cached) / rate
 
 
 def _arithmetic_s(work: Work, device: Device) -> float:
@@ -201,7 +205,7 @@ def vector_flops_per_s(device: Device) -> float:
 def _matmul_s(work: Work, device: Device) -> float:
     """Tiles in waves: the best over the tile shapes that libraries choose from."""
     peak = tensor_flops_per_s(device, work.dtype) * device.matmul_efficiency * _SUSTAINED
-    depth = 1.0 + _K_START / work.k
+    depth = 1.0 + min(_K_START, device.tile_m // 2) / work.k
     best = float("inf")
     for tile_m, tile_n, speed in _tiles(device.tile_m, device.tile_n):
         blocks = ceil(work.m / tile_m) * ceil(work.n / tile_n) * work.batch

@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from importlib import resources
 from math import prod
@@ -68,6 +68,14 @@ class Link:
     """Port rate of all-reduce done in the switch (NVLS); 0 where there is none."""
     sms: int = 0
     """Streaming multiprocessors that a running collective takes from compute."""
+    measured: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Collective -> (base_s, hop_s, bytes_per_s) as calibrated, where a library's algorithms are none of ours (gloo).
+
+    Used for groups that lie wholly on this link: `base_s + hops * hop_s + ring bytes / bytes_per_s`.
+    """
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.bytes_per_s, self.latency_s))
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,9 @@ class Device:
     attention_backward_efficiency: float
     kernel_launch_s: float
     """Paid by every kernel, sharded or not."""
+    cache_bytes: int = 0
+    """Of what an op moves, so much stays in cache between ops; 0 where that is not counted."""
+    cache_bytes_per_s: float = 0.0
 
     def __hash__(self) -> int:
         return hash((self.name, self.memory_bytes_per_s, self.matmul_efficiency))
@@ -230,7 +241,7 @@ def _in_node(size: int, stride: int, ranks_per_node: int) -> int:
 
 def _share(hardware: Hardware, ranks: int) -> Hardware:
     """`hardware` as one of `ranks` ranks on one host sees it."""
-    device = hardware.device
+    device, link = hardware.device, hardware.intra_node
     return replace(
         hardware,
         shared_host=False,
@@ -242,8 +253,14 @@ def _share(hardware: Hardware, ranks: int) -> Hardware:
             reserve_bytes=device.reserve_bytes // ranks,
             kernel_launch_s=device.kernel_launch_s * max(1.0, ranks / device.sm_count),
             sm_count=max(1, device.sm_count // ranks),
+            cache_bytes=device.cache_bytes // ranks,
+            cache_bytes_per_s=device.cache_bytes_per_s / ranks,
         ),
-        intra_node=replace(hardware.intra_node, bytes_per_s=hardware.intra_node.bytes_per_s / ranks),
+        intra_node=replace(
+            link,
+            bytes_per_s=link.bytes_per_s / ranks,
+            measured={kind: (base, hop, rate / ranks) for kind, (base, hop, rate) in link.measured.items()},
+        ),
     )
 
 
@@ -425,18 +442,30 @@ def load_hardware(path: str | os.PathLike[str]) -> Hardware:
     parts = dict(_typed(body, Hardware, f"{where}: hardware"))
     parts["device"] = Device(**_typed(parts["device"], Device, f"{where}: hardware.device"))
     for link in ("intra_node", "inter_node"):
-        parts[link] = Link(**_typed(parts[link], Link, f"{where}: hardware.{link}"))
+        body = dict(_typed(parts[link], Link, f"{where}: hardware.{link}"))
+        body["measured"] = {kind: tuple(figures) for kind, figures in body["measured"].items()}
+        parts[link] = Link(**body)
     return Hardware(**parts)
 
 
-_MAY_BE_ZERO = {"latency_s", "pipeline_s", "base_s", "multicast_bytes_per_s", "sms", "reserve_bytes", "kernel_launch_s"}
+_MAY_BE_ZERO = {
+    "latency_s",
+    "pipeline_s",
+    "base_s",
+    "multicast_bytes_per_s",
+    "sms",
+    "reserve_bytes",
+    "kernel_launch_s",
+    "cache_bytes",
+    "cache_bytes_per_s",
+}
 
 
 def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
     """`body` with exactly the fields of `cls`, numbers in range."""
     if not isinstance(body, dict):
         raise ValueError(f"{where}: found {type(body).__name__}, expected an object")
-    known = {field.name: str(field.type) for field in fields(cls)}
+    known = {entry.name: str(entry.type) for entry in fields(cls)}
     missing = sorted(set(known) - set(body))
     extra = sorted(set(body) - set(known))
     if missing or extra:
@@ -444,6 +473,8 @@ def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
     for key, value in body.items():
         if known[key] in ("int", "float"):
             _check_number(value, f"{where}.{key}", zero=key in _MAY_BE_ZERO)
+        elif key == "measured":
+            _check_measured(value, f"{where}.{key}")
         elif known[key].startswith("Mapping"):
             if not isinstance(value, dict) or not value:
                 raise ValueError(f"{where}.{key}: found {value!r}, expected dtype names and their rates")
@@ -454,6 +485,16 @@ def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
         elif known[key] == "bool" and not isinstance(value, bool):
             raise ValueError(f"{where}.{key}: found {value!r}, expected true or false")
     return body
+
+
+def _check_measured(value: Any, where: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: found {value!r}, expected collectives and their figures")
+    for kind, figures in value.items():
+        if not isinstance(figures, (list, tuple)) or len(figures) != 3:
+            raise ValueError(f"{where}.{kind}: found {figures!r}, expected [base_s, hop_s, bytes_per_s]")
+        for index, figure in enumerate(figures):
+            _check_number(figure, f"{where}.{kind}[{index}]", zero=index < 2)
 
 
 def _check_number(value: Any, where: str, *, zero: bool) -> None:
