@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from dataclasses import replace
 from importlib import resources
 
 import pytest
@@ -108,6 +109,13 @@ def test_flash_attention_runs_at_published_rates() -> None:
 def test_causal_attention_does_half_the_work() -> None:
     full, causal = attention(4, 16, 4096, 4096, 128), attention(4, 16, 4096, 4096, 128, causal=True)
     assert op_s(causal, A100) / op_s(full, A100) == pytest.approx(0.5, rel=0.02)
+
+
+def test_what_fits_the_cache_moves_at_its_rate() -> None:
+    """1 MB of cache at 10 TB/s: 1 MB at 87% of it, the next 2 MB at 87% of 2 TB/s."""
+    device = replace(A100, cache_bytes=1_000_000, cache_bytes_per_s=10e12, kernel_launch_s=0.0)
+    assert op_s(pointwise(5e5, 5e5), device) == pytest.approx(1e6 / 8.7e12)
+    assert op_s(pointwise(2e6, 1e6), device) == pytest.approx(1e6 / 8.7e12 + 2e6 / 1.74e12)
 
 
 def test_negative_work_is_refused() -> None:

@@ -158,8 +158,10 @@ def test_topologies_hash_compare_and_pickle() -> None:
 
 def test_a_saved_file_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    save_hardware(replace(H100, name="mine"), path, {"matmul": [1, 2]})
-    assert load_hardware(path) == replace(H100, name="mine")
+    link = replace(H100.intra_node, measured={"all_gather": (1e-3, 1e-4, 1e9)})
+    mine = replace(H100, name="mine", intra_node=link)
+    save_hardware(mine, path, {"matmul": [1, 2]})
+    assert load_hardware(path) == mine
     assert hardware(str(path)).name == "mine"
     assert json.loads(path.read_text())["samples"] == {"matmul": [1, 2]}
 
@@ -182,6 +184,11 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         (lambda c: c["hardware"]["intra_node"].update(bytes_per_s=-1), "intra_node.bytes_per_s: found -1"),
         (lambda c: c["hardware"]["device"].update(sm_count="many"), "device.sm_count: found 'many'"),
         (lambda c: c["hardware"]["device"].update(peak_flops_per_s={}), "peak_flops_per_s"),
+        (lambda c: c["hardware"]["inter_node"].update(measured={"all_gather": [1]}), "measured.all_gather"),
+        (
+            lambda c: c["hardware"]["inter_node"].update(measured={"all_gather": [0, 0, 0]}),
+            "all_gather\\[2\\]: found 0",
+        ),
         (lambda c: c["hardware"].update(colour="red"), "unknown \\['colour'\\]"),
     ):
         broken = json.loads(json.dumps(good))
