@@ -13,7 +13,7 @@ from torch import fx
 from costmodel.layout import Layout
 from costmodel.reshard import Step
 from passes.dims import is_getitem, outputs_of, value_of
-from passes.price import conversion
+from passes.price import conversion, given_state, stored_state
 from passes.rules.call import operand_nodes
 from passes.space import Space
 from passes.strategies import Option, StoredOption
@@ -57,16 +57,15 @@ def itinerary(space: Space, assignment: Sequence[int]) -> Iterator[Run | Move]:
 
     def given(node: fx.Node) -> Layout | StoredOption:
         value = value_of(node, folding)
-        option = space.sites[value.op].options[assignment[value.op]]
-        return option.results[value.result] if isinstance(option, Option) else option
+        site = space.sites[value.op]
+        return given_state(site, site.options[assignment[value.op]], value.result)
 
     def move(
         node: fx.Node, target: Layout | StoredOption, phase: str, reader: fx.Node | None, stores: bool = False
     ) -> Iterator[Move]:
         node = source_of.get(node, node)
         source = given(node)
-        stored = isinstance(source, StoredOption)
-        era = phase if stored else ""
+        era = phase if isinstance(source, StoredOption) else ""
         if source == target or (node, era, target) in seen:
             return
         value = value_of(node, folding)
@@ -121,7 +120,7 @@ def returned(space: Space, assignment: Sequence[int]) -> list[Returned]:
             site = space.folding.of[placeholder]
             option = space.sites[site].options[assignment[site]]
             assert isinstance(option, StoredOption)
-            found.append(Returned(index, node, option, option, "backward", True))
+            found.append(Returned(index, node, stored_state(option), option, "backward", True))
             continue
         option = space.sites[next_site].options[assignment[next_site]]
         assert isinstance(option, StoredOption)

@@ -10,16 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch
-
 from costmodel.layout import Replicate
+from passes.rules.matmul import PRODUCTS
 from passes.space import Site, Space
 from passes.strategies import Option, StoredOption
 
 STRATEGIES = ("auto", "ddp", "fsdp", "megatron")
-
-aten = torch.ops.aten
-_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 Choices = tuple[tuple[int, ...], ...]
 """Per site, the indices of the options that are allowed."""
@@ -85,7 +81,7 @@ def _data_parallel(space: Space, index: int, i: int, stored: str) -> bool:
         return shards and (none if stored == "whole" else every)
     if index in space.from_parameters:
         return _whole(option)
-    return _follows_data(space, site, option, range(len(space.topology.axes)))
+    return index not in space.from_data or _follows_data(space, site, option, range(len(space.topology.axes)))
 
 
 def _whole(option: Option) -> bool:
@@ -114,14 +110,18 @@ def _megatron(space: Space, index: int, i: int) -> bool:
         return tuple(a for a in option.storage.state_axes if a in data) == wanted
     if index in space.from_parameters:
         return all(layout[axis] == Replicate() for axis in data for layout in (*option.operands, *option.results))
+    if index not in space.from_data:
+        return True
     if not _follows_data(space, site, option, data):
         return False
     assert site.call is not None
-    if site.call.target in _PRODUCTS:
-        atoms = _split_atoms(site, option)
+    assert site.op is not None
+    atoms = _split_atoms(site, option)
+    if site.call.target in PRODUCTS:
         data_atoms = space.batch_atoms | space.sequence_atoms
         return all(atoms[axis] is not None and atoms[axis] not in data_atoms for axis in tensor)
-    return True
+    classes = {leaf.atom for leaf in site.op.leaves if leaf.atom in space.class_atoms}
+    return not classes or all(atoms[axis] in classes for axis in tensor)  # logits are never gathered
 
 
 def ways(space: Space) -> int:

@@ -246,12 +246,23 @@ def _asked(space: Space, port: Port, option_index: int) -> Layout | StoredOption
     option = space.sites[port.site].options[option_index]
     if isinstance(option, Option):
         return option.operands[port.operand]
-    return option if port.stores else option.layout
+    return stored_state(option) if port.stores else option.layout
 
 
 def _given(space: Space, value: Value, option_index: int) -> Layout | StoredOption:
-    option = space.sites[value.op].options[option_index]
-    return option.results[value.result] if isinstance(option, Option) else option
+    return given_state(space.sites[value.op], space.sites[value.op].options[option_index], value.result)
+
+
+def given_state(site: Site, option: Option | StoredOption, result: int) -> Layout | StoredOption:
+    """What a site gives under `option`: a layout, or how a stored tensor lies."""
+    if isinstance(option, Option):
+        return option.results[result]
+    return stored_state(option)
+
+
+def stored_state(option: StoredOption) -> Layout | StoredOption:
+    """The layout of a stored tensor; the option itself where it has to be gathered first."""
+    return option if option.storage.state_axes else option.layout
 
 
 def _flows(

@@ -19,7 +19,7 @@ from passes.emit import Emitter, emit_steps
 from passes.itinerary import Move, Run, itinerary, returned
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
 from passes.localize import LocalOp, run_locally
-from passes.price import option_local_shapes
+from passes.price import option_local_shapes, stored_state
 from passes.rules.call import operand_nodes
 from passes.space import Space
 from passes.strategies import Option, StoredOption
@@ -95,7 +95,7 @@ class _Rewriter:
         for (node, local, option), given in zip(placed, [*space.program.inputs, *[None] * len(placed)], strict=False):
             if given is not None and given.kind == "tangent":
                 local = self._averaged(node, local, given.batch_dim)
-            self._put(node, option if space.sites[space.folding.of[node]].kind == "stored" else option.layout, local)
+            self._put(node, stored_state(option), local)
         return tuple(found)
 
     def _averaged(self, node: fx.Node, local: fx.Node, batch_dim: int | None) -> fx.Node:
@@ -120,9 +120,6 @@ class _Rewriter:
         for era in (phase, ""):
             if (node, era, where) in self.env:
                 return self.env[node, era, where]
-        for (other, _, there), local in self.env.items():  # a stored tensor that nothing splits
-            if other is node and isinstance(there, StoredOption) and there.layout == where:
-                return local
         raise AssertionError(f"{node.name}: nothing brought it to {where}")
 
     def _meta(self, node: fx.Node, phase: str) -> None:

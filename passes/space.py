@@ -23,6 +23,7 @@ from passes.local import DimShard, Storage
 from passes.program import Input, Output, Program
 from passes.rules.call import Call, call_of, facts_of, is_tensor, operand_nodes
 from passes.rules.form import Form, FormBuilder
+from passes.rules.matmul import PRODUCTS
 from passes.rules.table import form_of, whole_form
 from passes.strategies import Option, StoredOption, op_options, plain_layouts, stored_options
 
@@ -85,6 +86,10 @@ class Space:
     sequence_atoms: frozenset[int]
     from_parameters: frozenset[int]
     """Sites that compute from parameters alone (a transposed weight)."""
+    from_data: frozenset[int]
+    """Sites that compute from what the user passes; the others are the same for every batch (masks, positions)."""
+    class_atoms: frozenset[int]
+    """Dims that products with weights make and that no product contracts or op needs whole: vocabularies, classes."""
 
     def shape_of(self, value: Value) -> tuple[int, ...]:
         """Expanded shape of a value."""
@@ -192,6 +197,8 @@ def search_space(
         batch_atoms,
         sequence_atoms,
         _from_parameters(sites, wires),
+        _from_data(sites, wires),
+        _class_atoms(sites, wires),
     )
 
 
@@ -329,3 +336,38 @@ def _from_parameters(sites: Sequence[Site], wires: Sequence[Wire]) -> frozenset[
                 found.add(reader)
                 queue.append(reader)
     return frozenset(found)
+
+
+def _from_data(sites: Sequence[Site], wires: Sequence[Wire]) -> frozenset[int]:
+    readers: dict[int, set[int]] = defaultdict(set)
+    for wire in wires:
+        for port in wire.ports:
+            if not port.stores:
+                readers[wire.value.op].add(port.site)
+    found = {i for i, site in enumerate(sites) if site.given is not None and site.given.kind in ("input", "tangent")}
+    queue = list(found)
+    while queue:
+        for reader in readers[queue.pop()] - found:
+            found.add(reader)
+            queue.append(reader)
+    return frozenset(found)
+
+
+def _class_atoms(sites: Sequence[Site], wires: Sequence[Wire]) -> frozenset[int]:
+    from_parameters = _from_parameters(sites, wires)
+    weights = {(port.site, port.operand) for wire in wires if wire.value.op in from_parameters for port in wire.ports}
+    made: set[int] = set()
+    other: set[int] = set()
+    for index, site in enumerate(sites):
+        if site.call is None or site.op is None or site.phase != "forward":
+            continue
+        free = {leaf.atom for leaf in site.op.leaves}
+        other |= {atom for dims in site.op.result_atoms for dim in dims for atom in dim} - free
+        if site.call.target not in PRODUCTS:
+            continue
+        for leaf in site.op.leaves:
+            if leaf.results[0] is None:
+                other.add(leaf.atom)
+            elif any(leaf.operands[k] is not None for k in range(len(leaf.operands)) if (index, k) in weights):
+                made.add(leaf.atom)
+    return frozenset(made - other)

@@ -18,6 +18,9 @@ EQUATIONS = {
     aten.linear.default: "mk,nk->mn",
 }
 
+PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default})
+"""The ops whose arithmetic tensor parallelism splits."""
+
 
 def _product(call: Call) -> Form:
     equation = EQUATIONS[call.target]
