@@ -373,6 +373,7 @@ def _fit_device(samples: Samples, start: Device) -> Device:
         memory_bytes=samples.memory_bytes,
         memory_bytes_per_s=rate,
         memory_efficiency=1.0,
+        sustained=1.0,
         cache_bytes=0 if samples.cuda else cache_bytes,
         cache_bytes_per_s=0.0 if samples.cuda else cache_rate,
         kernel_launch_s=launch_s,

@@ -41,10 +41,6 @@ at random; rows that are read, added to and written (atomics)."""
 _UNKNOWN_RATE = 0.25
 """The same for kinds we do not know: slower than any we do."""
 
-_SUSTAINED = 0.92
-"""Share of the best product's rate that products keep in a training step: clocks under the power cap, a library's
-choice of kernel, operands that are transposed. Fitted to the forward times of layer_timing.csv."""
-
 _REREAD = 0.15
 """Slowdown of a tile that reads its operands once more per multiply-add than the best tile does."""
 
@@ -110,10 +106,12 @@ def attention(
 ) -> Work:
     """Fused (flash) attention of `batch` sequences: scores never reach memory.
 
-    Forward: two products of queries x keys x head size. Backward: five, as the scores are computed again.
+    Forward: two products of queries x keys x head size. Backward: five, as the scores are computed again. A causal mask
+    skips the blocks above the diagonal; those on it are computed whole.
     """
     products = 5 if backward else 2
-    flops = 2.0 * products * batch * heads * queries * keys * head_size * (0.5 if causal else 1.0)
+    share = 0.5 + 0.5 * min(1.0, _ATTENTION_ROWS / keys) if causal else 1.0
+    flops = 2.0 * products * batch * heads * queries * keys * head_size * share
     q_bytes = batch * heads * queries * head_size * item_bytes
     kv_bytes = 2 * batch * (kv_heads or heads) * keys * head_size * item_bytes
     statistics = batch * heads * queries * 4
@@ -204,7 +202,10 @@ def vector_flops_per_s(device: Device) -> float:
 
 def _matmul_s(work: Work, device: Device) -> float:
     """Tiles in waves: the best over the tile shapes that libraries choose from."""
-    peak = tensor_flops_per_s(device, work.dtype) * device.matmul_efficiency * _SUSTAINED
+    efficiency = device.matmul_efficiency
+    if device.fp8_matmul_efficiency and dtype_name(work.dtype) == "float8":
+        efficiency = device.fp8_matmul_efficiency
+    peak = tensor_flops_per_s(device, work.dtype) * efficiency * device.sustained
     depth = 1.0 + min(_K_START, device.tile_m // 2) / work.k
     best = float("inf")
     for tile_m, tile_n, speed in _tiles(device.tile_m, device.tile_n):

@@ -98,11 +98,17 @@ class Device:
     tile_n: int
     """Output tile of one unit in the best matrix-product kernel."""
     matmul_efficiency: float
+    """What the best matrix product reaches of the peak, in a short run."""
     memory_efficiency: float
     attention_efficiency: float
     attention_backward_efficiency: float
     kernel_launch_s: float
     """Paid by every kernel, sharded or not."""
+    sustained: float = 1.0
+    """Share of the best product's rate that products keep through a training step: clocks under the power cap, a
+    library's choice of kernel, transposed operands."""
+    fp8_matmul_efficiency: float = 0.0
+    """`matmul_efficiency` of fp8 products; 0 where it is the same."""
     cache_bytes: int = 0
     """Of what an op moves, so much stays in cache between ops; 0 where that is not counted."""
     cache_bytes_per_s: float = 0.0
@@ -290,6 +296,24 @@ def hardware(name: str | os.PathLike[str] | Hardware | None = None) -> Hardware:
     )
 
 
+def with_attention(hardware: Hardware, kernels: str) -> Hardware:
+    """`hardware` whose attention runs in other kernels than its preset's: "fa2" or "cudnn".
+
+    Raises:
+        ValueError: no figures for these kernels on this device.
+    """
+    table: dict[str, dict[str, list[Any]]] = _data()["attention_kernels"]
+    known = table.get(hardware.device.name, {})
+    if kernels not in known:
+        raise ValueError(
+            f"no figures for attention kernels {kernels!r} on {hardware.device.name}; known are "
+            f"{', '.join(known) or 'none'}"
+        )
+    (forward, backward), _ = known[kernels]
+    device = replace(hardware.device, attention_efficiency=forward, attention_backward_efficiency=backward)
+    return replace(hardware, device=device)
+
+
 def preset_of(device_name: str) -> str | None:
     """Preset for what `torch.cuda.get_device_name()` says, or `None`."""
     return _gpu_preset(device_name)
@@ -312,6 +336,11 @@ def sources(name: str) -> dict[str, tuple[Any, str]]:
     return found
 
 
+def fitted() -> dict[str, str]:
+    """Every parameter of the model that was fitted to runs rather than read off a datasheet -> its value and the runs."""
+    return dict(_data()["fitted"])
+
+
 @lru_cache(maxsize=1)
 def _data() -> dict[str, Any]:
     text = resources.files("costmodel").joinpath("data/hardware.json").read_text()
@@ -326,7 +355,11 @@ def _entry(name: str) -> dict[str, Any]:
         entry: dict[str, Any] = data["cpu_core"]
         return entry
     entry = data["presets"][name]
-    return {**_entry(entry["base"]), **entry} if "base" in entry else entry
+    if "base" not in entry:
+        return dict(entry)
+    base = _entry(entry["base"])
+    device = {**base["device"], **entry.get("device", {})}
+    return {**base, **entry, "device": device, "cuda_names": entry.get("cuda_names", [])}
 
 
 def _values(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -458,6 +491,7 @@ _MAY_BE_ZERO = {
     "kernel_launch_s",
     "cache_bytes",
     "cache_bytes_per_s",
+    "fp8_matmul_efficiency",
 }
 
 

@@ -107,8 +107,9 @@ def test_flash_attention_runs_at_published_rates() -> None:
 
 
 def test_causal_attention_does_half_the_work() -> None:
+    """And the other half of the 128 x 128 blocks on the diagonal."""
     full, causal = attention(4, 16, 4096, 4096, 128), attention(4, 16, 4096, 4096, 128, causal=True)
-    assert op_s(causal, A100) / op_s(full, A100) == pytest.approx(0.5, rel=0.02)
+    assert op_s(causal, A100) / op_s(full, A100) == pytest.approx(0.5 + 0.5 * 128 / 4096, rel=0.01)
 
 
 def test_what_fits_the_cache_moves_at_its_rate() -> None:

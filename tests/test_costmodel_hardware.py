@@ -11,6 +11,7 @@ import pytest
 
 from costmodel.hardware import (
     dtype_name,
+    fitted,
     hardware,
     hardware_names,
     load_hardware,
@@ -18,6 +19,7 @@ from costmodel.hardware import (
     save_hardware,
     sources,
     topology,
+    with_attention,
 )
 
 H100 = hardware("h100")
@@ -38,7 +40,7 @@ def test_every_figure_has_a_source(name: str) -> None:
     found = sources(name)
     machine = hardware(name)
     if name != "cpu":
-        for field in ("memory_bytes_per_s", "memory_bytes", "sm_count", "matmul_efficiency", "kernel_launch_s"):
+        for field in ("memory_bytes_per_s", "memory_bytes", "sm_count", "matmul_efficiency", "sustained"):
             value, source = found[f"device.{field}"]
             assert value == getattr(machine.device, field)
             assert len(source) > 20
@@ -55,6 +57,29 @@ def test_published_figures() -> None:
     assert H100.device.peak_flops_per_s["float32"] == 67e12
     assert hardware("h200").device.memory_bytes_per_s == 4.8e12
     assert hardware("b200").device.peak_flops_per_s["bfloat16"] == 2250e12
+
+
+def test_a_part_under_a_lower_cap_takes_over_the_rest() -> None:
+    """500 of 700 W: clocks by the cube root, 0.894."""
+    capped = hardware("h100-500w")
+    assert capped.device.memory_bytes_per_s == 2.4e12
+    assert capped.device.sustained == pytest.approx(H100.device.sustained * (500 / 700) ** (1 / 3), rel=0.01)
+    assert capped.device.sm_count == H100.device.sm_count
+    assert capped.intra_node == H100.intra_node
+
+
+def test_attention_kernels_can_be_chosen() -> None:
+    slower = with_attention(H100, "fa2").device
+    assert slower.attention_efficiency < H100.device.attention_efficiency
+    assert with_attention(H100, "cudnn") == H100
+    with pytest.raises(ValueError, match="no figures for attention kernels 'magic' on h100; known are fa2, cudnn"):
+        with_attention(H100, "magic")
+
+
+def test_fitted_parameters_are_few_and_listed() -> None:
+    assert 0 < len(fitted()) < 10
+    assert H100.device.sustained == 0.82
+    assert fitted()["sustained (A100)"].startswith(str(hardware("a100-80gb").device.sustained))
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
