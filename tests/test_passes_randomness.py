@@ -12,8 +12,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.errors import UnsupportedOpError
+from passes.local import DimShard, LocalInput, LocalOutput, LocalProgram, Storage
 from passes.program import Input, Output, Program
 from passes.randomness import UNIFORM, emit_uniform, own_randomness, uniform_values
+from passes.simulate import simulate_step
 
 aten = torch.ops.aten
 Step = Callable[[Tensor], Any]
@@ -215,18 +217,62 @@ def test_a_part_outside_the_whole_is_refused(starts: tuple[int, int]) -> None:
 
 
 def test_inductor_gives_the_same_values() -> None:
-    module, _ = emitted(3, (64, 8, 33), (None, 0, 66), (256, 8, 99))
+    whole, huge = (256, 8, 99), (1 << 20, 1 << 14)
+    module, _ = emitted(3, (64, 8, 33), (None, 0, 66), whole)
+    far, _ = emitted(4, (2, 300), (1 << 19, 100), huge)
 
-    def dropout(seed: Tensor, start: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def dropout(seed: Tensor, start: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (draw,) = module(seed, start)
-        return draw, torch.where(draw >= 0.25, x / 0.75, 0.0)
+        return draw, torch.where(draw >= 0.25, x / 0.75, 0.0), far(seed)[0]
 
     args = (seed_of(-11, 5), torch.tensor(128), torch.rand(64, 8, 33))
     torch._dynamo.reset()
     compiled = torch.compile(dropout, fullgraph=True)(*args)
     for got, expected in zip(compiled, dropout(*args), strict=True):
         assert torch.equal(got, expected)
-    assert torch.equal(compiled[0], uniform_values(args[0], 3, (256, 8, 99))[128:192, :, 66:])
+    assert torch.equal(compiled[0], uniform_values(args[0], 3, whole)[128:192, :, 66:])
+    assert compiled[2][1, 299].item() == expected_uniform(-11, 5, 4, ((1 << 19) + 1) * huge[1] + 399)
+
+
+def test_dropout_on_a_mesh_is_dropout_on_one_device() -> None:
+    """Rows over dp and columns over tp, both placed by the ranks' coordinates, played on four ranks."""
+    graph, mode = fx.Graph(), FakeTensorMode()
+
+    def add(node: fx.Node, val: Callable[[], Tensor]) -> fx.Node:
+        with mode:
+            node.meta["val"] = val()
+        return node
+
+    def coordinate(name: str) -> fx.Node:
+        return add(graph.placeholder(name), lambda: torch.empty((), dtype=torch.int64))
+
+    x = add(graph.placeholder("x"), lambda: torch.empty(3, 5))
+    seed = add(graph.placeholder("seed"), lambda: torch.empty(2, dtype=torch.int64))
+    rows, columns = (
+        add(graph.call_function(aten.mul.Tensor, (coordinate(name), size)), lambda: torch.empty((), dtype=torch.int64))
+        for name, size in (("dp", 3), ("tp", 5))
+    )
+    draw = emit_uniform(graph, seed, 0, (3, 5), (rows, columns), (6, 10))
+    kept = graph.call_function(aten.mul.Tensor, (x, graph.call_function(aten.ge.Scalar, (draw, 0.3))))
+    graph.output((graph.call_function(aten.mul.Tensor, (kept, 1 / 0.7)),))
+    whole, parts = (None, None), Storage((6, 10), (DimShard(0), DimShard(1)))
+    local = LocalProgram(
+        fx.GraphModule({}, graph),
+        (
+            LocalInput("input", "x", parts),
+            LocalInput("seed", "seed", Storage((2,), whole)),
+            LocalInput("coordinate", "dp", Storage((), whole)),
+            LocalInput("coordinate", "tp", Storage((), whole)),
+        ),
+        (LocalOutput("output", "0", parts),),
+        (("dp", 2), ("tp", 2)),
+        program_of(lambda x: x, 6, 10),
+    )
+    x_full = torch.randn(6, 10)
+    program = owned(lambda x: torch.native_dropout(x, 0.3, True)[0], 6, 10)
+    (expected,) = run(program, x_full, seed=8, step=3)
+    assert torch.allclose(simulate_step(local, {}, {}, [x_full], seed=(8, 3)).outputs["0"], expected)
+    assert 0 < (expected == 0).sum() < 40
 
 
 # ------------------------------------------------------------------------------------------ random ops of a program
