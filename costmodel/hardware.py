@@ -337,7 +337,7 @@ def sources(name: str) -> dict[str, tuple[Any, str]]:
 
 
 def fitted() -> dict[str, str]:
-    """Every parameter of the model that was fitted to runs rather than read off a datasheet -> its value and the runs."""
+    """Parameters fitted to runs rather than read off a datasheet -> value and runs; for reports and benchmarks."""
     return dict(_data()["fitted"])
 
 
