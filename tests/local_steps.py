@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
+from passes.local import DimShard, LocalInput, LocalOutput, LocalProgram, Storage
 from passes.program import Input, Output, Program
 
 gather = torch.ops._c10d_functional.all_gather_into_tensor.default
@@ -119,9 +119,10 @@ def local_step(
         wrt = [values_[list(parameters).index(name)] for name in trained]
         grads: tuple[Any, ...] = ()
         if wrt and asked:
-            grads = torch.autograd.grad(
-                [tensors[i] for i in asked], wrt, list(values[n : n + len(asked)]), allow_unused=True
-            )
+            given = list(values[n : n + len(asked)])
+            if not found["has_loss"]:  # of losses of each rank's own, which are averaged
+                given = [t if t.ndim else t / ranks for t in given]
+            grads = torch.autograd.grad([tensors[i] for i in asked], wrt, given, allow_unused=True)
         found["grads"] = [name for name, g in zip(trained, grads, strict=False) if g is not None]
         return (*(t.detach() for t in tensors.values()), *new.values(), *(g for g in grads if g is not None))
 
@@ -181,7 +182,8 @@ def local_step(
             full = list(value.shape)
             if entry.batch_dim is not None:
                 full[0] *= ranks
-            storages[entry.kind + entry.name] = Storage(tuple(full), whole)
+            split = whole if entry.batch_dim is None else (DimShard(0),) * len(axes)
+            storages[entry.kind + entry.name] = Storage(tuple(full), split)
             continue
         storage = Storage(tuple(value.shape), whole, tuple(range(len(axes))) if ranks > 1 else ())
         storages["parameter" + entry.name] = storage
@@ -244,12 +246,11 @@ def local_step(
         has_loss=found["has_loss"],
         fingerprint="by hand",
     )
-    split = tuple(range(len(axes)))
     return LocalProgram(
         graph=gm,
         inputs=tuple(LocalInput(i.kind, i.name, storages[i.kind + i.name]) for i in inputs),
         outputs=tuple(
-            LocalOutput(r.kind, r.name, _output_storage(r, storages, flat_tensors, names, axes, split)) for r in results
+            LocalOutput(r.kind, r.name, _output_storage(r, storages, flat_tensors, names, axes)) for r in results
         ),
         axes=axes,
         program=program,
@@ -258,10 +259,8 @@ def local_step(
 
 def _output_storage(
     result: Output, storages: dict[str, Storage], tensors: dict[int, torch.Tensor], names: list[str],
-    axes: tuple[tuple[str, int], ...], split: tuple[int, ...],
+    axes: tuple[tuple[str, int], ...],
 ) -> Storage:  # fmt: skip
-    from passes.local import DimShard
-
     if result.kind == "gradient":
         return storages["parameter" + result.name]
     if result.kind == "buffer":

@@ -1,0 +1,119 @@
+"""Agreement between ranks: what one finds wrong, all raise, and at once; what one makes, all get.
+
+Each exchange is a numbered set of keys in the process group's store. A rank that fails writes its error where the
+others wait, so they wake without waiting for anyone who is still busy.
+
+    n/value       what rank 0 hands out
+    n/errors      how many ranks failed
+    n/end         "" once all arrived well, else the first error: the key everyone waits on
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+SILENCE_S = 1800.0
+# Every rank makes its sessions in the same order, so equal numbers meet.
+SESSIONS = itertools.count()
+
+
+class RankFailedError(RuntimeError):
+    """Another rank failed; the message names it and holds its own message."""
+
+
+class Together:
+    """The ranks of a job, as seen by one of them.
+
+    silence_s: how long to wait for a rank that says nothing; a rank that fails is heard at once.
+    """
+
+    def __init__(self, store: Any, rank: int, ranks: int, silence_s: float = SILENCE_S) -> None:
+        self.store = store
+        self.rank = rank
+        self.ranks = ranks
+        self.silence_s = silence_s
+        self.round = 0
+        self.session = next(SESSIONS)
+
+    def agree(self, error: BaseException | None = None) -> None:
+        """Returns when every rank came here without an error.
+
+        Raises:
+            RankFailedError: another rank failed. A rank's own `error` is raised as it is.
+        """
+        self.round += 1
+        if self.ranks == 1:
+            if error is not None:
+                raise error
+            return
+        prefix = f"autopar/{self.session}/{self.round}"
+        if error is not None:
+            self.store.set(f"{prefix}/text/{self.rank}", f"{type(error).__name__}: {error}")
+            self.store.add(f"{prefix}/errors", 1)
+            self.store.set(f"{prefix}/end", str(self.rank))
+            raise error
+        self.store.set(f"{prefix}/here/{self.rank}", "1")
+        if self.store.add(f"{prefix}/arrived", 1) == self.ranks and not self.store.add(f"{prefix}/errors", 0):
+            self.store.set(f"{prefix}/end", "")
+        failed = self._read(f"{prefix}/end", prefix)
+        if failed:
+            text = self._read(f"{prefix}/text/{failed}", prefix)
+            raise RankFailedError(f"rank {failed} failed: {text}")
+
+    @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Runs a block that ends on every rank or raises on every rank."""
+        try:
+            yield
+        except BaseException as error:
+            self.agree(error)
+            raise
+        self.agree()
+
+    def from_first(self, make: Callable[[], str]) -> str:
+        """Rank 0's `make()`, on every rank; where it raises there, every rank raises."""
+        key = f"autopar/{self.session}/{self.round + 1}/value"
+        value = ""
+        with self.agreeing():
+            if self.rank == 0:
+                value = make()
+                if self.ranks > 1:
+                    self.store.set(key, value)
+        return value if self.rank == 0 else self.store.get(key).decode()
+
+    def same(self, value: str) -> bool:
+        """Whether `value` is the same on every rank."""
+        first = self.from_first(lambda: value)
+        key = f"autopar/{self.session}/{self.round}/different"
+        if first != value:
+            self.store.add(key, 1)
+        self.agree()
+        return self.ranks == 1 or self.store.add(key, 0) == 0
+
+    def _read(self, key: str, prefix: str) -> str:
+        deadline = time.monotonic() + self.silence_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            asked_s, start = min(left_s, 60.0), time.monotonic()
+            try:
+                self.store.wait([key], timedelta(seconds=asked_s))
+                return str(self.store.get(key).decode())
+            except RuntimeError:  # a time-out, whatever the store; a lost store fails sooner
+                if time.monotonic() - start < asked_s / 2:
+                    raise
+        silent = [rank for rank in range(self.ranks) if not self.store.check([f"{prefix}/here/{rank}"])]
+        raise TimeoutError(f"no word from ranks {silent} for {self.silence_s:.0f} s")
+
+
+def together(silence_s: float = SILENCE_S) -> Together:
+    """The ranks of the default process group; one lone rank where there is none, or where it is a fake one."""
+    if not dist.is_initialized() or dist.get_backend() == "fake" or dist.get_world_size() == 1:
+        return Together(None, 0, 1, silence_s)
+    return Together(_get_default_store(), dist.get_rank(), dist.get_world_size(), silence_s)

@@ -1,0 +1,329 @@
+"""The parallel module on real ranks against the unmodified model on one device; programs made by hand."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from local_steps import Net, NetOutput, local_step
+from ranks import run_ranks
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from autopar.groups import Groups
+from autopar.module import Executable, ParallelModule, parallel_module, preload
+from passes.errors import PlanMismatchError
+from passes.local import Storage, bind_groups, groups_used
+from passes.lower import lower
+
+AXES = ("dp", "tp")
+
+
+def made(model: nn.Module, mesh: DeviceMesh, compile: bool = False, calls: list[Any] | None = None) -> ParallelModule:
+    """`model` under FSDP over every mesh axis; `calls` collects what was captured."""
+    axes = tuple(zip(AXES, mesh.shape, strict=False))
+    groups = Groups(mesh, AXES)
+
+    def remake(plain: nn.Module, args: Any, kwargs: Any, tangents: Any, backward: bool) -> Executable:
+        if calls is not None:
+            calls.append((tangents, backward))
+        local = local_step(plain, args, kwargs, axes, tangents=tangents, backward=backward)
+        bind_groups(local.graph, groups.names_for(groups_used(local.graph)))
+        return Executable(local, lower(local, compile=compile))
+
+    every = tuple(range(mesh.ndim)) if mesh.size() > 1 else ()
+    storages = {n: Storage(tuple(p.shape), (None,) * mesh.ndim, every) for n, p in model.named_parameters()}
+    aliases = {"head.weight": "embed.weight"}
+    return parallel_module(model, storages, mesh, remake, aliases=aliases, batch_ranks=mesh.size())
+
+
+def batches(steps: int, ranks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(7)
+    return [(torch.randint(0, 10, (2 * ranks, 5)), torch.randint(0, 10, (2 * ranks, 5))) for _ in range(steps)]
+
+
+def mine(batch: tuple[torch.Tensor, torch.Tensor], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch[0][2 * rank : 2 * rank + 2], batch[1][2 * rank : 2 * rank + 2]
+
+
+def mesh_of(ranks: int) -> DeviceMesh:
+    shape = {1: (1,), 2: (2,), 4: (2, 2)}[ranks]
+    return init_device_mesh("cpu", shape, mesh_dim_names=AXES[: len(shape)])
+
+
+def whole(gradient: Any) -> torch.Tensor:
+    assert isinstance(gradient, DTensor)
+    return gradient.full_tensor()
+
+
+def _trains_like_eager(rank: int, ranks: int, compile: bool) -> None:
+    mesh = mesh_of(ranks)
+    torch.manual_seed(0)
+    eager = Net()
+    before = copy.deepcopy(eager.state_dict())
+    model = made(eager, mesh, compile)
+    assert isinstance(model, Net)
+    assert isinstance(model, ParallelModule)
+    assert model.config == {"rows": 10, "width": 6}
+    assert list(model.state_dict()) == list(eager.state_dict())
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in eager.named_parameters()]
+    assert model.head.weight is model.embed.weight
+    assert all(isinstance(p, DTensor) and p.device_mesh == mesh for p in model.parameters())
+    options: list[dict[str, Any]] = [{"foreach": True}, {"fused": True}]
+    optims = [torch.optim.AdamW(m.parameters(), lr=1e-2, **options[ranks % 2]) for m in (eager, model)]
+    for step, batch in enumerate(batches(4, ranks)):
+        wanted = eager(*batch)
+        found = model(mine(batch, rank)[0], labels=mine(batch, rank)[1])
+        assert type(found) is NetOutput
+        assert type(found.loss) is torch.Tensor
+        assert isinstance(found.logits, DTensor)
+        assert found.name == "net"
+        torch.testing.assert_close(found.loss, wanted.loss)
+        torch.testing.assert_close(found.logits.full_tensor(), wanted.logits)
+        wanted.loss.backward()
+        found.loss.backward()
+        for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                assert q.grad.placements == q.placements
+                torch.testing.assert_close(whole(q.grad), p.grad, msg=name)
+        if step % 2:  # two batches accumulate
+            norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5) for m in (eager, model)]
+            torch.testing.assert_close(whole(norms[1]), norms[0])
+            for optim in optims:
+                optim.step()
+                optim.zero_grad()
+    for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(whole(q), p.detach(), msg=name)
+    assert model.calls == eager.calls == 4
+    assert model.head.weight is model.embed.weight
+    assert model.frozen.grad is None
+    assert model.unused.grad is None
+    assert any(not torch.equal(before[k], v) for k, v in eager.state_dict().items())
+
+
+@pytest.mark.parametrize(("ranks", "compile"), [(1, False), (4, False), (2, True)])
+def test_trains_like_eager(ranks: int, compile: bool) -> None:
+    run_ranks(_trains_like_eager, ranks, compile)
+
+
+def _other_calls(rank: int, ranks: int) -> None:
+    mesh = mesh_of(ranks)
+    torch.manual_seed(0)
+    eager = Net()
+    original = copy.deepcopy(eager.state_dict())
+    calls: list[Any] = []
+    model = made(eager, mesh, calls=calls)
+    batch = batches(1, ranks)[0]
+    ids, labels = mine(batch, rank)
+    rows = slice(2 * rank, 2 * rank + 2)
+
+    # Without a gradient, in evaluation, and without a loss.
+    model.eval()
+    eager.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, labels).loss, eager(*batch).loss)
+        found = model(ids, None)
+        assert type(found.logits) is torch.Tensor
+        assert not found.logits.requires_grad
+        torch.testing.assert_close(found.logits, eager(batch[0]).logits[rows])
+    model.train()
+    eager.train()
+    # The user's own loss: this rank's mean, averaged over the ranks.
+    found = model(ids)
+    nn.functional.cross_entropy(found.logits.flatten(0, 1), labels.flatten()).backward()
+    eager(*batch).loss.backward()
+    compare(model, eager)
+    # A new shape.
+    longer = torch.cat((batch[0], batch[0]), 1), torch.cat((batch[1], batch[1]), 1)
+    torch.testing.assert_close(model(*mine(longer, rank)).loss, eager(*longer).loss)
+    assert calls == [("loss", False), ("loss", False), ("loss", True), ("loss", True)]
+    model(*mine(longer, rank))
+    model(ids)
+    assert len(calls) == 4
+    # A gradient through the logits beside the loss; twice, as the program is made once.
+    for _ in range(2):
+        for m in (model, eager):
+            m.zero_grad()
+        out = model(ids, labels)
+        (out.loss + (out.logits * out.logits).sum().full_tensor() * 0.1).backward()
+        out = eager(*batch)
+        (out.loss + (out.logits * out.logits).sum() * 0.1).backward()
+        compare(model, eager)
+    out = model(ids, labels)
+    model.zero_grad()
+    out.logits.full_tensor().sum().backward()
+    eager.zero_grad()
+    eager(*batch).logits.sum().backward()
+    compare(model, eager)
+    assert calls[4:] == [("loss", True), ("all", True)]
+    # A second backward through one step.
+    out = model(ids, labels)
+    out.loss.backward(retain_graph=True)
+    out.loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.loss.backward()
+    assert all(torch.equal(v, eager.state_dict()[k]) for k, v in original.items() if k != "calls")
+
+
+def compare(model: nn.Module, eager: nn.Module) -> None:
+    """Every gradient."""
+    for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(whole(q.grad), p.grad, msg=name)
+
+
+def test_other_kinds_of_call() -> None:
+    run_ranks(_other_calls, 4)
+
+
+def _clear_errors(rank: int, ranks: int) -> None:
+    mesh = mesh_of(ranks)
+    model = made(Net(), mesh)
+    ids, labels = mine(batches(1, ranks)[0], rank)
+    with pytest.raises(ValueError, match=r"labels is on meta but the mesh is on cpu"):
+        model(ids, labels=labels.to("meta"))
+    with pytest.raises(ValueError, match=r"args\[0\] is a DTensor"):
+        model(DTensor.from_local(ids, mesh, [Replicate()] * mesh.ndim))
+    with pytest.raises(ValueError, match="autocast"), torch.autocast("cpu"):
+        model(ids)
+    model.up.weight.requires_grad_(False)
+    with pytest.raises(PlanMismatchError, match=r"up.weight.requires_grad is False but was True"):
+        model(ids)
+    model.up.weight.requires_grad_(True)
+    kept = model.up.weight
+    model.up.weight = nn.Parameter(torch.zeros(18, 6))
+    with pytest.raises(PlanMismatchError, match=r"up.weight is no longer stored as planned"):
+        model(ids)
+    model.up.weight = kept
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    with pytest.raises(PlanMismatchError, match=r"head.weight was tied to embed.weight"):
+        model(ids)
+    model.head.weight = model.embed.weight
+    model(ids)
+    model.to(torch.float64)
+    with pytest.raises(PlanMismatchError, match="float64 but the plan was made for torch.float32"):
+        model(ids)
+    changed = Net()
+    changed.up = nn.Linear(6, 17)
+    every = {n: Storage(tuple(p.shape), (None,)) for n, p in Net().named_parameters()}
+    with pytest.raises(PlanMismatchError, match=r"up.weight has shape \(17, 6\) but the plan was made for \(18, 6\)"):
+        parallel_module(changed, every, mesh, None, aliases={})  # type: ignore[arg-type]
+
+
+def test_errors_name_what_is_wrong() -> None:
+    run_ranks(_clear_errors, 1)
+
+
+def _meta(rank: int, ranks: int) -> None:
+    mesh = mesh_of(ranks)
+    with torch.device("meta"):
+        eager = Net()
+    model = made(eager, mesh)
+    assert all(p.is_meta for p in model.parameters())
+    ids, labels = mine(batches(1, ranks)[0], rank)
+    with pytest.raises(PlanMismatchError, match="to_empty"):
+        model(ids)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.to_empty(device="cpu")
+    assert any("['scale']" in str(w.message) for w in caught)
+    assert model.scale.isnan().all()
+    assert model.head.weight is model.embed.weight
+    torch.manual_seed(3)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    with torch.no_grad():
+        model.unused.fill_(1)
+        model.frozen.fill_(1)
+        model.scale.fill_(1.5)
+        model.calls.zero_()
+    one = Net()
+    with torch.no_grad():
+        one.load_state_dict(
+            {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()}
+        )
+    batch = batches(1, ranks)[0]
+    torch.testing.assert_close(model(*mine(batch, rank)).loss, one(*batch).loss)
+    # A real model's buffers outlast to_empty, and its ties too.
+    real = made(Net(), mesh)
+    real.to_empty(device="cpu")
+    assert torch.equal(real.scale, torch.full((6,), 1.5))
+    assert real.head.weight is real.embed.weight
+
+
+def test_meta_models() -> None:
+    run_ranks(_meta, 2)
+
+
+def _checkpoints(rank: int, ranks: int, folder: str) -> None:
+    mesh = mesh_of(ranks)
+    torch.manual_seed(0)
+    model = made(Net(), mesh)
+    optim = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    batch = batches(2, ranks)
+    for b in batch:
+        model(*mine(b, rank)).loss.backward()
+        optim.step()
+    state, optim_state = get_state_dict(model, optim)
+    dcp.save({"model": state, "optim": optim_state}, checkpoint_id=folder)
+    torch.manual_seed(1)
+    # Another layout: chunked over one axis, plain FSDP2 on the original model, and one device.
+    from torch.distributed.fsdp import fully_shard
+
+    flat = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    other = made(Net(), flat)
+    fsdp: Any = fully_shard(Net(), mesh=flat)
+    full = get_model_state_dict(model)
+    for target in (other, fsdp):
+        loaded = get_model_state_dict(target)
+        dcp.load({"model": loaded}, checkpoint_id=folder)
+        set_model_state_dict(target, loaded)
+        for name, value in loaded.items():
+            if isinstance(value, DTensor):
+                assert torch.equal(value.full_tensor(), full[name].full_tensor()), name
+    # And back from FSDP2.
+    dcp.save({"model": get_model_state_dict(fsdp)}, checkpoint_id=folder + "/fsdp")
+    again = made(Net(), mesh)
+    loaded = get_model_state_dict(again)
+    dcp.load({"model": loaded}, checkpoint_id=folder + "/fsdp")
+    set_model_state_dict(again, loaded)
+    losses = [m(*mine(batch[0], rank)).loss for m in (model, other, again)]
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+    if rank == 0:
+        one = Net()
+        state = one.state_dict()
+        dcp.load({"model": state}, checkpoint_id=folder, no_dist=True)
+        one.load_state_dict(state)
+        torch.testing.assert_close(one(*batch[0]).loss, losses[0])
+    dist.barrier()
+
+
+def test_checkpoints_go_between_layouts(tmp_path: Path) -> None:
+    run_ranks(_checkpoints, 4, str(tmp_path))
+
+
+def test_preloaded_program_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_ranks(_preloaded, 1)
+
+
+def _preloaded(rank: int, ranks: int) -> None:
+    mesh = mesh_of(ranks)
+    calls: list[Any] = []
+    model = made(Net(), mesh, calls=calls)
+    ids, labels = mine(batches(1, ranks)[0], rank)
+    local = local_step(Net(), (ids,), {"labels": labels}, (("dp", 1),))
+    preload(model, (ids,), {"labels": labels}, Executable(local, lower(local, compile=False)))
+    model(ids, labels=labels).loss.backward()
+    assert calls == []
