@@ -1,7 +1,7 @@
 """Gathering and scattering of stored state: FSDP's dim-0 chunks.
 
-A tensor computed with as one part of n rows is stored over `axes` in chunks of ceil(n / ranks) rows, nested in mesh
-order and zero-padded, so that one collective over the flattened group moves it: `state_gather` for compute,
+A tensor computed with as one part of n rows is stored over `axes` in chunks, as `torch.chunk` cuts them along each axis
+in mesh order, zero-padded to equal size, so that one collective over the flattened group moves it: `state_gather` for compute,
 `state_scatter` for a gradient that is a partial sum on all these axes, `state_slice` where the ranks of an axis already
 hold the same gradient.
 """
@@ -17,17 +17,24 @@ from costmodel.layout import Layout, Partial, Replicate
 from costmodel.reshard import Step, steps
 
 
-def padded_rows(rows: int, axes: Sequence[int], topology: Topology) -> tuple[int, int]:
-    """(rows of one stored chunk, rows of all chunks of the group together)."""
-    chunk = rows
-    for axis in axes:
-        chunk = -(-chunk // topology.sizes[axis])
-    return chunk, chunk * math.prod(topology.sizes[axis] for axis in axes)
+def chunks(rows: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Rows that each rank of a group stores, in the group's order: `torch.chunk` along each axis in turn.
+
+    Every rank's chunk is padded to the first rank's, the largest.
+    """
+    parts = [rows]
+    for size in sizes:
+        split = []
+        for part in parts:
+            chunk = -(-part // size)
+            split += [max(0, min(chunk, part - i * chunk)) for i in range(size)]
+        parts = split
+    return tuple(parts)
 
 
 def _full_bytes(local: tuple[int, ...], itemsize: int, axes: Sequence[int], topology: Topology) -> int:
-    rows = padded_rows(local[0], axes, topology)[1]
-    return rows * math.prod(local[1:]) * itemsize
+    parts = chunks(local[0], [topology.sizes[axis] for axis in axes])
+    return parts[0] * len(parts) * math.prod(local[1:]) * itemsize
 
 
 def state_gather(
@@ -67,14 +74,20 @@ def state_scatter(
         full = _full_bytes(local, itemsize, axes, topology)
         seconds = collective_s("reduce_scatter", full, axes, topology)
         return (*path, Step("state_scatter", axes, None, None, "sum", full, seconds, target, layout))
+    parts = chunks(local[0], [topology.sizes[axis] for axis in axes])
+    if parts[0] != parts[-1] and partial:  # uneven chunks of several axes cannot be cut axis by axis
+        whole = tuple(Replicate() if axis in axes else placement for axis, placement in enumerate(layout))
+        path = steps(shape, itemsize, given, whole, topology)
+        assert path is not None
+        partial = []
     moves = list(path)
-    rows = local[0]
-    row_bytes = math.prod(local[1:]) * itemsize
+    if not partial:
+        full = _full_bytes(local, itemsize, axes, topology)
+        return (*moves, Step("state_slice", axes, None, None, "", full, 0.0, moves[-1].after if moves else given, layout))
+    full = math.prod(local) * itemsize
     for axis in axes:
-        chunk, padded = padded_rows(rows, (axis,), topology)
-        full = padded * row_bytes
         kind, collective = ("state_scatter", "reduce_scatter") if axis in partial else ("state_slice", "")
         seconds = collective_s(collective, full, (axis,), topology) if collective else 0.0
         moves.append(Step(kind, (axis,), None, None, "sum" if collective else "", full, seconds, target, layout))
-        rows = chunk
+        full //= topology.sizes[axis]
     return tuple(moves)

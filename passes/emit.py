@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from costmodel.hardware import Topology
 from costmodel.layout import Layout, local_shape
 from costmodel.reshard import Step
-from costmodel.state import padded_rows
+from costmodel.state import chunks
 from passes.local import WAIT
 
 aten = torch.ops.aten
@@ -134,15 +134,15 @@ def emit_steps(
 ) -> fx.Node:
     """Bring `x`, the part of a tensor whose dims consist of atoms of sizes `dims`, through `steps`.
 
-    `rows` is dim 0 of the part that is computed with, for the steps that gather or scatter stored chunks.
+    `rows` is dim 0 of the part that is computed with, for a step that gathers stored chunks.
     """
     for step in steps:
         if step.kind == "state_gather":
             x = _state_gather(emit, x, step, rows)
         elif step.kind == "state_scatter":
-            x, rows = _state_scatter(emit, x, step), padded_rows(emit.shape(x)[0], step.axes, emit.topology)[0]
+            x = _state_scatter(emit, x, step)
         elif step.kind == "state_slice":
-            x, rows = _state_slice(emit, x, step), padded_rows(emit.shape(x)[0], step.axes, emit.topology)[0]
+            x = _state_slice(emit, x, step)
         else:
             x = _expanded_step(emit, x, step, dims)
     return x
@@ -186,7 +186,8 @@ def _expanded_step(emit: Emitter, x: fx.Node, step: Step, dims: Sequence[Sequenc
         x = _all_to_all(emit, x, step, before, after)
     else:
         raise AssertionError(step)
-    return emit.view(x, _merged(dims, after))
+    # Row-major, as the ops' own results are: fused kernels rely on it (CPU attention is silently wrong otherwise).
+    return emit.view(emit.contiguous(x), _merged(dims, after))
 
 
 def _to_front(emit: Emitter, x: fx.Node, dim: int) -> fx.Node:
@@ -218,56 +219,59 @@ def _all_to_all(emit: Emitter, x: fx.Node, step: Step, before: Sequence[int], af
     return emit.view(x, after)
 
 
-def _nested(emit: Emitter, rows: int, axes: Sequence[int]) -> list[tuple[int, int]]:
-    """(ranks, rows of a chunk) per level, outermost first."""
-    levels = []
-    for axis in axes:
-        size = emit.topology.sizes[axis]
-        rows = -(-rows // size)
-        levels.append((size, rows))
-    return levels
+def _runs(emit: Emitter, rows: int, axes: Sequence[int]) -> list[tuple[int, int]]:
+    """The padded chunks of a group end to end, as runs of (rows of the tensor, rows of padding)."""
+    parts = chunks(rows, [emit.topology.sizes[axis] for axis in axes])
+    runs: list[tuple[int, int]] = []
+    for part in parts:
+        if runs and not runs[-1][1]:
+            runs[-1] = (runs[-1][0] + part, parts[0] - part)
+        elif runs and not part:
+            runs[-1] = (runs[-1][0], runs[-1][1] + parts[0])
+        else:
+            runs.append((part, parts[0] - part))
+    return runs
 
 
 def _state_gather(emit: Emitter, x: fx.Node, step: Step, rows: int) -> fx.Node:
     ranks, name = emit.group(step.axes)
-    rest = emit.shape(x)[1:]
     x = emit.wait(emit.call(c10d.all_gather_into_tensor.default, emit.contiguous(x), ranks, name))
-    levels = _nested(emit, rows, step.axes)
-    for level in range(len(levels) - 1, -1, -1):
-        size, chunk = levels[level]
-        outer = math.prod(s for s, _ in levels[:level])
-        wanted = levels[level - 1][1] if level else rows
-        if size * chunk != wanted:
-            x = emit.view(x, (outer, size * chunk, *rest))
-            x = emit.call(aten.slice.Tensor, x, 1, 0, wanted)
-            x = emit.view(x, (outer * wanted, *rest))
-    return x
-
-
-def _pad_rows(emit: Emitter, x: fx.Node, dim: int, rows: int) -> fx.Node:
-    missing = rows - emit.shape(x)[dim]
-    if not missing:
+    kept, start = [], 0
+    for real, padding in _runs(emit, rows, step.axes):
+        if real:
+            kept.append((start, start + real))
+        start += real + padding
+    if kept == [(0, emit.shape(x)[0])]:
         return x
-    pads = [0, 0] * (len(emit.shape(x)) - dim - 1) + [0, missing]
-    return emit.call(aten.constant_pad_nd.default, x, pads, 0)
+    parts = [emit.call(aten.slice.Tensor, x, 0, first, last) for first, last in kept]
+    return parts[0] if len(parts) == 1 else emit.call(aten.cat.default, parts)
+
+
+def _padded(emit: Emitter, x: fx.Node, axes: Sequence[int]) -> fx.Node:
+    """The chunks of a group end to end, each padded to the largest."""
+    runs = _runs(emit, emit.shape(x)[0], axes)
+    if len(runs) == 1:
+        (_, padding), rank = runs[0], len(emit.shape(x))
+        return emit.call(aten.constant_pad_nd.default, x, [0, 0] * (rank - 1) + [0, padding], 0) if padding else x
+    pieces, start = [], 0
+    for real, padding in runs:
+        piece = emit.call(aten.slice.Tensor, x, 0, start, start + real)
+        pads = [0, 0] * (len(emit.shape(x)) - 1) + [0, padding]
+        pieces.append(emit.call(aten.constant_pad_nd.default, piece, pads, 0) if padding else piece)
+        start += real
+    return emit.call(aten.cat.default, pieces)
 
 
 def _state_scatter(emit: Emitter, x: fx.Node, step: Step) -> fx.Node:
     ranks, name = emit.group(step.axes)
-    rest = emit.shape(x)[1:]
-    outer = 1
-    for size, chunk in _nested(emit, emit.shape(x)[0], step.axes):
-        x = emit.view(x, (outer, emit.shape(x)[0] // outer, *rest))
-        x = _pad_rows(emit, x, 1, size * chunk)
-        outer *= size
-        x = emit.view(x, (outer * chunk, *rest))
-    x = emit.contiguous(x)
+    x = emit.contiguous(_padded(emit, x, step.axes))
     return emit.wait(emit.call(c10d.reduce_scatter_tensor.default, x, step.op, ranks, name))
 
 
 def _state_slice(emit: Emitter, x: fx.Node, step: Step) -> fx.Node:
-    (size, chunk), *_ = _nested(emit, emit.shape(x)[0], step.axes)
-    rest = emit.shape(x)[1:]
-    x = emit.view(_pad_rows(emit, x, 0, size * chunk), (size, chunk, *rest))
+    ranks, _ = emit.group(step.axes)
+    x = _padded(emit, x, step.axes)
+    rows, *rest = emit.shape(x)
+    x = emit.view(x, (ranks, rows // ranks, *rest))
     place = emit.view(emit.coordinate(step.axes), (1,))
-    return emit.view(emit.call(aten.index_select.default, x, 0, place), (chunk, *rest))
+    return emit.view(emit.call(aten.index_select.default, x, 0, place), (rows // ranks, *rest))

@@ -121,7 +121,11 @@ class LocalOutput:
 
 @dataclass(frozen=True)
 class LocalProgram:
-    """One rank's step. Node metadata is that of `Program` (val holds local shapes)."""
+    """One rank's step. Node metadata is that of `Program` (val holds local shapes).
+
+    A node that holds a rank's part of a node of the program says so: `part_of` is (that node's name, the layout of the
+    part on the tensor's expanded dims).
+    """
 
     graph: fx.GraphModule
     inputs: tuple[LocalInput, ...]

@@ -114,6 +114,8 @@ class _Rewriter:
 
     def _put(self, node: fx.Node, where: Where, local: fx.Node, era: str = "") -> None:
         self.env[node, era, where] = local
+        if not isinstance(where, StoredOption):
+            local.meta.setdefault("part_of", (node.name, where))
 
     def _get(self, node: fx.Node, where: Where, phase: str) -> fx.Node:
         node = self.source_of.get(node, node)
