@@ -52,14 +52,32 @@ def capture(
     `get_attr` nodes. Where the model reads a value that follows from the inputs and buffers alone, it is fixed to what
     these inputs give, with a note. Raises `CaptureError` where it depends on anything else.
     """
+    # A model may branch on what its inputs hold (is there any padding?) unless it is being compiled. So the branches
+    # of eager are taken first, as far as they follow from the model alone, and only then those of a compiled model.
+    backward = backward and torch.is_grad_enabled()
+    try:
+        return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, may_read_inputs=False)
+    except (CaptureError, RuntimeError):
+        return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, may_read_inputs=True)
+
+
+def _capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    batch_dims: Sequence[int | None] | None,
+    batch_size: int | None,
+    tangents: Tangents,
+    backward: bool,
+    may_read_inputs: bool,
+) -> Program:
     call_args, call_kwargs = tuple(args), dict(kwargs or {})
     leaves, in_spec, names = _flatten_inputs(call_args, call_kwargs)
     dims = list(batch_dims) if batch_dims is not None else [None] * len(leaves)
     if len(dims) != len(leaves):
         raise ValueError(f"batch_dims has {len(dims)} entries, but the inputs have {len(leaves)} leaves: {names}")
-    backward = backward and torch.is_grad_enabled()
     provenance, mode = Provenance(), fake_mode()
-    tracer = Tracer(mode, provenance)
+    tracer = Tracer(mode, provenance, may_read_inputs)
 
     slots = _slots(model)
     for slot in slots:
@@ -141,7 +159,7 @@ class _Slot:
         if self.input.kind == "parameter":
             tracer.values.set_unknown(node, f"the parameter {self.input.name}")
         elif type(self.tensor) in (Tensor, nn.Buffer) and self.tensor.device.type != "meta":
-            tracer.values.set(node, self.tensor.detach().cpu())
+            tracer.values.set(node, self.tensor.detach().cpu(), is_input=self.input.kind == "input")
         else:
             tracer.values.set_unknown(
                 node, f"the {self.input.kind} {self.input.name}, whose values are not known (it is meta or fake)"

@@ -280,6 +280,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
             aten.binary_cross_entropy,
             aten.binary_cross_entropy_backward,
             aten.binary_cross_entropy_with_logits,
+            aten.softplus_backward,  # its fake strides are not the real ones
         ]
     ),
     aten._log_softmax.default: _log_softmax,

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -30,6 +29,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from passes.decompositions import DECOMPOSITIONS
@@ -47,6 +47,8 @@ _CHECKS = {
     aten._assert_tensor_metadata.default,
 }
 _READS = {aten._local_scalar_dense.default, aten.equal.default}
+_PYTHON_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+_SHAPED_BY_INTEGERS = {aten._ctc_loss.Tensor}
 _INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
 _MAX_INLINE_ELEMENTS = 2**24
 
@@ -54,8 +56,9 @@ _MAX_INLINE_ELEMENTS = 2**24
 class Tracer(TorchDispatchMode):
     """Records ops on fake tensors into `graph`; `root` holds constants that are not inputs."""
 
-    def __init__(self, fake_mode: FakeTensorMode, provenance: Provenance) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, provenance: Provenance, may_read_inputs: bool) -> None:
         super().__init__()
+        self.may_read_inputs = may_read_inputs
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.values = ExampleValues()
@@ -117,6 +120,13 @@ class Tracer(TorchDispatchMode):
             return self._record_dynamic(func, args, kwargs)
         except DataDependentOutputException:
             return self._read(func, args, kwargs)
+        except (ValueError, RuntimeError):
+            # A decomposition may leave other strides than the op it replaces; a view then needs a copy.
+            if func is not aten.view.default or args[0].is_contiguous():
+                raise
+            with self:
+                copy = aten.clone.default(args[0], memory_format=torch.contiguous_format)
+                return aten.view.default(copy, args[1])
 
     def _same(self, func: Any, x: Tensor) -> Tensor:
         x = x if isinstance(x, FakeTensor) else self._constant(x)
@@ -194,24 +204,30 @@ class Tracer(TorchDispatchMode):
         return fake
 
     # -------------------------------------------------------------------------------- values that the model reads
-    def _value(self, tensor: Tensor, what: str) -> Any:
+    def value(self, tensor: Tensor, what: str) -> Any:
+        """The real value of `tensor`, which the model reads as `what` says; noted where it depends on inputs."""
+        node = self.node_of(tensor)
         try:
-            value = self.values.of(self.node_of(tensor))
+            value = self.values.of(node)
         except UnknownValueError as unknown:
             raise CaptureError(
-                f"{self._location()}: {what}, which depends on {unknown.what}, so the step is not one graph. Compute it "
-                "with tensor ops (torch.where, masks) instead, or make it a constant of the model"
+                f"{self._location()}: {what}, which depends on {unknown.what}, so the step is not one graph. Use "
+                "tensor ops (torch.where, masks) instead, or make it a constant of the model"
             ) from None
+        if not self.values.depends_on_inputs(node):
+            return value
+        if not self.may_read_inputs:
+            raise CaptureError(f"{self._location()}: {what}, which depends on the inputs")
         note = f"{self._location(short=True)}: {what}; it is fixed to what the example inputs give"
         if note not in self.notes:
             self.notes.append(note)
         return value
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
-        real = [self._value(a, "the model reads the value of a tensor") if isinstance(a, Tensor) else a for a in args]
+        real = _map_tensors(args, lambda t: self.value(t, "the model reads the value of a tensor"))
         if func is aten._local_scalar_dense.default:
-            return real[0].item()
-        return func(*real, **kwargs)
+            return run_real(Tensor.item, real, {})
+        return run_real(func, real, kwargs)
 
     def _record_dynamic(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an op whose shape depends on values, with the shape that the example inputs give."""
@@ -222,11 +238,17 @@ class Tracer(TorchDispatchMode):
         what = f"the shape of {func} depends on the value of a tensor"
         node_args, _ = self._map(args)
         node_kwargs, _ = self._map(kwargs)
-        real_args = _map_tensors(args, lambda t: self._value(t, what))
-        real_kwargs = _map_tensors(kwargs, lambda t: self._value(t, what))
+        real_args, real_kwargs = _map_tensors((args, kwargs), lambda t: self._shaping_value(func, t, what))
         from_values = run_real(func, real_args, real_kwargs)
         out = _map_tensors(from_values, self._fake_like)
         return self._emit(func, node_args, node_kwargs, out)
+
+    def _shaping_value(self, func: Any, tensor: Tensor, what: str) -> Any:
+        """The value of an operand, or zeros where the shape of `func`'s result does not depend on it."""
+        if func in _SHAPED_BY_INTEGERS and tensor.is_floating_point():
+            with unset_fake_temporarily():
+                return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        return self.value(tensor, what)
 
     def _fake_like(self, tensor: Tensor) -> FakeTensor:
         """An unrecorded fake CPU tensor of the same shape, strides and dtype."""
@@ -281,24 +303,44 @@ def _map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+class _Reads(TorchFunctionMode):
+    """Answers the reads of values that do not come as aten ops: `tolist` and `numpy`."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _PYTHON_READS and isinstance(args[0], Tensor):
+            real = self._tracer.value(unwrapped(args[0]), "the model reads the values of a tensor")
+            with unset_fake_temporarily():
+                return func(real, *args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
-    """Record what is run inside. Random state and global settings are as before afterwards."""
+    """Record what is run inside. Random state and global settings are as before afterwards.
+
+    Where the tracer may read inputs, the model is told that it is being compiled, so that one which knows of that takes
+    branches that look at no values.
+    """
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    # A model that asks whether it is being compiled takes branches that do not look at values.
-    with _compiling_state_context():
-        torch.backends.mha.set_fastpath_enabled(False)
-        torch._enable_functionalization(reapply_views=True)  # type: ignore[attr-defined]
-        try:
-            with fake_mode, tracer:
-                yield
-        finally:
-            torch._disable_functionalization()  # type: ignore[attr-defined]
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            torch.set_rng_state(states[0])
-            random.setstate(states[1])
-            np.random.set_state(states[2])
+    compiling = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = tracer.may_read_inputs
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        with fake_mode, tracer, _Reads(tracer):
+            yield
+    finally:
+        torch._disable_functionalization()
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch.compiler._is_compiling_flag = compiling
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
 
 
 def wrapped(fake: Tensor, requires_grad: bool) -> Tensor:

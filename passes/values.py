@@ -37,10 +37,13 @@ class ExampleValues:
     def __init__(self) -> None:
         self._known: dict[fx.Node, Any] = {}
         self._unknown: dict[fx.Node, str] = {}
+        self._from_inputs: set[fx.Node] = set()
 
-    def set(self, node: fx.Node, value: torch.Tensor) -> None:
+    def set(self, node: fx.Node, value: torch.Tensor, is_input: bool = False) -> None:
         """Give a leaf of the graph its value."""
         self._known[node] = value
+        if is_input:
+            self._from_inputs.add(node)
 
     def set_unknown(self, node: fx.Node, what: str) -> None:
         """Say why a leaf of the graph has no value."""
@@ -54,6 +57,9 @@ class ExampleValues:
         if node in self._known:
             return self._known[node]
         order = self._needed(node)
+        for needed in order:
+            if any(parent in self._from_inputs for parent in needed.all_input_nodes):
+                self._from_inputs.add(needed)
         if not any(n.target in _UNIFORM for n in order):
             self._known.update(self._run(order, {}))
             return self._known[node]
@@ -62,6 +68,10 @@ class ExampleValues:
             raise UnknownValueError("random numbers")
         self._known[node] = low
         return low
+
+    def depends_on_inputs(self, node: fx.Node) -> bool:
+        """Whether a value that `of` gave follows from the user's inputs, not from the model alone."""
+        return node in self._from_inputs
 
     def _needed(self, node: fx.Node) -> list[fx.Node]:
         """Nodes to run for `node`, in the order of the graph."""
