@@ -29,6 +29,10 @@ class Folding:
     """Name pattern of a repeated module (`model.layers.*`) -> how many there are."""
 
 
+_SALT = re.compile(r"'salt': \d+")
+"""The number of a random op: a name, no difference."""
+
+
 def fold(program: Program) -> Folding:
     """Group the graph's nodes, placeholders included (the output node is left out)."""
     pattern, layers = layer_patterns([i.name for i in program.inputs if i.kind in ("parameter", "buffer")])
@@ -47,7 +51,7 @@ def fold(program: Program) -> Folding:
             classes[key].append(node)
             continue
         module = node.meta.get("module", "")
-        call = keys.setdefault(node, call_key(node) if node.op == "call_function" else f"{node.target}")
+        call = keys.setdefault(node, _SALT.sub("", call_key(node)) if node.op == "call_function" else f"{node.target}")
         place = (node.meta.get("phase"), module, call)
         ordinal = seen[place]
         seen[place] += 1

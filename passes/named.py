@@ -1,129 +1,128 @@
-"""The plans people make by hand, as restrictions of the search space: ddp, fsdp, megatron.
+"""What a strategy leaves open: ddp, fsdp and megatron as restrictions of the search, auto as the search itself.
 
-Each keeps, of every site's options, those that the hand-made plan allows; what is still open (where a norm's partial
-sums are reduced, whether Megatron's activations are split along the sequence) is left to the solver. A site at which
-nothing would be left keeps all its options: no plan by hand can do better there either.
+A named strategy fixes what the hand-made plan fixes; what is still open (where a norm's partial sums are reduced,
+whether Megatron's activations are split along the sequence) is left to the solver. Where an op has nothing of what the
+strategy wants, all its choices stay: no plan by hand can do better there either.
+
+`auto` searches everything but what can only cost: on the batch axes an op makes one choice for all of them together,
+and of a weight's dim that consists of several atoms (heads, head size) an axis splits the outermost that it can.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from costmodel.layout import Replicate
+from passes.analysis import Analysis, Place
 from passes.rules.matmul import PRODUCTS
-from passes.space import Site, Space
-from passes.strategies import Option, StoredOption
+from passes.strategies import Choice, StoredOption, every_choice
 
 STRATEGIES = ("auto", "ddp", "fsdp", "megatron")
 
-Choices = tuple[tuple[int, ...], ...]
-"""Per site, the indices of the options that are allowed."""
+Choices = tuple[tuple[Choice, ...], ...]
+"""Per group of axes that choose together, what they may choose."""
 
 
-def allowed(space: Space, strategy: str) -> Choices:
-    """The options of each site that `strategy` leaves open.
-
-    Raises:
-        ValueError: an unknown strategy.
-    """
+def check_strategy(strategy: str) -> None:
+    """Refuse an unknown strategy with a `ValueError`."""
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; known are {', '.join(STRATEGIES)}")
-    return tuple(_allowed_at(space, index, strategy) for index in range(len(space.sites)))
 
 
-def _allowed_at(space: Space, index: int, strategy: str) -> tuple[int, ...]:
-    site = space.sites[index]
-    everything = tuple(range(len(site.options)))
-    if strategy == "auto":
-        return everything
-    tests: dict[str, Callable[[int], bool]] = {
-        "ddp": lambda i: _data_parallel(space, index, i, stored="whole"),
-        "fsdp": lambda i: _data_parallel(space, index, i, stored="state"),
-        "megatron": lambda i: _megatron(space, index, i),
-    }
-    kept = tuple(i for i in everything if tests[strategy](i))
-    return kept or everything
-
-
-def _split_atoms(site: Site, option: Option) -> tuple[int | None, ...]:
-    assert site.op is not None
-    return tuple(None if leaf is None else site.op.leaves[leaf].atom for leaf in option.splits)
-
-
-def _data_leaf(space: Space, site: Site, axes: Sequence[int]) -> tuple[int | None, ...]:
-    """Per axis of `axes`, the data dim it should split at this op: the batch while it divides, then the sequence."""
-    assert site.op is not None
-    wanted: list[int | None] = []
+def axis_choices(
+    analysis: Analysis, index: int, strategy: str, sizes: Sequence[int], batch_axes: tuple[int, ...]
+) -> tuple[tuple[tuple[int, ...], tuple[Choice, ...]], ...]:
+    """Groups of mesh axes, and what each may choose at op site `index`: None (nothing), a leaf, or a linear group."""
+    check_strategy(strategy)
+    place = analysis.places[index]
+    assert place.op is not None
+    tensor_axes = tuple(axis for axis in range(len(sizes)) if axis not in batch_axes)
+    groups = ([batch_axes] if batch_axes else []) + [(axis,) for axis in tensor_axes]
     used: dict[int, int] = {}
-    for axis in axes:
-        choice = None
-        for atoms in (space.batch_atoms, space.sequence_atoms):
-            for leaf in site.op.leaves:
-                parts = used.get(leaf.atom, 1) * space.topology.sizes[axis]
-                if choice is None and leaf.atom in atoms and leaf.size % parts == 0:
-                    choice = leaf.atom
-                    used[leaf.atom] = parts
-        wanted.append(choice)
-    return tuple(wanted)
+    found = []
+    for group in groups:
+        parts = math.prod(sizes[axis] for axis in group)
+        everything = _open_choices(analysis, place, parts)
+        fixed = _fixed(analysis, index, strategy, group == batch_axes, parts, used)
+        kept = tuple(choice for choice in everything if fixed is None or choice in fixed)
+        found.append((group, kept or everything))
+    return tuple(found)
 
 
-def _data_parallel(space: Space, index: int, i: int, stored: str) -> bool:
-    """Weights are whole in compute; every axis splits the batch, or the sequence where the batch does not divide."""
-    site = space.sites[index]
-    option = site.options[i]
-    if isinstance(option, StoredOption):
-        if site.given is None or site.given.kind != "parameter":
-            return True
-        shards = all(shard is None for shard in option.storage.shards)
-        every = len(option.storage.state_axes) == len(space.topology.axes)
-        none = not option.storage.state_axes
-        return shards and (none if stored == "whole" else every)
-    if index in space.from_parameters:
-        return _whole(option)
-    return index not in space.from_data or _follows_data(space, site, option, range(len(space.topology.axes)))
+def _open_choices(analysis: Analysis, place: Place, parts: int) -> tuple[Choice, ...]:
+    """All choices but splits of a weight's inner atoms where an outer one of the same dim can be split."""
+    assert place.op is not None
+    skipped: set[int] = set()
+    for atoms in analysis.weight_dims:
+        free = [atom for atom, size in atoms if size % parts == 0 and atom not in analysis.blocked_atoms]
+        if free:
+            skipped |= {atom for atom, _ in atoms if atom != free[0]}
+    skipped -= analysis.batch_atoms | analysis.sequence_atoms
+    return tuple(
+        choice
+        for choice in every_choice(place.op, parts)
+        if choice is None or choice >= len(place.op.leaves) or place.op.leaves[choice].atom not in skipped
+    )
 
 
-def _whole(option: Option) -> bool:
-    return all(p == Replicate() for layout in (*option.operands, *option.results) for p in layout)
+def _fixed(
+    analysis: Analysis, index: int, strategy: str, data: bool, parts: int, used: dict[int, int]
+) -> set[Choice] | None:
+    """The choices that a named strategy wants of a group of axes; None where it wants nothing in particular."""
+    place = analysis.places[index]
+    if strategy == "auto":
+        return None
+    sharded_compute = strategy == "megatron" and not data
+    if index in analysis.from_parameters:
+        return None if sharded_compute else {None}
+    if index not in analysis.from_data:
+        return None
+    if sharded_compute:
+        return _tensor_parallel(analysis, place)
+    return _data_parallel(analysis, place, parts, used)
 
 
-def _follows_data(space: Space, site: Site, option: Option, axes: Sequence[int]) -> bool:
-    atoms = _split_atoms(site, option)
-    wanted = _data_leaf(space, site, list(axes))
-    return all(want is None or atoms[axis] == want for axis, want in zip(axes, wanted, strict=True))
+def _data_parallel(analysis: Analysis, place: Place, parts: int, used: dict[int, int]) -> set[Choice] | None:
+    """The batch while it divides, then the sequence."""
+    assert place.op is not None
+    for atoms in (analysis.batch_atoms, analysis.sequence_atoms):
+        for i, leaf in enumerate(place.op.leaves):
+            if leaf.atom in atoms and leaf.size % (used.get(leaf.atom, 1) * parts) == 0:
+                used[leaf.atom] = used.get(leaf.atom, 1) * parts
+                return {i}
+    return None
 
 
-def _megatron(space: Space, index: int, i: int) -> bool:
-    """State over the batch axes, which split the batch; on the others every matrix product splits a weight's dim."""
-    site = space.sites[index]
-    option = site.options[i]
-    data = space.batch_axes
-    tensor = [axis for axis in range(len(space.topology.axes)) if axis not in data]
-    if isinstance(option, StoredOption):
-        if site.given is None or site.given.kind != "parameter":
-            return True
-        rows = option.storage.shape[0] if option.storage.shape else 1
-        if not all(option.storage.shards[axis] is None for axis in data):
+def _tensor_parallel(analysis: Analysis, place: Place) -> set[Choice] | None:
+    """Matrix products split a dim of a weight; logits stay split by class."""
+    assert place.op is not None
+    assert place.call is not None
+    classes = {i for i, leaf in enumerate(place.op.leaves) if leaf.atom in analysis.class_atoms}
+    if place.call.target in PRODUCTS:
+        data = analysis.batch_atoms | analysis.sequence_atoms
+        return {i for i, leaf in enumerate(place.op.leaves) if leaf.atom not in data}
+    return set(classes) or None
+
+
+def stored_choices(
+    options: tuple[StoredOption, ...], strategy: str, batch_axes: Sequence[int]
+) -> tuple[StoredOption, ...]:
+    """The ways to store a parameter that a strategy leaves open."""
+    check_strategy(strategy)
+
+    def fits(option: StoredOption) -> bool:
+        storage = option.storage
+        rows = storage.shape[0] if storage.shape else 1
+        if strategy == "ddp":
+            return not storage.state_axes and not any(storage.shards)
+        if strategy == "fsdp":
+            every = len(storage.state_axes) == len(storage.shards)
+            return not any(storage.shards) and (every or not storage.shape)
+        if any(storage.shards[axis] for axis in batch_axes):
             return False
-        wanted = tuple(data) if rows > 1 else ()
-        return tuple(a for a in option.storage.state_axes if a in data) == wanted
-    if index in space.from_parameters:
-        return all(layout[axis] == Replicate() for axis in data for layout in (*option.operands, *option.results))
-    if index not in space.from_data:
+        if strategy == "megatron":
+            wanted = tuple(batch_axes) if rows > 1 else ()
+            return tuple(axis for axis in storage.state_axes if axis in batch_axes) == wanted
         return True
-    if not _follows_data(space, site, option, data):
-        return False
-    assert site.call is not None
-    assert site.op is not None
-    atoms = _split_atoms(site, option)
-    if site.call.target in PRODUCTS:
-        data_atoms = space.batch_atoms | space.sequence_atoms
-        return all(atoms[axis] is not None and atoms[axis] not in data_atoms for axis in tensor)
-    classes = {leaf.atom for leaf in site.op.leaves if leaf.atom in space.class_atoms}
-    return not classes or all(atoms[axis] in classes for axis in tensor)  # logits are never gathered
 
-
-def ways(space: Space) -> int:
-    """How many ranks the batch axes have together."""
-    return math.prod(space.topology.sizes[axis] for axis in space.batch_axes)
+    return tuple(option for option in options if fits(option)) or options

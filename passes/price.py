@@ -19,7 +19,6 @@ from costmodel.reshard import Step, reshard_s, steps
 from costmodel.state import state_gather, state_scatter
 from passes.dims import Value, expanded_shape
 from passes.errors import NoFeasiblePlanError
-from passes.named import Choices
 from passes.problem import Flow, Hold, Problem, Reader
 from passes.space import Port, Site, Space, Wire
 from passes.strategies import Option, StoredOption
@@ -99,17 +98,17 @@ def option_local_shapes(site: Site, option: Option, sizes: Sequence[int]) -> tup
     )
 
 
-def price(space: Space, choices: Choices, budget_bytes: float = math.inf, optimizer: Budgeted | None = None) -> Priced:
-    """The problem of choosing among `choices`.
+def price(space: Space, budget_bytes: float = math.inf, optimizer: Budgeted | None = None) -> Priced:
+    """The problem of choosing an option for every site.
 
     Raises:
         NoFeasiblePlanError: a site has no option left.
     """
     optimizer = optimizer or Budgeted(8)
-    for site, options in zip(space.sites, choices, strict=True):
-        if not options:
+    for site in space.sites:
+        if not site.options:
             raise NoFeasiblePlanError(f"{site.name}: no layout is left by the strategy and the pins")
-    groups, table = _merge(space, choices)
+    groups, table = _merge(space)
     where = {site: (v, k) for v, group in enumerate(groups) for k, site in enumerate(group)}
     seconds, sizes = [], []
     op_cost: dict[tuple[int, int], float] = {}
@@ -175,7 +174,7 @@ def _option_bytes(space: Space, site: Site, option_index: int, optimizer: Budget
 
 
 def _merge(
-    space: Space, choices: Choices
+    space: Space,
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[tuple[int, ...], ...], ...]]:
     """Groups of sites that decide together, and the joint options of each."""
     group_of: dict[int, int] = {}
@@ -200,22 +199,22 @@ def _merge(
             single = all(len(values) == 1 for values in sources) and len(origins) == 1 and -1 not in origins
             alike = single and all(space.sites[v.op].count == site.count for vs in sources for v in vs)
             if alike and all(space.sites[v.op].kind == "op" for vs in sources for v in vs):
-                joined = _try_join(space, index, choices[index], next(iter(origins)), groups, rows, sources, layout_of)
+                joined = _try_join(space, index, next(iter(origins)), groups, rows, sources, layout_of)
                 if joined:
                     group_of[index] = next(iter(origins))
         if not joined:
             group_of[index] = len(groups)
             groups.append([index])
-            rows.append([(i,) for i in choices[index]])
+            rows.append([(i,) for i in range(len(site.options))])
     return tuple(map(tuple, groups)), tuple(map(tuple, rows))
 
 
-def _try_join(space, index, options, group, groups, rows, sources, layout_of) -> bool:  # type: ignore[no-untyped-def]
+def _try_join(space, index, group, groups, rows, sources, layout_of) -> bool:  # type: ignore[no-untyped-def]
     """Append the site to the group where each of the group's options leaves it exactly one of its own."""
     site = space.sites[index]
     by_operands: dict[tuple[Layout, ...], list[int]] = defaultdict(list)
-    for i in options:
-        by_operands[site.options[i].operands].append(i)
+    for i, option in enumerate(site.options):
+        by_operands[option.operands].append(i)
     values = [next(iter(vs)) for vs in sources]
     extended = []
     for row in rows[group]:

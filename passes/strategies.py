@@ -28,26 +28,38 @@ class Option:
     splits: tuple[int | None, ...]
 
 
-def op_options(op: ExpandedOp, axis_sizes: Sequence[int]) -> tuple[Option, ...]:
-    """Every way to lay `op` out; the first one leaves it whole on every axis."""
-    none = -1
+Choice = int | None
+"""What a mesh axis does at an op: nothing, split leaf i, or (len(leaves) + g) let partial sums through linear group g."""
+
+
+def every_choice(op: ExpandedOp, parts: int) -> tuple[Choice, ...]:
+    """All that axes with `parts` ranks together can do at `op`."""
     leaves = len(op.leaves)
-    per_axis = [
-        [
-            none,
-            *(i for i, leaf in enumerate(op.leaves) if leaf.size % size == 0),
-            *range(leaves, leaves + len(op.linear)),
-        ]
-        for size in axis_sizes
-    ]
+    splits = (i for i, leaf in enumerate(op.leaves) if leaf.size % parts == 0)
+    return (None, *splits, *range(leaves, leaves + len(op.linear)))
+
+
+def op_options(
+    op: ExpandedOp,
+    axis_sizes: Sequence[int],
+    groups: Sequence[tuple[tuple[int, ...], tuple[Choice, ...]]] | None = None,
+) -> tuple[Option, ...]:
+    """The ways to lay `op` out; `groups` are axes that choose together, with their choices (default: all there are)."""
+    none, leaves = -1, len(op.leaves)
+    if groups is None:
+        groups = [((axis,), every_choice(op, size)) for axis, size in enumerate(axis_sizes)]
     options: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], Option] = {}
-    for choices in product(*per_axis):
-        if not _divides(op, choices, axis_sizes):
+    for picks in product(*(choices for _, choices in groups)):
+        chosen = [none] * len(axis_sizes)
+        for (axes, _), pick in zip(groups, picks, strict=True):
+            for axis in axes:
+                chosen[axis] = none if pick is None else pick
+        if not _divides(op, chosen, axis_sizes):
             continue
-        operands = [_placements(op, choices, k, operand=True) for k in range(len(op.operands))]
-        results = [_placements(op, choices, r, operand=False) for r in range(len(op.results))]
-        splits = tuple(c if 0 <= c < leaves else None for c in choices)
-        options.setdefault((tuple(operands), tuple(results)), Option(tuple(operands), tuple(results), splits))
+        operands = tuple(_placements(op, chosen, k, operand=True) for k in range(len(op.operands)))
+        results = tuple(_placements(op, chosen, r, operand=False) for r in range(len(op.results)))
+        splits = tuple(c if 0 <= c < leaves else None for c in chosen)
+        options.setdefault((operands, results), Option(operands, results, splits))
     return tuple(options.values())
 
 

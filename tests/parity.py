@@ -12,7 +12,6 @@ from torch import nn
 from costmodel.hardware import hardware, topology
 from passes.capture import capture
 from passes.local import LocalProgram
-from passes.named import allowed
 from passes.price import price
 from passes.program import Program
 from passes.randomness import own_randomness
@@ -44,8 +43,8 @@ def planned(
     program: Program, mesh: Mapping[str, int], strategy: str, batch_axes: tuple[int, ...] = (0,), name: str = "h100"
 ) -> tuple[Space, tuple[int, ...], LocalProgram]:
     """Space, decisions and local program of the cheapest plan under `strategy`."""
-    space = search_space(program, topology(hardware(name), mesh), batch_axes)
-    priced = price(space, allowed(space, strategy))
+    space = search_space(program, topology(hardware(name), mesh), batch_axes, strategy=strategy)
+    priced = price(space)
     solution = solve(priced.problem, gap=1e-3)
     assignment = priced.assignment(solution.picks, len(space.sites))
     return space, assignment, rewrite(space, assignment)

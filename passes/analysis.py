@@ -1,0 +1,299 @@
+"""What a program is made of, before any mesh is known: its decisions, and how tensors run between them.
+
+A *site* is what makes a decision: an op class, a stored tensor (parameter or buffer), something the user passes or
+gets. Sites read and give values; a `Wire` is a group of alike values with the sites that read them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from passes.dims import ExpandedOp, Value, expand, expanded_shape, is_getitem, outputs_of, value_of
+from passes.errors import UnsupportedOpError
+from passes.layers import Folding, fold
+from passes.program import Input, Output, Program
+from passes.rules.call import Call, call_of, facts_of, is_tensor, operand_nodes
+from passes.rules.form import Form, FormBuilder
+from passes.rules.matmul import PRODUCTS
+from passes.rules.table import form_of, whole_form
+
+SiteKind = Literal["op", "stored", "given", "returned"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site without its options: see `space.Site`."""
+
+    kind: SiteKind
+    name: str
+    count: int
+    call: Call | None = None
+    op: ExpandedOp | None = None
+    phase: str = "forward"
+    dims: tuple[tuple[int, ...], ...] = ()
+    itemsize: int = 4
+    given: Input | None = None
+    out: Output | None = None
+
+
+@dataclass(frozen=True)
+class Port:
+    """Where a value is read: operand `operand` of site `site`; `stores` marks a gradient going to its parameter."""
+
+    site: int
+    operand: int
+    phase: str
+    stores: bool = False
+
+
+@dataclass(frozen=True)
+class Wire:
+    """`count` alike values with the same readers."""
+
+    value: Value
+    ports: tuple[Port, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Sites 0..len(folding.members)-1 are the folded nodes, then come the outputs that are no gradients."""
+
+    program: Program
+    folding: Folding
+    places: tuple[Place, ...]
+    wires: tuple[Wire, ...]
+    replicated: tuple[str, ...]
+    """Ops that no rule knows; they run whole on every rank."""
+    batch_atoms: frozenset[int]
+    sequence_atoms: frozenset[int]
+    from_parameters: frozenset[int]
+    """Sites that compute from parameters alone (a transposed weight)."""
+    from_data: frozenset[int]
+    """Sites that compute from what the user passes; the others are the same for every batch (masks, positions)."""
+    class_atoms: frozenset[int]
+    """Dims that products with weights make and that no product contracts or op needs whole: vocabularies, classes."""
+    blocked_atoms: frozenset[int]
+    """Dims that some op on the user's data needs whole."""
+    weight_dims: tuple[tuple[tuple[int, int], ...], ...]
+    """The dims of parameters that consist of several atoms: (identity, size) of each, outermost first."""
+
+    def shape_of(self, value: Value) -> tuple[int, ...]:
+        """Expanded shape of a value."""
+        place = self.places[value.op]
+        return expanded_shape(place.op.results[value.result] if place.op else place.dims)
+
+    def itemsize_of(self, value: Value) -> int:
+        """Bytes per element of a value."""
+        place = self.places[value.op]
+        if place.call is None:
+            return place.itemsize
+        facts = place.call.results[value.result]
+        return facts.dtype.itemsize if facts else 1
+
+
+def _form(call: Call, replicated: dict[str, None]) -> Form:
+    try:
+        return form_of(call)
+    except UnsupportedOpError:
+        replicated[str(call.target)] = None
+        return whole_form(call)
+
+
+def _plain_form(node: fx.Node) -> Form:
+    facts = facts_of(node.meta.get("val"))
+    build = FormBuilder()
+    return build.form([], [build.dims(facts.shape)] if facts else [])
+
+
+def analyse(program: Program) -> Analysis:
+    """Fold the program, unify its dims and find who reads what."""
+    folding = fold(program)
+    replicated: dict[str, None] = {}
+    by_call: dict[str, tuple[Call, Form]] = {}
+    calls: list[Call | None] = []
+    forms: list[Form] = []
+    for members in folding.members:
+        node = members[0]
+        if node.op == "call_function" and not is_getitem(node):
+            call = call_of(node)
+            key = str(call)
+            if key not in by_call:
+                by_call[key] = (call, _form(call, replicated))
+            calls.append(by_call[key][0])
+            forms.append(by_call[key][1])
+        else:
+            calls.append(None)
+            forms.append(_plain_form(node) if not is_getitem(node) else FormBuilder().form([], []))
+    ops = expand(program, folding, forms)
+    inputs = dict(zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
+    places: list[Place] = []
+    for members, call, op in zip(folding.members, calls, ops, strict=True):
+        node, count = members[0], len(members)
+        if call is not None:
+            places.append(Place("op", str(call.target), count, call, op, node.meta.get("phase", "forward")))
+            continue
+        given = inputs.get(node)
+        facts = facts_of(node.meta.get("val"))
+        kind: SiteKind = "stored" if given is not None and given.kind in ("parameter", "buffer") else "given"
+        places.append(
+            Place(
+                kind,
+                given.name if given else str(node.target),
+                count,
+                dims=op.results[0] if op.results else (),
+                itemsize=facts.dtype.itemsize if facts else 8,
+                given=given,
+            )
+        )
+    returned = []
+    for out, node_or_none, _, given in outputs_of(program):
+        if node_or_none is None or (out.kind == "gradient" and given is not None and given.kind == "parameter"):
+            continue
+        value = value_of(node_or_none, folding)
+        itemsize = node_or_none.meta["val"].dtype.itemsize
+        places.append(
+            Place("returned", out.name, 1, dims=ops[value.op].results[value.result], itemsize=itemsize, out=out)
+        )
+        returned.append((node_or_none, out))
+    wires = _wires(program, folding, returned, len(folding.members))
+    batch, sequence = _data_atoms(program, folding, ops)
+    from_parameters = _from_parameters(places, wires)
+    from_data = _from_data(places, wires)
+    return Analysis(
+        program,
+        folding,
+        tuple(places),
+        wires,
+        tuple(replicated),
+        batch,
+        sequence,
+        from_parameters,
+        from_data,
+        _class_atoms(places, wires, from_parameters),
+        frozenset().union(*(_blocked(places[index]) for index in from_data)),
+        _weight_dims(folding, places, ops),
+    )
+
+
+def _weight_dims(
+    folding: Folding, places: Sequence[Place], ops: Sequence[ExpandedOp]
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    found: dict[tuple[tuple[int, int], ...], None] = {}
+    for place, op in zip(places, ops, strict=False):
+        if place.given is not None and place.given.kind == "parameter":
+            for sizes, atoms in zip(op.results[0], op.result_atoms[0], strict=True):
+                if len(sizes) > 1:
+                    found[tuple(zip(atoms, sizes, strict=True))] = None
+    return tuple(found)
+
+
+def _blocked(place: Place) -> frozenset[int]:
+    """Atoms in the op's results that it needs whole."""
+    if place.op is None:
+        return frozenset()
+    free = {leaf.atom for leaf in place.op.leaves}
+    return frozenset(atom for dims in place.op.result_atoms for dim in dims for atom in dim if atom not in free)
+
+
+def _data_atoms(program: Program, folding: Folding, ops: Sequence[ExpandedOp]) -> tuple[frozenset[int], frozenset[int]]:
+    """Identities of the batch's and the sequence's logical dims, read off what the user passes."""
+    batch, sequence = set(), set()
+    for node, given in zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
+        if given.kind != "input" or given.batch_dim is None or not is_tensor(node):
+            continue
+        atoms = ops[folding.of[node]].result_atoms[0]
+        if atoms[given.batch_dim]:
+            batch.add(atoms[given.batch_dim][0])
+        if len(atoms) > given.batch_dim + 1 and atoms[given.batch_dim + 1]:
+            sequence.add(atoms[given.batch_dim + 1][0])
+    return frozenset(batch), frozenset(sequence - batch)
+
+
+def _wires(
+    program: Program, folding: Folding, returned: Sequence[tuple[fx.Node, Output]], first_output: int
+) -> tuple[Wire, ...]:
+    """Values grouped by class and by who reads them."""
+    ports: dict[fx.Node, dict[Port, None]] = defaultdict(dict)
+    source: dict[fx.Node, fx.Node] = {}
+    picks: dict[tuple[fx.Node, int], fx.Node] = {}
+    for node in program.graph.graph.nodes:
+        if is_getitem(node):
+            source[node] = picks.setdefault((node.args[0], node.args[1]), node)
+        if node.op != "call_function" or is_getitem(node):
+            continue
+        for index, operand in enumerate(operand_nodes(node)):
+            read = source.get(operand, operand)
+            ports[read][Port(folding.of[node], index, node.meta.get("phase", "forward"))] = None
+    for offset, (node, out) in enumerate(returned):
+        phase = "forward" if out.kind != "gradient" else "backward"
+        ports[source.get(node, node)][Port(first_output + offset, 0, phase)] = None
+    for out, gradient, placeholder, given in outputs_of(program):
+        if out.kind == "gradient" and gradient is not None and given is not None and given.kind == "parameter":
+            assert placeholder is not None
+            ports[source.get(gradient, gradient)][Port(folding.of[placeholder], 0, "backward", stores=True)] = None
+    grouped: dict[tuple[Value, frozenset[Port]], int] = defaultdict(int)
+    order: dict[tuple[Value, frozenset[Port]], tuple[Port, ...]] = {}
+    for node, read_by in ports.items():
+        key = (value_of(node, folding), frozenset(read_by))
+        grouped[key] += 1
+        order.setdefault(key, tuple(read_by))
+    return tuple(Wire(key[0], order[key], count) for key, count in grouped.items())
+
+
+def _from_parameters(places: Sequence[Place], wires: Sequence[Wire]) -> frozenset[int]:
+    readers: dict[int, set[int]] = defaultdict(set)
+    sources: dict[int, set[int]] = defaultdict(set)
+    for wire in wires:
+        for port in wire.ports:
+            if not port.stores:
+                readers[wire.value.op].add(port.site)
+                sources[port.site].add(wire.value.op)
+    found = {i for i, place in enumerate(places) if place.given is not None and place.given.kind == "parameter"}
+    queue = list(found)
+    while queue:
+        for reader in readers[queue.pop()]:
+            if reader not in found and places[reader].kind == "op" and sources[reader] <= found:
+                found.add(reader)
+                queue.append(reader)
+    return frozenset(found)
+
+
+def _from_data(places: Sequence[Place], wires: Sequence[Wire]) -> frozenset[int]:
+    readers: dict[int, set[int]] = defaultdict(set)
+    for wire in wires:
+        for port in wire.ports:
+            if not port.stores:
+                readers[wire.value.op].add(port.site)
+    found = {
+        i for i, place in enumerate(places) if place.given is not None and place.given.kind in ("input", "tangent")
+    }
+    queue = list(found)
+    while queue:
+        for reader in readers[queue.pop()] - found:
+            found.add(reader)
+            queue.append(reader)
+    return frozenset(found)
+
+
+def _class_atoms(places: Sequence[Place], wires: Sequence[Wire], from_parameters: frozenset[int]) -> frozenset[int]:
+    weights = {(port.site, port.operand) for wire in wires if wire.value.op in from_parameters for port in wire.ports}
+    made: set[int] = set()
+    other: set[int] = set()
+    for index, place in enumerate(places):
+        if place.call is None or place.op is None or place.phase != "forward":
+            continue
+        other |= _blocked(place)
+        if place.call.target not in PRODUCTS:
+            continue
+        for leaf in place.op.leaves:
+            if leaf.results[0] is None:
+                other.add(leaf.atom)
+            elif any(leaf.operands[k] is not None for k in range(len(leaf.operands)) if (index, k) in weights):
+                made.add(leaf.atom)
+    return frozenset(made - other)
