@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -110,10 +111,12 @@ def parallel_module(
     aliases: Mapping[str, str],
     seed: int = 0,
     batch_ranks: int = 1,
+    from_first: bool = False,
 ) -> ParallelModule:
     """`model` with this rank's part of every parameter; `model` itself stays as it was.
 
     storages: of every parameter, by the first of its names. aliases: further name -> first name, buffers' too.
+    from_first: take rank 0's values of parameters and buffers, broadcast; else this rank's own.
     """
     sizes, coordinate = tuple(mesh.shape), mesh.get_coordinate()
     if coordinate is None:
@@ -131,14 +134,21 @@ def parallel_module(
             )
         layout = stored.placements(storage, sizes, name)
         specs[name] = stored.spec(mesh, layout, old.shape, old.dtype)
-        part = stored.cut(old.detach(), storage, sizes, coordinate)
+        part = stored.cut(agreed(old), storage, sizes, coordinate)
         part = part.contiguous() if part.is_meta else part.to(device).clone(memory_format=torch.contiguous_format)
         new = nn.Parameter(stored.distributed(part, specs[name]), requires_grad=old.requires_grad)
         new.__dict__.update(old.__dict__)
         return new
 
     def buffer(name: str, old: torch.Tensor) -> torch.Tensor:
-        return old if old.is_meta else old.detach().to(device, copy=True)
+        return old if old.is_meta else agreed(old).to(device, copy=True)
+
+    def agreed(old: torch.Tensor) -> torch.Tensor:
+        if not from_first or old.is_meta:
+            return old.detach()
+        whole = old.detach().to(device, copy=True)
+        dist.broadcast(whole, 0)
+        return whole
 
     original = type(model)
     new = tree.copied(model, parameter, buffer)

@@ -1,0 +1,256 @@
+"""`parallelize`, `plan` and `apply`: from a user's model to the module that trains on a mesh.
+
+    model, inputs -capture-> Program -compile_plan-> Plan          one rank plans, the others receive
+    Program, Plan -rewrite-> LocalProgram -lower-> Executable      every rank, alike
+    model, storages -> ParallelModule                              calls of a new kind come back here
+
+Between these, ranks agree: what one finds wrong, all raise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autopar import examples, meshes, tree
+from autopar.groups import Groups
+from autopar.module import Executable, ParallelModule, Tangents, parallel_module, preload
+from autopar.options import Options
+from autopar.pipeline import Pipeline, PlanLike
+from autopar.together import Together, together
+from passes.errors import PlanMismatchError
+from passes.local import LocalProgram, Storage, bind_groups, groups_used
+from passes.lower import lower
+from passes.program import Program
+
+STRATEGIES = ("auto", "ddp", "fsdp", "megatron")
+OPTIMIZERS = ("adamw", "sgd", "momentum", "none")
+RECOMPUTE = ("auto", "none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every stage of one call of the API needs."""
+
+    axes: meshes.Axes
+    batch_axes: tuple[int, ...]
+    options: Options
+    pipeline: Pipeline
+
+    @property
+    def batch_ranks(self) -> int:
+        return meshes.batch_ranks(self.axes, self.batch_axes)
+
+
+def plan_with(
+    pipeline: Pipeline, model: nn.Module, mesh: DeviceMesh | Mapping[str, int], example_inputs: Any = None, *,
+    hardware: Any = None, strategy: str = "auto", options: Options | None = None,
+) -> Any:  # fmt: skip
+    """A plan for `model` on `mesh`; on a DeviceMesh of several ranks one plans and the others receive its plan."""
+    job = _job(pipeline, mesh, options)
+    _check_strategy(strategy)
+    ours = _ranks(mesh)
+    with ours.agreeing():
+        call = examples.call_of(model, example_inputs)
+        example = examples.described(call)
+    if not ours.same(example):
+        raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
+
+    def make() -> str:
+        program = _captured(job, skeleton(model), call)
+        return str(_planned(job, program, hardware, strategy, example).to_json())
+
+    return pipeline.load(ours.from_first(make))
+
+
+def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh) -> ParallelModule:
+    """`model` as `plan` says, on `mesh`.
+
+    Raises:
+        PlanMismatchError: the plan is for another graph, mesh or parameters.
+    """
+    told = cast(PlanLike, plan)
+    job = _job(pipeline, mesh, told.options)
+    ours = _ranks(mesh)
+    with ours.agreeing():
+        if tuple(told.axes) != job.axes:
+            raise PlanMismatchError(
+                f"the plan is for the mesh {dict(told.axes)} but this one is {dict(job.axes)}; plan again for it"
+            )
+        call = examples.restored(told.example)
+        program = _captured(job, skeleton(model), call)
+        _check_fingerprint(told, program)
+    return _applied(job, model, plan, mesh, program, call, ours)
+
+
+def parallelize_with(
+    pipeline: Pipeline, model: nn.Module, mesh: DeviceMesh, example_inputs: Any = None, *, plan: Any = None,
+    options: Options | None = None,
+) -> ParallelModule:  # fmt: skip
+    """`plan_with` and `apply_with` in one, with one capture."""
+    if not isinstance(mesh, DeviceMesh):
+        raise ValueError(f"parallelize needs a DeviceMesh (init_device_mesh), not a {type(mesh).__name__}")
+    if plan is not None:
+        return apply_with(pipeline, model, plan, mesh)
+    job = _job(pipeline, mesh, options)
+    ours = _ranks(mesh)
+    with ours.agreeing():
+        call = examples.call_of(model, example_inputs)
+        example = examples.described(call)
+    if not ours.same(example):
+        raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
+    with ours.agreeing():
+        program = _captured(job, skeleton(model), call)
+    plan = _shared_plan(job, ours, program, None, "auto", example, None)
+    return _applied(job, model, plan, mesh, program, call, ours)
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
+    options = Options() if options is None else options
+    if not isinstance(options, Options):
+        raise ValueError(f"options is a {type(options).__name__}; pass autopar.Options(...)")
+    axes = meshes.axes_of(mesh)
+    if isinstance(mesh, DeviceMesh):
+        meshes.check_world(mesh)
+    for name, value, known in (
+        ("recompute", options.recompute, RECOMPUTE),
+        ("optimizer", options.optimizer, OPTIMIZERS),
+    ):
+        if value not in known:
+            raise ValueError(f"Options({name}={value!r}): known are {', '.join(known)}")
+    if options.accumulate < 1:
+        raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
+    return _Job(axes, meshes.batch_axes_of(axes, options.batch_axes), options, pipeline)
+
+
+def _check_strategy(strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}; known are {', '.join(STRATEGIES)}")
+
+
+def _ranks(mesh: Any) -> Together:
+    """The ranks that go through a call together: the job's, or this one alone for a mesh that is only named."""
+    return together() if isinstance(mesh, DeviceMesh) else Together(None, 0, 1)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """`model` with meta parameters and its buffers on the CPU; what is captured, so that no weight is touched."""
+
+    def parameter(name: str, old: nn.Parameter) -> nn.Parameter:
+        new = nn.Parameter(torch.empty(old.shape, dtype=old.dtype, device="meta"), requires_grad=old.requires_grad)
+        new.__dict__.update(old.__dict__)
+        return new
+
+    return tree.copied(model, parameter, lambda _, old: old.detach() if old.is_meta else old.detach().cpu())
+
+
+def _captured(
+    job: _Job, model: nn.Module, call: examples.Call, tangents: Tangents = "loss", backward: bool = True
+) -> Program:
+    """The program of the global batch."""
+    dims = examples.batch_dims_of(call, job.options.batch_dims)
+    (args, kwargs), size = examples.global_call(call, dims, job.batch_ranks)
+    return job.pipeline.capture(
+        model, args, kwargs, batch_dims=dims, batch_size=size, tangents=tangents, backward=backward,
+        options=job.options,
+    )  # fmt: skip
+
+
+def _planned(
+    job: _Job, program: Program, hardware: Any, strategy: str, example: str, stored: Mapping[str, Storage] | None = None
+) -> Any:
+    return job.pipeline.compile_plan(
+        program, job.axes, batch_axes=job.batch_axes, hardware=hardware, strategy=strategy, options=job.options,
+        example=example, stored=stored,
+    )  # fmt: skip
+
+
+def _shared_plan(
+    job: _Job, ours: Together, program: Program, hardware: Any, strategy: str, example: str,
+    stored: Mapping[str, Storage] | None,
+) -> Any:  # fmt: skip
+    """Rank 0's plan on every rank, after checking that all captured one graph."""
+    if not ours.same(program.fingerprint):
+        raise ValueError(
+            "ranks captured different graphs of the model; give every rank the same model, modes and inputs' shapes "
+            "(a branch on an input's values that differ between ranks does this too)"
+        )
+    text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, stored).to_json()))
+    with ours.agreeing():
+        return job.pipeline.load(text)
+
+
+def _check_fingerprint(plan: PlanLike, program: Program) -> None:
+    if plan.fingerprint != program.fingerprint:
+        raise PlanMismatchError(
+            f"the plan was made for another graph ({plan.fingerprint[:12]}) than this model's "
+            f"({program.fingerprint[:12]}); plan again, or use the model, inputs and versions it was made with"
+        )
+
+
+def _executable(
+    job: _Job, ours: Together, groups: Groups, program: Program, plan: Any
+) -> tuple[Executable, LocalProgram]:
+    """What runs `plan` on this rank."""
+    with ours.agreeing():
+        local = job.pipeline.rewrite(program, plan)
+        wanted = groups_used(local.graph)
+    # Making groups is collective: only when every rank came this far.
+    names = groups.names_for(wanted)
+    with ours.agreeing():
+        bind_groups(local.graph, names)
+        device = groups.mesh.device_type
+        lowered = lower(local, device=device, compile=job.options.compile, recompute=job.options.recompute)
+    return Executable(local, lowered), local
+
+
+def _applied(
+    job: _Job, model: nn.Module, plan: Any, mesh: DeviceMesh, program: Program, call: examples.Call, ours: Together
+) -> ParallelModule:
+    groups = Groups(mesh, tuple(name for name, _ in job.axes))
+    executable, local = _executable(job, ours, groups, program, plan)
+    storages = {entry.name: entry.storage for entry in local.inputs if entry.kind == "parameter"}
+    hardware, strategy = plan.hardware, plan.strategy
+
+    def remake(
+        plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tangents: Tangents, backward: bool
+    ) -> Executable:
+        again = together()
+        with again.agreeing():
+            new_call = args, dict(kwargs)
+            new_program = _captured(job, skeleton(plain), new_call, tangents, backward)
+        new_plan = _shared_plan(job, again, new_program, hardware, strategy, examples.described(new_call), storages)
+        return _executable(job, again, groups, new_program, new_plan)[0]
+
+    with ours.agreeing():
+        digest = "" if mesh.size() == 1 else _digest(model)
+    alike = ours.same(digest)
+    module = parallel_module(
+        model, storages, mesh, remake, aliases=program.aliases, seed=job.options.seed, batch_ranks=job.batch_ranks,
+        from_first=not alike,
+    )  # fmt: skip
+    preload(module, *call, executable)
+    ours.agree()
+    return module
+
+
+def _digest(model: nn.Module) -> str:
+    """A fingerprint of the values of all real parameters and buffers, and of which are on the meta device."""
+    whole = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        whole.update(f"{name}:{tensor.is_meta}".encode())
+        if not tensor.is_meta and tensor.numel():
+            words = tensor.detach().contiguous().flatten().view(torch.uint8)
+            if words.numel() % 4 == 0:
+                words = words.view(torch.int32)
+            whole.update(str(int(words.sum(dtype=torch.int64))).encode())
+    return whole.hexdigest()

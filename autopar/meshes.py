@@ -1,0 +1,77 @@
+"""What a mesh means: its axes by name, and which of them split the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+Axes = tuple[tuple[str, int], ...]
+
+BATCH_NAMES = frozenset({"dp", "dp_replicate", "dp_shard", "fsdp", "data", "batch"})
+MAX_AXES = 5
+
+
+def axes_of(mesh: DeviceMesh | Mapping[str, int]) -> Axes:
+    """(name, size) per axis, outermost first; one axis without a name is `dp`.
+
+    Raises:
+        ValueError: several axes without names, or a size that is no positive number.
+    """
+    if isinstance(mesh, DeviceMesh):
+        names = mesh.mesh_dim_names
+        if names is None:
+            if mesh.ndim > 1:
+                raise ValueError(
+                    f"the mesh {tuple(mesh.shape)} has no names for its axes, and they decide what the batch is split "
+                    "over; pass mesh_dim_names=('dp', 'tp') or the like to init_device_mesh"
+                )
+            names = ("dp",)
+        axes = tuple(zip(names, mesh.shape, strict=True))
+    elif isinstance(mesh, Mapping):
+        axes = tuple(mesh.items())
+    else:
+        raise ValueError(
+            f"mesh is a {type(mesh).__name__}; pass a DeviceMesh or a mapping such as {{'dp': 4, 'tp': 2}}"
+        )
+    if not 1 <= len(axes) <= MAX_AXES:
+        raise ValueError(f"the mesh has {len(axes)} axes; 1 to {MAX_AXES} work")
+    for name, size in axes:
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"mesh axis {name!r} has size {size!r}; it must be a positive number")
+        if not name.isidentifier():
+            raise ValueError(f"mesh axis {name!r}: a name is letters, digits and underscores")
+    return axes
+
+
+def batch_axes_of(axes: Axes, chosen: Sequence[str] | None) -> tuple[int, ...]:
+    """Indices of the axes that split the batch: by name, or those `chosen`.
+
+    Raises:
+        ValueError: `chosen` has an axis that the mesh does not.
+    """
+    names = [name for name, _ in axes]
+    if chosen is None:
+        return tuple(index for index, name in enumerate(names) if name in BATCH_NAMES)
+    if unknown := [name for name in chosen if name not in names]:
+        raise ValueError(f"batch_axes names {unknown}, but the mesh has {names}")
+    return tuple(index for index, name in enumerate(names) if name in chosen)
+
+
+def batch_ranks(axes: Axes, batch_axes: Sequence[int]) -> int:
+    """How many parts the global batch has."""
+    return math.prod(axes[index][1] for index in batch_axes)
+
+
+def check_world(mesh: DeviceMesh) -> None:
+    """Raises ValueError where the mesh is not the whole job, each rank once."""
+    world = dist.get_world_size()
+    if mesh.size() != world:
+        raise ValueError(
+            f"the mesh {dict(axes_of(mesh))} has {mesh.size()} ranks but the job has {world}; make their product "
+            f"{world}, or start {mesh.size()} processes"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"rank {dist.get_rank()} is not on the mesh {dict(axes_of(mesh))}")

@@ -1,0 +1,58 @@
+"""The compiler as the API sees it: three functions and what a plan must tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from autopar.options import Options
+from passes.local import LocalProgram
+from passes.program import Program
+
+
+class PlanLike(Protocol):
+    """What the API needs of a plan."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the program it was made for."""
+
+    @property
+    def axes(self) -> tuple[tuple[str, int], ...]:
+        """The mesh: (name, size) per axis."""
+
+    @property
+    def strategy(self) -> str:
+        """What it was made with."""
+
+    @property
+    def hardware(self) -> Any:
+        """What it was priced on; taken by `compile_plan` again."""
+
+    @property
+    def options(self) -> Options:
+        """What it was made with."""
+
+    @property
+    def example(self) -> str:
+        """The call it was made for (`examples.described`)."""
+
+    def to_json(self) -> str:
+        """Its file's text."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages, with the arguments they are called with.
+
+    capture: model, args, kwargs, *, batch_dims, batch_size, tangents, backward, options
+    compile_plan: program, axes, *, batch_axes, hardware, strategy, options, example, stored (storages that are pinned)
+    rewrite: program, plan
+    load: a plan's JSON text
+    """
+
+    capture: Callable[..., Program]
+    compile_plan: Callable[..., Any]
+    rewrite: Callable[[Program, Any], LocalProgram]
+    load: Callable[[str], Any]
