@@ -13,7 +13,7 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import combinations
 
 from costmodel.collectives import collective_s
@@ -49,17 +49,21 @@ class Step:
         return self.kind not in ("slice", "state_slice")
 
 
-@lru_cache(maxsize=200_000)
+@lru_cache(maxsize=400_000)
 def steps(
     shape: tuple[int, ...], itemsize: int, source: Layout, target: Layout, topology: Topology
 ) -> tuple[Step, ...] | None:
-    """The fastest way from `source` to `target`; None where there is none (nothing turns into a partial sum)."""
+    """The fastest way from `source` to `target`; None where there is none (nothing turns into a partial sum).
+
+    On its way an axis holds what it had, what it shall have, or a replica.
+    """
     if source == target:
         return ()
+    if any(isinstance(t, Partial) and t != s for s, t in zip(source, target, strict=True)):
+        return None
     best: dict[Layout, float] = {source: 0.0}
     came: dict[Layout, Step] = {}
     queue: list[tuple[float, int, Layout]] = [(0.0, 0, source)]
-    dims = {p.dim for p in (*source, *target) if isinstance(p, Shard)}
     pushed = 0
     while queue:
         seconds, _, layout = heapq.heappop(queue)
@@ -67,7 +71,7 @@ def steps(
             break
         if seconds > best[layout]:
             continue
-        for step in _moves(shape, itemsize, layout, dims, topology):
+        for step in _moves(shape, itemsize, layout, target, topology):
             total = seconds + step.seconds + _STEP_S
             if total < best.get(step.after, math.inf):
                 best[step.after], came[step.after] = total, step
@@ -92,7 +96,13 @@ def _innermost(layout: Layout, axes: Sequence[int], dim: int) -> bool:
     return all(a in axes or a < axes[0] for a, placement in enumerate(layout) if placement == Shard(dim))
 
 
-def _moves(shape: tuple[int, ...], itemsize: int, layout: Layout, dims: set[int], topology: Topology) -> Iterator[Step]:
+@cache
+def _subsets(axes: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(subset for count in range(1, axes + 1) for subset in combinations(range(axes), count))
+
+
+def _moves(shape: tuple[int, ...], itemsize: int, layout: Layout, target: Layout, topology: Topology) -> Iterator[Step]:
+    """Single steps that bring some axes, all placed alike, to a replica or to what `target` asks of them."""
     sizes = topology.sizes
     here = math.prod(local_shape(shape, layout, sizes)) * itemsize
     copy_s = 2.0 / (topology.device.memory_bytes_per_s * topology.device.memory_efficiency)
@@ -100,45 +110,41 @@ def _moves(shape: tuple[int, ...], itemsize: int, layout: Layout, dims: set[int]
     def put(axes: Sequence[int], placement: Replicate | Shard) -> Layout:
         return tuple(placement if a in axes else p for a, p in enumerate(layout))
 
-    def divides(axes: Sequence[int], dim: int) -> bool:
+    def fits(axes: Sequence[int], dim: int) -> bool:
         parts = math.prod(sizes[a] for a, p in enumerate(layout) if p == Shard(dim) or a in axes)
-        return shape[dim] % parts == 0
+        return shape[dim] % parts == 0 and _innermost(layout, axes, dim)
 
     def step(
-        kind: str, axes: tuple[int, ...], source: int | None, target: int | None, full: int, copied: int, after: Layout
+        kind: str, axes: tuple[int, ...], source: int | None, to: int | None, full: int, copied: int, after: Layout
     ) -> Step:
         op = next((p.op for a, p in enumerate(layout) if a in axes and isinstance(p, Partial)), "")
         seconds = copied * copy_s + (collective_s(kind, full, axes, topology) if kind != "slice" else 0.0)
-        return Step(kind, axes, source, target, op, full, seconds, layout, after)
+        return Step(kind, axes, source, to, op, full, seconds, layout, after)
 
-    for count in range(1, len(layout) + 1):
-        for axes in combinations(range(len(layout)), count):
-            ranks = math.prod(sizes[a] for a in axes)
-            placements = {layout[a] for a in axes}
-            if len(placements) != 1:
+    for axes in _subsets(len(layout)):
+        placement, wanted = layout[axes[0]], target[axes[0]]
+        if any(layout[a] != placement for a in axes[1:]):
+            continue
+        alike = all(target[a] == wanted for a in axes[1:])
+        ranks = math.prod(sizes[a] for a in axes)
+        goal = wanted.dim if alike and isinstance(wanted, Shard) and wanted != placement else None
+        if isinstance(placement, Partial):
+            if placement == wanted and alike:
                 continue
-            placement = next(iter(placements))
-            if isinstance(placement, Partial):
-                yield step("all_reduce", axes, None, None, here, 0, put(axes, Replicate()))
-                if placement.op == "sum":
-                    for dim in sorted(dims):
-                        if _innermost(layout, axes, dim) and divides(axes, dim):
-                            yield step(
-                                "reduce_scatter", axes, None, dim, here, here if dim else 0, put(axes, Shard(dim))
-                            )
-            elif isinstance(placement, Shard):
-                if not _innermost(layout, axes, placement.dim):
-                    continue
-                full = here * ranks
-                copied = full if placement.dim else 0
-                yield step("all_gather", axes, placement.dim, None, full, copied, put(axes, Replicate()))
-                for dim in sorted(dims - {placement.dim}):
-                    if count == 1 and _innermost(layout, axes, dim) and divides(axes, dim):
-                        yield step("all_to_all", axes, placement.dim, dim, here, 2 * here, put(axes, Shard(dim)))
-            else:
-                for dim in sorted(dims):
-                    if _innermost(layout, axes, dim) and divides(axes, dim):
-                        yield step("slice", axes, None, dim, here, here // ranks, put(axes, Shard(dim)))
+            yield step("all_reduce", axes, None, None, here, 0, put(axes, Replicate()))
+            if placement.op == "sum" and goal is not None and fits(axes, goal):
+                yield step("reduce_scatter", axes, None, goal, here, here if goal else 0, put(axes, Shard(goal)))
+        elif isinstance(placement, Shard):
+            if not _innermost(layout, axes, placement.dim):
+                continue
+            full = here * ranks
+            yield step(
+                "all_gather", axes, placement.dim, None, full, full if placement.dim else 0, put(axes, Replicate())
+            )
+            if goal is not None and len(axes) == 1 and fits(axes, goal):
+                yield step("all_to_all", axes, placement.dim, goal, here, 2 * here, put(axes, Shard(goal)))
+        elif goal is not None and fits(axes, goal):
+            yield step("slice", axes, None, goal, here, here // ranks, put(axes, Shard(goal)))
 
 
 def path_text(path: Sequence[Step]) -> str:
