@@ -4,8 +4,10 @@ A named strategy fixes what the hand-made plan fixes; what is still open (where 
 whether Megatron's activations are split along the sequence) is left to the solver. Where an op has nothing of what the
 strategy wants, all its choices stay: no plan by hand can do better there either.
 
-`auto` searches everything but what can only cost: on the batch axes an op makes one choice for all of them together,
-and of a weight's dim that consists of several atoms (heads, head size) an axis splits the outermost that it can.
+Under every strategy the batch axes split the batch: an op that has the batch among its dims splits it there, with
+weights whole. (That is what makes an axis a batch axis; how parameters are stored on it is open.) `auto` leaves all
+else open, but that an axis splits, of a weight's dim that consists of several atoms (heads, head size), the outermost
+it can.
 """
 
 from __future__ import annotations
@@ -70,15 +72,13 @@ def _fixed(
 ) -> set[Choice] | None:
     """The choices that a named strategy wants of a group of axes; None where it wants nothing in particular."""
     place = analysis.places[index]
-    if strategy == "auto":
-        return None
-    sharded_compute = strategy == "megatron" and not data
+    free = not data and strategy in ("auto", "megatron")
     if index in analysis.from_parameters:
-        return None if sharded_compute else {None}
+        return None if free else {None}
     if index not in analysis.from_data:
         return None
-    if sharded_compute:
-        return _tensor_parallel(analysis, place)
+    if free:
+        return None if strategy == "auto" else _tensor_parallel(analysis, place)
     return _data_parallel(analysis, place, parts, used)
 
 
