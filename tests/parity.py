@@ -12,6 +12,7 @@ from torch import nn
 from costmodel.hardware import hardware, topology
 from passes.capture import capture
 from passes.local import LocalProgram
+from passes.masks import use_causal_flag
 from passes.price import price
 from passes.program import Program
 from passes.randomness import own_randomness
@@ -24,9 +25,9 @@ from passes.weights import prepare_again
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors against eager: of the loss, and the worst of all gradients (by norm) with its parameter."""
+    """Relative errors against eager: the worst of all outputs, and of all gradients (by norm) with its parameter."""
 
-    loss: float
+    output: float
     gradient: float
     worst: str
 
@@ -36,7 +37,8 @@ def captured(model: nn.Module, kwargs: Mapping[str, Any], args: tuple[Any, ...] 
     leaves = [*args, *kwargs.values()]
     size = next(x.shape[0] for x in leaves if isinstance(x, torch.Tensor))
     dims = [0 if isinstance(x, torch.Tensor) else None for x in leaves]
-    return prepare_again(own_randomness(capture(model, args, kwargs, batch_dims=dims, batch_size=size)))
+    program = capture(model, args, kwargs, batch_dims=dims, batch_size=size)
+    return prepare_again(own_randomness(use_causal_flag(program)))
 
 
 def planned(
@@ -52,28 +54,39 @@ def planned(
 
 def eager(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of the unmodified model."""
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, dict[str, torch.Tensor]]:
+    """(outputs, tangent of the only output where it is no loss, gradients) of the unmodified model.
+
+    A model without a loss is given one: the mean of its output's squares.
+    """
     model.zero_grad()
     out = model(*args, **kwargs)
-    loss = out["loss"] if isinstance(out, Mapping) else out
-    loss.backward()
+    if isinstance(out, torch.Tensor):
+        tangent = 2 * out.detach() / out.numel()
+        out.backward(tangent)
+        outputs = {"": out.detach()}
+    else:
+        tangent = None
+        out["loss"].backward()
+        outputs = {name: x.detach() for name, x in out.items() if isinstance(x, torch.Tensor)}
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients
+    return outputs, tangent, gradients
 
 
 def errors(model: nn.Module, local: LocalProgram, kwargs: Mapping[str, Any], args: tuple[Any, ...] = ()) -> Errors:
     """What all simulated ranks give, against eager."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    buffers = dict(model.named_buffers())
-    loss, gradients = eager(model, args, kwargs)
+    outputs, tangent, gradients = eager(model, args, kwargs)
     inputs = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
-    found = simulate_step(local, parameters, buffers, inputs)
-    grads = found.gradients
-    (loss_name,) = [given.name for given in local.inputs if given.kind == "tangent"]
-    assert set(grads) == set(gradients)
-    worst = max(grads, key=lambda n: relative(grads[n], gradients[n]))
-    return Errors(relative(found.outputs[loss_name], loss), relative(grads[worst], gradients[worst]), worst)
+    tangents = None if tangent is None else [tangent]
+    found = simulate_step(local, parameters, dict(model.named_buffers()), inputs, tangents)
+    assert set(found.gradients) == set(gradients)
+    worst = max(gradients, key=lambda n: relative(found.gradients[n], gradients[n]))
+    returned = [out.name for out in local.outputs if out.kind == "output"]
+    of_outputs = max(
+        relative(found.outputs[name], outputs[name] if name in outputs else outputs[""]) for name in returned
+    )
+    return Errors(of_outputs, relative(found.gradients[worst], gradients[worst]), worst)
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
