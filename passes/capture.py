@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from passes.errors import CaptureError
+from passes.inputs import flatten_inputs, path_name
 from passes.normalize import normalize
 from passes.program import Input, InputKind, Output, Program
 from passes.provenance import Provenance, error_line
@@ -57,7 +59,7 @@ def capture(
     backward = backward and torch.is_grad_enabled()
     try:
         return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, may_read_inputs=False)
-    except (CaptureError, RuntimeError):
+    except CaptureError:
         return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, may_read_inputs=True)
 
 
@@ -72,7 +74,7 @@ def _capture(
     may_read_inputs: bool,
 ) -> Program:
     call_args, call_kwargs = tuple(args), dict(kwargs or {})
-    leaves, in_spec, names = _flatten_inputs(call_args, call_kwargs)
+    leaves, in_spec, names = flatten_inputs(call_args, call_kwargs)
     dims = list(batch_dims) if batch_dims is not None else [None] * len(leaves)
     if len(dims) != len(leaves):
         raise ValueError(f"batch_dims has {len(dims)} entries, but the inputs have {len(leaves)} leaves: {names}")
@@ -100,15 +102,15 @@ def _capture(
             result, more_notes = _flatten_outputs(out)
             given = _tangents(tracer, result, tangents) if backward else []
             with provenance.backward():
-                gradients = _gradients(given, [*slots, *filter(None, user)])
+                found = gradients(given, [*slots, *filter(None, user)])
         changed = [(slot, new) for slot in slots if (new := slot.changed()) is not None]
         outputs = [
             Output("output", name, bool(backward and t.requires_grad), _batch_dim(t, batch_size))
             for name, t in result.tensors
         ]
         outputs += [Output("buffer", slot.input.name) for slot, _ in changed]
-        outputs += [Output("gradient", slot.input.name, False, slot.input.batch_dim) for slot, _ in gradients]
-        tensors = [*(t for _, t in result.tensors), *(t for _, t in changed), *(t for _, t in gradients)]
+        outputs += [Output("gradient", slot.input.name, False, slot.input.batch_dim) for slot, _ in found]
+        tensors = [*(t for _, t in result.tensors), *(t for _, t in changed), *(t for _, t in found)]
         nodes = [tracer.node_of(unwrapped(t)) for t in tensors]
         more_notes += _mutated_notes(slots, user, tracer)
 
@@ -208,12 +210,6 @@ def _slots(model: nn.Module) -> list[_Slot]:
     return slots
 
 
-def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec, list[str]]:
-    paths, spec = pytree.tree_flatten_with_path((args, kwargs))
-    names = [_path_name(path[1:] if path[0].idx else (_Key("args"), *path[1:])) for path, _ in paths]  # type: ignore[attr-defined]
-    return [leaf for _, leaf in paths], spec, names
-
-
 def _user_slot(name: str, leaf: Any, batch_dim: int | None) -> _Slot | None:
     if not isinstance(leaf, Tensor):
         return None
@@ -260,7 +256,7 @@ def _flatten_outputs(out: Any) -> tuple[_Result, list[str]]:
             pytree.register_dataclass(cls)
     try:
         paths, spec = pytree.tree_flatten_with_path(out)
-        named = [(_path_name(path), leaf) for path, leaf in paths]
+        named = [(path_name(path), leaf) for path, leaf in paths]
     except (ValueError, NotImplementedError):  # a container that does not name its parts
         leaves, spec = pytree.tree_flatten(out)
         named = [(str(i), leaf) for i, leaf in enumerate(leaves)]
@@ -293,16 +289,21 @@ def _tangents(tracer: Tracer, result: _Result, which: Tangents) -> list[_Tangent
     return out
 
 
-def _gradients(given: list[_Tangent], slots: list[_Slot]) -> list[tuple[_Slot, Tensor]]:
+def gradients(given: list[_Tangent], slots: list[_Slot]) -> list[tuple[_Slot, Tensor]]:
     wanted = [slot for slot in slots if slot.differentiate]
     if not given or not wanted:
         return []
-    found = torch.autograd.grad(
-        [t.output for t in given],
-        [slot.view for slot in wanted],
-        [t.tangent for t in given],
-        allow_unused=True,
-    )
+    try:
+        found = torch.autograd.grad(
+            [t.output for t in given],
+            [slot.view for slot in wanted],
+            [t.tangent for t in given],
+            allow_unused=True,
+        )
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"the backward of {', '.join(t.name for t in given)} raised {error}") from error
     return [(slot, grad) for slot, grad in zip(wanted, found, strict=True) if grad is not None]
 
 
@@ -321,17 +322,6 @@ def _batch_dim(tensor: Tensor, batch_size: int | None) -> int | None:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------------ names
-@dataclass(frozen=True)
-class _Key:
-    key: str
-
-
-def _path_name(path: Sequence[Any]) -> str:
-    parts = (getattr(k, "key", None) if hasattr(k, "key") else getattr(k, "idx", getattr(k, "name", k)) for k in path)
-    return ".".join(str(part) for part in parts)
-
-
 # ----------------------------------------------------------------------------------------------------- side effects
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
@@ -339,7 +329,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     before = []
     for module in model.modules():
         attributes = dict(module.__dict__)
-        held = {k: v.copy() for k, v in attributes.items() if isinstance(v, (dict, list, set))}
+        held = {k: v.copy() for k, v in attributes.items() if type(v) in (dict, OrderedDict, list, set)}
         before.append((module, attributes, held))
     try:
         yield

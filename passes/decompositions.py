@@ -20,12 +20,14 @@ from torch import Tensor
 from torch._decomp import get_decompositions
 
 aten = torch.ops.aten
+Recorded = Any
+"""A tensor; torch.ops has no types."""
 _NONE, _MEAN, _SUM = 0, 1, 2
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 # ---------------------------------------------------------------------------------------------------- log-softmax
-def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Recorded:
     dtype = torch.float32 if half_to_float else x.dtype
     x = _cast(x, torch.float32) if x.dtype in _LOW_PRECISION else x
     if x.dim() == 0:
@@ -35,7 +37,7 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     return _cast(aten.sub.Tensor(shifted, aten.log.default(total)), dtype)
 
 
-def _log_softmax_backward(grad: Tensor, out: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+def _log_softmax_backward(grad: Tensor, out: Tensor, dim: int, input_dtype: torch.dtype) -> Recorded:
     total = aten.sum.dim_IntList(grad, [dim], True)
     return _cast(aten.sub.Tensor(grad, aten.mul.Tensor(aten.exp.default(out), total)), input_dtype)
 
@@ -50,11 +52,11 @@ def _is_target(x: Tensor, target: Tensor) -> tuple[Tensor, int]:
     return aten.eq.Tensor(aten.unsqueeze.default(target, dim), classes), dim
 
 
-def _zero(like: Tensor) -> Tensor:
+def _zero(like: Tensor) -> Recorded:
     return aten.full.default([], 0.0, dtype=like.dtype, device=like.device)
 
 
-def _along(weight: Tensor, x: Tensor, dim: int) -> Tensor:
+def _along(weight: Tensor, x: Tensor, dim: int) -> Recorded:
     return aten.view.default(weight, [-1] + [1] * (x.dim() - dim - 1)) if x.dim() > dim + 1 else weight
 
 
@@ -87,7 +89,7 @@ def _nll_loss_backward(
     reduction: int,
     ignore_index: int,
     total_weight: Tensor,
-) -> Tensor:
+) -> Recorded:
     hit, dim = _is_target(x, target)
     kept = aten.ne.Scalar(target, ignore_index)
     scale = aten.neg.default(aten.div.Tensor(grad, total_weight) if reduction == _MEAN else grad)
@@ -98,13 +100,13 @@ def _nll_loss_backward(
 
 
 # ------------------------------------------------------------------------------------------------------ reductions
-def _mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+def _mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Recorded:
     return _mean_dim(x, None, False, dtype=dtype)
 
 
 def _mean_dim(
     x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Tensor:
+) -> Recorded:
     dtype = dtype or x.dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         return NotImplemented
@@ -116,19 +118,19 @@ def _mean_dim(
 
 
 # ------------------------------------------------------------------------------------------------- matrix products
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Recorded:
     return _scaled_sum(bias, aten.mm.default(a, b), beta, alpha)
 
 
-def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Recorded:
     return _scaled_sum(bias, aten.bmm.default(a, b), beta, alpha)
 
 
-def _addmv(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+def _addmv(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Recorded:
     return _scaled_sum(bias, aten.mv.default(a, b), beta, alpha)
 
 
-def _scaled_sum(bias: Tensor, product: Tensor, beta: Any, alpha: Any) -> Tensor:
+def _scaled_sum(bias: Tensor, product: Tensor, beta: Any, alpha: Any) -> Recorded:
     if alpha != 1:
         product = aten.mul.Scalar(product, alpha)
     if beta == 0:
@@ -160,71 +162,71 @@ def _unbind(x: Tensor, dim: int = 0) -> list[Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------- constructors
-def _full(shape: Sequence[int], value: Any, dtype: torch.dtype | None, like: Tensor | None = None) -> Tensor:
+def _full(shape: Sequence[int], value: Any, dtype: torch.dtype | None, like: Tensor | None = None) -> Recorded:
     if dtype is None:
         dtype = like.dtype if like is not None else torch.get_default_dtype()
     return aten.full.default(list(shape), value, dtype=dtype, device=torch.device("cpu"))
 
 
-def _filled(value: float) -> Callable[..., Tensor]:
-    def constructor(shape: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+def _filled(value: float) -> Callable[..., Recorded]:
+    def constructor(shape: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Recorded:
         return _full(shape, value, dtype)
 
     return constructor
 
 
-def _filled_like(value: float) -> Callable[..., Tensor]:
-    def constructor(x: Tensor, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+def _filled_like(value: float) -> Callable[..., Recorded]:
+    def constructor(x: Tensor, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Recorded:
         return _full(x.shape, value, dtype, x)
 
     return constructor
 
 
-def _new_filled(value: float) -> Callable[..., Tensor]:
-    def constructor(x: Tensor, shape: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+def _new_filled(value: float) -> Callable[..., Recorded]:
+    def constructor(x: Tensor, shape: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Recorded:
         return _full(shape, value, dtype, x)
 
     return constructor
 
 
-def _full_like(x: Tensor, value: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+def _full_like(x: Tensor, value: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Recorded:
     return _full(x.shape, value, dtype, x)
 
 
-def _new_full(x: Tensor, shape: Sequence[int], value: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+def _new_full(x: Tensor, shape: Sequence[int], value: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Recorded:
     return _full(shape, value, dtype, x)
 
 
-def _scalar_tensor(value: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+def _scalar_tensor(value: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Recorded:
     return _full([], value, dtype)
 
 
-def _fill(x: Tensor, value: Any) -> Tensor:
+def _fill(x: Tensor, value: Any) -> Recorded:
     if isinstance(value, Tensor):
         return aten.expand.default(_cast(value, x.dtype), list(x.shape))
     return _full(x.shape, value, None, x)
 
 
-def _copy(x: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
+def _copy(x: Tensor, src: Tensor, non_blocking: bool = False) -> Recorded:
     src = _cast(src, x.dtype)
     return src if src.shape == x.shape else aten.expand.default(src, list(x.shape))
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(x: Tensor, dtype: torch.dtype) -> Recorded:
     return x if x.dtype == dtype else aten._to_copy.default(x, dtype=dtype)
 
 
-def _to_copy(x: Tensor, **options: Any) -> Tensor:
+def _to_copy(x: Tensor, **options: Any) -> Recorded:
     kept = {k: v for k, v in options.items() if v is not None and k in ("dtype", "memory_format")}
     return NotImplemented if kept == options else aten._to_copy.default(x, **kept)
 
 
-def _unsafe_view(x: Tensor, shape: Sequence[int]) -> Tensor:
+def _unsafe_view(x: Tensor, shape: Sequence[int]) -> Recorded:
     return aten.view.default(x, list(shape))
 
 
 # -------------------------------------------------------------------------------------------------------- randomness
-def _rand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _rand(shape: Sequence[int], dtype: torch.dtype) -> Recorded:
     return aten.rand.default(list(shape), dtype=dtype, device=torch.device("cpu"))
 
 
@@ -232,11 +234,11 @@ def _chances(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _bernoulli_p(x: Tensor, p: float = 0.5, generator: Any = None) -> Tensor:
+def _bernoulli_p(x: Tensor, p: float = 0.5, generator: Any = None) -> Recorded:
     return _cast(aten.lt.Scalar(_rand(x.shape, _chances(x)), p), x.dtype)
 
 
-def _bernoulli(x: Tensor, *, generator: Any = None) -> Tensor:
+def _bernoulli(x: Tensor, *, generator: Any = None) -> Recorded:
     return _cast(aten.lt.Tensor(_rand(x.shape, _chances(x)), x), x.dtype)
 
 
@@ -248,23 +250,23 @@ def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Te
     return aten.mul.Scalar(aten.mul.Tensor(x, _cast(keep, x.dtype)), scale), keep
 
 
-def _native_dropout_backward(grad: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _native_dropout_backward(grad: Tensor, mask: Tensor, scale: float) -> Recorded:
     return aten.mul.Scalar(aten.mul.Tensor(grad, _cast(mask, grad.dtype)), scale)
 
 
-def _rand_like(x: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+def _rand_like(x: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Recorded:
     return _rand(x.shape, dtype or x.dtype)
 
 
-def _randn_like(x: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+def _randn_like(x: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Recorded:
     return aten.randn.default(list(x.shape), dtype=dtype or x.dtype, device=x.device)
 
 
-def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0, generator: Any = None) -> Tensor:
+def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0, generator: Any = None) -> Recorded:
     return aten.add.Scalar(aten.mul.Scalar(_rand(x.shape, x.dtype), high - low), low)
 
 
-def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0, generator: Any = None) -> Tensor:
+def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0, generator: Any = None) -> Recorded:
     return aten.add.Scalar(aten.mul.Scalar(_randn_like(x), std), mean)
 
 

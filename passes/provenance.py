@@ -24,8 +24,8 @@ _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parent)
 _OWN_FILES = frozenset(f"{_OWN}/{name}.py" for name in ("capture", "tracing", "decompositions", "provenance", "values"))
 _PLUMBING = ("/module.py", "/container.py", "/functional.py", "/linear.py", "/activation.py", "/normalization.py")
-BOUNDARY = "run_model"
-"""Name of the function that calls the model: frames outside it are not the model's."""
+_BOUNDARIES = ("run_model", "gradients")
+"""Functions of ours that call the model and autograd: frames outside them are not the model's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,8 @@ class Provenance:
     def __init__(self) -> None:
         self._modules: list[str] = [""]
         self._by_sequence_number: dict[int, Place] = {}
+        self._last_number = self._count()
+        self._last_place = Place("forward", "", "")
         self.in_backward = False
 
     def here(self) -> Place:
@@ -50,9 +52,19 @@ class Provenance:
             made_by = self._by_sequence_number.get(node._sequence_nr()) if node is not None else None
             return Place("backward", made_by.module, made_by.source) if made_by else Place("backward", "", "")
         place = Place("forward", self._modules[-1], short_location(*model_line(sys._getframe(1))))
-        # The autograd node of a differentiable op is numbered before the op runs below autograd.
-        self._by_sequence_number.setdefault(torch.autograd._get_sequence_nr() - 1, place)  # type: ignore[attr-defined]
+        # The autograd node of a differentiable op is numbered before the op runs below autograd, or, where the op
+        # writes in place to a view, after it.
+        number = self._count()
+        for missed in range(self._last_number + 1, number):
+            self._by_sequence_number[missed] = self._last_place
+        self._by_sequence_number.setdefault(number, place)
+        self._last_number, self._last_place = number, place
         return place
+
+    @staticmethod
+    def _count() -> int:
+        """Number of autograd's latest node."""
+        return torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined,no-any-return]
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -108,7 +120,7 @@ def model_line(frame: FrameType | None) -> tuple[str, int]:
     fallback = ("", 0)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == BOUNDARY and code.co_filename in _OWN_FILES:
+        if code.co_name in _BOUNDARIES and code.co_filename in _OWN_FILES:
             break
         kind = _kind(code)
         if kind == _MODEL:
@@ -124,7 +136,7 @@ def error_line(error: BaseException) -> tuple[str, int]:
     found, fallback = ("", 0), ("", 0)
     for frame, line in traceback.walk_tb(error.__traceback__):
         kind = _kind(frame.f_code)
-        if frame.f_code.co_name == BOUNDARY and frame.f_code.co_filename in _OWN_FILES:
+        if frame.f_code.co_name in _BOUNDARIES and frame.f_code.co_filename in _OWN_FILES:
             found, fallback = ("", 0), ("", 0)
         elif kind == _MODEL:
             found = (frame.f_code.co_filename, line)

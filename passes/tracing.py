@@ -27,15 +27,14 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    unset_fake_temporarily,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.decompositions import DECOMPOSITIONS
 from passes.errors import CaptureError
 from passes.provenance import Place, Provenance, model_line, short_location
-from passes.values import ExampleValues, UnknownValueError, run_real
+from passes.values import ExampleValues, UnknownValueError, off_the_record, run_real
 
 aten = torch.ops.aten
 
@@ -67,7 +66,8 @@ class Tracer(TorchDispatchMode):
         self._provenance = provenance
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Any] = []
-        self._constants: dict[int, FakeTensor] = {}
+        self._constants: dict[int, Tensor] = {}
+        self._drawn: dict[Any, Any] = {}
         self._last_placeholder: fx.Node | None = None
 
     # ------------------------------------------------------------------------------------------- inputs and outputs
@@ -112,6 +112,13 @@ class Tracer(TorchDispatchMode):
                 out = decomposition(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            # Inductor refuses it too; a model that is being compiled takes another way.
+            raise CaptureError(f"{self._location()}: grouped_mm of {args[0].dtype} cannot be compiled; use bfloat16")
+        if func._schema.is_mutable:
+            raise CaptureError(
+                f"{self._location()}: {func} writes to its operands; use an op that returns what it wrote"
+            )
         if func in _INDEXING:
             args = self._without_masks(args)
         try:
@@ -136,6 +143,29 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return self._record_random(func, args, kwargs)
+        return self._record_plain(func, args, kwargs)
+
+    def _record_random(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record a random op; where checkpointing runs a forward op again in the backward, take its numbers.
+
+        Each random op moves the real random state on. Checkpointing sets that back before it runs a part again, so the
+        state says which op is run again.
+        """
+        with off_the_record():
+            key = (func, str(args), torch.get_rng_state().numpy().tobytes())
+            torch.rand(1)
+        if not self._provenance.in_backward:
+            self._drawn[key] = self._record_plain(func, args, kwargs)
+        if key not in self._drawn:
+            raise CaptureError(
+                f"{self._location()}: the backward draws random numbers that no forward drew; where it runs the forward "
+                "again, let torch.utils.checkpoint preserve the random state"
+            )
+        return self._drawn[key]
+
+    def _record_plain(self, func: Any, args: Any, kwargs: Any) -> Any:
         node_args, args = self._map(args)
         node_kwargs, kwargs = self._map(kwargs)
         return self._emit(func, node_args, node_kwargs, func(*args, **kwargs))
@@ -172,25 +202,23 @@ class Tracer(TorchDispatchMode):
         return value, value
 
     # --------------------------------------------------------------------------------------------------- constants
-    def _constant(self, tensor: Tensor) -> FakeTensor:
+    def _constant(self, tensor: Tensor) -> Tensor:
         """A tensor from outside the trace, as a constructor where it is simple, else as a buffer of the graph."""
         known = self._constants.get(id(tensor))
         if known is not None:
             return known
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
-            if self._provenance.in_backward or not isinstance(tensor, FakeTensor):
-                raise CaptureError(
-                    f"{self._location()}: uses a {tuple(tensor.shape)} tensor on the meta device that is no parameter, "
-                    "buffer or input; register it as a buffer, or build the model on a real device"
-                )
-            raise AssertionError(f"fake tensor of unknown origin at {self._location()}")
-        with unset_fake_temporarily():
+            raise CaptureError(
+                f"{self._location()}: uses a {tuple(tensor.shape)} tensor without values (meta or fake) that is no "
+                "parameter, buffer or input; register it as a buffer, or build the model on a real device"
+            )
+        with off_the_record():
             value = tensor.detach().cpu().clone()
             simple = _simple(value)
         if simple is not None:
             constructor, args = simple
             with self:
-                fake = constructor(*args, dtype=value.dtype, device=value.device)
+                fake: Tensor = constructor(*args, dtype=value.dtype, device=value.device)
         else:
             name = f"_tensor_constant{len(self._constants)}"
             self.root.register_buffer(name, value)
@@ -246,15 +274,15 @@ class Tracer(TorchDispatchMode):
     def _shaping_value(self, func: Any, tensor: Tensor, what: str) -> Any:
         """The value of an operand, or zeros where the shape of `func`'s result does not depend on it."""
         if func in _SHAPED_BY_INTEGERS and tensor.is_floating_point():
-            with unset_fake_temporarily():
+            with off_the_record():
                 return torch.zeros(tensor.shape, dtype=tensor.dtype)
         return self.value(tensor, what)
 
-    def _fake_like(self, tensor: Tensor) -> FakeTensor:
+    def _fake_like(self, tensor: Tensor) -> Tensor:
         """An unrecorded fake CPU tensor of the same shape, strides and dtype."""
-        below = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
-        with below, _disable_current_modes(), self._fake_mode:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")  # type: ignore[return-value]
+        with off_the_record(), self._fake_mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        return fake
 
     def _without_masks(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Index arguments with each boolean mask replaced by the positions of its true elements."""
@@ -303,19 +331,56 @@ def _map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-class _Reads(TorchFunctionMode):
-    """Answers the reads of values that do not come as aten ops: `tolist` and `numpy`."""
+class _Calls(TorchFunctionMode):
+    """Handles what must be caught above aten: `tolist`, `numpy`, `torch.tensor([scalar_tensor, ...])`, batch norm."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self._tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _PYTHON_READS and isinstance(args[0], Tensor):
             real = self._tracer.value(unwrapped(args[0]), "the model reads the values of a tensor")
-            with unset_fake_temporarily():
-                return func(real, *args[1:], **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            with off_the_record():
+                return func(real, *args[1:], **kwargs)
+        if func is torch.tensor and args and _holds_tensor(args[0]):
+            made = _stacked(args[0])
+            return made.to(kwargs["dtype"]) if kwargs.get("dtype") else made
+        if func is nn.functional.batch_norm:
+            return _batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _batch_norm(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """`F.batch_norm`, whose op writes the running statistics where functionalisation does not see it."""
+    if not training or mean is None or var is None:
+        return nn.functional.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    out, _, _, new_mean, new_var = aten._native_batch_norm_legit_functional.default(
+        x, weight, bias, mean.detach().clone(), var.detach().clone(), training, momentum, eps
+    )
+    mean.copy_(new_mean.detach())
+    var.copy_(new_var.detach())
+    return out
+
+
+def _holds_tensor(data: Any) -> bool:
+    return isinstance(data, (list, tuple)) and any(isinstance(d, Tensor) or _holds_tensor(d) for d in data)
+
+
+def _stacked(data: Any) -> Tensor:
+    if isinstance(data, (list, tuple)):
+        return torch.stack(torch.broadcast_tensors(*(_stacked(d) for d in data)))
+    return data.detach() if isinstance(data, Tensor) else torch.tensor(data)
 
 
 @contextmanager
@@ -332,7 +397,7 @@ def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     torch._enable_functionalization(reapply_views=True)
     try:
-        with fake_mode, tracer, _Reads(tracer):
+        with fake_mode, tracer, _Calls(tracer):
             yield
     finally:
         torch._disable_functionalization()
@@ -345,8 +410,8 @@ def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
 
 def wrapped(fake: Tensor, requires_grad: bool) -> Tensor:
     """What the model sees of a placeholder: a leaf for autograd that may be written to."""
-    out = torch._to_functional_tensor(fake)  # type: ignore[attr-defined]
-    return out.requires_grad_() if requires_grad else out  # type: ignore[no-any-return]
+    out = torch._to_functional_tensor(fake)
+    return out.requires_grad_() if requires_grad else out
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ value follows from the example inputs and the buffers alone, it is computed here
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 _UNIFORM = {aten.rand.default}
@@ -25,9 +26,17 @@ class UnknownValueError(Exception):
         self.what = what
 
 
+@contextmanager
+def off_the_record() -> Iterator[None]:
+    """Inside, ops on real tensors run at once, whatever is being traced."""
+    functionalize = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+    with torch._C._ExcludeDispatchKeyGuard(functionalize), _disable_current_modes(), torch.no_grad():
+        yield
+
+
 def run_real(func: Any, args: Any, kwargs: Any) -> Any:
     """What `func` gives on real tensors while fake tensors are being traced."""
-    with unset_fake_temporarily(), torch.no_grad():
+    with off_the_record():
         return func(*args, **kwargs)
 
 
@@ -104,7 +113,7 @@ class ExampleValues:
         def value(node: fx.Node) -> Any:
             return values[node] if node in values else self._known[node]
 
-        with unset_fake_temporarily(), torch.no_grad():
+        with off_the_record():
             for node in order:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), value)
                 target: Any = node.target

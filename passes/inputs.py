@@ -1,0 +1,172 @@
+"""Example inputs: from one data-parallel rank's to the global batch, or from a Hugging Face model's configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+_MAX_TILED_ELEMENTS = 2**26
+
+
+@dataclass(frozen=True)
+class GlobalInputs:
+    """What the model is fed with the batch of all data-parallel ranks put together."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batch_size: int
+    batch_dims: tuple[int | None, ...]
+    """For each pytree leaf of `(args, kwargs)`, the dim that the batch axes split; None: every rank has the same."""
+
+
+def global_inputs(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    ways: int,
+    batch_dims: Mapping[str, int | None] | None = None,
+) -> GlobalInputs:
+    """The inputs of `ways` ranks that each feed `(args, kwargs)`.
+
+    The batch size is the length of dim 0 that most tensors share. A tensor has its batch in dim 0 where that is the
+    batch size or a multiple of it (flattened image patches), unless its length there is that of another tensor's
+    sequence and it is a vector or a square (positions, masks); in dim 1 where that is the batch size and dim 0 is not
+    (stacked position ids). `batch_dims` says it for leaves by name, such as `input_ids` or `args.0`. Values are
+    repeated for each rank; the result of a fake or meta tensor, or a very large one, is a meta tensor.
+    """
+    leaves, spec, names = flatten_inputs(args, dict(kwargs))
+    given = dict(batch_dims or {})
+    if unknown := sorted(set(given) - set(names)):
+        raise ValueError(f"batch_dims names {unknown}, but the inputs are {names}")
+    tensors = {n: leaf for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)}
+    for name, dim in given.items():
+        if dim is not None and (name not in tensors or not -tensors[name].dim() <= dim < tensors[name].dim()):
+            raise ValueError(f"batch_dims[{name!r}] is {dim}, but the input is {_describe(tensors.get(name))}")
+    batch = _batch_size(tensors, given)
+    lengths = {n for t in tensors.values() if t.dim() and t.shape[0] == batch for n in t.shape[1:]}
+    dims = [
+        (given[n] if n in given else _guess(leaf, batch, lengths)) if isinstance(leaf, Tensor) else None
+        for n, leaf in zip(names, leaves, strict=True)
+    ]
+    dims = [d if d is None or d >= 0 else d + leaf.dim() for d, leaf in zip(dims, leaves, strict=True)]
+    tiled = [leaf if d is None else _tile(leaf, ways, d) for leaf, d in zip(leaves, dims, strict=True)]
+    new_args, new_kwargs = pytree.tree_unflatten(tiled, spec)
+    return GlobalInputs(new_args, new_kwargs, batch * ways, tuple(dims))
+
+
+def flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec, list[str]]:
+    """Pytree leaves of `(args, kwargs)`, their spec, and a name for each: `args.0`, `input_ids`, `batch.mask`."""
+    paths, spec = pytree.tree_flatten_with_path((args, kwargs))
+    names = []
+    for (root, *path), _ in paths:
+        parts = [path_name(path)] if root.idx else ["args", path_name(path)]  # type: ignore[attr-defined]
+        names.append(".".join(parts))
+    return [leaf for _, leaf in paths], spec, names
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A pytree path as dotted text."""
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def _batch_size(tensors: Mapping[str, Tensor], given: Mapping[str, int | None]) -> int:
+    told = {tensors[n].shape[d] for n, d in given.items() if d is not None}
+    free = {n: t for n, t in tensors.items() if n not in given and t.dim()}
+    counts = Counter(t.shape[0] for t in free.values())
+    if told:
+        return min(told)
+    if not counts:
+        found = {n: _describe(t) for n, t in tensors.items()}
+        raise ValueError(f"no input has a batch dim: {found}; give the model a tensor whose dim 0 is the batch")
+    most = max(counts.values())
+    best = sorted(size for size, count in counts.items() if count == most)
+    if len(best) == 1 or (all(size % best[0] == 0 for size in best) and best[0] > 1):
+        return best[0]
+    shapes = {n: tuple(t.shape) for n, t in free.items()}
+    raise ValueError(
+        f"cannot tell the batch size from the inputs' shapes {shapes}: dim 0 is {' or '.join(map(str, best))}. "
+        "Say where the batch is, for example batch_dims={" + f"{next(iter(free))!r}: 0" + "}"
+    )
+
+
+def _guess(tensor: Tensor, batch: int, lengths: set[int]) -> int | None:
+    if not tensor.dim() or not tensor.numel():
+        return None
+    rows = tensor.shape[0]
+    if rows == batch:
+        return 0
+    if tensor.dim() > 2 and tensor.shape[1] == batch and batch > 1:
+        return 1
+    positions = rows in lengths and (tensor.dim() == 1 or tensor.shape[0] == tensor.shape[1])
+    return 0 if rows % batch == 0 and not positions and rows > batch else None
+
+
+def _tile(tensor: Tensor, ways: int, dim: int) -> Tensor:
+    unknown = isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+    if unknown or tensor.numel() * ways > _MAX_TILED_ELEMENTS:
+        shape = [n * ways if d == dim else n for d, n in enumerate(tensor.shape)]
+        out = torch.empty(shape, dtype=tensor.dtype, device="meta")
+    else:
+        out = torch.cat([tensor.detach()] * ways, dim)
+    return out.requires_grad_() if tensor.requires_grad else out
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+
+
+# ------------------------------------------------------------------------------------- inputs that a model tells of
+def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int = 128) -> dict[str, Tensor]:
+    """Keyword arguments that train a Hugging Face model: token ids or images of its own size, and labels.
+
+    Raises ValueError, saying what to pass, where the model does not tell what it wants.
+    """
+    wanted = list(inspect.signature(model.forward).parameters)
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    if config is None or main not in wanted:
+        raise _ask(model, wanted, "the model does not say what its inputs look like")
+    random = torch.Generator().manual_seed(0)
+    kind = type(model).__name__
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if main == "input_ids" and isinstance(getattr(text, "vocab_size", None), int):
+        limits = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions"))
+        length = min([sequence_length, *(n for n in limits if isinstance(n, int) and n > 0)])
+        ids = torch.randint(min(4, text.vocab_size - 1), text.vocab_size, (batch_size, length), generator=random)
+        inputs = {"input_ids": ids}
+        if "labels" not in wanted:
+            if "decoder_input_ids" in wanted:
+                inputs["decoder_input_ids"] = ids.clone()
+            return inputs
+        if kind.endswith(("ForSequenceClassification",)):
+            return {**inputs, "labels": torch.zeros(batch_size, dtype=torch.long)}
+        if kind.endswith("ForTokenClassification"):
+            return {**inputs, "labels": torch.zeros_like(ids)}
+        if kind.endswith(("LM", "LMHeadModel", "ForConditionalGeneration", "ForPreTraining")):
+            return {**inputs, "labels": ids.clone()}
+        raise _ask(model, wanted, f"the labels of a {kind} are not known")
+    if main == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        if isinstance(height, int) and isinstance(width, int) and "input_ids" not in wanted:
+            inputs = {"pixel_values": torch.randn(batch_size, channels, height, width, generator=random)}
+            if "labels" in wanted and not kind.endswith("ForImageClassification"):
+                raise _ask(model, wanted, f"the labels of a {kind} are not known")
+            return {**inputs, "labels": torch.zeros(batch_size, dtype=torch.long)} if "labels" in wanted else inputs
+    raise _ask(model, wanted, f"what a {kind} takes as {main} is not known")
+
+
+def _ask(model: nn.Module, wanted: Sequence[str], why: str) -> ValueError:
+    return ValueError(
+        f"example_inputs: {why}. Pass what one data-parallel rank feeds {type(model).__name__}: a tuple of positional "
+        f"or a mapping of keyword arguments, such as {{'input_ids': ids, 'labels': ids}}; its forward takes "
+        f"{', '.join(wanted)}"
+    )

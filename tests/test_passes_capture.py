@@ -1,0 +1,408 @@
+"""The captured graph, run on real tensors, against the unmodified model run eagerly."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from passes.capture import capture
+from passes.errors import CaptureError
+from passes.program import Program
+
+transformers = pytest.importorskip("transformers")
+
+
+def run(
+    program: Program, model: nn.Module, args: Any, kwargs: Any, tangent: Any = 1.0
+) -> dict[tuple[str, str], Tensor]:
+    """What the graph gives on the model's own tensors: (kind, name) -> value."""
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    leaves = iter([x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
+    values = []
+    for given, node in zip(program.inputs, program.graph.graph.find_nodes(op="placeholder"), strict=True):
+        val = node.meta["val"]
+        if given.kind == "tangent":
+            values.append(
+                tangent[given.name] if isinstance(tangent, dict) else torch.full(val.shape, tangent, dtype=val.dtype)
+            )
+        else:
+            values.append((next(leaves) if given.kind == "input" else state[given.name]).detach().clone())
+        assert values[-1].shape == val.shape
+        assert values[-1].dtype == val.dtype
+    with torch.no_grad():
+        results = program.graph(*values)
+    return {(o.kind, o.name): value for o, value in zip(program.outputs, results, strict=True)}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found: dict[tuple[str, str], Tensor], model: nn.Module, atol: float = 1e-6) -> None:
+    wanted = gradients(model)
+    assert {name for kind, name in found if kind == "gradient"} == set(wanted)
+    for name, grad in wanted.items():
+        torch.testing.assert_close(
+            found["gradient", name], grad, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def tokens(rows: int = 4, length: int = 12, vocab: int = 64) -> Tensor:
+    return torch.randint(2, vocab, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, t5])
+def test_hugging_face_step_is_eagers(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, ids = build(), tokens()
+    labels = ids.clone()
+    labels[:, :3] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    program = capture(model, (), batch, batch_size=4)
+    loss = model(**batch).loss
+    (2.5 * loss).backward()
+    found = run(program, model, (), batch, tangent=2.5)
+    assert program.has_loss
+    torch.testing.assert_close(found["output", "loss"], loss.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["output", "logits"], model(**batch).logits.detach(), rtol=1e-4, atol=1e-5)
+    assert_same_gradients(found, model)
+    with torch.device("meta"):
+        on_meta = build()
+    assert on_meta.state_dict().keys() == model.state_dict().keys()
+    fake_batch = {k: v.to("meta") for k, v in batch.items()}
+    assert capture(on_meta, (), fake_batch, batch_size=4).fingerprint == program.fingerprint
+
+
+def test_tied_weights_are_one_input() -> None:
+    model = gpt2()
+    program = capture(model, (), {"input_ids": tokens(), "labels": tokens()})
+    assert program.aliases == {"lm_head.weight": "transformer.wte.weight"}
+    assert [i.name for i in program.inputs if i.kind == "parameter"] == [n for n, _ in model.named_parameters()]
+
+
+class Encoder(nn.Module):
+    """torch.nn's own Transformer, loss outside or inside."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, dropout, batch_first=True), 2)
+        self.head = nn.Linear(32, 64)
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None, scale: float = 1.0) -> dict[str, Any]:
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        logits = self.head(self.layers(self.embed(ids), mask=mask, is_causal=True)) * scale
+        out = {"logits": logits, "length": ids.shape[1]}
+        if labels is not None:
+            out["loss"] = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return out
+
+
+def test_positional_and_keyword_inputs_and_a_dict_output() -> None:
+    torch.manual_seed(0)
+    model, ids = Encoder(), tokens()
+    program = capture(model, (ids,), {"labels": ids, "scale": 0.5}, batch_dims=(0, 0, None), batch_size=4)
+    inputs = [(i.name, i.batch_dim) for i in program.inputs if i.kind == "input"]
+    assert inputs == [("args.0", 0), ("labels", 0)]
+    assert program.in_constants == {2: 0.5}
+    assert [(o.name, o.batch_dim) for o in program.outputs if o.kind == "output"] == [("logits", 0), ("loss", None)]
+    assert 12 in program.out_constants.values()
+    model(ids, labels=ids, scale=0.5)["loss"].backward()
+    assert_same_gradients(run(program, model, (ids,), {"labels": ids, "scale": 0.5}), model)
+
+
+def test_a_loss_outside_gives_a_tangent_per_output() -> None:
+    torch.manual_seed(0)
+    model, ids = Encoder(), tokens()
+    program = capture(model, (ids,), batch_size=4)
+    assert not program.has_loss
+    assert [(i.name, i.batch_dim) for i in program.inputs if i.kind == "tangent"] == [("logits", 0)]
+    logits = model(ids)["logits"]
+    tangent = torch.randn(logits.shape)
+    logits.backward(tangent)
+    assert_same_gradients(run(program, model, (ids,), {}, {"logits": tangent}), model, atol=1e-5)
+
+
+def test_all_tangents_differentiate_loss_and_logits_together() -> None:
+    torch.manual_seed(0)
+    model, ids = Encoder(), tokens()
+    program = capture(model, (ids,), {"labels": ids}, tangents="all")
+    assert not program.has_loss
+    out = model(ids, labels=ids)
+    tangent = {"logits": torch.randn(out["logits"].shape), "loss": torch.tensor(3.0)}
+    (out["loss"] * 3 + (out["logits"] * tangent["logits"]).sum()).backward()
+    assert_same_gradients(run(program, model, (ids,), {"labels": ids}, tangent), model, atol=1e-5)
+
+
+@dataclasses.dataclass
+class Outcome:
+    loss: Tensor
+    hidden: Tensor
+
+
+class Odd(nn.Module):
+    """Frozen, unused, tied and mutated state, in-place writes through views, and side effects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.unused = nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+        self.a.bias.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("untouched", torch.arange(6.0))
+        self.calls = 0
+        self.seen: list[Any] = []
+
+    def forward(self, x: Tensor) -> Outcome:
+        self.calls += 1
+        self.seen.append(x)
+        h = self.norm(self.a(x) + self.untouched)
+        h[:, 0] *= 2
+        h[:, 1:3].add_(torch.tensor([[0.25, -3.0]]))
+        return Outcome(loss=self.b(h).pow(2).mean(), hidden=h)
+
+
+def test_frozen_unused_tied_and_mutated_state() -> None:
+    torch.manual_seed(0)
+    model = Odd()
+    x = torch.randn(5, 6, requires_grad=True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    program = capture(model, (x,), batch_dims=(0,), batch_size=5)
+    assert model.calls == 0
+    assert model.seen == []
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert model.b.weight is model.a.weight
+    assert program.aliases == {"b.weight": "a.weight"}
+    found = run(program, model, (x,), {})
+    model(x).loss.backward()
+    names = {name for kind, name in found if kind == "gradient"}
+    assert names == {"a.weight", "b.bias", "norm.weight", "norm.bias", "args.0"}
+    torch.testing.assert_close(found["gradient", "args.0"], x.grad)
+    torch.testing.assert_close(found["gradient", "a.weight"], model.a.weight.grad, rtol=1e-4, atol=1e-6)
+    changed = {name: value for (kind, name), value in found.items() if kind == "buffer"}
+    assert changed.keys() == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    for name, value in changed.items():
+        torch.testing.assert_close(value, model.get_buffer(name))
+
+
+def test_a_registered_dataclass_rebuilds_the_output() -> None:
+    program = capture(Odd(), (torch.randn(5, 6),))
+    assert [o.name for o in program.outputs if o.kind == "output"] == ["loss", "hidden"]
+    assert isinstance(pytree.tree_unflatten([1, 2], program.out_spec), Outcome)
+
+
+def test_forward_only() -> None:
+    model, ids = Encoder(), tokens()
+    for program in (
+        capture(model, (ids,), {"labels": ids}, backward=False),
+        torch.no_grad()(capture)(model, (ids,), {"labels": ids}),
+        capture(Encoder().requires_grad_(False), (ids,), {"labels": ids}),
+    ):
+        assert {o.kind for o in program.outputs} == {"output"}
+        assert "tangent" not in {i.kind for i in program.inputs}
+        assert all(n.meta["phase"] == "forward" for n in program.graph.graph.nodes if n.op != "output")
+        assert not program.has_loss
+
+
+def test_dropout_has_its_rate_and_one_mask_for_both_directions() -> None:
+    class Drop(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(x, 0.3, self.training)
+
+    x = torch.ones(100, 100, requires_grad=True)
+    program = capture(Drop(), (x,))
+    assert sum("rand" in str(n.target) for n in program.graph.graph.nodes) == 1
+    found = run(program, Drop(), (x,), {})
+    out = found["output", ""]
+    assert abs((out == 0).float().mean() - 0.3) < 0.03
+    torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / 0.7))
+    torch.testing.assert_close(found["gradient", "args.0"], out)
+    assert not any("rand" in str(n.target) for n in capture(Drop().eval(), (x,)).graph.graph.nodes)
+
+
+def test_checkpointing_runs_the_forward_again_with_the_same_dropout() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False).pow(2).sum()
+
+    torch.manual_seed(0)
+    model, x = Checkpointed().double(), torch.randn(4, 8, dtype=torch.float64)
+    program = capture(model, (x,))
+    again = [n for n in program.graph.graph.nodes if "tanh.default" in str(n.target)]
+    assert [n.meta["phase"] for n in again] == ["forward", "backward"]
+
+    def step(change: float) -> dict[tuple[str, str], Tensor]:
+        with torch.no_grad():
+            model.inner[0].bias[3] += change  # type: ignore[index, operator]
+        torch.manual_seed(7)
+        return run(program, model, (x,), {})
+
+    slope = (step(1e-6)["output", ""] - step(-2e-6)["output", ""]) / 2e-6
+    assert slope != 0
+    torch.testing.assert_close(step(1e-6)["gradient", "inner.0.bias"][3], slope, rtol=1e-6, atol=1e-6)
+
+
+def test_random_state_is_not_consumed() -> None:
+    model = Encoder(dropout=0.5)
+    states = torch.get_rng_state(), random.getstate()
+    capture(model, (tokens(),), {"labels": tokens()})
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+class Branches(nn.Module):
+    """Branches on a tensor: of the weights (`on="weight"`), the input or a constant."""
+
+    def __init__(self, on: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.on = on
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = {"weight": self.weight, "input": x, "constant": torch.arange(3)}[self.on]
+        if value.sum() > 0:
+            return (x * self.weight).sum()
+        return (x - self.weight).sum()
+
+
+def test_a_branch_on_weights_is_an_error_that_names_the_line() -> None:
+    lines, first = inspect.getsourcelines(Branches)
+    line = first + next(i for i, text in enumerate(lines) if "value.sum() > 0" in text)
+    with pytest.raises(CaptureError, match=rf"test_passes_capture.py:{line}: .* the parameter weight.*torch.where"):
+        capture(Branches("weight"), (torch.ones(3),))
+    with pytest.raises(CaptureError, match=rf"test_passes_capture.py:{line}: .* input args.0.*values are not known"):
+        capture(Branches("input"), (torch.ones(3, device="meta"),))
+
+
+def test_a_branch_on_inputs_is_fixed_with_a_note_and_one_on_constants_without() -> None:
+    x = -torch.ones(3)
+    program = capture(Branches("input"), (x,))
+    assert len(program.notes) == 1
+    assert "test_passes_capture.py" in program.notes[0]
+    assert run(program, Branches("input"), (x,), {})["output", ""] == -6
+    assert capture(Branches("constant"), (x,)).notes == ()
+
+
+def test_values_that_shapes_depend_on_come_from_the_example() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            rows = x[keep]
+            return rows.pow(2).sum() + x.masked_select(keep[:, None].expand_as(x)).sum() + len(keep.tolist())
+
+    x = torch.randn(6, 3, requires_grad=True)
+    keep = torch.tensor([True, False, True, True, False, False])
+    program = capture(Masked(), (x, keep))
+    loss = Masked()(x, keep)
+    loss.backward()
+    found = run(program, Masked(), (x, keep), {})
+    torch.testing.assert_close(found["output", ""], loss.detach())
+    torch.testing.assert_close(found["gradient", "args.0"], x.grad)
+    assert any("nonzero" in note for note in program.notes)
+
+
+def test_an_error_of_the_model_names_its_line() -> None:
+    with pytest.raises(CaptureError, match=r"test_passes_capture.py:\d+: the model's forward raised RuntimeError"):
+        capture(Odd(), (torch.randn(5, 7),))
+
+
+def test_every_node_says_where_it_came_from() -> None:
+    program = capture(Encoder(), (tokens(),), {"labels": tokens()})
+    nodes = [n for n in program.graph.graph.nodes if n.op == "call_function"]
+    for node in nodes:
+        assert node.meta.keys() >= {"val", "phase", "module", "source"}
+        assert "test_passes_capture.py:" in node.meta["source"]
+    products = [(n.meta["phase"], n.meta["module"]) for n in nodes if n.target is torch.ops.aten.mm.default]
+    assert products.count(("forward", "layers.layers.1.linear2")) == 1
+    assert products.count(("backward", "layers.layers.1.linear2")) == 2
+    assert products.count(("backward", "head")) == 2
+
+
+def test_constants_are_constructors_or_buffers_of_the_graph() -> None:
+    class Constants(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.tensor([3.0, 1.0, 2.0]) + torch.tensor(4.0) + torch.tensor([2, 4, 6])
+
+    x = torch.randn(2, 3)
+    program = capture(Constants(), (x,))
+    assert [n.target for n in program.graph.graph.find_nodes(op="get_attr")] == ["_tensor_constant0"]
+    torch.testing.assert_close(run(program, Constants(), (x,), {})["output", ""], Constants()(x))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(7, 5), (3, 5, 4, 2), (5,)])
+def test_cross_entropy_is_exact(reduction: str, weighted: bool, shape: tuple[int, ...]) -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.linspace(0.5, 2, 5) if weighted else None)
+
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(x, target, self.weight, ignore_index=3, reduction=reduction)
+
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    target = torch.randint(0, 5, (shape[0], *shape[2:]) if len(shape) > 1 else ())
+    program = capture(Loss(), (x, target))
+    assert not any(word in str(n.target) for n in program.graph.graph.nodes for word in ("nll", "gather", "softmax"))
+    for t in (target, torch.full_like(target, 3)):  # the second ignores every element: nan for a mean
+        x.grad = None
+        loss = Loss()(x, t)
+        tangent = torch.randn(loss.shape)
+        loss.backward(tangent)
+        found = run(program, Loss(), (x, t), {}, {"": tangent})
+        torch.testing.assert_close(found["output", ""], loss.detach(), equal_nan=True)
+        torch.testing.assert_close(found["gradient", "args.0"], x.grad, equal_nan=True)
+
+
+def test_a_cache_is_not_made() -> None:
+    model = llama()
+    program = capture(model, (), {"input_ids": tokens()})
+    assert [o.name for o in program.outputs if o.kind == "output"] == ["logits"]
+    assert any("use_cache" in note for note in program.notes)
+    program = capture(model, (), {"input_ids": tokens(), "use_cache": True})
+    assert any("returned as None" in note for note in program.notes)
+
+
+def test_causal_attention_needs_no_mask() -> None:
+    program = capture(llama(), (), {"input_ids": tokens(), "labels": tokens()})
+    attention = [n for n in program.graph.graph.nodes if "flash_attention_for_cpu.default" in str(n.target)]
+    assert len(attention) == 2
+    assert all(n.args[4] is True and "attn_mask" not in n.kwargs for n in attention)

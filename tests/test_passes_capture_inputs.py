@@ -1,0 +1,101 @@
+"""One rank's inputs, made global; and inputs that a model tells of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from passes.inputs import default_inputs, global_inputs
+
+transformers = pytest.importorskip("transformers")
+
+
+def test_tensors_with_a_batch_are_repeated_for_every_rank() -> None:
+    ids, mask = torch.arange(8).view(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    found = global_inputs((ids,), {"mask": mask, "table": torch.zeros(5, 3), "scale": 2.0}, 3)
+    assert found.batch_size == 6
+    assert found.batch_dims == (0, 0, None, None)
+    assert torch.equal(found.args[0], torch.cat([ids, ids, ids]))
+    assert found.kwargs["table"].shape == (5, 3)
+    assert found.kwargs["scale"] == 2.0
+
+
+def test_flattened_patches_are_a_multiple_of_the_batch() -> None:
+    batch = {"input_ids": torch.zeros(2, 7), "labels": torch.zeros(2, 7), "pixel_values": torch.zeros(32, 48)}
+    found = global_inputs((), batch, 2)
+    assert found.batch_size == 4
+    assert found.kwargs["pixel_values"].shape == (64, 48)
+
+
+def test_positions_and_square_masks_are_shared() -> None:
+    batch = {
+        "ids": torch.zeros(2, 8), "labels": torch.zeros(2, 8), "positions": torch.arange(8), "mask": torch.zeros(8, 8),
+        "stacked": torch.zeros(3, 2, 8), "scalar": torch.tensor(1.0),
+    }  # fmt: skip
+    found = global_inputs((), batch, 4)
+    assert dict(zip(batch, found.batch_dims, strict=True)) == {
+        "ids": 0, "labels": 0, "positions": None, "mask": None, "stacked": 1, "scalar": None,
+    }  # fmt: skip
+    assert found.kwargs["stacked"].shape == (3, 8, 8)
+
+
+def test_the_user_can_say_where_the_batch_is() -> None:
+    source, target = torch.zeros(9, 2, 16), torch.zeros(5, 2, 16)
+    found = global_inputs((source, target), {}, 2, {"args.0": 1, "args.1": -2})
+    assert found.batch_size == 4
+    assert found.batch_dims == (1, 1)
+    assert found.args[0].shape == (9, 4, 16)
+    with pytest.raises(ValueError, match="batch_dims names \\['x'\\], but the inputs are \\['args.0'\\]"):
+        global_inputs((source,), {}, 2, {"x": 0})
+    with pytest.raises(ValueError, match="batch_dims\\['args.0'\\] is 3"):
+        global_inputs((source,), {}, 2, {"args.0": 3})
+
+
+def test_what_cannot_be_told_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"cannot tell the batch size .*'args.0': \(9, 2, 16\).*9.*batch_dims="):
+        global_inputs((torch.zeros(9, 2, 16), torch.zeros(5, 2, 16)), {}, 2)
+    with pytest.raises(ValueError, match="no input has a batch dim"):
+        global_inputs((torch.tensor(1.0),), {"flag": True}, 2)
+
+
+def test_fake_and_meta_inputs_become_meta_and_keep_requires_grad() -> None:
+    with FakeTensorMode():
+        fake = torch.zeros(2, 3)
+    meta = torch.zeros(2, 3, device="meta", requires_grad=True)
+    found = global_inputs((fake, meta), {}, 4)
+    assert [(x.device.type, tuple(x.shape), x.requires_grad) for x in found.args] == [
+        ("meta", (8, 3), False),
+        ("meta", (8, 3), True),
+    ]
+
+
+def test_hugging_face_models_tell_what_they_want() -> None:
+    text = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    image = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    for model in (
+        transformers.LlamaForCausalLM(text),
+        transformers.LlamaForSequenceClassification(text),
+        transformers.ViTForImageClassification(image),
+    ):
+        if hasattr(model.config, "pad_token_id"):
+            model.config.pad_token_id = 0
+        inputs = default_inputs(model)
+        assert model(**inputs).loss.isfinite()
+        assert {v.shape[0] for v in inputs.values()} == {2}
+    assert default_inputs(transformers.LlamaForCausalLM(text))["input_ids"].shape == (2, 64)
+
+
+def test_a_model_that_does_not_tell_asks() -> None:
+    class Own(nn.Module):
+        def forward(self, pixels: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+            return pixels * scale
+
+    with pytest.raises(ValueError, match="example_inputs: .*one data-parallel rank feeds Own.*takes pixels, scale"):
+        default_inputs(Own())
