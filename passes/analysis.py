@@ -78,6 +78,8 @@ class Analysis:
     """Sites that compute from what the user passes; the others are the same for every batch (masks, positions)."""
     class_atoms: frozenset[int]
     """Dims that products with weights make and that no product contracts or op needs whole: vocabularies, classes."""
+    contracted_atoms: frozenset[int]
+    """Dims that products with weights contract: hidden sizes, heads, FFN widths."""
     blocked_atoms: frozenset[int]
     """Dims that some op on the user's data needs whole."""
     weight_dims: tuple[tuple[tuple[int, int], ...], ...]
@@ -175,7 +177,7 @@ def analyse(program: Program) -> Analysis:
         sequence,
         from_parameters,
         from_data,
-        _class_atoms(places, wires, from_parameters),
+        *_weight_atoms(places, wires, from_parameters),
         frozenset().union(*(_blocked(places[index]) for index in from_data)),
         _weight_dims(folding, places, ops),
     )
@@ -281,9 +283,13 @@ def _from_data(places: Sequence[Place], wires: Sequence[Wire]) -> frozenset[int]
     return frozenset(found)
 
 
-def _class_atoms(places: Sequence[Place], wires: Sequence[Wire], from_parameters: frozenset[int]) -> frozenset[int]:
+def _weight_atoms(
+    places: Sequence[Place], wires: Sequence[Wire], from_parameters: frozenset[int]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """(class atoms, contracted atoms)."""
     weights = {(port.site, port.operand) for wire in wires if wire.value.op in from_parameters for port in wire.ports}
     made: set[int] = set()
+    contracted: set[int] = set()
     other: set[int] = set()
     for index, place in enumerate(places):
         if place.call is None or place.op is None or place.phase != "forward":
@@ -292,8 +298,11 @@ def _class_atoms(places: Sequence[Place], wires: Sequence[Wire], from_parameters
         if place.call.target not in PRODUCTS:
             continue
         for leaf in place.op.leaves:
+            of_weight = any(leaf.operands[k] is not None for k in range(len(leaf.operands)) if (index, k) in weights)
             if leaf.results[0] is None:
                 other.add(leaf.atom)
-            elif any(leaf.operands[k] is not None for k in range(len(leaf.operands)) if (index, k) in weights):
+                if of_weight:
+                    contracted.add(leaf.atom)
+            elif of_weight:
                 made.add(leaf.atom)
-    return frozenset(made - other)
+    return frozenset(made - other), frozenset(contracted)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from costmodel.layout import Layout
+from costmodel.layout import Layout, Partial
 from costmodel.reshard import Step
 from passes.dims import is_getitem, outputs_of, value_of
 from passes.price import conversion, given_state, stored_state
@@ -45,6 +45,12 @@ class Move:
     era: str
     reader: fx.Node | None
     stores: bool = False
+
+    @property
+    def place(self) -> fx.Node:
+        """The op a person would look for it at: what left partial sums or a gradient, or else what needs the value."""
+        partial = not isinstance(self.source, StoredOption) and any(isinstance(p, Partial) for p in self.source)
+        return self.value if partial or self.reader is None else self.reader
 
 
 def itinerary(space: Space, assignment: Sequence[int]) -> Iterator[Run | Move]:

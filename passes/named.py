@@ -16,8 +16,10 @@ import math
 from collections.abc import Sequence
 
 from passes.analysis import Analysis, Place
+from passes.rules.index import EMBEDDINGS
 from passes.rules.matmul import PRODUCTS
 from passes.strategies import Choice, StoredOption, every_choice
+from passes.work import VIEWS
 
 STRATEGIES = ("auto", "ddp", "fsdp", "megatron")
 
@@ -45,7 +47,7 @@ def axis_choices(
     for group in groups:
         parts = math.prod(sizes[axis] for axis in group)
         everything = _open_choices(analysis, place, parts)
-        fixed = _fixed(analysis, index, strategy, group == batch_axes, parts, used)
+        fixed = _fixed(analysis, index, strategy, group == batch_axes, parts, used, everything)
         kept = tuple(choice for choice in everything if fixed is None or choice in fixed)
         found.append((group, kept or everything))
     return tuple(found)
@@ -68,7 +70,13 @@ def _open_choices(analysis: Analysis, place: Place, parts: int) -> tuple[Choice,
 
 
 def _fixed(
-    analysis: Analysis, index: int, strategy: str, data: bool, parts: int, used: dict[int, int]
+    analysis: Analysis,
+    index: int,
+    strategy: str,
+    data: bool,
+    parts: int,
+    used: dict[int, int],
+    everything: Sequence[Choice],
 ) -> set[Choice] | None:
     """The choices that a named strategy wants of a group of axes; None where it wants nothing in particular."""
     place = analysis.places[index]
@@ -78,7 +86,7 @@ def _fixed(
     if index not in analysis.from_data:
         return None
     if free:
-        return None if strategy == "auto" else _tensor_parallel(analysis, place)
+        return None if strategy == "auto" else _tensor_parallel(analysis, place, everything)
     return _data_parallel(analysis, place, parts, used)
 
 
@@ -93,15 +101,29 @@ def _data_parallel(analysis: Analysis, place: Place, parts: int, used: dict[int,
     return None
 
 
-def _tensor_parallel(analysis: Analysis, place: Place) -> set[Choice] | None:
-    """Matrix products split a dim of a weight; logits stay split by class."""
+def _tensor_parallel(analysis: Analysis, place: Place, choices: Sequence[Choice]) -> set[Choice] | None:
+    """Matrix products split a dim of a weight, embeddings their vocabulary, and logits stay split by class.
+
+    Everything else that is as large as an activation is split too, along the sequence where nothing else is given.
+    """
     assert place.op is not None
     assert place.call is not None
-    classes = {i for i, leaf in enumerate(place.op.leaves) if leaf.atom in analysis.class_atoms}
+    leaves = place.op.leaves
     if place.call.target in PRODUCTS:
         data = analysis.batch_atoms | analysis.sequence_atoms
-        return {i for i, leaf in enumerate(place.op.leaves) if leaf.atom not in data}
-    return set(classes) or None
+        return {i for i, leaf in enumerate(leaves) if leaf.atom not in data}
+    if place.call.target in EMBEDDINGS:
+        return {
+            i for i, leaf in enumerate(leaves) if (leaf.results[0] is None) != all(o is None for o in leaf.operands)
+        }
+    classes: set[Choice] = {i for i, leaf in enumerate(leaves) if leaf.atom in analysis.class_atoms}
+    if classes:
+        return classes
+    atoms = {atom for dims in place.op.result_atoms for dim in dims for atom in dim}
+    sequence = any(leaves[c].atom in analysis.sequence_atoms for c in choices if c is not None and c < len(leaves))
+    if sequence and place.call.target not in VIEWS and atoms & analysis.contracted_atoms:
+        return set(choices) - {None}
+    return None
 
 
 def stored_choices(

@@ -181,8 +181,10 @@ def _merge(
     groups: list[list[int]] = []
     rows: list[list[tuple[int, ...]]] = []
     producers: dict[tuple[int, int], set[Value]] = defaultdict(set)
+    readers: dict[Value, set[int]] = defaultdict(set)
     for wire in space.wires:
         for port in wire.ports:
+            readers[wire.value].add(port.site)
             if not port.stores:
                 producers[port.site, port.operand].add(wire.value)
 
@@ -197,6 +199,9 @@ def _merge(
             sources = [producers[index, k] for k in range(len(site.op.operands))]
             origins = {group_of.get(value.op, -1) for values in sources for value in values}
             single = all(len(values) == 1 for values in sources) and len(origins) == 1 and -1 not in origins
+            if single and site.call is not None and site.call.target in VIEWS:
+                # A view of a tensor with other readers may want to follow a gather that serves them all.
+                single = all(len(readers[value]) == 1 for values in sources for value in values)
             alike = single and all(space.sites[v.op].count == site.count for vs in sources for v in vs)
             if alike and all(space.sites[v.op].kind == "op" for vs in sources for v in vs):
                 joined = _try_join(space, index, next(iter(origins)), groups, rows, sources, layout_of)

@@ -133,7 +133,7 @@ class _Rewriter:
 
     def _move(self, move: Move) -> None:
         local = self._get(move.value, move.source, "")
-        self._meta(move.reader or move.value, move.phase)
+        self._meta(move.place, move.phase)
         value = value_of(move.value, self.space.folding)
         site = self.space.sites[value.op]
         dims = site.op.results[value.result] if site.op is not None else site.dims
