@@ -64,7 +64,7 @@ class Provenance:
     @staticmethod
     def _count() -> int:
         """Number of autograd's latest node."""
-        return torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined,no-any-return]
+        return torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:

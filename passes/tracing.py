@@ -160,8 +160,8 @@ class Tracer(TorchDispatchMode):
             self._drawn[key] = self._record_plain(func, args, kwargs)
         if key not in self._drawn:
             raise CaptureError(
-                f"{self._location()}: the backward draws random numbers that no forward drew; where it runs the forward "
-                "again, let torch.utils.checkpoint preserve the random state"
+                f"{self._location()}: the backward draws random numbers that no forward drew; where it runs the "
+                "forward again, let torch.utils.checkpoint preserve the random state"
             )
         return self._drawn[key]
 
@@ -281,8 +281,7 @@ class Tracer(TorchDispatchMode):
     def _fake_like(self, tensor: Tensor) -> Tensor:
         """An unrecorded fake CPU tensor of the same shape, strides and dtype."""
         with off_the_record(), self._fake_mode:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        return fake
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
     def _without_masks(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Index arguments with each boolean mask replaced by the positions of its true elements."""

@@ -21,9 +21,10 @@ from passes.program import Program
 transformers = pytest.importorskip("transformers")
 
 
-def run(
-    program: Program, model: nn.Module, args: Any, kwargs: Any, tangent: Any = 1.0
-) -> dict[tuple[str, str], Tensor]:
+Results = dict[tuple[str, str], Tensor]
+
+
+def run(program: Program, model: nn.Module, args: Any, kwargs: Any, tangent: Any = 1.0) -> Results:
     """What the graph gives on the model's own tensors: (kind, name) -> value."""
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     leaves = iter([x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
@@ -47,7 +48,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(found: dict[tuple[str, str], Tensor], model: nn.Module, atol: float = 1e-6) -> None:
+def assert_same_gradients(found: Results, model: nn.Module, atol: float = 1e-6) -> None:
     wanted = gradients(model)
     assert {name for kind, name in found if kind == "gradient"} == set(wanted)
     for name, grad in wanted.items():
@@ -268,7 +269,7 @@ def test_checkpointing_runs_the_forward_again_with_the_same_dropout() -> None:
     again = [n for n in program.graph.graph.nodes if "tanh.default" in str(n.target)]
     assert [n.meta["phase"] for n in again] == ["forward", "backward"]
 
-    def step(change: float) -> dict[tuple[str, str], Tensor]:
+    def step(change: float) -> Results:
         with torch.no_grad():
             model.inner[0].bias[3] += change  # type: ignore[index, operator]
         torch.manual_seed(7)
