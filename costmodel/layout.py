@@ -10,6 +10,7 @@ Written the way people write them: `S(0)R` is dim 0 split over axis 0 and whole 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,32 @@ Layout = tuple[Placement, ...]
 def layout_text(layout: Layout) -> str:
     """`S(0)R` and the like."""
     return "".join(map(str, layout))
+
+
+_PLACEMENT = re.compile(r"R|S\((\d+)\)|P(?:\((max|sum)\))?")
+
+
+def parse_layout(text: str) -> Layout:
+    """The layout that `layout_text` writes so.
+
+    Raises:
+        ValueError: text that is no layout.
+    """
+    placements: list[Placement] = []
+    end = 0
+    for match in _PLACEMENT.finditer(text):
+        if match.start() != end:
+            break
+        end = match.end()
+        if match[0] == "R":
+            placements.append(Replicate())
+        elif match[1] is not None:
+            placements.append(Shard(int(match[1])))
+        else:
+            placements.append(Partial(match[2] or "sum"))
+    if end != len(text) or not text:
+        raise ValueError(f"{text!r} is no layout; write one placement per mesh axis, R, S(dim) or P, as in 'RS(0)'")
+    return tuple(placements)
 
 
 def ways(layout: Layout, axis_sizes: Sequence[int], dim: int) -> int:

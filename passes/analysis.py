@@ -135,10 +135,10 @@ def analyse(program: Program) -> Analysis:
     ops = expand(program, folding, forms)
     inputs = dict(zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     places: list[Place] = []
-    for members, call, op in zip(folding.members, calls, ops, strict=True):
+    for members, made, op in zip(folding.members, calls, ops, strict=True):
         node, count = members[0], len(members)
-        if call is not None:
-            places.append(Place("op", str(call.target), count, call, op, node.meta.get("phase", "forward")))
+        if made is not None:
+            places.append(Place("op", str(made.target), count, made, op, node.meta.get("phase", "forward")))
             continue
         given = inputs.get(node)
         facts = facts_of(node.meta.get("val"))

@@ -150,8 +150,8 @@ def expand(program: Program, folding: Folding, forms: Sequence[Form]) -> tuple[E
         return [[atoms[value.op][f] for f in dim] for dim in dims]
 
     for op, index, value in edges:
-        for mine, theirs in zip(forms[op].operands[index], dims_of_value(value), strict=True):
-            unify(theirs, [atoms[op][f] for f in mine])
+        for factors, theirs in zip(forms[op].operands[index], dims_of_value(value), strict=True):
+            unify(theirs, [atoms[op][f] for f in factors])
     for _, second, first, _ in outputs_of(program):
         if first is None or second is None:
             continue

@@ -7,12 +7,14 @@ atom), where a layout is a plain one; reshapes between the two cost nothing.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from costmodel.hardware import Topology
 from costmodel.layout import Layout, local_shape
@@ -22,6 +24,14 @@ from passes.local import WAIT
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
+
+
+class Parts:
+    """Nodes that together stand for the results of one op; picking one of them (`getitem`) costs no node."""
+
+    def __init__(self, nodes: Sequence[fx.Node]) -> None:
+        self.nodes = tuple(nodes)
+        self.meta = {"val": tuple(node.meta["val"] for node in nodes)}
 
 
 class Emitter:
@@ -37,7 +47,7 @@ class Emitter:
 
     def placeholder(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
         """A new input."""
-        node = self.graph.placeholder(name)
+        node: fx.Node = self.graph.placeholder(name)
         with self.mode:
             node.meta.update(val=torch.empty(tuple(shape), dtype=dtype), phase="forward", module="", source="")
         return node
@@ -48,9 +58,19 @@ class Emitter:
         Raises:
             RuntimeError: the op refuses these shapes.
         """
+        if target is operator.getitem and isinstance(args[0], Parts):
+            return args[0].nodes[args[1]]
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update(self.meta)
         node.meta["val"] = self._value(node)
+        return node
+
+    def known(self, value: Any, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """The same, for an op whose result's shape depends on data and is known to be that of `value`."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta.update(self.meta)
+        with self.mode:
+            node.meta["val"] = tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype), value)
         return node
 
     def _value(self, node: fx.Node) -> Any:

@@ -69,8 +69,8 @@ class _Pattern:
 
     def __call__(self, name: str) -> str:
         if name not in self.cache:
-            parts, done = name.split("."), []
-            for part in parts:
+            done: list[str] = []
+            for part in name.split("."):
                 index = part.isdigit() and ".".join(done) in self.prefixes
                 done.append("*" if index else part)
             self.cache[name] = ".".join(done)

@@ -98,8 +98,12 @@ def option_local_shapes(site: Site, option: Option, sizes: Sequence[int]) -> tup
     )
 
 
-def price(space: Space, budget_bytes: float = math.inf, optimizer: Budgeted | None = None) -> Priced:
+def price(
+    space: Space, budget_bytes: float = math.inf, optimizer: Budgeted | None = None, *, state_share: float = 1.0
+) -> Priced:
     """The problem of choosing an option for every site.
+
+    `state_share`: what to count of the time of state gathers and gradient reductions, which run behind compute.
 
     Raises:
         NoFeasiblePlanError: a site has no option left.
@@ -137,7 +141,7 @@ def price(space: Space, budget_bytes: float = math.inf, optimizer: Budgeted | No
     flows, holds = [], []
     held = held_values(space)
     for wire in space.wires:
-        flows += _flows(space, wire, where, table)
+        flows += _flows(space, wire, where, table, state_share)
         if wire.value in held:
             hold = _hold(space, wire, where, table)
             if hold is not None:
@@ -240,9 +244,9 @@ class _States:
     """Numbers layouts (or stored options) as they come."""
 
     def __init__(self) -> None:
-        self.index: dict[object, int] = {}
+        self.index: dict[Layout | StoredOption, int] = {}
 
-    def __call__(self, state: object) -> int:
+    def __call__(self, state: Layout | StoredOption) -> int:
         return self.index.setdefault(state, len(self.index))
 
 
@@ -274,6 +278,7 @@ def _flows(
     wire: Wire,
     where: Mapping[int, tuple[int, int]],
     table: Sequence[Sequence[tuple[int, ...]]],
+    state_share: float,
 ) -> list[Flow]:
     """Stored tensors are gathered for forward and again for backward; other values are converted once and kept."""
     stored = space.sites[wire.value.op].kind == "stored"
@@ -282,7 +287,7 @@ def _flows(
     for phase in phases:
         ports = [port for port in wire.ports if not phase or port.phase == phase]
         if ports:
-            flow = _flow(space, wire, ports, where, table)
+            flow = _flow(space, wire, ports, where, table, state_share)
             if flow is not None:
                 flows.append(flow)
     return flows
@@ -294,6 +299,7 @@ def _flow(
     ports: Sequence[Port],
     where: Mapping[int, tuple[int, int]],
     table: Sequence[Sequence[tuple[int, ...]]],
+    state_share: float,
 ) -> Flow | None:
     producer, place = where[wire.value.op]
     given, asked = _States(), _States()
@@ -308,7 +314,7 @@ def _flow(
         readers.append(Reader(variable, tuple(asked(_asked(space, port, row[k])) for row in table[variable])))
     if not readers:
         return None
-    cost = tuple(tuple(_conversion_s(space, wire.value, p, q) for q in asked.index) for p in given.index)
+    cost = tuple(tuple(_conversion_s(space, wire.value, p, q, state_share) for q in asked.index) for p in given.index)
     return Flow(producer, states, tuple(readers), cost, wire.count)
 
 
@@ -324,9 +330,14 @@ def conversion(
     return steps(space.shape_of(value), space.itemsize_of(value), given, asked, space.topology)
 
 
-def _conversion_s(space: Space, value: Value, given: object, asked: object) -> float:
-    path = conversion(space, value, given, asked)  # type: ignore[arg-type]
-    return math.inf if path is None else reshard_s(path)
+def _conversion_s(
+    space: Space, value: Value, given: Layout | StoredOption, asked: Layout | StoredOption, state_share: float
+) -> float:
+    path = conversion(space, value, given, asked)
+    if path is None:
+        return math.inf
+    of_state = isinstance(given, StoredOption) or isinstance(asked, StoredOption)
+    return reshard_s(path) * (state_share if of_state else 1.0)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -386,9 +397,9 @@ def _hold(
         return None
     shape, itemsize, sizes = space.shape_of(wire.value), space.itemsize_of(wire.value), space.topology.sizes
 
-    def state_bytes(state: object) -> float:
+    def state_bytes(state: Layout | StoredOption) -> float:
         layout = state.layout if isinstance(state, StoredOption) else state
-        plain = tuple(Replicate() if isinstance(p, Partial) else p for p in layout)  # type: ignore[attr-defined]
+        plain = tuple(Replicate() if isinstance(p, Partial) else p for p in layout)
         return float(math.prod(local_shape(shape, plain, sizes)) * itemsize)
 
     return Hold(tuple(readers), tuple(state_bytes(state) for state in states.index), wire.count)

@@ -92,13 +92,12 @@ class _Rewriter:
                 local.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
             option = self._option(node)
             placed.append((node, local, option))  # type: ignore[arg-type]
-        for (node, local, option), given in zip(placed, [*space.program.inputs, *[None] * len(placed)], strict=False):
-            if given is not None and given.kind == "tangent":
-                local = self._averaged(node, local, given.batch_dim)
-            self._put(node, stored_state(option), local)
+        tangents = {node for node, given in zip(nodes, space.program.inputs, strict=True) if given.kind == "tangent"}
+        for node, local, option in placed:
+            self._put(node, stored_state(option), self._averaged(local) if node in tangents else local)
         return tuple(found)
 
-    def _averaged(self, node: fx.Node, local: fx.Node, batch_dim: int | None) -> fx.Node:
+    def _averaged(self, local: fx.Node) -> fx.Node:
         """A tangent of this rank's own loss: the ranks' losses are averaged."""
         ways = math.prod(self.space.topology.sizes[axis] for axis in self.space.batch_axes)
         if self.space.program.has_loss or ways == 1:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from costmodel.hardware import Topology
-from costmodel.layout import Layout, Partial, Replicate, Shard
+from costmodel.layout import Layout, Partial, Replicate, Shard, layout_text
 from passes.analysis import Analysis, Place, Port, SiteKind, Wire, analyse
 from passes.dims import ExpandedOp, Value
 from passes.layers import Folding
@@ -93,17 +94,19 @@ def search_space(
     stored: Mapping[str, Storage] | None = None,
     *,
     strategy: str = "auto",
+    pins: Mapping[str, Layout] | None = None,
     analysis: Analysis | None = None,
 ) -> Space:
     """All ways to lay `program` out over `topology` under `strategy`.
 
-    `stored`: parameters (by name) that already lie somewhere; only the rest is chosen. `analysis`: `analyse(program)`,
-    where it is at hand.
+    `stored`: parameters (by name) that already lie somewhere; only the rest is chosen. `pins`: parameter-name pattern
+    (fnmatch) -> layout that compute uses it in. `analysis`: `analyse(program)`, where it is at hand.
 
     Raises:
-        ValueError: an unknown strategy, or a batch that the batch axes do not divide.
+        ValueError: an unknown strategy, a batch that the batch axes do not divide, or a pin that cannot be.
     """
     analysis = analysis or analyse(program)
+    pinned = pinned_layouts(analysis, pins or {}, len(topology.axes))
     sizes = topology.sizes
     cache: dict[object, tuple[Option, ...]] = {}
     sites: list[Site] = []
@@ -118,7 +121,7 @@ def search_space(
                 cache[key] = op_options(place.op, sizes, choices)
             options = cache[key]
         elif place.given is not None and place.given.kind == "parameter":
-            options = _parameter_options(analysis, place, strategy, sizes, batch_axes, (stored or {}))
+            options = _parameter_options(place, strategy, sizes, batch_axes, (stored or {}), pinned.get(index))
         elif place.kind == "returned":
             options = _returned_options(analysis, place, sizes, batch_axes)
         else:
@@ -140,13 +143,46 @@ def search_space(
     return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites))
 
 
+def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout], axes: int) -> dict[int, tuple[str, Layout]]:
+    """Site -> (pattern, layout) for every parameter that a pin names.
+
+    Raises:
+        ValueError: a pin that names nothing, some of the parameters that repeated layers share, or has not one
+            placement per axis.
+    """
+    given = dict(zip(analysis.program.graph.graph.find_nodes(op="placeholder"), analysis.program.inputs, strict=True))
+    found: dict[int, tuple[str, Layout]] = {}
+    for pattern, layout in pins.items():
+        if len(layout) != axes:
+            raise ValueError(
+                f"pin {pattern!r}: {layout_text(layout)} has {len(layout)} placements, the mesh {axes} axes"
+            )
+        named = False
+        for index, members in enumerate(analysis.folding.members):
+            names = [given[node].name for node in members if node in given and given[node].kind == "parameter"]
+            matching = [name for name in names if fnmatchcase(name, pattern)]
+            if not matching:
+                continue
+            if len(matching) < len(names):
+                other = next(name for name in names if name not in matching)
+                raise ValueError(
+                    f"pin {pattern!r} names {matching[0]} but not {other}; repeated layers are laid out alike: name "
+                    "all of them, as in 'layers.*'"
+                )
+            named = True
+            found[index] = (pattern, layout)
+        if not named:
+            raise ValueError(f"pin {pattern!r} names no parameter of the model")
+    return found
+
+
 def _parameter_options(
-    analysis: Analysis,
     place: Place,
     strategy: str,
     sizes: Sequence[int],
     batch_axes: Sequence[int],
     stored: Mapping[str, Storage],
+    pin: tuple[str, Layout] | None,
 ) -> tuple[StoredOption, ...]:
     options = stored_options(place.dims, sizes)
     if place.name in stored:
@@ -154,7 +190,18 @@ def _parameter_options(
         if not options:
             raise ValueError(f"{place.name}: stored as {stored[place.name]}, which is no layout of this graph")
         return options
-    return stored_choices(options, strategy, batch_axes)
+    if pin is None:
+        return stored_choices(options, strategy, batch_axes)
+    pattern, layout = pin
+    shards = tuple(DimShard(p.dim) if isinstance(p, Shard) else None for p in layout)
+    kept = tuple(option for option in options if option.storage.shards == shards)
+    if not kept:
+        shape = tuple(map(math.prod, place.dims))
+        raise ValueError(
+            f"pin {pattern!r}: {place.name} of shape {shape} cannot be {layout_text(layout)} over axes of "
+            f"{tuple(sizes)} ranks; split a dim that they divide, or give R"
+        )
+    return kept
 
 
 def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:

@@ -63,14 +63,14 @@ def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape]) -> 
     if target in VIEWS:
         return Work(0, 0, 0, "view", dtype)
     if target is aten.mm.default:
-        (m, k), (_, n) = operands
-        return matmul(m, n, k, dtype=dtype, item_bytes=item)
+        m, inner, n = operands[0][0], operands[0][1], operands[1][1]
+        return matmul(m, n, inner, dtype=dtype, item_bytes=item)
     if target is aten.addmm.default:
-        (m, k), (_, n) = operands[1:]
-        return matmul(m, n, k, dtype=dtype, item_bytes=item)
+        m, inner, n = operands[1][0], operands[1][1], operands[2][1]
+        return matmul(m, n, inner, dtype=dtype, item_bytes=item)
     if target is aten.bmm.default:
-        (b, m, k), (_, _, n) = operands
-        return matmul(m, n, k, batch=b, dtype=dtype, item_bytes=item)
+        m, inner, n = operands[0][1], operands[0][2], operands[1][2]
+        return matmul(m, n, inner, batch=operands[0][0], dtype=dtype, item_bytes=item)
     if target in (_FLASH, _FLASH_BACKWARD):
         q, k = (operands[0], operands[1]) if target is _FLASH else (operands[1], operands[2])
         return attention(
