@@ -6,20 +6,25 @@ index: an embedding whose rows are split looks up the rows it has and gives zero
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
-from costmodel.layout import Layout, Shard, local_shape
+from costmodel.layout import Layout, Partial, Shard, local_shape
 from passes.dims import ExpandedOp
-from passes.emit import Emitter
+from passes.emit import Emitter, Parts
+from passes.errors import UnsupportedOpError
 from passes.randomness import emit_uniform
-from passes.rules.call import Call, map_operands
+from passes.rules.call import Call, Operand, map_operands
 from passes.rules.create import FILLS, IOTAS
+from passes.rules.experts import GROUPED, GROUPED_BACKWARD
 from passes.rules.view import RESHAPES
+from passes.rules.window import UPSAMPLE_BACKWARDS
 
 aten = torch.ops.aten
 
@@ -48,7 +53,10 @@ class LocalOp:
                 positional[index] = value
             else:
                 kwargs[name] = value
-        return self.emit.call(self.node.target, *positional, **kwargs)
+        try:
+            return self.emit.call(self.node.target, *positional, **kwargs)
+        except DynamicOutputShapeException:  # it runs whole, so its result is the program's
+            return self.emit.known(self.node.meta["val"], self.node.target, *positional, **kwargs)
 
     def operand_start(self, operand: int, dim: int) -> fx.Node | None:
         """Global index of the first local entry of an operand's dim, None where the dim is whole."""
@@ -101,7 +109,7 @@ def global_indices(emit: Emitter, dims: Sequence[Sequence[int]], layout: Layout,
     return emit.view(emit.call(aten.expand.default, total, list(local)), [size])
 
 
-Localizer = Callable[[LocalOp], fx.Node]
+Localizer = Callable[[LocalOp], "fx.Node | Parts"]
 LOCAL: dict[Any, Localizer] = {}
 
 
@@ -117,11 +125,13 @@ def localizer(*targets: Any) -> Callable[[Localizer], Localizer]:
 
 
 def run_locally(op: LocalOp) -> fx.Node:
-    """Emit the op on local operands."""
-    return LOCAL.get(op.call.target, LocalOp.as_is)(op)
+    """Emit the op on local operands. Several results may come as `Parts`, which stand for the node that yields them."""
+    target = op.call.target
+    run = LOCAL.get(target) or LOCAL.get(str(target)) or LocalOp.as_is
+    return cast(fx.Node, run(op))
 
 
-@localizer(*RESHAPES)
+@localizer(*RESHAPES, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 def _reshape(op: LocalOp) -> fx.Node:
     return op.emit.view(op.operands[0], op.result_shapes[0])
 
@@ -168,6 +178,16 @@ def _uniform(op: LocalOp) -> fx.Node:
         starts.append(emit.call(aten.mul.Tensor, emit.coordinate(axes), length) if axes else 0)
     values = emit_uniform(emit.graph, op.operands[0], op.call.get("salt"), local, starts, shape, emit.meta)
     return emit.view(values, op.result_shapes[0])
+
+
+def once(op: LocalOp, operand: int) -> fx.Node:
+    """An operand that is added to a sum of which every rank has a term: itself on one rank, zero on the others."""
+    added = op.operands[operand]
+    given, made = op.operand_layouts[operand], op.result_layouts[0]
+    axes = [a for a in range(len(made)) if isinstance(made[a], Partial) and not isinstance(given[a], Partial)]
+    if not axes:
+        return added
+    return _masked(op, added, op.emit.call(aten.eq.Scalar, op.emit.coordinate(axes), 0))
 
 
 def _in_range(op: LocalOp, indices: fx.Node, start: fx.Node, length: int) -> tuple[fx.Node, fx.Node]:
@@ -236,6 +256,199 @@ def _index_select(op: LocalOp) -> fx.Node:
     return _masked(op, picked, op.emit.view(mine, [-1 if d == dim else 1 for d in range(rank)]))
 
 
+def _indexed(op: LocalOp) -> tuple[int, int, fx.Node | None]:
+    """(dim looked up, operand that indexes it, first global index of our part of it) of `index` and `index_put`.
+
+    Where several dims are indexed they are whole, and the start is None.
+    """
+    placed = [(d, index.index) for d, index in enumerate(op.call.get("indices")) if isinstance(index, Operand)]
+    if len(placed) > 1:
+        return -1, -1, None
+    (dim, operand) = placed[0]
+    return dim, operand, op.operand_start(0, dim)
+
+
+def _not_negative(op: LocalOp, index: fx.Node, length: int) -> fx.Node:
+    """Indices from the end, as advanced indexing allows them, counted from the start."""
+    emit = op.emit
+    from_end = emit.call(aten.lt.Scalar, index, 0)
+    return emit.call(aten.where.self, from_end, emit.call(aten.add.Tensor, index, length), index)
+
+
+def _beside(op: LocalOp, mask: fx.Node, dim: int, rank: int) -> fx.Node:
+    """A mask over the indices, which stand at `dim` of a tensor of `rank` dims, made to broadcast against it."""
+    shape = op.emit.shape(mask)
+    return op.emit.view(mask, [1] * dim + list(shape) + [1] * (rank - dim - len(shape)))
+
+
+@localizer(aten.index.Tensor, aten._unsafe_index.Tensor)
+def _index(op: LocalOp) -> fx.Node:
+    dim, operand, start = _indexed(op)
+    if start is None:
+        return op.as_is()
+    emit, source = op.emit, op.operands[0]
+    index = _not_negative(op, op.operands[operand], op.call.operands[0].shape[dim])
+    local, mine = _in_range(op, index, start, emit.shape(source)[dim])
+    picked = emit.call(aten.index.Tensor, source, [None] * dim + [local])
+    return _masked(op, picked, _beside(op, mine, dim, len(emit.shape(picked))))
+
+
+@localizer(aten.index_put.default, aten._unsafe_index_put.default)
+def _index_put(op: LocalOp) -> fx.Node:
+    if not op.call.get("accumulate", False):
+        return op.as_is()
+    emit, base, values = op.emit, once(op, 0), op.operands[-1]
+    dim, operand, start = _indexed(op)
+    if start is None:
+        return replace(op, operands=(base, *op.operands[1:])).as_is()
+    index = _not_negative(op, op.operands[operand], op.call.operands[0].shape[dim])
+    local, mine = _in_range(op, index, start, emit.shape(base)[dim])
+    rank = len(emit.shape(base)) - 1 + len(emit.shape(index))
+    values = _masked(op, values, _beside(op, mine, dim, rank))
+    return emit.call(op.call.target, base, [None] * dim + [local], values, True)
+
+
+@localizer(aten.index_add.default)
+def _index_add(op: LocalOp) -> fx.Node:
+    if len(op.call.operands) < 3 or not op.call.operands[0].shape:
+        return op.as_is()
+    dim = op.call.get("dim") % len(op.call.operands[0].shape)
+    emit, base, (_, index, source) = op.emit, once(op, 0), op.operands
+    start = op.operand_start(0, dim)
+    if start is not None:
+        index, mine = _in_range(op, index, start, emit.shape(base)[dim])
+        source = _masked(op, source, _beside(op, mine, dim, len(emit.shape(source))))
+    return emit.call(aten.index_add.default, base, dim, index, source, alpha=op.call.get("alpha", 1))
+
+
+@localizer(aten.scatter_add.default)
+def _scatter_add(op: LocalOp) -> fx.Node:
+    if not op.call.operands[0].shape:
+        return op.as_is()
+    dim = op.call.get("dim") % len(op.call.operands[0].shape)
+    emit, base, (_, index, source) = op.emit, once(op, 0), op.operands
+    start = op.operand_start(0, dim)
+    if start is not None:
+        index, mine = _in_range(op, index, start, emit.shape(base)[dim])
+        source = _masked(op, source, mine)
+    return emit.call(aten.scatter_add.default, base, dim, index, source)
+
+
+@localizer(aten.addmm.default, aten.baddbmm.default)
+def _added(op: LocalOp) -> fx.Node:
+    return replace(op, operands=(once(op, 0), *op.operands[1:])).as_is()
+
+
+# ------------------------------------------------------------------------------------------------------------- windows
+def _local_groups(op: LocalOp, x: tuple[int, ...], y: tuple[int, ...], weight: tuple[int, ...]) -> int:
+    """How many groups of channels our part of a convolution has: dim 1 of the weight is one group's channels."""
+    return (y if op.call.get("transposed") else x)[1] // weight[1]
+
+
+@localizer(aten.convolution.default)
+def _convolution(op: LocalOp) -> fx.Node:
+    shape = op.emit.shape
+    groups = _local_groups(op, shape(op.operands[0]), op.result_shapes[0], shape(op.operands[1]))
+    biased = (*op.operands[:2], once(op, 2)) if len(op.operands) > 2 else op.operands
+    return replace(op, operands=biased).as_is(groups=groups)
+
+
+@localizer(aten.convolution_backward.default)
+def _convolution_backward(op: LocalOp) -> fx.Node:
+    gradient, x, weight = map(op.emit.shape, op.operands)
+    changed: dict[str, Any] = {"groups": _local_groups(op, x, gradient, weight)}
+    if op.call.get("bias_sizes") is not None:
+        changed["bias_sizes"] = [gradient[1]]
+    return op.as_is(**changed)
+
+
+@localizer(*UPSAMPLE_BACKWARDS)
+def _upsample_backward(op: LocalOp) -> fx.Node:
+    return op.as_is(input_size=list(op.result_shapes[0]))
+
+
+# ------------------------------------------------------------------------------------------------------ routed experts
+@dataclass(frozen=True)
+class _OurRows:
+    """Where a rank's experts find their rows: `ends` per local expert, counted from row `first` (None: from 0)."""
+
+    ends: fx.Node
+    first: fx.Node | None
+    rows: int
+
+
+def _our_rows(op: LocalOp) -> _OurRows:
+    emit, ends = op.emit, op.operands[2]
+    rows, (experts, *_) = emit.shape(op.operands[0])[0], emit.shape(op.operands[1])
+    dtype = ends.meta["val"].dtype
+    start = op.operand_start(0, 0)
+    if start is not None:
+        ends = emit.call(aten.clamp.default, emit.call(aten.sub.Tensor, ends, start), 0, rows)
+    expert = op.operand_start(1, 0)
+    if expert is None:
+        return _OurRows(emit.call(aten._to_copy.default, ends, dtype=dtype) if start is not None else ends, None, rows)
+    ends = emit.call(aten.constant_pad_nd.default, ends, [1, 0], 0)
+    places = emit.call(aten.arange.start, 0, experts + 1, dtype=torch.int64, device=torch.device("cpu"))
+    ends = emit.call(aten.index_select.default, ends, 0, emit.call(aten.add.Tensor, places, expert))
+    first = emit.call(aten.slice.Tensor, ends, 0, 0, 1)
+    ends = emit.call(aten.sub.Tensor, emit.call(aten.slice.Tensor, ends, 0, 1, experts + 1), first)
+    return _OurRows(emit.call(aten._to_copy.default, ends, dtype=dtype), first, rows)
+
+
+def _brought(op: LocalOp, x: fx.Node, ours: _OurRows) -> fx.Node:
+    """The rows of `x` from ours on, where the local experts look for them."""
+    if ours.first is None:
+        return x
+    emit = op.emit
+    places = emit.call(aten.arange.start, 0, ours.rows, dtype=torch.int64, device=torch.device("cpu"))
+    places = emit.call(aten.clamp.default, emit.call(aten.add.Tensor, places, ours.first), 0, ours.rows - 1)
+    return emit.call(aten.index_select.default, x, 0, places)
+
+
+def _returned(op: LocalOp, x: fx.Node, ours: _OurRows) -> fx.Node:
+    """The rows back in their places, zero where they are not ours."""
+    if ours.first is None:
+        return x
+    emit = op.emit
+    places = emit.call(aten.arange.start, 0, ours.rows, dtype=torch.int64, device=torch.device("cpu"))
+    places = emit.call(aten.sub.Tensor, places, ours.first)
+    experts = emit.shape(ours.ends)[0]
+    count = emit.call(aten.slice.Tensor, ours.ends, 0, experts - 1, experts)
+    mine = emit.call(
+        aten.logical_and.default, emit.call(aten.ge.Scalar, places, 0), emit.call(aten.lt.Tensor, places, count)
+    )
+    back = emit.call(aten.index_select.default, x, 0, emit.call(aten.clamp.default, places, 0, ours.rows - 1))
+    return _masked(op, back, emit.view(mine, (ours.rows, 1)))
+
+
+@localizer(*GROUPED)
+def _grouped(op: LocalOp) -> fx.Node:
+    if len(op.operands) != 3 or len(op.call.operands[1].shape) != 3 or len(op.call.operands[0].shape) != 2:
+        return op.as_is()
+    ours, emit = _our_rows(op), op.emit
+    rows, weights = _brought(op, op.operands[0], ours), op.operands[1]
+    if op.call.target is not aten._grouped_mm.default:
+        return _returned(op, replace(op, operands=(rows, weights, ours.ends)).as_is(), ours)
+    # Its kernels want rows of both matrices to start at multiples of 16 bytes.
+    inner, outer = (-n % (16 // rows.meta["val"].dtype.itemsize) for n in emit.shape(weights)[1:])
+    if inner or outer:
+        rows = emit.call(aten.constant_pad_nd.default, rows, [0, inner])
+        weights = emit.call(aten.constant_pad_nd.default, weights, [0, outer, 0, inner])
+    made = replace(op, operands=(rows, weights, ours.ends)).as_is()
+    if outer:
+        made = emit.call(aten.slice.Tensor, made, 1, 0, emit.shape(op.operands[1])[2])
+    return _returned(op, made, ours)
+
+
+@localizer(*GROUPED_BACKWARD)
+def _grouped_backward(op: LocalOp) -> Parts:
+    ours = _our_rows(op)
+    x, gradient = (_brought(op, op.operands[i], ours) for i in (0, 3))
+    both = replace(op, operands=(x, op.operands[1], ours.ends, gradient)).as_is()
+    rows, weights = (op.emit.call(operator.getitem, both, i) for i in (0, 1))
+    return Parts((_returned(op, rows, ours), weights))
+
+
 @localizer(aten.slice.Tensor)
 def _slice(op: LocalOp) -> fx.Node:
     dim = op.call.get("dim", 0) % len(op.call.operands[0].shape)
@@ -246,9 +459,41 @@ def _slice(op: LocalOp) -> fx.Node:
     return op.as_is()
 
 
-@localizer(aten.slice_backward.default, aten.select_backward.default)
+@localizer(
+    aten.slice_backward.default,
+    aten.select_backward.default,
+    aten.diagonal_backward.default,
+    aten.unfold_backward.default,
+)
 def _input_sizes(op: LocalOp) -> fx.Node:
     return op.as_is(input_sizes=list(op.result_shapes[0]))
+
+
+def _storage_order(op: LocalOp) -> list[int]:
+    """The dims of operand 0 in the order in which the model's tensor had them in memory.
+
+    Raises:
+        UnsupportedOpError: that tensor was no permutation of a row-major one.
+    """
+    value = next(node for node in op.node.all_input_nodes).meta["val"]
+    order = sorted(range(value.dim()), key=lambda d: (-value.stride(d), d))
+    if not value.permute(order).is_contiguous() or value.storage_offset():
+        raise UnsupportedOpError(
+            f"{op.node.meta.get('source', '')}: {op.call.target} of a tensor with strides {value.stride()} for shape "
+            f"{tuple(value.shape)}: it reads memory that is not the tensor's own; call .contiguous() before it"
+        )
+    return order
+
+
+@localizer(aten.as_strided.default, aten.as_strided_scatter.default)
+def _as_strided(op: LocalOp) -> fx.Node:
+    """Strides count elements in the memory of the model's own tensor, whatever ours look like."""
+    emit, order = op.emit, _storage_order(op)
+    memory = emit.contiguous(emit.call(aten.permute.default, op.operands[0], order))
+    made = replace(op, operands=(memory, *op.operands[1:])).as_is()
+    if op.call.target is aten.as_strided.default:
+        return made
+    return emit.call(aten.permute.default, made, [order.index(d) for d in range(len(order))])
 
 
 @localizer(aten.repeat.default)
@@ -259,6 +504,6 @@ def _repeat(op: LocalOp) -> fx.Node:
     return op.emit.call(aten.repeat.default, op.operands[0], repeats)
 
 
-@localizer(aten.native_group_norm.default)
+@localizer(aten.native_group_norm.default, aten.native_group_norm_backward.default)
 def _group_norm(op: LocalOp) -> fx.Node:
     return op.as_is(N=op.emit.shape(op.operands[0])[0])

@@ -109,6 +109,8 @@ def view_dims(build: FormBuilder, source: Sequence[int], target: Sequence[int]) 
     Dims are grouped where their running products meet; within a group every boundary of either shape is a cut, where
     the cuts divide one another. Where they do not (6, 4 -> 4, 6), the group's dims cannot be split.
     """
+    if 0 in source:
+        return build.dims(source, whole=True), build.dims(target, whole=True)
     source_dims: list[tuple[int, ...]] = [()] * len(source)
     target_dims: list[tuple[int, ...]] = [()] * len(target)
     i = j = 0

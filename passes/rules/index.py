@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from passes.rules.call import Call, Operand
 from passes.rules.form import Dims, Form, FormBuilder
-from passes.rules.table import rule
+from passes.rules.table import rule, whole_form
 
 aten = torch.ops.aten
+
+EMBEDDINGS = frozenset({aten.embedding.default, aten.embedding_dense_backward.default})
+"""Look-ups in a vocabulary, and their gradient."""
 
 
 @rule(aten.embedding.default)
@@ -29,8 +34,9 @@ def _embedding_dense_backward(call: Call) -> Form:
     hidden = build.factor(gradient[-1])
     vocabulary = build.factor(call.get("num_weights"), leading=True)
     linear = [] if call.get("scale_grad_by_freq") else [[0]]
-    form = build.form([(*places, hidden), places], [(vocabulary, hidden)], linear)
-    return form if linear else Form(form.operands, form.results, form.sizes, form.whole | set(form.reduces))
+    if not linear:
+        build.whole |= {f for dim in places for f in dim} | set(vocabulary)
+    return build.form([(*places, hidden), places], [(vocabulary, hidden)], linear)
 
 
 @rule(aten.gather.default)
@@ -69,83 +75,131 @@ def _index_select(call: Call) -> Form:
     return build.form([dims, picked], [(*dims[:dim], *(picked or ((),)), *dims[dim + 1 :])], [[0]])
 
 
-@rule(aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.scatter.reduce, aten.scatter_reduce.two)
+@rule(aten.scatter.value, aten.scatter.src, aten.scatter.reduce, aten.scatter.value_reduce, aten.scatter_reduce.two)
 def _scatter(call: Call) -> Form:
     """Dims beside the scattered one are split where source and index agree on them."""
+    return _scattered(call, adds=False)
+
+
+@rule(aten.scatter_add.default)
+def _scatter_add(call: Call) -> Form:
+    """What is added may come in parts, and each rank may keep a range of the rows that it goes to."""
+    return _scattered(call, adds=True)
+
+
+def _scattered(call: Call, *, adds: bool) -> Form:
     shape = call.operands[0].shape
     others = [operand.shape for operand in call.operands[1:]]
     if not shape:
         return FormBuilder().form([() for _ in call.operands], [()])
     dim = call.get("dim") % len(shape)
+    adds = adds and all(other == others[0] for other in others)
     build = FormBuilder()
     dims = tuple(
-        build.factor(size, whole=d == dim or any(other[d] != size for other in others)) for d, size in enumerate(shape)
+        build.factor(size, leading=True, whole=not adds)
+        if d == dim
+        else build.factor(size, whole=any(other[d] != size for other in others))
+        for d, size in enumerate(shape)
     )
+    along = build.factor(others[0][dim], whole=not adds, reduce="sum" if adds else None)
     operands: list[Dims] = [dims]
     for other in others:
         operands.append(
             tuple(
-                dims[d] if d != dim and other[d] == shape[d] else build.factor(other[d], whole=True)
+                along
+                if d == dim and other[d] == others[0][d]
+                else dims[d]
+                if d != dim and other[d] == shape[d]
+                else build.factor(other[d], whole=True)
                 for d in range(len(shape))
             )
         )
-    linear = [[0, 2]] if call.target is aten.scatter_add.default else []
-    return build.form(operands, [dims], linear)
+    return build.form(operands, [dims], [[0, 2]] if call.target is aten.scatter_add.default else [])
 
 
-def _index_dims(call: Call, build: FormBuilder, shape: tuple[int, ...], reduce: bool) -> tuple[Dims, list[Dims], Dims]:
-    """Dims of an indexed tensor, of its index tensors, and of the result of indexing."""
+@rule(aten.index_add.default)
+def _index_add(call: Call) -> Form:
+    shape, source = call.facts("self").shape, call.facts("source").shape
+    if not shape or not call.facts("index").shape:
+        return whole_form(call)
+    dim = call.get("dim") % len(shape)
+    build = FormBuilder()
+    dims = tuple(build.factor(size, leading=d == dim) for d, size in enumerate(shape))
+    added = build.factor(source[dim], reduce="sum")
+    return build.form([dims, (added,), (*dims[:dim], added, *dims[dim + 1 :])], [dims], [[0, 2]])
+
+
+@rule(
+    aten.index_copy.default,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
+    aten.index_reduce.default,
+)
+def _index_copy(call: Call) -> Form:
+    """Dims beside the indexed one may be split."""
+    shape, index = call.facts("self").shape, call.facts("index").shape
+    if not shape or not index:
+        return whole_form(call)
+    dim = call.get("dim") % len(shape)
+    build = FormBuilder()
+    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(shape))
+    copied = build.factor(index[0], whole=True)
+    operands: list[Dims] = [dims, (copied,)]
+    if len(call.operands) > 2:
+        source = call.operands[2].shape
+        operands.append((*dims[:dim], copied, *dims[dim + 1 :]) if source else ())
+    return build.form(operands, [dims])
+
+
+def _index_dims(
+    call: Call, build: FormBuilder, *, loop: str | None, indexed: dict[str, Any]
+) -> tuple[Dims, list[Dims], Dims]:
+    """Dims of an indexed tensor, of its index tensors, and of the result of indexing.
+
+    `loop`: how the parts of a split of the indices recombine. `indexed`: what is special about the one dim looked up,
+    where there is one; several are kept whole.
+    """
+    shape = call.operands[0].shape
     indices = call.get("indices")
     placed = [(d, call.operands[index.index].shape) for d, index in enumerate(indices) if isinstance(index, Operand)]
     broadcast = torch.broadcast_shapes(*(s for _, s in placed))
-    loop = build.dims(broadcast, reduce="sum" if reduce else None)
-    indexed = {d for d, _ in placed}
-    dims = tuple(build.factor(size, whole=d in indexed) for d, size in enumerate(shape))
-    index_dims = [
-        tuple(loop[len(broadcast) - len(s) + i] if size > 1 else () for i, size in enumerate(s)) for _, s in placed
-    ]
+    over = build.dims(broadcast, reduce=loop)
     positions = [d for d, _ in placed]
-    adjacent = positions == list(range(positions[0], positions[-1] + 1))
-    rest = [dims[d] for d in range(len(shape)) if d not in indexed]
-    if adjacent:
-        before = positions[0]
-        result = (*rest[:before], *loop, *rest[before:])
-    else:
-        result = (*loop, *rest)
-    return dims, index_dims, tuple(result)
+    special: dict[str, Any] = indexed if len(placed) == 1 else {"whole": True}
+    dims = tuple(build.factor(size, **(special if d in positions else {})) for d, size in enumerate(shape))
+    index_dims = [
+        tuple(over[len(broadcast) - len(s) + i] if size > 1 else () for i, size in enumerate(s)) for _, s in placed
+    ]
+    rest = [dims[d] for d in range(len(shape)) if d not in positions]
+    before = positions[0] if positions == list(range(positions[0], positions[-1] + 1)) else 0
+    return dims, index_dims, (*rest[:before], *over, *rest[before:])
 
 
-@rule(aten.index.Tensor)
+def _is_mask(call: Call) -> bool:
+    return any(operand.dtype in (torch.bool, torch.uint8) for operand in call.operands[1:])
+
+
+@rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def _index(call: Call) -> Form:
+    if _is_mask(call):
+        return whole_form(call)
     build = FormBuilder()
-    if any(operand.dtype == torch.bool for operand in call.operands[1:]):
-        dims = build.dims(call.operands[0].shape, whole=True)
-        operands = [dims, *(build.dims(operand.shape, whole=True) for operand in call.operands[1:])]
-        return build.form(operands, [build.dims(r.shape, whole=True) for r in call.results if r])
-    dims, index_dims, result = _index_dims(call, build, call.operands[0].shape, reduce=False)
+    dims, index_dims, result = _index_dims(call, build, loop=None, indexed={"leading": True, "reduce": "sum"})
     return build.form([dims, *index_dims], [result], [[0]])
 
 
 @rule(aten.index_put.default, aten._unsafe_index_put.default)
 def _index_put(call: Call) -> Form:
+    if any(operand.dtype in (torch.bool, torch.uint8) for operand in call.operands[1:-1]):
+        return whole_form(call)
     build = FormBuilder()
-    accumulate = bool(call.get("accumulate", False))
+    adds = bool(call.get("accumulate", False))
     values = call.operands[-1].shape
-    if any(operand.dtype == torch.bool for operand in call.operands[1:-1]):
-        operands = [build.dims(operand.shape, whole=True) for operand in call.operands]
-        return build.form(operands, [operands[0]])
-    dims, index_dims, picked = _index_dims(call, build, call.operands[0].shape, reduce=False)
-    # A split of the index loop would leave the parts to be added up; kept whole, as the base must be added once.
-    loop = {f for index in index_dims for dim in index for f in dim}
+    dims, index_dims, picked = _index_dims(
+        call, build, loop="sum" if adds else None, indexed={"leading": True} if adds else {"whole": True}
+    )
+    if not adds:
+        build.whole |= {f for index in index_dims for dim in index for f in dim}
     skip = len(picked) - len(values)
     value_dims = tuple(picked[skip + i] if size > 1 else () for i, size in enumerate(values))
-    build.whole |= loop
-    form = build.form([dims, *index_dims, value_dims], [dims], [])
-    return Form(
-        form.operands,
-        form.results,
-        form.sizes,
-        form.whole,
-        {},
-        (frozenset({0, len(form.operands) - 1}),) if accumulate else (),
-    )
+    return build.form([dims, *index_dims, value_dims], [dims], [[0, len(index_dims) + 1]] if adds else [])

@@ -1,11 +1,15 @@
-"""Matrix products."""
+"""Matrix products.
+
+They are linear in either operand, but no partial sum is let through: to add up first is never dearer than to multiply
+a term on every rank, and each choice less counts on every axis.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from passes.rules.call import Call
-from passes.rules.form import Form, einsum_form
+from passes.rules.form import Form, FormBuilder, einsum_form
 from passes.rules.table import RULES, rule
 
 aten = torch.ops.aten
@@ -15,7 +19,6 @@ EQUATIONS = {
     aten.bmm.default: "bmk,bkn->bmn",
     aten.mv.default: "mk,k->m",
     aten.dot.default: "k,k->",
-    aten.linear.default: "mk,nk->mn",
 }
 
 PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default})
@@ -24,7 +27,7 @@ PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default})
 
 def _product(call: Call) -> Form:
     equation = EQUATIONS[call.target]
-    return einsum_form(equation, [operand.shape for operand in call.operands], [[0], [1]])
+    return einsum_form(equation, [operand.shape for operand in call.operands])
 
 
 for _target in EQUATIONS:
@@ -33,10 +36,21 @@ for _target in EQUATIONS:
 
 @rule(aten.addmm.default)
 def _addmm(call: Call) -> Form:
-    bias = "n" if len(call.operands[0].shape) == 1 else "mn"
-    if 1 in call.operands[0].shape:
-        bias = {0: "", 1: "n", 2: "mn"}[len(call.operands[0].shape)]
-    equation = f"{bias},mk,kn->mn"
-    form = einsum_form(equation, [operand.shape for operand in call.operands])
-    # The bias is added once, so a split of k (which would add it on every rank) is not allowed.
-    return Form(form.operands, form.results, form.sizes, form.whole | set(form.reduces), {}, form.linear)
+    (m, k), n = call.operands[1].shape, call.operands[2].shape[1]
+    build = FormBuilder()
+    rows, inner, columns = build.factor(m), build.factor(k, reduce="sum"), build.factor(n)
+    full = (rows, columns)
+    bias = call.operands[0].shape
+    added = tuple(full[2 - len(bias) + i] if size > 1 else () for i, size in enumerate(bias))
+    return build.form([added, (rows, inner), (inner, columns)], [full])
+
+
+@rule(aten.baddbmm.default)
+def _baddbmm(call: Call) -> Form:
+    (b, m, k), n = call.operands[1].shape, call.operands[2].shape[2]
+    build = FormBuilder()
+    batch, rows, inner, columns = build.factor(b), build.factor(m), build.factor(k, reduce="sum"), build.factor(n)
+    full = (batch, rows, columns)
+    bias = call.operands[0].shape
+    added = tuple(full[3 - len(bias) + i] if size > 1 else () for i, size in enumerate(bias))
+    return build.form([added, (batch, rows, inner), (batch, inner, columns)], [full])

@@ -46,7 +46,11 @@ def _is_float(call: Call) -> bool:
 
 
 def pointwise(call: Call) -> Form:
-    """Any pointwise op, and in which operands it is linear."""
+    """Any pointwise op, and in which operands it is linear.
+
+    A product with a tensor is, but lets no partial sum through: adding up first costs one collective of the same size,
+    and each choice less counts on every axis. A product with a scalar (a loss's scale) does.
+    """
     linear: list[list[int]] = []
     tensors = range(len(call.operands))
     if _is_float(call):
@@ -54,8 +58,10 @@ def pointwise(call: Call) -> Form:
             if isinstance(call.get("other"), Operand):
                 linear = [list(tensors)]
         elif call.target in _PRODUCTS:
-            linear = [[i] for i in tensors]
-        elif call.target is aten.div.Tensor or call.target in _COPIES:
+            linear = [[i] for i in tensors if all(not call.operands[j].shape for j in tensors if j != i)]
+        elif call.target is aten.div.Tensor:
+            linear = [] if call.get("rounding_mode") or any(f.shape for f in call.operands[1:]) else [[0]]
+        elif call.target in _COPIES:
             linear = [[0]]
     if call.target is aten.where.self and all(facts.dtype.is_floating_point for facts in call.operands[1:]):
         linear = [[1, 2]]
@@ -75,5 +81,10 @@ rule(
     aten.masked_fill.Scalar,
     aten.masked_fill.Tensor,
     aten.lift_fresh_copy.default,
-    aten.bernoulli.p,
+    aten.contiguous.default,
+    aten.to.dtype,
+    aten.floor_divide.default,
+    aten.polar.default,
+    aten.complex.default,
+    aten._conj.default,
 )(pointwise)

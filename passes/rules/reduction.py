@@ -13,8 +13,12 @@ from passes.rules.table import rule
 aten = torch.ops.aten
 
 
+_LAST = {aten.mode.default, aten.kthvalue.default}
+"""Reductions along the last dim where none is named."""
+
+
 def _reduced_dims(call: Call, rank: int) -> set[int]:
-    dim = call.get("dim")
+    dim = call.get("dim", -1 if call.target in _LAST else None)
     if dim is None or dim == []:
         return set(range(rank))
     return {d % rank for d in (dim if isinstance(dim, Sequence) else [dim])} if rank else set()
@@ -68,6 +72,16 @@ def _mean(call: Call) -> Form:
     aten.max.dim,
     aten.min.dim,
     aten.min.default,
+    aten.nansum.default,
+    aten.median.default,
+    aten.median.dim,
+    aten.nanmedian.dim,
+    aten.mode.default,
+    aten.kthvalue.default,
+    aten.count_nonzero.default,
+    aten.count_nonzero.dim_IntList,
+    aten.aminmax.default,
+    aten.std_mean.correction,
 )
 def _whole_reduction(call: Call) -> Form:
     return _reduction(call, None, linear=False)
@@ -86,6 +100,11 @@ def along(call: Call, dims: Sequence[int], linear: Sequence[Sequence[int]] = ())
 
 @rule(
     aten._softmax.default,
+    aten._safe_softmax.default,
+    aten.cummax.default,
+    aten.cummin.default,
+    aten.argsort.default,
+    aten.argsort.stable,
     aten._log_softmax.default,
     aten._softmax_backward_data.default,
     aten._log_softmax_backward_data.default,

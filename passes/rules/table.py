@@ -1,7 +1,8 @@
 """The table of rules: an op's `Form`, and how a rank runs its part where that takes more than the same op.
 
 A rule file registers with `@rule(op, ...)`; nothing else needs to know it. `form_of(call)` looks an op up: its own
-rule, or the general one for pointwise ops, else `UnsupportedOpError`.
+rule, or the general one for pointwise ops, else `UnsupportedOpError`. An op of a package that may not be imported is
+registered by its name, `"transformers.grouped_mm_fallback.default"`.
 """
 
 from __future__ import annotations
@@ -32,16 +33,23 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+def rule_of(target: Any) -> Rule | None:
+    """The rule of an op; None where no table knows it."""
+    found = RULES.get(target) or RULES.get(str(target))
+    if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+        return POINTWISE[0]
+    return found
+
+
 def form_of(call: Call) -> Form:
     """The op's form.
 
     Raises:
         UnsupportedOpError: no table knows the op.
     """
-    if call.target in RULES:
-        return RULES[call.target](call)
-    if torch.Tag.pointwise in getattr(call.target, "tags", ()):
-        return POINTWISE[0](call)
+    found = rule_of(call.target)
+    if found is not None:
+        return found(call)
     raise UnsupportedOpError(f"{call.target}: no sharding rule; it will be replicated")
 
 

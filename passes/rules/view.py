@@ -175,3 +175,24 @@ def _select_scatter(call: Call) -> Form:
     build = FormBuilder()
     dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(shape))
     return build.form([dims, dims[:dim] + dims[dim + 1 :]], [dims], [[0, 1]])
+
+
+@rule(aten.split.Tensor, aten.split_with_sizes.default)
+def _split(call: Call) -> Form:
+    source = call.operands[0].shape
+    dim = call.get("dim", 0) % len(source)
+    build = FormBuilder()
+    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(source))
+    results = [
+        dims[:dim] + (build.factor(facts.shape[dim], whole=True),) + dims[dim + 1 :] for facts in call.results if facts
+    ]
+    return build.form([dims], results, [[0]])
+
+
+@rule(aten.unbind.int)
+def _unbind(call: Call) -> Form:
+    source = call.operands[0].shape
+    dim = call.get("dim", 0) % len(source)
+    build = FormBuilder()
+    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(source))
+    return build.form([dims], [dims[:dim] + dims[dim + 1 :] for _ in call.results], [[0]])
