@@ -6,11 +6,11 @@ from functools import lru_cache
 
 import pytest
 import torch
-
 from parity import captured, errors, planned
+from small_models import MODELS, build
+
 from passes.program import Program
 from passes.simulate import Issued, ledger
-from small_models import MODELS, build
 
 MESHES = {
     "dp4": ({"dp": 4}, (0,)),
@@ -96,9 +96,7 @@ def test_megatron_with_sequence_parallelism_gathers_and_scatters_twice_a_layer_e
             found = [
                 c
                 for c in issued
-                if c.group == "tp"
-                and c.phase == phase
-                and c.module.startswith(f"model.layers.{layer}.")
+                if (c.group == "tp" and c.phase == phase and c.module.startswith(f"model.layers.{layer}."))
                 or (c.group == "tp" and c.phase == phase and c.module == f"model.layers.{layer}")
             ]
             large = sorted((c.kind, c.full_bytes) for c in found if c.full_bytes > 2048 * 4)

@@ -58,7 +58,9 @@ def price(problem: Problem, picks: tuple[int, ...]) -> tuple[float, float]:
 def test_solve_finds_the_cheapest_picks(seed: int) -> None:
     problem = random_problem(seed)
     all_picks = product(*(range(len(costs)) for costs in problem.option_s))
-    fitting = [s for s, b in (price(problem, picks) for picks in all_picks) if b <= problem.budget_bytes and s < math.inf]
+    fitting = [
+        s for s, b in (price(problem, picks) for picks in all_picks) if b <= problem.budget_bytes and s < math.inf
+    ]
     if not fitting:
         with pytest.raises(NoFeasiblePlanError):
             solve(problem, gap=0.0)
