@@ -25,6 +25,7 @@ from autopar.options import Options
 from autopar.pipeline import Pipeline, PlanLike
 from autopar.together import Together, together
 from passes.errors import PlanMismatchError
+from passes.inputs import global_inputs
 from passes.local import LocalProgram, Storage, bind_groups, groups_used
 from passes.lower import lower
 from passes.program import Program
@@ -76,7 +77,7 @@ def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh
         PlanMismatchError: the plan is for another graph, mesh or parameters.
     """
     told = cast(PlanLike, plan)
-    job = _job(pipeline, mesh, told.options)
+    job = _job(pipeline, mesh, pipeline.options_of(plan))
     ours = _ranks(mesh)
     with ours.agreeing():
         if tuple(told.axes) != job.axes:
@@ -157,11 +158,11 @@ def _captured(
     job: _Job, model: nn.Module, call: examples.Call, tangents: Tangents = "loss", backward: bool = True
 ) -> Program:
     """The program of the global batch."""
-    dims = examples.batch_dims_of(call, job.options.batch_dims)
-    (args, kwargs), size = examples.global_call(call, dims, job.batch_ranks)
+    args, kwargs = examples.on_cpu(call)
+    whole = global_inputs(args, kwargs, job.batch_ranks, job.options.batch_dims)
     return job.pipeline.capture(
-        model, args, kwargs, batch_dims=dims, batch_size=size, tangents=tangents, backward=backward,
-        options=job.options,
+        model, whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size, tangents=tangents,
+        backward=backward,
     )  # fmt: skip
 
 
@@ -231,26 +232,40 @@ def _applied(
         new_plan = _shared_plan(job, again, new_program, hardware, strategy, examples.described(new_call), storages)
         return _executable(job, again, groups, new_program, new_plan)[0]
 
+    alike = mesh.size() == 1 or _values_alike(ours, model)
     with ours.agreeing():
-        digest = "" if mesh.size() == 1 else _digest(model)
-    alike = ours.same(digest)
-    module = parallel_module(
-        model, storages, mesh, remake, aliases=program.aliases, seed=job.options.seed, batch_ranks=job.batch_ranks,
-        from_first=not alike,
-    )  # fmt: skip
-    preload(module, *call, executable)
-    ours.agree()
+        module = parallel_module(
+            model, storages, mesh, remake, aliases=program.aliases, seed=job.options.seed, batch_ranks=job.batch_ranks,
+            from_first=not alike,
+        )  # fmt: skip
+        preload(module, *call, executable)
     return module
 
 
-def _digest(model: nn.Module) -> str:
-    """A fingerprint of the values of all real parameters and buffers, and of which are on the meta device."""
+def _values_alike(ours: Together, model: nn.Module) -> bool:
+    """Whether all ranks hold the same values of parameters and buffers.
+
+    Raises:
+        ValueError: some are on the meta device on one rank and real on another.
+    """
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    if not ours.same(str([name for name, tensor in tensors.items() if tensor.is_meta])):
+        raise ValueError(
+            "the model is on the meta device on some ranks and real on others; make it alike on all: real with any "
+            "values (rank 0's are taken), or meta, and load after to_empty"
+        )
+    with ours.agreeing():
+        digest = _digest(tensors)
+    return ours.same(digest)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A fingerprint of the values of what is not on the meta device."""
     whole = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        whole.update(f"{name}:{tensor.is_meta}".encode())
+    for name, tensor in tensors.items():
         if not tensor.is_meta and tensor.numel():
             words = tensor.detach().contiguous().flatten().view(torch.uint8)
             if words.numel() % 4 == 0:
                 words = words.view(torch.int32)
-            whole.update(str(int(words.sum(dtype=torch.int64))).encode())
+            whole.update(f"{name}:{int(words.sum(dtype=torch.int64))}".encode())
     return whole.hexdigest()

@@ -1,9 +1,9 @@
 """Buffers that no checkpoint holds (rotary frequencies, masks, position ids) through `to_empty`.
 
 `to_empty` gives every tensor fresh storage. A buffer outside the state dict that held values keeps them. One that was
-on the meta device never had any: where the model's class offers what Hugging Face's do (`_init_weights`, which fills
-buffers too), that is asked for modules that hold no parameters; what is left is filled with NaN, so that it cannot
-pass for data, and named in a warning.
+on the meta device never had any: where the model's class offers what Hugging Face's do (`_init_weights(module)`, which
+fills a module's buffers beside its parameters), that is called for the modules that hold such buffers, whose parameters
+have no values yet either. What is left is filled with NaN, so that it cannot pass for data, and named in a warning.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ def _rebuild(root: nn.Module, lost: list[tuple[nn.Module, str]]) -> None:
             buffer.fill_(_poison(buffer.dtype))
         marks[id(module), key] = buffer.clone()
     init = getattr(root, "_init_weights", None)
-    for module in {id(module): module for module, _ in lost}.values():
-        if callable(init) and next(module.parameters(), None) is None:
-            with torch.no_grad():
+    if callable(init):
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            for module in {id(module): module for module, _ in lost}.values():
                 init(module)
     names = {id(module): name for name, module in root.named_modules()}
     left = []

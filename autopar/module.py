@@ -442,52 +442,44 @@ class _Differentiable(torch.autograd.Function):
         step: _Step = ctx.step
         if all(gradient is None for gradient in gradients):
             return (None,) * (1 + len(step.names))
-        local = step.executable.local
+        local, runtime = step.executable.local, step.runtime
         outputs = [output.name for output in local.outputs if output.kind == "output"]
-        arrived = {
-            name: _local_tangent(gradient, of)
-            for name, gradient, of in zip(outputs, gradients, step.returned, strict=True)
-            if gradient is not None
-        }
-        asked = [entry for entry in local.inputs if entry.kind == "tangent"]
-        if arrived.keys() <= {entry.name for entry in asked}:
+        arrived = {name: gradient for name, gradient in zip(outputs, gradients, strict=True) if gradient is not None}
+        asked = {entry.name for entry in local.inputs if entry.kind == "tangent"}
+        if arrived.keys() <= asked:
             saved = ctx.saved_tensors
             if (clear := getattr(ctx, "maybe_clear_saved_tensors", None)) is not None:
                 clear()
-            found = step.gradients(step.executable.lowered, local, saved, _tangents(local, arrived, step.values, 1))
+            found = step.gradients(step.executable.lowered, local, saved, _tangents(runtime, local, arrived, 1))
         else:
             assert step.with_all is not None
             other = step.with_all()
             _, saved = other.lowered.forward(step.values)
-            # That program takes tangents of local losses and averages them; these are of the global value.
-            tangents = _tangents(other.local, arrived, step.values, step.runtime.batch_ranks)
+            # That program averages over the batch's ranks what each brings; these are gradients of one global value.
+            tangents = _tangents(runtime, other.local, arrived, runtime.batch_ranks)
             found = step.gradients(other.lowered, other.local, saved, tangents)
-        return None, *(_as_stored(step.runtime, name, found.get(name)) for name in step.names)
-
-
-def _local_tangent(gradient: torch.Tensor, of: Any) -> torch.Tensor:
-    """This rank's part of an output's gradient, laid out as the output."""
-    if of is None or not isinstance(gradient, DTensor):
-        return gradient
-    if tuple(gradient.placements) != tuple(of.placements):
-        gradient = gradient.redistribute(of.mesh, of.placements)
-    return stored.local_part(gradient)
+        return None, *(_as_stored(runtime, name, found.get(name)) for name in step.names)
 
 
 def _tangents(
-    local: LocalProgram, arrived: Mapping[str, torch.Tensor], values: Sequence[torch.Tensor], factor: int
+    runtime: Runtime, local: LocalProgram, arrived: Mapping[str, torch.Tensor], factor: int
 ) -> list[torch.Tensor]:
-    """One per tangent placeholder: what arrived, times `factor`, or zeros."""
-    nodes = local.graph.graph.find_nodes(op="placeholder")
+    """One per tangent placeholder: this rank's part of what arrived, or zeros; times `factor` what the batch splits."""
+    split = {entry.name for entry in local.program.inputs if entry.kind == "tangent" and entry.batch_dim is not None}
     result = []
-    for entry, node in zip(local.inputs, nodes, strict=True):
-        if entry.kind == "tangent":
-            value = arrived.get(entry.name)
-            if value is None:
-                fake = node.meta["val"]
-                device = values[0].device
-                value = torch.zeros(fake.shape, dtype=fake.dtype, device=device)
-            result.append(value if factor == 1 else value * factor)
+    for entry, node in zip(local.inputs, local.graph.graph.find_nodes(op="placeholder"), strict=True):
+        if entry.kind != "tangent":
+            continue
+        value = arrived.get(entry.name)
+        if value is None:
+            fake = node.meta["val"]
+            value = torch.zeros(fake.shape, dtype=fake.dtype, device=_device(runtime.mesh))
+        elif isinstance(value, DTensor):
+            layout = stored.placements(entry.storage, runtime.axis_sizes, entry.name)
+            if tuple(value.placements) != layout:
+                value = value.redistribute(runtime.mesh, layout)
+            value = stored.local_part(value)
+        result.append(value * factor if factor != 1 and entry.name in split else value)
     return result
 
 

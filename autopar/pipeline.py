@@ -31,10 +31,6 @@ class PlanLike(Protocol):
         """What it was priced on; taken by `compile_plan` again."""
 
     @property
-    def options(self) -> Options:
-        """What it was made with."""
-
-    @property
     def example(self) -> str:
         """The call it was made for (`examples.described`)."""
 
@@ -46,13 +42,15 @@ class PlanLike(Protocol):
 class Pipeline:
     """The stages, with the arguments they are called with.
 
-    capture: model, args, kwargs, *, batch_dims, batch_size, tangents, backward, options
+    capture: model, args, kwargs, *, batch_dims, batch_size, tangents, backward
     compile_plan: program, axes, *, batch_axes, hardware, strategy, options, example, stored (storages that are pinned)
     rewrite: program, plan
     load: a plan's JSON text
+    options_of: plan -> the options it was made with
     """
 
     capture: Callable[..., Program]
     compile_plan: Callable[..., Any]
     rewrite: Callable[[Program, Any], LocalProgram]
     load: Callable[[str], Any]
+    options_of: Callable[[Any], Options]

@@ -120,8 +120,6 @@ def local_step(
         grads: tuple[Any, ...] = ()
         if wrt and asked:
             given = list(values[n : n + len(asked)])
-            if not found["has_loss"]:  # of losses of each rank's own, which are averaged
-                given = [t if t.ndim else t / ranks for t in given]
             grads = torch.autograd.grad([tensors[i] for i in asked], wrt, given, allow_unused=True)
         found["grads"] = [name for name, g in zip(trained, grads, strict=False) if g is not None]
         return (*(t.detach() for t in tensors.values()), *new.values(), *(g for g in grads if g is not None))

@@ -211,7 +211,7 @@ def _clear_errors(rank: int, ranks: int) -> None:
     model.head.weight = model.embed.weight
     model(ids)
     model.to(torch.float64)
-    with pytest.raises(PlanMismatchError, match="float64 but the plan was made for torch.float32"):
+    with pytest.raises(PlanMismatchError, match=r"float64 but the plan was made for torch\.float32"):
         model(ids)
     changed = Net()
     changed.up = nn.Linear(6, 17)
@@ -230,7 +230,7 @@ def _meta(rank: int, ranks: int) -> None:
         eager = Net()
     model = made(eager, mesh)
     assert all(p.is_meta for p in model.parameters())
-    ids, labels = mine(batches(1, ranks)[0], rank)
+    ids, _ = mine(batches(1, ranks)[0], rank)
     with pytest.raises(PlanMismatchError, match="to_empty"):
         model(ids)
     with warnings.catch_warnings(record=True) as caught:

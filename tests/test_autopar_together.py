@@ -26,23 +26,22 @@ def test_ranks_share_what_the_first_makes() -> None:
     assert run_ranks(_agrees, 3) == [("plan of 0", True, False, "second session")] * 3
 
 
+def _block(ours: Together, rank: int, culprit: int) -> None:
+    with ours.agreeing():
+        if rank == culprit:
+            raise KeyError("layers.3")
+        if rank == 2:
+            time.sleep(5)  # busy: the others do not wait for it
+
+
 def _one_fails(rank: int, ranks: int, culprit: int) -> float:
     ours = together()
     start = time.monotonic()
     for attempt in range(2):
-        try:
-            with ours.agreeing():
-                if rank == culprit:
-                    raise KeyError("layers.3")
-                if rank == 2:
-                    time.sleep(5)  # busy: the others do not wait for it
-        except KeyError:
-            assert rank == culprit
-        except RankFailedError as error:
-            assert str(error) == f"rank {culprit} failed: KeyError: 'layers.3'"
-            assert rank != culprit
-        else:
-            raise AssertionError("no error")
+        other = RankFailedError, f"^rank {culprit} failed: KeyError: 'layers.3'$"
+        kind, text = (KeyError, "layers.3") if rank == culprit else other
+        with pytest.raises(kind, match=text):
+            _block(ours, rank, culprit)
         if attempt == 0:
             waited_s = time.monotonic() - start
     ours.agree()

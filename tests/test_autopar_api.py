@@ -1,0 +1,255 @@
+"""plan, apply and parallelize on real ranks, over the real stages with a plain stand-in for the plan."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from local_steps import Net
+from ranks import rank_outcomes, run_ranks
+from standin import pipeline
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from autopar import examples, meshes
+from autopar.api import apply_with, parallelize_with, plan_with
+from autopar.options import Options
+from passes.errors import PlanMismatchError
+
+EAGER = Options(compile=False)
+
+
+def mesh_of(shape: tuple[int, ...], names: tuple[str, ...] = ("dp", "tp")) -> Any:
+    return init_device_mesh("cpu", shape, mesh_dim_names=names[: len(shape)])
+
+
+def batch_of(rank: int, shape: tuple[int, ...]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The global batch and this rank's, for a mesh whose first axis splits it."""
+    generator = torch.Generator().manual_seed(5)
+    whole = {name: torch.randint(0, 12, (2 * shape[0], 6), generator=generator) for name in ("ids", "labels")}
+    index = rank // (torch.Size(shape).numel() // shape[0])
+    return whole, {name: value[2 * index : 2 * index + 2] for name, value in whole.items()}
+
+
+def compare_gradients(model: nn.Module, eager: nn.Module) -> None:
+    for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad.full_tensor(), p.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def _trains(rank: int, ranks: int, shape: tuple[int, ...], strategy: str) -> None:
+    mesh = mesh_of(shape)
+    torch.manual_seed(rank)  # every rank starts elsewhere; rank 0's values count
+    mine_first = Net(rows=12, width=8)
+    torch.manual_seed(0)
+    eager = Net(rows=12, width=8)
+    whole, mine = batch_of(rank, shape)
+    model = parallelize_with(pipeline(strategy), mine_first, mesh, mine, options=EAGER)
+    optims = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (eager, model)]
+    for _ in range(3):
+        losses = [eager(**whole).loss, model(**mine).loss]
+        torch.testing.assert_close(losses[1], losses[0])
+        for loss in losses:
+            loss.backward()
+        compare_gradients(model, eager)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad()
+    assert model.calls == 3
+    # A loss of the user's own on plain logits: the mean over ranks of each rank's mean.
+    logits = model(mine["ids"]).logits
+    assert type(logits) is torch.Tensor
+    nn.functional.cross_entropy(logits.flatten(0, 1), mine["labels"].flatten()).backward()
+    eager(**whole).loss.backward()
+    compare_gradients(model, eager)
+    # Logits beside the loss: a DTensor, and differentiable.
+    for m in (model, eager):
+        m.zero_grad()
+    out = model(**mine)
+    assert isinstance(out.logits, DTensor)
+    (out.loss + out.logits.full_tensor().square().sum() * 0.1).backward()
+    out = eager(**whole)
+    (out.loss + out.logits.square().sum() * 0.1).backward()
+    compare_gradients(model, eager)
+    model.eval()
+    eager.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**mine).loss, eager(**whole).loss)
+
+
+@pytest.mark.parametrize(("shape", "strategy"), [((4,), "fsdp"), ((2, 2), "megatron"), ((1,), "ddp")])
+def test_trains_like_eager(shape: tuple[int, ...], strategy: str) -> None:
+    run_ranks(_trains, torch.Size(shape).numel(), shape, strategy)
+
+
+def _plan_then_apply(rank: int, ranks: int) -> None:
+    stages = pipeline("fsdp")
+    torch.manual_seed(0)
+    model = Net(rows=12, width=8)
+    whole, mine = batch_of(rank, (2,))
+    offline = plan_with(stages, model, {"dp": 2}, mine, options=EAGER)
+    mesh = mesh_of((2,))
+    plan = plan_with(stages, model, mesh, mine, options=EAGER)
+    assert plan == offline
+    with torch.device("meta"):
+        empty = Net(rows=12, width=8)
+    empty.scale = torch.full((8,), 1.5)
+    parallel = apply_with(stages, empty, plan, mesh)
+    assert all(p.is_meta for p in parallel.parameters())
+    parallel.to_empty(device="cpu")
+    direct = parallelize_with(stages, model, mesh, plan=plan)
+    state = {k: v.clone() for k, v in direct.state_dict().items()}
+    parallel.load_state_dict(state)
+    torch.testing.assert_close(parallel(**mine).loss, model(**whole).loss)
+    torch.testing.assert_close(direct(**mine).loss, parallel(**mine).loss)
+
+
+def test_a_plan_is_made_in_one_place_and_applied_in_another() -> None:
+    run_ranks(_plan_then_apply, 2)
+
+
+def _refuses(rank: int, ranks: int) -> None:
+    stages = pipeline("fsdp")
+    model, mesh = Net(rows=12, width=8), mesh_of((2,))
+    _, mine = batch_of(rank, (2,))
+    plan = plan_with(stages, model, mesh, mine, options=EAGER)
+    with pytest.raises(PlanMismatchError, match=r"for the mesh \{'dp': 2\} but this one is \{'tp': 2\}"):
+        apply_with(stages, model, plan, mesh_of((2,), ("tp",)))
+    with pytest.raises(PlanMismatchError, match="made for another graph"):
+        apply_with(stages, Net(rows=12, width=10), plan, mesh)
+    with pytest.raises(PlanMismatchError, match="made for another graph"):
+        apply_with(stages, model, replace(plan, fingerprint="x" * 20), mesh)
+    with pytest.raises(ValueError, match=r"ranks were given inputs of different shapes"):
+        parallelize_with(stages, model, mesh, {"ids": mine["ids"][:, : 3 + rank]}, options=EAGER)
+    with pytest.raises(ValueError, match="example_inputs"):
+        parallelize_with(stages, model, mesh, options=EAGER)
+    with pytest.raises(ValueError, match="needs a DeviceMesh"):
+        parallelize_with(stages, model, {"dp": 2}, mine)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"no names for its axes"):
+        parallelize_with(stages, model, init_device_mesh("cpu", (1, 2)), mine)
+    part = dist.new_group([0])
+    assert part is not None
+    if rank == 0:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        alone = DeviceMesh.from_group(
+            dist.new_group([0], use_local_synchronization=True), "cpu", mesh_dim_names=("dp",)
+        )
+        with pytest.raises(ValueError, match="has 1 ranks but the job has 2"):
+            parallelize_with(stages, model, alone, mine)
+    dist.barrier()
+    with torch.device("cpu" if rank == 0 else "meta"):
+        other = Net(rows=12, width=8)
+    with pytest.raises(ValueError, match="meta device on some ranks and real on others"):
+        parallelize_with(stages, other, mesh, mine, options=EAGER)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    run_ranks(_refuses, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strategy": "zero"}, "unknown strategy 'zero'; known are auto, ddp, fsdp, megatron"),
+        ({"options": {"compile": False}}, "options is a dict"),
+        ({"options": Options(recompute="some")}, r"Options\(recompute='some'\): known are auto"),  # type: ignore[arg-type]
+        ({"options": Options(optimizer="lion")}, r"Options\(optimizer='lion'\)"),
+        ({"options": Options(accumulate=0)}, "at least 1 micro-batch"),
+        ({"options": Options(batch_axes=("cp",))}, r"batch_axes names \['cp'\], but the mesh has \['dp'\]"),
+        ({"options": Options(batch_dims={"mask": 0})}, "batch_dims names"),
+        ({"mesh": {"dp": 0}}, "mesh axis 'dp' has size 0"),
+        ({"mesh": 4}, "mesh is a int"),
+        ({"mesh": {}}, "the mesh has 0 axes"),
+        ({"example_inputs": torch.zeros(2, 3)}, "example_inputs is a tensor"),
+        ({"example_inputs": 3}, "example_inputs is a int"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    given = {"mesh": {"dp": 2}, "example_inputs": (torch.zeros(2, 3, dtype=torch.int64),), **arguments}
+    with pytest.raises(ValueError, match=message):
+        plan_with(pipeline(), Net(), given.pop("mesh"), **given)
+
+
+class _Breaks(Net):
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        if dist.get_rank() == 1 and (not self.training or ids.shape[1] > 6):
+            raise RuntimeError("no such layer")
+        return super().forward(ids, labels)
+
+
+def _one_rank_raises(rank: int, ranks: int, when: str) -> None:
+    stages = pipeline("fsdp")
+    _, mine = batch_of(rank, (2,))
+    model = _Breaks(rows=12, width=8).train(when != "capture")
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no such layer")
+
+    if when == "rewrite" and rank == 1:
+        stages = replace(stages, rewrite=broken)
+    if when == "plan" and rank == 1 - rank:
+        stages = replace(stages, compile_plan=broken)
+    parallel = parallelize_with(stages, model, mesh_of((2,)), mine, options=EAGER)
+    assert when == "call"
+    longer = {name: torch.cat((value, value), 1) for name, value in mine.items()}
+    parallel(**longer)
+
+
+@pytest.mark.parametrize("when", ["capture", "rewrite", "call"])
+def test_one_ranks_error_ends_all(when: str) -> None:
+    outcomes = rank_outcomes(_one_rank_raises, 2, when, timeout_s=60)
+    assert "no such layer" in str(outcomes[1].error)
+    assert "rank 1 failed" in str(outcomes[0].error)
+    assert "no such layer" in str(outcomes[0].error)
+    assert max(outcome.seconds for outcome in outcomes) < 45
+
+
+def test_calls_are_described_and_restored() -> None:
+    call = (
+        (torch.zeros(2, 3, dtype=torch.int64), [1, None]),
+        {"mask": torch.ones(2, requires_grad=True), "k": {"s": 1.5}},
+    )
+    args, kwargs = examples.restored(examples.described(call))
+    assert args[0].shape == (2, 3)
+    assert args[0].dtype == torch.int64
+    assert args[0].is_meta
+    assert args[1] == [1, None]
+    assert kwargs["mask"].requires_grad
+    assert kwargs["k"] == {"s": 1.5}
+    assert examples.described((args, kwargs)) == examples.described(call)
+    with pytest.raises(PlanMismatchError, match="a plan cannot hold"):
+        examples.restored(examples.described(((object(),), {})))
+
+
+def test_axes_split_the_batch_by_name() -> None:
+    axes = meshes.axes_of({"dp_replicate": 2, "tp": 4, "fsdp": 3})
+    assert meshes.batch_axes_of(axes, None) == (0, 2)
+    assert meshes.batch_ranks(axes, (0, 2)) == 6
+    assert meshes.batch_axes_of(axes, ("tp",)) == (1,)
+    assert meshes.batch_axes_of(axes, ()) == ()
+
+
+def test_the_users_model_stays_as_it_was() -> None:
+    run_ranks(_leaves_the_model, 1)
+
+
+def _leaves_the_model(rank: int, ranks: int) -> None:
+    model = Net(rows=12, width=8)
+    before, kind = copy.deepcopy(model.state_dict()), type(model)
+    _, mine = batch_of(rank, (1,))
+    parallel = parallelize_with(pipeline(), model, mesh_of((1,)), mine, options=EAGER)
+    parallel(**mine).loss.backward()
+    with torch.no_grad():
+        for p in parallel.parameters():
+            p.zero_()
+    assert type(model) is kind
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None and not isinstance(p, DTensor) for p in model.parameters())
+    assert torch.get_rng_state().equal(torch.get_rng_state())
