@@ -59,7 +59,8 @@ class Emitter:
             RuntimeError: the op refuses these shapes.
         """
         if target is operator.getitem and isinstance(args[0], Parts):
-            return args[0].nodes[args[1]]
+            part: fx.Node = args[0].nodes[args[1]]
+            return part
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update(self.meta)
         node.meta["val"] = self._value(node)

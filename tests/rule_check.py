@@ -39,7 +39,7 @@ class Sample:
     """An op on real arguments.
 
     `splits`: how many ways an axis of two must at least have to split it (its leaves), so that a rule cannot pass by
-    forbidding everything. `tied`: for each entry, results whose values are not unique and are not compared.
+    forbidding everything. `skip`: results that are not compared, because nothing is promised about their values.
     """
 
     target: Any
@@ -83,7 +83,7 @@ def _cuts(shape: Sequence[int]) -> list[int]:
 def one_op(sample: Sample, cut: str = "") -> OneOp:
     """The op in a graph; `cut` "operands" or "results" has views beside it that see each even dim as two."""
     graph, mode = fx.Graph(), FakeTensorMode()
-    inputs = []
+    inputs: list[Input] = []
 
     def node(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         made = graph.call_function(target, args, kwargs)
@@ -135,7 +135,7 @@ def _form(node: fx.Node) -> Form:
     return build.form([], [build.dims(facts.shape)])
 
 
-# ------------------------------------------------------------------------------------------- cutting and putting together
+# ----------------------------------------------------------------------------------------- cutting and putting together
 def parts_of(x: Tensor, dims: Sequence[Sequence[int]], layout: Layout, sizes: Sequence[int], seed: int) -> list[Tensor]:
     """Every rank's part of `x`: cut along atoms; terms of a sum where the layout is partial."""
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +189,7 @@ def together(
     return values[0].reshape(shape)
 
 
-# --------------------------------------------------------------------------------------------------------------- running
+# -------------------------------------------------------------------------------------------------------------- running
 def run_option(one: OneOp, option: Option, sizes: Sequence[int], operands: Sequence[Tensor]) -> list[list[Any]]:
     """Per rank, what the op's local form gives on that rank's operands (one list entry per result)."""
     names = "abcd"[: len(sizes)]
@@ -241,8 +241,8 @@ def check(sample: Sample, sizes: Sequence[int], cut: str = "", limit: int = 60) 
                     continue
                 parts = [values[r] for values in found]
                 joined = together(parts, one.op.results[r], option.results[r], sizes, expected.shape)
-                close = {"rtol": 0.05, "atol": 0.1} if expected.dtype == torch.bfloat16 else {}
-                torch.testing.assert_close(joined, expected, equal_nan=True, **close)
+                rtol, atol = (0.05, 0.1) if expected.dtype == torch.bfloat16 else (None, None)
+                torch.testing.assert_close(joined, expected, equal_nan=True, rtol=rtol, atol=atol)
         except Exception as error:
             raise AssertionError(
                 f"{sample} on {tuple(sizes)}{' cut ' + cut if cut else ''}: {option}: {error}"

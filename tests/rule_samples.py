@@ -46,10 +46,6 @@ def s(target: Any, *args: Any, splits: int = 0, skip: tuple[int, ...] = (), **kw
     return Sample(target, args, kwargs, splits, skip)
 
 
-def _made(target: Any, *args: Any, **kwargs: Any) -> Any:
-    return target(*args, **kwargs)
-
-
 def _views() -> list[Sample]:
     x = f(4, 6, 5)
     same = [s(op, x, splits=2) for op in (aten.clone.default, aten.alias.default, aten.detach.default)]
@@ -432,7 +428,7 @@ def _attention() -> list[Sample]:
         (False, (6, 8), (4, 4)),
     ]:
         query, key, value = f(2, q, 6, 4), f(2, k, 8, 4), f(2, k, 8, 4)
-        given = {"attn_mask": f(*mask)} if mask else {}
+        given: dict[str, Any] = {"attn_mask": f(*mask)} if mask else {}
         out, lse = forward(query, key, value, 0.0, causal, **given)
         found.append(s(forward, query, key, value, 0.0, causal, splits=2 if causal else 3, **given))
         found.append(
@@ -474,23 +470,8 @@ def _windows() -> list[Sample]:
                 splits=n,
             )
         )
-    found.append(
-        s(
-            backward,
-            f(4, 8, 3, 5),
-            x2,
-            f(8, 6, 3, 3),
-            None,
-            [1, 1],
-            [0, 0],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [False, True, False],
-            splits=3,
-        )
-    )
+    only_weight = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
+    found.append(s(backward, f(4, 8, 3, 5), x2, f(8, 6, 3, 3), None, *only_weight, splits=3))
     pooled, where = aten.max_pool2d_with_indices.default(x2, [2, 2], [1, 1])
     pooled3, where3 = aten.max_pool3d_with_indices.default(f(4, 2, 4, 4, 4), [2, 2, 2])
     apool, awhere = aten.adaptive_max_pool2d.default(x2, [2, 3])

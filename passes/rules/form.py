@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 Dims = tuple[tuple[int, ...], ...]
 """Per dim of one tensor, the factors it is made of, outermost first."""
@@ -151,13 +152,13 @@ def _cut_group(
 
     edges_i, edges_j = boundaries(source, group_i), boundaries(target, group_j)
     cuts = sorted({1, *edges_i, *edges_j})
-    if any(b % a for a, b in zip(cuts, cuts[1:], strict=False)):
+    if any(b % a for a, b in pairwise(cuts)):
         for dim in group_i:
             source_dims[dim] = build.factor(source[dim], whole=True)
         for dim in group_j:
             target_dims[dim] = build.factor(target[dim], whole=True)
         return
-    pieces = {cut: build.factor(cut // before) for before, cut in zip(cuts, cuts[1:], strict=False)}
+    pieces = {cut: build.factor(cut // before) for before, cut in pairwise(cuts)}
     for group, edges, dims in ((group_i, edges_i, source_dims), (group_j, edges_j, target_dims)):
         start = 1
         for dim, end in zip(group, edges, strict=True):

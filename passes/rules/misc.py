@@ -85,7 +85,7 @@ def _unfold_backward(call: Call) -> Form:
 def _searchsorted(call: Call) -> Form:
     ordered, values = call.facts("sorted_sequence").shape, call.facts("self").shape
     build = FormBuilder()
-    dims = build.dims(values[:-1]) + (build.factor(values[-1]),) if values else ()
+    dims = build.dims(values)
     batch = dims[:-1] if len(ordered) > 1 else ()
     ranks = build.factor(ordered[-1], whole=True)
     operands: list[Dims] = [(*batch, ranks), dims]

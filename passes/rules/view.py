@@ -124,13 +124,13 @@ def _cat(call: Call) -> Form:
     dim = call.get("dim", 0) % len(result.shape)
     build = FormBuilder()
     dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(result.shape))
-    operands = []
+    operands: list[Dims] = []
     for operand in call.operands:
         if operand.shape == (0,):
             operands.append(((),))
             continue
         part = build.factor(operand.shape[dim], whole=True)
-        operands.append(dims[:dim] + (part,) + dims[dim + 1 :])
+        operands.append((*dims[:dim], part, *dims[dim + 1 :]))
     return build.form(operands, [dims], [range(len(operands))])
 
 
@@ -184,7 +184,7 @@ def _split(call: Call) -> Form:
     build = FormBuilder()
     dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(source))
     results = [
-        dims[:dim] + (build.factor(facts.shape[dim], whole=True),) + dims[dim + 1 :] for facts in call.results if facts
+        (*dims[:dim], build.factor(facts.shape[dim], whole=True), *dims[dim + 1 :]) for facts in call.results if facts
     ]
     return build.form([dims], results, [[0]])
 
