@@ -447,14 +447,14 @@ class _Differentiable(torch.autograd.Function):
         arrived = {name: gradient for name, gradient in zip(outputs, gradients, strict=True) if gradient is not None}
         asked = {entry.name for entry in local.inputs if entry.kind == "tangent"}
         if arrived.keys() <= asked:
-            saved = ctx.saved_tensors
+            saved = list(ctx.saved_tensors)
             if (clear := getattr(ctx, "maybe_clear_saved_tensors", None)) is not None:
                 clear()
             found = step.gradients(step.executable.lowered, local, saved, _tangents(runtime, local, arrived, 1))
         else:
             assert step.with_all is not None
             other = step.with_all()
-            _, saved = other.lowered.forward(step.values)
+            saved = list(other.lowered.forward(step.values)[1])
             # That program averages over the batch's ranks what each brings; these are gradients of one global value.
             tangents = _tangents(runtime, other.local, arrived, runtime.batch_ranks)
             found = step.gradients(other.lowered, other.local, saved, tangents)

@@ -37,8 +37,9 @@ class Lowered:
     """
 
     halves: Halves
-    call_forward: Callable[..., Any]
-    call_backward: Callable[..., Any] | None
+    call_forward: Callable[[list[torch.Tensor]], Any]
+    call_backward: Callable[[list[torch.Tensor]], Any] | None
+    """Each takes its values as one list, which it may empty."""
     strides: tuple[tuple[int, ...], ...]
     """Of every placeholder, tangents last; compiled code relies on them."""
 
@@ -51,18 +52,24 @@ class Lowered:
         """Outputs and new buffers, and what `backward` needs of the step: saved placeholders, then saved values."""
         values = [_laid_out(value, stride) for value, stride in zip(values, self.strides, strict=False)]
         with torch.no_grad():
-            results = tuple(self.call_forward(*values))
-        inputs = tuple(values[index] for index in self.halves.saved_inputs)
+            inputs = tuple(values[index] for index in self.halves.saved_inputs)
+            results = tuple(self.call_forward(values))
         return results[: self.outputs], inputs + results[self.outputs :]
 
     def backward(self, saved: Tensors, tangents: Tensors) -> tuple[Any, ...]:
-        """Gradients, in the order of the program's "gradient" outputs."""
+        """Gradients, in the order of the program's "gradient" outputs.
+
+        A list of saved values is emptied, so that compiled code can free each after its last use.
+        """
         if self.call_backward is None:
             raise ValueError("this program was made without gradients")
         strides = self.strides[len(self.strides) - len(tangents) :]
         tangents = [_laid_out(value, stride) for value, stride in zip(tangents, strides, strict=True)]
+        values = [*saved, *tangents]
+        if isinstance(saved, list):
+            saved.clear()
         with torch.no_grad():
-            return tuple(self.call_backward(*saved, *tangents))
+            return tuple(self.call_backward(values))
 
 
 def lower(
@@ -79,10 +86,9 @@ def lower(
     tangents = [n for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind == "tangent"]
     ordered = [*(n for n in placeholders.values() if n not in tangents), *tangents]
     strides = tuple(tuple(node.meta["val"].stride()) for node in ordered)
-    if not compile:
-        return Lowered(halves, halves.forward, halves.backward, strides)
-    forward = _compiled(halves.forward)
-    return Lowered(halves, forward, None if halves.backward is None else _compiled(halves.backward), strides)
+    run = _compiled if compile else _interpreted
+    forward = run(halves.forward)
+    return Lowered(halves, forward, None if halves.backward is None else run(halves.backward), strides)
 
 
 def _laid_out(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
@@ -93,14 +99,32 @@ def _laid_out(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     return wanted.copy_(value)
 
 
-def _compiled(gm: fx.GraphModule) -> Callable[..., Any]:
+def _interpreted(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
+    """`gm` as it is."""
+    return lambda values: gm(*values)
+
+
+def _compiled(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
     """`gm` through Inductor, for inputs like its placeholders' fake values."""
     if not any(node.op == "call_function" for node in gm.graph.nodes):
-        return gm
+        return _interpreted(gm)
     with FakeTensorMode():
-        examples: list[Any] = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
+        examples = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
-        return inductor_compile(gm, examples)  # type: ignore[no-any-return]
+        return inductor_compile(_of_a_list(gm), [examples])  # type: ignore[list-item, no-any-return]
+
+
+def _of_a_list(gm: fx.GraphModule) -> fx.GraphModule:
+    """`gm` with one list in the place of its inputs; Inductor's callable empties it and frees what it has used."""
+    graph = fx.Graph()
+    values = graph.placeholder("values")
+    values.meta["steal_arg"] = True
+    copies = {}
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        copies[node] = graph.call_function(operator.getitem, (values, index))
+        copies[node].meta = dict(node.meta)
+    graph.output(graph.graph_copy(gm.graph, copies))
+    return fx.GraphModule(gm, graph)
 
 
 def _fake_like(value: torch.Tensor) -> torch.Tensor:

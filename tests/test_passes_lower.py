@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -238,6 +239,37 @@ def test_attention_takes_cuda_kernels(mask: bool, dtype: torch.dtype, dim: int) 
             assert node.meta["val"].device.type == "cuda", node
     local = program_of(moved, ["input"] * 4 + ["tangent"], 3)
     assert split(local, "auto").backward is not None
+
+
+def test_compiled_backward_frees_saved_values_as_it_goes() -> None:
+    """The first saved values are gone when the last gradient is made; a custom op looks."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    @torch.library.custom_op("autopar_test::look", mutates_args=())
+    def look(x: torch.Tensor) -> torch.Tensor:
+        alive.append(held[0]() is not None)
+        return x.clone()
+
+    @look.register_fake
+    def _(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    def step(x: torch.Tensor, tangent: torch.Tensor) -> Any:
+        first = x.cumsum(0)
+        return first * 1, torch.ops.autopar_test.look((tangent * first.cos()).cumsum(0))
+
+    local = program_of(traced(step, torch.ones(64, 64), torch.ones(64, 64)), ["input", "tangent"], 1)
+    lowered = lower(local, compile=True)
+    for consumed in (True, False):
+        _, saved = lowered.forward([torch.ones(64, 64)])
+        kept = list(saved)
+        held[:] = [weakref.ref(kept[0])]
+        if consumed:
+            del saved
+        lowered.backward(kept, [torch.ones(64, 64)])
+        assert kept == []
+    assert alive == [False, True]
 
 
 def test_private_torch_api_is_where_it_was() -> None:
