@@ -1,0 +1,451 @@
+"""A step played on one rank: a compute stream, and a communication stream per mesh axis.
+
+    compute        |  layer 0  |   layer 1   | ... |        backward        | optimizer |
+    dp     g0 | g1 |   g2 |                        |  r3 | r2 |     r1 | r0 |
+
+Ops run in the program's order. A collective waits for its axes' streams (all of them, where it runs over several) and
+then runs beside compute, as a runtime with asynchronous collectives has it:
+
+    stored parameters are gathered while the layer before computes (never earlier: two layers' worth is in memory)
+    gradients are reduced behind backward; the optimizer waits for them
+    activations are sent as soon as they are there, and their reader waits
+
+Compute that waits is what makes communication *exposed*: each moment of waiting is laid to the collective that runs
+then on the way to what is waited for. So `step = compute + slowed + exposed + optimizer`, and a collective's exposed
+and hidden seconds add up to its own.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from costmodel.memory import OptimizerSpec
+from costmodel.memory import optimizer as optimizer_of
+from costmodel.reshard import Step
+from passes.dims import Value
+from passes.footprint import Footprint, Times, footprint
+from passes.itinerary import Move, Run
+from passes.space import Space
+from passes.strategies import StoredOption
+from passes.tracks import Tracks, tracks
+from passes.words import Words, op_text
+
+KINDS = {"state_gather": "all_gather", "state_scatter": "reduce_scatter"}
+"""Steps of stored state -> the collective that does them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One collective of a micro-batch, or `count` alike ones: then `bytes` is of each, seconds are of all.
+
+    `bytes` is the full buffer on one rank: what is gathered, what is reduced. `start_s` is that of the first.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    bytes: int
+    seconds: float
+    phase: str
+    exposed_s: float
+    hidden_s: float
+    source: str
+    module: str
+    value: str
+    reason: str
+    count: int = 1
+    start_s: float = 0.0
+
+    @property
+    def group(self) -> str:
+        """`dp,tp`."""
+        return ",".join(self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that runs on a stream ("compute", or an axis), for a timeline."""
+
+    stream: str
+    start_s: float
+    end_s: float
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a step takes; all but `step_time_s` and `optimizer_s` is of one micro-batch."""
+
+    step_time_s: float
+    micro_batch_s: float
+    optimizer_s: float
+    accumulate: int
+    compute_s: float
+    compute_by_kind: Mapping[str, float]
+    """Seconds of "matmul", "attention" and "other"."""
+    contention_s: float
+    """What compute takes longer because collectives keep some of the device busy."""
+    exposed_s: Mapping[str, float]
+    """Group of axes ("tp", "dp,tp") -> seconds that compute waits for its collectives."""
+    hidden_s: Mapping[str, float]
+    stream_busy_s: Mapping[str, float]
+    collectives: tuple[Collective, ...]
+    """In the order in which the program issues them."""
+    peak_memory_bytes: int
+    peak_moment: str
+    memory: Footprint
+    events: tuple[Event, ...] = ()
+
+    @property
+    def exposed_total_s(self) -> float:
+        """Seconds that compute waits, over all groups."""
+        return sum(self.exposed_s.values())
+
+
+def play(
+    space: Space,
+    assignment: Sequence[int],
+    *,
+    optimizer: str | OptimizerSpec = "adamw",
+    accumulate: int = 1,
+    held: frozenset[Value] | None = None,
+    events: bool = False,
+) -> Schedule:
+    """The step of the plan that gives site i option `assignment[i]`: `accumulate` micro-batches and an update.
+
+    `held`: forward values that stay in memory for backward (default: `price.held_values`). `events`: keep the timeline.
+
+    Raises:
+        ValueError: an unknown optimizer, or no micro-batch.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate is {accumulate}; a step has at least 1 micro-batch")
+    spec = optimizer_of(optimizer)
+    words = Words(space)
+    found = tracks(space, assignment)
+    player = _Player(space, words, found, events)
+    player.play()
+    update_s = _update_s(space, assignment, spec)
+    collectives = _ledger(player, words)
+    exposed: dict[str, float] = defaultdict(float)
+    hidden: dict[str, float] = defaultdict(float)
+    for each in collectives:
+        exposed[each.group] += each.exposed_s
+        hidden[each.group] += each.hidden_s
+    times = Times(player.op_start_s, player.steps_of(), player.forward_end_s, player.now_s)
+    memory = footprint(space, assignment, found, times, words, spec, accumulate=accumulate, held=held)
+    busy = {"compute": player.compute_s + player.contention_s}
+    busy |= {axis.name: busy_s for axis, busy_s in zip(space.topology.axes, player.busy_s, strict=True)}
+    return Schedule(
+        step_time_s=accumulate * player.now_s + update_s,
+        micro_batch_s=player.now_s,
+        optimizer_s=update_s,
+        accumulate=accumulate,
+        compute_s=player.compute_s,
+        compute_by_kind=dict(player.by_kind),
+        contention_s=player.contention_s,
+        exposed_s=dict(exposed),
+        hidden_s=dict(hidden),
+        stream_busy_s=busy,
+        collectives=collectives,
+        peak_memory_bytes=memory.bytes,
+        peak_moment=player.moment_text(memory.moment_s),
+        memory=memory,
+        events=tuple(player.events),
+    )
+
+
+def _update_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> float:
+    """The update of a rank's own state: read and write the parameter and the states, read the gradient."""
+    moved = 0.0
+    for index, site in enumerate(space.sites):
+        if site.given is None or site.given.kind != "parameter" or not site.given.requires_grad:
+            continue
+        option = site.options[assignment[index]]
+        assert isinstance(option, StoredOption)
+        elements = math.prod(option.storage.padded_shape(space.topology.sizes)) * site.count
+        moved += elements * (3 * site.itemsize + 2 * (spec.state_bytes_per_param + spec.master_bytes_per_param))
+    device = space.topology.device
+    return moved / (device.memory_bytes_per_s * device.memory_efficiency)
+
+
+# -- when a move is issued ---------------------------------------------------------------------------------------------
+
+
+def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
+    """Per item, the moves to issue right before it (by item), in program order; the last entry is the step's end.
+
+    A parameter's gather is issued where the gathers of the layer before begin. An activation is sent where its layer's
+    ops begin or right after it was made, whichever is later; one that was kept from forward, where its reader's module
+    begins. A gradient is sent as soon as it is there.
+    """
+    items = found.items
+    issue: list[list[int]] = [[] for _ in range(len(items) + 1)]
+    layer_start = module_start = 0
+    layer: object = None
+    module: object = None
+    unit: object = None
+    unit_start, unit_before = 0, 0
+    for index, item in enumerate(items):
+        node = item.node if isinstance(item, Run) else item.reader
+        if node is not None:
+            name, phase = node.meta.get("module", ""), node.meta.get("phase", "forward")
+            here = (phase, words.instance(name))
+            if here != layer:
+                layer, layer_start = here, index
+            if (phase, name) != module:
+                module, module_start = (phase, name), index
+        if isinstance(item, Run):
+            continue
+        if item.reader is None:
+            issue[index].append(index)
+            continue
+        producer = found.slots[found.reads[index][0]].producer
+        if found.slots[found.writes[index][0]].gathered:
+            if layer != unit:
+                unit, unit_before, unit_start = layer, unit_start, index
+            first = unit_before
+        elif producer >= 0 and _phase(items[producer]) == item.phase:
+            first = layer_start
+        else:
+            first = module_start
+        issue[max(first, producer + 1)].append(index)
+    return issue
+
+
+def _phase(item: Run | Move) -> str:
+    return item.phase if isinstance(item, Move) else str(item.node.meta.get("phase", "forward"))
+
+
+# -- playing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Played:
+    """A step of a move as it ran; `after` is the collective it had to wait for last, if any."""
+
+    item: int
+    step: Step
+    start_s: float
+    end_s: float
+    after: int | None
+    exposed_s: float = 0.0
+
+
+class _Player:
+    """The clocks: `now_s` is where compute stands, `free_s` when each axis' stream is free again."""
+
+    def __init__(self, space: Space, words: Words, found: Tracks, keep_events: bool) -> None:
+        self.space = space
+        self.tracks = found
+        self.issue = issue_points(space, words, found)
+        axes = len(space.topology.axes)
+        self.now_s = 0.0
+        self.free_s = [0.0] * axes
+        self.last_on: list[int | None] = [None] * axes
+        self.busy_s = [0.0] * axes
+        self.compute_s = 0.0
+        self.contention_s = 0.0
+        self.by_kind: dict[str, float] = {"matmul": 0.0, "attention": 0.0, "other": 0.0}
+        self.played: list[_Played] = []
+        self.of_item: dict[int, list[int]] = {}
+        self.brought: dict[int, tuple[float, int | None, float]] = {}
+        """Slot that a move brings -> when it is there, its last collective, seconds of local slices still to do."""
+        self.running: list[tuple[float, float, float]] = []
+        """Collectives that may still run: start, end, share of the device that they keep busy."""
+        self.op_start_s = [0.0] * (len(found.items) + 1)
+        self.forward_end_s = 0.0
+        self.events: list[Event] = []
+        self.keep_events = keep_events
+        device, machine = space.topology.device, space.topology.hardware
+        self.shares = [
+            min(0.9, (machine.inter_node if axis.crosses_nodes else machine.intra_node).sms / device.sm_count)
+            for axis in space.topology.axes
+        ]
+
+    def play(self) -> None:
+        items, found = self.tracks.items, self.tracks
+        forward = True
+        for index, item in enumerate(items):
+            for move in self.issue[index]:
+                self._send(move)
+            if isinstance(item, Move):
+                self.op_start_s[index] = self.now_s
+                continue
+            if forward and item.node.meta.get("phase") == "backward":
+                forward, self.forward_end_s = False, self.now_s
+            for slot in found.reads[index]:
+                if slot in self.brought:
+                    self._await(slot)
+            self.op_start_s[index] = self.now_s
+            cost = found.costs[item.site]
+            if cost.seconds:
+                self._compute(cost.seconds, cost.kind)
+                if self.keep_events:
+                    name = f"{item.node.meta.get('module', '')}: {op_text(item.node.target)}"
+                    self.events.append(Event("compute", self.op_start_s[index], self.now_s, name, cost.kind))
+        for move in self.issue[len(items)]:
+            self._send(move)
+        for slot in [slot for slot, _, _ in found.leaving if slot in self.brought]:
+            self._await(slot)
+        for axis, free_s in enumerate(self.free_s):
+            self._wait(free_s, self.last_on[axis])
+        self.op_start_s[len(items)] = self.now_s
+        if forward:
+            self.forward_end_s = self.now_s
+
+    def steps_of(self) -> dict[int, list[tuple[Step, float, float]]]:
+        """(step, start, end) of the steps of each move, by item."""
+        return {
+            item: [(self.played[i].step, self.played[i].start_s, self.played[i].end_s) for i in steps]
+            for item, steps in self.of_item.items()
+        }
+
+    def _compute(self, seconds: float, kind: str) -> None:
+        """Compute runs for `seconds`, longer beside collectives."""
+        self.compute_s += seconds
+        self.by_kind[kind] += seconds
+        start = now = self.now_s
+        if not self.running:
+            self.now_s = start + seconds
+            return
+        left = seconds
+        self.running = [run for run in self.running if run[1] > now]
+        while left > 0.0:
+            share = sum(run[2] for run in self.running if run[0] <= now < run[1])
+            bounds = [bound for run in self.running for bound in run[:2] if bound > now]
+            rate = 1.0 - min(0.9, share)
+            until = min(bounds, default=math.inf)
+            if left <= rate * (until - now):
+                now += left / rate
+                break
+            left -= rate * (until - now)
+            now = until
+        self.now_s = now
+        self.contention_s += now - start - seconds
+
+    def _send(self, index: int) -> None:
+        """Issue the steps of move `index`, now."""
+        move = self.tracks.items[index]
+        assert isinstance(move, Move)
+        (source,), (target,) = self.tracks.reads[index], self.tracks.writes[index]
+        ready_s, after, slices_s = self.now_s, None, 0.0
+        if source in self.brought:
+            ready_s, after, slices_s = self.brought[source]
+            ready_s = max(ready_s, self.now_s)
+        mine = self.of_item.setdefault(index, [])
+        last = after
+        for step in move.steps:
+            if not step.is_collective:
+                if last is None:
+                    start_s = self.now_s
+                    self._compute(step.seconds, "other")
+                    ready_s = self.now_s
+                else:  # done by whoever waits for what is brought
+                    start_s, slices_s = ready_s, slices_s + step.seconds
+                self.played.append(_Played(index, step, start_s, ready_s, last))
+                mine.append(len(self.played) - 1)
+                continue
+            start_s = ready_s
+            for axis in step.axes:
+                if self.free_s[axis] > start_s:
+                    start_s, last = self.free_s[axis], self.last_on[axis]
+            end_s = start_s + step.seconds
+            self.played.append(_Played(index, step, start_s, end_s, last))
+            last = len(self.played) - 1
+            mine.append(last)
+            for axis in step.axes:
+                self.free_s[axis], self.last_on[axis] = end_s, last
+                self.busy_s[axis] += step.seconds
+            share = max(self.shares[axis] for axis in step.axes)
+            if share:
+                self.running.append((start_s, end_s, share))
+            ready_s = end_s
+        self.brought[target] = (ready_s, last, slices_s)
+
+    def _await(self, slot: int) -> None:
+        """Compute goes on when `slot` is there."""
+        ready_s, last, slices_s = self.brought.pop(slot)
+        self._wait(ready_s, last)
+        if slices_s:
+            self._compute(slices_s, "other")
+        self.brought[slot] = (0.0, None, 0.0)
+
+    def _wait(self, until_s: float, collective: int | None) -> None:
+        """Idle until `until_s`; each moment is laid to the collective that runs then."""
+        end_s = until_s
+        while end_s > self.now_s and collective is not None:
+            each = self.played[collective]
+            start_s = max(each.start_s, self.now_s)
+            if end_s > start_s and each.step.is_collective:
+                each.exposed_s += min(end_s, each.end_s) - start_s
+                end_s = start_s
+            collective = each.after
+        self.now_s = max(self.now_s, until_s)
+
+    def moment_text(self, at_s: float) -> str:
+        """What runs at a moment."""
+        if at_s >= self.now_s:
+            return "the optimizer's update"
+        runs = [i for i, item in enumerate(self.tracks.items) if isinstance(item, Run)]
+        starts = [self.op_start_s[i] for i in runs]
+        item = self.tracks.items[runs[max(0, bisect.bisect_right(starts, at_s) - 1)]]
+        assert isinstance(item, Run)
+        meta = item.node.meta
+        where = f" in {meta['module']}" if meta.get("module") else ""
+        return f"{meta.get('phase', 'forward')}: {op_text(item.node.target)}{where}"
+
+
+# -- ledger ------------------------------------------------------------------------------------------------------------
+
+
+def _ledger(player: _Player, words: Words) -> tuple[Collective, ...]:
+    """Every collective, in program order."""
+    names = [axis.name for axis in player.space.topology.axes]
+    groups: dict[tuple[int, ...], tuple[str, ...]] = {}
+    texts: dict[object, tuple[str, str]] = {}
+    found = []
+    for index, item in enumerate(player.tracks.items):
+        if not isinstance(item, Move):
+            continue
+        node: fx.Node = item.place
+        module, source = node.meta.get("module", ""), node.meta.get("source", "")
+        for i in player.of_item[index]:
+            played = player.played[i]
+            step = played.step
+            if not step.is_collective:
+                continue
+            folding = player.space.folding
+            made, reader = folding.of.get(item.value), folding.of.get(item.reader) if item.reader else None
+            key = (made, reader, item.stores, step)
+            if key not in texts:
+                texts[key] = words.value(item.value), words.reason(item, step)
+            value, reason = texts[key]
+            axes = groups.setdefault(step.axes, tuple(names[axis] for axis in step.axes))
+            exposed_s = min(played.exposed_s, step.seconds)
+            kind = KINDS.get(step.kind, step.kind)
+            found.append(
+                Collective(
+                    kind=kind,
+                    axes=axes,
+                    bytes=step.full_bytes,
+                    seconds=step.seconds,
+                    phase=item.phase,
+                    exposed_s=exposed_s,
+                    hidden_s=step.seconds - exposed_s,
+                    source=source,
+                    module=module,
+                    value=value,
+                    reason=reason,
+                    start_s=played.start_s,
+                )
+            )
+            if player.keep_events:
+                player.events += [Event(axis, played.start_s, played.end_s, reason, kind) for axis in axes]
+    return tuple(found)

@@ -1,0 +1,181 @@
+"""A plan's items with its tensors numbered: who writes and reads what, how large it is, and what each op costs.
+
+A *slot* is one tensor on one rank in one layout: the result of an op, what a move brings, or what lies there from the
+start. Ops of one site cost the same and have results of one size, so both are worked out once per site.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from costmodel.compute import op_s
+from costmodel.layout import Layout, Partial, Replicate, local_shape
+from passes.dims import Value, is_getitem, value_of
+from passes.itinerary import Move, Run, itinerary, returned
+from passes.price import given_state, option_local_shapes
+from passes.rules.call import operand_nodes
+from passes.space import Space
+from passes.strategies import Option, StoredOption
+from passes.work import VIEWS, work_of
+
+Fusing = Literal["view", "pointwise", "reduction", "kernel"]
+"""How an op treats memory: names a buffer anew, fuses with its readers, fuses what it reads, or neither."""
+
+_ATTENTION = ("attention", "attention_backward")
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """What every op of a site takes on one rank."""
+
+    seconds: float
+    kind: Literal["matmul", "attention", "other"]
+    fusing: Fusing
+    result_bytes: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Slot:
+    """One tensor on one rank; `producer` is the item that makes it, -1 for what is there from the start.
+
+    `gathered` marks a stored parameter brought whole; `era` is the phase that it is for, "" for others.
+    """
+
+    node: fx.Node
+    bytes: int
+    producer: int
+    era: str
+    gathered: bool = False
+    stored: bool = False
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """Items in program order; `reads[i]` and `writes[i]` are the slots of item i."""
+
+    items: tuple[Run | Move, ...]
+    slots: tuple[Slot, ...]
+    reads: tuple[tuple[int, ...], ...]
+    writes: tuple[tuple[int, ...], ...]
+    costs: dict[int, OpCost]
+    leaving: tuple[tuple[int, str, bool], ...]
+    """What the step gives: slot, phase, and whether it is a parameter's gradient."""
+
+
+def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
+    """Number the tensors of the plan that gives site i option `assignment[i]`."""
+    folding = space.folding
+    slots: list[Slot] = []
+    at: dict[tuple[fx.Node, str, Layout | StoredOption], int] = {}
+    reads: list[tuple[int, ...]] = []
+    writes: list[tuple[int, ...]] = []
+    costs: dict[int, OpCost] = {}
+    moved_bytes: dict[tuple[Value, Layout | StoredOption], int] = {}
+    source_of, picked = _picks(space.program.graph.graph)
+
+    def slot(node: fx.Node, era: str, where: Layout | StoredOption, size: int, producer: int) -> int:
+        at[node, era, where] = len(slots)
+        slots.append(Slot(node, size, producer, era))
+        return len(slots) - 1
+
+    def bytes_of(value: Value, where: Layout | StoredOption) -> int:
+        key = (value, where)
+        if key not in moved_bytes:
+            moved_bytes[key] = part_bytes(space, value, where)
+        return moved_bytes[key]
+
+    def find(node: fx.Node, era: str, where: Layout | StoredOption) -> int:
+        node = source_of.get(node, node)
+        found = at.get((node, era, where))
+        if found is None:
+            found = at.get((node, "", where))
+        if found is None:
+            value = value_of(node, folding)
+            site = space.sites[value.op]
+            assert site.kind != "op", f"{node.name}: read as {where} before it is there"
+            assert where == given_state(site, site.options[assignment[value.op]], 0), f"{node.name}: not at {where}"
+            found = slot(node, "", where, bytes_of(value, where), -1)
+            slots[found].stored = True
+        return found
+
+    items = tuple(itinerary(space, assignment))
+    for index, item in enumerate(items):
+        if isinstance(item, Move):
+            source = find(item.value, "", item.source)
+            reads.append((source,))
+            value = value_of(item.value, folding)
+            made = slot(item.value, item.era, item.target, bytes_of(value, item.target), index)
+            slots[made].gathered = space.sites[value.op].kind == "stored" and item.reader is not None
+            writes.append((made,))
+            continue
+        cost = costs.get(item.site)
+        if cost is None:
+            cost = costs[item.site] = op_cost(space, item.site, item.option)
+        phase = item.node.meta.get("phase", "forward")
+        operands = operand_nodes(item.node)
+        reads.append(tuple(find(x, phase, where) for x, where in zip(operands, item.option.operands, strict=True)))
+        made_here = []
+        if len(cost.result_bytes) > 1 or isinstance(item.node.meta["val"], list | tuple):
+            for result, size in enumerate(cost.result_bytes):
+                node = picked.get((item.node, result))
+                if node is not None:
+                    made_here.append(slot(node, "", item.option.results[result], size, index))
+        elif cost.result_bytes:
+            made_here.append(slot(item.node, "", item.option.results[0], cost.result_bytes[0], index))
+        writes.append(tuple(made_here))
+    leaving = tuple(
+        (find(out.node, out.phase, out.target), out.phase, out.stores) for out in returned(space, assignment)
+    )
+    return Tracks(items, tuple(slots), tuple(reads), tuple(writes), costs, leaving)
+
+
+def _picks(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[tuple[fx.Node, int], fx.Node]]:
+    """For each getitem the first of its kind, and that by (op, result)."""
+    source_of: dict[fx.Node, fx.Node] = {}
+    picked: dict[tuple[fx.Node, int], fx.Node] = {}
+    for node in graph.nodes:
+        if is_getitem(node):
+            source_of[node] = picked.setdefault((node.args[0], node.args[1]), node)
+    return source_of, picked
+
+
+def part_bytes(space: Space, value: Value, where: Layout | StoredOption) -> int:
+    """Size of one rank's part of a value."""
+    sizes = space.topology.sizes
+    if isinstance(where, StoredOption):
+        return math.prod(where.storage.padded_shape(sizes)) * space.itemsize_of(value)
+    plain = tuple(Replicate() if isinstance(p, Partial) else p for p in where)
+    return math.prod(local_shape(space.shape_of(value), plain, sizes)) * space.itemsize_of(value)
+
+
+def op_cost(space: Space, site_index: int, option: Option) -> OpCost:
+    """What an op of a site takes under `option`."""
+    site = space.sites[site_index]
+    call = site.call
+    assert call is not None
+    operands, results = option_local_shapes(site, option, space.topology.sizes)
+    work = work_of(call, operands, results)
+    seconds = op_s(work, space.topology.device)
+    kind: Literal["matmul", "attention", "other"] = "other"
+    if work.kind == "matmul":
+        kind = "matmul"
+    elif work.kind in _ATTENTION:
+        kind = "attention"
+    sizes = tuple(
+        math.prod(shape) * facts.dtype.itemsize if facts is not None else 0
+        for shape, facts in zip(results, call.results, strict=True)
+    )
+    fusing: Fusing = "kernel"
+    if call.target in VIEWS:
+        fusing = "view"
+    elif torch.Tag.pointwise in getattr(call.target, "tags", ()) or not call.operands:
+        fusing = "pointwise"
+    elif work.kind == "reduction":
+        fusing = "reduction"
+    return OpCost(seconds, kind, fusing, sizes)

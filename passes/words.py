@@ -1,0 +1,261 @@
+"""Names that people use for what a plan is about: logical dims, ops, layers, and why a collective is there."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from costmodel.layout import Layout, Partial, Shard
+from costmodel.reshard import Step
+from passes.dims import Value, value_of
+from passes.itinerary import Move
+from passes.layers import layer_patterns
+from passes.rules.matmul import PRODUCTS
+from passes.space import Space
+from passes.strategies import StoredOption
+
+aten = torch.ops.aten
+_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+def op_text(target: Any) -> str:
+    """`mm` for `aten.mm.default`; kernels that are one op on different devices have one name."""
+    name = str(target)
+    name = name.split(".")[1] if "." in name else name
+    return "attention" + ("_backward" if name.endswith("_backward") else "") if "dot_product" in name else name
+
+
+class Words:
+    """The names of one space's dims, ops and tensors; computed once, then looked up."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        names = [given.name for given in space.program.inputs if given.kind in ("parameter", "buffer")]
+        self._pattern, self.layers = layer_patterns(names)
+        self._instances: dict[str, str] = {}
+        self._tensor_atoms = _stored_atoms(space)
+        self._atoms = _atom_names(space, self._tensor_atoms)
+        self._given = {
+            node: given.name
+            for node, given in zip(
+                space.program.graph.graph.find_nodes(op="placeholder"), space.program.inputs, strict=True
+            )
+        }
+
+    def pattern(self, name: str) -> str:
+        """`model.layers.*.mlp` for `model.layers.3.mlp`."""
+        return self._pattern(name)
+
+    def instance(self, module: str) -> str:
+        """The repeated layer that a module is part of (`model.layers.3`); the module itself where there is none."""
+        if module not in self._instances:
+            parts = self._pattern(module).split(".")
+            depth = parts.index("*") + 1 if "*" in parts else len(parts)
+            self._instances[module] = ".".join(module.split(".")[:depth])
+        return self._instances[module]
+
+    def dims(self, value: Value) -> tuple[str, ...]:
+        """A word per expanded dim of a value: `batch`, `sequence`, `heads`; its size where there is no word."""
+        place = self.space.analysis.places[value.op]
+        if place.op is not None:
+            atoms: Sequence[int | None] = [a for dim in place.op.result_atoms[value.result] for a in dim]
+        else:
+            atoms = self._tensor_atoms.get(value.op, [None] * sum(map(len, place.dims)))
+        sizes = self.space.shape_of(value)
+        return tuple(
+            self._atoms.get(atom, str(size)) if atom is not None else str(size)
+            for atom, size in zip(atoms, sizes, strict=True)
+        )
+
+    def tensor_dims(self, site: int) -> tuple[str, ...]:
+        """A word per dim of a stored, given or returned tensor: `heads*head_size`."""
+        place = self.space.analysis.places[site]
+        if place.kind == "returned":
+            return tuple(str(math.prod(dim)) for dim in place.dims)
+        words, found, start = self.dims(Value(site, 0)), [], 0
+        for dim in place.dims:
+            found.append("*".join(words[start : start + len(dim)]) or "1")
+            start += len(dim)
+        return tuple(found)
+
+    def value(self, node: fx.Node) -> str:
+        """What a tensor is called: a parameter's pattern, an input's name, or the module and op that made it."""
+        if node in self._given:
+            return self._pattern(self._given[node])
+        made = node.args[0] if getattr(node.target, "__name__", "") == "getitem" else node
+        assert isinstance(made, fx.Node)
+        module = self._pattern(made.meta.get("module", ""))
+        if made.op != "call_function":
+            return str(made.target)
+        return f"{module}: {op_text(made.target)}" if module else op_text(made.target)
+
+    def reason(self, move: Move, step: Step) -> str:
+        """Why a step of a move is there."""
+        name = self.value(move.value)
+        if step.kind == "state_gather":
+            return f"gather {name} for compute"
+        if move.stores:
+            assert isinstance(move.target, StoredOption | tuple)
+            return "reduce the gradient over the ranks that computed parts of it"
+        words = self.dims(value_of(move.value, self.space.folding))
+        reader = "what leaves the program" if move.reader is None else op_text(move.reader.target)
+        where = "" if move.reader is None else self._pattern(move.reader.meta.get("module", ""))
+        wanted = f"{reader} in {where}" if where else reader
+        if step.kind in ("reduce_scatter", "state_scatter"):
+            split = f", kept split along {words[step.target]}" if step.target is not None else ""
+            return f"add the partial sums of {name}{split}"
+        if step.kind == "all_reduce":
+            verb = "take the maximum of" if step.op == "max" else "add"
+            return f"{verb} the partial results of {name}" if step.op == "max" else f"add the partial sums of {name}"
+        if step.kind == "all_to_all":
+            assert step.source is not None
+            assert step.target is not None
+            return f"{name}: from split along {words[step.source]} to {words[step.target]} for {wanted}"
+        split = words[step.source] if step.source is not None else "state"
+        return f"{name}, split along {split}, is needed whole by {wanted}"
+
+
+def _stored_atoms(space: Space) -> dict[int, list[int | None]]:
+    """Per stored or given site, the identity of the atom at each expanded dim, as far as a reader names it."""
+    found: dict[int, list[int | None]] = {}
+    for wire in space.wires:
+        if space.sites[wire.value.op].kind == "op":
+            continue
+        atoms = found.setdefault(wire.value.op, [None] * len(space.shape_of(wire.value)))
+        for port in wire.ports:
+            op = space.sites[port.site].op
+            if op is None or port.stores:
+                continue
+            for leaf in op.leaves:
+                position = leaf.operands[port.operand]
+                if position is not None:
+                    atoms[position] = atoms[position] or leaf.atom
+    return found
+
+
+def _atom_names(space: Space, stored: dict[int, list[int | None]]) -> dict[int, str]:
+    """Words for atoms, from what the ops that use them mean by them."""
+    analysis = space.analysis
+    names: dict[int, str] = dict.fromkeys(analysis.batch_atoms, "batch")
+    names |= dict.fromkeys(analysis.sequence_atoms, "sequence")
+    contracted: Counter[int] = Counter()
+    for index, place in enumerate(analysis.places):
+        if place.call is None or place.op is None or place.phase != "forward":
+            continue
+        atoms = place.op.result_atoms
+        if place.call.target is aten.embedding.default and atoms and atoms[0] and index in analysis.from_data:
+            for atom in atoms[0][-1]:
+                names.setdefault(atom, "hidden")
+        elif "scaled_dot_product" in str(place.call.target) and atoms:
+            heads = atoms[0][1]
+            for atom, word in zip(heads, ("heads",) if len(heads) == 1 else ("kv_heads", "group"), strict=False):
+                names.setdefault(atom, word)
+            for atom in atoms[0][3]:
+                names.setdefault(atom, "head_size")
+        elif place.call.target in PRODUCTS and index in analysis.from_data:
+            contracted.update(leaf.atom for leaf in place.op.leaves if leaf.results and leaf.results[0] is None)
+    for atom in analysis.class_atoms:
+        names.setdefault(atom, "vocab")
+    if "hidden" not in names.values() and contracted:
+        names.setdefault(contracted.most_common(1)[0][0], "hidden")
+    for dims in analysis.weight_dims:
+        if len(dims) >= 2:
+            names.setdefault(dims[-1][0], "head_size")
+            names.setdefault(dims[-2][0], "heads")
+    for site, positions in stored.items():
+        given = space.sites[site].given
+        if given is None or given.kind != "parameter" or len(positions) < 2:
+            continue
+        if len(space.sites[site].dims) == 3 and positions[0] is not None:
+            names.setdefault(positions[0], "experts")
+        words = [names.get(atom) if atom is not None else None for atom in positions]
+        if "vocab" in words or "hidden" not in words:
+            continue
+        for known in positions:
+            if known is not None and contracted[known]:
+                names.setdefault(known, "ffn")
+    return names
+
+
+# -- many names as one -------------------------------------------------------------------------------------------------
+
+
+def fold_names(names: Sequence[str]) -> str:
+    """`layers.0-31.w` for `layers.0.w` ... `layers.31.w`; names that differ in more than one index are listed."""
+    if len(names) == 1:
+        return names[0]
+    split = [re.split(r"(?<![^.])(\d+)(?![^.])", name) for name in names]
+    varying = [i for i in range(1, len(split[0]), 2) if len({tuple(s)[i] if i < len(s) else "" for s in split}) > 1]
+    alike = len({(len(s), tuple(p for i, p in enumerate(s) if i not in varying)) for s in split}) == 1
+    if not alike or len(varying) != 1:
+        return ", ".join(names)
+    numbers = sorted(int(s[varying[0]]) for s in split)
+    first = list(split[0])
+    first[varying[0]] = ranges(numbers)
+    return "".join(first)
+
+
+def unfold_names(text: str) -> list[str]:
+    """The names that `fold_names` folded."""
+    if ", " in text:
+        return text.split(", ")
+    parts = text.split(".")
+    for place, part in enumerate(parts):
+        if _RANGES.fullmatch(part) and not part.isdigit():
+            return [".".join([*parts[:place], str(number), *parts[place + 1 :]]) for number in _numbers(part)]
+    return [text]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3, 7."""
+    parts: list[tuple[int, int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1] = (parts[-1][0], number)
+        else:
+            parts.append((number, number))
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _numbers(text: str) -> list[int]:
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+# -- placements --------------------------------------------------------------------------------------------------------
+
+
+def tensor_layout_text(layout: Layout, dims: Sequence[Sequence[int]]) -> str:
+    """A layout of expanded dims in a tensor's own: `S(0)`; `S(0.1)` where an inner part of dim 0 is split."""
+    places = [(d, i) for d, dim in enumerate(dims) for i in range(len(dim))]
+
+    def text(placement: object) -> str:
+        if isinstance(placement, Shard):
+            d, i = places[placement.dim]
+            return f"S({d}.{i})" if i else f"S({d})"
+        return str(placement)
+
+    return "".join(map(text, layout))
+
+
+def at_rest_text(option: StoredOption) -> str:
+    """How a tensor is stored, an axis at a time: FSDP's chunks are `S(0)` too."""
+    storage = option.storage
+    parts = []
+    for axis, shard in enumerate(storage.shards):
+        if axis in storage.state_axes:
+            parts.append("S(0)")
+        elif shard is None:
+            parts.append("P" if isinstance(option.layout[axis], Partial) else "R")
+        else:
+            parts.append(f"S({shard.dim})" if shard.stride == 1 else f"S({shard.dim}|{shard.stride})")
+    return "".join(parts)
