@@ -471,7 +471,15 @@ def load_hardware(path: str | os.PathLike[str]) -> Hardware:
             f"hardware file {where!r} has version {content.get('version')!r}; this autopar reads version "
             f"{FILE_VERSION}: calibrate again"
         )
-    body = content.get("hardware")
+    return hardware_of(content.get("hardware"), where)
+
+
+def hardware_of(body: Any, where: str) -> Hardware:
+    """The hardware that `dataclasses.asdict` made `body` of; `where` it stands, for errors.
+
+    Raises:
+        ValueError: a figure that is missing or makes no sense.
+    """
     parts = dict(_typed(body, Hardware, f"{where}: hardware"))
     parts["device"] = Device(**_typed(parts["device"], Device, f"{where}: hardware.device"))
     for link in ("intra_node", "inter_node"):

@@ -34,9 +34,9 @@ from passes.weights import prepare_again
 _TIE = 1e-3
 """Relative step time within which the simpler plan is taken."""
 _SIMPLEST_FIRST = ("ddp", "fsdp", "megatron", "auto")
-_HIDDEN_SHARES = (1.0, 0.3)
+_HIDDEN_SHARES = (1.0, 0.3, 0.05)
 """What `auto` counts of the time that state gathers and gradient reductions take: all of it, or what often stays
-exposed behind compute. Two proposals; the schedule judges both."""
+exposed behind compute, or next to nothing. Each gives a proposal; the schedule judges them."""
 
 Progress = Callable[[str], None]
 
@@ -242,7 +242,7 @@ def _why_nothing_fits(
 def _what_would_fit(schedule: Schedule, budget: int, topology_: Topology) -> str:
     """The smallest change that would fit, by the parts of the peak that scale with the batch and with the ranks."""
     by_kind = dict(schedule.memory.by_kind)
-    at_rest = sum(by_kind.get(kind, 0) for kind in ("parameter", "gradient", "optimizer"))
+    at_rest = sum(by_kind.get(kind, 0) for kind in ("parameters", "gradients", "optimizer"))
     rest = schedule.peak_memory_bytes - at_rest
     ways = [f"Options(memory_budget={schedule.peak_memory_bytes}), if the device has that much"]
     if at_rest < budget and rest > 0:

@@ -1,0 +1,114 @@
+"""The compiler behind the API: options in, plans out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import json
+from dataclasses import asdict
+from typing import Any
+
+from passes.plan import Plan
+
+from autopar.options import Options
+from costmodel.hardware import Hardware, Topology, hardware_of, topology
+from costmodel.layout import Layout, parse_layout
+from passes.capture import capture
+from passes.local import LocalProgram, Storage
+from passes.pipeline import Progress, Request, compile_plan, local_program, on_mesh, prepare
+from passes.program import Program
+
+
+_FIGURES = "hardware_figures"
+"""Where a plan's options keep the figures it was priced with: they decide the steps of a reshard, on any machine."""
+
+
+def options_json(options: Options) -> dict[str, Any]:
+    """Options as a plan's file keeps them."""
+    kept = asdict(options)
+    kept["batch_axes"] = list(options.batch_axes) if options.batch_axes is not None else None
+    kept["pins"] = dict(options.pins)
+    kept["batch_dims"] = dict(options.batch_dims) if options.batch_dims is not None else None
+    return kept
+
+
+def options_of(plan: Plan) -> Options:
+    """The options a plan was made with."""
+    kept = {name: value for name, value in plan.options.items() if name != _FIGURES}
+    if kept.get("batch_axes") is not None:
+        kept["batch_axes"] = tuple(kept["batch_axes"])
+    return Options(**kept)
+
+
+def captured(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    batch_dims: Sequence[int | None],
+    batch_size: int | None,
+    tangents: Any = "loss",
+    backward: bool = True,
+) -> Program:
+    """The program of a global batch, ready to be planned."""
+    return prepare(
+        capture(model, args, kwargs, batch_dims=batch_dims, batch_size=batch_size, tangents=tangents, backward=backward)
+    )
+
+
+def planned(
+    program: Program,
+    axes: Sequence[tuple[str, int]],
+    *,
+    batch_axes: Sequence[int],
+    hardware: str | Hardware | None,
+    strategy: str,
+    options: Options,
+    example: str,
+    stored: Mapping[str, Storage] | None = None,
+    progress: Progress = lambda stage: None,
+) -> Plan:
+    """The plan for `program` on a mesh of `axes`."""
+    request = Request(
+        strategy=strategy,
+        budget_bytes=options.memory_budget,
+        optimizer="sgd" if options.optimizer == "none" else options.optimizer,
+        accumulate=options.accumulate,
+        pins=pins_of(options),
+        stored=stored,
+    )
+    mesh = on_mesh(hardware, axes)
+    figures = json.loads(json.dumps(asdict(mesh.hardware)))
+    return compile_plan(
+        program,
+        mesh,
+        batch_axes,
+        request,
+        options=options_json(options) | {_FIGURES: figures},
+        example=example,
+        progress=progress,
+    )
+
+
+def rewritten(program: Program, plan: Plan) -> LocalProgram:
+    """One rank's program under `plan`."""
+    return local_program(program, plan, topology_of(plan), pins_of(options_of(plan)))
+
+
+def topology_of(plan: Plan) -> Topology:
+    """The mesh and hardware a plan was made for, by the figures in the plan."""
+    return topology(hardware_of(plan.options[_FIGURES], "plan"), plan.axes)
+
+
+def pins_of(options: Options) -> dict[str, Layout]:
+    """The user's pins as layouts.
+
+    Raises:
+        ValueError: a pin that is no layout; names it.
+    """
+    found = {}
+    for pattern, text in options.pins.items():
+        try:
+            found[pattern] = parse_layout(text)
+        except ValueError as error:
+            raise ValueError(f"Options(pins={{{pattern!r}: {text!r}}}): {error}") from None
+    return found
