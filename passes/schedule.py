@@ -22,6 +22,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx
 
@@ -40,6 +41,10 @@ KINDS = {"state_gather": "all_gather", "state_scatter": "reduce_scatter"}
 """Steps of stored state -> the collective that does them."""
 
 
+Role = Literal["parameter", "gradient", "activation"]
+"""What a collective moves."""
+
+
 @dataclass(frozen=True, slots=True)
 class Collective:
     """One collective of a micro-batch, or `count` alike ones: then `bytes` is of each, seconds are of all.
@@ -54,6 +59,7 @@ class Collective:
     phase: str
     exposed_s: float
     hidden_s: float
+    role: Role
     source: str
     module: str
     value: str
@@ -181,7 +187,8 @@ def _update_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> f
 def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
     """Per item, the moves to issue right before it (by item), in program order; the last entry is the step's end.
 
-    A parameter's gather is issued where the gathers of the layer before begin. An activation is sent where its layer's
+    A parameter's gather is issued where the gathers of the layer before begin (what lies between repeated layers counts
+    as one layer, and each module as one where no layer repeats). An activation is sent where its layer's
     ops begin or right after it was made, whichever is later; one that was kept from forward, where its reader's module
     begins. A gradient is sent as soon as it is there.
     """
@@ -208,8 +215,10 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
             continue
         producer = found.slots[found.reads[index][0]].producer
         if found.slots[found.writes[index][0]].gathered:
-            if layer != unit:
-                unit, unit_before, unit_start = layer, unit_start, index
+            assert isinstance(layer, tuple)
+            outside = words.layers and "*" not in words.pattern(name)
+            if (here := (layer[0], "" if outside else layer[1])) != unit:
+                unit, unit_before, unit_start = here, unit_start, index
             first = unit_before
         elif producer >= 0 and _phase(items[producer]) == item.phase:
             first = layer_start
@@ -415,6 +424,11 @@ def _ledger(player: _Player, words: Words) -> tuple[Collective, ...]:
         if not isinstance(item, Move):
             continue
         node: fx.Node = item.place
+        role: Role = "activation"
+        if item.stores:
+            role = "gradient"
+        elif player.tracks.slots[player.tracks.writes[index][0]].gathered:
+            role = "parameter"
         module, source = node.meta.get("module", ""), node.meta.get("source", "")
         for i in player.of_item[index]:
             played = player.played[i]
@@ -439,6 +453,7 @@ def _ledger(player: _Player, words: Words) -> tuple[Collective, ...]:
                     phase=item.phase,
                     exposed_s=exposed_s,
                     hidden_s=step.seconds - exposed_s,
+                    role=role,
                     source=source,
                     module=module,
                     value=value,

@@ -13,12 +13,13 @@ from torch import fx
 
 from costmodel.layout import Layout, Partial, Shard
 from costmodel.reshard import Step
-from passes.dims import Value, value_of
+from passes.dims import Leaf, Value, is_getitem, value_of
 from passes.itinerary import Move
 from passes.layers import layer_patterns
 from passes.rules.matmul import PRODUCTS
 from passes.space import Space
 from passes.strategies import StoredOption
+from passes.work import VIEWS
 
 aten = torch.ops.aten
 _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
@@ -73,6 +74,11 @@ class Words:
             for atom, size in zip(atoms, sizes, strict=True)
         )
 
+    def atom(self, leaf: Leaf) -> str:
+        """A word for what splitting this leaf splits; its size where there is none."""
+        word = self._atoms.get(leaf.atom, str(leaf.size))
+        return "heads" if word == "kv_heads" else word
+
     def tensor_dims(self, site: int) -> tuple[str, ...]:
         """A word per dim of a stored, given or returned tensor: `heads*head_size`."""
         place = self.space.analysis.places[site]
@@ -82,14 +88,17 @@ class Words:
         for dim in place.dims:
             found.append("*".join(words[start : start + len(dim)]) or "1")
             start += len(dim)
-        return tuple(found)
+        return tuple(word.replace("kv_heads*group", "heads") for word in found)
 
     def value(self, node: fx.Node) -> str:
         """What a tensor is called: a parameter's pattern, an input's name, or the module and op that made it."""
         if node in self._given:
             return self._pattern(self._given[node])
-        made = node.args[0] if getattr(node.target, "__name__", "") == "getitem" else node
-        assert isinstance(made, fx.Node)
+        made = node
+        while is_getitem(made) or made.target in VIEWS:
+            made = made.all_input_nodes[0]
+        if made in self._given:
+            return self._pattern(self._given[made])
         module = self._pattern(made.meta.get("module", ""))
         if made.op != "call_function":
             return str(made.target)
@@ -104,9 +113,7 @@ class Words:
             assert isinstance(move.target, StoredOption | tuple)
             return "reduce the gradient over the ranks that computed parts of it"
         words = self.dims(value_of(move.value, self.space.folding))
-        reader = "what leaves the program" if move.reader is None else op_text(move.reader.target)
-        where = "" if move.reader is None else self._pattern(move.reader.meta.get("module", ""))
-        wanted = f"{reader} in {where}" if where else reader
+        wanted = self._reader(move.reader)
         if step.kind in ("reduce_scatter", "state_scatter"):
             split = f", kept split along {words[step.target]}" if step.target is not None else ""
             return f"add the partial sums of {name}{split}"
@@ -119,6 +126,15 @@ class Words:
             return f"{name}: from split along {words[step.source]} to {words[step.target]} for {wanted}"
         split = words[step.source] if step.source is not None else "state"
         return f"{name}, split along {split}, is needed whole by {wanted}"
+
+    def _reader(self, node: fx.Node | None) -> str:
+        """The op that needs a tensor, looking through views of it."""
+        while node is not None and node.target in VIEWS and node.users:
+            node = next(iter(node.users))
+        if node is None or node.op != "call_function":
+            return "what the step returns"
+        where = self._pattern(node.meta.get("module", ""))
+        return f"{op_text(node.target)} in {where}" if where else op_text(node.target)
 
 
 def _stored_atoms(space: Space) -> dict[int, list[int | None]]:
@@ -149,9 +165,12 @@ def _atom_names(space: Space, stored: dict[int, list[int | None]]) -> dict[int, 
         if place.call is None or place.op is None or place.phase != "forward":
             continue
         atoms = place.op.result_atoms
-        if place.call.target is aten.embedding.default and atoms and atoms[0] and index in analysis.from_data:
+        if place.call.target is aten.embedding.default and atoms and atoms[0]:
             for atom in atoms[0][-1]:
                 names.setdefault(atom, "hidden")
+            for leaf in place.op.leaves:
+                if leaf.operands[0] == 0:
+                    names.setdefault(leaf.atom, "vocab" if index in analysis.from_data else "positions")
         elif "scaled_dot_product" in str(place.call.target) and atoms:
             heads = atoms[0][1]
             for atom, word in zip(heads, ("heads",) if len(heads) == 1 else ("kv_heads", "group"), strict=False):

@@ -1,0 +1,310 @@
+"""A plan as text for a terminal: the decision first, then time, memory, baselines, the ledger, and what is not proved.
+
+Layers are folded (`layers.0-31`), dims have the names people use, and every table fits the width it is given.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from costmodel.memory import gib
+from passes.schedule import Collective
+
+if TYPE_CHECKING:
+    from passes.plan import AxisRole, Plan
+
+_LEDGER_LINES = 24
+_TOP_TENSORS = 8
+
+
+def plan_text(plan: Plan, width: int | None = None) -> str:
+    """The report on `plan`, at most `width` columns wide (default: the terminal's, at least 80 and at most 140)."""
+    width = width or min(140, max(80, shutil.get_terminal_size((100, 24)).columns))
+    sections = [
+        _head(plan, width),
+        _decided(plan, width),
+        _time(plan, width),
+        _memory(plan, width),
+        _baselines(plan, width),
+        _ledger(plan, width),
+        _open_ends(plan, width),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+def seconds_text(seconds: float) -> str:
+    """`12.3 ms` and the like, three digits."""
+    if seconds == 0:
+        return "0"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= 0.9995 * scale or unit == "us":
+            scaled = seconds / scale
+            digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
+            return f"{scaled:.{digits}f} {unit}"
+    raise AssertionError(seconds)
+
+
+def cut(text: str, width: int) -> str:
+    """`text`, its middle left out where it is wider than `width`."""
+    if len(text) <= width:
+        return text
+    left = max(1, (width - 1) // 3)
+    return f"{text[:left]}~{text[len(text) - (width - 1 - left) :]}"
+
+
+def _percent(share: float) -> str:
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
+
+
+def _part(share: float) -> str:
+    return "all parameters" if share > 0.995 else f"{_percent(share)} of the parameters"
+
+
+def _title(text: str, width: int) -> str:
+    return f"-- {text} " + "-" * max(0, min(width, 100) - len(text) - 4)
+
+
+def _table(
+    rows: Sequence[Sequence[str]], headers: Sequence[str], width: int, *, shrink: int, right: Iterable[int] = ()
+) -> list[str]:
+    """Lines of a table; column `shrink` gives way where the table is wider than `width`."""
+    numbers = set(right)
+    align = ["right" if column in numbers else "left" for column in range(len(headers))]
+    padded = [len(header) + (2 if header else 0) for header in headers]  # tabulate gives headers this much room
+    columns = [max([padded[c], *(len(row[c]) for row in rows)]) for c in range(len(headers))]
+    room = width - 2 - sum(columns[c] for c in range(len(headers)) if c != shrink) - 2 * (len(headers) - 1)
+    short = [[cut(cell, max(12, room)) if c == shrink else cell for c, cell in enumerate(row)] for row in rows]
+    text = tabulate(short, headers, tablefmt="simple", colalign=align, disable_numparse=True)
+    return [f"  {line}".rstrip() for line in text.splitlines()]
+
+
+def _wrap(text: str, width: int, indent: str) -> list[str]:
+    lines, line = [], ""
+    for word in text.split():
+        if line and len(indent) + len(line) + 1 + len(word) > width:
+            lines.append(indent + line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return [*lines, indent + line] if line else lines
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------
+
+
+def _head(plan: Plan, width: int) -> list[str]:
+    mesh = " x ".join(f"{name}={size}" for name, size in plan.axes) or "one device"
+    ranks = 1
+    for _, size in plan.axes:
+        ranks *= size
+    batch = f", batch over {', '.join(plan.batch_axes)}" if plan.batch_axes else ""
+    budget = f" of {gib(plan.memory_budget_bytes)}" if plan.memory_budget_bytes is not None else ""
+    fits = "" if plan.fits else "  DOES NOT FIT"
+    step = f"{seconds_text(plan.step_time_s)} per step"
+    if plan.accumulate > 1:
+        step += f" of {plan.accumulate} micro-batches"
+    return [
+        f"Plan {plan.strategy!r} on {mesh} ({ranks} x {plan.hardware}){batch}",
+        f"  {step}, {gib(plan.peak_memory_bytes)}{budget} per rank{fits}",
+        *(line for text in plan.machine for line in _wrap(text, width, "  ")),
+    ]
+
+
+def _decided(plan: Plan, width: int) -> list[str]:
+    lines = [_title("What was decided", width)]
+    for name, size in plan.axes:
+        label = f"  {name} ({size}) "
+        first, *rest = _wrap(_role_text(plan.roles[name]), width - len(label), "") or [""]
+        lines += [f"{label}{first}", *(" " * len(label) + line for line in rest)]
+    rows = []
+    for placed in plan.parameters.values():
+        dims = f"[{', '.join(placed.dims)}]"
+        rows.append(
+            [placed.names.replace(".weight", ""), dims, f"{placed.at_rest} -> {placed.in_compute}", gib(placed.bytes)]
+        )
+    lines.append("")
+    lines += _table(rows, ["parameter", "dims", "at rest -> compute", "per rank"], width, shrink=0, right=[3])
+    for other, name in plan.aliases.items():
+        lines.append(f"  {other} is tied to {name}")
+    return lines
+
+
+def _role_text(role: AxisRole) -> str:
+    products, others = _shares_text(role.products), _shares_text(role.others)
+    parts = []
+    if products == others:
+        parts.append(f"computes {products}")
+    else:
+        parts.append(f"matrix products {products}")
+        if role.others:
+            parts.append(f"other ops {others}")
+    if role.split:
+        parts.append(f"{_part(role.split)} split for compute")
+    if role.stored:
+        parts.append(f"{_part(role.stored)} split at rest and gathered for compute")
+    if not role.split and not role.stored:
+        parts.append("parameters on every rank")
+    return "; ".join(parts)
+
+
+def _shares_text(shares: Mapping[str, float]) -> str:
+    named = [(word, share) for word, share in shares.items() if share >= 0.01][:5]
+    if len(named) == 1:
+        word = named[0][0]
+        return "whole on every rank" if not word else f"on {word}" if word == "partial sums" else f"split along {word}"
+    texts = []
+    for word, share in named:
+        texts.append(f"{word or 'whole on every rank'} {_percent(share)}")
+    return "split along " + ", ".join(texts) if texts else "nothing"
+
+
+def _time(plan: Plan, width: int) -> list[str]:
+    parts = plan.breakdown
+    each = "micro-batch" if plan.accumulate > 1 else "step"
+    rows = []
+    micro_s = (plan.step_time_s - parts.optimizer_s) / plan.accumulate
+    kinds = ", ".join(f"{kind} {seconds_text(s)}" for kind, s in parts.compute_by_kind.items() if s)
+
+    def row(name: str, seconds: float, note: str = "") -> None:
+        rows.append([name, seconds_text(seconds), _percent(seconds / micro_s if micro_s else 0.0), note])
+
+    row("compute", parts.compute_s, kinds)
+    if parts.contention_s:
+        row("compute slowed", parts.contention_s, "by collectives that run beside it")
+    for group in parts.exposed_s:
+        exposed, hidden = parts.exposed_s[group], parts.hidden_s[group]
+        row(f"exposed {group}", exposed, f"and {seconds_text(hidden)} hidden behind compute")
+    row("optimizer", parts.optimizer_s, "once per step" if plan.accumulate > 1 else "")
+    return [
+        _title(f"Time per {each}", width),
+        *_table(rows, ["", "time", "share", ""], width, shrink=3, right=[1, 2]),
+    ]
+
+
+def _memory(plan: Plan, width: int) -> list[str]:
+    parts = plan.breakdown
+    budget = plan.memory_budget_bytes
+    title = f"Memory per rank: peak {gib(plan.peak_memory_bytes)}"
+    if budget is not None:
+        title += f" of {gib(budget)}"
+    rows = [
+        [kind, gib(size), _percent(size / (plan.peak_memory_bytes or 1))]
+        for kind, size in parts.memory_bytes.items()
+        if size >= 0.001 * plan.peak_memory_bytes
+    ]
+    lines = [_title(title, width), *_wrap(f"at {parts.peak_moment}", width, "  ")]
+    lines += _table(rows, ["kind", "bytes", "share"], width, shrink=0, right=[1, 2])
+    rows = [
+        [top.name, f"x{top.count}" if top.count > 1 else "", top.kind, gib(top.bytes)]
+        for top in parts.top_tensors[:_TOP_TENSORS]
+    ]
+    lines += ["", *_table(rows, ["largest tensors then", "", "kind", "bytes"], width, shrink=0, right=[3])]
+    return lines
+
+
+def _baselines(plan: Plan, width: int) -> list[str]:
+    if not plan.baselines:
+        return []
+    rows = [
+        [
+            f"this plan ({plan.strategy})",
+            seconds_text(plan.step_time_s),
+            "",
+            gib(plan.peak_memory_bytes),
+            _fits(plan.fits, ""),
+        ]
+    ]
+    for name, other in plan.baselines.items():
+        known = other.step_time_s < float("inf")
+        times = other.step_time_s / plan.step_time_s if plan.step_time_s else 1.0
+        rows.append(
+            [
+                name,
+                seconds_text(other.step_time_s) if known else "-",
+                f"{times:.2f}x" if known else "-",
+                gib(other.peak_memory_bytes) if known else "-",
+                _fits(other.fits, other.reason),
+            ]
+        )
+    headers = ["plan", "step", "", "memory", "fits"]
+    return [_title("Beside the plans made by hand", width), *_table(rows, headers, width, shrink=4, right=[1, 2, 3])]
+
+
+def _fits(fits: bool, reason: str) -> str:
+    return "yes" if fits else f"no: {reason.split(',')[0]}" if reason else "no"
+
+
+def _ledger(plan: Plan, width: int) -> list[str]:
+    if not plan.collectives:
+        return [_title("Collectives: none", width)]
+    total = sum(each.count for each in plan.collectives)
+    lines = [_title(f"Collectives: {total} per {'micro-batch' if plan.accumulate > 1 else 'step'}", width)]
+    state = [each for each in plan.collectives if each.role != "activation"]
+    rest = [each for each in plan.collectives if each.role == "activation"]
+    headers = ["collective", "axes", "phase", "of", "count", "bytes", "time", "exposed"]
+    right = [4, 5, 6, 7]
+    if state:
+        groups: dict[tuple[str, str, str, str], list[Collective]] = defaultdict(list)
+        for each in state:
+            where = _layer(each.value if each.role == "parameter" else each.module)
+            what = "weights of" if each.role == "parameter" else "gradients of"
+            groups[each.kind, each.group, each.phase, f"{what} {where}"].append(each)
+        rows = [_row(kind, group, phase, what, alike) for (kind, group, phase, what), alike in groups.items()]
+        lines += ["  State, in stored parts:", *_table(rows, headers, width, shrink=3, right=right)]
+    if rest:
+        lines += [*([""] if state else []), "  Activations, with the reason and the line of the model:"]
+        rows = [_row(e.kind, e.group, e.phase, e.module or "(model)", [e]) for e in rest[:_LEDGER_LINES]]
+        table = _table(rows, headers, width, shrink=3, right=right)
+        lines += table[:2]
+        for line, each in zip(table[2:], rest, strict=False):
+            why = f"{each.reason}  ({each.source})" if each.source else each.reason
+            lines += [line, *_wrap(why, width, "      ")]
+        if len(rest) > _LEDGER_LINES:
+            left = rest[_LEDGER_LINES:]
+            seconds = sum(each.seconds for each in left)
+            lines.append(f"  ... and {sum(each.count for each in left)} more, {seconds_text(seconds)} in all")
+    return lines
+
+
+def _row(kind: str, group: str, phase: str, what: str, alike: Sequence[Collective]) -> list[str]:
+    return [
+        kind,
+        group,
+        {"forward": "fwd", "backward": "bwd"}.get(phase, phase),
+        what,
+        str(sum(each.count for each in alike)),
+        gib(sum(each.bytes * each.count for each in alike)),
+        seconds_text(sum(each.seconds for each in alike)),
+        seconds_text(sum(each.exposed_s for each in alike)),
+    ]
+
+
+def _layer(name: str) -> str:
+    """The repeated layer a name is in, or the name itself."""
+    found = re.match(r".*?\.\*", name)
+    return found.group(0) if found else name
+
+
+def _open_ends(plan: Plan, width: int) -> list[str]:
+    bound = plan.bound
+    lines = [_title("What was replicated, padded or not proved", width)]
+    if bound.seconds:
+        proved = "the optimum" if bound.gap < 1e-9 else f"within {bound.gap:.2%} of the optimum"
+        note = f" ({bound.note})" if bound.note else ""
+        text = f"By the solver's summed costs this is {proved}: {seconds_text(bound.seconds)}{note}."
+        lines += _wrap(text, width, "  ")
+    for note in plan.notes:
+        first, *more = _wrap(note, width - 4, "") or [""]
+        lines += [f"  - {first}", *(f"    {line}" for line in more)]
+    if not plan.notes:
+        lines.append("  Every op has a rule; nothing is replicated for want of one.")
+    return lines
