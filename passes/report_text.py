@@ -79,11 +79,13 @@ def _table(
     """Lines of a table; column `shrink` gives way where the table is wider than `width`."""
     numbers = set(right)
     align = ["right" if column in numbers else "left" for column in range(len(headers))]
-    padded = [len(header) + (2 if header else 0) for header in headers]  # tabulate gives headers this much room
-    columns = [max([padded[c], *(len(row[c]) for row in rows)]) for c in range(len(headers))]
-    room = width - 2 - sum(columns[c] for c in range(len(headers)) if c != shrink) - 2 * (len(headers) - 1)
-    short = [[cut(cell, max(12, room)) if c == shrink else cell for c, cell in enumerate(row)] for row in rows]
-    text = tabulate(short, headers, tablefmt="simple", colalign=align, disable_numparse=True)
+    columns = [max(len(row[c]) for row in [headers, *rows]) for c in range(len(headers))]
+    room = max(12, width - 2 - sum(columns) + columns[shrink] - 2 * (len(headers) - 1))
+    columns[shrink] = min(columns[shrink], room)
+    short = [[cut(cell, room) if c == shrink else cell for c, cell in enumerate(row)] for row in rows]
+    # The header is a row like others: tabulate makes columns with real headers wider than they need to be.
+    body = [headers, ["-" * columns[c] for c in range(len(headers))], *short]
+    text = tabulate(body, tablefmt="plain", colalign=align, disable_numparse=True)
     return [f"  {line}".rstrip() for line in text.splitlines()]
 
 
@@ -256,10 +258,10 @@ def _ledger(plan: Plan, width: int) -> list[str]:
         groups: dict[tuple[str, str, str, str], list[Collective]] = defaultdict(list)
         for each in state:
             where = _layer(each.value if each.role == "parameter" else each.module)
-            what = "weights of" if each.role == "parameter" else "gradients of"
-            groups[each.kind, each.group, each.phase, f"{what} {where}"].append(each)
+            what = "weights" if each.role == "parameter" else "gradients"
+            groups[each.kind, each.group, each.phase, f"{what} {where}".removesuffix(".weight")].append(each)
         rows = [_row(kind, group, phase, what, alike) for (kind, group, phase, what), alike in groups.items()]
-        lines += ["  State, in stored parts:", *_table(rows, headers, width, shrink=3, right=right)]
+        lines += ["  State:", *_table(rows, headers, width, shrink=3, right=right)]
     if rest:
         lines += [*([""] if state else []), "  Activations, with the reason and the line of the model:"]
         rows = [_row(e.kind, e.group, e.phase, e.module or "(model)", [e]) for e in rest[:_LEDGER_LINES]]
