@@ -1,0 +1,180 @@
+"""What `autopar.verify` hands out: every tensor's error against the unmodified model, and where they part."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tabulate import tabulate
+
+from passes.bisect import Divergence
+
+Kind = Literal["output", "gradient", "parameter", "buffer"]
+
+_TITLES: dict[Kind, str] = {
+    "output": "outputs",
+    "gradient": "gradients",
+    "parameter": "parameters after a step",
+    "buffer": "buffers",
+}
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Relative errors that rounding may make; None: 1e-5 and 1e-4, or 2e-2 and 5e-2 below 32-bit precision.
+
+    loss: of scalar outputs. gradient: of every other tensor, of the norm.
+    """
+
+    loss: float | None = None
+    gradient: float | None = None
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """A tensor of the simulated ranks, put together, against the reference.
+
+    `error` is the norm of the difference over the norm of the reference's tensor, or over `floor` where that is larger:
+    a gradient that is zero but for rounding has no relative error worth the name.
+    """
+
+    kind: Kind
+    name: str
+    shape: tuple[int, ...]
+    error: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is as near as it has to be."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Parity:
+    """A certificate: what all simulated ranks computed in a step, against one device given the whole batch."""
+
+    model: str
+    parameters: int
+    dtype: str
+    training: bool
+    axes: tuple[tuple[str, int], ...]
+    batch_size: int
+    batch_ranks: int
+    strategy: str
+    hardware: str
+    fingerprint: str
+    seed: int
+    reference: str
+    """What the ranks were held against, in words."""
+    optimizer: str
+    """The step that made "parameter" tensors, in words; "" where there is none."""
+    collectives: dict[str, int]
+    """Kind -> how many a rank issues in the step."""
+    tensors: tuple[TensorError, ...]
+    divergence: Divergence | None = None
+    """The first node at which the ranks part from the captured graph on one device."""
+    failure: str = ""
+    """What ended the simulation early."""
+    captured_error: float | None = None
+    """Where the check failed: the worst error of the captured graph on one device against the unmodified model."""
+    notes: tuple[str, ...] = ()
+    without_randomness: Parity | None = None
+    """The same check in eval mode, against the unmodified model, where the step draws random numbers."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tensor is as near as it has to be."""
+        own = bool(self.tensors) and not self.failure and all(tensor.ok for tensor in self.tensors)
+        return own and (self.without_randomness is None or self.without_randomness.ok)
+
+    @property
+    def ranks(self) -> int:
+        """How many were simulated."""
+        return math.prod(size for _, size in self.axes)
+
+    def worst(self, kind: Kind) -> TensorError | None:
+        """The tensor of a kind that is furthest off, of what is allowed."""
+        return max((t for t in self.tensors if t.kind == kind), key=lambda t: t.error / t.tolerance, default=None)
+
+    def to_json(self) -> str:
+        """All of it; errors that are no numbers are strings ("inf", "nan")."""
+        return json.dumps({"format": "autopar-parity", "version": 1, "ok": self.ok, **_plain(asdict(self))}, indent=2)
+
+    def __str__(self) -> str:
+        return parity_text(self)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parity_text(parity: Parity, width: int = 100) -> str:
+    """The certificate as text."""
+    mesh = " x ".join(f"{name}={size}" for name, size in parity.axes)
+    issued = sum(parity.collectives.values())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in parity.collectives.items())
+    mode = "train" if parity.training else "eval"
+    each = f", {parity.batch_size // parity.batch_ranks} for each of {parity.batch_ranks} data-parallel ranks"
+    facts = [
+        ("model", f"{parity.model}, {parity.parameters:,} parameters, {parity.dtype}, {mode} mode"),
+        ("mesh", f"{mesh}: {parity.ranks} ranks played in one CPU process"),
+        ("plan", f"{parity.strategy!r}, priced for {parity.hardware}; graph {parity.fingerprint[:12]}"),
+        ("batch", f"{parity.batch_size}{each if parity.batch_ranks > 1 else ''}; seed {parity.seed}"),
+        ("held against", parity.reference),
+        ("collectives", f"{issued} on each rank: {kinds}" if issued else "none"),
+    ]
+    if parity.optimizer:
+        facts.append(("step", parity.optimizer))
+    lines = [f"Parity certificate: {'PASSED' if parity.ok else 'FAILED'}", ""]
+    lines += _wrapped(facts, width)
+    if parity.tensors:
+        rows = []
+        for kind, title in _TITLES.items():
+            worst = parity.worst(kind)
+            if worst is not None:
+                all_of = [t for t in parity.tensors if t.kind == kind]
+                near = f"{sum(t.ok for t in all_of)} of {len(all_of)}"
+                rows.append([title, near, f"{worst.error:.1e}", f"{worst.tolerance:.0e}", worst.name or "(the output)"])
+        table = tabulate(rows, ["", "equal", "worst error", "allowed", "worst tensor"], disable_numparse=True)
+        lines += ["", *(f"  {line}".rstrip() for line in table.splitlines())]
+    failed = [t for t in parity.tensors if not t.ok]
+    if failed:
+        rows = [[t.kind, t.name, str(list(t.shape)), f"{t.error:.2e}", t.note] for t in failed[:10]]
+        table = tabulate(rows, ["not equal", "", "shape", "error", ""], disable_numparse=True)
+        lines += ["", *(f"  {line}".rstrip() for line in table.splitlines())]
+        if len(failed) > 10:
+            lines.append(f"  ... and {len(failed) - 10} more")
+    if parity.failure:
+        lines += ["", *_wrapped([("failed", parity.failure)], width)]
+    if parity.divergence is not None:
+        lines += ["", *_wrapped([("first at", str(parity.divergence))], width)]
+    if parity.captured_error is not None:
+        told = f"the captured graph on one device is off by {parity.captured_error:.1e} from the unmodified model"
+        lines += _wrapped([("capture", told)], width)
+    if parity.notes:
+        lines += ["", *(line for note in parity.notes for line in _wrapped([("note", note)], width))]
+    if parity.without_randomness is not None:
+        inner = parity_text(parity.without_randomness, width - 2)
+        lines += ["", "  In eval mode, where nothing is random:", *(f"  {x}".rstrip() for x in inner.splitlines())]
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(facts: list[tuple[str, str]], width: int) -> list[str]:
+    lines = []
+    for label, text in facts:
+        line = f"  {label:<14}"
+        for word in text.split():
+            if len(line) + len(word) > width and line.strip() and len(line) > 16:
+                lines.append(line.rstrip())
+                line = " " * 16
+            line += word + " "
+        lines.append(line.rstrip())
+    return lines

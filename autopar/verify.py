@@ -1,0 +1,361 @@
+"""The parity check: a planned step, every rank played in this process, against the unmodified model on one device.
+
+model, inputs -copies with values-> eager step on the whole batch                                 the reference
+the same -capture, plan, rewrite-> every rank's program -simulate-> full tensors                  what is checked
+where they part -> the captured graph on one device, and the first node at which the ranks leave it
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autopar import examples, meshes, planning
+from autopar.api import skeleton
+from autopar.certificate import Kind, Parity, TensorError, Tolerances
+from autopar.options import Options
+from autopar.varied import Batch, real_copy, varied_batch
+from costmodel.hardware import Hardware
+from passes.bisect import Divergence, difference, first_divergence, run_program
+from passes.inputs import path_name
+from passes.local import LocalProgram
+from passes.plan import Plan, check_plan
+from passes.program import Program
+from passes.simulate import SimulationError, StepValues, ledger, local_inputs, simulate_step
+
+Progress = Callable[[str], None]
+
+_LEARNING_RATE = 1e-3
+_EPS_OF_RMS = 1e-2
+"""AdamW's eps as a share of the gradients' root mean square. AdamW divides by a gradient's own size, so that an element
+that is zero but for rounding would move by the learning rate whichever way the rounding falls."""
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def verify(
+    model: nn.Module,
+    mesh: DeviceMesh | Mapping[str, int],
+    example_inputs: Any = None,
+    *,
+    plan: Plan | None = None,
+    strategy: str = "auto",
+    options: Options | None = None,
+    hardware: str | Hardware | None = None,
+    tolerances: Tolerances | None = None,
+    progress: Progress = lambda stage: None,
+) -> Parity:
+    """A certificate that `model`, laid out over `mesh`, computes what it does on one device.
+
+    All ranks are played in this one process on the CPU; no process group, no GPU. Compared are the outputs, every
+    gradient, the parameters after a step of AdamW, and the buffers. Where they part, the certificate names the first
+    node that differs and the model's line. `plan` is checked where it is given, else one is made under `strategy`.
+    The model is left as it is; one on the meta device is given random values in a copy.
+
+    Where the step draws random numbers (dropout), the ranks are held against the captured graph on one device with the
+    same seed, and in eval mode against the unmodified model.
+
+    Raises:
+        ValueError, CaptureError, NoFeasiblePlanError, PlanMismatchError: as `autopar.plan` and `autopar.apply`.
+    """
+    options = planning.options_of(plan) if plan is not None else options or Options()
+    axes = meshes.axes_of(mesh)
+    batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
+    progress("copying the model")
+    copied, notes = real_copy(model, options.seed)
+    call_args, call_kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
+    ways = meshes.batch_ranks(axes, batch_axes)
+    batch = varied_batch(call_args, call_kwargs, ways, options.batch_dims, _vocabulary(model), options.seed + 1)
+    check = _Check(copied, batch, axes, batch_axes, options, hardware, strategy, tolerances or Tolerances(), progress)
+    return check.parity(plan, (*notes, *batch.notes))
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One call of `verify`; `model` is a copy of our own, with values."""
+
+    model: nn.Module
+    batch: Batch
+    axes: meshes.Axes
+    batch_axes: tuple[int, ...]
+    options: Options
+    hardware: str | Hardware | None
+    strategy: str
+    tolerances: Tolerances
+    progress: Progress
+
+    def parity(self, plan: Plan | None, notes: tuple[str, ...]) -> Parity:
+        """Capture, plan, play and compare."""
+        model, batch = self.model, self.batch
+        self.progress("capturing the step")
+        program = planning.captured(
+            skeleton(model), batch.args, batch.kwargs, batch_dims=batch.batch_dims, batch_size=batch.size
+        )
+        if plan is None:
+            plan = self._planned(program)
+        check_plan(plan, program.fingerprint, self.axes)
+        self.progress("writing each rank's program")
+        local = planning.rewritten(program, plan)
+        values = _Values.of(program, model, batch, self.options.seed)
+        random = any(given.kind == "seed" for given in program.inputs)
+        self.progress("running the reference")
+        reference = _on_one_device(program, values) if random else eager(model, batch, program, values.tangents)
+        self.progress(f"playing {math.prod(size for _, size in self.axes)} ranks")
+        tensors: tuple[TensorError, ...] = ()
+        failure, step = "", ""
+        try:
+            found = simulate_step(
+                local, values.parameters, values.buffers, values.inputs, values.tangents, (self.options.seed, 0)
+            )
+            tensors, step = compare(found, reference, values.parameters, self.tolerances)
+        except SimulationError as error:
+            failure = str(error)
+        failed = bool(failure) or any(not tensor.ok for tensor in tensors)
+        divergence, captured_error = self._explained(local, values, reference, random) if failed else (None, None)
+        without = self._without_randomness(plan) if random and model.training else None
+        return Parity(
+            model=type(model).__name__,
+            parameters=sum(p.numel() for p in model.parameters()),
+            dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
+            training=model.training,
+            axes=self.axes,
+            batch_size=batch.size,
+            batch_ranks=meshes.batch_ranks(self.axes, self.batch_axes),
+            strategy=plan.strategy,
+            hardware=plan.hardware,
+            fingerprint=program.fingerprint,
+            seed=self.options.seed,
+            reference=_CAPTURED if random else _EAGER,
+            optimizer=step,
+            collectives=dict(Counter(each.kind for each in ledger(local))),
+            tensors=tensors,
+            divergence=divergence,
+            failure=failure,
+            captured_error=captured_error,
+            notes=(*notes, *program.notes),
+            without_randomness=without,
+        )
+
+    def _planned(self, program: Program) -> Plan:
+        return planning.planned(
+            program, self.axes, batch_axes=self.batch_axes, hardware=self.hardware, strategy=self.strategy,
+            options=self.options, example="", progress=self.progress,
+        )  # fmt: skip
+
+    def _explained(
+        self, local: LocalProgram, values: _Values, reference: StepValues, random: bool
+    ) -> tuple[Divergence | None, float | None]:
+        """Where the ranks leave the captured graph, and how far that is from the reference."""
+        self.progress("looking for the first node that differs")
+        seed = (self.options.seed, 0)
+        per_rank = local_inputs(local, values.parameters, values.buffers, values.inputs, values.tangents, seed)
+        limit = _limits(self.tolerances, values.parameters)[0]
+        found = first_divergence(local, per_rank, values.placeholders, limit)
+        if random:
+            return found, None
+        alone = _on_one_device(local.program, values)
+        tensors, _ = compare(alone, reference, values.parameters, self.tolerances)
+        return found, max((tensor.error for tensor in tensors), default=0.0)
+
+    def _without_randomness(self, plan: Plan) -> Parity:
+        self.progress("again in eval mode")
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        again = _Check(
+            self.model, self.batch, self.axes, self.batch_axes, self.options, planning.topology_of(plan).hardware,
+            plan.strategy, self.tolerances, self.progress,
+        )  # fmt: skip
+        try:
+            return again.parity(None, ())
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+_EAGER = "the unmodified model run eagerly on the whole batch"
+_CAPTURED = (
+    "the captured graph run on one device with the same seed: the step draws random numbers, and eager's are its own"
+)
+
+
+# -- a step on one device ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Full tensors for everything a program takes; `placeholders` has them in its order."""
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    inputs: list[Tensor]
+    tangents: list[Tensor]
+    placeholders: list[Tensor]
+
+    @staticmethod
+    def of(program: Program, model: nn.Module, batch: Batch, seed: int) -> _Values:
+        """Parameters and buffers as they are now, copied; tangents are 1 for a loss, else random."""
+        tensors = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        random = torch.Generator().manual_seed(seed)
+        parameters: dict[str, Tensor] = {}
+        buffers: dict[str, Tensor] = {}
+        tangents, placeholders = [], []
+        inputs = iter(batch.tensors)
+        nodes = program.graph.graph.find_nodes(op="placeholder")
+        for node, given in zip(nodes, program.inputs, strict=True):
+            fake = node.meta["val"]
+            if given.kind in ("parameter", "buffer"):
+                value = tensors[given.name].detach().clone()
+                (parameters if given.kind == "parameter" else buffers)[given.name] = value
+            elif given.kind == "input":
+                value = next(inputs).detach()
+            elif given.kind == "tangent":
+                shape = tuple(int(n) for n in fake.shape)
+                value = torch.ones(shape) if not shape else torch.randn(shape, generator=random) / math.prod(shape)
+                value = value.to(fake.dtype)
+                tangents.append(value)
+            else:
+                value = torch.tensor([seed, 0], dtype=torch.int64)
+            placeholders.append(value)
+        return _Values(parameters, buffers, batch.tensors, tangents, placeholders)
+
+
+def _on_one_device(program: Program, values: _Values) -> StepValues:
+    """The captured graph's step."""
+    found = StepValues({}, {}, {})
+    kinds = {"output": found.outputs, "buffer": found.buffers, "gradient": found.gradients}
+    for described, value in zip(program.outputs, run_program(program, values.placeholders), strict=True):
+        kinds[described.kind][described.name] = value
+    return found
+
+
+def eager(model: nn.Module, batch: Batch, program: Program, tangents: list[Tensor]) -> StepValues:
+    """The unmodified model's step on the whole batch, on a model of our own: its buffers change as in training.
+
+    Outputs and gradients have the names that `program` gives them.
+    """
+    tensors = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+    model.zero_grad()
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), (batch.args, batch.kwargs)
+    )
+    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    differentiated = [given.name for given in program.inputs if given.kind == "tangent"]
+    with warnings.catch_warnings(), torch.set_grad_enabled(bool(differentiated)):
+        warnings.simplefilter("ignore")
+        outputs = _named_outputs(model(*args, **kwargs))
+    if differentiated:
+        torch.autograd.backward([outputs[name] for name in differentiated], tangents)
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    given = dict(zip((x.name for x in program.inputs if x.kind == "input"), leaves, strict=True))
+    gradients = {name: tensor.grad.detach() for name, tensor in (tensors | given).items() if tensor.grad is not None}
+    changed = {out.name: tensors[out.name].detach().clone() for out in program.outputs if out.kind == "buffer"}
+    others = {n: b.detach() for n, b in model.named_buffers() if n not in changed and difference(b, before[n]) > 0}
+    for name, value in before.items():
+        tensors[name].data.copy_(value)
+    first = {name for name, _ in model.named_parameters()} | set(given)
+    return StepValues(
+        {name: value.detach() for name, value in outputs.items()},
+        changed | others,
+        {name: value for name, value in gradients.items() if name in first},
+    )
+
+
+def _named_outputs(out: Any) -> dict[str, Tensor]:
+    try:
+        named = [(path_name(path), leaf) for path, leaf in pytree.tree_flatten_with_path(out)[0]]
+    except (ValueError, NotImplementedError):  # a container that does not name its parts
+        named = [(str(i), leaf) for i, leaf in enumerate(pytree.tree_leaves(out))]
+    return {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
+
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def _limits(tolerances: Tolerances, parameters: Mapping[str, Tensor]) -> tuple[float, float]:
+    """(of scalar outputs, of all other tensors)."""
+    low = any(tensor.dtype in _LOW for tensor in parameters.values())
+    loss, gradient = (2e-2, 5e-2) if low else (1e-5, 1e-4)
+    return (
+        loss if tolerances.loss is None else tolerances.loss,
+        gradient if tolerances.gradient is None else tolerances.gradient,
+    )
+
+
+def compare(
+    found: StepValues, wanted: StepValues, parameters: Mapping[str, Tensor], tolerances: Tolerances
+) -> tuple[tuple[TensorError, ...], str]:
+    """Every tensor's error, and what the optimizer's step was."""
+    of_loss, of_rest = _limits(tolerances, parameters)
+    low = any(tensor.dtype in _LOW for tensor in parameters.values())
+    eps = 2.0**-8 if low else 2.0**-23
+    total = math.sqrt(sum(float(g.double().square().sum()) for g in wanted.gradients.values()))
+    errors = []
+    for name, value in found.outputs.items():
+        limit = of_loss if not value.dim() else of_rest
+        errors.append(_error("output", name, value, wanted.outputs.get(name), limit))
+    for name in dict.fromkeys([*wanted.gradients, *found.gradients]):
+        pair = found.gradients.get(name), wanted.gradients.get(name)
+        errors.append(_error("gradient", name, *pair, of_rest, floor=eps * total / of_rest))
+    for name in dict.fromkeys([*wanted.buffers, *found.buffers]):
+        errors.append(_error("buffer", name, found.buffers.get(name), wanted.buffers.get(name), of_rest))
+    trained = {n: p for n, p in parameters.items() if n in wanted.gradients and n in found.gradients}
+    if not trained or not total:
+        return tuple(errors), ""
+    count = sum(wanted.gradients[name].numel() for name in trained)
+    step_eps = max(1e-8, _EPS_OF_RMS * total / math.sqrt(count))
+    after = [_stepped(trained, values.gradients, step_eps) for values in (found, wanted)]
+    for name, tensor in trained.items():
+        floor = _LEARNING_RATE * math.sqrt(tensor.numel())
+        errors.append(_error("parameter", name, after[0][name], after[1][name], of_rest, floor=floor))
+    return tuple(errors), f"AdamW, lr {_LEARNING_RATE:g}, eps {step_eps:.1e} ({_EPS_OF_RMS:.0%} of the gradients' rms)"
+
+
+def _error(
+    kind: Kind, name: str, found: Tensor | None, wanted: Tensor | None, tolerance: float, floor: float = 0.0
+) -> TensorError:
+    one = found if found is not None else wanted
+    assert one is not None
+    shape = tuple(one.shape)
+    if found is None or wanted is None:
+        missing = "the ranks" if found is None else "the unmodified model"
+        return TensorError(kind, name, shape, math.inf, tolerance, f"{missing} gave none")
+    if found.shape != wanted.shape:
+        return TensorError(kind, name, shape, math.inf, tolerance, f"the reference has shape {list(wanted.shape)}")
+    if wanted.dtype.is_floating_point and bool(wanted.isnan().any()):
+        return TensorError(kind, name, shape, math.nan, tolerance, "the reference holds NaNs, which prove nothing")
+    scale = float(torch.where(wanted.isfinite(), wanted, torch.zeros_like(wanted)).double().norm())
+    error = difference(found, wanted)
+    if floor > scale:
+        note = "zero but for rounding" if scale < floor and kind == "gradient" else ""
+        return TensorError(kind, name, shape, error * (scale or 1.0) / floor, tolerance, note)
+    return TensorError(kind, name, shape, error, tolerance)
+
+
+def _stepped(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], eps: float) -> dict[str, Tensor]:
+    """The parameters after a step of AdamW."""
+    stepped = {name: nn.Parameter(tensor.clone()) for name, tensor in parameters.items()}
+    for name, parameter in stepped.items():
+        parameter.grad = gradients[name].detach().to(parameter.dtype).clone()
+    torch.optim.AdamW(stepped.values(), lr=_LEARNING_RATE, eps=eps).step()
+    return {name: parameter.detach() for name, parameter in stepped.items()}
