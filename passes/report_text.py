@@ -43,7 +43,7 @@ def plan_text(plan: Plan, width: int | None = None) -> str:
 
 def seconds_text(seconds: float) -> str:
     """`12.3 ms` and the like, three digits."""
-    if seconds == 0:
+    if seconds < 5e-9:
         return "0"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= 0.9995 * scale or unit == "us":

@@ -7,7 +7,7 @@ Ops run in the program's order. A collective waits for its axes' streams (all of
 then runs beside compute, as a runtime with asynchronous collectives has it:
 
     stored parameters are gathered while the layer before computes (never earlier: two layers' worth is in memory)
-    gradients are reduced behind backward; the optimizer waits for them
+    gradients are reduced behind backward, and what is done to them then is put off; the optimizer waits for them
     activations are sent as soon as they are there, and their reader waits
 
 Compute that waits is what makes communication *exposed*: each moment of waiting is laid to the collective that runs
@@ -252,6 +252,7 @@ class _Player:
 
     def __init__(self, space: Space, words: Words, found: Tracks, keep_events: bool) -> None:
         self.space = space
+        self.words = words
         self.tracks = found
         self.issue = issue_points(space, words, found)
         axes = len(space.topology.axes)
@@ -289,11 +290,14 @@ class _Player:
                 continue
             if forward and item.node.meta.get("phase") == "backward":
                 forward, self.forward_end_s = False, self.now_s
-            for slot in found.reads[index]:
-                if slot in self.brought:
-                    self._await(slot)
-            self.op_start_s[index] = self.now_s
             cost = found.costs[item.site]
+            late = [slot for slot in found.reads[index] if slot in self.brought]
+            if late and (cost.fusing == "view" or self.words.gradient(item.node) is not None):
+                self._put_off(index, late, cost.seconds)
+                continue
+            for slot in late:
+                self._await(slot)
+            self.op_start_s[index] = self.now_s
             if cost.seconds:
                 self._compute(cost.seconds, cost.kind)
                 if self.keep_events:
@@ -378,6 +382,13 @@ class _Player:
             ready_s = end_s
         self.brought[target] = (ready_s, last, slices_s)
 
+    def _put_off(self, index: int, late: Sequence[int], seconds: float) -> None:
+        """A view, or what is still to do to a gradient: nothing waits for it now; whoever reads its result does."""
+        ready_s, last, slices_s = max((self.brought[slot] for slot in late), key=lambda brought: brought[0])
+        self.op_start_s[index] = max(self.now_s, ready_s)
+        for slot in self.tracks.writes[index]:
+            self.brought[slot] = (ready_s, last, slices_s + seconds)
+
     def _await(self, slot: int) -> None:
         """Compute goes on when `slot` is there."""
         ready_s, last, slices_s = self.brought.pop(slot)
@@ -402,7 +413,9 @@ class _Player:
         """What runs at a moment."""
         if at_s >= self.now_s:
             return "the optimizer's update"
-        runs = [i for i, item in enumerate(self.tracks.items) if isinstance(item, Run)]
+        costs = self.tracks.costs
+        runs = [i for i, x in enumerate(self.tracks.items) if isinstance(x, Run) and costs[x.site].seconds]
+        runs.sort(key=lambda i: self.op_start_s[i])
         starts = [self.op_start_s[i] for i in runs]
         item = self.tracks.items[runs[max(0, bisect.bisect_right(starts, at_s) - 1)]]
         assert isinstance(item, Run)
@@ -425,7 +438,7 @@ def _ledger(player: _Player, words: Words) -> tuple[Collective, ...]:
             continue
         node: fx.Node = item.place
         role: Role = "activation"
-        if item.stores:
+        if words.gradient_of(item):
             role = "gradient"
         elif player.tracks.slots[player.tracks.writes[index][0]].gathered:
             role = "parameter"
@@ -439,7 +452,7 @@ def _ledger(player: _Player, words: Words) -> tuple[Collective, ...]:
             made, reader = folding.of.get(item.value), folding.of.get(item.reader) if item.reader else None
             key = (made, reader, item.stores, step)
             if key not in texts:
-                texts[key] = words.value(item.value), words.reason(item, step)
+                texts[key] = words.moved(item), words.reason(item, step)
             value, reason = texts[key]
             axes = groups.setdefault(step.axes, tuple(names[axis] for axis in step.axes))
             exposed_s = min(played.exposed_s, step.seconds)

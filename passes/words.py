@@ -13,7 +13,7 @@ from torch import fx
 
 from costmodel.layout import Layout, Partial, Shard
 from costmodel.reshard import Step
-from passes.dims import Leaf, Value, is_getitem, value_of
+from passes.dims import Leaf, Value, is_getitem, outputs_of, value_of
 from passes.itinerary import Move
 from passes.layers import layer_patterns
 from passes.rules.matmul import PRODUCTS
@@ -42,6 +42,12 @@ class Words:
         self._instances: dict[str, str] = {}
         self._tensor_atoms = _stored_atoms(space)
         self._atoms = _atom_names(space, self._tensor_atoms)
+        self._gradients = {
+            node: given.name
+            for out, node, _, given in outputs_of(space.program)
+            if out.kind == "gradient" and node is not None and given is not None and given.kind == "parameter"
+        }
+        self._only_gradient: dict[fx.Node, fx.Node | None] = {}
         self._given = {
             node: given.name
             for node, given in zip(
@@ -104,14 +110,39 @@ class Words:
             return str(made.target)
         return f"{module}: {op_text(made.target)}" if module else op_text(made.target)
 
+    def gradient(self, node: fx.Node) -> fx.Node | None:
+        """The parameter's gradient that a value is on its way to and nothing else, through ops on it alone."""
+        if node not in self._only_gradient:
+            found: fx.Node | None = None
+            if node in self._gradients:
+                found = node if all(user.op == "output" for user in node.users) else None
+            elif len(node.users) == 1:
+                (user,) = node.users
+                if user.op == "call_function" and len(user.all_input_nodes) == 1 and not is_getitem(user):
+                    found = self.gradient(user)
+            self._only_gradient[node] = found
+        return self._only_gradient[node]
+
+    def moved(self, move: Move) -> str:
+        """What a move moves: `value`'s name, or that of the parameter whose gradient it is."""
+        gradient = self.gradient_of(move)
+        return f"gradient of {gradient}" if gradient else self.value(move.value)
+
+    def gradient_of(self, move: Move) -> str:
+        """Pattern of the parameter whose gradient is on its way to where it is stored; "" for other moves."""
+        target = move.value if move.stores else self.gradient(move.value) if move.reader is not None else None
+        return self._pattern(self._gradients[target]) if target in self._gradients else ""
+
     def reason(self, move: Move, step: Step) -> str:
         """Why a step of a move is there."""
         name = self.value(move.value)
         if step.kind == "state_gather":
             return f"gather {name} for compute"
-        if move.stores:
-            assert isinstance(move.target, StoredOption | tuple)
-            return "reduce the gradient over the ranks that computed parts of it"
+        gradient = self.gradient_of(move)
+        if gradient:
+            verb = "bring" if step.kind in ("all_gather", "all_to_all") else "add up"
+            where = " to where it is stored" if verb == "bring" else ""
+            return f"{verb} the gradient of {gradient}{where}"
         words = self.dims(value_of(move.value, self.space.folding))
         wanted = self._reader(move.reader)
         if step.kind in ("reduce_scatter", "state_scatter"):

@@ -1,0 +1,136 @@
+"""The terminal report: what it says, in which order, and that it fits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+from parity import captured, planned
+from small_models import build
+
+from autopar.report import terminal_report
+from passes.plan import Baseline, Bound, Plan, make_plan
+from passes.report_text import cut, seconds_text
+from passes.schedule import play
+
+
+@lru_cache
+def made(strategy: str = "megatron", name: str = "llama", accumulate: int = 1) -> Plan:
+    model, args, kwargs = build(name)
+    space, assignment, _ = planned(captured(model, kwargs, args), {"dp": 2, "tp": 2}, strategy)
+    schedule = play(space, assignment, accumulate=accumulate)
+    baselines = {
+        "ddp": Baseline(2 * schedule.step_time_s, 3 << 30, False, "1.0 GiB over the budget, at the update"),
+        "fsdp": Baseline(math.inf, 0, False, "no layout is left"),
+    }
+    bound = Bound(1.0, 1.0, "of summed costs")
+    return make_plan(space, assignment, schedule, bound=bound, baselines=baselines, budget_bytes=2 << 30)
+
+
+def section(text: str, title: str) -> str:
+    """Lines of the section whose title starts with `title`."""
+    parts = text.split("\n-- ")
+    return next(part for part in parts if part.startswith(title))
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+@pytest.mark.parametrize("strategy", ["ddp", "megatron"])
+def test_no_line_is_wider_than_the_terminal(strategy: str, width: int) -> None:
+    text = terminal_report(made(strategy), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert not any(line != line.rstrip() for line in text.splitlines())
+
+
+def test_the_decision_comes_first_and_doubts_last() -> None:
+    text = terminal_report(made(), 100)
+    titles = [
+        "Plan 'megatron'",
+        "What was decided",
+        "Time per step",
+        "Memory per rank",
+        "Beside the plans",
+        "Collectives: ",
+        "What was replicated",
+    ]
+    places = [text.index(title) for title in titles]
+    assert places == sorted(places)
+    assert text.startswith("Plan 'megatron' on dp=2 x tp=2 (4 x h100), batch over dp\n")
+
+
+def test_parameters_are_folded_over_layers_with_their_dims() -> None:
+    rows = section(terminal_report(made(), 100), "What was decided").splitlines()
+    (gate,) = [row.split() for row in rows if "gate_proj" in row]
+    assert gate[:3] == ["model.layers.0-1.mlp.gate_proj", "[ffn,", "hidden]"]
+    assert gate[3:6] == ["S(0)S(0)", "->", "RS(0)"]
+
+
+def test_axes_are_described_in_words() -> None:
+    text = section(terminal_report(made(), 100), "What was decided")
+    assert "dp (2) matrix products split along batch; other ops split along batch" in text
+    assert "all parameters split at rest and gathered for compute" in text
+    assert "tp (2) matrix products split along" in text
+    replicated = section(terminal_report(made("ddp"), 100), "What was decided")
+    assert "parameters on every rank" in replicated
+
+
+def test_baselines_stand_beside_the_plan() -> None:
+    lines = section(terminal_report(made(), 100), "Beside").splitlines()
+    ddp = next(line for line in lines if line.startswith("  ddp"))
+    assert "2.00x" in ddp
+    assert "3.00 GiB" in ddp
+    assert ddp.endswith("no: 1.0 GiB over the budget")
+    fsdp = next(line for line in lines if line.startswith("  fsdp"))
+    assert fsdp.split() == ["fsdp", "-", "-", "-", "no:", "no", "layout", "is", "left"]
+
+
+def test_collectives_have_counts_a_reason_and_a_source_line() -> None:
+    plan = made()
+    text = section(terminal_report(plan, 100), "Collectives")
+    assert text.startswith(f"Collectives: {sum(each.count for each in plan.collectives)} per step")
+    assert "weights model.layers.*" in text
+    assert "gradients model.layers.*" in text
+    assert "models/llama/modeling_llama.py:" in text
+    none = section(terminal_report(replace(plan, collectives=()), 100), "Collectives")
+    assert none.startswith("Collectives: none")
+
+
+def test_a_plan_that_does_not_fit_says_so() -> None:
+    assert "DOES NOT FIT" not in terminal_report(made(), 100)
+    assert "DOES NOT FIT" in terminal_report(replace(made(), memory_budget_bytes=1), 100)
+
+
+def test_notes_and_the_bound_are_shown() -> None:
+    text = terminal_report(replace(made(), notes=("no rule for odd: it runs whole on every rank",)), 100)
+    assert "  - no rule for odd: it runs whole on every rank" in text
+    assert "this is the optimum: 1.00 s (of summed costs)" in text
+    gap = replace(made(), bound=Bound(1.0, 0.98))
+    assert "within 2.00% of the optimum" in terminal_report(gap, 100)
+
+
+def test_micro_batches_are_named() -> None:
+    text = terminal_report(made("fsdp", accumulate=4), 100)
+    assert "per step of 4 micro-batches" in text
+    assert "-- Time per micro-batch" in text
+
+
+def test_tied_parameters_are_named() -> None:
+    assert "lm_head.weight is tied to transformer.wte.weight" in terminal_report(made("fsdp", "gpt2"), 100)
+
+
+def test_print_gives_the_report() -> None:
+    assert str(made()).startswith("Plan 'megatron' on dp=2 x tp=2")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0"), (12.34, "12.3 s"), (0.5, "500 ms"), (1.234e-3, "1.23 ms"), (0.9999, "1.00 s"), (4e-7, "0.40 us")],
+)
+def test_seconds_have_three_digits(seconds: float, text: str) -> None:
+    assert seconds_text(seconds) == text
+
+
+def test_long_names_lose_their_middle() -> None:
+    assert cut("model.layers.0.mlp", 40) == "model.layers.0.mlp"
+    assert cut("abcdefghij", 7) == "ab~ghij"

@@ -1,0 +1,437 @@
+"""The schedule against schedules worked out by hand, closed forms, and the collectives that are really emitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from parity import captured, planned
+from small_models import build
+from torch import fx, nn
+
+from costmodel.hardware import Topology, hardware, topology
+from costmodel.layout import Replicate
+from costmodel.reshard import Step
+from passes.itinerary import Move, Run
+from passes.plan import option_text
+from passes.price import price
+from passes.program import Program
+from passes.schedule import Schedule, _Player, play
+from passes.simulate import ledger
+from passes.solve import solve
+from passes.space import Space, search_space
+from passes.tracks import OpCost, Slot, Tracks
+
+# -- by hand: ops and collectives of given seconds ---------------------------------------------------------------------
+
+
+def quiet(sms: int = 0, **mesh: int) -> Topology:
+    """A mesh whose collectives take `sms` of 132 SMs from compute."""
+    machine = hardware("h100")
+    links = {name: replace(getattr(machine, name), sms=sms) for name in ("intra_node", "inter_node")}
+    device = replace(machine.device, sm_count=132)
+    return topology(replace(machine, device=device, **links), mesh)
+
+
+@dataclass
+class Tape:
+    """Writes a program by hand: `weight`, `op`, `gather`, `reduce` and `send` return slots."""
+
+    topology: Topology
+
+    def __post_init__(self) -> None:
+        self.graph = fx.Graph()
+        self.items: list[Run | Move] = []
+        self.slots: list[Slot] = []
+        self.reads: list[tuple[int, ...]] = []
+        self.writes: list[tuple[int, ...]] = []
+        self.costs: dict[int, OpCost] = {}
+        self.leaving: list[tuple[int, str, bool]] = []
+
+    def slot(self, producer: int, **kind: bool) -> int:
+        self.slots.append(Slot(self.graph.placeholder(f"x{len(self.slots)}"), 0, producer, "", **kind))
+        return len(self.slots) - 1
+
+    def weight(self) -> int:
+        return self.slot(-1, stored=True)
+
+    def op(self, seconds: float, *reads: int, module: str = "", phase: str = "forward") -> int:
+        node = self.graph.placeholder(f"op{len(self.items)}")
+        node.meta = {"module": module, "phase": phase}
+        site = len(self.items)
+        self.costs[site] = OpCost(seconds, "other", "kernel", (0,))
+        made = self.slot(site)
+        self.items.append(Run(node, None, site))  # type: ignore[arg-type]
+        self.reads.append(reads)
+        self.writes.append((made,))
+        return made
+
+    def move(
+        self,
+        seconds: float,
+        source: int,
+        axes: tuple[int, ...],
+        module: str,
+        phase: str,
+        *,
+        gathered: bool,
+        stores: bool,
+    ) -> int:
+        reader = None
+        if not stores:
+            reader = self.graph.placeholder(f"r{len(self.items)}")
+            reader.meta = {"module": module, "phase": phase}
+        layout = (Replicate(),)
+        step = Step("all_gather", axes, 0, None, "", 0, seconds, layout, layout)
+        made = self.slot(len(self.items), gathered=gathered)
+        value = self.slots[source].node
+        self.items.append(Move(value, layout, layout, (step,), phase, "", reader, stores))
+        self.reads.append((source,))
+        self.writes.append((made,))
+        if stores:
+            self.leaving.append((made, phase, True))
+        return made
+
+    def gather(self, seconds: float, module: str, axes: tuple[int, ...] = (0,), phase: str = "forward") -> int:
+        return self.move(seconds, self.weight(), axes, module, phase, gathered=True, stores=False)
+
+    def send(
+        self, seconds: float, source: int, module: str, axes: tuple[int, ...] = (0,), phase: str = "forward"
+    ) -> int:
+        return self.move(seconds, source, axes, module, phase, gathered=False, stores=False)
+
+    def reduce(self, seconds: float, source: int, axes: tuple[int, ...] = (0,)) -> int:
+        return self.move(seconds, source, axes, "", "backward", gathered=False, stores=True)
+
+    def play(self) -> Any:
+        tracks = Tracks(
+            tuple(self.items), tuple(self.slots), tuple(self.reads), tuple(self.writes), self.costs, tuple(self.leaving)
+        )
+        words = SimpleNamespace(
+            layers={"layers.*": 9},
+            pattern=lambda name: "layers.*" if name else "",
+            instance=lambda name: name,
+            gradient=lambda node: None,
+        )
+        player = _Player(SimpleNamespace(topology=self.topology), words, tracks, False)  # type: ignore[arg-type]
+        player.play()
+        return player
+
+
+def exposed(player: Any) -> list[float]:
+    return [played.exposed_s for played in player.played]
+
+
+def starts(player: Any) -> list[float]:
+    return [played.start_s for played in player.played]
+
+
+def test_a_gather_hides_behind_the_layer_before() -> None:
+    tape = Tape(quiet(dp=4))
+    for layer in range(2):
+        tape.op(10, tape.gather(4, f"layers.{layer}"), module=f"layers.{layer}")
+    played = tape.play()
+    assert played.now_s == 24  # the first gather is waited for, the second runs from 4 to 8
+    assert exposed(played) == [4, 0]
+
+
+def test_a_gather_that_takes_longer_than_a_layer_is_exposed_in_part() -> None:
+    tape = Tape(quiet(dp=4))
+    for layer in range(2):
+        tape.op(10, tape.gather(15, f"layers.{layer}"), module=f"layers.{layer}")
+    played = tape.play()
+    assert played.now_s == 40  # 0-15 gather, 15-25 op beside 15-30 gather, 30-40 op
+    assert exposed(played) == [15, 5]
+
+
+def test_gathers_run_one_layer_ahead_and_no_further() -> None:
+    tape = Tape(quiet(dp=4))
+    for layer in range(4):
+        tape.op(10, tape.gather(1, f"layers.{layer}"), module=f"layers.{layer}")
+    assert starts(tape.play()) == [0, 1, 11, 21]  # layer 2's when layer 1 begins, not at 2
+
+
+def test_a_partial_sum_is_waited_for_by_its_reader() -> None:
+    tape = Tape(quiet(tp=2))
+    tape.op(5, tape.send(3, tape.op(10, module="layers.0"), "layers.0"), module="layers.0")
+    played = tape.play()
+    assert played.now_s == 18
+    assert exposed(played) == [3]
+
+
+def test_an_activation_is_sent_while_other_ops_of_the_layer_run() -> None:
+    tape = Tape(quiet(tp=2))
+    made = tape.op(10, module="layers.0")
+    tape.op(2, module="layers.0")
+    tape.op(5, tape.send(3, made, "layers.0"), module="layers.0")
+    played = tape.play()
+    assert played.now_s == 18  # 10, then 2 beside 3, then 5
+    assert exposed(played) == [1]
+
+
+def test_gradients_are_reduced_behind_backward_and_waited_for_at_the_end() -> None:
+    tape = Tape(quiet(dp=4))
+    tape.reduce(4, tape.op(10, phase="backward"))
+    tape.reduce(4, tape.op(2, phase="backward"))
+    played = tape.play()
+    assert played.now_s == 18  # 10-14 and 14-18; compute ends at 12
+    assert exposed(played) == [2, 4]
+
+
+def test_views_of_a_gradient_on_its_way_make_nothing_wait() -> None:
+    tape = Tape(quiet(dp=4))
+    sent = tape.send(5, tape.op(10, phase="backward"), "", phase="backward")
+    turned = tape.op(0, sent, phase="backward")
+    tape.costs[2] = OpCost(0, "other", "view", (0,))
+    tape.leaving.append((turned, "backward", True))
+    tape.op(10, phase="backward")
+    played = tape.play()
+    assert played.now_s == 20
+    assert exposed(played) == [0]
+
+
+def test_a_group_over_two_axes_occupies_both_streams() -> None:
+    tape = Tape(quiet(dp=2, tp=2))
+    made = tape.op(1, module="layers.0")
+    both = tape.send(3, made, "layers.0", axes=(0, 1))
+    one = tape.send(3, made, "layers.0", axes=(1,))
+    tape.op(1, both, one, module="layers.0")
+    apart = Tape(quiet(dp=2, tp=2))
+    made = apart.op(1, module="layers.0")
+    apart.op(1, *(apart.send(3, made, "layers.0", axes=(axis,)) for axis in (0, 1)), module="layers.0")
+    assert tape.play().now_s == 8
+    assert apart.play().now_s == 5
+
+
+def test_compute_is_slower_beside_a_collective() -> None:
+    tape = Tape(quiet(33, dp=4))  # a quarter of the device
+    tape.reduce(4, tape.op(1, phase="backward"))
+    tape.op(10, phase="backward")
+    played = tape.play()
+    assert played.now_s == pytest.approx(12)  # 1, then 3 seconds' work in 4, then 7
+    assert played.contention_s == pytest.approx(1)
+
+
+# -- plans of real models ----------------------------------------------------------------------------------------------
+
+MESHES: dict[str, tuple[dict[str, int], tuple[int, ...]]] = {
+    "dp4": ({"dp": 4}, (0,)),
+    "dp2-tp2": ({"dp": 2, "tp": 2}, (0,)),
+    "hsdp-tp": ({"dp_replicate": 2, "dp_shard": 2, "tp": 2}, (0, 1)),
+    "tp2": ({"tp": 2}, ()),
+}
+
+
+@lru_cache
+def program_of(name: str) -> Program:
+    model, args, kwargs = build(name)
+    return captured(model, kwargs, args)
+
+
+@lru_cache
+def llama(layers: int = 3) -> tuple[nn.Module, Program]:
+    """LLaMA of 3 layers, large enough that parameters are worth splitting."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=1024,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    ids = torch.zeros(8, 1024, dtype=torch.long)
+    return model, captured(model, {"input_ids": ids, "labels": ids})
+
+
+@lru_cache
+def planned_llama(strategy: str, dp: int, tp: int) -> tuple[Space, tuple[int, ...]]:
+    mesh = {"dp": dp, "tp": tp} if tp > 1 else {"dp": dp}
+    space = search_space(llama()[1], topology(hardware("h100"), mesh), (0,), strategy=strategy)
+    priced = price(space)
+    return space, priced.assignment(solve(priced.problem, gap=1e-3).picks, len(space.sites))
+
+
+@lru_cache
+def played(strategy: str, dp: int, tp: int = 1, **options: Any) -> Schedule:
+    return play(*planned_llama(strategy, dp, tp), **options)
+
+
+@pytest.mark.parametrize(("name", "mesh"), [*(("llama", mesh) for mesh in MESHES), ("gpt2", "hsdp-tp")])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "megatron", "auto"])
+def test_what_is_priced_is_what_is_emitted(name: str, strategy: str, mesh: str) -> None:
+    shape, batch_axes = MESHES[mesh]
+    space, assignment, local = planned(program_of(name), shape, strategy, batch_axes)
+    schedule = play(space, assignment)
+    priced = [(c.kind, c.group, c.bytes, c.phase, c.module, c.source) for c in schedule.collectives]
+    emitted = [(c.kind, c.group, c.full_bytes, c.phase, c.module, c.source) for c in ledger(local)]
+    assert priced == emitted
+    assert all(c.seconds > 0 and c.exposed_s >= 0 and c.hidden_s >= 0 for c in schedule.collectives)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "megatron", "auto"])
+def test_times_add_up(strategy: str) -> None:
+    schedule = played(strategy, 4, 2)
+    assert schedule.collectives
+    for each in schedule.collectives:
+        assert each.exposed_s + each.hidden_s == pytest.approx(each.seconds)
+        assert each.exposed_s >= 0
+        assert each.hidden_s >= 0
+    total = sum(each.seconds for each in schedule.collectives)
+    assert sum(schedule.exposed_s.values()) + sum(schedule.hidden_s.values()) == pytest.approx(total)
+    busy = schedule.compute_s + schedule.contention_s
+    assert schedule.micro_batch_s == pytest.approx(busy + schedule.exposed_total_s)
+    assert schedule.step_time_s == pytest.approx(schedule.micro_batch_s + schedule.optimizer_s)
+    assert sum(schedule.compute_by_kind.values()) == pytest.approx(schedule.compute_s)
+
+
+def test_a_single_stream_cannot_hide_more_than_there_is_compute() -> None:
+    schedule = played("fsdp", 8)
+    total = sum(each.seconds for each in schedule.collectives)
+    assert schedule.exposed_total_s >= total - schedule.compute_s - schedule.contention_s - 1e-12
+
+
+def parameter_bytes() -> int:
+    return sum(p.numel() * p.element_size() for p in llama()[0].parameters())
+
+
+def test_ddp_moves_every_gradient_twice_around_the_ring() -> None:
+    gradients = [c for c in played("ddp", 4).collectives if c.role == "gradient"]
+    volume = sum(c.bytes * (2 if c.kind == "all_reduce" else 1) for c in gradients)
+    assert volume == 2 * parameter_bytes()
+
+
+def test_fsdp_gathers_every_parameter_twice_and_scatters_its_gradient_once() -> None:
+    collectives = played("fsdp", 4).collectives
+    gathered = {
+        phase: [c for c in collectives if c.role == "parameter" and c.phase == phase]
+        for phase in ("forward", "backward")
+    }
+    # The embedding is looked up in forward only; its gradient does not read it.
+    names = {phase: {c.value for c in found} for phase, found in gathered.items()}
+    assert names["forward"] - names["backward"] == {"model.embed_tokens.weight"}
+    embedding = 1024 * 512 * 4
+    assert sum(c.bytes for c in gathered["forward"]) == parameter_bytes()
+    assert sum(c.bytes for c in gathered["backward"]) == parameter_bytes() - embedding
+    scattered = [c for c in collectives if c.role == "gradient"]
+    assert {c.kind for c in scattered} == {"reduce_scatter"}
+    assert sum(c.bytes for c in scattered) == parameter_bytes()
+
+
+def test_megatron_moves_each_layers_activations_four_times_a_phase() -> None:
+    schedule = played("megatron", 2, 2)
+    whole = 4 * 1024 * 512 * 4  # batch per data-parallel rank, sequence, hidden, float
+    for phase in ("forward", "backward"):
+        sent = [c for c in schedule.collectives if c.axes == ("tp",) and c.phase == phase and c.role == "activation"]
+        inner = [c for c in sent if c.module.startswith("model.layers.1.")]
+        assert {c.bytes for c in inner} == {whole}
+        rings = sum(2 if c.kind == "all_reduce" else 1 for c in inner)
+        assert rings == 4, [(c.kind, c.module) for c in inner]
+
+
+def test_reasons_name_the_parameter_and_the_dim() -> None:
+    reasons = {c.reason for c in played("megatron", 2, 2).collectives}
+    assert "gather model.layers.*.self_attn.q_proj.weight for compute" in reasons
+    assert "add up the gradient of model.layers.*.mlp.up_proj.weight" in reasons
+    start = "add the partial sums of model.layers.*.mlp.down_proj: mm"
+    assert any(reason.startswith(start) for reason in reasons)
+
+
+# -- the optimizer and micro-batches -----------------------------------------------------------------------------------
+
+
+def test_micro_batches_repeat_all_but_the_update() -> None:
+    one, four = played("fsdp", 4), played("fsdp", 4, accumulate=4)
+    assert four.step_time_s == pytest.approx(4 * one.micro_batch_s + one.optimizer_s)
+    assert four.memory.by_kind.get("gradients", 0) > one.memory.by_kind.get("gradients", 0)
+    with pytest.raises(ValueError, match="accumulate is 0"):
+        played("fsdp", 4, accumulate=0)
+
+
+def test_the_update_moves_a_ranks_own_state() -> None:
+    device = hardware("h100").device
+    elements = parameter_bytes() // 4 // 4
+    moved = elements * (3 * 4 + 2 * 8)  # parameter twice, gradient once, two fp32 states twice
+    seconds = moved / (device.memory_bytes_per_s * device.memory_efficiency)
+    assert played("fsdp", 4).optimizer_s == pytest.approx(seconds)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+class Products(nn.Module):
+    """Two products and a sum: nothing to fuse, nothing to compute again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(256, 1024, bias=False)
+        self.b = nn.Linear(1024, 128, bias=False)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.b(self.a(x)).sum()}
+
+
+def test_memory_of_two_products_by_hand() -> None:
+    program = captured(Products(), {"x": torch.randn(64, 256)})
+    space = search_space(program, topology(hardware("h100"), {"tp": 2}), ())
+    whole = "()R,->[] "
+    assignment = [next(i for i, o in enumerate(x.options) if set(option_text(x, o)) <= set(whole)) for x in space.sites]
+    schedule = play(space, assignment, optimizer="sgd")
+    assert not schedule.collectives
+    a, b, x, hidden = 1024 * 256 * 4, 128 * 1024 * 4, 64 * 256 * 4, 64 * 1024 * 4
+    # Most is alive while a's gradient is computed: parameters, x, the loss's tangent (a scalar takes 512 bytes), b's
+    # gradient, and the hidden activation's.
+    assert schedule.memory.by_kind == {
+        "parameters": a + b,
+        "gradients": a + b,
+        "working": hidden,
+        "inputs": x + 512,
+    }
+    assert schedule.peak_moment == "backward: mm in a"
+    assert schedule.peak_memory_bytes == 2 * (a + b) + x + hidden + 512
+
+
+def test_state_sharding_divides_what_is_at_rest() -> None:
+    ddp, fsdp = played("ddp", 4).memory.by_kind, played("fsdp", 4).memory.by_kind
+    assert ddp["parameters"] == parameter_bytes()
+    assert fsdp["parameters"] == parameter_bytes() // 4
+    assert ddp["optimizer"] == 2 * parameter_bytes()
+    assert fsdp["optimizer"] == parameter_bytes() // 2
+
+
+def test_two_layers_are_gathered_at_a_time() -> None:
+    memory = played("fsdp", 4, events=True).memory
+    layer = sum(p.numel() * 4 for n, p in llama()[0].named_parameters() if "layers.0." in n)
+    ends = 2 * 1024 * 512 * 4 + 512 * 4
+    assert memory.by_kind.get("gathered", 0) <= 2 * max(layer, ends)
+
+
+def test_the_peak_is_the_highest_point_of_the_timeline() -> None:
+    schedule = played("megatron", 2, 2, events=True)
+    assert max(size for _, size in schedule.memory.timeline) == schedule.peak_memory_bytes
+    assert sum(schedule.memory.by_kind.values()) == schedule.peak_memory_bytes
+
+
+def test_a_pointwise_chain_is_computed_again_and_not_kept() -> None:
+    """silu(gate) * up is no tensor of the forward's: backward reads gate and up, which are kept."""
+    names = [top.name for top in played("ddp", 4).memory.top if top.kind == "activations"]
+    assert any("gate_proj: mm" in name for name in names)
+    assert not any("act_fn" in name for name in names)
+
+
+def test_events_lie_on_their_streams_without_overlap() -> None:
+    schedule = played("megatron", 2, 2, events=True)
+    assert {event.stream for event in schedule.events} == {"compute", "dp", "tp"}
+    for stream in ("compute", "dp", "tp"):
+        mine = sorted((e.start_s, e.end_s) for e in schedule.events if e.stream == stream)
+        assert all(a[1] <= b[0] + 1e-12 for a, b in pairwise(mine))
+    assert not played("megatron", 2, 2).events
