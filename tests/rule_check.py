@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ def _cuts(shape: Sequence[int]) -> list[int]:
     return [part for n in shape for part in ((2, n // 2) if n > 2 and n % 2 == 0 else (n,))]
 
 
-def one_op(sample: Sample, cut: str = "") -> OneOp:
+def one_op(sample: Sample, cut: str = "", form: Callable[[Call], Form] = form_of) -> OneOp:
     """The op in a graph; `cut` "operands" or "results" has views beside it that see each even dim as two."""
     graph, mode = fx.Graph(), FakeTensorMode()
     inputs: list[Input] = []
@@ -121,15 +121,16 @@ def one_op(sample: Sample, cut: str = "") -> OneOp:
     program = Program(fx.GraphModule(torch.nn.Module(), graph), tuple(inputs), (), None, {}, None, {})
     folding = fold(program)
     forms = [_form(members[0]) for members in folding.members]
-    ops = expand(program, folding, forms)
     index = folding.of[checked]
+    forms[index] = form(call_of(checked))
+    ops = expand(program, folding, forms)
     return OneOp(checked, call_of(checked), forms[index], ops[index])
 
 
 def _form(node: fx.Node) -> Form:
     build = FormBuilder()
     if node.op == "call_function":
-        return build.form([], []) if node.target is operator.getitem else form_of(call_of(node))
+        return form_of(call_of(node)) if node.target is aten.view.default else build.form([], [])
     facts = facts_of(node.meta["val"])
     assert facts is not None
     return build.form([], [build.dims(facts.shape)])
@@ -190,7 +191,13 @@ def together(
 
 
 # -------------------------------------------------------------------------------------------------------------- running
-def run_option(one: OneOp, option: Option, sizes: Sequence[int], operands: Sequence[Tensor]) -> list[list[Any]]:
+def run_option(
+    one: OneOp,
+    option: Option,
+    sizes: Sequence[int],
+    operands: Sequence[Tensor],
+    localizer: Callable[[LocalOp], fx.Node] = run_locally,
+) -> list[list[Any]]:
     """Per rank, what the op's local form gives on that rank's operands (one list entry per result)."""
     names = "abcd"[: len(sizes)]
     emit = Emitter(fx.Graph(), FakeTensorMode(), topology(hardware("cpu"), dict(zip(names, sizes, strict=True))))
@@ -204,7 +211,7 @@ def run_option(one: OneOp, option: Option, sizes: Sequence[int], operands: Seque
         tuple(_merged(dims, local_shape([n for dim in dims for n in dim], layout, sizes)))
         for dims, layout in zip(one.op.results, option.results, strict=True)
     )
-    made = run_locally(LocalOp(emit, one.node, one.call, one.op, tuple(nodes), option.operands, option.results, shapes))
+    made = localizer(LocalOp(emit, one.node, one.call, one.op, tuple(nodes), option.operands, option.results, shapes))
     ranks = list(itertools.product(*map(range, sizes)))
     found = []
     for rank, coordinate in enumerate(ranks):
@@ -224,9 +231,15 @@ def run_option(one: OneOp, option: Option, sizes: Sequence[int], operands: Seque
     return found
 
 
-def check(sample: Sample, sizes: Sequence[int], cut: str = "", limit: int = 60) -> int:
-    """Run every option of the sample's op on a mesh of `sizes` (at most `limit`, drawn); how many were run."""
-    one = one_op(sample, cut)
+def check(
+    sample: Sample, sizes: Sequence[int], cut: str = "", limit: int = 60, form: Callable[[Call], Form] | None = None
+) -> int:
+    """Run every option of the sample's op on a mesh of `sizes` (at most `limit`, drawn); how many were run.
+
+    With a `form` the op runs on its parts as it is, as an op without a rule does.
+    """
+    one = one_op(sample, cut, form or form_of)
+    localizer = run_locally if form is None else LocalOp.as_is
     operands = [leaf for leaf in pytree.tree_leaves((sample.args, sample.kwargs)) if isinstance(leaf, Tensor)]
     whole = run(sample.target, sample.args, sample.kwargs)
     wholes = list(whole) if isinstance(whole, list | tuple) else [whole]
@@ -235,7 +248,7 @@ def check(sample: Sample, sizes: Sequence[int], cut: str = "", limit: int = 60) 
         options = random.Random(0).sample(options, limit)
     for option in options:
         try:
-            found = run_option(one, option, sizes, operands)
+            found = run_option(one, option, sizes, operands, localizer)
             for r, expected in enumerate(wholes):
                 if expected is None or r in sample.skip:
                     continue

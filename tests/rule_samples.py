@@ -145,6 +145,12 @@ def _pointwise() -> list[Sample]:
         s(aten.eq.Tensor, i(3, 4, 6), i(3, 6), splits=2),
         s(aten.silu_backward.default, f(4, 6), f(4, 6), splits=2),
         s(aten.relu.default, f(), splits=0),
+        s(aten.clamp.default, f(4, 6), -0.5, 0.5, splits=2),
+        s(aten.clip.default, f(4, 6), min=0, splits=2),
+        s(aten.clamp.Tensor, f(4, 6), f(6), p(4, 1), splits=2),
+        s(aten.clip.Tensor, f(4, 6), max=f(4, 6), splits=2),
+        s(aten.div.Scalar_mode, f(4, 6), 2.0, rounding_mode="trunc", splits=2),
+        s(aten.round.decimals, f(4, 6), decimals=2, splits=2),
     ]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from passes.rules.call import Call, Operand
 from passes.rules.form import Form, FormBuilder
-from passes.rules.table import POINTWISE, rule
+from passes.rules.table import POINTWISE, rule, whole_form
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -30,15 +30,17 @@ _COPIES = {
 
 
 def broadcast_form(call: Call, linear: Iterable[Iterable[int]] = ()) -> Form:
-    """Form of an op whose results all have the operands' broadcast shape."""
-    shape = next(result.shape for result in call.results if result is not None)
+    """Form of an op whose results all have the operands' broadcast shape; the whole form where they have not."""
+    shape = torch.broadcast_shapes(*(operand.shape for operand in call.operands))
+    if any(result is None or result.shape != shape for result in call.results):
+        return whole_form(call)
     build = FormBuilder()
     dims = build.dims(shape)
     operands = []
     for operand in call.operands:
         skip = len(shape) - len(operand.shape)
         operands.append(tuple(dims[skip + i] if size > 1 else () for i, size in enumerate(operand.shape)))
-    return build.form(operands, [dims if result else () for result in call.results], linear)
+    return build.form(operands, [dims for _ in call.results], linear)
 
 
 def _is_float(call: Call) -> bool:

@@ -1,0 +1,438 @@
+"""A rule for an op that no table knows, found by running the op on shards.
+
+The op is tried on small tensors of random values: dims of equal size are split together, and where the results of the
+parts, put end to end, added up or taken the maximum of, are the result of the whole, these dims are a factor. Every
+factor is tried again on other sizes, other values and other numbers of parts, down to parts of one entry. Arguments
+are passed as they are: where one holds a size, the parts come out wrong and no factor is found.
+
+Nothing is tried of an op that is random, writes to its arguments, or gives results whose shape depends on values. The
+trials run in a child process: kernels that trust their caller's shapes may crash on parts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import select
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from string import ascii_letters
+from typing import Any, Literal, NoReturn, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from passes.rules.call import Call, Operand, TensorFacts
+from passes.rules.form import Dims, Form, FormBuilder
+from passes.rules.table import whole_form
+
+Together = int | Literal["sum", "max"]
+"""How results of parts recombine: end to end along a dim, or by a reduction."""
+
+_STAND_INS = (
+    (6, 4, 9, 8, 12, 16, 18, 24),
+    (10, 15, 5, 20, 25, 30, 35, 40),
+    (14, 21, 7, 28, 35, 42, 49, 56),
+)
+"""Sizes tried, one list per round: parts have 2, 3, 5 or 7 entries, or a single one."""
+_MOST_ELEMENTS = 2**22
+_MOST_CANDIDATES = 600
+_LONGEST_S = 20.0
+_POSITIONS = {"dim", "dims", "axis", "axes", "dim0", "dim1", "dim2", "start_dim", "end_dim"}
+"""Arguments whose integers count dims, not entries."""
+_NEVER = (
+    torch.Tag.nondeterministic_seeded,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.data_dependent_output,
+    torch.Tag.inplace_view,
+)
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """The form of an op as execution shows it, and a line for the report."""
+
+    form: Form
+    line: str
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """Dims that are split together (one per operand, None where it has no part in it), and how results recombine."""
+
+    dims: tuple[int | None, ...]
+    together: tuple[Together, ...]
+
+
+class _RefusedError(Exception):
+    """Why an op is not tried, or what went wrong."""
+
+
+_found: dict[str, Discovery] = {}
+
+
+def discover(call: Call) -> Discovery:
+    """What the op allows to be split, by trying; the whole form where nothing does. Equal calls are tried once."""
+    key = str(call)
+    if key not in _found:
+        try:
+            _found[key] = _discovery(call, _apart(lambda: _factors(call)))
+        except _RefusedError as refusal:
+            _found[key] = Discovery(whole_form(call), f"{call.target}: no rule; runs whole on every rank: {refusal}")
+    return _found[key]
+
+
+def _discovery(call: Call, factors: Sequence[_Factor]) -> Discovery:
+    build = FormBuilder()
+    operands = [[build.factor(n, whole=True) for n in facts.shape] for facts in call.operands]
+    results = [[build.factor(n, whole=True) for n in facts.shape] if facts else [] for facts in call.results]
+    letters: dict[int, str] = {}
+    for factor in factors:
+        size = next(f.shape[d] for f, d in zip(call.operands, factor.dims, strict=True) if d is not None)
+        reductions = {t for t in factor.together if not isinstance(t, int)}
+        (made,) = build.factor(size, reduce=next(iter(reductions), None))
+        letters[made] = ascii_letters[len(letters)]
+        for dims, d in zip(operands, factor.dims, strict=True):
+            if d is not None:
+                dims[d] = (made,)
+        for dims, t in zip(results, factor.together, strict=True):
+            if isinstance(t, int):
+                dims[t] = (made,)
+    if not factors:
+        raise _RefusedError("no split of its operands gives parts of its results")
+
+    def text(tensors: Sequence[Sequence[tuple[int, ...]]]) -> str:
+        return ",".join("".join(letters.get(dim[0], "_") if dim else "1" for dim in dims) for dims in tensors)
+
+    reduced = [f"{letters[f]} by {how}" for f, how in build.reduces.items()]
+    rule = f"{text(operands)}->{text(results)}" + (f" ({', '.join(reduced)})" if reduced else "")
+    # The dims that became part of a factor left their own one behind, which no tensor has: drop those.
+    form = _without_unused(build, [tuple(dims) for dims in operands], [tuple(dims) for dims in results])
+    return Discovery(form, f"{call.target}: no rule; found by running it on shards: {rule}")
+
+
+def _without_unused(build: FormBuilder, operands: Sequence[Dims], results: Sequence[Dims]) -> Form:
+    used = sorted({f for dims in (*operands, *results) for dim in dims for f in dim})
+    place = {f: i for i, f in enumerate(used)}
+
+    def renamed(dims: Dims) -> Dims:
+        return tuple(tuple(place[f] for f in dim) for dim in dims)
+
+    return Form(
+        tuple(map(renamed, operands)),
+        tuple(map(renamed, results)),
+        tuple(build.sizes[f] for f in used),
+        frozenset(place[f] for f in build.whole if f in place),
+        {place[f]: how for f, how in build.reduces.items()},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- a process apart
+def _apart(work: Callable[[], tuple[_Factor, ...]]) -> tuple[_Factor, ...]:
+    """What `work` gives when a child process runs it.
+
+    Raises:
+        _RefusedError: `work` raises it, crashes or takes too long.
+    """
+    if not hasattr(os, "fork"):
+        raise _RefusedError("this platform has no fork, under which it could be tried")
+    receiver, sender = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the child runs one thread and never returns to the caller's code
+        child = os.fork()
+    if child == 0:
+        _work_in_child(work, sender)
+    os.close(sender)
+    said = _read(receiver, child)
+    os.waitpid(child, 0)
+    if not said:
+        raise _RefusedError("it crashed, or took longer than 20 seconds, when it was tried on parts")
+    result = pickle.loads(said)
+    if isinstance(result, str):
+        raise _RefusedError(result)
+    return cast(tuple[_Factor, ...], result)
+
+
+def _work_in_child(work: Callable[[], tuple[_Factor, ...]], sender: int) -> NoReturn:
+    try:
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        torch.set_num_threads(1)
+        try:
+            result: tuple[_Factor, ...] | str = work()
+        except _RefusedError as refusal:
+            result = str(refusal)
+        with os.fdopen(sender, "wb") as pipe:
+            pipe.write(pickle.dumps(result))
+    finally:
+        os._exit(0)
+
+
+def _read(receiver: int, child: int) -> bytes:
+    """All that the child writes; nothing where it has not finished in time, and then it is stopped."""
+    said, deadline = b"", time.monotonic() + _LONGEST_S
+    with os.fdopen(receiver, "rb", buffering=0) as pipe:
+        while True:
+            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                os.kill(child, signal.SIGKILL)
+                return b""
+            piece = pipe.read(65536)
+            if not piece:
+                return said
+            said += piece
+
+
+# ------------------------------------------------------------------------------------------------------------- trying
+def _refusal(call: Call) -> str | None:
+    schema = getattr(call.target, "_schema", None)
+    tags = getattr(call.target, "tags", ())
+    if schema is None:
+        return "it is no operator with a schema"
+    if schema.is_mutable:
+        return "it writes to its arguments"
+    if any(tag in tags for tag in _NEVER):
+        return "it is random, or its result's shape depends on values"
+    if not call.operands:
+        return "it has no tensor arguments"
+    if not call.results or any(facts is None for facts in call.results):
+        return "some of its results are no tensors"
+    return None
+
+
+def _holds_sizes(call: Call) -> bool:
+    """Whether an argument holds integers that may be counts of entries."""
+    sizes = False
+
+    def look(value: Any) -> None:
+        nonlocal sizes
+        if isinstance(value, list | tuple):
+            for item in value:
+                look(item)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            sizes = True
+
+    for name, value in call.arguments.items():
+        if name not in _POSITIONS:
+            look(value)
+    return sizes
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def _real(call: Call) -> Shapes:
+    return tuple(facts.shape for facts in call.operands)
+
+
+def _stand_ins(call: Call, sizes: Sequence[int], rotate: int) -> Shapes:
+    """Small shapes in which equal sizes are equal, `rotate` deciding which stands for which."""
+    real = sorted({n for shape in _real(call) for n in shape if n > 1})
+    if len(real) > len(sizes):
+        raise _RefusedError(f"its tensors have {len(real)} distinct sizes, too many to try")
+    small = {n: sizes[(i + rotate) % len(real)] for i, n in enumerate(real)}
+    return tuple(tuple(small.get(n, n) for n in shape) for shape in _real(call))
+
+
+def _factors(call: Call) -> tuple[_Factor, ...]:
+    refusal = _refusal(call)
+    if refusal is not None:
+        raise _RefusedError(refusal)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        if not _holds_sizes(call):
+            tried = [_stand_ins(call, sizes, rotate) for rotate, sizes in enumerate(_STAND_INS)]
+            if all(_runs(call, shapes) for shapes in tried):
+                return _search(call, tried)
+        if sum(math.prod(shape) for shape in _real(call)) > _MOST_ELEMENTS:
+            raise _RefusedError("its arguments hold sizes, and its tensors are too large to try")
+        if not _runs(call, _real(call)):
+            raise _RefusedError("it does not run on random values")
+        return _search(call, [_real(call)])
+
+
+def _search(call: Call, tried: Sequence[Shapes]) -> tuple[_Factor, ...]:
+    trials = [_Trial(call, shapes, values) for shapes in tried for values in range(len(_VALUES))]
+    trials = [trial for trial in trials if trial.wholes is not None]
+    accepted: list[_Factor] = []
+    for dims in _candidates(call):
+        taken = {(k, d) for factor in accepted for k, d in enumerate(factor.dims) if d is not None}
+        if any((k, d) in taken for k, d in enumerate(dims) if d is not None):
+            continue
+        together = _recombination(call, dims, trials)
+        if together is None:
+            continue
+        made = {(r, t) for factor in accepted for r, t in enumerate(factor.together) if isinstance(t, int)}
+        if not any((r, t) in made for r, t in enumerate(together)):
+            accepted.append(_Factor(dims, together))
+    return tuple(accepted)
+
+
+def _candidates(call: Call) -> Iterator[tuple[int | None, ...]]:
+    """Dims of equal size, at most one per operand; those of more operands first.
+
+    An operand of integers takes part in every split: it may hold positions in what is split, and random ones say little.
+    """
+    shapes = _real(call)
+    integers = {k for k, facts in enumerate(call.operands) if _is_integer(facts.dtype)}
+    found: list[tuple[int | None, ...]] = []
+    for size in sorted({n for shape in shapes for n in shape if n > 1}):
+        choices = [[d for d, n in enumerate(shape) if n == size] for shape in shapes]
+        if len(found) + math.prod(len(dims) + 1 for dims in choices) > _MOST_CANDIDATES:
+            raise _RefusedError("it has too many tensor arguments to try")
+        found += [
+            dims
+            for dims in product(*([None, *dims] for dims in choices))
+            if any(d is not None for d in dims) and all(dims[k] is not None for k in integers)
+        ]
+    yield from sorted(found, key=lambda dims: -sum(d is not None for d in dims))
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+_VALUES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x,
+    lambda x: 30 * x,
+    lambda x: x.abs() + 0.1,
+    lambda x: x.tanh() / 2 + 0.5,
+)
+"""Numbers to try: around 0, large ones, positive ones, and probabilities."""
+
+
+def _tensor(facts: TensorFacts, shape: Sequence[int], values: int, generator: torch.Generator) -> Tensor:
+    normal = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    if facts.dtype == torch.bool:
+        return normal > 0
+    if facts.dtype.is_floating_point:
+        return _VALUES[values](normal).to(facts.dtype)
+    if facts.dtype.is_complex:
+        other = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+        return torch.complex(_VALUES[values](normal), _VALUES[values](other)).to(facts.dtype)
+    high = (2, 1000, 6, 3)[values]
+    return torch.randint(0, high, tuple(shape), generator=generator).to(facts.dtype)
+
+
+def _operands(call: Call, shapes: Shapes, values: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(values)
+    return [_tensor(facts, shape, values, generator) for facts, shape in zip(call.operands, shapes, strict=True)]
+
+
+def _run(call: Call, operands: Sequence[Tensor]) -> list[Tensor] | None:
+    """Its results; None where it refuses."""
+    given = tree_map_only(Operand, lambda operand: operands[operand.index].clone(), call.arguments)
+    args, kwargs = [], {}
+    for argument in call.target._schema.arguments:
+        if argument.name not in given:
+            break
+        if argument.kwarg_only:
+            break
+        args.append(given.pop(argument.name))
+    kwargs = given
+    try:
+        value = call.target(*args, **kwargs)
+    except Exception:  # whatever an op does not like about a part, it cannot be split so
+        return None
+    results = list(value) if isinstance(value, list | tuple) else [value]
+    return results if all(isinstance(x, Tensor) for x in results) else None
+
+
+def _runs(call: Call, shapes: Shapes) -> bool:
+    return any(_Trial(call, shapes, values).wholes is not None for values in range(len(_VALUES)))
+
+
+class _Trial:
+    """The op on whole tensors of `shapes`; `wholes` is None where it refuses or is not the same twice."""
+
+    def __init__(self, call: Call, shapes: Shapes, values: int) -> None:
+        self.call = call
+        self.operands = _operands(call, shapes, values)
+        self.wholes = _run(call, self.operands)
+        again = _run(call, self.operands) or []
+        if (
+            self.wholes is None
+            or not len(again) == len(self.wholes) == len(call.results)
+            or not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(self.wholes, again, strict=True))
+        ):
+            self.wholes = None
+
+    def parts(self, dims: Sequence[int | None]) -> Iterator[list[list[Tensor]]]:
+        """For each number of parts, per part the results of the op on it; an empty list where it refuses."""
+        size = next(x.shape[d] for x, d in zip(self.operands, dims, strict=True) if d is not None)
+        counts = [n for n in range(2, min(size, 16) + 1) if size % n == 0]
+        if size <= 64 and size not in counts:
+            counts.append(size)
+        for count in counts:
+            found: list[list[Tensor]] = []
+            cut = [
+                [x] * count if d is None else list(x.chunk(count, d)) for x, d in zip(self.operands, dims, strict=True)
+            ]
+            for operands in zip(*cut, strict=True):
+                results = _run(self.call, [x.contiguous() for x in operands])
+                if results is None:
+                    found = []
+                    break
+                found.append(results)
+            yield found
+
+
+def _recombination(call: Call, dims: tuple[int | None, ...], trials: Sequence[_Trial]) -> tuple[Together, ...] | None:
+    """How each result recombines in every trial; None where one does not."""
+    size = next(f.shape[d] for f, d in zip(call.operands, dims, strict=True) if d is not None)
+    possible: list[set[Together]] = []
+    for facts in call.results:
+        assert facts is not None
+        ways: set[Together] = {d for d, n in enumerate(facts.shape) if n == size}
+        possible.append(ways | {"sum", "max"} if facts.dtype.is_floating_point else ways)
+    telling = [False] * len(possible)
+    for trial in trials:
+        assert trial.wholes is not None
+        for parts in trial.parts(dims):
+            if not parts:
+                return None
+            for r, whole in enumerate(trial.wholes):
+                mine = [results[r] for results in parts]
+                possible[r] = {how for how in possible[r] if _is_whole(mine, how, whole)}
+                telling[r] = telling[r] or _tells(whole)
+                if not possible[r]:
+                    return None
+    if not all(telling):
+        return None
+    chosen = [min(ways, key=lambda how: (not isinstance(how, int), str(how))) for ways in possible]
+    if len({how for how in chosen if not isinstance(how, int)}) > 1:
+        return None
+    return tuple(chosen)
+
+
+def _tells(whole: Tensor) -> bool:
+    """Whether a result could tell a right recombination from a wrong one: it is not the same everywhere."""
+    return whole.numel() > 0 and bool((whole != whole.flatten()[0]).any() or whole.numel() == 1)
+
+
+def _is_whole(parts: Sequence[Tensor], how: Together, whole: Tensor) -> bool:
+    if isinstance(how, int):
+        if any(part.dim() != whole.dim() for part in parts):
+            return False
+        shapes = [[n for d, n in enumerate(part.shape) if d != how] for part in parts]
+        rest = [n for d, n in enumerate(whole.shape) if d != how]
+        if any(shape != rest for shape in shapes) or sum(part.shape[how] for part in parts) != whole.shape[how]:
+            return False
+        if len({part.shape[how] for part in parts}) > 1:
+            return False
+        made = torch.cat(list(parts), how)
+    else:
+        if any(part.shape != whole.shape for part in parts):
+            return False
+        stacked = torch.stack([part.double() for part in parts])
+        made = (stacked.sum(0) if how == "sum" else stacked.amax(0)).to(whole.dtype)
+    if made.dtype != whole.dtype:
+        return False
+    if not (whole.dtype.is_floating_point or whole.dtype.is_complex):
+        return torch.equal(made, whole)
+    eps = torch.finfo(whole.dtype).eps
+    scale = whole.abs().nan_to_num(0, 0, 0).max().item() if whole.numel() else 0.0
+    return torch.allclose(made, whole, rtol=64 * eps, atol=16 * eps * scale, equal_nan=True)
