@@ -1,0 +1,61 @@
+"""The shortest training script: an unmodified Hugging Face model on as many ranks as torchrun starts.
+
+torchrun --nproc-per-node 4 examples/train.py --steps 20
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.distributed as dist
+from source_text import VOCABULARY, global_batch, source_text
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import autopar
+
+
+def main() -> None:
+    """Train and print the loss."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=4, help="rows per data-parallel rank and step")
+    parser.add_argument("--no-compile", action="store_true")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    ranks = dist.get_world_size()
+    tp = 2 if ranks % 2 == 0 else 1
+    mesh = init_device_mesh(device, (ranks // tp, tp), mesh_dim_names=("dp", "tp"))
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    text, length = source_text(), 128
+    example = torch.zeros(arguments.rows, length, dtype=torch.long)
+    model = autopar.parallelize(
+        model, mesh, {"input_ids": example, "labels": example},
+        options=autopar.Options(compile=not arguments.no_compile),
+    )  # fmt: skip
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(arguments.steps):
+        whole = global_batch(text, step, arguments.rows * (ranks // tp), length)
+        ids = whole.chunk(ranks // tp)[mesh.get_local_rank("dp")].to(device)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optim.step()
+        optim.zero_grad()
+        if dist.get_rank() == 0:
+            print(f"step {step:3d}  loss {loss.item():.4f}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
