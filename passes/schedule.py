@@ -292,7 +292,7 @@ class _Player:
                 forward, self.forward_end_s = False, self.now_s
             cost = found.costs[item.site]
             late = [slot for slot in found.reads[index] if slot in self.brought]
-            if late and (cost.fusing == "view" or self.words.gradient(item.node) is not None):
+            if late and (cost.fusing == "view" or self._only_gradients(item.node)):
                 self._put_off(index, late, cost.seconds)
                 continue
             for slot in late:
@@ -381,6 +381,10 @@ class _Player:
                 self.running.append((start_s, end_s, share))
             ready_s = end_s
         self.brought[target] = (ready_s, last, slices_s)
+
+    def _only_gradients(self, node: fx.Node) -> bool:
+        """Whether an op works on a finished gradient on its way out, and on nothing else."""
+        return all(self.words.gradient(operand) is not None for operand in node.all_input_nodes)
 
     def _put_off(self, index: int, late: Sequence[int], seconds: float) -> None:
         """A view, or what is still to do to a gradient: nothing waits for it now; whoever reads its result does."""
