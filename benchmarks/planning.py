@@ -1,0 +1,156 @@
+"""CPU time and memory of planning, stage by stage: `python benchmarks/planning.py [llama3-8b] [llama3-405b] ...`.
+
+Prints, for each model, the seconds of each stage, their ratio to a bare capture of the same graph (`make_fx` over the
+training step on fake tensors, measured in the same process unless `--no-bare`), and the peak memory of the process.
+`--depth` adds the same model at a quarter of its layers, for what planning costs by depth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from passes.analysis import analyse
+from passes.capture import capture
+from passes.pipeline import on_mesh, prepare
+from passes.price import price
+from passes.rewrite import rewrite
+from passes.schedule import play
+from passes.solve import solve
+from passes.space import search_space
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, its mesh and the batch of one data-parallel rank."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mesh: tuple[tuple[str, int], ...]
+    batch: int
+    sequence: int
+
+
+JOBS = {
+    "llama3-8b": Job(4096, 14336, 32, 32, 8, (("dp", 8), ("tp", 8)), 2, 2048),
+    "llama3-8b-hsdp": Job(4096, 14336, 32, 32, 8, (("dp_replicate", 2), ("dp_shard", 4), ("tp", 8)), 2, 2048),
+    "llama3-70b": Job(8192, 28672, 80, 64, 8, (("dp", 64), ("tp", 8)), 1, 4096),
+    "llama3-405b": Job(16384, 53248, 126, 128, 8, (("dp", 128), ("tp", 8)), 1, 8192),
+}
+
+
+def model_of(job: Job, layers: int) -> nn.Module:
+    """The model on the meta device, in bf16."""
+    config = LlamaConfig(
+        hidden_size=job.hidden,
+        intermediate_size=job.ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=job.heads,
+        num_key_value_heads=job.kv_heads,
+        vocab_size=128256,
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def bare_capture(model: nn.Module, ids: torch.Tensor) -> None:
+    """The training step as `make_fx` records it, with nothing of ours."""
+    parameters = dict(model.named_parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {n: torch.empty(p.shape, dtype=p.dtype, requires_grad=True) for n, p in parameters.items()}
+        fake |= {n: torch.empty(b.shape, dtype=b.dtype) for n, b in model.named_buffers()}
+        tokens = torch.empty(ids.shape, dtype=torch.long)
+
+    def step(values: dict[str, torch.Tensor], ids: torch.Tensor) -> Any:
+        loss = torch.func.functional_call(model, values, (), {"input_ids": ids, "labels": ids}).loss
+        return loss, torch.autograd.grad(loss, [values[name] for name in parameters])
+
+    from torch._export.utils import _compiling_state_context
+
+    with mode, _compiling_state_context():
+        make_fx(step)(fake, tokens)
+
+
+def timed(found: dict[str, float], stage: str, work: Callable[[], Any]) -> Any:
+    """`work()`, its CPU seconds added to `found[stage]`."""
+    start = time.process_time()
+    result = work()
+    found[stage] = found.get(stage, 0.0) + time.process_time() - start
+    return result
+
+
+def measure(job: Job, layers: int, *, bare: bool) -> dict[str, float]:
+    """CPU seconds by stage."""
+    found: dict[str, float] = {}
+    model = model_of(job, layers)
+    topology = on_mesh("h100", job.mesh)
+    batch_axes = tuple(i for i, (name, _) in enumerate(job.mesh) if name.startswith("dp"))
+    ways = 1
+    for axis in batch_axes:
+        ways *= job.mesh[axis][1]
+    ids = torch.empty(ways * job.batch, job.sequence, dtype=torch.long, device="meta")
+    if bare:
+        timed(found, "bare capture", lambda: bare_capture(model, ids))
+    call = {"input_ids": ids, "labels": ids}
+    program = timed(found, "capture", lambda: capture(model, (), call, batch_dims=[0, 0], batch_size=len(ids)))
+    program = timed(found, "prepare", lambda: prepare(program))
+    analysis = timed(found, "analyse", lambda: analyse(program))
+    played = []
+    for strategy in ("ddp", "fsdp", "megatron", "auto"):
+        space = timed(
+            found,
+            "options",
+            lambda s=strategy: search_space(program, topology, batch_axes, strategy=s, analysis=analysis),
+        )
+        priced = timed(found, "price", lambda sp=space: price(sp))
+        solution = timed(found, "solve", lambda p=priced: solve(p.problem))
+        assignment = priced.assignment(solution.picks, len(space.sites))
+        schedule = timed(found, "schedule", lambda sp=space, a=assignment: play(sp, a))
+        played.append((schedule.step_time_s, space, assignment, solution.gap))
+    found["largest gap"] = max(gap for *_, gap in played)
+    planning = sum(s for stage, s in found.items() if stage not in ("bare capture", "largest gap"))
+    found["planning, all in"] = planning
+    if bare:
+        found["ratio to bare capture"] = planning / found["bare capture"]
+    _, space, assignment, _ = min(played, key=lambda item: item[0])
+    timed(found, "rewrite (at apply)", lambda: rewrite(space, assignment))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["llama3-8b"], help=", ".join(JOBS))
+    parser.add_argument("--no-bare", action="store_true", help="leave out the bare capture")
+    parser.add_argument("--depth", action="store_true", help="also at a quarter of the layers")
+    options = parser.parse_args()
+    columns: dict[str, dict[str, float]] = {}
+    for name in options.models:
+        if name not in JOBS:
+            parser.error(f"unknown model {name!r}; known are {', '.join(JOBS)}")
+        job = JOBS[name]
+        if options.depth:
+            columns[f"{name}/4"] = measure(job, job.layers // 4, bare=not options.no_bare)
+        columns[name] = measure(job, job.layers, bare=not options.no_bare)
+    stages = list(dict.fromkeys(stage for column in columns.values() for stage in column))
+    rows = [[stage, *(column.get(stage) for column in columns.values())] for stage in stages]
+    print(tabulate(rows, headers=["CPU seconds", *columns], floatfmt=".3f"))
+    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

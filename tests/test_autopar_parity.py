@@ -1,0 +1,119 @@
+"""Training on real gloo ranks against the unmodified model on one device given the whole batch.
+
+Per model, mesh and strategy: loss, every gradient, the gradient norm of each of 5 AdamW steps, and the parameters after
+them. Models, meshes and strategies that share a process group run in one start of the ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from small_models import MODELS, build
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import autopar
+
+MESHES = {(4,): ("dp",), (2, 2): ("dp", "tp")}
+STRATEGIES = ("ddp", "fsdp", "megatron", "auto")
+STEPS = 5
+
+
+def local_batch(value: Any, mesh: DeviceMesh) -> Any:
+    """This data-parallel rank's part of a global input."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.chunk(mesh.size(0))[mesh.get_local_rank(0)]
+
+
+def loss_of(out: Any, sharded: bool, mesh: DeviceMesh | None) -> torch.Tensor:
+    """The model's loss, or the user's own: the mean of the output's squares."""
+    if isinstance(out, torch.Tensor):
+        return out.square().mean()
+    loss: torch.Tensor = out["loss"]
+    return loss
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm().clamp_min(1e-12)).item()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[float], list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(losses, gradient norms, first gradients, last parameters) of a few steps.
+
+    Plain SGD with momentum beside AdamW would say little more; AdamW divides by a gradient's own size, so a parameter
+    whose gradient is rounding noise moves by the learning rate whichever way the noise falls. eps keeps that small.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
+    losses, norms, first = [], [], {}
+    for step in range(STEPS):
+        loss = loss_of(model(*args, **kwargs), False, None)
+        loss.backward()
+        if not step:
+            first = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+        norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, first, {n: whole(p.detach()) for n, p in model.named_parameters()}
+
+
+def check(mesh: DeviceMesh, name: str, strategy: str, compile: bool) -> str:
+    """What differs by more than it may, or "" where nothing does."""
+    model, args, kwargs = build(name)
+    wanted = train(build(name)[0], args, kwargs)
+    local_args = tuple(local_batch(x, mesh) for x in args)
+    local_kwargs = {key: local_batch(x, mesh) for key, x in kwargs.items()}
+    example = (local_args, local_kwargs) if local_args and local_kwargs else local_args or local_kwargs
+    options = autopar.Options(compile=compile)
+    plan = autopar.plan(model, mesh, example, strategy=strategy, options=options)
+    found = train(autopar.apply(model, plan, mesh), local_args, local_kwargs)
+    wrong = []
+    losses = [torch.tensor(x[0]) for x in (found, wanted)]
+    if name == "plain":  # the user's loss is of this rank's part; the whole batch's is the mean over the batch axis
+        torch.distributed.all_reduce(losses[0], group=mesh.get_group(0))
+        losses[0] /= mesh.size(0)
+    if relative(*losses) > 1e-5:
+        wrong.append(f"losses {found[0]} but eager has {wanted[0]}")
+    if relative(torch.tensor(found[1]), torch.tensor(wanted[1])) > 1e-4:
+        wrong.append(f"gradient norms {found[1]} but eager has {wanted[1]}")
+    if set(found[2]) != set(wanted[2]):
+        wrong.append(f"gradients of {sorted(found[2])} but eager has {sorted(wanted[2])}")
+    total = torch.stack([g.norm() for g in wanted[2].values()]).norm()
+    for what, i, tolerance in (("gradient", 2, 1e-4), ("parameter", 3, 1e-4)):
+        for key in wanted[i]:
+            difference = (found[i][key] - wanted[i][key]).norm()
+            scale = wanted[i][key].norm()
+            if difference > tolerance * scale and difference > (1e-7 * total if i == 2 else 0):
+                wrong.append(f"{what} {key}: {(difference / scale).item():.2e} of its norm")
+    return f"{name} {tuple(mesh.shape)} {strategy}: " + "; ".join(wrong) if wrong else ""
+
+
+def check_all(
+    rank: int, ranks: int, name: str, shape: tuple[int, ...], strategies: tuple[str, ...], compile: bool
+) -> str:
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=MESHES[shape])
+    return "\n".join(filter(None, (check(mesh, name, strategy, compile) for strategy in strategies)))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_training_on_real_ranks_is_training_on_one_device(name: str, shape: tuple[int, ...]) -> None:
+    assert set(run_ranks(check_all, 4, name, shape, STRATEGIES, False, timeout_s=280)) == {""}
+
+
+@pytest.mark.timeout(580)
+@pytest.mark.parametrize(("name", "strategy"), [("llama", "megatron"), ("gpt2", "fsdp")])
+def test_compiled_training_is_training_on_one_device(name: str, strategy: str) -> None:
+    assert set(run_ranks(check_all, 4, name, (2, 2), (strategy,), True, timeout_s=560)) == {""}

@@ -1,0 +1,129 @@
+"""From program to plan: what is chosen, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from small_models import build
+
+from costmodel.layout import parse_layout
+from passes.capture import capture
+from passes.errors import NoFeasiblePlanError, PlanMismatchError
+from passes.pipeline import Request, compile_plan, local_program, on_mesh, prepare
+from passes.plan import Plan
+from passes.program import Program
+from passes.simulate import ledger
+
+MESH = (("dp", 2), ("tp", 2))
+
+
+@lru_cache
+def program(name: str = "llama") -> Program:
+    model, args, kwargs = build(name)
+    return prepare(capture(model, args, kwargs, batch_dims=[0, 0], batch_size=8))
+
+
+def plan(request: Request, hardware: str = "h100") -> Plan:
+    return compile_plan(program(), on_mesh(hardware, MESH), (0,), request)
+
+
+def test_the_plan_chosen_is_never_behind_a_plan_made_by_hand() -> None:
+    for hardware in ("h100", "a100-40gb", "cpu"):
+        chosen = plan(Request(), hardware)
+        assert set(chosen.baselines) == {"ddp", "fsdp", "megatron"}
+        for name, baseline in chosen.baselines.items():
+            assert chosen.step_time_s <= baseline.step_time_s * 1.002, name
+            assert chosen.step_time_s == pytest.approx(baseline.step_time_s) or chosen.strategy != name
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "megatron"])
+def test_a_named_strategy_is_what_is_planned(strategy: str) -> None:
+    made = plan(Request(strategy=strategy))
+    assert made.strategy == strategy
+    assert made.bound.gap < 0.01
+
+
+def test_a_plan_read_back_emits_the_same_program() -> None:
+    made = plan(Request(strategy="megatron"))
+    again = Plan.from_json(made.to_json())
+    topology = on_mesh("h100", MESH)
+    one, other = (ledger(local_program(program(), p, topology, {})) for p in (made, again))
+    assert one == other
+    assert sum(c.count for c in made.collectives) == len(one)
+
+
+def test_memory_decides_between_plans() -> None:
+    """A budget below what ddp needs leaves the plans that share states between ranks."""
+    free = plan(Request(strategy="ddp"))
+    tight = free.peak_memory_bytes - 1
+    with pytest.raises(NoFeasiblePlanError):
+        plan(Request(strategy="ddp", budget_bytes=tight))
+    chosen = plan(Request(budget_bytes=tight))
+    assert chosen.peak_memory_bytes <= tight
+    assert not chosen.baselines["ddp"].fits
+
+
+def test_a_model_that_does_not_fit_is_told_by_how_much_and_what_would_do() -> None:
+    with pytest.raises(NoFeasiblePlanError) as caught:
+        plan(Request(budget_bytes=10_000))
+    message = str(caught.value)
+    assert "no plan fits in" in message
+    assert "too much" in message
+    assert "Largest tensor" in message
+    assert "What would fit" in message
+
+
+def test_an_unknown_strategy_lists_the_known() -> None:
+    with pytest.raises(ValueError, match=r"zero3.*known are auto, ddp, fsdp, megatron"):
+        plan(Request(strategy="zero3"))
+
+
+def test_a_pin_is_obeyed() -> None:
+    pins = {"model.layers.*.mlp.down_proj.weight": parse_layout("RS(0)")}
+    made = compile_plan(program(), on_mesh("h100", MESH), (0,), Request(pins=pins))
+    placed = made.placements["model.layers.1.mlp.down_proj.weight"]
+    assert placed.at_rest.endswith("S(0)")
+    local = local_program(program(), made, on_mesh("h100", MESH), pins)
+    stored = {entry.name: entry.storage for entry in local.inputs}["model.layers.1.mlp.down_proj.weight"]
+    assert [None if shard is None else shard.dim for shard in stored.shards] == [None, 0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layout", "message"),
+    [
+        ("model.layers.0.mlp.*", "RS(0)", "but not model.layers.1"),
+        ("model.layer.*", "RS(0)", "names no parameter"),
+        ("model.norm.weight", "R", "1 placements, the mesh 2 axes"),
+        ("model.norm.weight", "RS(1)", "cannot be RS(1)"),
+    ],
+)
+def test_a_pin_that_cannot_be_is_refused(pattern: str, layout: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        plan(Request(pins={pattern: parse_layout(layout)}))
+
+
+def test_a_batch_that_the_batch_axes_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"input_ids: dim 0 has 8 entries .* 16 ranks"):
+        compile_plan(program(), on_mesh("h100", (("dp", 16),)), (0,), Request())
+
+
+def test_a_plan_for_another_graph_or_mesh_is_refused() -> None:
+    made = plan(Request(strategy="fsdp"))
+    with pytest.raises(PlanMismatchError):
+        local_program(program("gpt2"), made, on_mesh("h100", MESH), {})
+    with pytest.raises(PlanMismatchError):
+        local_program(program(), made, on_mesh("h100", (("dp", 4), ("tp", 1))), {})
+    with pytest.raises(PlanMismatchError):
+        local_program(program(), replace(made, fingerprint="0" * 64), on_mesh("h100", MESH), {})
+
+
+def test_three_axes_share_states_only_where_asked() -> None:
+    """HSDP: fsdp's states over dp_shard alone is what `auto` may choose; here memory allows every copy."""
+    mesh = (("dp_replicate", 2), ("dp_shard", 2), ("tp", 2))
+    made = compile_plan(program(), on_mesh("h100", mesh), (0, 1), Request(strategy="megatron"))
+    weight = made.placements["model.layers.0.mlp.up_proj.weight"]
+    assert weight.at_rest.count("S(0)") == 3 or "S" in weight.at_rest
+    assert torch.Size(weight.shape) == torch.Size((64, 32))
