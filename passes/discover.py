@@ -11,6 +11,7 @@ trials run in a child process: kernels that trust their caller's shapes may cras
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import os
 import pickle
@@ -164,6 +165,7 @@ def _work_in_child(work: Callable[[], tuple[_Factor, ...]], sender: int) -> NoRe
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
+        faulthandler.disable()
         torch.set_num_threads(1)
         try:
             result: tuple[_Factor, ...] | str = work()
@@ -277,7 +279,8 @@ def _search(call: Call, tried: Sequence[Shapes]) -> tuple[_Factor, ...]:
 def _candidates(call: Call) -> Iterator[tuple[int | None, ...]]:
     """Dims of equal size, at most one per operand; those of more operands first.
 
-    An operand of integers takes part in every split: it may hold positions in what is split, and random ones say little.
+    Operands of integers take part in every split: they may hold positions in what is split, and random ones say
+    little.
     """
     shapes = _real(call)
     integers = {k for k, facts in enumerate(call.operands) if _is_integer(facts.dtype)}
@@ -292,6 +295,10 @@ def _candidates(call: Call) -> Iterator[tuple[int | None, ...]]:
             if any(d is not None for d in dims) and all(dims[k] is not None for k in integers)
         ]
     yield from sorted(found, key=lambda dims: -sum(d is not None for d in dims))
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 # -------------------------------------------------------------------------------------------------------------- values
