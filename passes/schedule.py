@@ -384,7 +384,8 @@ class _Player:
 
     def _only_gradients(self, node: fx.Node) -> bool:
         """Whether an op works on a finished gradient on its way out, and on nothing else."""
-        return all(self.words.gradient(operand) is not None for operand in node.all_input_nodes)
+        operands = node.all_input_nodes
+        return bool(operands) and all(self.words.gradient(operand) is not None for operand in operands)
 
     def _put_off(self, index: int, late: Sequence[int], seconds: float) -> None:
         """A view, or what is still to do to a gradient: nothing waits for it now; whoever reads its result does."""
@@ -398,7 +399,10 @@ class _Player:
         ready_s, last, slices_s = self.brought.pop(slot)
         self._wait(ready_s, last)
         if slices_s:
+            start_s = self.now_s
             self._compute(slices_s, "other")
+            if self.keep_events:
+                self.events.append(Event("compute", start_s, self.now_s, "local work on what was brought", "other"))
         self.brought[slot] = (0.0, None, 0.0)
 
     def _wait(self, until_s: float, collective: int | None) -> None:

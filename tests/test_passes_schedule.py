@@ -25,7 +25,7 @@ from passes.schedule import Schedule, _Player, play
 from passes.simulate import ledger
 from passes.solve import solve
 from passes.space import Space, search_space
-from passes.tracks import OpCost, Slot, Tracks
+from passes.tracks import OpCost, Slot, Tracks, op_cost
 
 # -- by hand: ops and collectives of given seconds ---------------------------------------------------------------------
 
@@ -298,6 +298,20 @@ def test_a_single_stream_cannot_hide_more_than_there_is_compute() -> None:
     schedule = played("fsdp", 8)
     total = sum(each.seconds for each in schedule.collectives)
     assert schedule.exposed_total_s >= total - schedule.compute_s - schedule.contention_s - 1e-12
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "megatron"])
+def test_every_product_runs_on_the_compute_stream(strategy: str) -> None:
+    """A weight's gradient is computed where the program has it, though nothing but the optimizer needs it."""
+    space, assignment = planned_llama(strategy, 2, 2)
+    products = 0.0
+    for index, (site, pick) in enumerate(zip(space.sites, assignment, strict=True)):
+        if site.name == "aten.mm.default":
+            products += site.count * op_cost(space, index, site.options[pick]).seconds  # type: ignore[arg-type]
+    schedule = played(strategy, 2, 2, events=True)
+    assert schedule.compute_by_kind["matmul"] == pytest.approx(products)
+    products_s = [e for e in schedule.events if e.kind == "matmul"]
+    assert len(products_s) == sum(site.count for site in space.sites if site.name == "aten.mm.default")
 
 
 def parameter_bytes() -> int:
