@@ -158,6 +158,8 @@ def emit_steps(
     `rows` is dim 0 of the part that is computed with, for a step that gathers stored chunks.
     """
     for step in steps:
+        if step.ranks == 1:
+            continue
         if step.kind == "state_gather":
             x = _state_gather(emit, x, step, rows)
         elif step.kind == "state_scatter":
@@ -262,7 +264,7 @@ def _state_gather(emit: Emitter, x: fx.Node, step: Step, rows: int) -> fx.Node:
         if real:
             kept.append((start, start + real))
         start += real + padding
-    if kept == [(0, emit.shape(x)[0])]:
+    if kept in ([(0, emit.shape(x)[0])], []):  # nothing to cut off, or a parameter with no rows at all
         return x
     parts = [emit.call(aten.slice.Tensor, x, 0, first, last) for first, last in kept]
     return parts[0] if len(parts) == 1 else emit.call(aten.cat.default, parts)
