@@ -42,7 +42,14 @@ __all__ = [
     "plan",
 ]
 
-_PIPELINE = Pipeline(planning.captured, planning.planned, planning.rewritten, Plan.from_json, planning.options_of)
+_PIPELINE = Pipeline(
+    planning.captured,
+    planning.planned,
+    planning.rewritten,
+    Plan.from_json,
+    planning.options_of,
+    planning.hardware_in,
+)
 
 
 def parallelize(

@@ -220,7 +220,7 @@ def _applied(
     groups = Groups(mesh, tuple(name for name, _ in job.axes))
     executable, local = _executable(job, ours, groups, program, plan)
     storages = {entry.name: entry.storage for entry in local.inputs if entry.kind == "parameter"}
-    hardware, strategy = plan.hardware, plan.strategy
+    hardware, strategy = job.pipeline.hardware_of(plan), plan.strategy
 
     def remake(
         plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tangents: Tangents, backward: bool

@@ -27,10 +27,6 @@ class PlanLike(Protocol):
         """What it was made with."""
 
     @property
-    def hardware(self) -> Any:
-        """What it was priced on; taken by `compile_plan` again."""
-
-    @property
     def example(self) -> str:
         """The call it was made for (`examples.described`)."""
 
@@ -47,6 +43,7 @@ class Pipeline:
     rewrite: program, plan
     load: a plan's JSON text
     options_of: plan -> the options it was made with
+    hardware_of: plan -> the hardware it was priced on, as `compile_plan` takes it
     """
 
     capture: Callable[..., Program]
@@ -54,3 +51,4 @@ class Pipeline:
     rewrite: Callable[[Program, Any], LocalProgram]
     load: Callable[[str], Any]
     options_of: Callable[[Any], Options]
+    hardware_of: Callable[[Any], Any]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
-
-from passes.plan import Plan
 
 from autopar.options import Options
 from costmodel.hardware import Hardware, Topology, hardware_of, topology
@@ -15,8 +13,8 @@ from costmodel.layout import Layout, parse_layout
 from passes.capture import capture
 from passes.local import LocalProgram, Storage
 from passes.pipeline import Progress, Request, compile_plan, local_program, on_mesh, prepare
+from passes.plan import Plan
 from passes.program import Program
-
 
 _FIGURES = "hardware_figures"
 """Where a plan's options keep the figures it was priced with: they decide the steps of a reshard, on any machine."""
@@ -94,9 +92,14 @@ def rewritten(program: Program, plan: Plan) -> LocalProgram:
     return local_program(program, plan, topology_of(plan), pins_of(options_of(plan)))
 
 
+def hardware_in(plan: Plan) -> Hardware:
+    """The hardware a plan was priced on, by the figures in the plan."""
+    return hardware_of(plan.options[_FIGURES], "plan")
+
+
 def topology_of(plan: Plan) -> Topology:
-    """The mesh and hardware a plan was made for, by the figures in the plan."""
-    return topology(hardware_of(plan.options[_FIGURES], "plan"), plan.axes)
+    """The mesh a plan was made for, laid over its hardware."""
+    return topology(hardware_in(plan), plan.axes)
 
 
 def pins_of(options: Options) -> dict[str, Layout]:

@@ -42,11 +42,13 @@ class Step:
     seconds: float
     before: Layout
     after: Layout
+    ranks: int = 0
+    """Of the group; with one rank nothing moves."""
 
     @property
     def is_collective(self) -> bool:
         """Whether ranks talk to one another."""
-        return self.kind not in ("slice", "state_slice")
+        return self.kind not in ("slice", "state_slice") and self.ranks > 1
 
 
 @lru_cache(maxsize=400_000)
@@ -119,7 +121,8 @@ def _moves(shape: tuple[int, ...], itemsize: int, layout: Layout, target: Layout
     ) -> Step:
         op = next((p.op for a, p in enumerate(layout) if a in axes and isinstance(p, Partial)), "")
         seconds = copied * copy_s + (collective_s(kind, full, axes, topology) if kind != "slice" else 0.0)
-        return Step(kind, axes, source, to, op, full, seconds, layout, after)
+        ranks = math.prod(sizes[a] for a in axes)
+        return Step(kind, axes, source, to, op, full, seconds if ranks > 1 else 0.0, layout, after, ranks)
 
     for axes in _subsets(len(layout)):
         placement, wanted = layout[axes[0]], target[axes[0]]

@@ -32,6 +32,10 @@ def chunks(rows: int, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(parts)
 
 
+def _ranks(axes: Sequence[int], topology: Topology) -> int:
+    return math.prod(topology.sizes[axis] for axis in axes)
+
+
 def _full_bytes(local: tuple[int, ...], itemsize: int, axes: Sequence[int], topology: Topology) -> int:
     parts = chunks(local[0], [topology.sizes[axis] for axis in axes])
     return parts[0] * len(parts) * math.prod(local[1:]) * itemsize
@@ -43,7 +47,7 @@ def state_gather(
     """All-gather of a stored tensor into the part of shape `local` that is computed with."""
     full = _full_bytes(local, itemsize, axes, topology)
     seconds = collective_s("all_gather", full, axes, topology)
-    return Step("state_gather", axes, None, None, "", full, seconds, layout, layout)
+    return Step("state_gather", axes, None, None, "", full, seconds, layout, layout, _ranks(axes, topology))
 
 
 def state_scatter(
@@ -73,7 +77,8 @@ def state_scatter(
     if len(partial) == len(axes):
         full = _full_bytes(local, itemsize, axes, topology)
         seconds = collective_s("reduce_scatter", full, axes, topology)
-        return (*path, Step("state_scatter", axes, None, None, "sum", full, seconds, target, layout))
+        ranks = _ranks(axes, topology)
+        return (*path, Step("state_scatter", axes, None, None, "sum", full, seconds, target, layout, ranks))
     parts = chunks(local[0], [topology.sizes[axis] for axis in axes])
     if parts[0] != parts[-1] and partial:  # uneven chunks of several axes cannot be cut axis by axis
         whole = tuple(Replicate() if axis in axes else placement for axis, placement in enumerate(layout))
@@ -83,11 +88,13 @@ def state_scatter(
     moves = list(path)
     if not partial:
         full = _full_bytes(local, itemsize, axes, topology)
-        return (*moves, Step("state_slice", axes, None, None, "", full, 0.0, moves[-1].after if moves else given, layout))
+        before = moves[-1].after if moves else given
+        return (*moves, Step("state_slice", axes, None, None, "", full, 0.0, before, layout, _ranks(axes, topology)))
     full = math.prod(local) * itemsize
     for axis in axes:
         kind, collective = ("state_scatter", "reduce_scatter") if axis in partial else ("state_slice", "")
         seconds = collective_s(collective, full, (axis,), topology) if collective else 0.0
-        moves.append(Step(kind, (axis,), None, None, "sum" if collective else "", full, seconds, target, layout))
+        op, ranks = "sum" if collective else "", topology.sizes[axis]
+        moves.append(Step(kind, (axis,), None, None, op, full, seconds, target, layout, ranks))
         full //= topology.sizes[axis]
     return tuple(moves)

@@ -20,7 +20,7 @@ from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
 from passes.program import Program
 from passes.simulate import simulate
 
-MESHES = [{"a": 2}, {"a": 2, "b": 2}, {"a": 2, "b": 3}, {"a": 2, "b": 2, "c": 2}]
+MESHES = [{"a": 2}, {"a": 1, "b": 2}, {"a": 2, "b": 2}, {"a": 2, "b": 3}, {"a": 2, "b": 2, "c": 2}]
 DIMS = ((4, 6), (12,), (1,), (6,))
 """A tensor of shape (24, 12, 1, 6) whose dim 0 is a product of two atoms."""
 
