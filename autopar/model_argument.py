@@ -1,0 +1,245 @@
+"""A model named on the command line: a preset, a Hugging Face config.json or its folder, or `file.py:function`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.presets import presets
+from passes.inputs import default_inputs
+
+_MOST_CPU_PARAMETERS = 10**9
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_POSITION_KEYS = ("max_position_embeddings", "n_positions")
+_NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How the model named on the command line is built.
+
+    `batch` and `sequence` are what one data-parallel rank feeds it. `layers`: so many instead of its own.
+    `on_cpu`: with random values in float32 (a preset scaled down), to be run; else on the meta device in `dtype`.
+    """
+
+    batch: int = 1
+    sequence: int | None = None
+    layers: int | None = None
+    dtype: str = "bfloat16"
+    on_cpu: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Named:
+    """The model, what one data-parallel rank feeds it, and what to tell about it."""
+
+    model: nn.Module
+    inputs: Any
+    title: str
+    notes: tuple[str, ...] = ()
+
+
+def load_model(argument: str, wanted: Wanted | None = None) -> Named:
+    """The model that `argument` names.
+
+    Raises:
+        ValueError: nothing of that name, or something that gives no model; says what was found and what would do.
+    """
+    wanted = wanted or Wanted()
+    if argument in presets():
+        return _from_preset(argument, wanted)
+    path, colon, function = argument.rpartition(":")
+    if colon and path.endswith(".py"):
+        return _from_file(Path(path), function, wanted)
+    if argument.endswith(".py"):
+        raise ValueError(f"{argument}: name the function that makes the model, as in {argument}:build")
+    found = Path(argument)
+    if found.is_dir():
+        found = found / "config.json"
+        if not found.exists():
+            raise ValueError(f"{argument}: a folder without a config.json")
+    if found.exists():
+        return _from_config(found, wanted)
+    near = difflib.get_close_matches(argument, presets(), n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(
+        f"no model {argument!r}{hint} A model is a preset ({', '.join(presets())}), a Hugging Face config.json or its "
+        "folder, or file.py:function"
+    )
+
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+
+def _transformers() -> ModuleType:
+    """The library, told to download nothing and to be quiet."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            "presets and config.json files need the transformers library: pip install 'autopar[hf]'; or name a "
+            "function that makes the model, file.py:function"
+        ) from None
+    transformers.logging.set_verbosity_error()
+    module: ModuleType = transformers
+    return module
+
+
+def _from_preset(name: str, wanted: Wanted) -> Named:
+    preset = presets()[name]
+    config = dict(preset.config)
+    notes = []
+    if wanted.on_cpu:
+        config |= preset.tiny
+        notes.append(f"{name} is scaled down to play on a CPU: {_sizes(config)}")
+    return _built(name, preset.architecture, preset.model_class, config, wanted, notes)
+
+
+def _from_config(path: Path, wanted: Wanted) -> Named:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no JSON ({error}); pass a Hugging Face config.json") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"{path}: no 'model_type' in it; pass a Hugging Face config.json")
+    kind = config.pop("model_type")
+    classes = config.pop("architectures", None) or [""]
+    return _built(str(path), kind, classes[0], config, wanted, [])
+
+
+def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wanted: Wanted, notes: list[str]) -> Named:
+    transformers = _transformers()
+    if kind not in transformers.CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, list(transformers.CONFIG_MAPPING), n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"{name}: transformers {transformers.__version__} has no model type {kind!r}{hint}")
+    if wanted.layers is not None:
+        _set_layers(name, config, wanted.layers)
+        notes.append(f"{wanted.layers} layers instead of the model's own")
+    sequence = _sequence(name, config, wanted)
+    config = {"use_cache": False, **dict.fromkeys(_NO_DROPOUT, 0.0)} | config if kind == "gpt2" else config
+    if wanted.on_cpu:
+        config |= {key: value for key, value in _ENDS.items() if key in config or kind in _SMALL_VOCABULARY}
+    try:
+        made = transformers.CONFIG_MAPPING[kind](**config)
+        build = getattr(transformers, model_class, None) or transformers.AutoModelForCausalLM.from_config
+        model = _empty(build, made, wanted)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{name}: transformers cannot build it: {type(error).__name__}: {error}") from None
+    if wanted.on_cpu:
+        count = sum(p.numel() for p in model.parameters())
+        if count > _MOST_CPU_PARAMETERS:
+            raise ValueError(
+                f"{name}: {count / 1e9:.1f} billion parameters are too many to play every rank on a CPU; pass "
+                "--layers 2, or a smaller config.json of the same architecture"
+            )
+        torch.manual_seed(wanted.seed)
+        model = build(made).train()
+    inputs = default_inputs(model, wanted.batch, sequence)
+    return Named(model, inputs, name, tuple(notes))
+
+
+_SMALL_VOCABULARY = ("llama", "gpt2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mixtral", "deepseek_v3")
+
+
+def _empty(build: Any, config: Any, wanted: Wanted) -> nn.Module:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, wanted.dtype))
+    try:
+        with torch.device("meta"):
+            model: nn.Module = build(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.train()
+
+
+def _set_layers(name: str, config: dict[str, Any], layers: int) -> None:
+    keys = [key for key in _LAYER_KEYS if key in config]
+    if not keys:
+        raise ValueError(f"{name}: --layers {layers}, but the config has none of {', '.join(_LAYER_KEYS)}")
+    config[keys[0]] = layers
+    if isinstance(config.get("layer_types"), list):
+        config["layer_types"] = (config["layer_types"] * layers)[:layers]
+
+
+def _sequence(name: str, config: dict[str, Any], wanted: Wanted) -> int:
+    """The sequence length: what was asked for, if the model has positions for it."""
+    key = next((key for key in _POSITION_KEYS if isinstance(config.get(key), int)), None)
+    if wanted.sequence is None:
+        longest = 16 if wanted.on_cpu else 2048
+        return min(longest, config[key]) if key else longest
+    if key and wanted.sequence > config[key]:
+        raise ValueError(
+            f"{name}: --seq {wanted.sequence}, but the model has {config[key]} positions ({key}); at most that"
+        )
+    return wanted.sequence
+
+
+def _sizes(config: Mapping[str, Any]) -> str:
+    words = {
+        "hidden_size": "hidden", "n_embd": "hidden", "num_hidden_layers": "layers", "n_layer": "layers",
+        "num_attention_heads": "heads", "n_head": "heads", "vocab_size": "vocabulary",
+        "num_local_experts": "experts", "num_experts": "experts", "n_routed_experts": "experts",
+    }  # fmt: skip
+    return ", ".join(f"{word} {config[key]}" for key, word in words.items() if key in config)
+
+
+# -- file.py:function --------------------------------------------------------------------------------------------------
+
+
+def _from_file(path: Path, function: str, wanted: Wanted) -> Named:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; a model is file.py:function")
+    name = f"_autopar_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    torch.manual_seed(wanted.seed)
+    try:
+        spec.loader.exec_module(module)
+        make = getattr(module, function, None)
+        if not callable(make):
+            known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise ValueError(f"{path} has no function {function!r}; it has {', '.join(known) or 'none'}")
+        found = make()
+    except ValueError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+            raise
+        raise ValueError(_its_error(path, error)) from None
+    except Exception as error:
+        raise ValueError(_its_error(path, error)) from None
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{path}:{function} returned a {type(model).__name__}; return a torch.nn.Module, or a module and its inputs"
+        )
+    return Named(
+        model, default_inputs(model, wanted.batch, wanted.sequence or 128) if inputs is None else inputs, function
+    )
+
+
+def _its_error(path: Path, error: Exception) -> str:
+    """The user's own error, with the line of the user's file it came from."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 0
+    return f"{path}:{line}: {type(error).__name__}: {error}"
