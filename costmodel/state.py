@@ -1,9 +1,9 @@
 """Gathering and scattering of stored state: FSDP's dim-0 chunks.
 
 A tensor computed with as one part of n rows is stored over `axes` in chunks, as `torch.chunk` cuts them along each axis
-in mesh order, zero-padded to equal size, so that one collective over the flattened group moves it: `state_gather` for compute,
-`state_scatter` for a gradient that is a partial sum on all these axes, `state_slice` where the ranks of an axis already
-hold the same gradient.
+in mesh order, zero-padded to equal size, so that one collective over the flattened group moves it: `state_gather` for
+compute, `state_scatter` for a gradient that is a partial sum on all these axes, `state_slice` where the ranks of an
+axis already hold the same gradient.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 One binary per option. A flow with one reader is a transport polytope between the producer's states and the reader's:
 its marginals are equalities, so the relaxation is tight along chains. With several readers each has a transport of its
-own, and a state is paid for as often as the reader that needs it most (a maximum, not a sum). Only options are integral.
+own, and a state is paid for as often as the reader that needs it most (a maximum, not a sum). Only options are
+integral.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Option:
 
 
 Choice = int | None
-"""What a mesh axis does at an op: nothing, split leaf i, or (len(leaves) + g) let partial sums through linear group g."""
+"""What a mesh axis does at an op: nothing, split leaf i, or (len(leaves) + g) let partial sums through group g."""
 
 
 def every_choice(op: ExpandedOp, parts: int) -> tuple[Choice, ...]:

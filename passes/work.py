@@ -28,7 +28,7 @@ VIEWS = {
     aten.slice.Tensor,
     aten.select.int,
 }
-"""Ops that move nothing: layouts of one buffer. (A reshape that must copy is priced where it is fused: at its reader.)"""
+"""Ops that move nothing: layouts of one buffer. (A reshape that must copy is priced where it is fused.)"""
 
 _GATHERS = {aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default}
 _SCATTERS = {aten.embedding_dense_backward.default, aten.scatter_add.default, aten.index_put.default}
