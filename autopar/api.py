@@ -128,6 +128,11 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
     ):
         if value not in known:
             raise ValueError(f"Options({name}={value!r}): known are {', '.join(known)}")
+    if options.mp_policy is not None:
+        raise ValueError(
+            "Options(mp_policy=...) is not supported yet; convert the model before (model.to(torch.bfloat16)) to compute "
+            "in another dtype"
+        )
     if options.accumulate < 1:
         raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
     return _Job(axes, meshes.batch_axes_of(axes, options.batch_axes), options, pipeline)

@@ -15,7 +15,7 @@ class Options:
 
     compile: run forward and backward through `torch.compile`'s Inductor; False runs the same graphs uncompiled.
     memory_budget: bytes per device a plan may use; None: what the hardware has, less a stated reserve.
-    mp_policy: `torch.distributed.fsdp.MixedPrecisionPolicy`; None computes in the parameters' own dtype.
+    mp_policy: not supported yet, and refused; None computes in the parameters' own dtype.
     optimizer: whose states to budget for: "adamw", "sgd", "momentum", or "none".
     batch_axes: mesh axes that split the batch; None: by name (dp, dp_replicate, dp_shard, fsdp, data, batch).
     batch_dims: input path -> the dim the batch axes split, or None for an input every rank shares.
