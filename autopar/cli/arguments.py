@@ -1,0 +1,114 @@
+"""Arguments that commands share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from autopar.model_argument import Named, Wanted, load_model
+from autopar.options import Options
+from costmodel.hardware import hardware_names
+from passes.named import STRATEGIES
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def mesh(text: str) -> dict[str, int]:
+    """`dp=4,tp=2` as a mapping, outermost axis first."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = part.strip().partition("=")
+        if not equals or not name.isidentifier() or not size.isdigit() or int(size) < 1:
+            raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is no axis; write name=ranks, as in dp=4,tp=2")
+        if name in found:
+            raise argparse.ArgumentTypeError(f"axis {name!r} stands twice in {text!r}")
+        found[name] = int(size)
+    return found
+
+
+def size(text: str) -> int:
+    """`80GiB`, `40GB`, `500000` in bytes."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
+    if not match or match[1].count(".") > 1 or match[2].lower() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or 80GiB, 40GB, 512MiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def share(text: str) -> float:
+    """`5%` or `0.05`."""
+    try:
+        found = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 5% or 0.05")
+    return found
+
+
+def count(text: str) -> int:
+    """A positive whole number."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def pin(text: str) -> tuple[str, str]:
+    """`*.q_proj.weight=RS(0)` as (pattern, layout)."""
+    pattern, equals, layout = text.rpartition("=")
+    if not equals or not pattern:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pin; write PATTERN=LAYOUT, as in '*.q_proj.weight=RS(0)'")
+    return pattern, layout
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and what it is fed."""
+    parser.add_argument("model", metavar="MODEL", help="a preset, a config.json or its folder, or file.py:function")
+    parser.add_argument("--batch", type=count, default=1, metavar="N", help="sequences per data-parallel rank (1)")
+    parser.add_argument("--seq", type=count, metavar="N", help="sequence length (2048, or the model's most)")
+    parser.add_argument("--layers", type=count, metavar="N", help="so many layers instead of the model's own")
+
+
+def add_mesh(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """--mesh."""
+    parser.add_argument(
+        "--mesh", type=mesh, required=required, metavar="AXES", help="axis=ranks, outermost first: dp=4,tp=2"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+
+
+def add_planning(parser: argparse.ArgumentParser, *, strategy: str = "auto") -> None:
+    """What decides a plan."""
+    parser.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help=f"{', '.join(hardware_names())}, or a file that calibrate wrote (default: this machine)",
+    )
+    parser.add_argument("--strategy", choices=STRATEGIES, default=strategy, help=f"default: {strategy}")
+    parser.add_argument("--memory-budget", type=size, metavar="SIZE", help="per device: 80GiB (what the device has)")
+    parser.add_argument("--accumulate", type=count, default=1, metavar="N", help="micro-batches per step (1)")
+    parser.add_argument("--optimizer", choices=("adamw", "sgd", "momentum", "none"), default="adamw")
+    parser.add_argument(
+        "--pin", type=pin, action="append", default=[], metavar="PATTERN=LAYOUT",
+        help="fix a parameter's layout in compute, as in '*.q_proj.weight=RS(0)'; may be given again",
+    )  # fmt: skip
+
+
+def options_of(given: argparse.Namespace) -> Options:
+    """The options that the arguments of `add_planning` mean."""
+    return Options(
+        memory_budget=given.memory_budget,
+        accumulate=given.accumulate,
+        optimizer=given.optimizer,
+        pins=dict(given.pin),
+    )
+
+
+def named_model(given: argparse.Namespace, *, on_cpu: bool = False) -> Named:
+    """The model that the arguments of `add_model` mean."""
+    return load_model(given.model, Wanted(given.batch, given.seq, given.layers, on_cpu=on_cpu))

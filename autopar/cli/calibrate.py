@@ -1,0 +1,81 @@
+"""Measure this machine and print what it does: rates of compute, memory and collectives, and how well they explain it.
+
+With -o the figures go to a file that --hardware takes. Ranks of several processes are started with --ranks.
+
+example:
+  autopar calibrate --ranks 4 -o hardware.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+from autopar.cli.arguments import add_json, count
+from autopar.cli.terminal import clean_output, painted, progress, table
+from costmodel.calibrate import save_calibration
+from costmodel.hardware import Hardware
+from costmodel.memory import gib
+from passes.report_text import seconds_text
+
+HELP = "measure this machine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `autopar calibrate`."""
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda (default: cuda where there is one)")
+    parser.add_argument("--ranks", type=count, default=1, metavar="N", help="processes that measure together (1)")
+    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="about how long to measure (10)")
+    add_json(parser)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Measure, write and print."""
+    if given.seconds <= 0:
+        raise ValueError(f"--seconds {given.seconds:g}: measuring takes some time; 10 is usual")
+    with clean_output(), progress() as tell, tempfile.TemporaryDirectory() as folder:
+        if given.output and not Path(given.output).resolve().parent.is_dir():
+            raise ValueError(f"-o {given.output}: no folder {Path(given.output).resolve().parent}")
+        tell(f"measuring for about {given.seconds:g} s")
+        path = given.output or str(Path(folder) / "hardware.json")
+        found, errors = save_calibration(path, device=given.device, ranks=given.ranks, budget_s=given.seconds)
+    off = {kind: median(map(abs, values)) for kind, values in errors.items()}
+    if given.json:
+        figures = json.loads(json.dumps(asdict(found)))
+        print(json.dumps({"format": "autopar-calibration", "version": 1, "hardware": figures, "error": off}, indent=2))
+        return 0
+    _print(found, off)
+    print(f"\nWritten to {given.output}; use it with --hardware {given.output}." if given.output else
+          "\nNot written; -o FILE keeps it for --hardware.")  # fmt: skip
+    return 0
+
+
+def _print(found: Hardware, off: dict[str, float]) -> None:
+    device = found.device
+    rows = [
+        [f"peak, {name}", f"{flops * device.matmul_efficiency / 1e9:,.1f} GFLOP/s"]
+        for name, flops in device.peak_flops_per_s.items()
+    ]
+    rows += [
+        ["memory", f"{device.memory_bytes_per_s * device.memory_efficiency / 1e9:,.1f} GB/s"],
+        ["memory size", gib(device.memory_bytes)],
+        ["an op's launch", seconds_text(device.kernel_launch_s)],
+        [
+            "link inside a node",
+            f"{found.intra_node.bytes_per_s / 1e9:,.2f} GB/s, {seconds_text(found.intra_node.latency_s)}",
+        ],
+        ["ranks per node", str(found.ranks_per_node)],
+    ]
+    print(painted(found.name, "bold"))
+    print(table(rows, ["", "measured"], shrink=1))
+    print()
+    print(
+        table(
+            [[kind, f"{error:.0%}"] for kind, error in off.items()], ["the model against it", "median error"], right=[1]
+        )
+    )

@@ -1,0 +1,64 @@
+"""Plan a model again as a kept plan was made, and fail where the new plan is worse: for continuous integration.
+
+Mesh, hardware figures, strategy, options and input shapes are the kept plan's. Exits 1 where time, memory or bytes
+communicated grew by more than --max-regression, or nothing fits any more.
+
+example:
+  autopar check plans/llama3-8b.json llama3-8b --max-regression 5%
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from autopar import examples, planning
+from autopar.cli.arguments import add_json, count, share
+from autopar.cli.comparing import compare_plans, comparison_json, print_comparison
+from autopar.cli.compiling import captured
+from autopar.cli.terminal import clean_output, progress
+from autopar.model_argument import Wanted, load_model
+from passes.named import STRATEGIES
+from passes.plan import Plan
+
+HELP = "plan again and fail where the plan got worse (for CI)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `autopar check`."""
+    parser.add_argument("plan", metavar="PLAN", help="the plan's file")
+    parser.add_argument("model", metavar="MODEL", help="what it was made for")
+    parser.add_argument("--layers", type=count, metavar="N", help="so many layers instead of the model's own")
+    parser.add_argument("--strategy", choices=STRATEGIES, help="default: the plan's")
+    parser.add_argument("--max-regression", type=share, default=0.05, metavar="SHARE", help="5%% or 0.05 (5%%)")
+    parser.add_argument("--decisions", action="store_true", help="list every decision that differs")
+    parser.add_argument("-o", "--output", metavar="PLAN", help="write the new plan to this file")
+    add_json(parser)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Plan again, compare and print."""
+    kept = Plan.load(given.plan)
+    with clean_output(), progress() as tell:
+        named = load_model(given.model, Wanted(layers=given.layers))
+        call = examples.restored(kept.example)
+        options = planning.options_of(kept)
+        program = captured(named.model, call, kept.mesh, options, tell)
+        made = planning.planned(
+            program,
+            kept.axes,
+            batch_axes=[[name for name, _ in kept.axes].index(name) for name in kept.batch_axes],
+            hardware=planning.topology_of(kept).hardware,
+            strategy=given.strategy or kept.strategy,
+            options=options,
+            example=kept.example,
+            progress=tell,
+        )
+        if given.output:
+            made.save(given.output)
+    found = compare_plans(kept, made)
+    if given.json:
+        print(json.dumps(comparison_json(found, given.max_regression), indent=2))
+    else:
+        print_comparison(found, given.max_regression, decisions=given.decisions)
+    return 1 if found.worse(given.max_regression) or not made.fits else 0

@@ -1,0 +1,177 @@
+"""Two plans side by side: what each takes, and what was decided otherwise."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from autopar.cli.terminal import painted, table
+from costmodel.memory import gib
+from passes.plan import Plan
+from passes.report_text import seconds_text
+
+_SLACK = 1e-9
+"""Relative difference that is rounding of a file."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of both plans. `judged`: more of it is worse."""
+
+    name: str
+    unit: str
+    before: float
+    after: float
+    judged: bool = False
+
+    @property
+    def change(self) -> float:
+        """Share by which it grew; of nothing to something counts as infinite."""
+        if self.before:
+            return self.after / self.before - 1
+        return float("inf") if self.after else 0.0
+
+    def text(self, value: float) -> str:
+        """A value with its unit."""
+        return seconds_text(value) if self.unit == "s" else gib(value) if self.unit == "bytes" else f"{value:.0f}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that reads otherwise in the second plan; "" where one of them lacks it."""
+
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `diff` and `check` print."""
+
+    made_for: tuple[Change, ...]
+    """Graph, mesh, hardware and strategy, where they differ."""
+    figures: tuple[Figure, ...]
+    parameters: tuple[Change, ...]
+    decisions: tuple[Change, ...]
+
+    def worse(self, allowed: float) -> tuple[Figure, ...]:
+        """Judged figures that grew by more than this share."""
+        return tuple(f for f in self.figures if f.judged and f.change > allowed + _SLACK)
+
+
+def compare_plans(before: Plan, after: Plan) -> Comparison:
+    """What changed from one plan to the other."""
+    made_for = [
+        Change(name, str(one), str(other))
+        for name, one, other in (
+            ("graph", before.fingerprint[:12], after.fingerprint[:12]),
+            ("mesh", _mesh(before), _mesh(after)),
+            ("hardware", before.hardware, after.hardware),
+            ("strategy", before.strategy, after.strategy),
+        )
+        if one != other
+    ]
+    placed = [{key: f"{p.at_rest} -> {p.in_compute}" for key, p in plan.parameters.items()} for plan in (before, after)]
+    return Comparison(
+        tuple(made_for), tuple(_figures(before, after)), _changes(*placed), _changes(before.decisions, after.decisions)
+    )
+
+
+def _mesh(plan: Plan) -> str:
+    return ",".join(f"{name}={size}" for name, size in plan.axes)
+
+
+def _changes(before: Any, after: Any) -> tuple[Change, ...]:
+    return tuple(
+        Change(key, before.get(key, ""), after.get(key, ""))
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    )
+
+
+def _figures(before: Plan, after: Plan) -> list[Figure]:
+    def moved(plan: Plan) -> float:
+        return float(sum(each.bytes * each.count for each in plan.collectives))
+
+    figures = [
+        Figure("step", "s", before.step_time_s, after.step_time_s, True),
+        Figure("peak memory", "bytes", before.peak_memory_bytes, after.peak_memory_bytes, True),
+        Figure("bytes communicated", "bytes", moved(before), moved(after), True),
+        Figure("compute", "s", before.breakdown.compute_s, after.breakdown.compute_s),
+        Figure("optimizer", "s", before.breakdown.optimizer_s, after.breakdown.optimizer_s),
+    ]
+    for group in dict.fromkeys([*before.breakdown.exposed_s, *after.breakdown.exposed_s]):
+        one, other = (plan.breakdown.exposed_s.get(group, 0.0) for plan in (before, after))
+        figures.append(Figure(f"exposed {group}", "s", one, other))
+    for kind in dict.fromkeys([*before.breakdown.memory_bytes, *after.breakdown.memory_bytes]):
+        one, other = (plan.breakdown.memory_bytes.get(kind, 0) for plan in (before, after))
+        figures.append(Figure(f"memory: {kind}", "bytes", one, other))
+    sums = [_collectives(before), _collectives(after)]
+    for key in dict.fromkeys([*sums[0], *sums[1]]):
+        figures.append(Figure(f"{key} bytes", "bytes", sums[0].get(key, 0.0), sums[1].get(key, 0.0)))
+    return figures
+
+
+def _collectives(plan: Plan) -> dict[str, float]:
+    found: dict[str, float] = defaultdict(float)
+    for each in plan.collectives:
+        found[f"{each.kind} {each.group} {each.phase}"] += each.bytes * each.count
+    return found
+
+
+# -- printing ----------------------------------------------------------------------------------------------------------
+
+
+def comparison_json(comparison: Comparison, allowed: float) -> dict[str, Any]:
+    """All of it, with what got worse."""
+    return {
+        "format": "autopar-diff",
+        "version": 1,
+        "worse": [figure.name for figure in comparison.worse(allowed)],
+        "allowed": allowed,
+        "made_for": _plain(comparison.made_for),
+        "figures": [
+            {"name": f.name, "unit": f.unit, "before": f.before, "after": f.after, "judged": f.judged}
+            for f in comparison.figures
+        ],
+        "parameters": _plain(comparison.parameters),
+        "decisions": _plain(comparison.decisions),
+    }
+
+
+def _plain(changes: tuple[Change, ...]) -> list[dict[str, str]]:
+    return [{"name": c.name, "before": c.before, "after": c.after} for c in changes]
+
+
+def print_comparison(comparison: Comparison, allowed: float, *, decisions: bool = False) -> None:
+    """What changed, the worst of it last."""
+    for change in comparison.made_for:
+        print(f"{change.name}: {change.before} -> {change.after}")
+    figures = [f for f in comparison.figures if f.judged or abs(f.change) > _SLACK]
+    rows = [[f.name, f.text(f.before), f.text(f.after), _percent(f.change)] for f in figures]
+    print(table(rows, ["", "before", "after", "change"], right=[1, 2, 3]))
+    if comparison.parameters:
+        print()
+        rows = [[c.name, c.before or "-", c.after or "-"] for c in comparison.parameters]
+        print(table(rows, ["parameter", "before", "after"]))
+    if comparison.decisions and decisions:
+        print()
+        rows = [[c.name, c.before or "-", c.after or "-"] for c in comparison.decisions]
+        print(table(rows, ["decision", "before", "after"]))
+    elif comparison.decisions:
+        print(f"\n{len(comparison.decisions)} decisions differ; --decisions lists them.")
+    if not comparison.parameters and not comparison.decisions:
+        print("\nThe same decisions.")
+    worse = comparison.worse(allowed)
+    for figure in worse:
+        print(painted(f"WORSE: {figure.name} by {_percent(figure.change)}, over the {allowed:.4g} allowed", "red"))
+    if not worse:
+        print(painted("Nothing got worse" + (f" by more than {allowed:.2%}." if allowed else "."), "green"))
+
+
+def _percent(change: float) -> str:
+    if abs(change) <= _SLACK:
+        return "="
+    return f"{change:+.1%}" if change != float("inf") else "new"

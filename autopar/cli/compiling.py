@@ -1,0 +1,58 @@
+"""The compiler as commands use it: a model on a mesh of so many ranks, with the stages told as they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from autopar import examples, meshes, planning
+from autopar.api import skeleton
+from autopar.options import Options
+from costmodel.hardware import Hardware
+from passes.inputs import global_inputs
+from passes.plan import Plan
+from passes.program import Program
+
+Progress = Callable[[str], None]
+
+
+def captured(
+    model: nn.Module, call: examples.Call, mesh: Mapping[str, int], options: Options, progress: Progress
+) -> Program:
+    """The program of the global batch, every data-parallel rank feeding `call`."""
+    axes = meshes.axes_of(mesh)
+    batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
+    progress("capturing the model")
+    args, kwargs = examples.on_cpu(call)
+    whole = global_inputs(args, kwargs, meshes.batch_ranks(axes, batch_axes), options.batch_dims)
+    return planning.captured(
+        skeleton(model), whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size
+    )
+
+
+def planned(
+    model: nn.Module,
+    inputs: Any,
+    mesh: Mapping[str, int],
+    *,
+    hardware: str | Hardware | None,
+    strategy: str,
+    options: Options,
+    progress: Progress,
+) -> Plan:
+    """The plan that `autopar.plan` would make."""
+    call = examples.call_of(model, inputs)
+    program = captured(model, call, mesh, options, progress)
+    axes = meshes.axes_of(mesh)
+    return planning.planned(
+        program,
+        axes,
+        batch_axes=meshes.batch_axes_of(axes, options.batch_axes),
+        hardware=hardware,
+        strategy=strategy,
+        options=options,
+        example=examples.described(call),
+        progress=progress,
+    )

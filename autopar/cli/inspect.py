@@ -1,0 +1,170 @@
+"""Capture a model's training step and print what it is made of, repeated layers folded.
+
+Per op: how many there are in the step, shape, dims by name, FLOPs, bytes it reads and writes, and how many layouts the
+mesh allows it; and the ops that no rule knows. Views and other ops that move nothing are left out unless --all.
+
+example:
+  autopar inspect llama3-8b --mesh dp=4,tp=2 --batch 1 --seq 4096
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autopar import examples, meshes
+from autopar.cli.arguments import add_json, add_mesh, add_model, named_model
+from autopar.cli.compiling import captured
+from autopar.cli.terminal import clean_output, painted, progress, table
+from autopar.options import Options
+from costmodel.memory import gib
+from passes.dims import Value
+from passes.pipeline import on_mesh
+from passes.program import Program
+from passes.space import Space, search_space
+from passes.words import Words, op_text
+from passes.work import work_of
+
+HELP = "print the captured graph, repeated layers folded"
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """Alike ops of the step; FLOPs and bytes are of all of them, on one device with the whole batch."""
+
+    phase: str
+    module: str
+    op: str
+    count: int
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    flops: float
+    bytes: float
+    layouts: int
+    source: str
+    view: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `autopar inspect`."""
+    add_model(parser)
+    add_mesh(parser)
+    parser.add_argument("--phase", choices=("forward", "backward", "both"), default="forward", help="default: forward")
+    parser.add_argument("--all", action="store_true", help="views too, and other ops that move nothing")
+    add_json(parser)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Capture and print."""
+    with clean_output(), progress() as tell:
+        named = named_model(given)
+        axes = meshes.axes_of(given.mesh)
+        call = examples.call_of(named.model, named.inputs)
+        program = captured(named.model, call, given.mesh, Options(), tell)
+        tell("looking for layouts")
+        space = search_space(program, on_mesh("h100", axes), meshes.batch_axes_of(axes, None))
+        rows = op_rows(space)
+        facts = graph_facts(program, space, rows)
+    if given.json:
+        operations = [asdict(row) for row in rows]
+        print(json.dumps({"format": "autopar-graph", "version": 1, **facts, "operations": operations}, indent=2))
+        return 0
+    _print(facts, rows, given)
+    for note in (*named.notes, *program.notes):
+        print(f"  - {note}")
+    return 0
+
+
+def op_rows(space: Space) -> list[OpRow]:
+    """One row per class of ops, in program order."""
+    words = Words(space)
+    rows = []
+    for index, members in enumerate(space.folding.members):
+        site = space.sites[index]
+        if site.kind != "op" or site.call is None:
+            continue
+        node = members[0]
+        results = [facts.shape if facts else () for facts in site.call.results]
+        work = work_of(site.call, [facts.shape for facts in site.call.operands], results)
+        rows.append(
+            OpRow(
+                phase=site.phase,
+                module=words.pattern(node.meta.get("module", "")),
+                op=op_text(site.call.target),
+                count=site.count,
+                shape=results[0] if results else (),
+                dims=words.dims(Value(index, 0)) if results else (),
+                flops=work.flops * site.count,
+                bytes=work.bytes_moved * site.count,
+                layouts=len(site.options),
+                source=node.meta.get("source", ""),
+                view=work.kind == "view",
+            )
+        )
+    return rows
+
+
+def graph_facts(program: Program, space: Space, rows: list[OpRow]) -> dict[str, Any]:
+    """What the graph is as a whole."""
+    nodes = program.graph.graph.find_nodes(op="placeholder")
+    parameters = [n.meta["val"] for n, i in zip(nodes, program.inputs, strict=True) if i.kind == "parameter"]
+    return {
+        "mesh": {axis.name: axis.size for axis in space.topology.axes},
+        "fingerprint": program.fingerprint,
+        "nodes": sum(row.count for row in rows),
+        "distinct": len(rows),
+        "layers": dict(space.folding.layers),
+        "parameters": sum(p.numel() for p in parameters),
+        "parameter_bytes": sum(p.numel() * p.dtype.itemsize for p in parameters),
+        "forward_flops": sum(row.flops for row in rows if row.phase == "forward"),
+        "backward_flops": sum(row.flops for row in rows if row.phase == "backward"),
+        "inputs": {
+            i.name: list(n.meta["val"].shape) for n, i in zip(nodes, program.inputs, strict=True) if i.kind == "input"
+        },
+        "without_rule": list(space.replicated),
+    }
+
+
+def _print(facts: dict[str, Any], rows: list[OpRow], given: argparse.Namespace) -> None:
+    layers = ", ".join(f"{count} x {name}" for name, count in facts["layers"].items()) or "none"
+    inputs = ", ".join(f"{name} {shape}" for name, shape in facts["inputs"].items())
+    print(painted(f"{given.model}: a step of the whole batch ({inputs})", "bold"))
+    print(f"  {facts['nodes']} ops, {facts['distinct']} distinct; repeated layers: {layers}")
+    print(f"  {facts['parameters']:,} parameters, {gib(facts['parameter_bytes'])}")
+    total = facts["forward_flops"], facts["backward_flops"]
+    print(f"  {_flops(total[0])} forward, {_flops(total[1])} backward\n")
+    shown = [row for row in rows if given.phase in (row.phase, "both") and (given.all or not row.view)]
+    cells = [
+        [
+            f"{row.module or '(model)'}",
+            row.op,
+            str(row.count),
+            str(list(row.shape)),
+            ", ".join(row.dims),
+            _flops(row.flops) if row.flops else "-",
+            gib(row.bytes),
+            str(row.layouts),
+        ]
+        for row in shown
+    ]
+    print(
+        table(
+            cells, ["module", "op", "count", "shape", "dims", "FLOPs", "bytes", "layouts"], shrink=0, right=[2, 5, 6, 7]
+        )
+    )
+    left = sum(row.view for row in rows if given.phase in (row.phase, "both"))
+    if left and not given.all:
+        print(f"\n  {left} kinds of views are left out; --all shows them.")
+    if facts["without_rule"]:
+        print(f"\n  Without a rule, whole on every rank: {', '.join(map(op_text, facts['without_rule']))}")
+    else:
+        print("\n  Every op has a rule.")
+
+
+def _flops(flops: float) -> str:
+    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if flops >= scale:
+            return f"{flops / scale:.2f} {unit}"
+    return f"{flops:.0f} FLOP"

@@ -1,0 +1,89 @@
+"""`autopar COMMAND ...`: parse, run, and turn what goes wrong into one line and an exit code.
+
+0: done. 1: a plan that does not fit, or a check that fails. 2: a mistake in the call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from autopar.cli import calibrate, check, diff, explain, inspect, plan, verify
+from passes.errors import AutoparError, NoFeasiblePlanError
+
+COMMANDS = (inspect, plan, explain, diff, check, verify, calibrate)
+
+_ABOUT = "Lay a PyTorch model out over many devices: plan it, read the plan, prove it."
+_EPILOG = """\
+MODEL is a preset (llama3-8b, gpt3-175b, mixtral-8x7b, ...; dimensions only), a Hugging Face config.json
+or its folder, or file.py:function, which returns a module, or a module and one data-parallel rank's inputs.
+
+example:
+  autopar plan llama3-8b --mesh dp=8,tp=8 --hardware h100 --batch 2 --seq 4096
+
+exit code: 0 success; 1 a plan that does not fit, or a check that fails; 2 a mistake in the call
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands."""
+    top = argparse.ArgumentParser("autopar", description=_ABOUT, epilog=_EPILOG, formatter_class=_Formatter)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
+    for module in COMMANDS:
+        about, _, rest = (module.__doc__ or "").partition("\n\n")
+        name = module.__name__.rpartition(".")[2]
+        one = commands.add_parser(
+            name, help=module.HELP, description=about, epilog=rest.strip(), formatter_class=_Formatter
+        )
+        module.add_arguments(one)
+        one.set_defaults(run=module.run)
+    return top
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help as wide as the terminal, with examples as they are written."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    try:
+        given = parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    warnings.simplefilter("ignore")
+    try:
+        code: int = given.run(given)
+        sys.stdout.flush()
+        return code
+    except NoFeasiblePlanError as error:
+        return _said(given.command, error, 1)
+    except (AutoparError, ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 0
+        if not isinstance(error, AutoparError) and not _of_the_call(error):
+            raise
+        return _said(given.command, error, 2)
+    except KeyboardInterrupt:
+        return _said(given.command, "stopped", 130)
+
+
+def _of_the_call(error: BaseException) -> bool:
+    """Whether one of our packages raised it, as it does for what a caller got wrong; else it is a bug of ours."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    module = last.tb_frame.f_globals.get("__name__", "") if last is not None else ""
+    return isinstance(error, OSError) or module.partition(".")[0] in ("autopar", "passes", "costmodel")
+
+
+def _said(command: str, error: object, code: int) -> int:
+    text = " ".join(str(error).split())
+    print(f"autopar {command}: {text}", file=sys.stderr)
+    return code

@@ -1,0 +1,83 @@
+"""What a command prints, and how: tables as wide as the terminal, colour and a progress bar only where one looks on.
+
+Reports go to standard output, everything else to standard error. Libraries that write to standard output by themselves
+are kept off it (`clean_output`), so that `--json` is JSON and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from passes.report_text import cut
+
+_STYLES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
+
+
+def width() -> int:
+    """Columns to write in: the terminal's, at least 80; 100 where there is none; at most 140."""
+    return min(140, max(80, shutil.get_terminal_size((100, 24)).columns))
+
+
+def coloured() -> bool:
+    """Whether standard output shows colour: a terminal, unless NO_COLOR or TERM=dumb says otherwise."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def painted(text: str, style: str) -> str:
+    """`text` in a style, where colour shows."""
+    return f"\033[{_STYLES[style]}m{text}\033[0m" if coloured() else text
+
+
+def table(rows: Sequence[Sequence[str]], headers: Sequence[str], *, shrink: int = 0, right: Sequence[int] = ()) -> str:
+    """A table that fits the width: cells of column `shrink` are cut where it would not."""
+    columns = [max(len(row[c]) for row in [headers, *rows]) for c in range(len(headers))]
+    room = max(12, width() - sum(columns) + columns[shrink] - 2 * (len(headers) - 1))
+    short = [[cut(cell, room) if c == shrink else cell for c, cell in enumerate(row)] for row in rows]
+    rule = ["-" * min(size, room) if c == shrink else "-" * size for c, size in enumerate(columns)]
+    align = ["right" if c in right else "left" for c in range(len(headers))]
+    text = tabulate([headers, rule, *short], tablefmt="plain", colalign=align, disable_numparse=True)
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+@contextmanager
+def clean_output() -> Iterator[None]:
+    """Standard output, as C libraries see it too, is thrown away inside."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A function that says which stage begins: a bar on a terminal, a line each on standard error elsewhere."""
+    if not sys.stderr.isatty():
+        start = time.monotonic()
+        yield lambda stage: print(f"[{time.monotonic() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
+        return
+    with tqdm(bar_format="{desc} [{elapsed}]", leave=False, file=sys.stderr) as bar:
+
+        def show(stage: str) -> None:
+            bar.set_description_str(stage)
+            bar.refresh()
+
+        yield show

@@ -1,0 +1,55 @@
+"""Check on this CPU that a plan computes what the model does on one device, and print the certificate.
+
+Every rank is played in this process, on random weights. Compared with the unmodified model given the whole batch:
+outputs, every gradient, the parameters after a step of AdamW. Where they part, the first node that differs is named.
+A preset is scaled down; a config.json is taken as it is (see --layers). Exits 1 where the check fails.
+
+example:
+  autopar verify llama3-8b --mesh dp=2,tp=2 --strategy megatron
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from autopar.certificate import Tolerances, parity_text
+from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of
+from autopar.cli.terminal import clean_output, painted, progress, width
+from autopar.verify import verify
+from passes.plan import Plan
+
+HELP = "check on a CPU that a plan computes what one device does"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `autopar verify`."""
+    add_model(parser)
+    add_mesh(parser, required=False)
+    add_planning(parser)
+    parser.add_argument("--plan", metavar="PLAN", help="check this plan's file instead of making one")
+    parser.add_argument("--loss-tolerance", type=float, metavar="X", help="relative error allowed in a loss (1e-5)")
+    parser.add_argument("--tolerance", type=float, metavar="X", help="and in every other tensor, of its norm (1e-4)")
+    add_json(parser)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Verify and print."""
+    with clean_output(), progress() as tell:
+        plan = Plan.load(given.plan) if given.plan else None
+        mesh = given.mesh or (plan.mesh if plan is not None else None)
+        if mesh is None:
+            raise ValueError("no mesh; pass --mesh dp=2,tp=2, or --plan PLAN, which has one")
+        named = named_model(given, on_cpu=True)
+        found = verify(
+            named.model, mesh, named.inputs, plan=plan, strategy=given.strategy, options=options_of(given),
+            hardware=given.hardware, tolerances=Tolerances(given.loss_tolerance, given.tolerance), progress=tell,
+        )  # fmt: skip
+    found = replace(found, notes=(*named.notes, *found.notes))
+    if given.json:
+        print(found.to_json())
+    else:
+        head, _, rest = parity_text(found, width()).partition("\n")
+        print(painted(head, "green" if found.ok else "red"))
+        print(rest, end="")
+    return 0 if found.ok else 1
