@@ -130,8 +130,8 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
             raise ValueError(f"Options({name}={value!r}): known are {', '.join(known)}")
     if options.mp_policy is not None:
         raise ValueError(
-            "Options(mp_policy=...) is not supported yet; convert the model before (model.to(torch.bfloat16)) to compute "
-            "in another dtype"
+            "Options(mp_policy=...) is not supported yet; to compute in another dtype convert the model before, as in "
+            "model.to(torch.bfloat16)"
         )
     if options.accumulate < 1:
         raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
