@@ -1,0 +1,291 @@
+"""autopar on one CUDA GPU: training beside eager, and one rank's share of a plan for eight.
+
+    train   a small LLaMA on a one-GPU mesh through autopar (NCCL, Inductor) beside the same model in eager mode, from
+            the same weights on the same batches, in fp32 and bf16: losses, seconds per step, peak memory
+    rank0   rank 0 of a plan for eight GPUs, LLaMA-3-8B's layers, with a fake process group that moves no bytes:
+            seconds and peak memory of what this rank computes, beside what the plan predicts
+
+Each measurement has a process of its own. Without a CUDA device there is nothing to measure and the exit code is 0;
+`--device cpu --small` goes through the same steps with a tiny model.
+
+    python benchmarks/gpu/run.py                       # writes benchmarks/gpu/results.md and results.json
+    python benchmarks/gpu/run.py --device cpu --small --out out/gpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tabulate import tabulate
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import autopar
+
+SMALL = LlamaConfig(
+    vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=8,
+    num_key_value_heads=8,
+)  # fmt: skip
+TRAINED = LlamaConfig(
+    vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
+    num_key_value_heads=8, max_position_embeddings=2048,
+)  # fmt: skip
+LLAMA3_8B_LAYERS = LlamaConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32,
+    num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0,
+)  # fmt: skip
+"""The 8B model's dimensions with 4 of its 32 layers."""
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def peak_reset(device: str) -> None:
+    """Forget the peak so far."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes(device: str) -> int:
+    """Peak since the last reset; on the CPU the process's."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def timed_s(device: str, work: Callable[[], object]) -> float:
+    """Seconds of `work`, all kernels done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def median(values: list[float]) -> float:
+    """The middle one."""
+    return sorted(values)[len(values) // 2]
+
+
+def new_model(config: LlamaConfig, device: str, dtype: torch.dtype) -> nn.Module:
+    """The same weights every time."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def batch(config: LlamaConfig, rows: int, length: int, step: int, device: str) -> dict[str, torch.Tensor]:
+    """Ids that a model can learn: a walk whose steps are small."""
+    generator = torch.Generator().manual_seed(step)
+    walk = torch.randint(0, 8, (rows, length), generator=generator).cumsum(1)
+    ids = (walk % min(config.vocab_size, 512)).to(device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def trained(
+    model: nn.Module, config: LlamaConfig, rows: int, length: int, steps: int, device: str
+) -> tuple[list[float], list[float]]:
+    """Losses and seconds of every step."""
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    losses: list[float] = []
+    seconds: list[float] = []
+
+    def step(index: int) -> None:
+        loss = model(**batch(config, rows, length, index, device)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optim.step()
+        optim.zero_grad()
+        losses.append(float(loss.detach()))
+
+    for index in range(steps):
+        seconds.append(timed_s(device, lambda index=index: step(index)))
+    return losses, seconds
+
+
+# --- the two parts ----------------------------------------------------------------------------------------------------
+
+
+def measure_train(device: str, small: bool, how: str, dtype: str) -> dict[str, Any]:
+    """`how` is eager, torch.compile or autopar."""
+    config = SMALL if small else TRAINED
+    rows, length, steps = (2, 16, 4) if small else (8, 1024, 20)
+    with tempfile.NamedTemporaryFile() as store:
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo", init_method=f"file://{store.name}.store", rank=0, world_size=1
+        )
+        model: nn.Module = new_model(config, device, getattr(torch, dtype))
+        prepared_s = 0.0
+        if how == "autopar":
+            mesh = init_device_mesh(device, (1,), mesh_dim_names=("dp",))
+            example = batch(config, rows, length, 0, device)
+            options = autopar.Options(compile=not small)
+            start = time.perf_counter()
+            model = autopar.parallelize(model, mesh, example, options=options)
+            prepared_s = time.perf_counter() - start
+        elif how == "torch.compile":
+            model.compile()
+        peak_reset(device)
+        losses, seconds = trained(model, config, rows, length, steps, device)
+        peak = peak_bytes(device)
+        dist.destroy_process_group()
+    return {
+        "how": how, "dtype": dtype, "losses": losses, "step_s": median(seconds[steps // 2 :]),
+        "prepared_s": prepared_s + (seconds[0] if how == "torch.compile" else 0.0), "peak_bytes": peak,
+        "tokens": rows * length,
+    }  # fmt: skip
+
+
+def measure_rank0(device: str, small: bool, strategy: str, mesh_text: str) -> dict[str, Any]:
+    """Rank 0's own work under `strategy` on a mesh such as "dp=2,tp=4"; collectives move nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # also registers the "fake" backend
+
+    config = SMALL if small else LLAMA3_8B_LAYERS
+    rows, length, steps = (4, 16, 2) if small else (1, 4096, 12)
+    sizes = {name: int(size) for name, size in (part.split("=") for part in mesh_text.split(","))}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(sizes.values()))
+    mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if small else torch.bfloat16)
+    example = batch(config, rows, length, 0, device)
+    start = time.perf_counter()
+    plan = autopar.plan(
+        model, mesh, example, strategy=strategy, hardware="cpu" if device == "cpu" else None,
+        options=autopar.Options(compile=not small),
+    )  # fmt: skip
+    parallel = autopar.apply(model, plan, mesh)
+    prepared_s = time.perf_counter() - start
+    parallel.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in parallel.parameters():
+            local = parameter.to_local()
+            local.normal_(0, 0.02)
+    peak_reset(device)
+    _, seconds = trained(parallel, config, rows, length, steps, device)
+    peak = peak_bytes(device)
+    communication_s = sum(collective.seconds for collective in plan.collectives)
+    dist.destroy_process_group()
+    return {
+        "strategy": plan.strategy, "asked": strategy, "mesh": mesh_text, "step_s": median(seconds[steps // 2 :]),
+        "peak_bytes": peak, "predicted_step_s": plan.step_time_s, "predicted_peak_bytes": plan.peak_memory_bytes,
+        "predicted_communication_s": communication_s,
+        "predicted_compute_s": plan.breakdown.compute_s + plan.breakdown.optimizer_s, "prepared_s": prepared_s,
+    }  # fmt: skip
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    """What was measured, as people read it."""
+    rows = []
+    eager = {r["dtype"]: r for r in results["train"] if r["how"] == "eager"}
+    for r in results["train"]:
+        worst = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], eager[r["dtype"]]["losses"], strict=True))
+        rows.append(
+            (r["dtype"], r["how"], f"{r['losses'][0]:.5f}", f"{r['losses'][-1]:.5f}", f"{worst:.1e}",
+             f"{r['step_s'] * 1e3:.1f}", f"{r['tokens'] / r['step_s']:,.0f}", f"{r['peak_bytes'] / 2**30:.2f}",
+             f"{r['prepared_s']:.0f}")
+        )  # fmt: skip
+    train = tabulate(
+        rows, ("dtype", "how", "first loss", "last loss", "largest relative difference to eager", "ms per step",
+               "tokens/s", "peak GiB", "seconds before the first step"), tablefmt="github", disable_numparse=True,
+    )  # fmt: skip
+    rows = [
+        (r["mesh"], r["asked"], f"{r['step_s'] * 1e3:.1f}", f"{r['predicted_compute_s'] * 1e3:.1f}",
+         f"{r['predicted_communication_s'] * 1e3:.1f}", f"{r['predicted_step_s'] * 1e3:.1f}",
+         f"{r['peak_bytes'] / 2**30:.2f}", f"{r['predicted_peak_bytes'] / 2**30:.2f}", f"{r['prepared_s']:.0f}")
+        for r in results["rank0"]
+    ]  # fmt: skip
+    rank0 = tabulate(
+        rows, ("mesh", "strategy", "measured ms per step, no communication", "predicted compute ms",
+               "predicted communication ms, hidden or not", "predicted ms per step", "measured peak GiB",
+               "predicted peak GiB", "seconds to plan and compile"), tablefmt="github", disable_numparse=True,
+    )  # fmt: skip
+    return (
+        f"# Measured on {results['device']}\n\ntorch {results['torch']}, by `{results['command']}`.\n\n"
+        f"## Training on a one-GPU mesh\n\n{results['train_model']}\n\n{train}\n\n"
+        f"## Rank 0 of a plan for eight\n\n{results['rank0_model']} Collectives are fake: they move nothing and take "
+        f"no time, so the step is what the rank computes.\n\n{rank0}\n"
+    )
+
+
+def measured(arguments: argparse.Namespace, *part: str) -> dict[str, Any] | None:
+    """One part in a process of its own; None where it failed, whose error is on the screen."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        command = [sys.executable, str(Path(__file__).resolve()), "--device", arguments.device, "--result", str(path)]
+        if arguments.small:
+            command.append("--small")
+        print("measuring", *part, flush=True)
+        subprocess.run([*command, "--part", *part], check=False, env={**os.environ, "WORLD_SIZE": "1", "RANK": "0"})
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def main() -> int:
+    """Every part, or the one that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="tiny models, uncompiled: a check of this script")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the results")
+    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here: nothing measured (--device cpu --small checks this script)")
+        return 0
+    if arguments.part:
+        function = {"train": measure_train, "rank0": measure_rank0}[arguments.part[0]]
+        result = function(arguments.device, arguments.small, *arguments.part[1:])
+        arguments.result.write_text(json.dumps(result))
+        return 0
+
+    hows = ("eager", "autopar") if arguments.small else ("eager", "torch.compile", "autopar")
+    dtypes = ("float32",) if arguments.small else ("float32", "bfloat16")
+    train = [measured(arguments, "train", how, dtype) for dtype in dtypes for how in hows]
+    plans = [("fsdp", "dp=8"), ("megatron", "dp=2,tp=4"), ("megatron", "dp=1,tp=8"), ("auto", "dp=2,tp=4")]
+    rank0 = [measured(arguments, "rank0", *plan) for plan in (plans[:2] if arguments.small else plans)]
+    failed = [*train, *rank0].count(None)
+    good_train = [r for r in train if r is not None]
+    # Losses are held against eager's; without it a dtype has nothing to say.
+    with_eager = {r["dtype"] for r in good_train if r["how"] == "eager"}
+    results = {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "command": "python benchmarks/gpu/run.py" + (" --device cpu" if arguments.device == "cpu" else "")
+        + (" --small" if arguments.small else ""),
+        "train_model": "Tiny LLaMA." if arguments.small else
+        "LLaMA, 8 layers, hidden 1024, vocabulary 32,000; 8 rows of 1,024 tokens; AdamW, clipping at 1.",
+        "rank0_model": "Tiny LLaMA." if arguments.small else
+        "LLaMA-3-8B's dimensions with 4 of its 32 layers, bf16; 1 row of 4,096 tokens per data-parallel rank; AdamW.",
+        "train": [r for r in good_train if r["dtype"] in with_eager],
+        "rank0": [r for r in rank0 if r is not None],
+    }  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.out / "results.md").write_text(as_markdown(results))
+    print((arguments.out / "results.md").read_text())
+    if failed:
+        print(f"{failed} measurements failed; their errors are above")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
