@@ -6,9 +6,12 @@ a term on every rank, and each choice less counts on every axis.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from passes.rules.call import Call
+from passes.rules.experts import GROUPED, GROUPED_BACKWARD
 from passes.rules.form import Form, FormBuilder, einsum_form
 from passes.rules.table import RULES, rule
 
@@ -23,6 +26,11 @@ EQUATIONS = {
 
 PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default})
 """The ops whose arithmetic tensor parallelism splits."""
+
+
+def is_product(target: Any) -> bool:
+    """Whether an op is a matrix product, of one matrix or of a stack of experts' matrices."""
+    return target in PRODUCTS or bool({target, str(target)} & {*GROUPED, *GROUPED_BACKWARD})
 
 
 def _product(call: Call) -> Form:
