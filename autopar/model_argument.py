@@ -75,7 +75,7 @@ def load_model(argument: str, wanted: Wanted | None = None) -> Named:
     if found.exists():
         return _from_config(found, wanted)
     near = difflib.get_close_matches(argument, presets(), n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ValueError(
         f"no model {argument!r}{hint} A model is a preset ({', '.join(presets())}), a Hugging Face config.json or its "
         "folder, or file.py:function"

@@ -166,9 +166,9 @@ def print_comparison(comparison: Comparison, allowed: float, *, decisions: bool 
         print("\nThe same decisions.")
     worse = comparison.worse(allowed)
     for figure in worse:
-        print(painted(f"WORSE: {figure.name} by {_percent(figure.change)}, over the {allowed:.4g} allowed", "red"))
+        print(painted(f"WORSE: {figure.name} {_percent(figure.change)}, where +{allowed:.1%} is allowed", "red"))
     if not worse:
-        print(painted("Nothing got worse" + (f" by more than {allowed:.2%}." if allowed else "."), "green"))
+        print(painted("Nothing got worse" + (f" by more than {allowed:.1%}." if allowed else "."), "green"))
 
 
 def _percent(change: float) -> str:

@@ -157,8 +157,7 @@ def _print_parameter(plan: Plan, key: str, one: Placements, others: list[Alterna
     if others is not None:
         rows = [["this plan: " + one.in_compute, seconds_text(plan.step_time_s), "", gib(plan.peak_memory_bytes), ""]]
         rows += [_row(plan, other) for other in others]
-        text = table(rows, ["in compute", "step", "", "memory", ""], shrink=4, right=[1, 2, 3])
-        print("\n".join(f"  {line}" for line in text.splitlines()))
+        print(table(rows, ["in compute", "step", "", "memory", ""], shrink=4, right=[1, 2, 3], indent=2))
     print()
 
 
@@ -175,20 +174,15 @@ def _print_collectives(issued: list[Collective]) -> None:
         return
     print(painted("Collectives", "bold"))
     rows = [
-        [
-            c.kind,
-            c.group,
-            c.phase,
-            str(c.count),
-            gib(c.bytes * c.count),
-            seconds_text(c.seconds),
-            seconds_text(c.exposed_s),
-            f"{c.reason} ({c.source})" if c.source else c.reason,
-        ]
+        [c.kind, c.group, c.phase, c.module or "(model)", str(c.count), gib(c.bytes * c.count), seconds_text(c.seconds),
+         seconds_text(c.exposed_s)]
         for c in issued
-    ]
-    headers = ["collective", "axes", "phase", "count", "bytes", "time", "exposed", "why"]
-    print(table(rows, headers, shrink=7, right=[3, 4, 5, 6]))
+    ]  # fmt: skip
+    headers = ["collective", "axes", "phase", "of", "count", "bytes", "time", "exposed"]
+    lines = table(rows, headers, shrink=3, right=[4, 5, 6, 7]).splitlines()
+    print("\n".join(lines[:2]))
+    for line, c in zip(lines[2:], issued, strict=True):
+        print(f"{line}\n    {c.reason}{f'  ({c.source})' if c.source else ''}")
 
 
 def _as_json(

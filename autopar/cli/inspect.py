@@ -96,7 +96,7 @@ def op_rows(space: Space) -> list[OpRow]:
                 count=site.count,
                 shape=results[0] if results else (),
                 dims=words.dims(Value(index, 0)) if results else (),
-                flops=work.flops * site.count,
+                flops=work.flops * site.count if work.kind != "unknown" else 0.0,
                 bytes=work.bytes_moved * site.count,
                 layouts=len(site.options),
                 source=node.meta.get("source", ""),
@@ -138,7 +138,6 @@ def _print(facts: dict[str, Any], rows: list[OpRow], given: argparse.Namespace) 
     shown = [row for row in rows if given.phase in (row.phase, "both") and (given.all or not row.view)]
     cells = [
         [
-            f"{row.module or '(model)'}",
             row.op,
             str(row.count),
             str(list(row.shape)),
@@ -149,11 +148,15 @@ def _print(facts: dict[str, Any], rows: list[OpRow], given: argparse.Namespace) 
         ]
         for row in shown
     ]
-    print(
-        table(
-            cells, ["module", "op", "count", "shape", "dims", "FLOPs", "bytes", "layouts"], shrink=0, right=[2, 5, 6, 7]
-        )
-    )
+    headers = ["op", "count", "shape", "dims", "FLOPs", "bytes", "layouts"]
+    lines = table(cells, headers, shrink=3, right=[1, 4, 5, 6], indent=2).splitlines()
+    print("\n".join(lines[:2]))
+    place = None
+    for line, row in zip(lines[2:], shown, strict=True):
+        if (row.phase, row.module) != place:
+            place = row.phase, row.module
+            print(painted((row.module or "(model)") + (", backward" if row.phase == "backward" else ""), "bold"))
+        print(line)
     left = sum(row.view for row in rows if given.phase in (row.phase, "both"))
     if left and not given.all:
         print(f"\n  {left} kinds of views are left out; --all shows them.")

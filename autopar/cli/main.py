@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from autopar.cli import calibrate, check, diff, explain, inspect, plan, verify
 from passes.errors import AutoparError, NoFeasiblePlanError
@@ -30,7 +31,7 @@ exit code: 0 success; 1 a plan that does not fit, or a check that fails; 2 a mis
 
 def parser() -> argparse.ArgumentParser:
     """All commands."""
-    top = argparse.ArgumentParser("autopar", description=_ABOUT, epilog=_EPILOG, formatter_class=_Formatter)
+    top = _Parser("autopar", description=_ABOUT, epilog=_EPILOG, formatter_class=_Formatter)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
     for module in COMMANDS:
         about, _, rest = (module.__doc__ or "").partition("\n\n")
@@ -41,6 +42,14 @@ def parser() -> argparse.ArgumentParser:
         module.add_arguments(one)
         one.set_defaults(run=module.run)
     return top
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what was wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -56,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
-    warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _run(given)
+
+
+def _run(given: argparse.Namespace) -> int:
     try:
         code: int = given.run(given)
         sys.stdout.flush()
@@ -85,5 +99,7 @@ def _of_the_call(error: BaseException) -> bool:
 
 def _said(command: str, error: object, code: int) -> int:
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     print(f"autopar {command}: {text}", file=sys.stderr)
     return code

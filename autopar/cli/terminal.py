@@ -36,15 +36,22 @@ def painted(text: str, style: str) -> str:
     return f"\033[{_STYLES[style]}m{text}\033[0m" if coloured() else text
 
 
-def table(rows: Sequence[Sequence[str]], headers: Sequence[str], *, shrink: int = 0, right: Sequence[int] = ()) -> str:
+def table(
+    rows: Sequence[Sequence[str]],
+    headers: Sequence[str],
+    *,
+    shrink: int = 0,
+    right: Sequence[int] = (),
+    indent: int = 0,
+) -> str:
     """A table that fits the width: cells of column `shrink` are cut where it would not."""
     columns = [max(len(row[c]) for row in [headers, *rows]) for c in range(len(headers))]
-    room = max(12, width() - sum(columns) + columns[shrink] - 2 * (len(headers) - 1))
+    room = max(12, width() - indent - sum(columns) + columns[shrink] - 2 * (len(headers) - 1))
     short = [[cut(cell, room) if c == shrink else cell for c, cell in enumerate(row)] for row in rows]
     rule = ["-" * min(size, room) if c == shrink else "-" * size for c, size in enumerate(columns)]
     align = ["right" if c in right else "left" for c in range(len(headers))]
     text = tabulate([headers, rule, *short], tablefmt="plain", colalign=align, disable_numparse=True)
-    return "\n".join(line.rstrip() for line in text.splitlines())
+    return "\n".join(" " * indent + line.rstrip() for line in text.splitlines())
 
 
 @contextmanager
