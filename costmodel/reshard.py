@@ -43,12 +43,12 @@ class Step:
     before: Layout
     after: Layout
     ranks: int = 0
-    """Of the group; with one rank nothing moves."""
+    """Of the group, 0 where nobody asked; with one rank nothing moves."""
 
     @property
     def is_collective(self) -> bool:
         """Whether ranks talk to one another."""
-        return self.kind not in ("slice", "state_slice") and self.ranks > 1
+        return self.kind not in ("slice", "state_slice") and self.ranks != 1
 
 
 @lru_cache(maxsize=400_000)
