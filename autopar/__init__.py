@@ -2,7 +2,7 @@
 
     model = autopar.parallelize(model, mesh, {"input_ids": ids, "labels": ids})
 
-See `parallelize`, `plan`, `apply` and `Options`; the command line is `autopar --help`.
+See `parallelize`, `plan`, `apply`, `verify` and `Options`; the command line is `autopar --help`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from autopar.api import apply_with, parallelize_with, plan_with
 from autopar.module import ParallelModule
 from autopar.options import Options
 from autopar.pipeline import Pipeline
+from autopar.verify import Parity, verify
 from costmodel.hardware import Hardware
 from passes.errors import (
     AutoparError,
@@ -34,12 +35,14 @@ __all__ = [
     "NoFeasiblePlanError",
     "Options",
     "ParallelModule",
+    "Parity",
     "Plan",
     "PlanMismatchError",
     "UnsupportedOpError",
     "apply",
     "parallelize",
     "plan",
+    "verify",
 ]
 
 _PIPELINE = Pipeline(
