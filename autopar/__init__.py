@@ -15,10 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import planning
 from autopar.api import apply_with, parallelize_with, plan_with
+from autopar.certificate import Parity
 from autopar.module import ParallelModule
 from autopar.options import Options
 from autopar.pipeline import Pipeline
-from autopar.verify import Parity, verify
+from autopar.verify import verify
 from costmodel.hardware import Hardware
 from passes.errors import (
     AutoparError,
