@@ -17,6 +17,7 @@ from costmodel.layout import Partial, layout_text
 from passes.errors import PlanMismatchError
 from passes.footprint import TopTensor
 from passes.plan_json import dump, parse
+from passes.report_html import frame_html, plan_html
 from passes.report_text import plan_text
 from passes.schedule import Collective, Schedule
 from passes.space import Site, Space
@@ -165,6 +166,13 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write its file."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def report(self, path: str | Path) -> None:
+        """One self-contained HTML file."""
+        Path(path).write_text(plan_html(self), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        return frame_html(self)
 
     @staticmethod
     def load(path: str | Path) -> Plan:

@@ -1,0 +1,202 @@
+"""A plan as one HTML file that needs no network and no script: any browser shows it, light or dark.
+
+The template draws; here the plan becomes bars, a tree and rows. Numbers read as they do in the terminal's report.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import escape
+
+from costmodel.memory import gib
+from passes.report_text import _percent as percent_text
+from passes.report_text import _role_text as role_text
+from passes.report_text import seconds_text
+
+if TYPE_CHECKING:
+    from passes.plan import Placements, Plan
+
+_LEDGER_ROWS = 25
+_COLORS = ("k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "rest")
+"""Classes in the template's style."""
+_AXIS_COLORS = _COLORS[2:-1]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a stacked bar: where it starts and how wide it is, as shares of the bar's scale."""
+
+    name: str
+    amount: float
+    start: float
+    width: float
+    color: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A row of the baselines: shares are of the slowest plan's time, and of the largest memory or budget."""
+
+    name: str
+    step_time_s: float
+    times: float
+    """This plan's step takes 1."""
+    time_share: float
+    memory_bytes: int
+    memory_share: float
+    fits: bool
+    reason: str
+    known: bool
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A module in the tree of parameters; `name` has the dots of modules that hold nothing else."""
+
+    name: str
+    branches: tuple[Branch, ...]
+    leaves: tuple[tuple[str, str, Placements], ...]
+    """The parameter's own name, its whole pattern, how it lies."""
+    bytes: int
+    count: int
+
+
+def plan_html(plan: Plan) -> str:
+    """The report on `plan` as a whole HTML document."""
+    parts = plan.breakdown
+    time, hidden, scale_s = time_bars(plan)
+    room = max(plan.peak_memory_bytes, plan.memory_budget_bytes or 0)
+    kinds = [(kind, size, _COLORS[i % len(_COLORS)], "") for i, (kind, size) in enumerate(parts.memory_bytes.items())]
+    return _template().render(
+        plan=plan,
+        mesh=" x ".join(f"{name}={size}" for name, size in plan.axes) or "one device",
+        ranks=math.prod(size for _, size in plan.axes),
+        roles=[(name, size, role_text(plan.roles[name])) for name, size in plan.axes],
+        time=time,
+        hidden=hidden,
+        scale_s=scale_s,
+        compute_kinds=[(kind, s) for kind, s in parts.compute_by_kind.items() if s],
+        memory=stacked(kinds, room),
+        budget_share=None if plan.memory_budget_bytes is None else _share(plan.memory_budget_bytes, room),
+        beside=beside(plan),
+        tree=parameter_tree(plan),
+        ledger_rows=_LEDGER_ROWS,
+        options=[(key, json.dumps(value)) for key, value in plan.options.items()],
+    )
+
+
+def frame_html(plan: Plan) -> str:
+    """The report in a frame of its own, for a notebook: neither page's style reaches the other."""
+    title = f"Plan {plan.strategy}"
+    style = "width:100%;height:640px;border:1px solid #8888"
+    return f'<iframe title="{escape(title)}" sandbox style="{style}" srcdoc="{escape(plan_html(plan))}"></iframe>'
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    env = Environment(
+        loader=PackageLoader("passes", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    texts = {"seconds": seconds_text, "gib": gib, "percent": percent_text}
+    env.filters.update(texts)
+    env.globals.update(texts)
+    return env.get_template("report.html.j2")
+
+
+# -- what the template draws -------------------------------------------------------------------------------------------
+
+
+def stacked(parts: Iterable[tuple[str, float, str, str]], scale: float) -> tuple[Piece, ...]:
+    """(name, amount, color, note) one after another on a bar as long as `scale`."""
+    pieces, start = [], 0.0
+    for name, amount, color, note in parts:
+        width = _share(amount, scale)
+        pieces.append(Piece(name, amount, start, width, color, note))
+        start += width
+    return tuple(pieces)
+
+
+def time_bars(plan: Plan) -> tuple[tuple[Piece, ...], tuple[Piece, ...], float]:
+    """The step's seconds, the seconds of communication hidden behind its compute, and the scale of both bars."""
+    parts, times = plan.breakdown, plan.accumulate
+    groups = dict.fromkeys([*parts.exposed_s, *parts.hidden_s])
+    colors = {group: _AXIS_COLORS[i % len(_AXIS_COLORS)] for i, group in enumerate(groups)}
+    rows = [("compute", parts.compute_s * times, "k0", "")]
+    if parts.contention_s:
+        rows.append(("compute slowed", parts.contention_s * times, "k1", "by collectives that run beside it"))
+    rows += [(f"exposed {group}", s * times, colors[group], "") for group, s in parts.exposed_s.items()]
+    rows.append(("optimizer", parts.optimizer_s, "rest", "once per step"))
+    concealed = [(f"hidden {group}", s * times, colors[group], "") for group, s in parts.hidden_s.items()]
+    scale_s = max(sum(row[1] for row in rows), sum(row[1] for row in concealed))
+    return stacked(rows, scale_s), stacked(concealed, scale_s), scale_s
+
+
+def beside(plan: Plan) -> tuple[Beside, ...]:
+    """This plan and its baselines."""
+    all_plans = [(f"this plan ({plan.strategy})", plan.step_time_s, plan.peak_memory_bytes, plan.fits, "")]
+    for name, other in plan.baselines.items():
+        all_plans.append((name, other.step_time_s, other.peak_memory_bytes, other.fits, other.reason))
+    slowest = max(seconds for _, seconds, _, _, _ in all_plans if math.isfinite(seconds))
+    largest = max([plan.memory_budget_bytes or 0, *(size for _, _, size, _, _ in all_plans)])
+    return tuple(
+        Beside(
+            name=name,
+            step_time_s=seconds,
+            times=seconds / plan.step_time_s if plan.step_time_s else 1.0,
+            time_share=_share(seconds, slowest),
+            memory_bytes=size,
+            memory_share=_share(size, largest),
+            fits=fits,
+            reason=reason,
+            known=math.isfinite(seconds),
+        )
+        for name, seconds, size, fits, reason in all_plans
+    )
+
+
+@dataclass
+class _Module:
+    modules: dict[str, _Module] = field(default_factory=dict)
+    leaves: list[tuple[str, str, Placements]] = field(default_factory=list)
+
+
+def parameter_tree(plan: Plan) -> Branch:
+    """The parameters by module, alike layers as one."""
+    root = _Module()
+    for pattern, placed in plan.parameters.items():
+        *path, name = pattern.split(".")
+        module = root
+        for part in path:
+            module = module.modules.setdefault(part, _Module())
+        module.leaves.append((name, pattern, placed))
+    return _branch("", root)
+
+
+def _branch(name: str, module: _Module) -> Branch:
+    while len(module.modules) == 1 and not module.leaves:
+        ((part, module),) = module.modules.items()
+        name = f"{name}.{part}" if name else part
+    branches = tuple(_branch(part, inner) for part, inner in module.modules.items())
+    return Branch(
+        name=name,
+        branches=branches,
+        leaves=tuple(module.leaves),
+        bytes=sum(b.bytes for b in branches) + sum(placed.bytes for _, _, placed in module.leaves),
+        count=sum(b.count for b in branches) + sum(placed.count for _, _, placed in module.leaves),
+    )
+
+
+def _share(amount: float, whole: float) -> float:
+    return min(1.0, amount / whole) if whole > 0 and math.isfinite(amount) else 0.0
