@@ -98,7 +98,9 @@ class Parity:
 
     def worst(self, kind: Kind) -> TensorError | None:
         """The tensor of a kind that is furthest off, of what is allowed."""
-        return max((t for t in self.tensors if t.kind == kind), key=lambda t: t.error / t.tolerance, default=None)
+        return max(
+            (t for t in self.tensors if t.kind == kind), key=lambda t: t.error / (t.tolerance or 1e-30), default=None
+        )
 
     def to_json(self) -> str:
         """All of it; errors that are no numbers are strings ("inf", "nan")."""

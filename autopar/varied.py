@@ -2,7 +2,8 @@
 
 A check on a batch that is the same on every rank would miss a gradient that is not averaged. So each further rank gets
 the example's own values in another order: along the last dim, alike in all inputs of that length (ids stay with their
-labels). Masks and positions, whose order means something, stay as they are.
+labels). And since a model without positions may not see order, the values of integer inputs (which are ids of
+something) are exchanged for one another too: every 7 becomes a 12. Masks and positions stay as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,6 +21,10 @@ from autopar import tree
 from passes.inputs import flatten_inputs, global_inputs
 
 _TOKENS = frozenset({"input_ids", "decoder_input_ids", "labels"})
+
+
+Variety = Literal["values", "order", "none"]
+"""How ranks differ: in values and their order, in order alone (counts of an id may matter), or not at all."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,9 @@ class Batch:
 
 
 def varied_batch(
-    args: tuple[Any, ...], kwargs: dict[str, Any], ways: int, batch_dims: Any, vocabulary: int | None, seed: int
-) -> Batch:
+    args: tuple[Any, ...], kwargs: dict[str, Any], ways: int, batch_dims: Any, vocabulary: int | None, seed: int,
+    variety: Variety = "values",
+) -> Batch:  # fmt: skip
     """The batch of `ways` ranks that each feed values like `(args, kwargs)`, but different ones.
 
     Meta tensors get values: token ids below `vocabulary`, ones for masks, zeros for other integers, normal numbers.
@@ -57,7 +63,7 @@ def varied_batch(
     ]
     if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
         notes.append("the example inputs hold no values: drawn at random")
-    ranks = [own, *(_shuffled(own, whole.batch_dims, random) for _ in range(ways - 1))]
+    ranks = [own, *(_shuffled(own, whole.batch_dims, random, variety) for _ in range(ways - 1))]
     made = [
         torch.cat([rank[i] for rank in ranks], dim) if dim is not None else leaf
         for i, (leaf, dim) in enumerate(zip(own, whole.batch_dims, strict=True))
@@ -69,8 +75,8 @@ def varied_batch(
     split = [i for i, dim in enumerate(whole.batch_dims) if dim is not None]
     if ways > 1 and not any(_differ([rank[i] for rank in ranks]) for i in split):
         notes.append(
-            "the batch is the same on every data-parallel rank (the example's values are all alike), so a missing "
-            "average over ranks would not show; pass example inputs with different values"
+            "the batch is the same on every data-parallel rank, so a missing average over ranks would not show; pass "
+            "example inputs with different values"
         )
     new_args, new_kwargs = pytree.tree_unflatten(made, spec)
     return Batch(new_args, new_kwargs, whole.batch_size, whole.batch_dims, tuple(names), tuple(notes))
@@ -92,18 +98,33 @@ def _with_values(name: str, leaf: Tensor, vocabulary: int | None, random: torch.
     return torch.ones(leaf.shape, dtype=leaf.dtype) if "mask" in name else torch.zeros(leaf.shape, dtype=leaf.dtype)
 
 
-def _shuffled(own: list[Any], dims: tuple[int | None, ...], random: torch.Generator) -> list[Any]:
+def _shuffled(own: list[Any], dims: tuple[int | None, ...], random: torch.Generator, variety: Variety) -> list[Any]:
     orders: dict[int, Tensor] = {}
+    exchanges: dict[tuple[int, ...], Tensor] = {}
     found = []
     for leaf, dim in zip(own, dims, strict=True):
-        if dim is None or leaf.dim() < 2 or dim == leaf.dim() - 1 or _ordered(leaf):
+        if variety == "none" or dim is None or leaf.dim() < 2 or dim == leaf.dim() - 1 or _ordered(leaf):
             found.append(leaf)
             continue
         length = leaf.shape[-1]
         if length not in orders:
             orders[length] = torch.randperm(length, generator=random)
-        found.append(leaf[..., orders[length]])
+        moved = leaf[..., orders[length]]
+        found.append(_exchanged(moved, exchanges, random) if variety == "values" else moved)
     return found
+
+
+def _exchanged(leaf: Tensor, exchanges: dict[tuple[int, ...], Tensor], random: torch.Generator) -> Tensor:
+    """The values of an integer tensor exchanged for one another, alike in tensors that hold the same; negative ones
+    (labels to be ignored) stay."""
+    if leaf.dtype.is_floating_point or leaf.dtype.is_complex:
+        return leaf
+    values = leaf[leaf >= 0].unique()
+    key = tuple(values.tolist())
+    if key not in exchanges:
+        exchanges[key] = values[torch.randperm(len(values), generator=random)]
+    new = exchanges[key][torch.searchsorted(values, leaf.clamp(min=0)).clamp(max=max(0, len(values) - 1))]
+    return torch.where(leaf >= 0, new, leaf) if len(values) else leaf
 
 
 def _ordered(leaf: Tensor) -> bool:

@@ -23,7 +23,7 @@ from autopar import examples, meshes, planning
 from autopar.api import skeleton
 from autopar.certificate import Kind, Parity, TensorError, Tolerances
 from autopar.options import Options
-from autopar.varied import Batch, real_copy, varied_batch
+from autopar.varied import Batch, Variety, real_copy, varied_batch
 from costmodel.hardware import Hardware
 from passes.bisect import Divergence, difference, first_divergence, run_program
 from passes.inputs import path_name
@@ -31,6 +31,8 @@ from passes.local import LocalProgram
 from passes.plan import Plan, check_plan
 from passes.program import Program
 from passes.simulate import SimulationError, StepValues, ledger, local_inputs, simulate_step
+
+__all__ = ["Parity", "Tolerances", "verify"]
 
 Progress = Callable[[str], None]
 
@@ -73,9 +75,33 @@ def verify(
     copied, notes = real_copy(model, options.seed)
     call_args, call_kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
     ways = meshes.batch_ranks(axes, batch_axes)
-    batch = varied_batch(call_args, call_kwargs, ways, options.batch_dims, _vocabulary(model), options.seed + 1)
+    batch = _batch(copied, call_args, call_kwargs, ways, options)
     check = _Check(copied, batch, axes, batch_axes, options, hardware, strategy, tolerances or Tolerances(), progress)
     return check.parity(plan, (*notes, *batch.notes))
+
+
+def _batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ways: int, options: Options) -> Batch:
+    """The global batch: as different on every rank as the model takes it."""
+    varieties: tuple[Variety, ...] = ("values", "order", "none")
+    for variety in varieties:
+        batch = varied_batch(args, kwargs, ways, options.batch_dims, _vocabulary(model), options.seed + 1, variety)
+        if ways == 1 or _takes(model, batch):
+            break
+    return batch
+
+
+def _takes(model: nn.Module, batch: Batch) -> bool:
+    """Whether the model's forward runs on a batch."""
+    before = _buffers(model)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(*batch.args, **batch.kwargs)
+    except Exception:  # whatever a model raises on inputs that it does not take
+        return False
+    finally:
+        _restore(before)
+    return True
 
 
 def _vocabulary(model: nn.Module) -> int | None:
@@ -259,7 +285,7 @@ def eager(model: nn.Module, batch: Batch, program: Program, tangents: list[Tenso
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), (batch.args, batch.kwargs)
     )
-    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    before = _buffers(model)
     differentiated = [given.name for given in program.inputs if given.kind == "tangent"]
     with warnings.catch_warnings(), torch.set_grad_enabled(bool(differentiated)):
         warnings.simplefilter("ignore")
@@ -269,16 +295,36 @@ def eager(model: nn.Module, batch: Batch, program: Program, tangents: list[Tenso
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     given = dict(zip((x.name for x in program.inputs if x.kind == "input"), leaves, strict=True))
     gradients = {name: tensor.grad.detach() for name, tensor in (tensors | given).items() if tensor.grad is not None}
-    changed = {out.name: tensors[out.name].detach().clone() for out in program.outputs if out.kind == "buffer"}
-    others = {n: b.detach() for n, b in model.named_buffers() if n not in changed and difference(b, before[n]) > 0}
-    for name, value in before.items():
-        tensors[name].data.copy_(value)
+    expected = {out.name for out in program.outputs if out.kind == "buffer"}
+    known = {given.name for given in program.inputs if given.kind == "buffer"}
+    buffers = {
+        name: module._buffers[key].detach().clone()  # type: ignore[union-attr]
+        for name, (module, key, _, old) in before.items()
+        if name in expected or (name in known and difference(module._buffers[key], old) > 0)  # type: ignore[arg-type]
+    }
+    _restore(before)
     first = {name for name, _ in model.named_parameters()} | set(given)
     return StepValues(
         {name: value.detach() for name, value in outputs.items()},
-        changed | others,
+        buffers,
         {name: value for name, value in gradients.items() if name in first},
     )
+
+
+def _buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor, Tensor]]:
+    """Name -> where a buffer hangs, the tensor, and its values: a forward may write to it or put another there."""
+    return {
+        f"{prefix}.{key}" if prefix else key: (module, key, tensor, tensor.detach().clone())
+        for prefix, module in model.named_modules()
+        for key, tensor in module._buffers.items()
+        if tensor is not None
+    }
+
+
+def _restore(before: dict[str, tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    for module, key, tensor, old in before.values():
+        module._buffers[key] = tensor
+        tensor.data.copy_(old)
 
 
 def _named_outputs(out: Any) -> dict[str, Tensor]:
@@ -316,7 +362,7 @@ def compare(
         errors.append(_error("output", name, value, wanted.outputs.get(name), limit))
     for name in dict.fromkeys([*wanted.gradients, *found.gradients]):
         pair = found.gradients.get(name), wanted.gradients.get(name)
-        errors.append(_error("gradient", name, *pair, of_rest, floor=eps * total / of_rest))
+        errors.append(_error("gradient", name, *pair, of_rest, floor=eps * total / of_rest if of_rest else 0.0))
     for name in dict.fromkeys([*wanted.buffers, *found.buffers]):
         errors.append(_error("buffer", name, found.buffers.get(name), wanted.buffers.get(name), of_rest))
     trained = {n: p for n, p in parameters.items() if n in wanted.gradients and n in found.gradients}

@@ -8,6 +8,7 @@ errors that came in upstream cancel out, and the first node that differs is the 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from passes.analysis import Analysis, analyse
 from passes.dims import expanded_shape, is_getitem, value_of
 from passes.local import LocalProgram
 from passes.program import Program
+from passes.rules.call import is_tensor
+from passes.rules.matmul import PRODUCTS
 from passes.simulate import SimulationError, gather, simulate
 
 How = Literal["op", "move", "input", "output", "replicas", "crash"]
@@ -33,6 +36,10 @@ _HOW: dict[How, str] = {
     "replicas": "ranks that should hold the same values do not",
     "crash": "it could not be run",
 }
+
+
+_ROUNDINGS = 16
+"""Units in the last place of an op's largest operand that its result may be off by."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +75,30 @@ def run_program(program: Program, values: Sequence[Any]) -> list[Any]:
 
 def difference(found: Tensor, wanted: Tensor) -> float:
     """Norm of the difference over the norm of what is wanted; elements that are equal (infinities, NaNs) count 0."""
+    off, scale = _distance(found, wanted)
+    return off / (scale or 1.0)
+
+
+def _distance(found: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """(norm of the difference, norm of what is wanted), of finite elements; infinite where one alone is not finite."""
     a, b = found.detach().to(torch.float64), wanted.detach().to(torch.float64)
     same = (a == b) | (a.isnan() & b.isnan())
-    if bool(same.all()):
+    off = 0.0 if bool(same.all()) else torch.where(same, torch.zeros_like(a), a - b).norm().item()
+    return math.inf if math.isnan(off) else off, _norm(b)
+
+
+def _norm(value: Any) -> float:
+    if not isinstance(value, Tensor):
         return 0.0
-    off = torch.where(same, torch.zeros_like(a), a - b).norm().item()
-    scale = torch.where(b.isfinite(), b, torch.zeros_like(b)).norm().item()
-    return float("inf") if off != off else off / (scale or 1.0)
+    wide = value.detach().to(torch.float64)
+    return float(torch.where(wide.isfinite(), wide, torch.zeros_like(wide)).norm())
 
 
 def first_divergence(
     local: LocalProgram, per_rank: Sequence[Sequence[Any]], whole: Sequence[Any], tolerance: float
 ) -> Divergence | None:
-    """The first node whose parts differ from the whole by more than `tolerance`, relative to its norm; None where
-    there is none.
+    """The first node whose parts differ from the whole by more than `tolerance` of its norm, and than rounding of its
+    operands explains; None where there is none.
 
     `per_rank` is what each rank's placeholders get (`simulate.local_inputs`), `whole` what the program's get.
     """
@@ -115,6 +132,8 @@ class _Search:
         self.whole: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), whole, strict=True))
         self.seen: dict[fx.Node, Any] = {}
         self.computed: dict[fx.Node, Any] = {}
+        self.rounding: dict[fx.Node, float] = {}
+        """What rounding may change a value by: a sum that cancels has an error of the size of its terms'."""
         self.last: fx.Node | None = None
 
     def observe(self, node: fx.Node, parts: list[Any]) -> None:
@@ -128,8 +147,11 @@ class _Search:
         if spread > self.tolerance:
             raise _FoundError(self._divergence(of, "replicas", spread, layout, node))
         known = of in self.seen
-        error = difference(joined, self.seen[of] if known else self.expected(of))
-        if not error <= self.tolerance:
+        wanted = self.seen[of] if known else self.expected(of)
+        if not known:
+            self.rounding[of] = self._rounding(of, parts)
+        near, error = self._judged(of, joined, wanted)
+        if not near:
             how: How = "move" if known else "input" if of.op in ("placeholder", "get_attr") else "op"
             raise _FoundError(self._divergence(of, how, error, layout, node))
         if not known:
@@ -148,8 +170,8 @@ class _Search:
                 full = gather([mine[position] for mine in results], described.storage, self.local.axes, detail)
             except SimulationError as failed:
                 return self._divergence(node, "replicas", float("inf"), None, last[position], str(failed))
-            error = difference(full, self.value(node))
-            if not error <= self.tolerance:
+            near, error = self._judged(node, full, self.value(node))
+            if not near:
                 return self._divergence(node, kind, error, None, last[position], detail)
         return None
 
@@ -190,6 +212,20 @@ class _Search:
         if node not in self.computed:
             self.computed[node] = self.expected(node)
         return self.computed[node]
+
+    def _judged(self, node: fx.Node, found: Tensor, wanted: Tensor) -> tuple[bool, float]:
+        """Whether a value is near enough, and its relative error."""
+        off, scale = _distance(found, wanted)
+        return off <= self.tolerance * (scale or 1.0) + self.rounding.get(node, 0.0), off / (scale or 1.0)
+
+    def _rounding(self, node: fx.Node, parts: Sequence[Tensor]) -> float:
+        if not parts[0].dtype.is_floating_point:
+            return 0.0
+        operands = [_norm(self.value(source)) for source in node.all_input_nodes if is_tensor(source)]
+        terms = math.prod(operands) if node.target in PRODUCTS else max(operands, default=0.0)
+        return (
+            _ROUNDINGS * torch.finfo(parts[0].dtype).eps * max([terms, *map(_norm, {id(p): p for p in parts}.values())])
+        )
 
     def _joined(self, node: fx.Node, layout: Layout, parts: Sequence[Tensor]) -> tuple[Tensor, float]:
         """The whole of which the ranks hold these parts, and how far replicas are apart."""

@@ -58,7 +58,7 @@ def run(given: argparse.Namespace) -> int:
 def _print(found: Hardware, off: dict[str, float]) -> None:
     device = found.device
     rows = [
-        [f"peak, {name}", f"{flops * device.matmul_efficiency / 1e9:,.1f} GFLOP/s"]
+        [f"matrix products, {name}", f"{flops * device.matmul_efficiency / 1e9:,.1f} GFLOP/s"]
         for name, flops in device.peak_flops_per_s.items()
     ]
     rows += [
@@ -69,8 +69,9 @@ def _print(found: Hardware, off: dict[str, float]) -> None:
             "link inside a node",
             f"{found.intra_node.bytes_per_s / 1e9:,.2f} GB/s, {seconds_text(found.intra_node.latency_s)}",
         ],
-        ["ranks per node", str(found.ranks_per_node)],
     ]
+    if not found.shared_host:
+        rows.append(["ranks per node", str(found.ranks_per_node)])
     print(painted(found.name, "bold"))
     print(table(rows, ["", "measured"], shrink=1))
     print()

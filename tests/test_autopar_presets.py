@@ -1,0 +1,76 @@
+"""Presets against their published parameter counts, and their small models against the real architecture's parts."""
+
+from __future__ import annotations
+
+import pytest
+
+from autopar.model_argument import Wanted, load_model
+from autopar.presets import presets
+
+PUBLISHED = {
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3-405b": 405_853_388_800,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "gemma2-9b": 9_241_705_984,
+    "gemma2-27b": 27_227_128_320,
+    "gemma3-12b": 11_766_034_176,
+    "gemma3-27b": 27_009_346_304,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "deepseek-v3": 671_026_404_352,
+}
+"""As the released checkpoints have them (DeepSeek-V3 without its 58 x 256 router biases, which are buffers; Gemma 3's
+language model alone)."""
+
+
+def gpt_parameters(hidden: int, layers: int, vocabulary: int, positions: int) -> int:
+    """12 h^2 + 13 h per layer, embeddings and the last norm: arXiv 2104.04473, equation 2, its norm counted."""
+    return layers * (12 * hidden**2 + 13 * hidden) + (vocabulary + positions) * hidden + 2 * hidden
+
+
+COUNTED = {
+    "gpt3-175b": gpt_parameters(12288, 96, 50257, 2048),
+    "megatron-530b": gpt_parameters(20480, 105, 51200, 2048),
+    "megatron-1t": gpt_parameters(25600, 128, 51200, 2048),
+}
+
+
+def test_every_preset_is_counted() -> None:
+    assert set(PUBLISHED | COUNTED) == set(presets())
+    assert all(preset.source and preset.title for preset in presets().values())
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_has_the_published_number_of_parameters(name: str) -> None:
+    model = load_model(name).model
+    assert sum(p.numel() for p in model.parameters()) == (PUBLISHED | COUNTED)[name]
+    assert {str(p.device) for p in model.parameters()} == {"meta"}
+    assert {str(p.dtype) for p in model.parameters()} == {"torch.bfloat16"}
+    assert model.training
+
+
+@pytest.mark.parametrize("name", presets())
+def test_the_small_model_is_of_the_same_class_and_has_the_same_parts(name: str) -> None:
+    def parts(argument: Wanted) -> set[str]:
+        names = (n for n, _ in load_model(name, argument).model.named_parameters())
+        return {".".join(p for p in n.split(".") if not p.isdigit()) for n in names}
+
+    small = load_model(name, Wanted(on_cpu=True, batch=2))
+    assert type(small.model) is type(load_model(name).model)
+    assert parts(Wanted(on_cpu=True)) == parts(Wanted())
+    assert small.inputs["input_ids"].shape == (2, 16)
+    assert "scaled down" in small.notes[0]
+    assert sum(p.numel() for p in small.model.parameters()) < 10**6
+    assert small.model(**small.inputs).loss.item() == small.model(**small.inputs).loss.item()  # nothing random
+
+
+def test_batch_sequence_and_layers_are_as_asked_for() -> None:
+    named = load_model("llama3-8b", Wanted(batch=3, sequence=512, layers=2))
+    assert named.inputs["input_ids"].shape == (3, 512)
+    assert len(named.model.model.layers) == 2
