@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -213,8 +214,9 @@ def start_ranks(phase: Phase, arguments: list[str]) -> None:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"),
         *(str(Path(__file__).resolve()), *arguments, f"--from-step={phase.first}"),
     ]
-    # One thread each, or four ranks on few cores stand in each other's way.
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # One thread each, for compiling too, or four ranks on few cores stand in each other's way.
+    single = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    subprocess.run(command, check=True, env={**os.environ, **single})
 
 
 # --- what one sees ----------------------------------------------------------------------------------------------------
@@ -273,7 +275,8 @@ def summary(setup: Setup, phases: list[Phase], out: Path) -> bool:
         for title, c in speeds
     ]
     say("\n" + tabulate(speed_rows, ("run", "tokens/s", "apply and compile, s"), colalign=("left", "right", "right")))
-    worst, step = max((relative(loss, one.losses[s]), s) for _, curve in curves for s, loss in curve.losses.items())
+    off_by = {s: relative(loss, one.losses[s]) for _, curve in curves for s, loss in curve.losses.items()}
+    step, worst = max(off_by.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
     good = worst <= TOLERANCE
     say(
         f"\nLargest relative difference of a loss: {worst:.1e} (step {step}); tolerance {TOLERANCE:.0e}: "

@@ -1,0 +1,113 @@
+"""What the documents say: code that compiles, commands that exist, files that are there, and an example that runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(document, text) of every fenced block in a language."""
+    return [
+        (document.name, text)
+        for document in DOCUMENTS
+        for found, text in FENCE.findall(document.read_text())
+        if found == language
+    ]
+
+
+def commands() -> list[str]:
+    """Every line of every shell block, without comments and continuations."""
+    joined = "\n".join(text.replace("\\\n", " ") for _, text in blocks("bash"))
+    lines = (line.split("  #")[0].strip() for line in joined.splitlines())
+    return sorted({line for line in lines if line and not line.startswith("#")})
+
+
+def python(*arguments: str, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+    """What a Python process printed, run as a user would from the root of the project."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def test_there_is_something_to_test() -> None:
+    assert blocks("python")
+    assert {"make demo", "make test"} <= set(commands())
+
+
+@pytest.mark.parametrize(("document", "text"), blocks("python"))
+def test_python_blocks_compile(document: str, text: str) -> None:
+    compile(text, document, "exec")
+
+
+def test_the_script_uses_what_there_is() -> None:
+    import autopar
+
+    used = {name for _, text in blocks("python") for name in re.findall(r"autopar\.(\w+)", text)}
+    assert used
+    assert used <= set(dir(autopar))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_name_what_exists(command: str) -> None:
+    words = [word for word in command.split() if "=" not in word or not word.split("=")[0].isupper()]
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+    elif words[0] == "autopar":
+        found = python("-m", "autopar", words[1], "--help")
+        assert found.returncode == 0, found.stderr
+        wanted = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert not [option for option in wanted if option not in found.stdout]
+    elif words[0] in ("python", "torchrun"):
+        (script,) = (word for word in words if word.endswith(".py"))
+        assert (ROOT / script).exists()
+        source = (ROOT / script).read_text()
+        options = [word.split("=")[0] for word in words[words.index(script) + 1 :] if word.startswith("--")]
+        assert not [option for option in options if f'"{option}"' not in source]
+    else:
+        assert words[0] == "pip"
+
+
+def test_files_that_are_named_exist() -> None:
+    packages = {path.name for package in ("autopar", "passes", "costmodel") for path in (ROOT / package).rglob("*.py")}
+    for document in DOCUMENTS:
+        for name in re.findall(r"`([\w/.-]+\.(?:py|txt))`", document.read_text()):
+            assert (ROOT / name).exists() or (ROOT / "docs" / name).exists() or name in packages, (document.name, name)
+
+
+def test_links_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), (document.name, target)
+
+
+def test_dependencies_have_their_reasons() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    reasons = (ROOT / "docs" / "design.md").read_text()
+    required = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    assert required is not None
+    for name in re.findall(r'"(\w+)[><=!]', required[1]):
+        assert f"| {name} |" in reasons, name
+
+
+def test_the_script_example_trains_on_two_ranks() -> None:
+    found = python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("examples/train.py", "--steps", "4", "--rows", "2", "--no-compile"),
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", found.stdout)]
+    assert len(losses) == 4
+    assert 5 < losses[0] < 6.5  # about log 256, before anything is learnt
+    assert losses[-1] < losses[0] - 0.3

@@ -1,0 +1,82 @@
+"""The demo in its quick form and the GPU script on a CPU, run as a user would; what they conclude, checked by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """A script's output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def test_quick_demo(tmp_path: Path) -> None:
+    found = run("examples/demo.py", "--quick", "--out", str(tmp_path))
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-3000:]
+    for part in ("Plan 'megatron' on dp=2 x tp=2", "Plan 'fsdp' on fsdp=4", "saved a checkpoint", "the same training"):
+        assert part in found.stdout
+    one = json.loads((tmp_path / "one_device.json").read_text())["losses"]
+    first = json.loads((tmp_path / "from_0.json").read_text())["losses"]
+    second = json.loads((tmp_path / "from_4.json").read_text())["losses"]
+    assert list(one) == [*first, *second]
+    assert one["7"] < one["0"] - 0.5
+    for step, loss in {**first, **second}.items():
+        assert loss == pytest.approx(one[step], rel=1e-5), step
+
+
+def test_demo_tells_another_training_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import demo
+    finally:
+        sys.path.pop(0)
+    setup = demo.Setup(steps=4, saved_at=2)
+    phases = [demo.Phase({"dp": 2, "tp": 2}, "megatron", 0, 2), demo.Phase({"fsdp": 4}, "fsdp", 2, 4)]
+    demo.Curve({step: 4.0 - step for step in range(4)}, 1.0, 3).save(tmp_path / "one_device.json")
+    demo.Curve({0: 4.0, 1: 3.0}, 1.0, 1).save(tmp_path / "from_0.json")
+    demo.Curve({2: 2.0, 3: 1.0}, 1.0, 1).save(tmp_path / "from_2.json")
+    assert demo.summary(setup, phases, tmp_path)
+    demo.Curve({2: 2.0, 3: 1.001}, 1.0, 1).save(tmp_path / "from_2.json")
+    assert not demo.summary(setup, phases, tmp_path)
+    assert "1.0e-03 (step 3)" in capsys.readouterr().out
+    demo.Curve({2: 2.0, 3: float("nan")}, 1.0, 1).save(tmp_path / "from_2.json")
+    assert not demo.summary(setup, phases, tmp_path)
+
+
+def test_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
+    found = run("benchmarks/gpu/run.py", "--device", "cpu", "--small", "--out", str(tmp_path))
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    eager, planned = results["train"]
+    assert (eager["how"], planned["how"]) == ("eager", "autopar")
+    assert planned["losses"] == pytest.approx(eager["losses"], rel=1e-5)
+    assert [(r["mesh"], r["strategy"]) for r in results["rank0"]] == [("dp=8", "fsdp"), ("dp=2,tp=4", "megatron")]
+    assert all(r["step_s"] > 0 and r["predicted_peak_bytes"] > 0 for r in results["rank0"])
+    assert "| dp=2,tp=4 |" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_script_without_a_gpu(tmp_path: Path) -> None:
+    found = run("benchmarks/gpu/run.py", "--out", str(tmp_path))
+    assert found.returncode == 0
+    assert "no CUDA device" in found.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_script_on_a_gpu(tmp_path: Path) -> None:
+    found = run("benchmarks/gpu/run.py", "--device", "cuda", "--small", "--out", str(tmp_path))
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-3000:]
