@@ -1,0 +1,352 @@
+"""The commands as a user runs them: processes, their output, their exit codes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopar.cli import main
+
+ROOT = Path(__file__).parent.parent
+MODELS = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(96, 32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.head = nn.Linear(32, 96)
+
+    def forward(self, ids, labels):
+        x = self.embed(ids)
+        x = x + self.down(F.gelu(self.up(x)))
+        return {"loss": F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())}
+
+
+def build():
+    ids = torch.randint(0, 96, (4, 16))
+    return Tiny(), {"ids": ids, "labels": ids}
+
+
+def wider():
+    model, inputs = build()
+    model.up, model.down = nn.Linear(32, 256), nn.Linear(256, 32)
+    return model, inputs
+
+
+def number():
+    return 3
+
+
+def fails():
+    return build()[0].nothing
+
+
+def no_inputs():
+    return Tiny()
+
+
+def branches():
+    class Branch(Tiny):
+        def forward(self, ids, labels):
+            out = super().forward(ids, labels)
+            return out if out["loss"] > 1 else None
+
+    return Branch(), build()[1]
+"""
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+def autopar(*arguments: object) -> Ran:
+    """`python -m autopar ...` as a process."""
+    command = [sys.executable, "-m", "autopar", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class Here:
+    """A folder with models, and two plans for one of them."""
+
+    folder: Path
+    model: str
+    plan: Path
+    other: Path
+    planned: Ran
+    as_json: Ran
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Here:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "models.py").write_text(MODELS, encoding="utf-8")
+    model = f"{folder}/models.py:build"
+    plan, other = folder / "plan.json", folder / "other.json"
+    on = ("plan", model, "--mesh", "dp=2,tp=2", "--hardware", "h100")
+    planned = autopar(*on, "-o", plan)
+    as_json = autopar(*on, "--strategy", "fsdp", "--json", "-o", other)
+    return Here(folder, model, plan, other, planned, as_json)
+
+
+# -- each command ------------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_the_report_and_writes_the_plan(here: Here) -> None:
+    ran = here.planned
+    assert ran.code == 0, ran.err
+    assert "on dp=2 x tp=2 (4 x h100)" in ran.out
+    for section in ("What was decided", "Time per step", "Memory per rank", "made by hand", "Collectives"):
+        assert section in ran.out
+    assert json.loads(here.plan.read_text())["axes"] == [["dp", 2], ["tp", 2]]
+    assert max(map(len, ran.out.splitlines())) <= 100
+    assert "\033[" not in ran.out
+    assert "solving auto" in ran.err  # a line per stage, where nobody looks on
+    assert "\r" not in ran.err
+
+
+def test_plan_as_json_is_the_plans_file_and_nothing_else(here: Here) -> None:
+    assert here.as_json.code == 0, here.as_json.err
+    assert here.as_json.json == json.loads(here.other.read_text())
+    assert here.as_json.json["strategy"] == "fsdp"
+
+
+def test_a_plan_that_does_not_fit_exits_1_and_says_what_would(here: Here) -> None:
+    ran = autopar("plan", here.model, "--mesh", "dp=2", "--hardware", "h100", "--memory-budget", "20KiB")
+    assert ran.code == 1
+    assert ran.out == ""
+    last = ran.err.splitlines()[-1]
+    assert last.startswith("autopar plan: no plan fits")
+    assert "What would fit" in last
+
+
+def test_inspect_counts_what_the_step_computes(here: Here) -> None:
+    ran = autopar("inspect", here.model, "--mesh", "dp=2,tp=2", "--json")
+    assert ran.code == 0, ran.err
+    found = ran.json
+    products = [row for row in found["operations"] if row["op"] == "mm" and row["phase"] == "forward"]
+    rows = 2 * 4 * 16
+    assert [row["flops"] for row in products] == [2 * rows * 32 * 64, 2 * rows * 64 * 32, 2 * rows * 32 * 96]
+    assert [row["module"] for row in products] == ["up", "down", "head"]
+    assert all(row["layouts"] > 1 for row in products)
+    assert found["parameters"] == 96 * 32 + 2 * 32 * 64 + 64 + 32 + 32 * 96 + 96
+    assert found["inputs"] == {"ids": [8, 16], "labels": [8, 16]}
+    assert found["without_rule"] == []
+
+
+def test_verify_passes_and_its_tolerance_decides(here: Here) -> None:
+    ran = autopar("verify", here.model, "--plan", here.plan)
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("Parity certificate: PASSED")
+    on = ("--mesh", "dp=2,tp=2", "--strategy", "megatron", "--hardware", "h100")
+    ran = autopar("verify", here.model, *on, "--tolerance", "1e-30", "--json")
+    assert ran.code == 1
+    assert ran.json["ok"] is False
+    assert ran.json["strategy"] == "megatron"
+
+
+def test_diff_says_what_changed_and_exits_1_where_it_got_worse(here: Here) -> None:
+    assert autopar("diff", here.plan, here.plan).code == 0
+    ran = autopar("diff", here.plan, here.other, "--json")
+    assert ran.code == 1
+    found = ran.json
+    assert "step" in found["worse"]
+    figures = {figure["name"]: figure for figure in found["figures"]}
+    plans = [json.loads(path.read_text()) for path in (here.plan, here.other)]
+    assert figures["step"]["before"] == plans[0]["step_time_s"]
+    assert figures["peak memory"]["after"] == plans[1]["peak_memory_bytes"]
+    assert {"name": "strategy", "before": plans[0]["strategy"], "after": "fsdp"} in found["made_for"]
+    assert any(change["name"] == "up.weight" for change in found["parameters"])
+    assert main(["diff", str(here.plan), str(here.other), "--max-regression", "1000%"]) == 0
+
+
+def test_check_plans_again_and_fails_on_a_plan_that_got_worse(here: Here) -> None:
+    ran = autopar("check", here.plan, here.model)
+    assert ran.code == 0, ran.err
+    assert "The same decisions" in ran.out
+    better = json.loads(here.plan.read_text())
+    better["step_time_s"] /= 2
+    kept = here.folder / "better.json"
+    kept.write_text(json.dumps(better), encoding="utf-8")
+    ran = autopar("check", kept, here.model, "--json")
+    assert ran.code == 1
+    assert ran.json["worse"] == ["step"]
+    assert main(["check", str(kept), here.model, "--max-regression", "150%"]) == 0
+
+
+def test_check_of_a_model_that_grew_says_the_graph_changed(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(here.plan), here.model.replace("build", "wider")]) == 1
+    out = capsys.readouterr().out
+    assert "graph: " in out
+    assert "WORSE: peak memory" in out
+
+
+def test_explain_prices_the_runners_up(here: Here) -> None:
+    ran = autopar("explain", here.other, "up.weight", "--model", here.model, "--json")
+    assert ran.code == 0, ran.err
+    (one,) = ran.json["parameters"].values()
+    assert one["shape"] == [64, 32]
+    layouts = {other["layout"]: other for other in one["alternatives"]}
+    assert set(layouts) == {"S(0)R", "S(1)R", "RS(0)", "RS(1)"}
+    times = [other["step_time_s"] for other in one["alternatives"] if other["step_time_s"] is not None]
+    assert times == sorted(times)
+    assert len(times) >= 2
+    assert all(c["value"].startswith("up.") or "up" in c["module"] for c in ran.json["collectives"])
+    assert {c["kind"] for c in ran.json["collectives"]} >= {"all_gather", "reduce_scatter"}
+
+
+def test_explain_finds_by_source_line(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    line = next(i for i, text in enumerate(MODELS.splitlines(), 1) if "F.cross_entropy" in text)
+    assert main(["explain", str(here.plan), f"models.py:{line}"]) == 0
+    assert f"models.py:{line}" in capsys.readouterr().out
+
+
+def test_calibrate_writes_what_hardware_takes(here: Here) -> None:
+    file = here.folder / "hardware.json"
+    ran = autopar("calibrate", "--device", "cpu", "--seconds", "0.5", "-o", file, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["hardware"]["device"]["memory_bytes_per_s"] > 0
+    assert main(["plan", here.model, "--mesh", "dp=2", "--hardware", str(file)]) == 0
+
+
+@pytest.mark.parametrize("command", ["", "inspect", "plan", "explain", "diff", "check", "verify", "calibrate"])
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "example" in out
+    assert f"autopar {command}" in out
+    assert "%(" not in out
+
+
+def test_the_help_of_a_process_goes_to_standard_output() -> None:
+    ran = autopar("--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert "calibrate" in ran.out
+
+
+def test_colour_and_a_progress_bar_are_for_terminals(here: Here) -> None:
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "autopar", "diff", str(here.plan), str(here.other)]
+    env = {**environment(), "TERM": "xterm"}
+    env.pop("NO_COLOR", None)
+    with subprocess.Popen(command, stdout=slave, stderr=slave, env=env) as process:
+        os.close(slave)
+        seen = b""
+        while True:
+            try:
+                part = os.read(master, 65536)
+            except OSError:  # how a terminal ends
+                break
+            if not part:
+                break
+            seen += part
+    os.close(master)
+    assert process.returncode == 1
+    assert b"\033[31mWORSE" in seen
+
+
+def test_a_config_json_and_its_folder_are_models(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig
+
+    folder = here.folder / "llama"
+    LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=64,
+    ).save_pretrained(folder)  # fmt: skip
+    for argument in (folder, folder / "config.json"):
+        assert main(["inspect", str(argument), "--mesh", "dp=2", "--layers", "2", "--seq", "32", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["layers"] == {"model.layers.*": 2}
+        assert found["inputs"]["input_ids"] == [2, 32]
+
+
+# -- each mistake ------------------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ("frob", "invalid choice: 'frob'"),
+    ("plan", "required: MODEL, --mesh"),
+    ("plan MODEL", "required: --mesh"),
+    ("plan MODEL --mesh dp=2,tp", "write name=ranks, as in dp=4,tp=2"),
+    ("plan MODEL --mesh dp=2,dp=2", "stands twice"),
+    ("plan MODEL --mesh dp=0", "is no axis"),
+    ("plan MODEL --mesh a=1,b=1,c=1,d=1,e=1,f=1", "6 axes"),
+    ("plan MODEL --mesh dp=2 --hardware h9", "unknown hardware 'h9'; known are a100-40gb"),
+    ("plan MODEL --mesh dp=2 --strategy zero", "choose from"),
+    ("plan MODEL --mesh dp=2 --batch none", "positive whole number"),
+    ("plan MODEL --mesh dp=2 --memory-budget much", "is no size; write bytes, or 80GiB"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --pin up.weight", "write PATTERN=LAYOUT"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --pin up.weight=Q", "'Q' is no layout"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --pin nothing=R", "names no parameter"),
+    ("plan llama3-8 --mesh dp=2", "did you mean llama3-8b"),
+    ("plan nope --mesh dp=2", "A model is a preset"),
+    ("plan HERE/nope.py:build --mesh dp=2", "no such file"),
+    ("plan HERE/models.py --mesh dp=2", "name the function"),
+    ("plan HERE/models.py:nope --mesh dp=2", "no function 'nope'; it has Tiny, build"),
+    ("plan HERE/models.py:number --mesh dp=2", "returned a int; return a torch.nn.Module"),
+    ("plan HERE/models.py:fails --mesh dp=2", "AttributeError: 'Tiny' object has no attribute 'nothing'"),
+    ("plan HERE/models.py:no_inputs --mesh dp=2", "its forward takes ids, labels"),
+    ("plan HERE/models.py:branches --mesh dp=2 --hardware h100", "models.py:"),
+    ("plan HERE --mesh dp=2", "without a config.json"),
+    ("plan HERE/plan.json --mesh dp=2", "no 'model_type'"),
+    ("plan gpt3-175b --mesh dp=2 --seq 4096", "the model has 2048 positions"),
+    ("plan MODEL --mesh dp=2 --hardware h100 -o HERE/none/plan.json", "No such file or directory"),
+    ("diff HERE/plan.json HERE/none.json", "none.json: No such file"),
+    ("diff HERE/plan.json HERE/models.py", "not JSON"),
+    ("diff HERE/plan.json HERE/plan.json --max-regression lots", "is no share"),
+    ("check HERE/plan.json nope", "no model 'nope'"),
+    ("explain HERE/plan.json zzz", "nothing in the plan matches 'zzz'; its parameters are embed.weight"),
+    ("explain HERE/plan.json up.weight --model HERE/models.py:wider", "name the model that it was made for"),
+    ("verify MODEL", "pass --mesh"),
+    ("verify MODEL --mesh dp=4 --plan HERE/plan.json", "the plan is for the mesh"),
+    ("verify HERE/models.py:wider --plan HERE/plan.json", "the plan is for the graph"),
+    ("calibrate --seconds 0", "--seconds 0"),
+    ("calibrate --seconds 1 -o HERE/none/hardware.json", "no folder"),
+]
+
+
+@pytest.mark.parametrize(("call", "told"), MISTAKES, ids=[call for call, _ in MISTAKES])
+def test_a_mistake_is_one_line_on_standard_error(
+    here: Here, call: str, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = call.replace("MODEL", here.model).replace("HERE", str(here.folder)).split()
+    assert main(words) == 2
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("[")]
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].startswith("autopar")
+    assert told in lines[0]
+
+
+def test_a_mistake_in_a_process_is_no_traceback(here: Here) -> None:
+    ran = autopar("plan", f"{here.folder}/models.py:fails", "--mesh", "dp=2")
+    assert ran.code == 2
+    assert ran.out == ""
+    line = next(i for i, text in enumerate(MODELS.splitlines(), 1) if ".nothing" in text)
+    assert f"models.py:{line}: AttributeError" in ran.err
+    assert "Traceback" not in ran.err
