@@ -6,6 +6,7 @@ them. Models, meshes and strategies that share a process group run in one start 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def check(mesh: DeviceMesh, name: str, strategy: str, compile: bool) -> str:
     wanted = train(build(name)[0], args, kwargs)
     local_args = tuple(local_batch(x, mesh) for x in args)
     local_kwargs = {key: local_batch(x, mesh) for key, x in kwargs.items()}
-    example = (local_args, local_kwargs) if local_args and local_kwargs else local_args or local_kwargs
+    example = dict(inspect.signature(model.forward).bind(*local_args, **local_kwargs).arguments)
     options = autopar.Options(compile=compile)
     plan = autopar.plan(model, mesh, example, strategy=strategy, options=options)
     found = train(autopar.apply(model, plan, mesh), local_args, local_kwargs)
