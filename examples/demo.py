@@ -129,7 +129,8 @@ def train_step(model: nn.Module, optim: torch.optim.Optimizer, ids: torch.Tensor
 
 
 def run_one_device(setup: Setup, out: Path) -> Curve:
-    """The curve that all others are held against."""
+    """The curve that all others are held against; on one thread, as each of the ranks has."""
+    torch.set_num_threads(1)
     model, text = setup.model(), source_text()
     optim = optimizer(model)
     size = sum(p.numel() for p in model.parameters())
