@@ -3,7 +3,7 @@
 Needs no GPU and no weights. Exits 1 where nothing fits in memory.
 
 example:
-  autopar plan llama3-8b --mesh dp=8,tp=8 --hardware h100 --batch 2 --seq 4096 -o plan.json
+  autopar plan llama3-8b --mesh dp=8,tp=8 --hardware h100 --batch 2 --seq 4096 -o plan.json --html report.html
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mesh(parser)
     add_planning(parser)
     parser.add_argument("-o", "--output", metavar="PLAN", help="write the plan to this file (JSON)")
+    parser.add_argument("--html", metavar="FILE", help="write the report as one page that needs no network")
     add_json(parser)
 
 
@@ -37,12 +38,15 @@ def run(given: argparse.Namespace) -> int:
         )  # fmt: skip
         if given.output:
             made.save(given.output)
+        if given.html:
+            tell("drawing the report")
+            made.report(given.html)
     if given.json:
         print(made.to_json())
         return 0 if made.fits else 1
     print(terminal_report(made, width()), end="")
     for note in named.notes:
         print(f"  - {note}")
-    if given.output:
-        print(f"\nWritten to {given.output}.")
+    if written := [path for path in (given.output, given.html) if path]:
+        print("\n" + "\n".join(f"Written to {path}" for path in written))
     return 0 if made.fits else 1
