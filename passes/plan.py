@@ -17,6 +17,7 @@ from costmodel.layout import Partial, layout_text
 from passes.errors import PlanMismatchError
 from passes.footprint import TopTensor
 from passes.plan_json import dump, parse
+from passes.recompute import Mode
 from passes.report_html import frame_html, plan_html
 from passes.report_text import plan_text
 from passes.schedule import Collective, Schedule
@@ -113,6 +114,8 @@ class Plan:
     peak_memory_bytes: int
     memory_budget_bytes: int | None
     accumulate: int
+    recompute: Mode
+    """What backward computes again: a mode of `passes/recompute.py`."""
     breakdown: Breakdown
     machine: tuple[str, ...]
     """The mesh on its hardware, in words: what lies inside a node."""
@@ -226,6 +229,7 @@ def make_plan(
         peak_memory_bytes=schedule.peak_memory_bytes,
         memory_budget_bytes=budget_bytes,
         accumulate=schedule.accumulate,
+        recompute=space.recomputed.mode,
         breakdown=breakdown,
         machine=space.topology.describe(),
         roles=_roles(space, assignment, words),
