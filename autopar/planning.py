@@ -64,6 +64,7 @@ def planned(
     example: str,
     stored: Mapping[str, Storage] | None = None,
     progress: Progress = lambda stage: None,
+    keep_timeline: bool = False,
 ) -> Plan:
     """The plan for `program` on a mesh of `axes`."""
     request = Request(
@@ -84,6 +85,7 @@ def planned(
         options=options_json(options) | {_FIGURES: figures},
         example=example,
         progress=progress,
+        keep_timeline=keep_timeline,
     )
 
 

@@ -51,6 +51,8 @@ class Footprint:
     by_kind: dict[str, int]
     top: tuple[TopTensor, ...]
     timeline: tuple[tuple[float, int], ...]
+    buffers: tuple[Buffer, ...] = ()
+    """Every tensor with its birth and death, where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def footprint(
     *,
     accumulate: int = 1,
     held: frozenset[Value] | None = None,
+    keep_buffers: bool = False,
 ) -> Footprint:
     """Memory of one rank while a step runs at `times`."""
     held = held_values(space) if held is None else held
@@ -90,6 +93,7 @@ def footprint(
         dict(sorted(top.by_kind.items(), key=lambda item: -item[1])),
         tuple(TopTensor(name, kind, sum(sizes), len(sizes)) for (name, kind), sizes in largest[:12]),
         tuple(timeline(buffers, granularity)),
+        tuple(buffers) if keep_buffers else (),
     )
 
 

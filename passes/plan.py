@@ -16,12 +16,14 @@ from typing import Any
 from costmodel.layout import Partial, layout_text
 from passes.errors import PlanMismatchError
 from passes.footprint import TopTensor
-from passes.plan_json import dump, parse
+from passes.plan_json import NOT_IN_THE_FILE, dump, parse
+from passes.plots import FrontierPoint
 from passes.report_html import frame_html, plan_html
 from passes.report_text import plan_text
 from passes.schedule import Collective, Schedule
 from passes.space import Site, Space
 from passes.strategies import Option, StoredOption
+from passes.timeline import Timeline
 from passes.tracks import op_cost
 from passes.words import Words, at_rest_text, fold_names, op_text, tensor_layout_text, unfold_names
 
@@ -40,6 +42,8 @@ class Placements:
     count: int
     bytes: int
     """At rest on one rank, all of them together."""
+    pinned: bool = False
+    """Fixed by a person: planning again from this file keeps it."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,8 @@ class Plan:
     """What the caller asked for, as JSON values."""
     example: str = ""
     """The call it was made for, as its caller describes it."""
+    timeline: Timeline | None = field(default=None, compare=False, repr=False, metadata=NOT_IN_THE_FILE)
+    """The step as it was played, where the plan was made in this process."""
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -167,9 +173,9 @@ class Plan:
         """Write its file."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
-    def report(self, path: str | Path) -> None:
-        """One self-contained HTML file."""
-        Path(path).write_text(plan_html(self), encoding="utf-8")
+    def report(self, path: str | Path, frontier: Sequence[FrontierPoint] = ()) -> None:
+        """One self-contained HTML file; `frontier` are the plans that a search found, drawn by time and memory."""
+        Path(path).write_text(plan_html(self, frontier), encoding="utf-8")
 
     def _repr_html_(self) -> str:
         return frame_html(self)

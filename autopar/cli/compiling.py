@@ -41,6 +41,7 @@ def planned(
     strategy: str,
     options: Options,
     progress: Progress,
+    keep_timeline: bool = False,
 ) -> Plan:
     """The plan that `autopar.plan` would make."""
     call = examples.call_of(model, inputs)
@@ -55,4 +56,5 @@ def planned(
         options=options,
         example=examples.described(call),
         progress=progress,
+        keep_timeline=keep_timeline,
     )
