@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from costmodel.hardware import Hardware, Topology, hardware, topology
-from costmodel.layout import Layout
 from costmodel.memory import ALLOCATION_BYTES, OPTIMIZERS, OptimizerSpec
 from passes.analysis import Analysis, analyse
 from passes.errors import NoFeasiblePlanError
@@ -28,7 +27,7 @@ from passes.randomness import own_randomness
 from passes.rewrite import rewrite
 from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
-from passes.space import Space, search_space
+from passes.space import Pin, Space, search_space
 from passes.timeline import Timeline, timeline_of
 from passes.weights import prepare_again
 
@@ -59,7 +58,7 @@ class Request:
     budget_bytes: int | None = None
     optimizer: str = "adamw"
     accumulate: int = 1
-    pins: Mapping[str, Layout] = field(default_factory=dict)
+    pins: Mapping[str, Pin] = field(default_factory=dict)
     stored: Mapping[str, Storage] | None = None
 
 
@@ -145,7 +144,7 @@ def _timeline(chosen: Candidate, request: Request) -> Timeline:
     return timeline_of(schedule, 1 if chosen.space.topology.hardware.shared_host else ALLOCATION_BYTES)
 
 
-def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Layout]) -> LocalProgram:
+def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Pin]) -> LocalProgram:
     """One rank's program under `plan`, which was made with `pins`.
 
     Raises:

@@ -45,6 +45,9 @@ class Placements:
     pinned: bool = False
     """Fixed by a person: planning again from this file keeps it."""
 
+    def __str__(self) -> str:
+        return f"{self.at_rest} -> {self.in_compute}"
+
 
 @dataclass(frozen=True)
 class AxisRole:
@@ -131,6 +134,8 @@ class Plan:
     notes: tuple[str, ...]
     decisions: Mapping[str, str]
     """Place -> the chosen option; see `assignment_of`."""
+    solved: Mapping[str, str] = field(default_factory=dict)
+    """Name pattern -> `at rest -> in compute` as solved: a line of `parameters` that says otherwise was edited."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Tied parameters: other name -> the name that `parameters` has."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -149,6 +154,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether the peak is within the budget."""
         return self.memory_budget_bytes is None or self.peak_memory_bytes <= self.memory_budget_bytes
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """Patterns of the parameters whose placements a person changed in the file."""
+        return tuple(key for key, placed in self.parameters.items() if self.solved.get(key, str(placed)) != str(placed))
 
     @property
     def placements(self) -> dict[str, Placements]:
@@ -241,6 +251,7 @@ def make_plan(
         baselines=dict(baselines or {}),
         notes=tuple(dict.fromkeys([*notes, *_notes(space, assignment)])),
         decisions={key: texts[pick] for (key, texts), pick in zip(_choices(space), assignment, strict=True)},
+        solved={key: str(placed) for key, placed in parameters.items()},
         aliases=dict(space.program.aliases),
         options=dict(options or {}),
         example=example,
@@ -420,6 +431,19 @@ def _kind(site: Site) -> str:
     return site.given.kind if site.given is not None else "constant"
 
 
+def check_solved(plan: Plan) -> None:
+    """Refuse a plan whose placements a person edited: nothing else in its file goes with them yet.
+
+    Raises:
+        PlanMismatchError: names the line, and says what to do.
+    """
+    if plan.edited:
+        raise PlanMismatchError(
+            f"the plan's line of {plan.edited[0]} was edited after it was solved; solve again with it: autopar plan "
+            "MODEL --from PLAN -o PLAN"
+        )
+
+
 def check_plan(plan: Plan, fingerprint: str, axes: Sequence[tuple[str, int]]) -> None:
     """Refuse a plan for another graph or mesh.
 
@@ -444,6 +468,7 @@ def assignment_of(plan: Plan, space: Space) -> tuple[int, ...]:
     Raises:
         PlanMismatchError: another graph or mesh, or a decision that names no place or no option.
     """
+    check_solved(plan)
     check_plan(plan, space.program.fingerprint, [(axis.name, axis.size) for axis in space.topology.axes])
     names = tuple(space.topology.axes[axis].name for axis in space.batch_axes)
     if names != plan.batch_axes:
