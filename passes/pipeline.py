@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from costmodel.hardware import Hardware, Topology, hardware, topology
-from costmodel.layout import Layout
-from costmodel.memory import OPTIMIZERS
+from costmodel.memory import ALLOCATION_BYTES, OPTIMIZERS
 from passes.analysis import Analysis, analyse
 from passes.errors import NoFeasiblePlanError
 from passes.local import LocalProgram, Storage
@@ -29,7 +28,8 @@ from passes.recompute import Mode, recomputation
 from passes.rewrite import rewrite
 from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
-from passes.space import Space, search_space
+from passes.space import Pin, Space, search_space
+from passes.timeline import Timeline, timeline_of
 from passes.weights import prepare_again
 
 _TIE = 1e-3
@@ -66,7 +66,7 @@ class Request:
     accumulate: int = 1
     recompute: Mode | Literal["auto"] = "auto"
     compiled: bool = True
-    pins: Mapping[str, Layout] = field(default_factory=dict)
+    pins: Mapping[str, Pin] = field(default_factory=dict)
     stored: Mapping[str, Storage] | None = None
 
 
@@ -96,10 +96,11 @@ def compile_plan(
     options: Mapping[str, Any] | None = None,
     example: str = "",
     progress: Progress = lambda stage: None,
+    keep_timeline: bool = False,
 ) -> Plan:
     """The best plan found for `program` (as `prepare` left it).
 
-    `options` and `example` are kept in the plan as they are.
+    `options` and `example` are kept in the plan as they are. `keep_timeline`: the plan has its step's timeline.
 
     Raises:
         NoFeasiblePlanError: nothing fits; says by how much, what is largest, and the nearest change that would fit.
@@ -129,7 +130,7 @@ def compile_plan(
         chosen.solution.bound_s,
         f"of the summed costs under {chosen.strategy!r}; the schedule chose among {len(competing)} solutions",
     )
-    return make_plan(
+    plan = make_plan(
         chosen.space,
         chosen.assignment,
         chosen.schedule,
@@ -141,9 +142,18 @@ def compile_plan(
         options=dict(options or {}),
         example=example,
     )
+    return replace(plan, timeline=_timeline(chosen, request)) if keep_timeline else plan
 
 
-def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Layout]) -> LocalProgram:
+def _timeline(chosen: Candidate, request: Request) -> Timeline:
+    """The chosen step, played once more with everything that happens in it kept."""
+    schedule = play(
+        chosen.space, chosen.assignment, optimizer=request.optimizer, accumulate=request.accumulate, events=True
+    )
+    return timeline_of(schedule, 1 if chosen.space.topology.hardware.shared_host else ALLOCATION_BYTES)
+
+
+def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Pin]) -> LocalProgram:
     """One rank's program under `plan`, which was made with `pins`.
 
     Raises:
