@@ -26,6 +26,7 @@ from passes.program import Program
 from passes.randomness import own_randomness
 from passes.recompute import Mode, recomputation
 from passes.rewrite import rewrite
+from passes.routing import has_routed, one_form, route_by_blocks, token_parts
 from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
 from passes.space import Pin, Space, search_space
@@ -48,7 +49,7 @@ Progress = Callable[[str], None]
 
 def prepare(program: Program) -> Program:
     """What is done to a captured program before it is planned."""
-    return prepare_again(own_randomness(use_causal_flag(program)))
+    return prepare_again(one_form(own_randomness(use_causal_flag(program))))
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def compile_plan(
     """
     check_strategy(request.strategy)
     progress("analysing the graph")
-    analysis = analyse(program)
+    analyses = _Analyses(program, topology_, batch_axes)
     budget = request.budget_bytes if request.budget_bytes is not None else int(topology_.device.usable_bytes)
     found: dict[str, list[Candidate]] = {}
     reasons: dict[str, str] = {}
@@ -116,7 +117,7 @@ def compile_plan(
     for name in names:
         progress(f"solving {name}")
         try:
-            found[name] = _candidates(analysis, topology_, batch_axes, request, name, budget)
+            found[name] = _candidates(analyses.under(name), topology_, batch_axes, request, name, budget)
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
     asked = _SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
@@ -137,7 +138,7 @@ def compile_plan(
         bound=bound,
         baselines={name: b for name, b in baselines.items() if b is not None},
         budget_bytes=budget,
-        notes=program.notes,
+        notes=chosen.space.program.notes,
         strategy=chosen.strategy,
         options=dict(options or {}),
         example=example,
@@ -148,8 +149,9 @@ def compile_plan(
 def _timeline(chosen: Candidate, request: Request) -> Timeline:
     """The chosen step, played once more with everything that happens in it kept."""
     schedule = play(
-        chosen.space, chosen.assignment, optimizer=request.optimizer, accumulate=request.accumulate, events=True
-    )
+        chosen.space, chosen.assignment, optimizer=request.optimizer, accumulate=request.accumulate, events=True,
+        compiled=request.compiled,
+    )  # fmt: skip
     return timeline_of(schedule, 1 if chosen.space.topology.hardware.shared_host else ALLOCATION_BYTES)
 
 
@@ -161,8 +163,26 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
     """
     names = [axis.name for axis in topology_.axes]
     batch_axes = [names.index(name) for name in plan.batch_axes]
-    space = search_space(program, topology_, batch_axes, strategy=plan.strategy, pins=pins, recompute=plan.recompute)
+    routed = route_by_blocks(program, token_parts(program, plan.strategy, topology_.sizes, batch_axes))
+    space = search_space(routed, topology_, batch_axes, strategy=plan.strategy, pins=pins, recompute=plan.recompute)
     return rewrite(space, assignment_of(plan, space))
+
+
+class _Analyses:
+    """The program's analysis under each strategy: routed experts depend on how many parts the tokens have."""
+
+    def __init__(self, program: Program, topology_: Topology, batch_axes: Sequence[int]) -> None:
+        self._program, self._sizes, self._batch_axes = program, topology_.sizes, batch_axes
+        self._known: dict[int, Analysis] = {}
+
+    def under(self, strategy: str) -> Analysis:
+        """The analysis that plans under `strategy` are made from."""
+        parts = token_parts(self._program, strategy, self._sizes, self._batch_axes)
+        if not has_routed(self._program):
+            parts = 1
+        if parts not in self._known:
+            self._known[parts] = analyse(route_by_blocks(self._program, parts))
+        return self._known[parts]
 
 
 def _candidates(
