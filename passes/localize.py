@@ -176,7 +176,9 @@ def _uniform(op: LocalOp) -> fx.Node:
     for place, length in enumerate(local):
         axes = [a for a, placement in enumerate(layout) if placement == Shard(place)]
         starts.append(emit.call(aten.mul.Tensor, emit.coordinate(axes), length) if axes else 0)
-    values = emit_uniform(emit.graph, op.operands[0], op.call.get("salt"), local, starts, shape, emit.meta)
+    # The node's own number: layers that repeat share one call, which has the first layer's.
+    salt: Any = op.node.args[1]
+    values = emit_uniform(emit.graph, op.operands[0], salt, local, starts, shape, emit.meta)
     return emit.view(values, op.result_shapes[0])
 
 

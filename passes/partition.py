@@ -112,7 +112,7 @@ def split(local: LocalProgram, recompute: Recompute = "auto") -> Halves:
 
     wanted = _needed(gradients, stop=lambda node: node not in backward)
     demands = [node for node in wanted if node not in backward]
-    of_parameters = _parameter_chain(graph, constants)
+    of_parameters = parameter_chain(graph, constants)
     allowed = _recomputable(graph, backward, of_parameters, recompute)
     kept = _cheapest_cut(demands, allowed, of_parameters)
     saved_inputs = [p for p in inputs if p in kept]
@@ -159,7 +159,7 @@ def _needed(roots: Iterable[Any], stop: Callable[[fx.Node], bool]) -> dict[fx.No
     return found
 
 
-def _parameter_chain(graph: fx.Graph, constants: Iterable[fx.Node]) -> frozenset[fx.Node]:
+def parameter_chain(graph: fx.Graph, constants: Iterable[fx.Node]) -> frozenset[fx.Node]:
     """Nodes made of parameters, buffers and coordinates by casts, views, pointwise ops and gathers alone."""
     chain = set(constants)
     for node in graph.nodes:
@@ -169,7 +169,7 @@ def _parameter_chain(graph: fx.Graph, constants: Iterable[fx.Node]) -> frozenset
     return frozenset(chain)
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     target = node.target
     return (isinstance(target, torch._ops.OpOverload) and target.is_view) or target is aten._unsafe_view.default
 
@@ -177,7 +177,7 @@ def _is_view(node: fx.Node) -> bool:
 def _is_cheap(node: fx.Node) -> bool:
     """Whether an op costs about what reading its operands costs."""
     target = node.target
-    if target is operator.getitem or target in CHEAP or _is_view(node):
+    if target is operator.getitem or target in CHEAP or is_view(node):
         return True
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
@@ -202,7 +202,7 @@ def _recomputable(
             continue
         if node.op != "call_function" or node in backward or node.target in COLLECTIVES or node.target is WAIT:
             continue
-        if _is_view(node) or node.target is operator.getitem or not node.all_input_nodes:
+        if is_view(node) or node.target is operator.getitem or not node.all_input_nodes:
             allowed.add(node)
         elif recompute == "full" and (block := _block(node)):
             if all(_block(user) == block for user in node.users if user not in backward and user.op != "output"):
@@ -223,7 +223,7 @@ def _save_bytes(node: fx.Node, of_parameters: frozenset[fx.Node]) -> int:
     if node.op == "placeholder":
         return 0
     size = _value_bytes(node)
-    if size is None or node in of_parameters or node.target in COLLECTIVES or _is_view(node) or node.op == "get_attr":
+    if size is None or node in of_parameters or node.target in COLLECTIVES or is_view(node) or node.op == "get_attr":
         return UNBOUNDED
     # One byte more, so that values of no size are counted too.
     return size + 1
