@@ -487,13 +487,9 @@ def _as_stored(runtime: Runtime, name: str, gradient: torch.Tensor | None) -> to
     """A local gradient as autograd wants it: a parameter's as its DTensor, an input's as it is."""
     if gradient is None or name not in runtime.specs:
         return gradient
-    of = runtime.specs[name]
-    storage = runtime.storages[name]
-    if not storage.state_axes:
-        return stored.distributed(gradient, of)
     table, key = runtime.slots[name]
-    rows = stored.local_part(table[key]).shape[0]
-    return stored.distributed(stored.unpad(gradient, rows), of)
+    mine = stored.local_part(table[key]).shape
+    return stored.distributed(stored.unpad(gradient, mine), runtime.specs[name])
 
 
 def state_bytes(module: ParallelModule) -> int:

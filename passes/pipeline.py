@@ -2,6 +2,8 @@
 
     program -analyse-> Analysis -search_space, per strategy-> Space -price-> Problem -solve-> picks -play-> Schedule
 
+Where an axis does not divide a dim that it might split, the program with that dim padded competes too.
+
 The solver adds up costs; what overlaps only the schedule knows. So under `auto` several solutions compete, the named
 strategies among them, and the schedule decides. A plan that a simpler one ties is not chosen.
 """
@@ -16,12 +18,13 @@ from typing import Any
 from costmodel.hardware import Hardware, Topology, hardware, topology
 from costmodel.layout import Layout
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
-from passes.analysis import Analysis, analyse
+from passes.analysis import analyse
 from passes.errors import NoFeasiblePlanError
 from passes.local import LocalProgram, Storage
 from passes.masks import use_causal_flag
 from passes.named import STRATEGIES, check_strategy
-from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, make_plan
+from passes.pad import Pad
+from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
 from passes.price import Budgeted, Priced, price
 from passes.program import Program
 from passes.randomness import own_randomness
@@ -29,6 +32,7 @@ from passes.rewrite import rewrite
 from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
 from passes.space import Space, search_space
+from passes.uneven import Padding, Paddings, padding_notes, stored_pads, uneven_dims, used_pads
 from passes.weights import prepare_again
 
 _TIE = 1e-3
@@ -71,6 +75,7 @@ class Candidate:
     assignment: tuple[int, ...]
     solution: Solution
     schedule: Schedule
+    padding: Padding
 
 
 def on_mesh(hardware_: str | Hardware | None, axes: Sequence[tuple[str, int]]) -> Topology:
@@ -98,15 +103,14 @@ def compile_plan(
     """
     check_strategy(request.strategy)
     progress("analysing the graph")
-    analysis = analyse(program)
     budget = request.budget_bytes if request.budget_bytes is not None else int(topology_.device.usable_bytes)
+    search = _Search(Paddings(analyse(program)), topology_, tuple(batch_axes), request, budget, progress)
     found: dict[str, list[Candidate]] = {}
     reasons: dict[str, str] = {}
     names = _SIMPLEST_FIRST if request.stored is None else (request.strategy,)
     for name in names:
-        progress(f"solving {name}")
         try:
-            found[name] = _candidates(analysis, topology_, batch_axes, request, name, budget)
+            found[name] = search.candidates(name)
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
     asked = _SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
@@ -127,7 +131,8 @@ def compile_plan(
         bound=bound,
         baselines={name: b for name, b in baselines.items() if b is not None},
         budget_bytes=budget,
-        notes=program.notes,
+        notes=(*program.notes, *padding_notes(chosen.padding, chosen.space, chosen.assignment)),
+        padded=chosen.padding.pads,
         strategy=chosen.strategy,
         options=dict(options or {}),
         example=example,
@@ -142,33 +147,79 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
     """
     names = [axis.name for axis in topology_.axes]
     batch_axes = [names.index(name) for name in plan.batch_axes]
-    space = search_space(program, topology_, batch_axes, strategy=plan.strategy, pins=pins)
+    check_plan(plan, program.fingerprint, [(axis.name, axis.size) for axis in topology_.axes])
+    analysis = Paddings(analyse(program)).of(plan.padded).analysis
+    space = search_space(analysis.program, topology_, batch_axes, strategy=plan.strategy, pins=pins, analysis=analysis)
     return rewrite(space, assignment_of(plan, space))
 
 
-def _candidates(
-    analysis: Analysis, topology_: Topology, batch_axes: Sequence[int], request: Request, name: str, budget: int
-) -> list[Candidate]:
-    space = search_space(
-        analysis.program,
-        topology_,
-        batch_axes,
-        request.stored,
-        strategy=name,
-        pins=request.pins,
-        analysis=analysis,
-    )
-    spec = OPTIMIZERS[request.optimizer]
-    shares = _HIDDEN_SHARES if name == "auto" else _HIDDEN_SHARES[:1]
-    unique: dict[tuple[int, ...], Candidate] = {}
-    for share in shares:
-        candidate = _solved_within(space, name, spec, request.accumulate, budget, share)
-        unique.setdefault(candidate.assignment, candidate)
-    return list(unique.values())
+@dataclass(frozen=True)
+class _Search:
+    """Candidates for one program and mesh."""
+
+    paddings: Paddings
+    topology: Topology
+    batch_axes: tuple[int, ...]
+    request: Request
+    budget: int
+    progress: Progress
+
+    def candidates(self, name: str) -> list[Candidate]:
+        """Solutions under a strategy, the simplest first.
+
+        A named strategy pads what it wants to split and cannot otherwise. `auto` pads where that is faster, dim by dim.
+
+        Raises:
+            NoFeasiblePlanError: there is none.
+        """
+        whole = self.paddings.whole
+        needed = stored_pads(whole, self.request.stored or {}, self.topology.sizes)
+        wanted = self.paddings.join(needed, uneven_dims(whole, self.topology.sizes, self.batch_axes, name))
+        if wanted == needed:
+            return self._solved(name, needed)
+        padded = self._solved(name, wanted)
+        used = self.paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
+        if used != wanted:
+            padded = self._solved(name, used)
+        if name != "auto":
+            return padded if used != needed and _best(padded, self.budget) else self._solved(name, needed)
+        plain = self._solved(name, needed)
+        best = _best([*plain, *padded], self.budget)
+        for each in sorted(used, key=lambda p: p.size / p.padded):
+            if best is None or each in needed or each not in best.padding.pads:
+                continue
+            padded += self._solved(name, tuple(p for p in best.padding.pads if p != each), _HIDDEN_SHARES[:1])
+            best = _best([*plain, *padded], self.budget)
+        return [*plain, *padded]
+
+    def _solved(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+        padding = self.paddings.of(pads)
+        self.progress(f"solving {name}" + (f", {len(pads)} dims padded" if pads else ""))
+        space = search_space(
+            padding.analysis.program,
+            self.topology,
+            self.batch_axes,
+            self.request.stored,
+            strategy=name,
+            pins=self.request.pins,
+            analysis=padding.analysis,
+        )
+        spec = OPTIMIZERS[self.request.optimizer]
+        unique: dict[tuple[int, ...], Candidate] = {}
+        for share in shares or (_HIDDEN_SHARES if name == "auto" else _HIDDEN_SHARES[:1]):
+            candidate = _solved_within(space, name, padding, spec, self.request.accumulate, self.budget, share)
+            unique.setdefault(candidate.assignment, candidate)
+        return list(unique.values())
 
 
 def _solved_within(
-    space: Space, name: str, optimizer: OptimizerSpec, accumulate: int, budget: int, share: float
+    space: Space,
+    name: str,
+    padding: Padding,
+    optimizer: OptimizerSpec,
+    accumulate: int,
+    budget: int,
+    share: float,
 ) -> Candidate:
     """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
     schedule finds on top of it, until both agree."""
@@ -180,7 +231,7 @@ def _solved_within(
             solution = solve(priced.problem)
         except NoFeasiblePlanError:
             break
-        last = _played(space, name, priced, solution, optimizer, accumulate)
+        last = _played(space, name, padding, priced, solution, optimizer, accumulate)
         over = last.schedule.peak_memory_bytes - budget
         if over <= 0:
             return last
@@ -192,11 +243,17 @@ def _solved_within(
 
 
 def _played(
-    space: Space, name: str, priced: Priced, solution: Solution, optimizer: OptimizerSpec, accumulate: int
+    space: Space,
+    name: str,
+    padding: Padding,
+    priced: Priced,
+    solution: Solution,
+    optimizer: OptimizerSpec,
+    accumulate: int,
 ) -> Candidate:
     assignment = priced.assignment(solution.picks, len(space.sites))
     schedule = play(space, assignment, optimizer=optimizer, accumulate=accumulate)
-    return Candidate(name, space, assignment, solution, schedule)
+    return Candidate(name, space, assignment, solution, schedule, padding)
 
 
 def _best(candidates: Sequence[Candidate], budget: int) -> Candidate | None:

@@ -137,8 +137,8 @@ class _Rewriter:
         site = self.space.sites[value.op]
         dims = site.op.results[value.result] if site.op is not None else site.dims
         stored = next((x for x in (move.source, move.target) if isinstance(x, StoredOption)), None)
-        computed = stored.storage.computed_shape(self.space.topology.sizes) if stored else ()
-        moved = emit_steps(self.emit, local, move.steps, dims, computed[0] if computed else 1)
+        of_stored = (stored.storage, stored.padding) if stored else (None, ())
+        moved = emit_steps(self.emit, local, move.steps, dims, *of_stored)
         self._put(move.value, move.target, moved, move.era)
 
     def _run(self, run: Run) -> None:

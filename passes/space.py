@@ -184,7 +184,7 @@ def _parameter_options(
     stored: Mapping[str, Storage],
     pin: tuple[str, Layout] | None,
 ) -> tuple[StoredOption, ...]:
-    options = stored_options(place.dims, sizes)
+    options = stored_options(place.dims, sizes, place.given.shape if place.given is not None else None)
     if place.name in stored:
         options = tuple(o for o in options if o.storage == stored[place.name])
         if not options:
