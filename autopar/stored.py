@@ -71,6 +71,12 @@ def cut(full: torch.Tensor, storage: Storage, axis_sizes: Sequence[int], coordin
     return part
 
 
+def part_shape(storage: Storage, axis_sizes: Sequence[int], coordinate: Sequence[int]) -> tuple[int, ...]:
+    """Shape of what `cut` gives the rank at `coordinate`."""
+    whole = torch.empty(storage.shape, device="meta")
+    return tuple(cut(whole, storage, axis_sizes, coordinate).shape)
+
+
 def _chunk(part: torch.Tensor, dim: int, ranks: int, index: int) -> torch.Tensor:
     rows = -(-part.shape[dim] // ranks)
     start = min(index * rows, part.shape[dim])

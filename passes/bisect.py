@@ -41,6 +41,13 @@ _HOW: dict[How, str] = {
 _ROUNDINGS = 16
 """Units in the last place of an op's largest operand that its result may be off by."""
 
+_aten = torch.ops.aten
+_EXACT_TO_THE_RESULT = {
+    _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar, _aten.pow.Tensor_Scalar, _aten.neg.default,
+    _aten.sqrt.default, _aten.rsqrt.default, _aten.reciprocal.default, _aten.exp.default, _aten.where.self,
+}  # fmt: skip
+"""Ops in which nothing cancels: they round by units in the last place of what they give, however large an operand."""
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -76,8 +83,9 @@ def run_program(program: Program, values: Sequence[Any]) -> list[Any]:
     with torch.no_grad():
         found = list(fx.Interpreter(program.graph).run(*_padded(program, values), enable_io_processing=False))
     return [
-        value[tuple(map(slice, outside[out.name]))] if out.kind == "gradient" and out.name in outside else value
+        value if shape is None else value[tuple(map(slice, shape))]
         for out, value in zip(program.outputs, found, strict=True)
+        for shape in [outside.get(out.name) if out.kind == "gradient" else out.shape]
     ]
 
 
@@ -189,7 +197,9 @@ class _Search:
             kind: How = "output"
             detail = f"{described.kind} {described.name}"
             try:
-                full = gather([mine[position] for mine in results], described.storage, self.local.axes, detail)
+                parts = [mine[position] for mine in results]
+                zeros = described.kind != "output"
+                full = gather(parts, described.storage, self.local.axes, detail, zeros=zeros)
             except SimulationError as failed:
                 return self._divergence(node, "replicas", float("inf"), None, last[position], str(failed))
             wanted = self.value(node)[tuple(map(slice, full.shape))]
@@ -244,7 +254,8 @@ class _Search:
     def _rounding(self, node: fx.Node, parts: Sequence[Tensor]) -> float:
         if not parts[0].dtype.is_floating_point:
             return 0.0
-        operands = [_norm(self.value(source)) for source in node.all_input_nodes if is_tensor(source)]
+        sources = [] if node.target in _EXACT_TO_THE_RESULT else node.all_input_nodes
+        operands = [_norm(self.value(source)) for source in sources if is_tensor(source)]
         terms = math.prod(operands) if node.target in PRODUCTS else max(operands, default=0.0)
         return (
             _ROUNDINGS * torch.finfo(parts[0].dtype).eps * max([terms, *map(_norm, {id(p): p for p in parts}.values())])

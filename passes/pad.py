@@ -31,11 +31,11 @@ from passes.dims import Atom, atoms_of, is_getitem, outputs_of, value_of
 from passes.emit import Emitter
 from passes.harmless import Key, Need, Place, Reading, fill_of, keeps_values, needs_of, result_zone
 from passes.localize import LocalOp, run_locally
-from passes.program import Input, Program
+from passes.program import Input, Output, Program
 from passes.randomness import UNIFORM
-from passes.rules.call import facts_of, is_tensor, operand_nodes
+from passes.rules.call import is_tensor, operand_nodes
 from passes.rules.create import FILLS, IOTAS
-from passes.zones import NOWHERE, Zone, is_finite, is_number, is_zero, join
+from passes.zones import Zone, is_finite, is_number, is_zero, join
 
 aten = torch.ops.aten
 
@@ -118,8 +118,6 @@ class _Known:
     """The number that the whole tensor consists of, where it does."""
     by_phase: bool = False
     """A stored tensor: padded for forward, and again for backward."""
-    outside: Zone = 0
-    """What padding gives."""
     versions: dict[tuple[frozenset[Place], str], _Version] = field(default_factory=dict)
 
 
@@ -152,14 +150,15 @@ class _Padding:
                 self._pick(node)
             elif node.op == "call_function":
                 self._run(node)
-        self.emit.graph.output(tuple(self._outputs(inputs)))
+        outputs, values = self._outputs(inputs)
+        self.emit.graph.output(tuple(values))
         module = fx.GraphModule(self.program.graph, self.emit.graph)
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
         alive = set(module.graph.nodes)
         seen = {each: where for each, where in self.seen.items() if where[0] in alive}
-        return Padded(replace(self.program, graph=module, inputs=tuple(inputs)), seen)
+        return Padded(replace(self.program, graph=module, inputs=tuple(inputs), outputs=outputs), seen)
 
     # -- what comes in and goes out ------------------------------------------------------------------------------------
 
@@ -182,24 +181,32 @@ class _Padding:
         self._put(known, _Version(new, dict.fromkeys(known.base, 0)), known.base)
         return replace(given, shape=tuple(int(n) for n in value.shape))
 
-    def _outputs(self, inputs: Sequence[Input]) -> list[Any]:
+    def _outputs(self, inputs: Sequence[Input]) -> tuple[tuple[Output, ...], list[Any]]:
+        found = []
         shapes = {given.name for given in inputs if given.shape is not None}
         by_name = {given.name: node for given, node in self._given()}
         values: list[Any] = []
         returned: Any = self.program.graph.graph.output_node().args[0]
         for (out, node, _, _), old in zip(outputs_of(self.program), returned, strict=True):
             if node is None:
+                found.append(out)
                 values.append(self.copies[old] if isinstance(old, fx.Node) else old)
                 continue
             wanted: frozenset[Place] = frozenset()
             if out.kind == "gradient" and out.name in shapes:
                 wanted = self.known[by_name[out.name]].base
+            elif out.kind == "output":  # it is cut where it leaves, so that no rank needs the dim whole for that
+                known = self.known[node]
+                wanted = frozenset(place for place in known.base if len(known.atoms[place[0]]) == 1)
+                if wanted:
+                    out = replace(out, shape=tuple(int(n) for n in node.meta["val"].shape))
+            found.append(out)
             version = self._version(node, wanted, "backward" if out.kind == "gradient" else "forward")
-            for place in wanted:
+            for place in wanted if out.kind == "gradient" else ():
                 if not is_zero(version.zones[place]):
                     self._overwrite(self.known[node], version, place, 0, {**_meta(node), "phase": "backward"})
             values.append(version.node)
-        return values
+        return tuple(found), values
 
     def _given(self) -> list[tuple[Input, fx.Node]]:
         nodes = self.program.graph.graph.find_nodes(op="placeholder")
@@ -242,14 +249,30 @@ class _Padding:
             except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, NotImplementedError):
                 # An op that does not take the larger sizes. Masks and pads that were made for it are right anyway.
                 self._drop_after(before)
+        if node.target in IOTAS and self._count(node):
+            return
         new = self._copy(node)
         if is_tensor(node):
-            known = self._whole(node, new)
-            known.fill = self._fill(node)
-            if node.target in IOTAS and not facts_of(node.meta["val"]).dtype.is_floating_point:  # type: ignore[union-attr]
-                known.outside = "nowhere"
+            self._whole(node, new).fill = self._fill(node)
             return
         self._results(node, new)
+
+    def _count(self, node: fx.Node) -> bool:
+        """A longer `arange`, whose added entries are no number that an index or class has; whether it was made."""
+        ((dim, *_),) = dims = self.analysis.unified.dims(value_of(node, self.analysis.folding))
+        value, names = node.meta["val"], [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+        if len(dims[0]) > 1 or id(dim) not in self.sizes or "end" not in names or value.dtype.is_floating_point:
+            return False
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        start, step, length = given.get("start", 0), given.get("step", 1), self.sizes[id(dim)][1]
+        self.emit.meta = _meta(node)
+        new = self.emit.call(aten.arange.start_step, start, start + step * length, step, **node.kwargs)
+        known = self.known[node] = _Known(dims, frozenset({(0, 0)}), node.meta)
+        version = _Version(new, {(0, 0): "finite"})
+        self._put(known, version, known.base)
+        self._overwrite(known, version, (0, 0), torch.iinfo(value.dtype).min, _meta(node))
+        version.zones[0, 0] = "nowhere"
+        return True
 
     def _results(self, node: fx.Node, new: fx.Node) -> None:
         value = node.meta["val"]
@@ -456,18 +479,13 @@ class _Padding:
                 zones = {p: z for p, z in version.zones.items() if p != place}
                 version = _Version(self._resized(known, version.node, at | {place}, place, None), zones)
             for place in sorted(places - at):
-                outside = self._outside(known, version.node)
-                zone = known.fill if known.fill is not None else "nowhere" if known.outside == "nowhere" else outside
-                fill = known.fill if known.fill is not None else outside
-                zones = _overwritten(version.zones, place, zone)
+                fill: Any = known.fill if known.fill is not None else 0
+                zones = _overwritten(version.zones, place, fill)
                 new = self._resized(known, version.node, at, place, fill)
                 at = at | {place}
                 version = _Version(new, zones)
             self._put(known, version, places, phase)
         return known.versions[key]
-
-    def _outside(self, known: _Known, node: fx.Node) -> int:
-        return NOWHERE if known.outside == "nowhere" else 0
 
     def _resized(self, known: _Known, node: fx.Node, at: frozenset[Place], place: Place, fill: Any) -> fx.Node:
         """`node`, whose places `at` are padded, with `place` cut to its real size, or padded by `fill`."""

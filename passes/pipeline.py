@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from costmodel.hardware import Hardware, Topology, hardware, topology
 from costmodel.layout import Layout
-from costmodel.memory import OPTIMIZERS, OptimizerSpec
+from costmodel.memory import OPTIMIZERS
 from passes.analysis import analyse
 from passes.errors import NoFeasiblePlanError
 from passes.local import LocalProgram, Storage
@@ -25,9 +25,10 @@ from passes.masks import use_causal_flag
 from passes.named import STRATEGIES, check_strategy
 from passes.pad import Pad
 from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
-from passes.price import Budgeted, Priced, price
+from passes.price import Budgeted, price
 from passes.program import Program
 from passes.randomness import own_randomness
+from passes.recompute import Mode, recomputation
 from passes.rewrite import rewrite
 from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
@@ -42,6 +43,10 @@ _HIDDEN_SHARES = (1.0, 0.3, 0.05)
 """What `auto` counts of the time that state gathers and gradient reductions take: all of it, or what often stays
 exposed behind compute, or next to nothing. Each gives a proposal; the schedule judges them."""
 
+_AUTO: tuple[Mode, ...] = ("pointwise", "selective", "full")
+"""What `recompute="auto"` tries, each only where the one before does not fit at its fastest: to compute pointwise ops
+again costs next to nothing, as they fuse with what reads them."""
+
 Progress = Callable[[str], None]
 
 
@@ -55,26 +60,30 @@ class Request:
     """What a plan is asked for, beside the program and the mesh.
 
     `budget_bytes`: per device; None: what the hardware has, less its reserve.
-    `stored`: parameters that already lie somewhere.
+    `recompute`: a mode of `passes/recompute.py`, or "auto": the least that fits. `compiled`: whether the step runs
+    compiled, which takes less memory. `stored`: parameters that already lie somewhere.
     """
 
     strategy: str = "auto"
     budget_bytes: int | None = None
     optimizer: str = "adamw"
     accumulate: int = 1
+    recompute: Mode | Literal["auto"] = "auto"
+    compiled: bool = True
     pins: Mapping[str, Layout] = field(default_factory=dict)
     stored: Mapping[str, Storage] | None = None
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A solution under one strategy, and its step as played."""
+    """A solution under one strategy, and its step as played; `unbound`: the budget kept nothing from being faster."""
 
     strategy: str
     space: Space
     assignment: tuple[int, ...]
     solution: Solution
     schedule: Schedule
+    unbound: bool
     padding: Padding
 
 
@@ -149,7 +158,15 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
     batch_axes = [names.index(name) for name in plan.batch_axes]
     check_plan(plan, program.fingerprint, [(axis.name, axis.size) for axis in topology_.axes])
     analysis = Paddings(analyse(program)).of(plan.padded).analysis
-    space = search_space(analysis.program, topology_, batch_axes, strategy=plan.strategy, pins=pins, analysis=analysis)
+    space = search_space(
+        analysis.program,
+        topology_,
+        batch_axes,
+        strategy=plan.strategy,
+        pins=pins,
+        recompute=plan.recompute,
+        analysis=analysis,
+    )
     return rewrite(space, assignment_of(plan, space))
 
 
@@ -177,62 +194,74 @@ class _Search:
         wanted = self.paddings.join(needed, uneven_dims(whole, self.topology.sizes, self.batch_axes, name))
         if wanted == needed:
             return self._solved(name, needed)
-        padded = self._solved(name, wanted)
-        used = self.paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
-        if used != wanted:
-            padded = self._solved(name, used)
+        padded = self._tried(name, wanted)
+        if padded:
+            used = self.paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
+            padded = self._tried(name, used) if used != wanted else padded
+        if not padded or padded[0].padding.pads == needed:
+            return self._solved(name, needed)
         if name != "auto":
-            return padded if used != needed and _best(padded, self.budget) else self._solved(name, needed)
-        plain = self._solved(name, needed)
+            return padded if _best(padded, self.budget) else self._solved(name, needed)
+        plain = self._tried(name, needed)
         best = _best([*plain, *padded], self.budget)
-        for each in sorted(used, key=lambda p: p.size / p.padded):
-            if best is None or each in needed or each not in best.padding.pads:
-                continue
-            padded += self._solved(name, tuple(p for p in best.padding.pads if p != each), _HIDDEN_SHARES[:1])
-            best = _best([*plain, *padded], self.budget)
+        for each in sorted(padded[0].padding.pads, key=lambda p: p.size / p.padded):
+            if best is not None and each in best.padding.pads and each not in needed:
+                fewer = tuple(p for p in best.padding.pads if p != each)
+                padded += self._tried(name, fewer, _HIDDEN_SHARES[:1])
+                best = _best([*plain, *padded], self.budget)
         return [*plain, *padded]
 
+    def _tried(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+        """Solutions with these dims padded; none where nothing fits, or a pin asks for what only others allow."""
+        try:
+            return self._solved(name, pads, shares)
+        except (NoFeasiblePlanError, ValueError):
+            return []
+
     def _solved(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
-        padding = self.paddings.of(pads)
+        """Solutions with these dims padded, those that compute the least again first."""
+        request, padding = self.request, self.paddings.of(pads)
         self.progress(f"solving {name}" + (f", {len(pads)} dims padded" if pads else ""))
+        modes = _AUTO if request.recompute == "auto" else (request.recompute,)
         space = search_space(
             padding.analysis.program,
             self.topology,
             self.batch_axes,
-            self.request.stored,
+            request.stored,
             strategy=name,
-            pins=self.request.pins,
+            pins=request.pins,
+            recompute=modes[0],
             analysis=padding.analysis,
         )
-        spec = OPTIMIZERS[self.request.optimizer]
-        unique: dict[tuple[int, ...], Candidate] = {}
-        for share in shares or (_HIDDEN_SHARES if name == "auto" else _HIDDEN_SHARES[:1]):
-            candidate = _solved_within(space, name, padding, spec, self.request.accumulate, self.budget, share)
-            unique.setdefault(candidate.assignment, candidate)
+        shares = shares or (_HIDDEN_SHARES if name == "auto" else _HIDDEN_SHARES[:1])
+        unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
+        for mode in modes:
+            if mode != modes[0]:
+                space = replace(space, recomputed=recomputation(padding.analysis, mode))
+            found = [_solved_within(space, name, request, self.budget, share, padding) for share in shares]
+            for candidate in found:
+                unique.setdefault((mode, candidate.assignment), candidate)
+            if all(candidate.unbound for candidate in found):
+                break
         return list(unique.values())
 
 
-def _solved_within(
-    space: Space,
-    name: str,
-    padding: Padding,
-    optimizer: OptimizerSpec,
-    accumulate: int,
-    budget: int,
-    share: float,
-) -> Candidate:
+def _solved_within(space: Space, name: str, request: Request, budget: int, share: float, padding: Padding) -> Candidate:
     """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
     schedule finds on top of it, until both agree."""
+    spec = OPTIMIZERS[request.optimizer]
     limit = math.inf
     last: Candidate | None = None
     for _ in range(4):
-        priced = price(space, limit, Budgeted(int(optimizer.state_bytes_per_param)), state_share=share)
+        priced = price(space, limit, Budgeted(int(spec.state_bytes_per_param)), state_share=share)
         try:
             solution = solve(priced.problem)
         except NoFeasiblePlanError:
             break
-        last = _played(space, name, padding, priced, solution, optimizer, accumulate)
-        over = last.schedule.peak_memory_bytes - budget
+        assignment = priced.assignment(solution.picks, len(space.sites))
+        schedule = play(space, assignment, optimizer=spec, accumulate=request.accumulate, compiled=request.compiled)
+        over = schedule.peak_memory_bytes - budget
+        last = Candidate(name, space, assignment, solution, schedule, over <= 0 and math.isinf(limit), padding)
         if over <= 0:
             return last
         limit = min(limit, solution.bytes) - over
@@ -240,20 +269,6 @@ def _solved_within(
             break
     assert last is not None
     return last
-
-
-def _played(
-    space: Space,
-    name: str,
-    padding: Padding,
-    priced: Priced,
-    solution: Solution,
-    optimizer: OptimizerSpec,
-    accumulate: int,
-) -> Candidate:
-    assignment = priced.assignment(solution.picks, len(space.sites))
-    schedule = play(space, assignment, optimizer=optimizer, accumulate=accumulate)
-    return Candidate(name, space, assignment, solution, schedule, padding)
 
 
 def _best(candidates: Sequence[Candidate], budget: int) -> Candidate | None:
@@ -269,7 +284,8 @@ def _best(candidates: Sequence[Candidate], budget: int) -> Candidate | None:
 
 def _as_baseline(candidates: Sequence[Candidate], reason: str, budget: int) -> Baseline | None:
     if candidates:
-        return baseline(candidates[0].schedule, budget)
+        smallest = min(candidates, key=lambda candidate: candidate.schedule.peak_memory_bytes)
+        return baseline((_best(candidates, budget) or smallest).schedule, budget)
     return Baseline(math.inf, 0, False, reason) if reason else None
 
 

@@ -18,6 +18,7 @@ from passes.errors import PlanMismatchError
 from passes.footprint import TopTensor
 from passes.pad import Pad
 from passes.plan_json import dump, parse
+from passes.recompute import Mode
 from passes.report_html import frame_html, plan_html
 from passes.report_text import plan_text
 from passes.schedule import Collective, Schedule
@@ -114,6 +115,8 @@ class Plan:
     peak_memory_bytes: int
     memory_budget_bytes: int | None
     accumulate: int
+    recompute: Mode
+    """What backward computes again: a mode of `passes/recompute.py`."""
     breakdown: Breakdown
     machine: tuple[str, ...]
     """The mesh on its hardware, in words: what lies inside a node."""
@@ -230,6 +233,7 @@ def make_plan(
         peak_memory_bytes=schedule.peak_memory_bytes,
         memory_budget_bytes=budget_bytes,
         accumulate=schedule.accumulate,
+        recompute=space.recomputed.mode,
         breakdown=breakdown,
         machine=space.topology.describe(),
         roles=_roles(space, assignment, words),

@@ -113,8 +113,10 @@ def scatter(full: Tensor, storage: Storage, axes: Axes) -> list[Tensor]:
     return result
 
 
-def gather(parts: Sequence[Tensor], storage: Storage, axes: Axes, name: str = "tensor") -> Tensor:
-    """The full tensor of which every rank holds a part.
+def gather(
+    parts: Sequence[Tensor], storage: Storage, axes: Axes, name: str = "tensor", *, zeros: bool = True
+) -> Tensor:
+    """The full tensor of which every rank holds a part; `zeros`: what pads it has to be zero.
 
     Raises:
         ReplicaMismatchError: ranks that hold the same part differ in it.
@@ -134,7 +136,7 @@ def gather(parts: Sequence[Tensor], storage: Storage, axes: Axes, name: str = "t
         indices = held(storage, axes, coordinate)
         for dim, index in enumerate(indices):
             rows = padded[dim] if index is None else len(index)
-            if part.narrow(dim, rows, padded[dim] - rows).count_nonzero():
+            if zeros and part.narrow(dim, rows, padded[dim] - rows).count_nonzero():
                 raise SimulationError(
                     f"{name}: rank {rank} holds {rows} entries along dim {dim}, but its padding is not zero"
                 )
@@ -451,7 +453,8 @@ def simulate_step(
         node = output.args[0][position]  # type: ignore[index]
         name = f"{described.kind} {described.name} (node {_place(node) if isinstance(node, fx.Node) else node})"
         parts = [mine[position] for mine in results]
-        kinds[described.kind][described.name] = gather(parts, described.storage, local.axes, name)
+        zeros = described.kind != "output"
+        kinds[described.kind][described.name] = gather(parts, described.storage, local.axes, name, zeros=zeros)
     return found
 
 

@@ -15,6 +15,7 @@ from passes.layers import Folding
 from passes.local import DimShard, Storage
 from passes.named import axis_choices, stored_choices
 from passes.program import Input, Program
+from passes.recompute import Mode, Recomputation, recomputation
 from passes.rules.call import Call
 from passes.strategies import Option, StoredOption, op_options, plain_layouts, stored_options
 
@@ -44,13 +45,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Space:
-    """Everything a plan can choose from under `strategy`; site i is `analysis.places[i]` with its options."""
+    """Everything a plan can choose from under `strategy`; site i is `analysis.places[i]` with its options.
+
+    `recomputed` is what backward computes again, whatever is chosen.
+    """
 
     analysis: Analysis
     topology: Topology
     batch_axes: tuple[int, ...]
     strategy: str
     sites: tuple[Site, ...]
+    recomputed: Recomputation
 
     @property
     def program(self) -> Program:
@@ -95,9 +100,10 @@ def search_space(
     *,
     strategy: str = "auto",
     pins: Mapping[str, Layout] | None = None,
+    recompute: Mode = "pointwise",
     analysis: Analysis | None = None,
 ) -> Space:
-    """All ways to lay `program` out over `topology` under `strategy`.
+    """All ways to lay `program` out over `topology` under `strategy`, with what `recompute` computes again.
 
     `stored`: parameters (by name) that already lie somewhere; only the rest is chosen. `pins`: parameter-name pattern
     (fnmatch) -> layout that compute uses it in. `analysis`: `analyse(program)`, where it is at hand.
@@ -140,7 +146,7 @@ def search_space(
                 place.given,
             )
         )
-    return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites))
+    return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites), recomputation(analysis, recompute))
 
 
 def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout], axes: int) -> dict[int, tuple[str, Layout]]:
@@ -205,7 +211,8 @@ def _parameter_options(
 
 
 def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
-    shape = tuple(map(math.prod, place.dims))
+    inside = tuple(map(math.prod, place.dims))
+    shape = (place.out.shape if place.out is not None else None) or inside
     position = sum(len(dim) for dim in place.dims[:batch_dim])
     ways = math.prod(sizes[a] for a in batch_axes)
     atom = place.dims[batch_dim][0] if place.dims[batch_dim] else 1
@@ -215,7 +222,10 @@ def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes
             "the batch axes do not divide; pass a batch of equal size on every data-parallel rank"
         )
     layout: Layout = tuple(Shard(position) if a in batch_axes and ways > 1 else Replicate() for a in range(len(sizes)))
-    return StoredOption(layout, batch_storage(shape, batch_dim, len(sizes), batch_axes))
+    padding = tuple(n - held for n, held in zip(inside, shape, strict=True))
+    return StoredOption(
+        layout, batch_storage(shape, batch_dim, len(sizes), batch_axes), padding if any(padding) else ()
+    )
 
 
 def _given_option(analysis: Analysis, place: Place, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
@@ -240,7 +250,10 @@ def _returned_options(
     assert out is not None
     if out.batch_dim is not None and place.dims[out.batch_dim]:
         if out.kind == "output" and analysis.program.has_loss:
-            return plain_layouts(place.dims, sizes)
+            return plain_layouts(place.dims, sizes, out.shape)
         return (_batch_layout(place, out.batch_dim, sizes, batch_axes),)
-    shape = tuple(map(math.prod, place.dims))
-    return (StoredOption((Replicate(),) * len(sizes), Storage(shape, (None,) * len(sizes))),)
+    inside = tuple(map(math.prod, place.dims))
+    shape = out.shape or inside
+    padding = tuple(n - held for n, held in zip(inside, shape, strict=True))
+    whole = Storage(shape, (None,) * len(sizes))
+    return (StoredOption((Replicate(),) * len(sizes), whole, padding if any(padding) else ()),)

@@ -174,9 +174,11 @@ def _chunks_alike(rows: int, padded: int, sizes: Sequence[int]) -> bool:
     return list(cut) == [max(0, min(even, rows - i * even)) for i in range(len(cut))]
 
 
-def plain_layouts(dims: Sequence[Sequence[int]], axis_sizes: Sequence[int]) -> tuple[StoredOption, ...]:
-    """Layouts a tensor can be handed to the user in: each axis replicates it or splits a dim evenly."""
-    return tuple(option for option in stored_options(dims, axis_sizes) if not option.storage.state_axes)
+def plain_layouts(
+    dims: Sequence[Sequence[int]], axis_sizes: Sequence[int], shape: Sequence[int] | None = None
+) -> tuple[StoredOption, ...]:
+    """Layouts a tensor can be handed to the user in: each axis replicates it or splits a dim."""
+    return tuple(option for option in stored_options(dims, axis_sizes, shape) if not option.storage.state_axes)
 
 
 def expanded_layout(storage: Storage, dims: Sequence[Sequence[int]]) -> Layout:

@@ -27,9 +27,6 @@ from passes.rules.table import rule_of
 aten = torch.ops.aten
 
 Zone = float | int | bool | str
-NOWHERE = torch.iinfo(torch.int32).min
-"""What `arange` gives beyond its end: no row, position or class has this number."""
-
 _FIRST_TIMES = {
     aten.gelu_backward.default,
     aten.silu_backward.default,
