@@ -174,6 +174,9 @@ class _Slot:
 
     def wrap(self) -> None:
         self.view = wrapped(self.fake, self.differentiate)
+        if self.input.kind == "parameter":
+            # `nn.ParameterList` and others make a new parameter of a tensor that is none.
+            self.view._is_param = True  # type: ignore[attr-defined]
 
     def swap_in(self) -> None:
         for holder, key in self.holders:

@@ -142,7 +142,8 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
     """
     names = [axis.name for axis in topology_.axes]
     batch_axes = [names.index(name) for name in plan.batch_axes]
-    space = search_space(program, topology_, batch_axes, strategy=plan.strategy, pins=pins)
+    analysis = analyse(program, plan.rules)
+    space = search_space(program, topology_, batch_axes, strategy=plan.strategy, pins=pins, analysis=analysis)
     return rewrite(space, assignment_of(plan, space))
 
 

@@ -127,6 +127,8 @@ class Plan:
     notes: tuple[str, ...]
     decisions: Mapping[str, str]
     """Place -> the chosen option; see `assignment_of`."""
+    rules: Mapping[str, str] = field(default_factory=dict)
+    """Calls that no table knows -> the rule found by running them on shards; "" where they run whole."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Tied parameters: other name -> the name that `parameters` has."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -235,6 +237,7 @@ def make_plan(
         baselines=dict(baselines or {}),
         notes=tuple(dict.fromkeys([*notes, *_notes(space, assignment)])),
         decisions={key: texts[pick] for (key, texts), pick in zip(_choices(space), assignment, strict=True)},
+        rules=dict(space.analysis.found),
         aliases=dict(space.program.aliases),
         options=dict(options or {}),
         example=example,
@@ -354,6 +357,12 @@ def _read_as(space: Space, assignment: Sequence[int]) -> dict[int, Any]:
 def _notes(space: Space, assignment: Sequence[int]) -> list[str]:
     """What a user should know: ops without a rule, stored tensors that are padded."""
     notes = [f"no rule for {op_text(op)}: it runs whole on every rank" for op in space.replicated]
+    found = {
+        str(site.call.target): rule
+        for site in space.sites
+        if site.call and (rule := space.analysis.found.get(str(site.call)))
+    }
+    notes += [f"{op_text(op)}: its rule was found by running it on shards: {rule}" for op, rule in found.items()]
     sizes = space.topology.sizes
     for site, pick in zip(space.sites, assignment, strict=True):
         option = site.options[pick]
