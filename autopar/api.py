@@ -23,6 +23,7 @@ from autopar.groups import Groups
 from autopar.module import Executable, ParallelModule, Tangents, parallel_module, preload
 from autopar.options import Options
 from autopar.pipeline import Pipeline, PlanLike
+from autopar.reading import captured_together, gatherer, inputs_read, with_values
 from autopar.together import Together, together
 from passes.errors import PlanMismatchError
 from passes.inputs import global_inputs
@@ -66,8 +67,10 @@ def plan_with(
     timelines = []
 
     def make() -> str:
+        # Where the model reads values, the plan is for those of rank 0's example; others are planned when they come.
         program = _captured(job, skeleton(model), call)
-        made = _planned(job, program, hardware, strategy, example, keep_timeline=True)
+        described = examples.described(call, inputs_read(program))
+        made = _planned(job, program, hardware, strategy, described, keep_timeline=True)
         timelines.append(made.timeline)
         return str(made.to_json())
 
@@ -111,8 +114,10 @@ def parallelize_with(
         example = examples.described(call)
     if not ours.same(example):
         raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
-    with ours.agreeing():
-        program = _captured(job, skeleton(model), call)
+    groups = Groups(mesh, _names(job))
+    gather = gatherer(groups, job.batch_axes) if ours.ranks > 1 else None
+    program = captured_together(ours, lambda known: _captured(job, skeleton(model), call, known=known), call, gather)
+    assert program is not None
     plan = _shared_plan(job, ours, program, None, "auto", example, None)
     return _applied(job, model, plan, mesh, program, call, ours)
 
@@ -153,6 +158,10 @@ def _check_strategy(strategy: str) -> None:
         raise ValueError(f"unknown strategy {strategy!r}; known are {', '.join(STRATEGIES)}")
 
 
+def _names(job: _Job) -> tuple[str, ...]:
+    return tuple(name for name, _ in job.axes)
+
+
 def _ranks(mesh: Any) -> Together:
     """The ranks that go through a call together: the job's, or this one alone for a mesh that is only named."""
     return together() if isinstance(mesh, DeviceMesh) else Together(None, 0, 1)
@@ -170,13 +179,15 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def _captured(
-    job: _Job, model: nn.Module, call: examples.Call, tangents: Tangents = "loss", backward: bool = True
-) -> Program:
-    """The program of the global batch."""
+    job: _Job, model: nn.Module, call: examples.Call, tangents: Tangents = "loss", backward: bool = True,
+    known: Mapping[str, torch.Tensor] | None = None,
+) -> Program:  # fmt: skip
+    """The program of the global batch; `known` has whole inputs by name."""
     args, kwargs = examples.on_cpu(call)
     whole = global_inputs(args, kwargs, job.batch_ranks, job.options.batch_dims)
+    args, kwargs = with_values(whole.args, whole.kwargs, known or {})
     return job.pipeline.capture(
-        model, whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size, tangents=tangents,
+        model, args, kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size, tangents=tangents,
         backward=backward,
     )  # fmt: skip
 
@@ -233,7 +244,8 @@ def _executable(
 def _applied(
     job: _Job, model: nn.Module, plan: Any, mesh: DeviceMesh, program: Program, call: examples.Call, ours: Together
 ) -> ParallelModule:
-    groups = Groups(mesh, tuple(name for name, _ in job.axes))
+    groups = Groups(mesh, _names(job))
+    gather = gatherer(groups, job.batch_axes) if ours.ranks > 1 else None
     executable, local = _executable(job, ours, groups, program, plan)
     storages = {entry.name: entry.storage for entry in local.inputs if entry.kind == "parameter"}
     hardware, strategy = job.pipeline.hardware_of(plan), plan.strategy
@@ -242,9 +254,14 @@ def _applied(
         plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tangents: Tangents, backward: bool
     ) -> Executable:
         again = together()
-        with again.agreeing():
-            new_call = args, dict(kwargs)
-            new_program = _captured(job, skeleton(plain), new_call, tangents, backward)
+        new_call = args, dict(kwargs)
+        new_program = captured_together(
+            again,
+            lambda known: _captured(job, skeleton(plain), new_call, tangents, backward, known),
+            new_call,
+            gather,
+        )
+        assert new_program is not None
         new_plan = _shared_plan(job, again, new_program, hardware, strategy, examples.described(new_call), storages)
         return _executable(job, again, groups, new_program, new_plan)[0]
 
@@ -252,7 +269,7 @@ def _applied(
     with ours.agreeing():
         module = parallel_module(
             model, storages, mesh, remake, aliases=program.aliases, seed=job.options.seed, batch_ranks=job.batch_ranks,
-            from_first=not alike,
+            from_first=not alike, gather=gather,
         )  # fmt: skip
         preload(module, *call, executable)
     return module

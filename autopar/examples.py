@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from passes.errors import PlanMismatchError
-from passes.inputs import default_inputs
+from passes.inputs import default_inputs, flatten_inputs
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments, the latter sorted by name."""
@@ -49,8 +51,13 @@ def on_cpu(call: Call) -> Call:
     return args, kwargs
 
 
-def described(call: Call) -> str:
-    """JSON of a call: tensors by shape and dtype, plain constants by value, anything else by its repr."""
+def described(call: Call, read: Collection[str] = ()) -> str:
+    """JSON of a call: tensors by shape and dtype, plain constants by value, anything else by its repr.
+
+    The inputs named in `read`, whose values decide what the graph is, are kept with their values.
+    """
+    leaves, _, names = flatten_inputs(*call)
+    kept = {id(leaf) for leaf, name in zip(leaves, names, strict=True) if name in read and not leaf.is_meta}
 
     def encode(value: Any) -> Any:
         if type(value) in (tuple, list):
@@ -59,7 +66,8 @@ def described(call: Call) -> str:
             return {"dict": {key: encode(item) for key, item in value.items()}}
         if isinstance(value, torch.Tensor):
             dtype = str(value.dtype).removeprefix("torch.")
-            return {"tensor": [list(value.shape), dtype, value.requires_grad]}
+            facts = [list(value.shape), dtype, value.requires_grad]
+            return {"tensor": [*facts, _packed(value)] if id(value) in kept else facts}
         if value is None or type(value) in (bool, int, float, str):
             return {"value": value}
         return {"opaque": repr(value)}
@@ -67,8 +75,18 @@ def described(call: Call) -> str:
     return json.dumps(encode(call), separators=(",", ":"))
 
 
+def _packed(tensor: torch.Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return base64.b64encode(zlib.compress(raw)).decode()
+
+
+def _unpacked(text: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    raw = zlib.decompress(base64.b64decode(text))
+    return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)
+
+
 def restored(text: str) -> Call:
-    """The call that `described` wrote, with meta tensors.
+    """The call that `described` wrote; tensors without values are meta tensors.
 
     Raises:
         PlanMismatchError: it held an object that a file cannot hold.
@@ -77,8 +95,9 @@ def restored(text: str) -> Call:
     def decode(value: dict[str, Any]) -> Any:
         ((kind, content),) = value.items()
         if kind == "tensor":
-            shape, dtype, requires_grad = content
-            made = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            shape, dtype, requires_grad, *values = content
+            of = getattr(torch, dtype)
+            made = _unpacked(values[0], shape, of) if values else torch.empty(shape, dtype=of, device="meta")
             return made.requires_grad_(requires_grad)
         if kind == "opaque":
             raise PlanMismatchError(

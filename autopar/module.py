@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar import buffers as buffers_
 from autopar import stored, tree
+from autopar.reading import MOST_GRAPHS, Gather, Values, too_many
 from passes.errors import PlanMismatchError
 from passes.local import LocalProgram, Storage
 from passes.lower import Lowered
@@ -50,7 +51,8 @@ class Runtime:
     """What the parallel module knows beside its tensors.
 
     `specs`: how each parameter is stored, by the first of its names. `batch_ranks`: how many parts the batch has.
-    `steps` counts training calls, for random ops.
+    `steps` counts training calls, for random ops. `executables` has, per kind of call, one for each kind of values
+    that the model reads of its inputs, the last used first. `gather` makes inputs whole; None: they are.
     """
 
     mesh: DeviceMesh
@@ -65,8 +67,9 @@ class Runtime:
     seed: int = 0
     batch_ranks: int = 1
     steps: int = 0
-    executables: dict[Any, Executable] = field(default_factory=dict)
-    with_all: dict[Any, Executable] = field(default_factory=dict)
+    gather: Gather | None = None
+    executables: dict[Any, list[Executable]] = field(default_factory=dict)
+    with_all: dict[int, Executable] = field(default_factory=dict)
 
     @property
     def axis_sizes(self) -> tuple[int, ...]:
@@ -117,11 +120,13 @@ def parallel_module(
     seed: int = 0,
     batch_ranks: int = 1,
     from_first: bool = False,
+    gather: Gather | None = None,
 ) -> ParallelModule:
     """`model` with this rank's part of every parameter; `model` itself stays as it was.
 
     storages: of every parameter, by the first of its names. aliases: further name -> first name, buffers' too.
     from_first: take rank 0's values of parameters and buffers, broadcast; else this rank's own.
+    gather: makes an input whole, for models that read values of their inputs.
     """
     sizes, coordinate = tuple(mesh.shape), mesh.get_coordinate()
     if coordinate is None:
@@ -171,6 +176,7 @@ def parallel_module(
         remake=remake,
         seed=seed,
         batch_ranks=batch_ranks,
+        gather=gather,
     )
     new.__dict__["_autopar"] = runtime
     new.__class__ = _parallel_class(original)  # type: ignore[arg-type]
@@ -208,7 +214,7 @@ def preload(module: ParallelModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     runtime = _runtime(module)
     leaves, in_spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
     trains = _has_gradients(executable.local)
-    runtime.executables[_key(runtime, leaves, in_spec, trains)] = executable
+    runtime.executables[_key(runtime, leaves, in_spec, trains)] = [executable]
 
 
 # --- a call -----------------------------------------------------------------------------------------------------------
@@ -251,17 +257,17 @@ def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any])
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     trains = torch.is_grad_enabled() and (any(runtime.trained.values()) or any(leaf.requires_grad for leaf in inputs))
     key = _key(runtime, leaves, in_spec, trains)
-    executable = runtime.executables.get(key)
+    executable = _fitting(runtime, key, inputs)
     if executable is None:
         executable = runtime.remake(plain_module(module), args, kwargs, "loss", trains)
-        runtime.executables[key] = executable
+        runtime.executables.setdefault(key, []).insert(0, executable)
     step = _bound(runtime, executable, parameters, inputs, device)
 
     def with_all() -> Executable:
-        if key not in runtime.with_all:
+        if id(executable) not in runtime.with_all:
             with torch.enable_grad():
-                runtime.with_all[key] = runtime.remake(plain_module(module), args, kwargs, "all", True)
-        return runtime.with_all[key]
+                runtime.with_all[id(executable)] = runtime.remake(plain_module(module), args, kwargs, "all", True)
+        return runtime.with_all[id(executable)]
 
     step.with_all = with_all
     outputs = _Differentiable.apply(step, *step.differentiable) if trains else tuple(step.run()[0])
@@ -270,6 +276,35 @@ def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any])
     for index, value in zip((i for i in range(len(result)) if i not in program.out_constants), outputs, strict=True):
         result[index] = value
     return pytree.tree_unflatten(result, program.out_spec)
+
+
+def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Executable | None:
+    """What runs calls of this kind with the values that `inputs` hold; None where it must be made.
+
+    Raises:
+        CaptureError: the model reads another value at every call.
+    """
+    known = runtime.executables.get(key, [])
+    values: Values | None = None
+    for executable in known:
+        program = executable.local.program
+        if program.guards is None:
+            return executable
+        if values is None:
+            values = Values(program, inputs, lambda name: _buffer(runtime, name), runtime.gather)
+        fixed = values.broken(program.guards)
+        if not fixed:
+            known.remove(executable)
+            known.insert(0, executable)
+            return executable
+        if len(known) >= MOST_GRAPHS and executable is known[-1]:
+            raise too_many(fixed)
+    return None
+
+
+def _buffer(runtime: Runtime, name: str) -> torch.Tensor:
+    table, key = runtime.slots[name]
+    return cast(torch.Tensor, table[key])
 
 
 def _check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> None:

@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from passes.errors import CaptureError
+from passes.guards import guards_of
 from passes.inputs import flatten_inputs, path_name
 from passes.normalize import normalize
 from passes.program import Input, InputKind, Output, Program
@@ -51,8 +52,9 @@ def capture(
     is the forward alone.
 
     Constants of the model's code that are no plain `full` or `arange` are buffers of the graph module, read by
-    `get_attr` nodes. Where the model reads a value that follows from the inputs and buffers alone, it is fixed to what
-    these inputs give, with a note. Raises `CaptureError` where it depends on anything else.
+    `get_attr` nodes. Where the model reads a value that follows from the inputs and buffers alone, the graph is that of
+    inputs which give the same, with a note, and the program's `guards` tell whether others do. Raises `CaptureError`
+    where it depends on anything else.
     """
     # A model may branch on what its inputs hold (is there any padding?) unless it is being compiled. So the branches
     # of eager are taken first, as far as they follow from the model alone, and only then those of a compiled model.
@@ -114,6 +116,8 @@ def _capture(
         nodes = [tracer.node_of(unwrapped(t)) for t in tensors]
         more_notes += _mutated_notes(slots, user, tracer)
 
+    inputs = {tracer.node_of(slot.fake): slot.input for slot in [*slots, *filter(None, user)]}
+    guards = guards_of(tracer.root, tracer.reads, inputs, {slot.input.name for slot, _ in changed})
     tracer.graph.output(tuple(nodes))
     tangent_inputs = [Input("tangent", t.name, False, _batch_dim(t.output, batch_size)) for t in given]
     program = Program(
@@ -127,6 +131,7 @@ def _capture(
         aliases={alias: slot.input.name for slot in slots for alias in slot.aliases},
         notes=tuple(dict.fromkeys([*notes, *more_notes, *tracer.notes])),
         has_loss=bool(given) and all(t.is_loss for t in given),
+        guards=guards,
     )
     return normalize(program)
 
@@ -169,6 +174,9 @@ class _Slot:
 
     def wrap(self) -> None:
         self.view = wrapped(self.fake, self.differentiate)
+        if self.input.kind == "parameter":
+            # `nn.ParameterList` and others make a new parameter of a tensor that is none.
+            self.view._is_param = True
 
     def swap_in(self) -> None:
         for holder, key in self.holders:

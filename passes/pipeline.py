@@ -170,7 +170,7 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
     names = [axis.name for axis in topology_.axes]
     batch_axes = [names.index(name) for name in plan.batch_axes]
     check_plan(plan, program.fingerprint, [(axis.name, axis.size) for axis in topology_.axes])
-    paddings = _PaddingsOf(program, topology_.sizes, tuple(batch_axes))
+    paddings = _PaddingsOf(program, topology_.sizes, tuple(batch_axes), plan.rules)
     analysis = paddings.under(plan.strategy).of(plan.padded).analysis
     space = search_space(
         analysis.program,
@@ -185,10 +185,19 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
 
 
 class _PaddingsOf:
-    """The program's paddings under each strategy: routed experts depend on how many parts the tokens have."""
+    """The program's paddings under each strategy: routed experts depend on how many parts the tokens have.
 
-    def __init__(self, program: Program, sizes: Sequence[int], batch_axes: tuple[int, ...]) -> None:
-        self._program, self._sizes, self._batch_axes = program, sizes, batch_axes
+    `rules`: those of calls that no table knows, where they have been found (`Plan.rules`).
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        sizes: Sequence[int],
+        batch_axes: tuple[int, ...],
+        rules: Mapping[str, str] | None = None,
+    ) -> None:
+        self._program, self._sizes, self._batch_axes, self._rules = program, sizes, batch_axes, rules
         self._routed = has_routed(program)
         self._known: dict[int, Paddings] = {}
 
@@ -196,7 +205,8 @@ class _PaddingsOf:
         """The paddings that plans under `strategy` are made from."""
         parts = token_parts(self._program, strategy, self._sizes, self._batch_axes) if self._routed else 1
         if parts not in self._known:
-            self._known[parts] = Paddings(analyse(route_by_blocks(self._program, parts)))
+            whole = analyse(route_by_blocks(self._program, parts), self._rules)
+            self._known[parts] = Paddings(whole, self._rules)
         return self._known[parts]
 
 

@@ -60,6 +60,28 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """A value that the model read while it was captured; the graph is that of inputs which give the same."""
+
+    where: str
+    """The line that read it."""
+    what: str
+    value: Any
+    """A number, a tensor, or, where `is_shape`, the shape of an op's result (of each, where it has several)."""
+    is_shape: bool = False
+
+
+@dataclass(frozen=True)
+class Guards:
+    """Computes again, from whole inputs and buffers, what was read: one result per `fixed`."""
+
+    graph: fx.GraphModule
+    inputs: tuple[str, ...]
+    """Per placeholder, the name of the program's input or buffer."""
+    fixed: tuple[Fixed, ...]
+
+
+@dataclass(frozen=True)
 class Program:
     """One training step (or one forward, where nothing asks for a gradient)."""
 
@@ -83,3 +105,5 @@ class Program:
     differentiable output has one."""
     fingerprint: str = ""
     """Hash of the graph's structure, shapes and dtypes; equal for equal captures in any process."""
+    guards: Guards | None = None
+    """What the graph takes for granted about its inputs' values; None: nothing."""
