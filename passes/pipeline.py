@@ -20,7 +20,7 @@ from passes.errors import NoFeasiblePlanError
 from passes.local import LocalProgram, Storage
 from passes.masks import use_causal_flag
 from passes.named import STRATEGIES, check_strategy
-from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, make_plan
+from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, make_plan, without
 from passes.price import Budgeted, Priced, price
 from passes.program import Program
 from passes.randomness import own_randomness
@@ -60,6 +60,8 @@ class Request:
     accumulate: int = 1
     pins: Mapping[str, Pin] = field(default_factory=dict)
     stored: Mapping[str, Storage] | None = None
+    without: tuple[tuple[str, str], ...] = ()
+    """Choices ruled out: (place, option), as a plan's `decisions` has them."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _candidates(
         pins=request.pins,
         analysis=analysis,
     )
+    space = without(space, request.without)
     spec = OPTIMIZERS[request.optimizer]
     shares = _HIDDEN_SHARES if name == "auto" else _HIDDEN_SHARES[:1]
     unique: dict[tuple[int, ...], Candidate] = {}

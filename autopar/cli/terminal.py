@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,12 @@ def table(
     align = ["right" if c in right else "left" for c in range(len(headers))]
     text = tabulate([headers, rule, *short], tablefmt="plain", colalign=align, disable_numparse=True)
     return "\n".join(" " * indent + line.rstrip() for line in text.splitlines())
+
+
+def wrapped(text: str, indent: int = 0) -> str:
+    """`text` in lines that fit the width, each indented."""
+    edge = " " * indent
+    return textwrap.fill(text, width(), initial_indent=edge, subsequent_indent=edge, break_on_hyphens=False)
 
 
 @contextmanager
