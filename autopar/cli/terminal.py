@@ -10,13 +10,12 @@ import os
 import shutil
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tabulate import tabulate
-from tqdm import tqdm
 
+from autopar.stages import Stages
 from passes.report_text import cut
 
 _STYLES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
@@ -81,17 +80,6 @@ def clean_output() -> Iterator[None]:
         os.close(kept)
 
 
-@contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A function that says which stage begins: a bar on a terminal, a line each on standard error elsewhere."""
-    if not sys.stderr.isatty():
-        start = time.monotonic()
-        yield lambda stage: print(f"[{time.monotonic() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
-        return
-    with tqdm(bar_format="{desc} [{elapsed}]", leave=False, file=sys.stderr) as bar:
-
-        def show(stage: str) -> None:
-            bar.set_description_str(stage)
-            bar.refresh()
-
-        yield show
+def progress() -> Stages:
+    """What says which stage begins: a bar on a terminal, a line each on standard error elsewhere."""
+    return Stages()
