@@ -144,6 +144,11 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
             "Options(mp_policy=...) is not supported yet; to compute in another dtype convert the model before, as in "
             "model.to(torch.bfloat16)"
         )
+    if options.memory_budget is not None and options.memory_budget <= 0:
+        raise ValueError(
+            f"Options(memory_budget={options.memory_budget}): bytes per device, a positive number; None takes what the "
+            "hardware has"
+        )
     if options.accumulate < 1:
         raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
     speaks = not dist.is_initialized() or dist.get_rank() == 0
@@ -235,7 +240,7 @@ def _executable(
         bind_groups(local.graph, names)
         device = groups.mesh.device_type
         job.stages("compiling forward and backward" if job.options.compile else "splitting forward and backward")
-        lowered = lower(local, device=device, compile=job.options.compile, recompute=job.options.recompute)
+        lowered = lower(local, device=device, compile=job.options.compile, recompute="none")
     return Executable(local, lowered), local
 
 

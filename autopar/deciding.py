@@ -17,13 +17,11 @@ from autopar import planning
 from autopar.options import Options
 from costmodel.layout import Layout, Placement, Replicate, Shard, layout_text, parse_layout
 from costmodel.memory import gib
-from passes.analysis import analyse
 from passes.errors import NoFeasiblePlanError
-from passes.pipeline import on_mesh
+from passes.pipeline import on_mesh, space_of
 from passes.plan import Place, Placements, Plan, places
 from passes.program import Program
 from passes.report_text import seconds_text
-from passes.space import search_space
 
 _TIE = 1e-3
 _NO_BUDGET = 1 << 60
@@ -100,9 +98,7 @@ class Question:
     def places(self) -> list[Place]:
         """All places the plan decides on."""
         mesh = on_mesh(planning.hardware_in(self.plan), self.plan.axes)
-        pins = planning.pins_of(self.options)
-        space = search_space(self.program, mesh, self.batch_axes, pins=pins, analysis=analyse(self.program))
-        return places(space)
+        return places(space_of(self.program, self.plan, mesh, planning.pins_of(self.options), "auto"))
 
 
 def ops_decided(question: Question, wanted: Sequence[Place], tell: Progress) -> Iterator[Decision]:

@@ -76,6 +76,8 @@ def planned(
         budget_bytes=options.memory_budget,
         optimizer="sgd" if options.optimizer == "none" else options.optimizer,
         accumulate=options.accumulate,
+        recompute=options.recompute,
+        compiled=options.compile,
         pins=pins_of(options),
         stored=stored,
         without=tuple(without),

@@ -18,6 +18,7 @@ from passes.errors import NoFeasiblePlanError, PlanMismatchError
 from passes.footprint import TopTensor
 from passes.plan_json import NOT_IN_THE_FILE, dump, parse
 from passes.plots import FrontierPoint
+from passes.recompute import Mode
 from passes.report_html import frame_html, plan_html
 from passes.report_text import plan_text
 from passes.schedule import Collective, Schedule
@@ -121,6 +122,8 @@ class Plan:
     peak_memory_bytes: int
     memory_budget_bytes: int | None
     accumulate: int
+    recompute: Mode
+    """What backward computes again: a mode of `passes/recompute.py`."""
     breakdown: Breakdown
     machine: tuple[str, ...]
     """The mesh on its hardware, in words: what lies inside a node."""
@@ -243,6 +246,7 @@ def make_plan(
         peak_memory_bytes=schedule.peak_memory_bytes,
         memory_budget_bytes=budget_bytes,
         accumulate=schedule.accumulate,
+        recompute=space.recomputed.mode,
         breakdown=breakdown,
         machine=space.topology.describe(),
         roles=_roles(space, assignment, words),

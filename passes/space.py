@@ -15,6 +15,7 @@ from passes.local import DimShard, Storage
 from passes.named import axis_choices, stored_choices
 from passes.pins import Pin, pinned_layouts
 from passes.program import Input, Program
+from passes.recompute import Mode, Recomputation, recomputation
 from passes.rules.call import Call
 from passes.strategies import Option, StoredOption, op_options, plain_layouts, stored_options
 
@@ -44,13 +45,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Space:
-    """Everything a plan can choose from under `strategy`; site i is `analysis.places[i]` with its options."""
+    """Everything a plan can choose from under `strategy`; site i is `analysis.places[i]` with its options.
+
+    `recomputed` is what backward computes again, whatever is chosen.
+    """
 
     analysis: Analysis
     topology: Topology
     batch_axes: tuple[int, ...]
     strategy: str
     sites: tuple[Site, ...]
+    recomputed: Recomputation
 
     @property
     def program(self) -> Program:
@@ -95,9 +100,10 @@ def search_space(
     *,
     strategy: str = "auto",
     pins: Mapping[str, Layout | Pin] | None = None,
+    recompute: Mode = "pointwise",
     analysis: Analysis | None = None,
 ) -> Space:
-    """All ways to lay `program` out over `topology` under `strategy`.
+    """All ways to lay `program` out over `topology` under `strategy`, with what `recompute` computes again.
 
     `stored`: parameters (by name) that already lie somewhere; only the rest is chosen. `pins`: parameter-name pattern
     (fnmatch) -> layout that compute uses it in, or a `Pin`. `analysis`: `analyse(program)`, where it is at hand.
@@ -142,7 +148,7 @@ def search_space(
         )
     for index, (pattern, _) in pinned.items():
         _hold_readers(analysis, sites, index, pattern, sizes, tuple(batch_axes))
-    return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites))
+    return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites), recomputation(analysis, recompute))
 
 
 def _hold_readers(
