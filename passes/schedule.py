@@ -321,7 +321,7 @@ class _Player:
         node = item.node
         module, source = node.meta.get("module", ""), node.meta.get("source", "")
         name = f"{module}: {op_text(node.target)}" if module else op_text(node.target)
-        again = ", computed again" if item.phase != node.meta.get("phase", "forward") else ""
+        again = ", computed again" if item.again else ""
         self.events.append(Event("compute", start_s, self.now_s, name + again, kind, item.phase, module, source))
 
     def steps_of(self) -> dict[int, list[tuple[Step, float, float]]]:
