@@ -84,6 +84,7 @@ def eject(plan: Plan, model: nn.Module, argument: str, file: str) -> Ejected:
         mesh=json.dumps(plan.mesh),
         batch_axes=json.dumps(list(plan.batch_axes)),
         state_axes=repr(state_axes),
+        shards_state=bool(state_axes),
         tensor_axis=axis,
         layers=layers,
         outside=outside,
