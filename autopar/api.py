@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -24,6 +25,7 @@ from autopar.module import Executable, ParallelModule, Tangents, parallel_module
 from autopar.options import Options
 from autopar.pipeline import Pipeline, PlanLike
 from autopar.reading import captured_together, gatherer, inputs_read, with_values
+from autopar.stages import Stages
 from autopar.together import Together, together
 from passes.errors import PlanMismatchError
 from passes.inputs import global_inputs
@@ -44,6 +46,7 @@ class _Job:
     batch_axes: tuple[int, ...]
     options: Options
     pipeline: Pipeline
+    stages: Stages
 
     @property
     def batch_ranks(self) -> int:
@@ -74,7 +77,8 @@ def plan_with(
         timelines.append(made.timeline)
         return str(made.to_json())
 
-    plan = pipeline.load(ours.from_first(make))
+    with job.stages:
+        plan = pipeline.load(ours.from_first(make))
     return replace(plan, timeline=timelines[0]) if timelines else plan
 
 
@@ -87,7 +91,7 @@ def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh
     told = cast(PlanLike, plan)
     job = _job(pipeline, mesh, pipeline.options_of(plan))
     ours = _ranks(mesh)
-    with ours.agreeing():
+    with job.stages, ours.agreeing():
         if tuple(told.axes) != job.axes:
             raise PlanMismatchError(
                 f"the plan is for the mesh {dict(told.axes)} but this one is {dict(job.axes)}; plan again for it"
@@ -95,7 +99,8 @@ def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh
         call = examples.restored(told.example)
         program = _captured(job, skeleton(model), call)
         _check_fingerprint(told, program)
-    return _applied(job, model, plan, mesh, program, call, ours)
+    with job.stages:
+        return _applied(job, model, plan, mesh, program, call, ours)
 
 
 def parallelize_with(
@@ -116,10 +121,13 @@ def parallelize_with(
         raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
     groups = Groups(mesh, _names(job))
     gather = gatherer(groups, job.batch_axes) if ours.ranks > 1 else None
-    program = captured_together(ours, lambda known: _captured(job, skeleton(model), call, known=known), call, gather)
-    assert program is not None
-    plan = _shared_plan(job, ours, program, None, "auto", example, None)
-    return _applied(job, model, plan, mesh, program, call, ours)
+    with job.stages:
+        program = captured_together(
+            ours, lambda known: _captured(job, skeleton(model), call, known=known), call, gather
+        )
+        assert program is not None
+        plan = _shared_plan(job, ours, program, None, "auto", example, None)
+        return _applied(job, model, plan, mesh, program, call, ours)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -150,7 +158,9 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
         )
     if options.accumulate < 1:
         raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
-    return _Job(axes, meshes.batch_axes_of(axes, options.batch_axes), options, pipeline)
+    speaks = not dist.is_initialized() or dist.get_rank() == 0
+    stages = Stages(shown=options.progress, speaks=speaks, prefix="autopar: ")
+    return _Job(axes, meshes.batch_axes_of(axes, options.batch_axes), options, pipeline, stages)
 
 
 def _check_strategy(strategy: str) -> None:
@@ -183,6 +193,7 @@ def _captured(
     known: Mapping[str, torch.Tensor] | None = None,
 ) -> Program:  # fmt: skip
     """The program of the global batch; `known` has whole inputs by name."""
+    job.stages("capturing the model")
     args, kwargs = examples.on_cpu(call)
     whole = global_inputs(args, kwargs, job.batch_ranks, job.options.batch_dims)
     args, kwargs = with_values(whole.args, whole.kwargs, known or {})
@@ -196,10 +207,12 @@ def _planned(
     job: _Job, program: Program, hardware: Any, strategy: str, example: str,
     stored: Mapping[str, Storage] | None = None, keep_timeline: bool = False,
 ) -> Any:  # fmt: skip
-    return job.pipeline.compile_plan(
+    plan = job.pipeline.compile_plan(
         program, job.axes, batch_axes=job.batch_axes, hardware=hardware, strategy=strategy, options=job.options,
-        example=example, stored=stored, keep_timeline=keep_timeline,
+        example=example, stored=stored, keep_timeline=keep_timeline, progress=job.stages,
     )  # fmt: skip
+    job.stages.artefact("autopar_plan", plan.to_json, "json")
+    return plan
 
 
 def _shared_plan(
@@ -230,13 +243,16 @@ def _executable(
 ) -> tuple[Executable, LocalProgram]:
     """What runs `plan` on this rank."""
     with ours.agreeing():
+        job.stages("rewriting the graph for a rank")
         local = job.pipeline.rewrite(program, plan)
         wanted = groups_used(local.graph)
+        job.stages.artefact("autopar_local_graph", lambda: local.graph.print_readable(print_output=False))
     # Making groups is collective: only when every rank came this far.
     names = groups.names_for(wanted)
     with ours.agreeing():
         bind_groups(local.graph, names)
         device = groups.mesh.device_type
+        job.stages("compiling forward and backward" if job.options.compile else "splitting forward and backward")
         lowered = lower(local, device=device, compile=job.options.compile, recompute="none")
     return Executable(local, lowered), local
 

@@ -24,6 +24,7 @@ class Options:
     recompute: which activations to compute again in backward.
     accumulate: micro-batches per optimizer step.
     seed: of dropout and every other random op in the model.
+    progress: whether rank 0 says on standard error which stage it is in.
     """
 
     compile: bool = True
@@ -36,3 +37,4 @@ class Options:
     recompute: Recompute = "auto"
     accumulate: int = 1
     seed: int = 0
+    progress: bool = True

@@ -40,7 +40,7 @@ class Pipeline:
 
     capture: model, args, kwargs, *, batch_dims, batch_size, tangents, backward
     compile_plan: program, axes, *, batch_axes, hardware, strategy, options, example, stored (storages that are pinned),
-        keep_timeline
+        keep_timeline, progress (told each stage)
     rewrite: program, plan
     load: a plan's JSON text
     options_of: plan -> the options it was made with

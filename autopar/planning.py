@@ -68,8 +68,9 @@ def planned(
     stored: Mapping[str, Storage] | None = None,
     progress: Progress = lambda stage: None,
     keep_timeline: bool = False,
+    without: Sequence[tuple[str, str]] = (),
 ) -> Plan:
-    """The plan for `program` on a mesh of `axes`."""
+    """The plan for `program` on a mesh of `axes`; `without`: (place, option) that it may not choose."""
     request = Request(
         strategy=strategy,
         budget_bytes=options.memory_budget,
@@ -79,6 +80,7 @@ def planned(
         compiled=options.compile,
         pins=pins_of(options),
         stored=stored,
+        without=tuple(without),
     )
     mesh = on_mesh(hardware, axes)
     figures = json.loads(json.dumps(asdict(mesh.hardware)))

@@ -23,7 +23,7 @@ from passes.local import LocalProgram, Storage
 from passes.masks import use_causal_flag
 from passes.named import STRATEGIES, check_strategy
 from passes.pad import Pad
-from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
+from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan, without
 from passes.price import Budgeted, price
 from passes.program import Program
 from passes.randomness import own_randomness
@@ -73,6 +73,8 @@ class Request:
     compiled: bool = True
     pins: Mapping[str, Pin] = field(default_factory=dict)
     stored: Mapping[str, Storage] | None = None
+    without: tuple[tuple[str, str], ...] = ()
+    """Choices ruled out: (place, option), as a plan's `decisions` has them."""
 
 
 @dataclass(frozen=True)
@@ -167,21 +169,29 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
     Raises:
         PlanMismatchError: the plan is for another graph or mesh.
     """
+    check_plan(plan, program.fingerprint, [(axis.name, axis.size) for axis in topology_.axes])
+    space = space_of(program, plan, topology_, pins)
+    return rewrite(space, assignment_of(plan, space))
+
+
+def space_of(
+    program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Pin], strategy: str | None = None
+) -> Space:
+    """What a plan for `program` was chosen from, or would be under another strategy."""
+    strategy = strategy or plan.strategy
     names = [axis.name for axis in topology_.axes]
     batch_axes = [names.index(name) for name in plan.batch_axes]
-    check_plan(plan, program.fingerprint, [(axis.name, axis.size) for axis in topology_.axes])
     paddings = _PaddingsOf(program, topology_.sizes, tuple(batch_axes), plan.rules)
-    analysis = paddings.under(plan.strategy).of(plan.padded).analysis
-    space = search_space(
+    analysis = paddings.under(strategy).of(plan.padded).analysis
+    return search_space(
         analysis.program,
         topology_,
         batch_axes,
-        strategy=plan.strategy,
+        strategy=strategy,
         pins=pins,
         recompute=plan.recompute,
         analysis=analysis,
     )
-    return rewrite(space, assignment_of(plan, space))
 
 
 class _PaddingsOf:
@@ -274,6 +284,7 @@ class _Search:
             recompute=modes[0],
             analysis=padding.analysis,
         )
+        space = without(space, request.without)
         shares = shares or (_HIDDEN_SHARES if name == "auto" else _HIDDEN_SHARES[:1])
         unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
         for mode in modes:

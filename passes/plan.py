@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from costmodel.layout import Partial, layout_text
-from passes.errors import PlanMismatchError
+from passes.errors import NoFeasiblePlanError, PlanMismatchError
 from passes.footprint import TopTensor
 from passes.pad import Pad
 from passes.plan_json import NOT_IN_THE_FILE, dump, parse
@@ -28,6 +28,7 @@ from passes.strategies import Option, StoredOption
 from passes.timeline import Timeline
 from passes.tracks import op_cost
 from passes.words import Words, at_rest_text, fold_names, op_text, tensor_layout_text, unfold_names
+from passes.work import VIEWS
 
 
 @dataclass(frozen=True)
@@ -444,6 +445,47 @@ def _choices(space: Space) -> list[tuple[str, list[str]]]:
             texts[id(site.options)] = [option_text(site, option) for option in site.options]
         found.append((key, texts[id(site.options)]))
     return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a plan decides: its key in `Plan.decisions`, the op's line in the model, and how many layouts it had."""
+
+    key: str
+    source: str
+    layouts: int
+    moves: bool
+    """Whether it is more than a view of a tensor."""
+
+
+def places(space: Space) -> list[Place]:
+    """All places of a space, in program order."""
+    found = []
+    for index, (key, texts) in enumerate(_choices(space)):
+        members = space.folding.members[index] if index < len(space.folding.members) else ()
+        call = space.sites[index].call
+        moves = call is None or call.target not in VIEWS
+        found.append(Place(key, members[0].meta.get("source", "") if members else "", len(set(texts)), moves))
+    return found
+
+
+def without(space: Space, ruled_out: Sequence[tuple[str, str]]) -> Space:
+    """`space` without some options: (place, the option as a plan's file has it); places that it lacks are left out.
+
+    Raises:
+        NoFeasiblePlanError: a place has no other option.
+    """
+    sites = list(space.sites)
+    keys = {key: (index, texts) for index, (key, texts) in enumerate(_choices(space))} if ruled_out else {}
+    for key, text in ruled_out:
+        if key not in keys:
+            continue
+        index, texts = keys[key]
+        kept: Any = tuple(o for o, of in zip(sites[index].options, texts, strict=True) if of != text)
+        if not kept:
+            raise NoFeasiblePlanError(f"{key} has no other layout than {text}")
+        sites[index] = replace(sites[index], options=kept)
+    return replace(space, sites=tuple(sites))
 
 
 def _kind(site: Site) -> str:

@@ -305,7 +305,7 @@ class _Player:
             if seconds:
                 self._compute(seconds, cost.kind)
                 if self.keep_events:
-                    self._note(item.node, self.op_start_s[index], cost.kind)
+                    self._note(item, self.op_start_s[index], cost.kind)
         for move in self.issue[len(items)]:
             self._send(move)
         for slot in [slot for slot, _, _ in found.leaving if slot in self.brought]:
@@ -316,12 +316,13 @@ class _Player:
         if forward:
             self.forward_end_s = self.now_s
 
-    def _note(self, node: fx.Node, start_s: float, kind: str) -> None:
+    def _note(self, item: Run, start_s: float, kind: str) -> None:
         """Keep that an op ran from `start_s` to now."""
+        node = item.node
         module, source = node.meta.get("module", ""), node.meta.get("source", "")
         name = f"{module}: {op_text(node.target)}" if module else op_text(node.target)
-        phase = node.meta.get("phase", "forward")
-        self.events.append(Event("compute", start_s, self.now_s, name, kind, phase, module, source))
+        again = ", computed again" if item.again else ""
+        self.events.append(Event("compute", start_s, self.now_s, name + again, kind, item.phase, module, source))
 
     def steps_of(self) -> dict[int, list[tuple[Step, float, float]]]:
         """(step, start, end) of the steps of each move, by item."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from schemas import conforms
 
 from autopar.cli import main
 
@@ -76,7 +77,9 @@ class Ran:
 
     @property
     def json(self) -> Any:
-        return json.loads(self.out)
+        found = json.loads(self.out)
+        conforms(found)
+        return found
 
 
 def environment() -> dict[str, str]:
@@ -179,6 +182,7 @@ def test_verify_passes_and_its_tolerance_decides(here: Here, capsys: pytest.Capt
     on = ("--mesh", "dp=2,tp=2", "--strategy", "megatron", "--hardware", "h100")
     assert main(["verify", here.model, *on, "--tolerance", "1e-30", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
+    conforms(found)
     assert found["ok"] is False
     assert found["strategy"] == "megatron"
 
@@ -286,6 +290,43 @@ def test_explain_finds_by_source_line(here: Here, capsys: pytest.CaptureFixture[
     assert f"models.py:{line}" in capsys.readouterr().out
 
 
+def test_explain_solves_an_ops_runner_up(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    line = next(i for i, text in enumerate(MODELS.splitlines(), 1) if "self.down(F.gelu" in text)
+    call = ["explain", str(here.other), f"models.py:{line}", "--model", here.model, "--most", "1"]
+    assert main([*call, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    conforms(found)
+    solved = {place: op for place, op in found["ops"].items() if op["decided_by"]}
+    ((place, op),) = solved.items()
+    assert op["source"].endswith(f"models.py:{line}")
+    (other,) = op["alternatives"]
+    assert other["layout"] != op["layout"]
+    # That plan can be had: without the choice, and it takes what explain says.
+    assert other["step_time_s"] > 0
+    assert main(call) == 0
+    out = capsys.readouterr().out
+    assert place in out
+    assert "What decided: " in out
+
+
+def test_explain_says_when_memory_decided(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    tight = here.folder / "tight.json"
+    plan = json.loads(here.plan.read_text())
+    fsdp = plan["baselines"]["fsdp"]["peak_memory_bytes"]
+    assert fsdp < plan["peak_memory_bytes"]
+    call = ["plan", here.model, "--mesh", "dp=2,tp=2", "--hardware", "h100", "--memory-budget", str(fsdp + 2048)]
+    assert main([*call, "-o", str(tight)]) == 0
+    made = json.loads(tight.read_text())
+    moved = [
+        key for key, line in made["parameters"].items() if line != plan["parameters"][key] and len(line["shape"]) > 1
+    ]
+    assert moved
+    capsys.readouterr()
+    assert main(["explain", str(tight), moved[0], "--model", here.model, "--most", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["parameters"][moved[0]]
+    assert found["decided_by"].startswith("the memory budget: without it")
+
+
 def test_calibrate_writes_what_hardware_takes(here: Here) -> None:
     file = here.folder / "hardware.json"
     ran = autopar("calibrate", "--device", "cpu", "--seconds", "0.5", "-o", file, "--json")
@@ -389,6 +430,10 @@ MISTAKES = [
     ("verify MODEL --mesh dp=4 --plan HERE/plan.json", "the plan is for the mesh"),
     ("verify HERE/models.py:wider --plan HERE/plan.json", "the plan is for the graph"),
     ("calibrate --seconds 0", "--seconds 0"),
+    ("calibrate --from-trace HERE/step.json", "needs --plan PLAN"),
+    ("calibrate --plan HERE/plan.json", "go with --from-trace"),
+    ("diff HERE/plan.json", "give two plans, or one plan and --measured TRACE"),
+    ("diff HERE/plan.json --measured HERE/plan.json", "no traceEvents"),
     ("calibrate --seconds 1 -o HERE/none/hardware.json", "no folder"),
 ]
 

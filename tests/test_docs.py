@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from rule_check import Sample, check, leaves
+
+from passes.rules.table import RULES
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,6 +74,8 @@ def test_commands_name_what_exists(command: str) -> None:
         assert found.returncode == 0, found.stderr
         wanted = {word.split("=")[0] for word in words if word.startswith("--")}
         assert not [option for option in wanted if option not in found.stdout]
+    elif words[0] in ("python", "torchrun") and "examples/" not in command and "benchmarks/" not in command:
+        assert "script.py" in words  # written by the line before
     elif words[0] in ("python", "torchrun"):
         (script,) = (word for word in words if word.endswith(".py"))
         assert (ROOT / script).exists()
@@ -111,3 +118,50 @@ def test_the_script_example_trains_on_two_ranks() -> None:
     assert len(losses) == 4
     assert 5 < losses[0] < 6.5  # about log 256, before anything is learnt
     assert losses[-1] < losses[0] - 0.3
+
+
+# -- pages that a reader follows ---------------------------------------------------------------------------------------
+
+PAGES = ("getting-started.md", "strategies.md", "reading-a-report.md", "adding-a-rule.md")
+
+
+def steps(page: str) -> list[tuple[str, int]]:
+    """(command, exit code) of every line in a page's shell blocks; a comment `# exits 1` says so."""
+    text = "\n".join(block for document, block in blocks("bash") if document == page).replace("\\\n", " ")
+    found = []
+    for line in filter(None, text.splitlines()):
+        command, _, comment = line.partition("  #")
+        found.append((command.strip(), 1 if comment.strip().startswith("exits 1") else 0))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_work_one_after_another(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from autopar.cli import main
+
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    assert steps(page)
+    for command, code in steps(page):
+        words = shlex.split(command)
+        if words[0] == "autopar":
+            assert main(words[1:]) == code, (command, capfd.readouterr().err)
+        elif words[0] == "torchrun":
+            arguments = [str(tmp_path / word) if word.endswith(".py") else word for word in words[1:]]
+            found = python("-m", "torch.distributed.run", "--standalone", *arguments)
+            assert found.returncode == code, (command, found.stderr[-3000:])
+        else:
+            assert words[0] == "make"
+
+
+def test_the_rule_of_the_page_is_right() -> None:
+    (text,) = (block for document, block in blocks("python") if document == "adding-a-rule.md")
+    exec(compile(text, "adding-a-rule.md", "exec"), {"__name__": "page"})
+    sample = Sample(torch.ops.mine.scaled_softmax.default, (torch.randn(6, 5), torch.randn(6)), splits=1)
+    try:
+        assert check(sample, (2,)) > 1
+        assert leaves(sample) == 1
+    finally:
+        del RULES[sample.target]

@@ -1,25 +1,33 @@
 """Measure this machine and print what it does: rates of compute, memory and collectives, and how well they explain it.
 
 With -o the figures go to a file that --hardware takes. Ranks of several processes are started with --ranks.
+With --from-trace nothing is measured: the figures that a plan was priced with are corrected by a torch.profiler trace
+of its step, kind by kind.
 
 example:
   autopar calibrate --ranks 4 -o hardware.json
+  autopar calibrate --from-trace trace.json --plan plan.json -o hardware.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+from autopar import planning
 from autopar.cli.arguments import add_json, count
+from autopar.cli.comparing import print_measured
 from autopar.cli.terminal import clean_output, painted, progress, table
+from autopar.measured import beside, corrected, measured
 from costmodel.calibrate import save_calibration
-from costmodel.hardware import Hardware
+from costmodel.hardware import Hardware, hardware, save_hardware
 from costmodel.memory import gib
+from passes.plan import Plan
 from passes.report_text import seconds_text
 
 HELP = "measure this machine"
@@ -31,11 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda (default: cuda where there is one)")
     parser.add_argument("--ranks", type=count, default=1, metavar="N", help="processes that measure together (1)")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="about how long to measure (10)")
+    parser.add_argument("--from-trace", metavar="TRACE", help="correct figures by this torch.profiler trace instead")
+    parser.add_argument("--plan", metavar="PLAN", help="with --from-trace: the plan whose step was recorded")
+    parser.add_argument("--hardware", metavar="NAME", help="with --from-trace: what to correct (default: the plan's)")
     add_json(parser)
 
 
 def run(given: argparse.Namespace) -> int:
     """Measure, write and print."""
+    if given.from_trace:
+        return _from_trace(given)
+    if given.plan or given.hardware:
+        raise ValueError("--plan and --hardware go with --from-trace TRACE")
     if given.seconds <= 0:
         raise ValueError(f"--seconds {given.seconds:g}: measuring takes some time; 10 is usual")
     with clean_output(), progress() as tell, tempfile.TemporaryDirectory() as folder:
@@ -50,6 +65,28 @@ def run(given: argparse.Namespace) -> int:
         print(json.dumps({"format": "autopar-calibration", "version": 1, "hardware": figures, "error": off}, indent=2))
         return 0
     _print(found, off)
+    print(f"\nWritten to {given.output}; use it with --hardware {given.output}." if given.output else
+          "\nNot written; -o FILE keeps it for --hardware.")  # fmt: skip
+    return 0
+
+
+def _from_trace(given: argparse.Namespace) -> int:
+    """Correct a plan's hardware by a trace of its step."""
+    if not given.plan:
+        raise ValueError("--from-trace needs --plan PLAN, the plan whose step was recorded")
+    plan = Plan.load(given.plan)
+    base = hardware(given.hardware) if given.hardware else planning.hardware_in(plan)
+    step = measured(given.from_trace)
+    rows = beside(plan, step)
+    found = corrected(base, rows, f"a trace of {step.steps} steps")
+    if given.output:
+        save_hardware(found, given.output)
+    if given.json:
+        figures = json.loads(json.dumps(asdict(found)))
+        off = {row.kind: abs(row.ratio - 1) for row in rows if math.isfinite(row.ratio)}
+        print(json.dumps({"format": "autopar-calibration", "version": 1, "hardware": figures, "error": off}, indent=2))
+        return 0
+    print_measured(rows, step)
     print(f"\nWritten to {given.output}; use it with --hardware {given.output}." if given.output else
           "\nNot written; -o FILE keeps it for --hardware.")  # fmt: skip
     return 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from autopar.cli.terminal import painted, table
+from autopar.measured import Beside, Measured
 from costmodel.memory import gib
 from passes.plan import Plan
 from passes.report_text import seconds_text
@@ -169,6 +172,30 @@ def print_comparison(comparison: Comparison, allowed: float, *, decisions: bool 
         print(painted(f"WORSE: {figure.name} {_percent(figure.change)}, where +{allowed:.1%} is allowed", "red"))
     if not worse:
         print(painted("Nothing got worse" + (f" by more than {allowed:.1%}." if allowed else "."), "green"))
+
+
+def measured_json(rows: Sequence[Beside], step: Measured) -> dict[str, Any]:
+    """Every kind, predicted and measured."""
+    kinds = [
+        {"kind": row.kind, "predicted_s": row.predicted_s, "measured_s": row.measured_s,
+         "ratio": row.ratio if math.isfinite(row.ratio) else None}
+        for row in rows
+    ]  # fmt: skip
+    return {"format": "autopar-measured", "version": 1, "steps": step.steps, "kinds": kinds}
+
+
+def print_measured(rows: Sequence[Beside], step: Measured) -> None:
+    """Predicted beside measured, a kind a line."""
+    plural = "s" if step.steps != 1 else ""
+    print(painted(f"A step as predicted, and as measured over {step.steps} step{plural}", "bold"))
+    cells = [
+        [row.kind, seconds_text(row.predicted_s), seconds_text(row.measured_s),
+         f"{row.ratio:.2f}x" if math.isfinite(row.ratio) else "not predicted"]
+        for row in rows
+        if row.predicted_s or row.measured_s
+    ]  # fmt: skip
+    print(table(cells, ["", "predicted", "measured", "ratio"], right=[1, 2, 3]))
+    print("\n`autopar calibrate --from-trace TRACE --plan PLAN -o FILE` corrects the hardware by it.")
 
 
 def _percent(change: float) -> str:

@@ -19,7 +19,8 @@ from pathlib import Path
 from autopar import examples, planning
 from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of
 from autopar.cli.compiling import planned
-from autopar.cli.terminal import clean_output, progress, width
+from autopar.cli.terminal import clean_output, painted, progress, width, wrapped
+from autopar.eject import eject
 from autopar.options import Options
 from autopar.report import terminal_report
 from autopar.trace import trace_json
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="PLAN", help="write the plan to this file (JSON)")
     parser.add_argument("--html", metavar="FILE", help="write the report as one page that needs no network")
     parser.add_argument("--trace", metavar="FILE", help="write the predicted step as a trace for ui.perfetto.dev")
+    parser.add_argument("--eject", metavar="FILE", help="write the plan as a parallelize_module + fully_shard script")
     add_json(parser)
 
 
@@ -67,13 +69,20 @@ def run(given: argparse.Namespace) -> int:
             made.report(given.html)
         if given.trace:
             Path(given.trace).write_text(trace_json(made), encoding="utf-8")
+        ejected = eject(made, named.model, given.model, given.eject) if given.eject else None
+        if ejected is not None:
+            Path(given.eject).write_text(ejected.script, encoding="utf-8")
     if given.json:
         print(made.to_json())
         return 0 if made.fits else 1
     print(terminal_report(made, width()), end="")
     for note in named.notes:
         print(f"  - {note}")
-    if written := [path for path in (given.output, given.html, given.trace) if path]:
+    if ejected is not None and ejected.notes:
+        print("\n" + painted("What the script does not say", "bold"))
+        for note in ejected.notes:
+            print(wrapped(f"- {note}", indent=2))
+    if written := [path for path in (given.output, given.html, given.trace, given.eject) if path]:
         print("\n" + "\n".join(f"Written to {path}" for path in written))
     return 0 if made.fits else 1
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tabulate import tabulate
-from tqdm import tqdm
 
+from autopar.stages import Stages
 from passes.report_text import cut
 
 _STYLES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
@@ -54,6 +54,12 @@ def table(
     return "\n".join(" " * indent + line.rstrip() for line in text.splitlines())
 
 
+def wrapped(text: str, indent: int = 0) -> str:
+    """`text` in lines that fit the width, each indented."""
+    edge = " " * indent
+    return textwrap.fill(text, width(), initial_indent=edge, subsequent_indent=edge, break_on_hyphens=False)
+
+
 @contextmanager
 def clean_output() -> Iterator[None]:
     """Standard output, as C libraries see it too, is thrown away inside."""
@@ -74,17 +80,6 @@ def clean_output() -> Iterator[None]:
         os.close(kept)
 
 
-@contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A function that says which stage begins: a bar on a terminal, a line each on standard error elsewhere."""
-    if not sys.stderr.isatty():
-        start = time.monotonic()
-        yield lambda stage: print(f"[{time.monotonic() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
-        return
-    with tqdm(bar_format="{desc} [{elapsed}]", leave=False, file=sys.stderr) as bar:
-
-        def show(stage: str) -> None:
-            bar.set_description_str(stage)
-            bar.refresh()
-
-        yield show
+def progress() -> Stages:
+    """What says which stage begins: a bar on a terminal, a line each on standard error elsewhere."""
+    return Stages()

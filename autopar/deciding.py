@@ -1,0 +1,208 @@
+"""Why a plan has what it has at a place: the same problem solved with that choice ruled out, and what that costs.
+
+The runner-up is a whole plan: everything else moved to where it is best then. What it takes more of, by the ledger's
+lines, is the neighbour that decided; where the plan without a memory budget chooses otherwise, the budget did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from autopar import planning
+from autopar.options import Options
+from costmodel.layout import Layout, Placement, Replicate, Shard, layout_text, parse_layout
+from costmodel.memory import gib
+from passes.errors import NoFeasiblePlanError
+from passes.pipeline import on_mesh, space_of
+from passes.plan import Place, Placements, Plan, places
+from passes.program import Program
+from passes.report_text import seconds_text
+
+_TIE = 1e-3
+_NO_BUDGET = 1 << 60
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another layout at a place with all else solved anew; infinite where there is no plan with it."""
+
+    layout: str
+    step_time_s: float
+    peak_memory_bytes: int
+    why_not: str = ""
+    plan: Plan | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A place, what was chosen there, and its alternatives, best first."""
+
+    place: str
+    chosen: str
+    source: str
+    alternatives: tuple[Alternative, ...]
+    decided_by: str
+
+    @property
+    def runner_up(self) -> Alternative | None:
+        """The best other plan."""
+        return next((other for other in self.alternatives if not other.why_not), None)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A plan and the program it is for, to be solved again under other conditions."""
+
+    plan: Plan
+    program: Program
+    options: Options
+
+    def solved(self, *, without: Sequence[tuple[str, str]] = (), **changed: object) -> Plan:
+        """The plan with options changed and choices ruled out.
+
+        Raises:
+            NoFeasiblePlanError: there is none.
+        """
+        plan = self.plan
+        return planning.planned(
+            self.program,
+            plan.axes,
+            batch_axes=self.batch_axes,
+            hardware=planning.hardware_in(plan),
+            strategy="auto",
+            options=replace(self.options, **changed),  # type: ignore[arg-type]
+            example=plan.example,
+            without=without,
+        )
+
+    @cached_property
+    def unbounded(self) -> Plan | None:
+        """The plan with all the memory in the world."""
+        with suppress(NoFeasiblePlanError):
+            return self.solved(memory_budget=_NO_BUDGET)
+        return None
+
+    @property
+    def batch_axes(self) -> list[int]:
+        """Indices of the plan's batch axes."""
+        names = [name for name, _ in self.plan.axes]
+        return [names.index(name) for name in self.plan.batch_axes]
+
+    def places(self) -> list[Place]:
+        """All places the plan decides on."""
+        mesh = on_mesh(planning.hardware_in(self.plan), self.plan.axes)
+        return places(space_of(self.program, self.plan, mesh, planning.pins_of(self.options), "auto"))
+
+
+def ops_decided(question: Question, wanted: Sequence[Place], tell: Progress) -> Iterator[Decision]:
+    """Per op, its runner-up: the best plan that does not lay it out as this one does."""
+    plan = question.plan
+    for place in wanted:
+        chosen = plan.decisions[place.key]
+        if place.layouts < 2:
+            yield Decision(place.key, chosen, place.source, (), "it has no other layout")
+            continue
+        tell(f"solving without {place.key} as {chosen}")
+        try:
+            made = question.solved(without=[(place.key, chosen)])
+        except NoFeasiblePlanError as error:
+            yield Decision(place.key, chosen, place.source, (_none(str(error)),), "nothing else fits")
+            continue
+        other = Alternative(made.decisions[place.key], made.step_time_s, made.peak_memory_bytes, plan=made)
+        decided_by = what_decided(plan, other, question.unbounded, place.key)
+        yield Decision(place.key, chosen, place.source, (other,), decided_by)
+
+
+def parameter_decided(question: Question, key: str, placed: Placements, tell: Progress) -> Decision:
+    """A parameter's other layouts in compute that differ on one mesh axis, each solved with it pinned."""
+    plan = question.plan
+    place = f"parameter {key}"
+    if placed.pinned:
+        return Decision(place, str(placed), "", (), "it is pinned")
+    found = []
+    for layout in _neighbours(parse_layout(leading(placed.in_compute)), len(placed.shape)):
+        text = layout_text(layout)
+        tell(f"solving with {key} as {text}")
+        try:
+            made = question.solved(pins={**question.options.pins, key: text})
+        except (NoFeasiblePlanError, ValueError) as error:
+            found.append(Alternative(text, math.inf, 0, str(error)))
+            continue
+        found.append(Alternative(text, made.step_time_s, made.peak_memory_bytes, plan=made))
+    found.sort(key=lambda other: other.step_time_s)
+    decision = Decision(place, str(placed), "", tuple(found), "nothing else fits")
+    if decision.runner_up is not None:
+        decided_by = what_decided(plan, decision.runner_up, question.unbounded, place)
+        decision = replace(decision, decided_by=decided_by)
+    return decision
+
+
+def what_decided(plan: Plan, other: Alternative, unbounded: Plan | None, place: str) -> str:
+    """One sentence: the budget, or what the runner-up takes more of."""
+    made = other.plan
+    assert made is not None
+    free = unbounded.decisions.get(place) if unbounded is not None else None
+    if free is not None and free != plan.decisions.get(place):
+        assert unbounded is not None
+        return (
+            f"the memory budget: without it the plan has {free} here, takes {seconds_text(unbounded.step_time_s)} and "
+            f"{gib(unbounded.peak_memory_bytes)}"
+        )
+    change_s = made.step_time_s - plan.step_time_s
+    if abs(change_s) <= _TIE * plan.step_time_s:
+        return "next to nothing: the runner-up takes as long, and what ties a simpler or earlier plan is not taken"
+    if change_s < 0:
+        return (
+            f"the solver's summed costs: played as a step, the runner-up takes {seconds_text(-change_s)} less, but it "
+            "was not among the solutions that were played"
+        )
+    ledger = _exposed(made)
+    for key, seconds in _exposed(plan).items():
+        ledger[key] = ledger.get(key, 0.0) - seconds
+    grown, line_s = max(ledger.items(), key=lambda item: item[1], default=(("", "", "", ""), 0.0))
+    compute_s = made.breakdown.compute_s - plan.breakdown.compute_s
+    if compute_s >= line_s:
+        return f"compute: the runner-up computes {seconds_text(compute_s)} more on each rank"
+    kind, group, reason, source = grown
+    return f"its neighbour: {kind} over {group}, {seconds_text(line_s)} more exposed: {reason}" + (
+        f" ({source})" if source else ""
+    )
+
+
+def _exposed(plan: Plan) -> dict[tuple[str, str, str, str], float]:
+    """Exposed seconds by line of the ledger."""
+    found: dict[tuple[str, str, str, str], float] = defaultdict(float)
+    for each in plan.collectives:
+        found[each.kind, each.group, each.reason, each.source] += each.exposed_s
+    return dict(found)
+
+
+def _none(why: str) -> Alternative:
+    return Alternative("-", math.inf, 0, why)
+
+
+def leading(layout: str) -> str:
+    """A layout in whole dims: `S(0.1)`, a split of an inner part of dim 0, as `S(0)`."""
+    head = layout
+    while "." in head:
+        before, _, after = head.partition(".")
+        head = before + after[after.index(")") :]
+    return head
+
+
+def _neighbours(layout: Layout, dims: int) -> list[Layout]:
+    """Layouts that differ from this one on one axis."""
+    choices: list[Placement] = [Replicate(), *(Shard(dim) for dim in range(dims))]
+    return [
+        (*layout[:axis], other, *layout[axis + 1 :])
+        for axis in range(len(layout))
+        for other in choices
+        if other != layout[axis]
+    ]

@@ -1,0 +1,261 @@
+"""A measured step beside a plan's: a torch.profiler trace, added up by the kinds that the cost model prices.
+
+    a GPU's trace   kernels on all streams; collectives by their NCCL kernels
+    a CPU's trace   ops of the training thread, each without what it calls; collectives on the backend's own threads
+
+Steps are `ProfilerStep#N` marks (`profiler.step()`); a trace without them is one step. All seconds are of one step.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from costmodel.hardware import Hardware, Link
+from passes.plan import Plan
+
+COMPUTE = ("matmul", "attention", "other")
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+KINDS = (*COMPUTE, *COLLECTIVES, "optimizer")
+
+_MATMUL_OP = re.compile(
+    r"^aten::(mm|addmm|bmm|baddbmm|mv|addmv|_grouped_mm|_scaled_mm|mkldnn_\w*linear\w*)$|extern_kernels"
+)
+_MATMUL_KERNEL = re.compile(r"gemm|cutlass|nvjet|xmma|cublas|_mm_|triton_tem", re.IGNORECASE)
+_ATTENTION = re.compile(r"scaled_dot_product|flash|fmha|sdpa|_efficient_attention", re.IGNORECASE)
+_COLLECTIVE = re.compile(
+    r"(?P<all_gather>all_?gather)|(?P<reduce_scatter>reduce_?scatter)|(?P<all_reduce>all_?reduce)|"
+    r"(?P<all_to_all>all_?to_?all|send_?recv)",
+    re.IGNORECASE,
+)
+_ISSUES = re.compile(r"^(_c10d_functional::(?!wait)|c10d::)")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one step by kind; `steps` is how many the trace has."""
+
+    step_time_s: float
+    seconds: Mapping[str, float]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Something that ran, in seconds of the trace's clock."""
+
+    name: str
+    category: str
+    thread: Any
+    start_s: float
+    end_s: float
+
+
+def read_trace(path: str | Path) -> list[Slice]:
+    """The slices of a trace that torch.profiler exported (JSON, or that gzipped).
+
+    Raises:
+        ValueError: not such a trace.
+        OSError: the file cannot be read.
+    """
+    raw = Path(path).read_bytes()
+    try:
+        content = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); pass what torch.profiler's export_chrome_trace wrote") from None
+    events = content.get("traceEvents") if isinstance(content, dict) else content
+    if not isinstance(events, list):
+        raise ValueError(f"{path}: no traceEvents in it; pass what torch.profiler's export_chrome_trace wrote")
+    found = [
+        Slice(
+            str(event.get("name", "")),
+            str(event.get("cat", "")).lower(),
+            (event.get("pid"), event.get("tid")),
+            float(event["ts"]) * 1e-6,
+            (float(event["ts"]) + float(event["dur"])) * 1e-6,
+        )
+        for event in events
+        if event.get("ph") == "X" and "dur" in event
+    ]
+    if not any(each.category in ("cpu_op", "kernel") for each in found):
+        raise ValueError(f"{path}: a trace without ops or kernels; record a step with torch.profiler and export it")
+    return found
+
+
+def measured(path: str | Path) -> Measured:
+    """What a trace says about a step.
+
+    Raises:
+        ValueError: as `read_trace`.
+    """
+    slices = read_trace(path)
+    marks = [s for s in slices if s.name.startswith("ProfilerStep") and s.category == "user_annotation"]
+    work = [s for s in slices if s.category in ("cpu_op", "kernel", "user_annotation", "gpu_user_annotation")]
+    if marks:
+        start, end, steps = min(s.start_s for s in marks), max(s.end_s for s in marks), len(marks)
+        step_s = median(s.end_s - s.start_s for s in marks)
+    else:
+        ops = [s for s in slices if s.category in ("cpu_op", "kernel")]
+        start, end, steps = min(s.start_s for s in ops), max(s.end_s for s in ops), 1
+        step_s = end - start
+    inside = [s for s in work if s.start_s < end and s.end_s > start]
+    kernels = [s for s in inside if s.category == "kernel"]
+    total = _of_kernels(inside, kernels) if kernels else _of_ops(inside)
+    return Measured(step_s, {kind: total.get(kind, 0.0) / steps for kind in KINDS}, steps)
+
+
+def _of_kernels(inside: Sequence[Slice], kernels: Sequence[Slice]) -> dict[str, float]:
+    updates = [s for s in inside if s.category == "gpu_user_annotation" and s.name.startswith("Optimizer.step")]
+    found: dict[str, float] = defaultdict(float)
+    for kernel in kernels:
+        kind = _collective(kernel.name) if "nccl" in kernel.name.lower() else ""
+        if not kind:
+            kind = "optimizer" if _within(kernel, updates) else _compute_kind(kernel.name, _MATMUL_KERNEL)
+        found[kind] += kernel.end_s - kernel.start_s
+    return found
+
+
+def _of_ops(inside: Sequence[Slice]) -> dict[str, float]:
+    marks = [s for s in inside if s.category == "user_annotation"]
+    ops = [s for s in inside if s.category == "cpu_op"]
+    threads = [s.thread for s in marks if s.name.startswith(("ProfilerStep", "Optimizer.step"))]
+    thread = (
+        threads[0]
+        if threads
+        else max({s.thread for s in ops}, key=lambda t: sum(s.end_s - s.start_s for s in ops if s.thread == t))
+    )
+    updates = [s for s in marks if s.name.startswith("Optimizer.step")]
+    found: dict[str, float] = defaultdict(float)
+    found["optimizer"] = sum(s.end_s - s.start_s for s in updates)
+    ran = sorted((s for s in marks if re.match(r"(gloo|mpi|ucc):", s.name)), key=lambda s: s.start_s)
+    issued = sorted((s for s in ops if _ISSUES.match(s.name) and _collective(s.name)), key=lambda s: s.start_s)
+    outermost = [
+        s for s in issued if not any(o.start_s <= s.start_s and s.end_s <= o.end_s for o in issued if o is not s)
+    ]
+    # Some backends run one collective as another (gloo's reduce-scatter is an all-reduce): what was asked for counts.
+    asked = outermost if len(outermost) == len(ran) else ran
+    for each, wanted in zip(ran, asked, strict=True):
+        found[_collective(wanted.name) or "other"] += each.end_s - each.start_s
+    for op, alone_s in _alone([s for s in ops if s.thread == thread]):
+        if "c10d" in op.name or _within(op, updates):
+            continue
+        found[_compute_kind(op.name, _MATMUL_OP)] += alone_s
+    return found
+
+
+def _alone(ops: Iterable[Slice]) -> list[tuple[Slice, float]]:
+    """Ops of one thread with the seconds that none of the ops they call takes; collectives' callees go with them."""
+    found: list[tuple[Slice, float]] = []
+    stack: list[list[Any]] = []
+
+    def close(until_s: float) -> None:
+        while stack and stack[-1][0].end_s <= until_s:
+            op, inner_s = stack.pop()
+            found.append((op, max(0.0, op.end_s - op.start_s - inner_s)))
+
+    for op in sorted(ops, key=lambda s: (s.start_s, -s.end_s)):
+        close(op.start_s)
+        if any("c10d" in outer.name for outer, _ in stack):
+            continue
+        if stack:
+            stack[-1][1] += op.end_s - op.start_s
+        stack.append([op, 0.0])
+    close(float("inf"))
+    return found
+
+
+def _within(each: Slice, windows: Sequence[Slice]) -> bool:
+    return any(window.start_s <= each.start_s < window.end_s for window in windows)
+
+
+def _collective(name: str) -> str:
+    match = _COLLECTIVE.search(name)
+    return (match.lastgroup or "") if match else ""
+
+
+def _compute_kind(name: str, matmul: re.Pattern[str]) -> str:
+    if _ATTENTION.search(name):
+        return "attention"
+    return "matmul" if matmul.search(name) else "other"
+
+
+# -- beside a plan -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A kind's seconds per step, predicted and measured."""
+
+    kind: str
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted; 1 where neither has any, infinite where it was not predicted."""
+        if self.predicted_s:
+            return self.measured_s / self.predicted_s
+        return float("inf") if self.measured_s else 1.0
+
+
+def beside(plan: Plan, found: Measured) -> tuple[Beside, ...]:
+    """The step, then each kind; a collective's seconds are its own, hidden or not."""
+    predicted = {kind: plan.accumulate * s for kind, s in plan.breakdown.compute_by_kind.items()}
+    predicted["optimizer"] = plan.breakdown.optimizer_s
+    for each in plan.collectives:
+        predicted[each.kind] = predicted.get(each.kind, 0.0) + plan.accumulate * each.seconds
+    rows = [Beside("step", plan.step_time_s, found.step_time_s)]
+    return (*rows, *(Beside(kind, predicted.get(kind, 0.0), found.seconds[kind]) for kind in KINDS))
+
+
+def corrected(hardware: Hardware, rows: Sequence[Beside], source: str) -> Hardware:
+    """`hardware` whose rates are divided by how much longer each kind took than was predicted.
+
+    Products by what they sustain, attention by its efficiencies, everything else by the memory's efficiency and the
+    launch; links by the time of all collectives, and where a link has figures per collective each by its own.
+    """
+    ratio = {row.kind: row.ratio for row in rows if row.predicted_s > 0 and row.measured_s > 0}
+    moved = [row for row in rows if row.kind in COLLECTIVES and row.kind in ratio]
+    link_ratio = sum(r.measured_s for r in moved) / sum(r.predicted_s for r in moved) if moved else 1.0
+    device = hardware.device
+    other = ratio.get("other", 1.0)
+    attention = ratio.get("attention", 1.0)
+    device = replace(
+        device,
+        sustained=device.sustained / ratio.get("matmul", 1.0),
+        attention_efficiency=device.attention_efficiency / attention,
+        attention_backward_efficiency=device.attention_backward_efficiency / attention,
+        memory_efficiency=device.memory_efficiency / other,
+        kernel_launch_s=device.kernel_launch_s * other,
+    )
+    return replace(
+        hardware,
+        name=f"{hardware.name}-measured" if not hardware.name.endswith("-measured") else hardware.name,
+        device=device,
+        intra_node=_slower(hardware.intra_node, link_ratio, ratio),
+        inter_node=_slower(hardware.inter_node, link_ratio, ratio),
+        source=f"{hardware.source}; corrected by {source}",
+    )
+
+
+def _slower(link: Link, times: float, by_kind: Mapping[str, float]) -> Link:
+    measured = {
+        kind: (base * (r := by_kind.get(kind, times)), hop * r, rate / r)
+        for kind, (base, hop, rate) in link.measured.items()
+    }
+    return replace(
+        link,
+        bytes_per_s=link.bytes_per_s / times,
+        multicast_bytes_per_s=link.multicast_bytes_per_s / times,
+        latency_s=link.latency_s * times,
+        pipeline_s=link.pipeline_s * times,
+        base_s=link.base_s * times,
+        measured=measured,
+    )

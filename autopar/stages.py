@@ -1,0 +1,67 @@
+"""What is going on, while it goes on: a bar on a terminal, a line per stage elsewhere, and Python's logging.
+
+Loggers are named after modules, so `logging` and torch's own switch work: `TORCH_LOGS="+autopar"` shows every stage.
+Under `TORCH_TRACE` the plan and the local graph are artefacts of the structured trace, where tlparse finds them. Only
+rank 0 says anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from torch._logging._internal import trace_structured
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+class Stages:
+    """Says which stage begins, when called with its name; a context that can be entered again.
+
+    shown: whether to print; logging happens anyway. speaks: whether this rank says anything at all. prefix: of a line.
+    """
+
+    def __init__(self, *, shown: bool = True, speaks: bool = True, prefix: str = "") -> None:
+        self._shown = shown and speaks
+        self._speaks = speaks
+        self._prefix = prefix
+        self._start_s = time.monotonic()
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> Stages:
+        self._start_s = time.monotonic()
+        if self._shown and sys.stderr.isatty():
+            self._bar = tqdm(bar_format=self._prefix + "{desc} [{elapsed}]", leave=False, file=sys.stderr)
+        return self
+
+    def __call__(self, stage: str) -> None:
+        if not self._speaks:
+            return
+        log.info(stage)
+        if self._bar is not None:
+            self._bar.set_description_str(stage)
+            self._bar.refresh()
+        elif self._shown:
+            passed_s = time.monotonic() - self._start_s
+            print(f"{self._prefix}[{passed_s:6.1f} s] {stage}", file=sys.stderr, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def artefact(self, name: str, text: Callable[[], str], encoding: str = "string") -> None:
+        """Put a text into torch's structured trace, where one is written."""
+        if self._speaks:
+            trace_structured(
+                "artifact",
+                metadata_fn=lambda: {"name": name, "encoding": encoding},
+                payload_fn=text,
+                expect_trace_id=False,
+            )

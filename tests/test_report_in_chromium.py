@@ -1,0 +1,121 @@
+"""The HTML report in a real browser: no console errors, nothing fetched, light and dark, and it is drawn.
+
+Needs Chromium (Debian: apt-get install chromium). `AUTOPAR_SCREENSHOTS=docs` keeps the pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_passes_report_html import with_timeline
+
+from passes import plots
+from passes.plots import FrontierPoint
+from passes.report_html import plan_html
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+
+
+def browse(page: Path, folder: Path, *flags: str) -> tuple[str, str]:
+    """What the browser printed and logged after it had laid the page out."""
+    log = folder / "net.json"
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000",
+        "--enable-logging=stderr", "--v=0", f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}",
+        "--disable-background-networking", "--disable-component-update", "--no-first-run", *flags, page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    plan = with_timeline()
+    found = tmp_path_factory.mktemp("page") / "report.html"
+    points = [
+        FrontierPoint("dp=2,tp=2", plan.step_time_s, plan.peak_memory_bytes, True, True),
+        FrontierPoint("dp=4", plan.step_time_s * 2, plan.peak_memory_bytes // 2),
+        FrontierPoint("tp=4", plan.step_time_s * 3, plan.peak_memory_bytes * 3, False),
+    ]
+    found.write_text(plan_html(plan, points), encoding="utf-8")
+    return found
+
+
+def pixels(png: Path) -> tuple[int, int, list[tuple[int, ...]]]:
+    """Width, height and every 97th pixel of a picture, by the PNG format's own rules."""
+    raw = png.read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    place, data = 8, b""
+    width = height = channels = 0
+    while place < len(raw):
+        (size,), kind = struct.unpack(">I", raw[place : place + 4]), raw[place + 4 : place + 8]
+        body = raw[place + 8 : place + 8 + size]
+        if kind == b"IHDR":
+            width, height, depth, color = struct.unpack(">IIBB", body[:10])
+            assert depth == 8
+            channels = {2: 3, 6: 4}[color]
+        if kind == b"IDAT":
+            data += body
+        place += 12 + size
+    rows = zlib.decompress(data)
+    stride = width * channels
+    before = bytearray(stride)
+    found = []
+    for row in range(height):
+        start = row * (stride + 1)
+        method, line = rows[start], bytearray(rows[start + 1 : start + 1 + stride])
+        for i in range(stride):
+            left = line[i - channels] if i >= channels else 0
+            up, corner = before[i], before[i - channels] if i >= channels else 0
+            nearest = min((left, up, corner), key=lambda x: abs(left + up - corner - x))
+            line[i] = (line[i] + (0, left, up, (left + up) // 2, nearest)[method]) & 255
+        before = line
+        found += [tuple(line[i : i + 3]) for i in range(0, stride, channels * 97)]
+    return width, height, found
+
+
+def test_it_renders_without_errors_and_fetches_nothing(page: Path, tmp_path: Path) -> None:
+    shown, log = browse(page, tmp_path, "--dump-dom")
+    assert "CONSOLE" not in log, log
+    assert shown.count('class="plot"') >= 4 * plots.available()
+    for section in (
+        "decided",
+        "time",
+        "memory",
+        "baselines",
+        "frontier",
+        "parameters",
+        "collectives",
+        "formulas",
+        "open",
+    ):
+        assert f'<section id="{section}">' in shown
+    events = json.loads((tmp_path / "net.json").read_text())["events"]
+    asked = {event["params"]["url"] for event in events if "url" in event.get("params", {})}
+    assert not [url for url in asked if re.match(r"https?://(?!.*(googleapis|gvt1|google)\.com)", url)]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_is_drawn_in_both_themes_on_a_laptops_screen(page: Path, tmp_path: Path, theme: str) -> None:
+    picture = tmp_path / f"report-{theme}.png"
+    flags = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if theme == "dark" else []
+    browse(page, tmp_path, f"--screenshot={picture}", "--window-size=640,800", *flags)
+    width, height, seen = pixels(picture)
+    assert (width, height) == (640, 800)
+    common = Counter(seen)
+    background = common.most_common(1)[0][0]
+    assert (sum(background) > 3 * 200) == (theme == "light")
+    assert len(common) > 10  # text, bars, lines
+    if folder := os.environ.get("AUTOPAR_SCREENSHOTS"):
+        shutil.copy(picture, folder)
