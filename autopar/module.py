@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar import buffers as buffers_
 from autopar import stored, tree
+from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
 from passes.local import LocalProgram, Storage
 from passes.lower import Lowered
@@ -233,7 +234,7 @@ def _key(runtime: Runtime, leaves: Sequence[Any], in_spec: Any, trains: bool) ->
         (leaf.shape, leaf.dtype, leaf.requires_grad and trains) if isinstance(leaf, torch.Tensor) else _constant(leaf)
         for leaf in leaves
     )
-    return str(in_spec), what, trains, tuple(module.training for module in runtime.modules)
+    return str(in_spec), what, trains, tuple(module.training for module in runtime.modules), autocast_dtype()
 
 
 def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -248,7 +249,8 @@ def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any])
     key = _key(runtime, leaves, in_spec, trains)
     executable = runtime.executables.get(key)
     if executable is None:
-        executable = runtime.remake(plain_module(module), args, kwargs, "loss", trains)
+        with torch.inference_mode(False), torch.set_grad_enabled(trains):
+            executable = runtime.remake(plain_module(module), args, kwargs, "loss", trains)
         runtime.executables[key] = executable
     step = _bound(runtime, executable, parameters, inputs, device)
 
@@ -278,8 +280,6 @@ def _check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torc
             raise ValueError(
                 f"{_path(path)} is on {leaf.device} but the mesh is on {device}; move it with .to({str(device)!r})"
             )
-    if torch.is_autocast_enabled(device.type):
-        raise ValueError("torch.autocast has no effect on a planned step; use Options(mp_policy=...) instead")
 
 
 def _path(path: tuple[Any, ...]) -> str:
@@ -345,7 +345,8 @@ class _Step:
     def run(self) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """Outputs as the caller gets them, and what the backward needs; new buffers are written back."""
         local = self.executable.local
-        results, saved = self.executable.lowered.forward(self.values)
+        with autocast_as(None):
+            results, saved = self.executable.lowered.forward(self.values)
         kinds = [output for output in local.outputs if output.kind != "gradient"]
         outputs, returned = [], iter(self.returned)
         with torch.no_grad():
@@ -360,7 +361,8 @@ class _Step:
 
     def gradients(self, lowered: Lowered, local: LocalProgram, saved: Any, tangents: Any) -> dict[str, torch.Tensor]:
         """Local gradients by name; the parameters' still padded."""
-        values = lowered.backward(saved, tangents)
+        with autocast_as(None):
+            values = lowered.backward(saved, tangents)
         names = [output.name for output in local.outputs if output.kind == "gradient"]
         return dict(zip(names, values, strict=True))
 

@@ -20,6 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import CaptureError
 from passes.inputs import flatten_inputs, path_name
 from passes.normalize import normalize
@@ -53,14 +54,18 @@ def capture(
     Constants of the model's code that are no plain `full` or `arange` are buffers of the graph module, read by
     `get_attr` nodes. Where the model reads a value that follows from the inputs and buffers alone, it is fixed to what
     these inputs give, with a note. Raises `CaptureError` where it depends on anything else.
+
+    Under `torch.autocast` the forward is captured as it is cast, and the backward as autograd makes it outside.
     """
     # A model may branch on what its inputs hold (is there any padding?) unless it is being compiled. So the branches
     # of eager are taken first, as far as they follow from the model alone, and only then those of a compiled model.
     backward = backward and torch.is_grad_enabled()
-    try:
-        return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, may_read_inputs=False)
-    except CaptureError:
-        return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, may_read_inputs=True)
+    dtype = autocast_dtype()
+    with autocast_as(None), torch.inference_mode(False), torch.set_grad_enabled(backward):
+        try:
+            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, dtype, False)
+        except CaptureError:
+            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, dtype, True)
 
 
 def _capture(
@@ -71,6 +76,7 @@ def _capture(
     batch_size: int | None,
     tangents: Tangents,
     backward: bool,
+    autocast: torch.dtype | None,
     may_read_inputs: bool,
 ) -> Program:
     call_args, call_kwargs = tuple(args), dict(kwargs or {})
@@ -98,7 +104,8 @@ def _capture(
         values = [leaf if slot is None else slot.view for slot, leaf in zip(user, leaves, strict=True)]
         traced_args, traced_kwargs = pytree.tree_unflatten(values, in_spec)
         with provenance.watching(model):
-            out = run_model(model, traced_args, {**traced_kwargs, **extra})
+            with autocast_as(autocast):
+                out = run_model(model, traced_args, {**traced_kwargs, **extra})
             result, more_notes = _flatten_outputs(out)
             given = _tangents(tracer, result, tangents) if backward else []
             with provenance.backward():
@@ -115,10 +122,15 @@ def _capture(
         more_notes += _mutated_notes(slots, user, tracer)
 
     tracer.graph.output(tuple(nodes))
+    trained = {slot.input.name for slot, _ in found}
+
+    def differentiated(slot: _Slot) -> Input:
+        return dataclasses.replace(slot.input, requires_grad=slot.input.name in trained)
+
     tangent_inputs = [Input("tangent", t.name, False, _batch_dim(t.output, batch_size)) for t in given]
     program = Program(
         graph=fx.GraphModule(tracer.root, tracer.graph, class_name="Step"),
-        inputs=(*(slot.input for slot in [*slots, *filter(None, user)]), *tangent_inputs),
+        inputs=(*(differentiated(slot) for slot in [*slots, *filter(None, user)]), *tangent_inputs),
         outputs=tuple(outputs),
         in_spec=in_spec,
         in_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)},
@@ -140,7 +152,22 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     except Exception as error:
         file, line = error_line(error)
         where = f"{file}:{line}" if file else type(model).__name__
+        if _passed_through(error, "flex_attention"):
+            raise CaptureError(
+                f"{where}: FlexAttention is not supported, as its mask is a function that no rule can split; use "
+                "attn_implementation='sdpa', or torch.nn.functional.scaled_dot_product_attention with a mask"
+            ) from error
         raise CaptureError(f"{where}: the model's forward raised {type(error).__name__}: {error}") from error
+
+
+def _passed_through(error: BaseException, module: str) -> bool:
+    """Whether a file of that name in torch's own attention code was running when it was raised."""
+    place = error.__traceback__
+    while place is not None:
+        if place.tb_frame.f_code.co_filename.endswith(f"torch/nn/attention/{module}.py"):
+            return True
+        place = place.tb_next
+    return False
 
 
 # ----------------------------------------------------------------------------------------------------------- inputs
