@@ -95,3 +95,9 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Norm of the difference over the norm of what is wanted."""
     scale = wanted.double().norm().item()
     return (found.double() - wanted.double()).norm().item() / (scale or 1.0)
+
+
+def assert_near(found: torch.Tensor, wanted: torch.Tensor, name: str, tolerance: float = 1e-5) -> None:
+    """Equal up to rounding: sums taken in another order are as far apart as their largest terms make them."""
+    assert found.shape == wanted.shape, name
+    assert relative(found, wanted) <= tolerance, f"{name}: off by {relative(found, wanted):.2g} of its norm"
