@@ -82,6 +82,21 @@ def _runtime(module: nn.Module) -> Runtime:
 class ParallelModule(nn.Module):
     """A model whose forward runs this rank's part of a planned step. Made by `parallel_module`; never built by hand."""
 
+    @property
+    def random_steps(self) -> int:
+        """How many calls have drawn random numbers (dropout): with `Options.seed`, what the next masks follow from.
+
+        It is not in `state_dict`, whose keys are the model's own. Save it beside a checkpoint, the same on every rank,
+        and set it after loading: the run then draws what it would have drawn without the stop.
+        """
+        return _runtime(self).steps
+
+    @random_steps.setter
+    def random_steps(self, steps: int) -> None:
+        if steps < 0:
+            raise ValueError(f"random_steps = {steps}: a number of calls is not negative")
+        _runtime(self).steps = steps
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward returns, for this data-parallel rank's batch."""
         return _call(self, args, kwargs)

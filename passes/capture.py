@@ -65,7 +65,16 @@ def capture(
         try:
             return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, dtype, False)
         except CaptureError:
+            pass
+        try:
             return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, dtype, True)
+        except CaptureError as error:
+            if getattr(getattr(model, "config", None), "_experts_implementation", None) != "eager":
+                raise
+            raise CaptureError(
+                f"{error}. The model's config asks for experts in a Python loop: call "
+                "model.set_experts_implementation('grouped_mm') before"
+            ) from error
 
 
 def _capture(
@@ -257,6 +266,12 @@ def _extra_arguments(
     if bound.get("use_cache") is not None:
         return {}, []
     made = getattr(getattr(model, "config", None), "use_cache", False)
+    if made and bound.get("position_ids") is not None and bound.get("attention_mask") is None:
+        # transformers tells packed sequences by their positions, but only where it makes no cache.
+        return {}, [
+            "position_ids without an attention_mask: the model makes a cache, as in eager, and with one transformers "
+            "does not keep packed sequences apart; pass use_cache=False if it should"
+        ]
     return {"use_cache": False}, ["use_cache=False: the step makes no key-value cache"] if made else []
 
 
