@@ -94,7 +94,7 @@ def test_frozen_weights_cost_no_gradient() -> None:
     assert memory.get("gradients", 0) <= 4 * trained + rounding
     assert memory.get("optimizer", 0) <= 8 * trained + 2 * rounding
     local = autopar.planning.rewritten(
-        autopar.planning.captured(model, (), {"ids": ids}, batch_dims=[0], batch_size=8), plan
+        autopar.planning.captured(model, (), {"ids": torch.cat([ids, ids])}, batch_dims=[0], batch_size=16), plan
     )
     reduced = [one.full_bytes for one in ledger(local) if one.kind == "all_reduce" and one.phase == "backward"]
     assert sum(reduced) <= 4 * trained + 64
