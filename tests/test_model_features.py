@@ -42,7 +42,7 @@ def _decoder(kind: str, attention: str = "sdpa", **config: Any) -> nn.Module:
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": VOCABULARY,
@@ -254,6 +254,21 @@ def test_a_step_on_four_ranks_is_one_on_one_device(name: str) -> None:
     found = errors(model, local, kwargs)
     assert found.output < 1e-5, found
     assert found.gradient < 1e-4, found
+
+
+def test_checkpointing_of_the_model_is_kept() -> None:
+    """What the model wants computed again for backward is: its products stand in backward once more."""
+
+    def products(checkpointing: bool) -> int:
+        torch.manual_seed(0)
+        model = _decoder("Llama")
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        nodes = captured(model, _labelled()).graph.graph.nodes
+        return sum(node.target is torch.ops.aten.mm.default and node.meta["phase"] == "backward" for node in nodes)
+
+    # Of q, k, v, o, gate, up and down; the last one's result is read by no gradient.
+    assert products(True) == products(False) + 6
 
 
 def test_buffers_that_change_on_a_mesh() -> None:
