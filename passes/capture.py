@@ -69,12 +69,18 @@ def capture(
         try:
             return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, dtype, True)
         except CaptureError as error:
-            if getattr(getattr(model, "config", None), "_experts_implementation", None) != "eager":
+            if not _loops_over_experts(model):
                 raise
             raise CaptureError(
-                f"{error}. The model's config asks for experts in a Python loop: call "
+                f"{error}. The model runs its experts in a Python loop: call "
                 "model.set_experts_implementation('grouped_mm') before"
             ) from error
+
+
+def _loops_over_experts(model: nn.Module) -> bool:
+    """Whether a model of `transformers` has routed experts, and is set to run those that are hit one by one."""
+    has_experts = getattr(model, "_can_set_experts_implementation", lambda: False)()
+    return has_experts and getattr(getattr(model, "config", None), "_experts_implementation", None) == "eager"
 
 
 def _capture(
