@@ -97,9 +97,10 @@ def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh
                 f"the plan is for the mesh {dict(told.axes)} but this one is {dict(job.axes)}; plan again for it"
             )
         call = examples.restored(told.example)
-        program = _captured(job, skeleton(model), call)
+        with examples.as_described(told.example):
+            program = _captured(job, skeleton(model), call)
         _check_fingerprint(told, program)
-    with job.stages:
+    with job.stages, examples.as_described(told.example):
         return _applied(job, model, plan, mesh, program, call, ours)
 
 

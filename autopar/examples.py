@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
 from passes.inputs import default_inputs, flatten_inputs
 
@@ -54,7 +56,8 @@ def on_cpu(call: Call) -> Call:
 def described(call: Call, read: Collection[str] = ()) -> str:
     """JSON of a call: tensors by shape and dtype, plain constants by value, anything else by its repr.
 
-    The inputs named in `read`, whose values decide what the graph is, are kept with their values.
+    The inputs named in `read`, whose values decide what the graph is, are kept with their values. It says too what the
+    call was made under, where that is `torch.autocast` or `torch.no_grad`.
     """
     leaves, _, names = flatten_inputs(*call)
     kept = {id(leaf) for leaf, name in zip(leaves, names, strict=True) if name in read and not leaf.is_meta}
@@ -72,7 +75,20 @@ def described(call: Call, read: Collection[str] = ()) -> str:
             return {"value": value}
         return {"opaque": repr(value)}
 
-    return json.dumps(encode(call), separators=(",", ":"))
+    dtype, encoded = autocast_dtype(), encode(call)
+    if dtype is not None or not torch.is_grad_enabled():
+        under = {"autocast": dtype and str(dtype).removeprefix("torch."), "grad": torch.is_grad_enabled()}
+        encoded = {"under": under, "call": encoded}
+    return json.dumps(encoded, separators=(",", ":"))
+
+
+@contextmanager
+def as_described(text: str) -> Iterator[None]:
+    """Inside, `torch.autocast` and gradients are on or off as where the call was described."""
+    under = json.loads(text).get("under", {"autocast": None, "grad": True})
+    dtype = getattr(torch, under["autocast"]) if under["autocast"] else None
+    with autocast_as(dtype), torch.set_grad_enabled(under["grad"]):
+        yield
 
 
 def _packed(tensor: torch.Tensor) -> str:
@@ -111,5 +127,6 @@ def restored(text: str) -> Call:
             return tuple(items) if kind == "tuple" else items
         return content
 
-    args, kwargs = decode(json.loads(text))
+    whole = json.loads(text)
+    args, kwargs = decode(whole.get("call", whole))
     return args, kwargs

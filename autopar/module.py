@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from autopar import buffers as buffers_
 from autopar import stored, tree
 from autopar.reading import MOST_GRAPHS, Gather, Values, too_many
+from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
 from passes.local import LocalProgram, Storage
 from passes.lower import Lowered
@@ -88,6 +89,21 @@ def _runtime(module: nn.Module) -> Runtime:
 
 class ParallelModule(nn.Module):
     """A model whose forward runs this rank's part of a planned step. Made by `parallel_module`; never built by hand."""
+
+    @property
+    def random_steps(self) -> int:
+        """How many calls have drawn random numbers (dropout): with `Options.seed`, what the next masks follow from.
+
+        It is not in `state_dict`, whose keys are the model's own. Save it beside a checkpoint, the same on every rank,
+        and set it after loading: the run then draws what it would have drawn without the stop.
+        """
+        return _runtime(self).steps
+
+    @random_steps.setter
+    def random_steps(self, steps: int) -> None:
+        if steps < 0:
+            raise ValueError(f"random_steps = {steps}: a number of calls is not negative")
+        _runtime(self).steps = steps
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward returns, for this data-parallel rank's batch."""
@@ -244,7 +260,7 @@ def _key(runtime: Runtime, leaves: Sequence[Any], in_spec: Any, trains: bool) ->
         (leaf.shape, leaf.dtype, leaf.requires_grad and trains) if isinstance(leaf, torch.Tensor) else _constant(leaf)
         for leaf in leaves
     )
-    return str(in_spec), what, trains, tuple(module.training for module in runtime.modules)
+    return str(in_spec), what, trains, tuple(module.training for module in runtime.modules), autocast_dtype()
 
 
 def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -259,7 +275,8 @@ def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any])
     key = _key(runtime, leaves, in_spec, trains)
     executable = _fitting(runtime, key, inputs)
     if executable is None:
-        executable = runtime.remake(plain_module(module), args, kwargs, "loss", trains)
+        with torch.inference_mode(False), torch.set_grad_enabled(trains):
+            executable = runtime.remake(plain_module(module), args, kwargs, "loss", trains)
         runtime.executables.setdefault(key, []).insert(0, executable)
     step = _bound(runtime, executable, parameters, inputs, device)
 
@@ -318,8 +335,6 @@ def _check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torc
             raise ValueError(
                 f"{_path(path)} is on {leaf.device} but the mesh is on {device}; move it with .to({str(device)!r})"
             )
-    if torch.is_autocast_enabled(device.type):
-        raise ValueError("torch.autocast has no effect on a planned step; use Options(mp_policy=...) instead")
 
 
 def _path(path: tuple[Any, ...]) -> str:
@@ -385,7 +400,8 @@ class _Step:
     def run(self) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """Outputs as the caller gets them, and what the backward needs; new buffers are written back."""
         local = self.executable.local
-        results, saved = self.executable.lowered.forward(self.values)
+        with autocast_as(None):
+            results, saved = self.executable.lowered.forward(self.values)
         kinds = [output for output in local.outputs if output.kind != "gradient"]
         outputs, returned = [], iter(self.returned)
         with torch.no_grad():
@@ -403,7 +419,8 @@ class _Step:
 
     def gradients(self, lowered: Lowered, local: LocalProgram, saved: Any, tangents: Any) -> dict[str, torch.Tensor]:
         """Local gradients by name; the parameters' still padded."""
-        values = lowered.backward(saved, tangents)
+        with autocast_as(None):
+            values = lowered.backward(saved, tangents)
         names = [output.name for output in local.outputs if output.kind == "gradient"]
         return dict(zip(names, values, strict=True))
 

@@ -26,6 +26,7 @@ from passes.capture import capture
 from passes.pipeline import on_mesh, prepare
 from passes.price import price
 from passes.rewrite import rewrite
+from passes.routing import route_by_blocks
 from passes.schedule import play
 from passes.solve import solve
 from passes.space import search_space
@@ -108,7 +109,7 @@ def measure(job: Job, layers: int, *, bare: bool) -> dict[str, float]:
         timed(found, "bare capture", lambda: bare_capture(model, ids))
     call = {"input_ids": ids, "labels": ids}
     program = timed(found, "capture", lambda: capture(model, (), call, batch_dims=[0, 0], batch_size=len(ids)))
-    program = timed(found, "prepare", lambda: prepare(program))
+    program = timed(found, "prepare", lambda: route_by_blocks(prepare(program), ways))
     analysis = timed(found, "analyse", lambda: analyse(program))
     played = []
     for strategy in ("ddp", "fsdp", "megatron", "auto"):

@@ -124,7 +124,9 @@ def search_space(
             leaves = tuple((x.size, x.operands, x.results, x.reduce) for x in place.op.leaves)
             key = (place.op.linear, place.op.operands, place.op.results, leaves, choices)
             if key not in cache:
-                cache[key] = op_options(place.op, sizes, choices)
+                # Each axis may divide what the strategy wants split, and all of them together not.
+                relaxed = tuple((axes, (None, *wanted)) for axes, wanted in choices)
+                cache[key] = op_options(place.op, sizes, choices) or op_options(place.op, sizes, relaxed)
             options = cache[key]
         elif place.given is not None and place.given.kind == "parameter":
             options = _parameter_options(place, strategy, sizes, batch_axes, (stored or {}), pinned.get(index))

@@ -99,7 +99,10 @@ class Tracer(TorchDispatchMode):
 
     # --------------------------------------------------------------------------------------------------- recording
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C._DisableAutocast():  # it has cast what the model called; decompositions call more
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func.namespace == "prim" or func in _CHECKS:
             return func(*args, **kwargs) if func.namespace == "prim" else None
         if func in _SAME_VALUE:
