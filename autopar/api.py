@@ -10,7 +10,7 @@ Between these, ranks agree: what one finds wrong, all raise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from autopar.options import Options
 from autopar.pipeline import Pipeline, PlanLike
 from autopar.together import Together, together
 from passes.errors import PlanMismatchError
-from passes.inputs import global_inputs
+from passes.inputs import global_inputs, smaller_inputs
 from passes.local import LocalProgram, Storage, bind_groups, groups_used
 from passes.lower import lower
 from passes.program import Program
@@ -65,7 +65,7 @@ def plan_with(
 
     def make() -> str:
         program = _captured(job, skeleton(model), call)
-        return str(_planned(job, program, hardware, strategy, example).to_json())
+        return str(_planned(job, program, hardware, strategy, example, smaller=_smaller(job, model, call)).to_json())
 
     return pipeline.load(ours.from_first(make))
 
@@ -108,7 +108,8 @@ def parallelize_with(
         raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
     with ours.agreeing():
         program = _captured(job, skeleton(model), call)
-    plan = _shared_plan(job, ours, program, None, "auto", example, None)
+    smaller = _smaller(job, model, call)
+    plan = _shared_plan(job, ours, program, None, "auto", example, None, smaller)
     return _applied(job, model, plan, mesh, program, call, ours)
 
 
@@ -176,18 +177,31 @@ def _captured(
     )  # fmt: skip
 
 
+def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Callable[[int], Program | None]:
+    """Captures the step of a batch that is some times smaller; None where the batch cannot be cut so."""
+
+    def program(divisor: int) -> Program | None:
+        args, kwargs = examples.on_cpu(call)
+        dims = global_inputs(args, kwargs, job.batch_ranks, job.options.batch_dims).batch_dims
+        cut = smaller_inputs(args, kwargs, divisor, dims)
+        return None if cut is None else _captured(job, skeleton(model), cut)
+
+    return program
+
+
 def _planned(
-    job: _Job, program: Program, hardware: Any, strategy: str, example: str, stored: Mapping[str, Storage] | None = None
-) -> Any:
+    job: _Job, program: Program, hardware: Any, strategy: str, example: str,
+    stored: Mapping[str, Storage] | None = None, smaller: Callable[[int], Program | None] | None = None,
+) -> Any:  # fmt: skip
     return job.pipeline.compile_plan(
         program, job.axes, batch_axes=job.batch_axes, hardware=hardware, strategy=strategy, options=job.options,
-        example=example, stored=stored,
+        example=example, stored=stored, smaller=smaller,
     )  # fmt: skip
 
 
 def _shared_plan(
     job: _Job, ours: Together, program: Program, hardware: Any, strategy: str, example: str,
-    stored: Mapping[str, Storage] | None,
+    stored: Mapping[str, Storage] | None, smaller: Callable[[int], Program | None] | None = None,
 ) -> Any:  # fmt: skip
     """Rank 0's plan on every rank, after checking that all captured one graph."""
     if not ours.same(program.fingerprint):
@@ -195,7 +209,7 @@ def _shared_plan(
             "ranks captured different graphs of the model; give every rank the same model, modes and inputs' shapes "
             "(a branch on an input's values that differ between ranks does this too)"
         )
-    text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, stored).to_json()))
+    text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, stored, smaller).to_json()))
     with ours.agreeing():
         return job.pipeline.load(text)
 

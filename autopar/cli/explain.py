@@ -119,6 +119,7 @@ def alternatives(
                     strategy="auto",
                     options=replace(options, pins=pins),
                     example=plan.example,
+                    diagnose=False,
                 )
             except (NoFeasiblePlanError, ValueError) as error:
                 found.setdefault(key, []).append(Alternative(text, float("inf"), 0, str(error)))
