@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -63,11 +63,17 @@ def plan_with(
     if not ours.same(example):
         raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
 
+    timelines = []
+
     def make() -> str:
         program = _captured(job, skeleton(model), call)
-        return str(_planned(job, program, hardware, strategy, example, smaller=_smaller(job, model, call)).to_json())
+        smaller = _smaller(job, model, call)
+        made = _planned(job, program, hardware, strategy, example, smaller=smaller, keep_timeline=True)
+        timelines.append(made.timeline)
+        return str(made.to_json())
 
-    return pipeline.load(ours.from_first(make))
+    plan = pipeline.load(ours.from_first(make))
+    return replace(plan, timeline=timelines[0]) if timelines else plan
 
 
 def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh) -> ParallelModule:
@@ -192,10 +198,11 @@ def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Callable[[int]
 def _planned(
     job: _Job, program: Program, hardware: Any, strategy: str, example: str,
     stored: Mapping[str, Storage] | None = None, smaller: Callable[[int], Program | None] | None = None,
+    keep_timeline: bool = False,
 ) -> Any:  # fmt: skip
     return job.pipeline.compile_plan(
         program, job.axes, batch_axes=job.batch_axes, hardware=hardware, strategy=strategy, options=job.options,
-        example=example, stored=stored, smaller=smaller,
+        example=example, stored=stored, smaller=smaller, keep_timeline=keep_timeline,
     )  # fmt: skip
 
 

@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from costmodel.hardware import Topology, topology
-from costmodel.layout import layout_text
+from costmodel.hardware import topology
 from costmodel.memory import OPTIMIZERS, gib
-from passes.analysis import Analysis, analyse
 from passes.errors import NoFeasiblePlanError
+from passes.pins import Pin
 from passes.program import Program
-from passes.proposals import SIMPLEST_FIRST, Candidate, Request, best, proposals, smallest
+from passes.proposals import SIMPLEST_FIRST, Candidate, PaddingsOf, Request, Search, best, smallest
 
-Progress = Callable[[str], None]
 Smaller = Callable[[int], Program | None]
 """A divisor -> the program of a batch that many times smaller; None where the batch cannot be divided so."""
 
@@ -46,40 +44,17 @@ class Way:
         return f"{self.change}: {gib(made.peak_memory_bytes)}, {made.step_time_s * 1e3:.3g} ms per step ({how})"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is to be planned, and on what."""
-
-    analysis: Analysis
-    topology: Topology
-    batch_axes: tuple[int, ...]
-    request: Request
-    budget: float
-
-    def plan(self, constraints: Mapping[str, Callable[[Request], Request]], kept: Sequence[str]) -> Candidate | None:
-        """A plan that fits, with all constraints but those `kept` let go of."""
-        request = self.request
-        for name, let_go in constraints.items():
-            if name not in kept and name != _BUDGET:
-                request = let_go(request)
-        return _planned(replace(self, request=request, budget=self.budget if _BUDGET in kept else math.inf))
-
-
 def why_nothing_fits(
-    asked: Asked,
-    found: Sequence[Candidate],
-    reasons: Mapping[str, str],
-    smaller: Smaller | None = None,
-    progress: Progress = lambda stage: None,
+    asked: Search, found: Sequence[Candidate], reasons: Mapping[str, str], smaller: Smaller | None = None
 ) -> NoFeasiblePlanError:
     """The error for `asked`, of which `found` are the candidates (none fits) and `reasons` why a strategy has none."""
-    progress("nothing fits: looking for what would")
+    asked.progress("nothing fits: looking for what would")
+    asked = replace(asked, progress=lambda stage: None, most=1)
     constraints = _constraints(asked.request)
     conflict = _conflict(asked, constraints)
     names = [_named(name, asked) for name in conflict]
     ways = list(_let_go(asked, constraints, conflict))
     if _BUDGET in conflict:
-        progress("nothing fits: planning other meshes and batches")
         ways += _other_meshes(asked)
         ways += [way for way in (_smaller_batch(asked, smaller), _more_ranks(asked)) if way is not None]
     parts = [what_is_needed(asked, found, reasons)]
@@ -101,33 +76,45 @@ def _constraints(request: Request) -> dict[str, Callable[[Request], Request]]:
         found[f"recompute={request.recompute!r}"] = lambda r: replace(r, recompute="auto")
     if request.strategy != "auto":
         found[f"strategy={request.strategy!r}"] = lambda r: replace(r, strategy="auto")
-    for pattern, layout in request.pins.items():
-        name = f"the pin {pattern!r}: {layout_text(layout)}"
+    for pattern, pin in request.pins.items():
+        wanted = pin if isinstance(pin, Pin) else Pin(pin)
+        name = f"the pin {pattern!r}: {wanted}"
         found[name] = lambda r, p=pattern: replace(r, pins={k: v for k, v in r.pins.items() if k != p})  # type: ignore[misc]
     if request.stored is not None:
         found["the layouts that the parameters have"] = lambda r: replace(r, stored=None)
     return {_BUDGET: lambda r: r, **found}
 
 
-def _named(constraint: str, asked: Asked) -> str:
+def _named(constraint: str, asked: Search) -> str:
     return f"{_BUDGET} of {gib(asked.budget)}" if constraint == _BUDGET else constraint
 
 
-def _conflict(asked: Asked, constraints: Mapping[str, Callable[[Request], Request]]) -> tuple[str, ...]:
+def _keeping(
+    asked: Search, constraints: Mapping[str, Callable[[Request], Request]], kept: Sequence[str]
+) -> Candidate | None:
+    """A plan that fits, with all constraints but those `kept` let go of."""
+    request = asked.request
+    for name, let_go in constraints.items():
+        if name not in kept:
+            request = let_go(request)
+    return _planned(replace(asked, request=request, budget=asked.budget if _BUDGET in kept else math.inf))
+
+
+def _conflict(asked: Search, constraints: Mapping[str, Callable[[Request], Request]]) -> tuple[str, ...]:
     """A smallest set of constraints that no plan satisfies together; those given all conflict."""
     names = list(constraints)
     for size in range(1, len(names)):
         for kept in combinations(names, size):
-            if asked.plan(constraints, kept) is None:
+            if _keeping(asked, constraints, kept) is None:
                 return kept
     return tuple(names)
 
 
-def _planned(asked: Asked) -> Candidate | None:
+def _planned(asked: Search) -> Candidate | None:
     """A plan that fits, quickly: the strategies by hand first, the search where they do not do."""
+    request = asked.request
     if _least_bytes(asked) > asked.budget:
         return None
-    request = asked.request
     stored = request.stored is not None
     names = SIMPLEST_FIRST if request.strategy == "auto" and not stored else (request.strategy,)
     found: list[Candidate] = []
@@ -135,17 +122,17 @@ def _planned(asked: Asked) -> Candidate | None:
         if name == "auto" and best(found, asked.budget) is not None:
             break
         try:
-            found += proposals(asked.analysis, asked.topology, asked.batch_axes, request, name, asked.budget, most=1)
+            found += asked.candidates(name)
         except NoFeasiblePlanError:
             continue
     return best(found, asked.budget)
 
 
-def _least_bytes(asked: Asked) -> float:
+def _least_bytes(asked: Search) -> float:
     """What every plan keeps on some rank: parameters and their optimizer states, spread over all ranks."""
     spec = OPTIMIZERS[asked.request.optimizer]
     total = 0.0
-    for place in asked.analysis.places:
+    for place in asked.paddings.under(asked.request.strategy).whole.places:
         if place.given is not None and place.given.kind == "parameter":
             states = spec.state_bytes_per_param if place.given.requires_grad else 0.0
             total += math.prod(map(math.prod, place.dims)) * place.count * (place.itemsize + states)
@@ -153,32 +140,33 @@ def _least_bytes(asked: Asked) -> float:
 
 
 def _let_go(
-    asked: Asked, constraints: Mapping[str, Callable[[Request], Request]], conflict: Sequence[str]
+    asked: Search, constraints: Mapping[str, Callable[[Request], Request]], conflict: Sequence[str]
 ) -> Iterator[Way]:
     """Without one of the constraints that conflict, all others kept."""
     for name in conflict:
         if name == _BUDGET:
             continue
-        plan = asked.plan(constraints, [other for other in constraints if other != name])
+        plan = _keeping(asked, constraints, [other for other in constraints if other != name])
         if plan is not None:
             yield Way(f"without {name}", plan)
 
 
-def _on(asked: Asked, sizes: Sequence[int]) -> Candidate | None:
+def _on(asked: Search, sizes: Sequence[int]) -> Candidate | None:
     """A plan on a mesh of other sizes; None where none fits, or where the batch cannot be split so."""
     names = [axis.name for axis in asked.topology.axes]
     mesh = topology(asked.topology.hardware, tuple(zip(names, sizes, strict=True)))
     try:
-        return _planned(replace(asked, topology=mesh))
+        paddings = asked.paddings.on(mesh.sizes, asked.batch_axes)
+        return _planned(replace(asked, topology=mesh, paddings=paddings))
     except ValueError:  # a batch or a pinned dim that these sizes do not divide
         return None
 
 
-def _mesh_text(asked: Asked, sizes: Sequence[int]) -> str:
+def _mesh_text(asked: Search, sizes: Sequence[int]) -> str:
     return " x ".join(f"{axis.name}={size}" for axis, size in zip(asked.topology.axes, sizes, strict=True))
 
 
-def _other_meshes(asked: Asked) -> list[Way]:
+def _other_meshes(asked: Search) -> list[Way]:
     """The same ranks and batch with a factor of two moved between axes, once or twice; the best first."""
     if asked.request.stored is not None:
         return []
@@ -199,14 +187,15 @@ def _other_meshes(asked: Asked) -> list[Way]:
     return sorted(ways, key=lambda way: way.plan.schedule.step_time_s)[:1]
 
 
-def _smaller_batch(asked: Asked, smaller: Smaller | None) -> Way | None:
+def _smaller_batch(asked: Search, smaller: Smaller | None) -> Way | None:
     for divisor in _DIVISORS if smaller is not None else ():
         assert smaller is not None
         program = smaller(divisor)
         if program is None:
             return None
         try:
-            plan = _planned(replace(asked, analysis=analyse(program)))
+            paddings = PaddingsOf(program, asked.topology.sizes, asked.batch_axes)
+            plan = _planned(replace(asked, paddings=paddings))
         except ValueError:
             return None
         if plan is not None:
@@ -214,7 +203,7 @@ def _smaller_batch(asked: Asked, smaller: Smaller | None) -> Way | None:
     return None
 
 
-def _more_ranks(asked: Asked) -> Way | None:
+def _more_ranks(asked: Search) -> Way | None:
     """The same global batch on more ranks."""
     if asked.request.stored is not None:
         return None
@@ -229,7 +218,7 @@ def _more_ranks(asked: Asked) -> Way | None:
     return None
 
 
-def what_is_needed(asked: Asked, found: Sequence[Candidate], reasons: Mapping[str, str]) -> str:
+def what_is_needed(asked: Search, found: Sequence[Candidate], reasons: Mapping[str, str]) -> str:
     """What the smallest plan takes, and what of it is largest; or why there is none at all."""
     if not found:
         return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -2,6 +2,8 @@
 
     program -analyse-> Analysis -search_space, per strategy-> Space -price-> Problem -solve-> picks -play-> Schedule
 
+Where an axis does not divide a dim that it might split, the program with that dim padded competes too.
+
 The solver adds up costs; what overlaps only the schedule knows. So under `auto` several solutions compete, the named
 strategies among them, and the schedule decides. A plan that a simpler one ties is not chosen.
 """
@@ -10,22 +12,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from costmodel.hardware import Hardware, Topology, hardware, topology
-from costmodel.layout import Layout
-from passes.analysis import analyse
+from costmodel.memory import ALLOCATION_BYTES
 from passes.errors import NoFeasiblePlanError
-from passes.infeasible import Asked, Progress, Smaller, what_is_needed, why_nothing_fits
+from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
 from passes.local import LocalProgram
 from passes.masks import use_causal_flag
 from passes.named import STRATEGIES, check_strategy
-from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, make_plan
+from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
 from passes.program import Program
-from passes.proposals import SIMPLEST_FIRST, Candidate, Request, best, proposals, smallest
+from passes.proposals import SIMPLEST_FIRST, Candidate, PaddingsOf, Progress, Request, Search, best, smallest
 from passes.randomness import own_randomness
 from passes.rewrite import rewrite
-from passes.space import search_space
+from passes.routing import one_form
+from passes.schedule import play
+from passes.space import Pin, search_space
+from passes.timeline import Timeline, timeline_of
+from passes.uneven import padding_notes
 from passes.weights import prepare_again
 
 __all__ = ["Progress", "Request", "compile_plan", "local_program", "on_mesh", "prepare"]
@@ -33,7 +39,7 @@ __all__ = ["Progress", "Request", "compile_plan", "local_program", "on_mesh", "p
 
 def prepare(program: Program) -> Program:
     """What is done to a captured program before it is planned."""
-    return prepare_again(own_randomness(use_causal_flag(program)))
+    return prepare_again(one_form(own_randomness(use_causal_flag(program))))
 
 
 def on_mesh(hardware_: str | Hardware | None, axes: Sequence[tuple[str, int]]) -> Topology:
@@ -52,11 +58,13 @@ def compile_plan(
     smaller: Smaller | None = None,
     diagnose: bool = True,
     progress: Progress = lambda stage: None,
+    keep_timeline: bool = False,
 ) -> Plan:
     """The best plan found for `program` (as `prepare` left it).
 
     `options` and `example` are kept in the plan as they are. `smaller` gives the program of a smaller batch, to say
-    whether that would fit; `diagnose`: where nothing fits, plan what would, too.
+    whether that would fit; `diagnose`: where nothing fits, plan what would, too. `keep_timeline`: the plan has its
+    step's timeline.
 
     Raises:
         NoFeasiblePlanError: nothing fits; says by how much, what is largest, what conflicts, and what would fit.
@@ -64,46 +72,56 @@ def compile_plan(
     """
     check_strategy(request.strategy)
     progress("analysing the graph")
-    analysis = analyse(program)
+    paddings = PaddingsOf(program, topology_.sizes, tuple(batch_axes))
     budget = request.budget_on(topology_)
+    search = Search(paddings, topology_, tuple(batch_axes), request, budget, progress)
     found: dict[str, list[Candidate]] = {}
     reasons: dict[str, str] = {}
     names = SIMPLEST_FIRST if request.stored is None else (request.strategy,)
     for name in names:
-        progress(f"solving {name}")
         try:
-            found[name] = proposals(analysis, topology_, batch_axes, request, name, budget)
+            found[name] = search.candidates(name)
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
     asked = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
     competing = [candidate for name in asked for candidate in found.get(name, [])]
     chosen = best(competing, budget)
     if chosen is None:
-        nothing = Asked(analysis, topology_, tuple(batch_axes), request, budget)
         if not diagnose:
-            raise NoFeasiblePlanError(what_is_needed(nothing, competing, reasons))
-        raise why_nothing_fits(nothing, competing, reasons, smaller, progress)
+            raise NoFeasiblePlanError(what_is_needed(search, competing, reasons))
+        raise why_nothing_fits(search, competing, reasons, smaller)
     baselines = {name: _as_baseline(found.get(name, []), reasons.get(name, ""), budget) for name in STRATEGIES[1:]}
     bound = Bound(
         chosen.solution.seconds,
         chosen.solution.bound_s,
         f"of the summed costs under {chosen.strategy!r}; the schedule chose among {len(competing)} solutions",
     )
-    return make_plan(
+    plan = make_plan(
         chosen.space,
         chosen.assignment,
         chosen.schedule,
         bound=bound,
         baselines={name: b for name, b in baselines.items() if b is not None},
         budget_bytes=budget,
-        notes=program.notes,
+        notes=(*chosen.space.program.notes, *padding_notes(chosen.padding, chosen.space, chosen.assignment)),
+        padded=chosen.padding.pads,
         strategy=chosen.strategy,
         options=dict(options or {}),
         example=example,
     )
+    return replace(plan, timeline=_timeline(chosen, request)) if keep_timeline else plan
 
 
-def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Layout]) -> LocalProgram:
+def _timeline(chosen: Candidate, request: Request) -> Timeline:
+    """The chosen step, played once more with everything that happens in it kept."""
+    schedule = play(
+        chosen.space, chosen.assignment, optimizer=request.optimizer, accumulate=request.accumulate, events=True,
+        compiled=request.compiled,
+    )  # fmt: skip
+    return timeline_of(schedule, 1 if chosen.space.topology.hardware.shared_host else ALLOCATION_BYTES)
+
+
+def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Pin]) -> LocalProgram:
     """One rank's program under `plan`, which was made with `pins`.
 
     Raises:
@@ -111,7 +129,18 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
     """
     names = [axis.name for axis in topology_.axes]
     batch_axes = [names.index(name) for name in plan.batch_axes]
-    space = search_space(program, topology_, batch_axes, strategy=plan.strategy, pins=pins, recompute=plan.recompute)
+    check_plan(plan, program.fingerprint, [(axis.name, axis.size) for axis in topology_.axes])
+    paddings = PaddingsOf(program, topology_.sizes, tuple(batch_axes))
+    analysis = paddings.under(plan.strategy).of(plan.padded).analysis
+    space = search_space(
+        analysis.program,
+        topology_,
+        batch_axes,
+        strategy=plan.strategy,
+        pins=pins,
+        recompute=plan.recompute,
+        analysis=analysis,
+    )
     return rewrite(space, assignment_of(plan, space))
 
 

@@ -4,22 +4,26 @@ and the schedule makes of it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from costmodel.hardware import Topology
-from costmodel.layout import Layout
 from costmodel.memory import OPTIMIZERS
-from passes.analysis import Analysis
+from passes.analysis import analyse
 from passes.errors import NoFeasiblePlanError
 from passes.local import Storage
+from passes.pad import Pad
 from passes.price import Budgeted, price
+from passes.program import Program
 from passes.recompute import Mode, recomputation
+from passes.routing import has_routed, route_by_blocks, token_parts
 from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
-from passes.space import Space, search_space
+from passes.space import Pin, Space, search_space
+from passes.uneven import Padding, Paddings, stored_pads, uneven_dims, used_pads
 
+Progress = Callable[[str], None]
 SIMPLEST_FIRST = ("ddp", "fsdp", "megatron", "auto")
 _TIE = 1e-3
 """Relative step time within which the simpler plan is taken."""
@@ -46,7 +50,7 @@ class Request:
     accumulate: int = 1
     recompute: Mode | Literal["auto"] = "auto"
     compiled: bool = True
-    pins: Mapping[str, Layout] = field(default_factory=dict)
+    pins: Mapping[str, Pin] = field(default_factory=dict)
     stored: Mapping[str, Storage] | None = None
 
     def budget_on(self, topology: Topology) -> int:
@@ -64,6 +68,7 @@ class Candidate:
     solution: Solution
     schedule: Schedule
     unbound: bool
+    padding: Padding
 
     @property
     def recompute(self) -> Mode:
@@ -71,46 +76,114 @@ class Candidate:
         return self.space.recomputed.mode
 
 
-def proposals(
-    analysis: Analysis,
-    topology: Topology,
-    batch_axes: Sequence[int],
-    request: Request,
-    name: str,
-    budget: float,
-    *,
-    most: int = len(_HIDDEN_SHARES),
-) -> list[Candidate]:
-    """Solutions under strategy `name`, those that compute the least again first; of each, `auto` makes `most` at most.
+class PaddingsOf:
+    """The program's paddings under each strategy: routed experts depend on how many parts the tokens have."""
 
-    Raises:
-        NoFeasiblePlanError: the strategy and the pins leave an op without a layout.
-    """
-    modes = _AUTO if request.recompute == "auto" else (request.recompute,)
-    space = search_space(
-        analysis.program,
-        topology,
-        batch_axes,
-        request.stored,
-        strategy=name,
-        pins=request.pins,
-        recompute=modes[0],
-        analysis=analysis,
-    )
-    shares = _HIDDEN_SHARES[:most] if name == "auto" else _HIDDEN_SHARES[:1]
-    unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
-    for mode in modes:
-        if mode != modes[0]:
-            space = replace(space, recomputed=recomputation(analysis, mode))
-        found = [_solved_within(space, name, request, budget, share) for share in shares]
-        for candidate in found:
-            unique.setdefault((mode, candidate.assignment), candidate)
-        if all(candidate.unbound for candidate in found):
-            break
-    return list(unique.values())
+    def __init__(self, program: Program, sizes: Sequence[int], batch_axes: tuple[int, ...]) -> None:
+        self._program, self._sizes, self._batch_axes = program, sizes, batch_axes
+        self._routed = has_routed(program)
+        self._known: dict[int, Paddings] = {}
+
+    @property
+    def program(self) -> Program:
+        """What they are paddings of."""
+        return self._program
+
+    def on(self, sizes: Sequence[int], batch_axes: tuple[int, ...]) -> PaddingsOf:
+        """The same program's on another mesh; what is analysed already is not analysed again."""
+        other = PaddingsOf(self._program, sizes, batch_axes)
+        other._known = self._known
+        return other
+
+    def under(self, strategy: str) -> Paddings:
+        """The paddings that plans under `strategy` are made from."""
+        parts = token_parts(self._program, strategy, self._sizes, self._batch_axes) if self._routed else 1
+        if parts not in self._known:
+            self._known[parts] = Paddings(analyse(route_by_blocks(self._program, parts)))
+        return self._known[parts]
 
 
-def _solved_within(space: Space, name: str, request: Request, budget: float, share: float) -> Candidate:
+@dataclass(frozen=True)
+class Search:
+    """Candidates for one program and mesh; of each kind, `auto` makes `most` proposals at most."""
+
+    paddings: PaddingsOf
+    topology: Topology
+    batch_axes: tuple[int, ...]
+    request: Request
+    budget: float
+    progress: Progress = lambda stage: None
+    most: int = len(_HIDDEN_SHARES)
+
+    def candidates(self, name: str) -> list[Candidate]:
+        """Solutions under a strategy, the simplest first.
+
+        A named strategy pads what it wants to split and cannot otherwise. `auto` pads where that is faster, dim by dim.
+
+        Raises:
+            NoFeasiblePlanError: there is none.
+        """
+        paddings = self.paddings.under(name)
+        whole = paddings.whole
+        needed = stored_pads(whole, self.request.stored or {}, self.topology.sizes)
+        wanted = paddings.join(needed, uneven_dims(whole, self.topology.sizes, self.batch_axes, name))
+        if wanted == needed:
+            return self._solved(name, needed)
+        padded = self._tried(name, wanted)
+        if padded:
+            used = paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
+            padded = self._tried(name, used) if used != wanted else padded
+        if not padded or padded[0].padding.pads == needed:
+            return self._solved(name, needed)
+        if name != "auto":
+            return padded if best(padded, self.budget) else self._solved(name, needed)
+        plain = self._tried(name, needed)
+        chosen = best([*plain, *padded], self.budget)
+        for each in sorted(padded[0].padding.pads, key=lambda p: p.size / p.padded):
+            if chosen is not None and each in chosen.padding.pads and each not in needed:
+                fewer = tuple(p for p in chosen.padding.pads if p != each)
+                padded += self._tried(name, fewer, _HIDDEN_SHARES[:1])
+                chosen = best([*plain, *padded], self.budget)
+        return [*plain, *padded]
+
+    def _tried(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+        """Solutions with these dims padded; none where nothing fits, or a pin asks for what only others allow."""
+        try:
+            return self._solved(name, pads, shares)
+        except (NoFeasiblePlanError, ValueError):
+            return []
+
+    def _solved(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+        """Solutions with these dims padded, those that compute the least again first."""
+        request, padding = self.request, self.paddings.under(name).of(pads)
+        self.progress(f"solving {name}" + (f", {len(pads)} dims padded" if pads else ""))
+        modes = _AUTO if request.recompute == "auto" else (request.recompute,)
+        space = search_space(
+            padding.analysis.program,
+            self.topology,
+            self.batch_axes,
+            request.stored,
+            strategy=name,
+            pins=request.pins,
+            recompute=modes[0],
+            analysis=padding.analysis,
+        )
+        shares = shares or _HIDDEN_SHARES[: self.most if name == "auto" else 1]
+        unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
+        for mode in modes:
+            if mode != modes[0]:
+                space = replace(space, recomputed=recomputation(padding.analysis, mode))
+            found = [_solved_within(space, name, request, self.budget, share, padding) for share in shares]
+            for candidate in found:
+                unique.setdefault((mode, candidate.assignment), candidate)
+            if all(candidate.unbound for candidate in found):
+                break
+        return list(unique.values())
+
+
+def _solved_within(
+    space: Space, name: str, request: Request, budget: float, share: float, padding: Padding
+) -> Candidate:
     """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
     schedule finds on top of it, until both agree."""
     spec = OPTIMIZERS[request.optimizer]
@@ -127,7 +200,7 @@ def _solved_within(space: Space, name: str, request: Request, budget: float, sha
             break
         schedule = play(space, assignment, optimizer=spec, accumulate=request.accumulate, compiled=request.compiled)
         over = schedule.peak_memory_bytes - budget
-        last = Candidate(name, space, assignment, solution, schedule, unbound=over <= 0 and math.isinf(limit))
+        last = Candidate(name, space, assignment, solution, schedule, over <= 0 and math.isinf(limit), padding)
         if over <= 0:
             return last
         limit = min(limit, solution.bytes) - over
