@@ -10,7 +10,7 @@ Between these, ranks agree: what one finds wrong, all raise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from autopar.reading import captured_together, gatherer, inputs_read, with_value
 from autopar.stages import Stages
 from autopar.together import Together, together
 from passes.errors import PlanMismatchError
-from passes.inputs import global_inputs
+from passes.inputs import global_inputs, smaller_inputs
 from passes.local import LocalProgram, Storage, bind_groups, groups_used
 from passes.lower import lower
 from passes.program import Program
@@ -73,7 +73,8 @@ def plan_with(
         # Where the model reads values, the plan is for those of rank 0's example; others are planned when they come.
         program = _captured(job, skeleton(model), call)
         described = examples.described(call, inputs_read(program))
-        made = _planned(job, program, hardware, strategy, described, keep_timeline=True)
+        smaller = _smaller(job, model, call)
+        made = _planned(job, program, hardware, strategy, described, smaller=smaller, keep_timeline=True)
         timelines.append(made.timeline)
         return str(made.to_json())
 
@@ -127,7 +128,8 @@ def parallelize_with(
             ours, lambda known: _captured(job, skeleton(model), call, known=known), call, gather
         )
         assert program is not None
-        plan = _shared_plan(job, ours, program, None, "auto", example, None)
+        smaller = _smaller(job, model, call)
+        plan = _shared_plan(job, ours, program, None, "auto", example, None, smaller)
         return _applied(job, model, plan, mesh, program, call, ours)
 
 
@@ -204,13 +206,26 @@ def _captured(
     )  # fmt: skip
 
 
+def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Callable[[int], Program | None]:
+    """Captures the step of a batch that is some times smaller; None where the batch cannot be cut so."""
+
+    def program(divisor: int) -> Program | None:
+        args, kwargs = examples.on_cpu(call)
+        dims = global_inputs(args, kwargs, job.batch_ranks, job.options.batch_dims).batch_dims
+        cut = smaller_inputs(args, kwargs, divisor, dims)
+        return None if cut is None else _captured(job, skeleton(model), cut)
+
+    return program
+
+
 def _planned(
     job: _Job, program: Program, hardware: Any, strategy: str, example: str,
-    stored: Mapping[str, Storage] | None = None, keep_timeline: bool = False,
+    stored: Mapping[str, Storage] | None = None, smaller: Callable[[int], Program | None] | None = None,
+    keep_timeline: bool = False,
 ) -> Any:  # fmt: skip
     plan = job.pipeline.compile_plan(
         program, job.axes, batch_axes=job.batch_axes, hardware=hardware, strategy=strategy, options=job.options,
-        example=example, stored=stored, keep_timeline=keep_timeline, progress=job.stages,
+        example=example, stored=stored, smaller=smaller, keep_timeline=keep_timeline, progress=job.stages,
     )  # fmt: skip
     job.stages.artefact("autopar_plan", plan.to_json, "json")
     return plan
@@ -218,7 +233,7 @@ def _planned(
 
 def _shared_plan(
     job: _Job, ours: Together, program: Program, hardware: Any, strategy: str, example: str,
-    stored: Mapping[str, Storage] | None,
+    stored: Mapping[str, Storage] | None, smaller: Callable[[int], Program | None] | None = None,
 ) -> Any:  # fmt: skip
     """Rank 0's plan on every rank, after checking that all captured one graph."""
     if not ours.same(program.fingerprint):
@@ -226,7 +241,7 @@ def _shared_plan(
             "ranks captured different graphs of the model; give every rank the same model, modes and inputs' shapes "
             "(a branch on an input's values that differ between ranks does this too)"
         )
-    text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, stored).to_json()))
+    text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, stored, smaller).to_json()))
     with ours.agreeing():
         return job.pipeline.load(text)
 

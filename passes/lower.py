@@ -169,8 +169,8 @@ def _laid_out(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
 
 
 def _interpreted(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
-    """`gm` as it is."""
-    return lambda values: gm(*values)
+    """`gm` as it is, op by op; empties the list of its inputs, so that each is freed after its last use."""
+    return lambda values: fx.Interpreter(gm).boxed_run(values)
 
 
 def _compiled(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
