@@ -107,7 +107,7 @@ def compile_plan(
     """
     check_strategy(request.strategy)
     progress("analysing the graph")
-    analysis = analyse(program)
+    analysis = analyse(program, fused=request.compiled)
     budget = request.budget_bytes if request.budget_bytes is not None else int(topology_.device.usable_bytes)
     found: dict[str, list[Candidate]] = {}
     reasons: dict[str, str] = {}
