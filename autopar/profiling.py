@@ -5,7 +5,7 @@ One capture per global micro-batch serves every mesh; one analysis per capture, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,9 @@ from passes.depth import Profile, profile, sample
 from passes.fusion import Fused
 from passes.inputs import global_inputs
 from passes.price import Budgeted, price
+from passes.program import Program
 from passes.recompute import Mode, Recomputation, recomputation
+from passes.routing import has_routed, route_by_blocks, token_parts
 from passes.schedule import play
 from passes.solve import solve
 from passes.space import Space, search_space
@@ -59,21 +61,29 @@ class Profiler:
         self.recomputation = recomputation
         self.progress = progress
         self.shallow: Shallow = shallow(skeleton(model))
-        self._analyses: dict[tuple[int, int, int], Analysis] = {}
+        self._programs: dict[tuple[int, int, int], Program] = {}
+        self._analyses: dict[tuple[int, int], Analysis] = {}
         self._profiles: dict[object, Profile] = {}
 
-    def analysis(self, prefix: int, batch: int, parts: int) -> Analysis:
-        """Of the prefix of the model fed `batch` samples, cut into `parts` along the sequence."""
+    def program(self, prefix: int, batch: int, parts: int) -> Program:
+        """The prefix of the model fed `batch` samples, cut into `parts` along the sequence."""
         key = (prefix, batch, parts)
-        if key not in self._analyses:
+        if key not in self._programs:
             model = self.shallow.prefixes[prefix].model
             self.progress(f"capturing {self.shallow.prefixes[prefix].layers} layers, batch {batch}")
             args, kwargs = examples.on_cpu(examples.call_of(model, self.inputs(parts)))
             whole = global_inputs(args, kwargs, batch)
-            program = planning.captured(
+            self._programs[key] = planning.captured(
                 model, whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size
             )
-            self._analyses[key] = analyse(program, fused=self.fused)
+        return self._programs[key]
+
+    def analysis(self, program: Program, strategy: str, sizes: Sequence[int], batch_axes: Sequence[int]) -> Analysis:
+        """Of a program of `program`, under a strategy: routed experts depend on how many parts the tokens have."""
+        parts = token_parts(program, strategy, sizes, batch_axes) if has_routed(program) else 1
+        key = (id(program), parts)
+        if key not in self._analyses:
+            self._analyses[key] = analyse(route_by_blocks(program, parts), fused=self.fused)
         return self._analyses[key]
 
     def profile(self, setup: Setup, *, replica: bool) -> Profile:
@@ -100,7 +110,7 @@ class Profiler:
         mesh = topology(hardware, axes)
         batch_axes = tuple(i for i, name in enumerate(axes) if name.startswith("dp"))
         strategy = "megatron" if axes.get("tp", 1) > 1 else "ddp" if whole else "fsdp"
-        analysis = self.analysis(prefix, batch, parts)
+        analysis = self.analysis(self.program(prefix, batch, parts), strategy, mesh.sizes, batch_axes)
         space = search_space(analysis.program, mesh, batch_axes, strategy=strategy, analysis=analysis)
         if "dp_replicate" in axes:
             space = _replicating(space, analysis, strategy)

@@ -50,6 +50,8 @@ class Footprint:
     by_kind: dict[str, int]
     top: tuple[TopTensor, ...]
     timeline: tuple[tuple[float, int], ...]
+    buffers: tuple[Buffer, ...] = ()
+    """Every tensor with its birth and death, where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def footprint(
     *,
     accumulate: int = 1,
     fused: bool = True,
+    keep_buffers: bool = False,
 ) -> Footprint:
     """Memory of one rank while a step runs at `times`; `fused`: compiled, so that pointwise chains write their ends."""
     buffers = _at_rest(space, assignment, words, spec, accumulate, times.end_s)
@@ -88,6 +91,7 @@ def footprint(
         dict(sorted(top.by_kind.items(), key=lambda item: -item[1])),
         tuple(TopTensor(name, kind, sum(sizes), len(sizes)) for (name, kind), sizes in largest[:12]),
         tuple(timeline(buffers, granularity)),
+        tuple(buffers) if keep_buffers else (),
     )
 
 

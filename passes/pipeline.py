@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from costmodel.hardware import Hardware, Topology, hardware, topology
-from costmodel.layout import Layout
-from costmodel.memory import OPTIMIZERS
+from costmodel.memory import ALLOCATION_BYTES, OPTIMIZERS
 from passes.analysis import Analysis, analyse
 from passes.errors import NoFeasiblePlanError
+from passes.fusion import Fused
 from passes.local import LocalProgram, Storage
 from passes.masks import use_causal_flag
 from passes.named import STRATEGIES, check_strategy
@@ -27,9 +27,11 @@ from passes.program import Program
 from passes.randomness import own_randomness
 from passes.recompute import Mode, recomputation
 from passes.rewrite import rewrite
+from passes.routing import has_routed, one_form, route_by_blocks, token_parts
 from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
-from passes.space import Space, search_space
+from passes.space import Pin, Space, search_space
+from passes.timeline import Timeline, timeline_of
 from passes.weights import prepare_again
 
 _TIE = 1e-3
@@ -48,7 +50,7 @@ Progress = Callable[[str], None]
 
 def prepare(program: Program) -> Program:
     """What is done to a captured program before it is planned."""
-    return prepare_again(own_randomness(use_causal_flag(program)))
+    return prepare_again(one_form(own_randomness(use_causal_flag(program))))
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Request:
     accumulate: int = 1
     recompute: Mode | Literal["auto"] = "auto"
     compiled: bool = True
-    pins: Mapping[str, Layout] = field(default_factory=dict)
+    pins: Mapping[str, Pin] = field(default_factory=dict)
     stored: Mapping[str, Storage] | None = None
 
 
@@ -96,10 +98,11 @@ def compile_plan(
     options: Mapping[str, Any] | None = None,
     example: str = "",
     progress: Progress = lambda stage: None,
+    keep_timeline: bool = False,
 ) -> Plan:
     """The best plan found for `program` (as `prepare` left it).
 
-    `options` and `example` are kept in the plan as they are.
+    `options` and `example` are kept in the plan as they are. `keep_timeline`: the plan has its step's timeline.
 
     Raises:
         NoFeasiblePlanError: nothing fits; says by how much, what is largest, and the nearest change that would fit.
@@ -107,7 +110,7 @@ def compile_plan(
     """
     check_strategy(request.strategy)
     progress("analysing the graph")
-    analysis = analyse(program, fused=request.compiled)
+    analyses = Analyses(program, topology_, batch_axes, fused=request.compiled)
     budget = request.budget_bytes if request.budget_bytes is not None else int(topology_.device.usable_bytes)
     found: dict[str, list[Candidate]] = {}
     reasons: dict[str, str] = {}
@@ -115,7 +118,7 @@ def compile_plan(
     for name in names:
         progress(f"solving {name}")
         try:
-            found[name] = _candidates(analysis, topology_, batch_axes, request, name, budget)
+            found[name] = _candidates(analyses.under(name), topology_, batch_axes, request, name, budget)
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
     asked = _SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
@@ -129,21 +132,31 @@ def compile_plan(
         chosen.solution.bound_s,
         f"of the summed costs under {chosen.strategy!r}; the schedule chose among {len(competing)} solutions",
     )
-    return make_plan(
+    plan = make_plan(
         chosen.space,
         chosen.assignment,
         chosen.schedule,
         bound=bound,
         baselines={name: b for name, b in baselines.items() if b is not None},
         budget_bytes=budget,
-        notes=program.notes,
+        notes=chosen.space.program.notes,
         strategy=chosen.strategy,
         options=dict(options or {}),
         example=example,
     )
+    return replace(plan, timeline=_timeline(chosen, request)) if keep_timeline else plan
 
 
-def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Layout]) -> LocalProgram:
+def _timeline(chosen: Candidate, request: Request) -> Timeline:
+    """The chosen step, played once more with everything that happens in it kept."""
+    schedule = play(
+        chosen.space, chosen.assignment, optimizer=request.optimizer, accumulate=request.accumulate, events=True,
+        compiled=request.compiled,
+    )  # fmt: skip
+    return timeline_of(schedule, 1 if chosen.space.topology.hardware.shared_host else ALLOCATION_BYTES)
+
+
+def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Pin]) -> LocalProgram:
     """One rank's program under `plan`, which was made with `pins`.
 
     Raises:
@@ -151,8 +164,29 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
     """
     names = [axis.name for axis in topology_.axes]
     batch_axes = [names.index(name) for name in plan.batch_axes]
-    space = search_space(program, topology_, batch_axes, strategy=plan.strategy, pins=pins, recompute=plan.recompute)
+    routed = route_by_blocks(program, token_parts(program, plan.strategy, topology_.sizes, batch_axes))
+    space = search_space(routed, topology_, batch_axes, strategy=plan.strategy, pins=pins, recompute=plan.recompute)
     return rewrite(space, assignment_of(plan, space))
+
+
+class Analyses:
+    """The program's analysis under each strategy: routed experts depend on how many parts the tokens have."""
+
+    def __init__(
+        self, program: Program, topology_: Topology, batch_axes: Sequence[int], *, fused: Fused = True
+    ) -> None:
+        self._program, self._sizes, self._batch_axes = program, topology_.sizes, batch_axes
+        self._fused = fused
+        self._known: dict[int, Analysis] = {}
+
+    def under(self, strategy: str) -> Analysis:
+        """The analysis that plans under `strategy` are made from."""
+        parts = token_parts(self._program, strategy, self._sizes, self._batch_axes)
+        if not has_routed(self._program):
+            parts = 1
+        if parts not in self._known:
+            self._known[parts] = analyse(route_by_blocks(self._program, parts), fused=self._fused)
+        return self._known[parts]
 
 
 def _candidates(

@@ -138,7 +138,7 @@ def _decided(plan: Plan, width: int) -> list[str]:
     for placed in plan.parameters.values():
         dims = f"[{', '.join(placed.dims)}]"
         rows.append(
-            [placed.names.replace(".weight", ""), dims, f"{placed.at_rest} -> {placed.in_compute}", gib(placed.bytes)]
+            [placed.names.replace(".weight", ""), dims, f"{placed}{', pinned' * placed.pinned}", gib(placed.bytes)]
         )
     lines.append("")
     lines += _table(rows, ["parameter", "dims", "at rest -> compute", "per rank"], width, shrink=0, right=[3])

@@ -81,6 +81,11 @@ class Event:
     end_s: float
     name: str
     kind: str
+    phase: str = "forward"
+    module: str = ""
+    source: str = ""
+    bytes: int = 0
+    """Of a collective: the full buffer on one rank."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,9 @@ def play(
         exposed[each.group] += each.exposed_s
         hidden[each.group] += each.hidden_s
     times = Times(player.op_start_s, player.steps_of(), player.forward_end_s, player.now_s)
-    memory = footprint(space, assignment, found, times, words, spec, accumulate=accumulate, fused=compiled)
+    memory = footprint(
+        space, assignment, found, times, words, spec, accumulate=accumulate, fused=compiled, keep_buffers=events
+    )
     busy = {"compute": player.compute_s + player.contention_s}
     busy |= {axis.name: busy_s for axis, busy_s in zip(space.topology.axes, player.busy_s, strict=True)}
     return Schedule(
@@ -304,8 +311,7 @@ class _Player:
             if seconds:
                 self._compute(seconds, cost.kind)
                 if self.keep_events:
-                    name = f"{item.node.meta.get('module', '')}: {op_text(item.node.target)}"
-                    self.events.append(Event("compute", self.op_start_s[index], self.now_s, name, cost.kind))
+                    self._note(item.node, self.op_start_s[index], cost.kind)
         for move in self.issue[len(items)]:
             self._send(move)
         for slot in [slot for slot, _, _ in found.leaving if slot in self.brought]:
@@ -325,6 +331,13 @@ class _Player:
                 if not found or found[-1][:2] != here:
                     found.append((*here, self.op_start_s[index]))
         return tuple(found)
+
+    def _note(self, node: fx.Node, start_s: float, kind: str) -> None:
+        """Keep that an op ran from `start_s` to now."""
+        module, source = node.meta.get("module", ""), node.meta.get("source", "")
+        name = f"{module}: {op_text(node.target)}" if module else op_text(node.target)
+        phase = node.meta.get("phase", "forward")
+        self.events.append(Event("compute", start_s, self.now_s, name, kind, phase, module, source))
 
     def steps_of(self) -> dict[int, list[tuple[Step, float, float]]]:
         """(step, start, end) of the steps of each move, by item."""
@@ -415,7 +428,9 @@ class _Player:
             start_s = self.now_s
             self._compute(slices_s, "other")
             if self.keep_events:
-                self.events.append(Event("compute", start_s, self.now_s, "local work on what was brought", "other"))
+                phase = "backward" if self.forward_end_s else "forward"
+                what = "local work on what was brought"
+                self.events.append(Event("compute", start_s, self.now_s, what, "other", phase))
         self.brought[slot] = (0.0, None, 0.0)
 
     def _wait(self, until_s: float, collective: int | None) -> None:
@@ -497,5 +512,8 @@ def _ledger(player: _Player, words: Words) -> tuple[Collective, ...]:
                 )
             )
             if player.keep_events:
-                player.events += [Event(axis, played.start_s, played.end_s, reason, kind) for axis in axes]
+                player.events += [
+                    Event(axis, played.start_s, played.end_s, reason, kind, item.phase, module, source, step.full_bytes)
+                    for axis in axes
+                ]
     return tuple(found)
