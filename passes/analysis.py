@@ -16,6 +16,7 @@ from torch import fx
 from passes.dims import ExpandedOp, Unified, Value, expand, expanded_shape, is_getitem, outputs_of, unified, value_of
 from passes.discover import discover, form_of_rule
 from passes.errors import UnsupportedOpError
+from passes.fusion import Fused, Traffic, traffic
 from passes.layers import Folding, fold
 from passes.program import Input, Output, Program
 from passes.rules.call import Call, call_of, facts_of, is_tensor, operand_nodes
@@ -40,6 +41,8 @@ class Place:
     itemsize: int = 4
     given: Input | None = None
     out: Output | None = None
+    traffic: Traffic | None = None
+    """Of a pointwise op, copy or reduction: what of its tensors moves."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,11 @@ def _plain_form(node: fx.Node) -> Form:
     return build.form([], [build.dims(facts.shape)] if facts else [])
 
 
-def analyse(program: Program, known: Mapping[str, str] | None = None) -> Analysis:
+def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: Fused = True) -> Analysis:
     """Fold the program, unify its dims and find who reads what.
 
-    `known`: rules of calls that no table knows, found before (by the rank that planned).
+    `known`: rules of calls that no table knows, found before (by the rank that planned). `fused`: pointwise chains run
+    as one kernel.
     """
     folding = fold(program)
     found: dict[str, str] = {}
@@ -144,10 +148,12 @@ def analyse(program: Program, known: Mapping[str, str] | None = None) -> Analysi
     ops = expand(atoms)
     inputs = dict(zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     places: list[Place] = []
-    for members, made, op in zip(folding.members, calls, ops, strict=True):
+    moved = traffic(program.graph.graph, folding, calls, fused)
+    for members, made, op, moves in zip(folding.members, calls, ops, moved, strict=True):
         node, count = members[0], len(members)
         if made is not None:
-            places.append(Place("op", str(made.target), count, made, op, node.meta.get("phase", "forward")))
+            phase = node.meta.get("phase", "forward")
+            places.append(Place("op", str(made.target), count, made, op, phase, traffic=moves))
             continue
         given = inputs.get(node)
         facts = facts_of(node.meta.get("val"))

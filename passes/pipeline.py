@@ -72,7 +72,7 @@ def compile_plan(
     """
     check_strategy(request.strategy)
     progress("analysing the graph")
-    paddings = PaddingsOf(program, topology_.sizes, tuple(batch_axes))
+    paddings = PaddingsOf(program, topology_.sizes, tuple(batch_axes), fused=request.compiled)
     budget = request.budget_on(topology_)
     search = Search(paddings, topology_, tuple(batch_axes), request, budget, progress)
     found: dict[str, list[Candidate]] = {}

@@ -12,6 +12,7 @@ from costmodel.hardware import Topology
 from costmodel.memory import OPTIMIZERS
 from passes.analysis import analyse
 from passes.errors import NoFeasiblePlanError
+from passes.fusion import Fused
 from passes.local import Storage
 from passes.pad import Pad
 from passes.plan import without
@@ -82,7 +83,7 @@ class Candidate:
 class PaddingsOf:
     """The program's paddings under each strategy: routed experts depend on how many parts the tokens have.
 
-    `rules`: those of calls that no table knows, where they have been found (`Plan.rules`).
+    `rules`: those of calls that no table knows, where they have been found (`Plan.rules`). `fused`: as in `analyse`.
     """
 
     def __init__(
@@ -91,8 +92,11 @@ class PaddingsOf:
         sizes: Sequence[int],
         batch_axes: tuple[int, ...],
         rules: Mapping[str, str] | None = None,
+        *,
+        fused: Fused = True,
     ) -> None:
-        self._program, self._sizes, self._batch_axes, self._rules = program, sizes, batch_axes, rules
+        self._program, self._sizes, self._batch_axes = program, sizes, batch_axes
+        self._rules, self._fused = rules, fused
         self._routed = has_routed(program)
         self._known: dict[int, Paddings] = {}
 
@@ -103,7 +107,7 @@ class PaddingsOf:
 
     def on(self, sizes: Sequence[int], batch_axes: tuple[int, ...]) -> PaddingsOf:
         """The same program's on another mesh; what is analysed already is not analysed again."""
-        other = PaddingsOf(self._program, sizes, batch_axes, self._rules)
+        other = PaddingsOf(self._program, sizes, batch_axes, self._rules, fused=self._fused)
         other._known = self._known
         return other
 
@@ -111,8 +115,8 @@ class PaddingsOf:
         """The paddings that plans under `strategy` are made from."""
         parts = token_parts(self._program, strategy, self._sizes, self._batch_axes) if self._routed else 1
         if parts not in self._known:
-            whole = analyse(route_by_blocks(self._program, parts), self._rules)
-            self._known[parts] = Paddings(whole, self._rules)
+            whole = analyse(route_by_blocks(self._program, parts), self._rules, fused=self._fused)
+            self._known[parts] = Paddings(whole, self._rules, self._fused)
         return self._known[parts]
 
 

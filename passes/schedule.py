@@ -111,6 +111,10 @@ class Schedule:
     peak_moment: str
     memory: Footprint
     events: tuple[Event, ...] = ()
+    forward_s: float = 0.0
+    """Of `micro_batch_s`, until backward begins."""
+    layers: tuple[tuple[str, str, float], ...] = ()
+    """(phase, layer, start) whenever compute enters another layer; "" is what no repeated layer is part of."""
 
     @property
     def exposed_total_s(self) -> float:
@@ -170,6 +174,8 @@ def play(
         peak_moment=player.moment_text(memory.moment_s),
         memory=memory,
         events=tuple(player.events),
+        forward_s=player.forward_end_s,
+        layers=player.layers(),
     )
 
 
@@ -315,6 +321,16 @@ class _Player:
         self.op_start_s[len(items)] = self.now_s
         if forward:
             self.forward_end_s = self.now_s
+
+    def layers(self) -> tuple[tuple[str, str, float], ...]:
+        """When compute enters another layer."""
+        found: list[tuple[str, str, float]] = []
+        for index, item in enumerate(self.tracks.items):
+            if isinstance(item, Run) and self.tracks.costs[item.site].seconds:
+                here = item.phase, self.words.layer(item.node.meta.get("module", ""))
+                if not found or found[-1][:2] != here:
+                    found.append((*here, self.op_start_s[index]))
+        return tuple(found)
 
     def _note(self, item: Run, start_s: float, kind: str) -> None:
         """Keep that an op ran from `start_s` to now."""

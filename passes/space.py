@@ -10,6 +10,7 @@ from costmodel.hardware import Topology
 from costmodel.layout import Layout, Partial, Replicate, Shard, layout_text
 from passes.analysis import Analysis, Place, Port, SiteKind, Wire, analyse
 from passes.dims import ExpandedOp, Value
+from passes.fusion import Traffic
 from passes.layers import Folding
 from passes.local import DimShard, Storage
 from passes.named import axis_choices, stored_choices
@@ -41,6 +42,7 @@ class Site:
     """Of a stored, given or returned tensor: per dim, the sizes of its atoms."""
     itemsize: int = 4
     given: Input | None = None
+    traffic: Traffic | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def search_space(
                 place.dims,
                 place.itemsize,
                 place.given,
+                place.traffic,
             )
         )
     for index, (pattern, _) in pinned.items():

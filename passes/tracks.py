@@ -174,7 +174,7 @@ def op_cost(space: Space, site_index: int, option: Option) -> OpCost:
     call = site.call
     assert call is not None
     operands, results = option_local_shapes(site, option, space.topology.sizes)
-    work = work_of(call, operands, results)
+    work = work_of(call, operands, results, site.traffic)
     seconds = op_s(work, space.topology.device)
     kind: Literal["matmul", "attention", "other"] = "other"
     if work.kind == "matmul":

@@ -67,6 +67,10 @@ class Words:
             self._instances[module] = ".".join(module.split(".")[:depth])
         return self._instances[module]
 
+    def layer(self, module: str) -> str:
+        """The repeated layer that a module is part of; "" where there is none."""
+        return self.instance(module) if "*" in self.pattern(module) else ""
+
     def dims(self, value: Value) -> tuple[str, ...]:
         """A word per expanded dim of a value: `batch`, `sequence`, `heads`; its size where there is no word."""
         place = self.space.analysis.places[value.op]
