@@ -20,7 +20,7 @@ from costmodel.hardware import Topology
 from costmodel.layout import Layout, local_shape
 from costmodel.reshard import Step
 from costmodel.state import chunks
-from passes.local import WAIT
+from passes.local import TOGETHER, WAIT
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -160,15 +160,49 @@ def emit_steps(
     for step in steps:
         if step.ranks == 1:
             continue
-        if step.kind == "state_gather":
-            x = _state_gather(emit, x, step, rows)
-        elif step.kind == "state_scatter":
-            x = _state_scatter(emit, x, step)
-        elif step.kind == "state_slice":
-            x = _state_slice(emit, x, step)
+        if step.kind in ("state_gather", "state_scatter", "state_slice"):
+            (x,) = emit_together(emit, [x], [[step]], [rows])
         else:
             x = _expanded_step(emit, x, step, dims)
     return x
+
+
+def emit_together(
+    emit: Emitter, xs: Sequence[fx.Node], paths: Sequence[Sequence[Step]], rows: Sequence[int]
+) -> list[fx.Node]:
+    """Bring parts through steps that are alike but for sizes, each collective one for all of them.
+
+    `rows`: of each, dim 0 of the part that is computed with.
+    """
+    parts = list(xs)
+    for steps in zip(*paths, strict=True):
+        first = steps[0]
+        if first.ranks == 1:
+            continue
+        ranks, name = emit.group(first.axes)
+        if first.kind == "state_slice":
+            parts = [_state_slice(emit, x, step) for x, step in zip(parts, steps, strict=True)]
+        elif first.kind == "state_gather":
+            gathered = _collected(emit, c10d.all_gather_into_tensor.default, parts, ranks, name)
+            parts = [_unpadded(emit, x, first, own) for x, own in zip(gathered, rows, strict=True)]
+        elif first.kind == "state_scatter":
+            padded = [_padded(emit, x, first.axes) for x in parts]
+            parts = _collected(emit, c10d.reduce_scatter_tensor.default, padded, first.op, ranks, name)
+        elif first.kind == "all_reduce":
+            parts = _collected(emit, c10d.all_reduce.default, parts, first.op, name)
+        else:
+            raise AssertionError(first)
+    return parts
+
+
+def _collected(emit: Emitter, collective: Any, xs: Sequence[fx.Node], *rest: Any) -> list[fx.Node]:
+    """The results of one collective over `xs`."""
+    xs = [emit.contiguous(x) for x in xs]
+    if len(xs) == 1:
+        return [emit.wait(emit.call(collective, xs[0], *rest))]
+    made = emit.call(TOGETHER[collective], list(xs), *rest)
+    items = [emit.call(operator.getitem, made, index) for index in range(len(xs))]
+    return [emit.wait(item) for item in items]
 
 
 def _merged(dims: Sequence[Sequence[int]], expanded: Sequence[int]) -> tuple[int, ...]:
@@ -256,9 +290,8 @@ def _runs(emit: Emitter, rows: int, axes: Sequence[int]) -> list[tuple[int, int]
     return runs
 
 
-def _state_gather(emit: Emitter, x: fx.Node, step: Step, rows: int) -> fx.Node:
-    ranks, name = emit.group(step.axes)
-    x = emit.wait(emit.call(c10d.all_gather_into_tensor.default, emit.contiguous(x), ranks, name))
+def _unpadded(emit: Emitter, x: fx.Node, step: Step, rows: int) -> fx.Node:
+    """What a gather of padded chunks brought, without the padding."""
     kept, start = [], 0
     for real, padding in _runs(emit, rows, step.axes):
         if real:
@@ -283,12 +316,6 @@ def _padded(emit: Emitter, x: fx.Node, axes: Sequence[int]) -> fx.Node:
         pieces.append(emit.call(aten.constant_pad_nd.default, piece, pads, 0) if padding else piece)
         start += real
     return emit.call(aten.cat.default, pieces)
-
-
-def _state_scatter(emit: Emitter, x: fx.Node, step: Step) -> fx.Node:
-    ranks, name = emit.group(step.axes)
-    x = emit.contiguous(_padded(emit, x, step.axes))
-    return emit.wait(emit.call(c10d.reduce_scatter_tensor.default, x, step.op, ranks, name))
 
 
 def _state_slice(emit: Emitter, x: fx.Node, step: Step) -> fx.Node:
