@@ -22,8 +22,8 @@ from passes.moves import Move, Run
 from passes.program import Program
 from passes.strategies import StoredOption
 
-TOGETHER = ("state_gather", "state_scatter", "all_reduce", "state_slice")
-"""Steps that a bucket can do for all its tensors at once (the last is local)."""
+TOGETHER = ("state_gather", "state_scatter", "all_reduce", "state_slice", "state_pad", "state_cut")
+"""Steps that a bucket can do for all its tensors at once (the last three are local)."""
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def _labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
     for item in items:
         node = item.node if isinstance(item, Run) else item.reader or item.value
         name = node.meta.get("module", "")
-        phase = item.phase if isinstance(item, Move) else node.meta.get("phase", "forward")
+        phase = item.phase
         parts = pattern(name).split(".")
         if "*" in parts:
             layer = ".".join(name.split(".")[: parts.index("*") + 1])
@@ -99,7 +99,7 @@ def _home(item: Run | Move, home: Mapping[fx.Node, object], label: object) -> ob
 
 def _is_gather(move: Move) -> bool:
     stored = isinstance(move.source, StoredOption) and move.reader is not None
-    return stored and [step.kind for step in move.steps] == ["state_gather"]
+    return stored and [step.kind for step in move.steps if step.is_collective] == ["state_gather"]
 
 
 class Gradients:

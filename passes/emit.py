@@ -20,7 +20,7 @@ from costmodel.hardware import Topology
 from costmodel.layout import Layout, local_shape
 from costmodel.reshard import Step
 from costmodel.state import chunks
-from passes.local import TOGETHER, WAIT
+from passes.local import TOGETHER, WAIT, Storage
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -151,47 +151,61 @@ def emit_steps(
     x: fx.Node,
     steps: Sequence[Step],
     dims: Sequence[Sequence[int]],
-    rows: int,
+    storage: Storage | None = None,
+    padding: Sequence[int] = (),
 ) -> fx.Node:
     """Bring `x`, the part of a tensor whose dims consist of atoms of sizes `dims`, through `steps`.
 
-    `rows` is dim 0 of the part that is computed with, for a step that gathers stored chunks.
+    `storage` and `padding` are those of the `StoredOption` that the steps come from or go to, if any.
     """
     for step in steps:
         if step.ranks == 1:
             continue
-        if step.kind in ("state_gather", "state_scatter", "state_slice"):
-            (x,) = emit_together(emit, [x], [[step]], [rows])
+        if step.kind.startswith("state_"):
+            (x,) = emit_together(emit, [x], [[step]], [(storage, padding)])
         else:
             x = _expanded_step(emit, x, step, dims)
     return x
 
 
 def emit_together(
-    emit: Emitter, xs: Sequence[fx.Node], paths: Sequence[Sequence[Step]], rows: Sequence[int]
+    emit: Emitter,
+    xs: Sequence[fx.Node],
+    paths: Sequence[Sequence[Step]],
+    stored: Sequence[tuple[Storage | None, Sequence[int]]],
 ) -> list[fx.Node]:
     """Bring parts through steps that are alike but for sizes, each collective one for all of them.
 
-    `rows`: of each, dim 0 of the part that is computed with.
+    `stored`: of each, storage and padding of the `StoredOption` that it comes from or goes to, if any.
     """
     parts = list(xs)
+    dims = [storage.state_dim if storage is not None else 0 for storage, _ in stored]
     for steps in zip(*paths, strict=True):
         first = steps[0]
+        if first.kind in _PADDING:
+            parts = [_PADDING[first.kind](emit, x, padding) for x, (_, padding) in zip(parts, stored, strict=True)]
+            continue
         if first.ranks == 1:
             continue
         ranks, name = emit.group(first.axes)
+        if first.kind == "all_reduce":
+            parts = _collected(emit, c10d.all_reduce.default, parts, first.op, name)
+            continue
+        parts = [_moved(emit, x, dim, 0) for x, dim in zip(parts, dims, strict=True)]
         if first.kind == "state_slice":
             parts = [_state_slice(emit, x, step) for x, step in zip(parts, steps, strict=True)]
         elif first.kind == "state_gather":
-            gathered = _collected(emit, c10d.all_gather_into_tensor.default, parts, ranks, name)
-            parts = [_unpadded(emit, x, first, own) for x, own in zip(gathered, rows, strict=True)]
+            parts = _collected(emit, c10d.all_gather_into_tensor.default, parts, ranks, name)
+            for index, (storage, _) in enumerate(stored):
+                assert storage is not None
+                rows = storage.computed_shape(emit.topology.sizes)[dims[index]]
+                parts[index] = _unpadded(emit, parts[index], first, rows)
         elif first.kind == "state_scatter":
             padded = [_padded(emit, x, first.axes) for x in parts]
             parts = _collected(emit, c10d.reduce_scatter_tensor.default, padded, first.op, ranks, name)
-        elif first.kind == "all_reduce":
-            parts = _collected(emit, c10d.all_reduce.default, parts, first.op, name)
         else:
             raise AssertionError(first)
+        parts = [_moved(emit, x, 0, dim) for x, dim in zip(parts, dims, strict=True)]
     return parts
 
 
@@ -203,6 +217,25 @@ def _collected(emit: Emitter, collective: Any, xs: Sequence[fx.Node], *rest: Any
     made = emit.call(TOGETHER[collective], list(xs), *rest)
     items = [emit.call(operator.getitem, made, index) for index in range(len(xs))]
     return [emit.wait(item) for item in items]
+
+
+def _with_padding(emit: Emitter, x: fx.Node, padding: Sequence[int]) -> fx.Node:
+    zeros = [n for each in reversed(padding) for n in (0, each)]
+    return emit.call(aten.constant_pad_nd.default, x, zeros, 0)
+
+
+def _without_padding(emit: Emitter, x: fx.Node, padding: Sequence[int]) -> fx.Node:
+    for dim, each in enumerate(padding):
+        x = emit.call(aten.slice.Tensor, x, dim, 0, emit.shape(x)[dim] - each) if each else x
+    return emit.contiguous(x)
+
+
+_PADDING = {"state_pad": _with_padding, "state_cut": _without_padding}
+
+
+def _moved(emit: Emitter, x: fx.Node, source: int, target: int) -> fx.Node:
+    """Dim `source` moved to place `target`, in row-major memory: chunks of another dim than 0 are moved as rows."""
+    return emit.contiguous(emit.move_dim(x, source, target)) if source != target else x
 
 
 def _merged(dims: Sequence[Sequence[int]], expanded: Sequence[int]) -> tuple[int, ...]:

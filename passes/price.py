@@ -16,10 +16,11 @@ import torch
 from costmodel.compute import op_s
 from costmodel.layout import Layout, Partial, Replicate, local_shape
 from costmodel.reshard import Step, reshard_s, steps
-from costmodel.state import state_gather, state_scatter
+from costmodel.state import state_gather, state_pad, state_scatter
 from passes.dims import Value, expanded_shape
 from passes.errors import NoFeasiblePlanError
 from passes.problem import Flow, Hold, Problem, Reader
+from passes.recompute import is_cheap_op
 from passes.space import Port, Site, Space, Wire
 from passes.strategies import Option, StoredOption
 from passes.work import VIEWS, work_of
@@ -61,10 +62,16 @@ def storage_steps(
     """Steps from a value's layout to a reader's; `source` where it is a stored tensor, gathered first."""
     shape, itemsize = space.shape_of(value), space.itemsize_of(value)
     path = steps(shape, itemsize, given, target, space.topology)
-    if path is None or source is None or not source.storage.state_axes:
+    if path is None or source is None:
         return path
-    local = source.storage.computed_shape(space.topology.sizes)
-    return (state_gather(local, itemsize, source.storage.state_axes, given, space.topology), *path)
+    storage, first = source.storage, []
+    local = storage.computed_shape(space.topology.sizes)
+    if storage.state_axes:
+        first.append(state_gather(local, itemsize, storage.state_axes, given, space.topology, storage.state_dim))
+    if source.padding:
+        larger = tuple(n + zeros for n, zeros in zip(local, source.padding, strict=True))
+        first.append(state_pad(larger, itemsize, given, space.topology))
+    return (*first, *path)
 
 
 def gradient_steps(space: Space, value: Value, given: Layout, target: StoredOption) -> tuple[Step, ...] | None:
@@ -77,6 +84,8 @@ def gradient_steps(space: Space, value: Value, given: Layout, target: StoredOpti
         target.layout,
         target.storage.state_axes,
         space.topology,
+        target.storage.state_dim,
+        padded=bool(target.padding),
     )
 
 
@@ -115,6 +124,7 @@ def price(
     groups, table = _merge(space)
     where = {site: (v, k) for v, group in enumerate(groups) for k, site in enumerate(group)}
     seconds, sizes = [], []
+    twice = {i for i in space.recomputed.again if not is_cheap_op(space.sites[i].call.target)}  # type: ignore[union-attr]
     op_cost: dict[tuple[int, int], float] = {}
     shared: dict[tuple[int, int], float] = {}
 
@@ -128,7 +138,8 @@ def price(
                 op_cost[key] = shared[alike]
             else:
                 op_cost[key] = shared[alike] = _option_s(space, site, option, optimizer)
-        return op_cost[key] * space.sites[site_index].count
+        site = space.sites[site_index]
+        return op_cost[key] * site.count * (2 if site_index in twice else 1)
 
     for group, rows in zip(groups, table, strict=True):
         seconds.append(tuple(sum(site_s(s, o) for s, o in zip(group, row, strict=True)) for row in rows))
@@ -139,13 +150,10 @@ def price(
             )
         )
     flows, holds = [], []
-    held = held_values(space)
     for wire in space.wires:
         flows += _flows(space, wire, where, table, state_share)
-        if wire.value in held:
-            hold = _hold(space, wire, where, table)
-            if hold is not None:
-                holds.append(hold)
+        if (hold := _hold(space, wire, where, table)) is not None:
+            holds.append(hold)
     problem = Problem(tuple(seconds), tuple(sizes), tuple(flows), tuple(holds), budget_bytes)
     return Priced(problem, groups, table)
 
@@ -269,8 +277,8 @@ def given_state(site: Site, option: Option | StoredOption, result: int) -> Layou
 
 
 def stored_state(option: StoredOption) -> Layout | StoredOption:
-    """The layout of a stored tensor; the option itself where it has to be gathered first."""
-    return option if option.storage.state_axes else option.layout
+    """The layout of a stored tensor; the option itself where it has to be gathered or padded first."""
+    return option if option.storage.state_axes or option.padding else option.layout
 
 
 def _flows(
@@ -285,7 +293,8 @@ def _flows(
     phases = ("forward", "backward") if stored else ("",)
     flows = []
     for phase in phases:
-        ports = [port for port in wire.ports if not phase or port.phase == phase]
+        again = space.recomputed.again if phase == "backward" else frozenset()
+        ports = [port for port in wire.ports if not phase or port.phase == phase or port.site in again]
         if ports:
             flow = _flow(space, wire, ports, where, table, state_share)
             if flow is not None:
@@ -343,58 +352,30 @@ def _conversion_s(
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def held_values(space: Space) -> frozenset[Value]:
-    """Forward values that stay in memory for backward.
-
-    A value that backward reads is kept, unless it is computed again cheaply (pointwise, a view) from values that are
-    kept anyway.
-    """
-    read_backward = {
-        wire.value
-        for wire in space.wires
-        if _is_forward_value(space, wire.value) and any(port.phase == "backward" for port in wire.ports)
-    }
-    sources: dict[int, list[Value]] = defaultdict(list)
-    for wire in space.wires:
-        for port in wire.ports:
-            sources[port.site].append(wire.value)
-    held: set[Value] = set()
-    available: set[int] = {i for i, site in enumerate(space.sites) if site.kind in ("stored", "given")}
-    for index, site in enumerate(space.sites):
-        if site.kind != "op" or site.phase != "forward":
-            continue
-        assert site.call is not None
-        cheap = site.call.target in VIEWS or torch.Tag.pointwise in getattr(site.call.target, "tags", ())
-        if cheap and all(value.op in available for value in sources[index]):
-            available.add(index)
-            continue
-        for result in range(len(site.call.results)):
-            if Value(index, result) in read_backward:
-                held.add(Value(index, result))
-                available.add(index)
-    return frozenset(held)
-
-
-def _is_forward_value(space: Space, value: Value) -> bool:
-    site = space.sites[value.op]
-    return site.kind == "op" and site.phase == "forward"
-
-
 def _hold(
     space: Space,
     wire: Wire,
     where: Mapping[int, tuple[int, int]],
     table: Sequence[Sequence[tuple[int, ...]]],
 ) -> Hold | None:
+    """What backward keeps of a forward value, in each layout it reads it in; what is computed again only as moved."""
+    made = space.sites[wire.value.op]
+    if made.kind != "op" or made.phase != "forward":
+        return None
     states = _States()
     readers = []
+    again = space.recomputed.again
     for port in wire.ports:
-        if port.phase != "backward":
-            continue
-        variable, k = where[port.site]
-        readers.append(Reader(variable, tuple(states(_asked(space, port, row[k])) for row in table[variable])))
+        if port.phase == "backward" or port.site in again:
+            variable, k = where[port.site]
+            readers.append(Reader(variable, tuple(states(_asked(space, port, row[k])) for row in table[variable])))
     if not readers:
         return None
+    given = None
+    if wire.value not in space.recomputed.held and wire.value.op in again:
+        variable, k = where[wire.value.op]
+        found = tuple(states.index.get(_given(space, wire.value, row[k]), -1) for row in table[variable])
+        given = Reader(variable, found)
     shape, itemsize, sizes = space.shape_of(wire.value), space.itemsize_of(wire.value), space.topology.sizes
 
     def state_bytes(state: Layout | StoredOption) -> float:
@@ -402,4 +383,4 @@ def _hold(
         plain = tuple(Replicate() if isinstance(p, Partial) else p for p in layout)
         return float(math.prod(local_shape(shape, plain, sizes)) * itemsize)
 
-    return Hold(tuple(readers), tuple(state_bytes(state) for state in states.index), wire.count)
+    return Hold(tuple(readers), tuple(state_bytes(state) for state in states.index), wire.count, given)
