@@ -30,7 +30,7 @@ from autopar.reading import MOST_GRAPHS, Gather, Values, too_many
 from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
 from passes.local import LocalProgram, Storage
-from passes.lower import Lowered
+from passes.lower import Lowered, Unreduced
 
 Tangents = Literal["loss", "all"]
 
@@ -51,6 +51,8 @@ Remake = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Tangents, bool
 class Runtime:
     """What the parallel module knows beside its tensors.
 
+    `syncs`: whether a backward exchanges gradients; `unreduced`: what backwards that did not have left, by program.
+
     `specs`: how each parameter is stored, by the first of its names. `batch_ranks`: how many parts the batch has.
     `steps` counts training calls, for random ops. `executables` has, per kind of call, one for each kind of values
     that the model reads of its inputs, the last used first. `gather` makes inputs whole; None: they are.
@@ -69,6 +71,8 @@ class Runtime:
     batch_ranks: int = 1
     steps: int = 0
     gather: Gather | None = None
+    syncs: bool = True
+    unreduced: dict[int, tuple[Executable, Unreduced, list[torch.dtype]]] = field(default_factory=dict)
     executables: dict[Any, list[Executable]] = field(default_factory=dict)
     with_all: dict[int, Executable] = field(default_factory=dict)
 
@@ -108,6 +112,22 @@ class ParallelModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward returns, for this data-parallel rank's batch."""
         return _call(self, args, kwargs)
+
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
+        """Whether the backwards to come exchange gradients between ranks, as FSDP2's method of this name.
+
+        With False a backward adds its gradients up on this rank, in fp32 and unsharded where they are no better, and
+        leaves `.grad` of parameters whose gradients need an exchange as it is. The next backward with True exchanges
+        the sums. So a step of several micro-batches communicates gradients once.
+        """
+        del recurse  # the whole module is one program
+        _runtime(self).syncs = requires_gradient_sync
+
+    def set_is_last_backward(self, is_last_backward: bool) -> None:
+        """FSDP2's method, which loops over micro-batches call. Nothing is put off past a backward here: no effect."""
+
+    def set_reshard_after_backward(self, reshard_after_backward: bool, *, recurse: bool = True) -> None:
+        """FSDP2's method. Gathered parameters are freed after each layer and gathered again here: no effect."""
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> ParallelModule:
         """Storage without values on `device`; ties stay, and buffers that no checkpoint holds keep their values."""
@@ -417,12 +437,49 @@ class _Step:
                 outputs.append(value)
         return outputs, saved
 
-    def gradients(self, lowered: Lowered, local: LocalProgram, saved: Any, tangents: Any) -> dict[str, torch.Tensor]:
-        """Local gradients by name; the parameters' still padded."""
+    def gradients(self, executable: Executable, saved: Any, tangents: Any) -> dict[str, Any]:
+        """Local gradients by name; the parameters' still padded. None where ranks are yet to exchange it."""
         with autocast_as(None):
-            values = lowered.backward(saved, tangents)
+            return self._gradients(executable, saved, tangents)
+
+    def _gradients(self, executable: Executable, saved: Any, tangents: Any) -> dict[str, Any]:
+        lowered, local = executable.lowered, executable.local
+        runtime = self.runtime
         names = [output.name for output in local.outputs if output.kind == "gradient"]
-        return dict(zip(names, values, strict=True))
+        if runtime.syncs and not runtime.unreduced:
+            return dict(zip(names, lowered.backward(saved, tangents), strict=True))
+        values, terms = lowered.backward_alone(saved, tangents)
+        _hold(runtime, executable, terms)
+        found = dict(zip(names, values, strict=True))
+        if runtime.syncs:
+            for name, value in _reduced(runtime).items():
+                known = found.get(name)
+                found[name] = value if known is None else known + value
+        return found
+
+
+def _hold(runtime: Runtime, executable: Executable, terms: Unreduced) -> None:
+    """Adds this rank's terms of gradients to those of earlier backwards, in fp32 where they are of less."""
+    dtypes = [term.dtype for term in terms.partial]
+    _, before, _ = runtime.unreduced.setdefault(id(executable), (executable, Unreduced([], terms.others), dtypes))
+    if before.partial:
+        torch._foreach_add_(before.partial, terms.partial)
+    else:
+        # Compiled code may give one buffer twice, or the caller's own: sums need their own.
+        before.partial = [x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in terms.partial]
+
+
+def _reduced(runtime: Runtime) -> dict[str, torch.Tensor]:
+    """Gradients from all that was held back, exchanged between ranks."""
+    found: dict[str, torch.Tensor] = {}
+    held, runtime.unreduced = runtime.unreduced, {}
+    for executable, terms, dtypes in held.values():
+        terms.partial = [term.to(dtype) for term, dtype in zip(terms.partial, dtypes, strict=True)]
+        names = [output.name for output in executable.local.outputs if output.kind == "gradient"]
+        for name, value in zip(names, executable.lowered.reduce(terms), strict=True):
+            if value is not None:
+                found[name] = value if name not in found else found[name] + value
+    return found
 
 
 def _bound(
@@ -510,14 +567,14 @@ class _Differentiable(torch.autograd.Function):
             saved = list(ctx.saved_tensors)
             if (clear := getattr(ctx, "maybe_clear_saved_tensors", None)) is not None:
                 clear()
-            found = step.gradients(step.executable.lowered, local, saved, _tangents(runtime, local, arrived, 1))
+            found = step.gradients(step.executable, saved, _tangents(runtime, local, arrived, 1))
         else:
             assert step.with_all is not None
             other = step.with_all()
             saved = list(other.lowered.forward(step.values)[1])
             # That program averages over the batch's ranks what each brings; these are gradients of one global value.
             tangents = _tangents(runtime, other.local, arrived, runtime.batch_ranks)
-            found = step.gradients(other.lowered, other.local, saved, tangents)
+            found = step.gradients(other, saved, tangents)
         return None, *(_as_stored(runtime, name, found.get(name)) for name in step.names)
 
 

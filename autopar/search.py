@@ -214,7 +214,7 @@ def search(
     def inputs(parts: int) -> Any:
         if example_inputs is not None:
             return example_inputs
-        return default_inputs(model, 1, length // parts if length else None)
+        return default_inputs(model, 1, length // parts) if length else default_inputs(model, 1)
 
     spec = OPTIMIZERS[_OPTIMIZERS.get(options.optimizer, options.optimizer)]
     profiler = Profiler(model, inputs, machine, spec, progress=progress)

@@ -107,11 +107,10 @@ def verdict(found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, 
         text += _why_not_state(state, plain, profiler, gpus, batch, budget)
     if answer in ("state", "computation") and fastest is not None:
         text.append(_pipeline_text(pipeline, min(c.step_time_s for c in (state, computation) if c is not None)))
-    return Verdict(
-        answer,
-        *(c.step_time_s if c else None for c in (state, computation, pipeline, offloaded)),
-        text=tuple(text),
+    state_s, computation_s, pipeline_s, offload_s = (
+        c.step_time_s if c else None for c in (state, computation, pipeline, offloaded)
     )
+    return Verdict(answer, state_s, computation_s, pipeline_s, offload_s, tuple(text))
 
 
 def _s(seconds: float) -> str:

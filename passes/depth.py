@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from passes.itinerary import Run
+from passes.moves import Run
 from passes.price import option_local_shapes
 from passes.schedule import Schedule
 from passes.space import Space

@@ -302,6 +302,7 @@ def folded(collectives: Sequence[Collective], words: Words) -> tuple[Collective,
             module=words.pattern(alike[0].module),
             value=alike[0].value,
             reason=alike[0].reason,
+            tensors=alike[0].tensors,
             count=len(alike),
             start_s=min(x.start_s for x in alike),
         )

@@ -66,6 +66,10 @@ class Traffic(Protocol):
     def writes(self) -> tuple[float, ...]:
         """Per result."""
 
+    @property
+    def launch(self) -> float:
+        """Its share of a kernel's launch."""
+
 
 def dtype_text(dtype: torch.dtype) -> str:
     """`bfloat16` for `torch.bfloat16`."""
