@@ -91,7 +91,8 @@ class Profiler:
         axes = {"tp": setup.tp} if replica else _axes(setup)
         parts = setup.cp if replica else 1
         batch = setup.micro_batch * (1 if replica else setup.data_ranks)
-        key = (tuple(axes.items()), parts, batch, setup.recompute, setup.fp8, setup.accumulate > 1)
+        accumulates = setup.accumulate > 1 and not replica
+        key = (tuple(axes.items()), parts, batch, setup.recompute, setup.fp8, accumulates)
         if key not in self._profiles:
             hardware = _fp8(self.hardware) if setup.fp8 else self.hardware
             prefixes = self.shallow.prefixes
@@ -118,7 +119,13 @@ class Profiler:
         spec = self.optimizer
         priced = price(space, optimizer=Budgeted(int(spec.state_bytes_per_param + spec.master_bytes_per_param)))
         assignment = priced.assignment(solve(priced.problem).picks, len(space.sites))
-        schedule = play(space, assignment, optimizer=spec, accumulate=min(2, setup.accumulate), compiled=self.compiled)
+        schedule = play(
+            space,
+            assignment,
+            optimizer=spec,
+            accumulate=1 if whole else min(2, setup.accumulate),
+            compiled=self.compiled,
+        )
         return sample(space, assignment, schedule)
 
 

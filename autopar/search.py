@@ -30,7 +30,7 @@ from costmodel.hardware import hardware as hardware_of
 from costmodel.memory import OPTIMIZERS, gib
 from passes.candidate import Estimate, Setup, estimate, lower_bound
 from passes.errors import NoFeasiblePlanError
-from passes.inputs import default_inputs
+from passes.inputs import default_inputs, global_inputs
 from passes.recompute import Mode
 
 _OPTIMIZERS = {"adamw": "adamw-master", "none": "sgd"}
@@ -77,7 +77,7 @@ class Candidate:
 class SearchResult:
     """What was found: `candidates` fit, fastest first; `too_large` do not, the nearest first.
 
-    `bound_s`: no plan's candidate that is not listed takes less (formulas aside, which are priced in full).
+    `bound_s`: no plan's candidate whose schedule was not played takes less; infinity where none of them would fit.
     """
 
     model: str
@@ -124,6 +124,9 @@ class SearchResult:
     def text(self, name: str | None = None, top: int = 10) -> str:
         """The verdict and the ranking; `name` is what the model is called."""
         where = f", sequence {self.sequence}" if self.sequence else ""
+        rest = "no other plan fits"
+        if self.bound_s < math.inf:
+            rest = f"no plan that was not takes less than {_time(self.bound_s)}"
         lines = [
             f"{name or self.model} on {self.gpus} x {self.hardware}, global batch {self.global_batch}{where}; "
             f"{gib(self.budget_bytes)} per GPU",
@@ -132,8 +135,7 @@ class SearchResult:
             "",
             self.table(top),
             "",
-            f"{self.counted} candidates, {self.played} schedules played; no other plan takes less than "
-            f"{_time(self.bound_s)}",
+            f"{self.counted} candidates, {self.played} schedules played; {rest}",
             *(f"- {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -143,7 +145,8 @@ class SearchResult:
         content = {
             "model": self.model, "gpus": self.gpus, "hardware": self.hardware, "global_batch": self.global_batch,
             "sequence": self.sequence, "budget_bytes": self.budget_bytes, "counted": self.counted,
-            "played": self.played, "bound_s": self.bound_s, "verdict": self.verdict.as_json(),
+            "played": self.played, "bound_s": self.bound_s if self.bound_s < math.inf else None,
+            "verdict": self.verdict.as_json(),
             "candidates": [_as_json(c) for c in self.candidates],
             "too_large": [_as_json(c) for c in self.too_large], "notes": list(self.notes),
         }  # fmt: skip
@@ -210,6 +213,10 @@ def search(
     machine = hardware_of(hardware)
     _check(gpus, global_batch, machine)
     length = sequence or _sequence_of(model, example_inputs)
+    if example_inputs is not None:
+        args, kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
+        if (samples := global_inputs(args, kwargs, 1).batch_size) != 1:
+            raise ValueError(f"example_inputs has a batch of {samples}; pass one sample, the search sets the batch")
 
     def inputs(parts: int) -> Any:
         if example_inputs is not None:
@@ -318,6 +325,9 @@ class _State:
     def formulas(self) -> Iterator[Setup]:
         """What is priced only."""
         layers = self.profiler.shallow.layers
+        if self.profiler.hardware.shared_host:
+            self.notes.append("ranks share one host: pipelines, ZeRO-1/2 and offload are not priced there")
+            return
         for tp in self.widths():
             stages = [p for p in range(1, min(layers, 128) + 1) if self.gpus % (tp * p) == 0] if layers else [1]
             for pp in stages:
@@ -357,7 +367,7 @@ class _State:
             for kind in ((c for c in fitting if not c.priced_only), (c for c in fitting if c.priced_only)):
                 for candidate in list(kind)[:2]:
                     yield replace(candidate.setup, fp8=True)
-        plans = [c for c in found if c.setup.state == "zero3"]
+        plans = [c for c in found if c.setup.state == "zero3" and not self.profiler.hardware.shared_host]
         for candidate in sorted(plans, key=lambda c: (c.over_bytes, c.step_time_s))[:6]:
             yield replace(candidate.setup, offload=True)
 
@@ -384,8 +394,7 @@ class _State:
                 continue
             self.progress(f"playing {plans[index].dp_replicate} x {plans[index].dp_shard} x {plans[index].tp}")
             found.append(self.candidate(estimate(plans[index], self.profiler)))
-        worst = max((c.step_time_s for c in found), default=math.inf)
-        return found, left, min(reached, worst)
+        return found, left, reached
 
 
 def _distinct(candidates: Sequence[Candidate]) -> Iterator[Candidate]:

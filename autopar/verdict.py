@@ -77,7 +77,7 @@ def verdict(found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, 
     answer: Answer
     if fastest is None:
         answer = "offload" if offloaded else "nothing"
-        text.append(_nothing_fits(plain, budget))
+        text.append(_nothing_fits([c for c in plain if not c.setup.offload], budget))
         if offloaded:
             text.append(
                 f"Offload is the only way: optimizer states in host memory, {_s(offloaded.step_time_s)} a step with "

@@ -97,6 +97,12 @@ def test_mistakes_are_named(gpus: int, batch: int, said: str) -> None:
         autopar.search(small(), gpus, "h100", batch, sequence=64)
 
 
+def test_inputs_are_of_one_sample() -> None:
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    with pytest.raises(ValueError, match="has a batch of 2; pass one sample"):
+        autopar.search(small(), 8, "h100", 8, {"input_ids": ids, "labels": ids})
+
+
 def test_the_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     call = ["search", "llama3-8b", "--gpus", "12", "--hardware", "h100", "--global-batch", "12", "--seq", "128"]
     assert main(call) == 2
