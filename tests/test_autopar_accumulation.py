@@ -116,7 +116,7 @@ def _issues_its_ledger(rank: int, ranks: int) -> None:
         parallel = autopar.apply(model, plan, mesh)
         for _ in range(2):
             with profile(activities=[ProfilerActivity.CPU]) as profiled, Moved() as moved:
-                parallel(ids)["loss"].backward()
+                parallel(ids=ids)["loss"].backward()
             kinds = {c.kind for c in plan.collectives}
             ops = {e.key: e.count for e in profiled.key_averages() if e.key.startswith("_c10d_functional::")}
             assert ops.pop("_c10d_functional::wait_tensor") == sum(c.count * c.tensors for c in plan.collectives)

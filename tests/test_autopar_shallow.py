@@ -65,7 +65,7 @@ def test_alike_layers_need_two_depths() -> None:
 
 
 @pytest.mark.parametrize(
-    "kinds", [[0] * 12, [0, 1] * 12, [0] * 3 + [1] * 30, [0, 0, 0, 0, 0, 1] * 6, [0] + [1] * 20]
+    "kinds", [[0] * 12, [0, 1] * 12, [0] * 3 + [1] * 30, [0, 0, 0, 0, 0, 1] * 12, [0] + [1] * 20]
 )  # fmt: skip
 def test_weights_reproduce_any_cost_that_adds_up(kinds: list[int]) -> None:
     """Outside 5, layers of kind k take 2 + 3 k: the whole by hand, from the prefixes' sums."""
