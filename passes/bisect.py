@@ -41,6 +41,13 @@ _HOW: dict[How, str] = {
 _ROUNDINGS = 16
 """Units in the last place of an op's largest operand that its result may be off by."""
 
+_aten = torch.ops.aten
+_EXACT_TO_THE_RESULT = {
+    _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar, _aten.pow.Tensor_Scalar, _aten.neg.default,
+    _aten.sqrt.default, _aten.rsqrt.default, _aten.reciprocal.default, _aten.exp.default, _aten.where.self,
+}  # fmt: skip
+"""Ops in which nothing cancels: they round by units in the last place of what they give, however large an operand."""
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -221,7 +228,8 @@ class _Search:
     def _rounding(self, node: fx.Node, parts: Sequence[Tensor]) -> float:
         if not parts[0].dtype.is_floating_point:
             return 0.0
-        operands = [_norm(self.value(source)) for source in node.all_input_nodes if is_tensor(source)]
+        sources = [] if node.target in _EXACT_TO_THE_RESULT else node.all_input_nodes
+        operands = [_norm(self.value(source)) for source in sources if is_tensor(source)]
         terms = math.prod(operands) if node.target in PRODUCTS else max(operands, default=0.0)
         return (
             _ROUNDINGS * torch.finfo(parts[0].dtype).eps * max([terms, *map(_norm, {id(p): p for p in parts}.values())])

@@ -131,7 +131,7 @@ class _Rewriter:
         }
 
     def _move(self, move: Move) -> None:
-        local = self._get(move.value, move.source, "")
+        local = self._get(move.value, move.source, move.era)
         self._meta(move.place, move.phase)
         value = value_of(move.value, self.space.folding)
         site = self.space.sites[value.op]
@@ -145,12 +145,11 @@ class _Rewriter:
         site = self.space.sites[run.site]
         assert site.call is not None
         assert site.op is not None
-        phase = run.node.meta.get("phase", "forward")
         operands = tuple(
-            self._get(operand, layout, phase)
+            self._get(operand, layout, run.phase)
             for operand, layout in zip(operand_nodes(run.node), run.option.operands, strict=True)
         )
-        self._meta(run.node, phase)
+        self._meta(run.node, run.phase)
         _, results = option_local_shapes(site, run.option, self.space.topology.sizes)
         op = LocalOp(
             self.emit,
@@ -167,7 +166,7 @@ class _Rewriter:
         if isinstance(run.node.meta["val"], list | tuple):
             self._pick_results(run, local)
         else:
-            self._put(run.node, run.option.results[0], local)
+            self._put(run.node, run.option.results[0], local, run.era)
 
     def _pick_results(self, run: Run, local: fx.Node) -> None:
         for user in run.node.users:
@@ -176,7 +175,7 @@ class _Rewriter:
                 self.source_of[user] = first
                 if first is user:
                     part = self.emit.call(user.target, local, user.args[1])
-                    self._put(user, run.option.results[user.args[1]], part)  # type: ignore[index]
+                    self._put(user, run.option.results[user.args[1]], part, run.era)  # type: ignore[index]
 
     def _check(self, node: fx.Node, local: fx.Node, shapes: Sequence[tuple[int, ...]]) -> None:
         values = local.meta["val"]

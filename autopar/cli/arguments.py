@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 
 from autopar.model_argument import Named, Wanted, load_model
 from autopar.options import Options
@@ -58,14 +59,17 @@ def pin(text: str) -> tuple[str, str]:
     """`*.q_proj.weight=RS(0)` as (pattern, layout)."""
     pattern, equals, layout = text.rpartition("=")
     if not equals or not pattern:
-        raise argparse.ArgumentTypeError(f"{text!r} is no pin; write PATTERN=LAYOUT, as in '*.q_proj.weight=RS(0)'")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no pin; write PATTERN=LAYOUT, as in '*.q_proj.weight=RS(0)', or with the layout at rest too: "
+            "'*.q_proj.weight=S(0)S(0) -> RS(0)'"
+        )
     return pattern, layout
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, and what it is fed."""
     parser.add_argument("model", metavar="MODEL", help="a preset, a config.json or its folder, or file.py:function")
-    parser.add_argument("--batch", type=count, default=1, metavar="N", help="sequences per data-parallel rank (1)")
+    parser.add_argument("--batch", type=count, metavar="N", help="sequences per data-parallel rank (1)")
     parser.add_argument("--seq", type=count, metavar="N", help="sequence length (2048, or the model's most)")
     parser.add_argument("--layers", type=count, metavar="N", help="so many layers instead of the model's own")
 
@@ -82,33 +86,35 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
-def add_planning(parser: argparse.ArgumentParser, *, strategy: str = "auto") -> None:
+def add_planning(parser: argparse.ArgumentParser) -> None:
     """What decides a plan."""
     parser.add_argument(
         "--hardware",
         metavar="NAME",
         help=f"{', '.join(hardware_names())}, or a file that calibrate wrote (default: this machine)",
     )
-    parser.add_argument("--strategy", choices=STRATEGIES, default=strategy, help=f"default: {strategy}")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="auto", help="default: auto")
     parser.add_argument("--memory-budget", type=size, metavar="SIZE", help="per device: 80GiB (what the device has)")
-    parser.add_argument("--accumulate", type=count, default=1, metavar="N", help="micro-batches per step (1)")
-    parser.add_argument("--optimizer", choices=("adamw", "sgd", "momentum", "none"), default="adamw")
+    parser.add_argument("--accumulate", type=count, metavar="N", help="micro-batches per step (1)")
+    parser.add_argument("--optimizer", choices=("adamw", "sgd", "momentum", "none"), help="default: adamw")
     parser.add_argument(
         "--pin", type=pin, action="append", default=[], metavar="PATTERN=LAYOUT",
         help="fix a parameter's layout in compute, as in '*.q_proj.weight=RS(0)'; may be given again",
     )  # fmt: skip
 
 
-def options_of(given: argparse.Namespace) -> Options:
-    """The options that the arguments of `add_planning` mean."""
-    return Options(
-        memory_budget=given.memory_budget,
-        accumulate=given.accumulate,
-        optimizer=given.optimizer,
-        pins=dict(given.pin),
-    )
+def options_of(given: argparse.Namespace, kept: Options | None = None) -> Options:
+    """The options that the arguments of `add_planning` mean; what they leave open is as in `kept`."""
+    asked = {
+        "memory_budget": given.memory_budget,
+        "accumulate": given.accumulate,
+        "optimizer": given.optimizer,
+    }
+    kept = kept or Options()
+    pins = {**kept.pins, **dict(given.pin)}
+    return replace(kept, pins=pins, **{name: value for name, value in asked.items() if value is not None})
 
 
 def named_model(given: argparse.Namespace, *, on_cpu: bool = False) -> Named:
     """The model that the arguments of `add_model` mean."""
-    return load_model(given.model, Wanted(given.batch, given.seq, given.layers, on_cpu=on_cpu))
+    return load_model(given.model, Wanted(given.batch or 1, given.seq, given.layers, on_cpu=on_cpu))
