@@ -176,7 +176,7 @@ class _Slot:
         self.view = wrapped(self.fake, self.differentiate)
         if self.input.kind == "parameter":
             # `nn.ParameterList` and others make a new parameter of a tensor that is none.
-            self.view._is_param = True  # type: ignore[attr-defined]
+            self.view._is_param = True
 
     def swap_in(self) -> None:
         for holder, key in self.holders:
