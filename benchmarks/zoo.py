@@ -399,9 +399,15 @@ def read(path: Path) -> dict[tuple[str, str], Row]:
             values: dict[str, Any] = {}
             for field in fields(Row):
                 text = record[field.name]
-                values[field.name] = {"bool": text == "yes", "float": float(text or "nan")}.get(str(field.type), text)
+                values[field.name] = _value(str(field.type), text)
             rows[record["architecture"], record["strategy"]] = Row(**values)
     return rows
+
+
+def _value(kind: str, text: str) -> Any:
+    if kind == "float":
+        return float(text) if text else math.nan
+    return text == "yes" if kind == "bool" else text
 
 
 def write(path: Path, rows: dict[tuple[str, str], Row]) -> None:

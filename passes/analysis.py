@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import fx
 
-from passes.dims import ExpandedOp, Value, expand, expanded_shape, is_getitem, outputs_of, value_of
+from passes.dims import ExpandedOp, Unified, Value, expand, expanded_shape, is_getitem, outputs_of, unified, value_of
 from passes.discover import discover, form_of_rule
 from passes.errors import UnsupportedOpError
 from passes.layers import Folding, fold
@@ -67,6 +67,7 @@ class Analysis:
 
     program: Program
     folding: Folding
+    unified: Unified
     places: tuple[Place, ...]
     wires: tuple[Wire, ...]
     replicated: tuple[str, ...]
@@ -102,13 +103,14 @@ class Analysis:
         return facts.dtype.itemsize if facts else 1
 
 
-def _form(call: Call, known: Mapping[str, str], found: dict[str, str]) -> Form:
+def _form(call: Call, found: dict[str, str]) -> Form:
+    """The call's form; a rule that is not in a table is looked up in `found`, or discovered and put there."""
     try:
         return form_of(call)
     except UnsupportedOpError:
         key = str(call)
-        found[key] = known[key] if key in known else discover(call).rule
-        return form_of_rule(call, found[key])
+        rule = found[key] = found[key] if key in found else discover(call).rule
+        return form_of_rule(call, rule)
 
 
 def _plain_form(node: fx.Node) -> Form:
@@ -123,7 +125,7 @@ def analyse(program: Program, known: Mapping[str, str] | None = None) -> Analysi
     `known`: rules of calls that no table knows, found before (by the rank that planned).
     """
     folding = fold(program)
-    found: dict[str, str] = {}
+    found = dict(known or {})
     by_call: dict[str, tuple[Call, Form]] = {}
     calls: list[Call | None] = []
     forms: list[Form] = []
@@ -133,13 +135,14 @@ def analyse(program: Program, known: Mapping[str, str] | None = None) -> Analysi
             call = call_of(node)
             key = str(call)
             if key not in by_call:
-                by_call[key] = (call, _form(call, known or {}, found))
+                by_call[key] = (call, _form(call, found))
             calls.append(by_call[key][0])
             forms.append(by_call[key][1])
         else:
             calls.append(None)
             forms.append(_plain_form(node) if not is_getitem(node) else FormBuilder().form([], []))
-    ops = expand(program, folding, forms)
+    atoms = unified(program, folding, forms)
+    ops = expand(atoms)
     inputs = dict(zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     places: list[Place] = []
     for members, made, op in zip(folding.members, calls, ops, strict=True):
@@ -177,6 +180,7 @@ def analyse(program: Program, known: Mapping[str, str] | None = None) -> Analysi
     return Analysis(
         program,
         folding,
+        atoms,
         tuple(places),
         wires,
         tuple(dict.fromkeys(str(c.target) for key, (c, _) in by_call.items() if found.get(key) == "")),

@@ -6,6 +6,7 @@ index: an embedding whose rows are split looks up the rows it has and gives zero
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -171,6 +172,9 @@ def _uniform(op: LocalOp) -> fx.Node:
     emit, layout = op.emit, op.result_layouts[0]
     shape = [size for dim in op.op.results[0] for size in dim]
     local = local_shape(shape, layout, emit.topology.sizes)
+    if op.call.get("padded") is not None:  # numbers are those of the tensor without its padding
+        sizes = zip(op.op.results[0], op.call.get("size"), strict=True)
+        shape = [n for dim, size in sizes for n in ((size // math.prod(dim[1:]), *dim[1:]) if dim else ())]
     starts: list[fx.Node | int] = []
     for place, length in enumerate(local):
         axes = [a for a, placement in enumerate(layout) if placement == Shard(place)]
@@ -219,11 +223,11 @@ def _embedding(op: LocalOp) -> fx.Node:
 @localizer(aten.embedding_dense_backward.default)
 def _embedding_dense_backward(op: LocalOp) -> fx.Node:
     start = op.result_start(0, 0)
+    rows = op.result_shapes[0][0]
     if start is None:
-        return op.as_is()
+        return op.as_is(num_weights=rows)
     emit = op.emit
     gradient, indices = op.operands
-    rows = op.result_shapes[0][0]
     local, mine = _in_range(op, indices, start, rows)
     padding = op.call.get("padding_idx", -1)
     if padding >= 0:

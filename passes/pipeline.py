@@ -2,6 +2,8 @@
 
     program -analyse-> Analysis -search_space, per strategy-> Space -price-> Problem -solve-> picks -play-> Schedule
 
+Where an axis does not divide a dim that it might split, the program with that dim padded competes too.
+
 The solver adds up costs; what overlaps only the schedule knows. So under `auto` several solutions compete, the named
 strategies among them, and the schedule decides. A plan that a simpler one ties is not chosen.
 """
@@ -15,12 +17,13 @@ from typing import Any, Literal
 
 from costmodel.hardware import Hardware, Topology, hardware, topology
 from costmodel.memory import ALLOCATION_BYTES, OPTIMIZERS
-from passes.analysis import Analysis, analyse
+from passes.analysis import analyse
 from passes.errors import NoFeasiblePlanError
 from passes.local import LocalProgram, Storage
 from passes.masks import use_causal_flag
 from passes.named import STRATEGIES, check_strategy
-from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, make_plan
+from passes.pad import Pad
+from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
 from passes.price import Budgeted, price
 from passes.program import Program
 from passes.randomness import own_randomness
@@ -31,6 +34,7 @@ from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
 from passes.space import Pin, Space, search_space
 from passes.timeline import Timeline, timeline_of
+from passes.uneven import Padding, Paddings, padding_notes, stored_pads, uneven_dims, used_pads
 from passes.weights import prepare_again
 
 _TIE = 1e-3
@@ -81,6 +85,7 @@ class Candidate:
     solution: Solution
     schedule: Schedule
     unbound: bool
+    padding: Padding
 
 
 def on_mesh(hardware_: str | Hardware | None, axes: Sequence[tuple[str, int]]) -> Topology:
@@ -109,15 +114,15 @@ def compile_plan(
     """
     check_strategy(request.strategy)
     progress("analysing the graph")
-    analyses = _Analyses(program, topology_, batch_axes)
+    paddings = _PaddingsOf(program, topology_.sizes, tuple(batch_axes))
     budget = request.budget_bytes if request.budget_bytes is not None else int(topology_.device.usable_bytes)
+    search = _Search(paddings, topology_, tuple(batch_axes), request, budget, progress)
     found: dict[str, list[Candidate]] = {}
     reasons: dict[str, str] = {}
     names = _SIMPLEST_FIRST if request.stored is None else (request.strategy,)
     for name in names:
-        progress(f"solving {name}")
         try:
-            found[name] = _candidates(analyses.under(name), topology_, batch_axes, request, name, budget)
+            found[name] = search.candidates(name)
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
     asked = _SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
@@ -138,7 +143,8 @@ def compile_plan(
         bound=bound,
         baselines={name: b for name, b in baselines.items() if b is not None},
         budget_bytes=budget,
-        notes=chosen.space.program.notes,
+        notes=(*chosen.space.program.notes, *padding_notes(chosen.padding, chosen.space, chosen.assignment)),
+        padded=chosen.padding.pads,
         strategy=chosen.strategy,
         options=dict(options or {}),
         example=example,
@@ -163,60 +169,121 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
     """
     names = [axis.name for axis in topology_.axes]
     batch_axes = [names.index(name) for name in plan.batch_axes]
-    routed = route_by_blocks(program, token_parts(program, plan.strategy, topology_.sizes, batch_axes))
-    space = search_space(
-        routed, topology_, batch_axes, strategy=plan.strategy, pins=pins, recompute=plan.recompute,
-        analysis=analyse(routed, plan.rules),
-    )  # fmt: skip
-    return rewrite(space, assignment_of(plan, space))
-
-
-class _Analyses:
-    """The program's analysis under each strategy: routed experts depend on how many parts the tokens have."""
-
-    def __init__(self, program: Program, topology_: Topology, batch_axes: Sequence[int]) -> None:
-        self._program, self._sizes, self._batch_axes = program, topology_.sizes, batch_axes
-        self._known: dict[int, Analysis] = {}
-
-    def under(self, strategy: str) -> Analysis:
-        """The analysis that plans under `strategy` are made from."""
-        parts = token_parts(self._program, strategy, self._sizes, self._batch_axes)
-        if not has_routed(self._program):
-            parts = 1
-        if parts not in self._known:
-            self._known[parts] = analyse(route_by_blocks(self._program, parts))
-        return self._known[parts]
-
-
-def _candidates(
-    analysis: Analysis, topology_: Topology, batch_axes: Sequence[int], request: Request, name: str, budget: int
-) -> list[Candidate]:
-    """Solutions under one strategy, those that compute the least again first."""
-    modes = _AUTO if request.recompute == "auto" else (request.recompute,)
+    check_plan(plan, program.fingerprint, [(axis.name, axis.size) for axis in topology_.axes])
+    paddings = _PaddingsOf(program, topology_.sizes, tuple(batch_axes), plan.rules)
+    analysis = paddings.under(plan.strategy).of(plan.padded).analysis
     space = search_space(
         analysis.program,
         topology_,
         batch_axes,
-        request.stored,
-        strategy=name,
-        pins=request.pins,
-        recompute=modes[0],
+        strategy=plan.strategy,
+        pins=pins,
+        recompute=plan.recompute,
         analysis=analysis,
     )
-    shares = _HIDDEN_SHARES if name == "auto" else _HIDDEN_SHARES[:1]
-    unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
-    for mode in modes:
-        if mode != modes[0]:
-            space = replace(space, recomputed=recomputation(analysis, mode))
-        found = [_solved_within(space, name, request, budget, share) for share in shares]
-        for candidate in found:
-            unique.setdefault((mode, candidate.assignment), candidate)
-        if all(candidate.unbound for candidate in found):
-            break
-    return list(unique.values())
+    return rewrite(space, assignment_of(plan, space))
 
 
-def _solved_within(space: Space, name: str, request: Request, budget: int, share: float) -> Candidate:
+class _PaddingsOf:
+    """The program's paddings under each strategy: routed experts depend on how many parts the tokens have."""
+
+    def __init__(
+        self,
+        program: Program,
+        sizes: Sequence[int],
+        batch_axes: tuple[int, ...],
+        rules: Mapping[str, str] | None = None,
+    ) -> None:
+        self._program, self._sizes, self._batch_axes, self._rules = program, sizes, batch_axes, rules
+        self._routed = has_routed(program)
+        self._known: dict[int, Paddings] = {}
+
+    def under(self, strategy: str) -> Paddings:
+        """The paddings that plans under `strategy` are made from."""
+        parts = token_parts(self._program, strategy, self._sizes, self._batch_axes) if self._routed else 1
+        if parts not in self._known:
+            self._known[parts] = Paddings(analyse(route_by_blocks(self._program, parts), self._rules))
+        return self._known[parts]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Candidates for one program and mesh."""
+
+    paddings: _PaddingsOf
+    topology: Topology
+    batch_axes: tuple[int, ...]
+    request: Request
+    budget: int
+    progress: Progress
+
+    def candidates(self, name: str) -> list[Candidate]:
+        """Solutions under a strategy, the simplest first.
+
+        A named strategy pads what it wants to split and cannot otherwise. `auto` pads where that is faster, dim by dim.
+
+        Raises:
+            NoFeasiblePlanError: there is none.
+        """
+        paddings = self.paddings.under(name)
+        whole = paddings.whole
+        needed = stored_pads(whole, self.request.stored or {}, self.topology.sizes)
+        wanted = paddings.join(needed, uneven_dims(whole, self.topology.sizes, self.batch_axes, name))
+        if wanted == needed:
+            return self._solved(name, needed)
+        padded = self._tried(name, wanted)
+        if padded:
+            used = paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
+            padded = self._tried(name, used) if used != wanted else padded
+        if not padded or padded[0].padding.pads == needed:
+            return self._solved(name, needed)
+        if name != "auto":
+            return padded if _best(padded, self.budget) else self._solved(name, needed)
+        plain = self._tried(name, needed)
+        best = _best([*plain, *padded], self.budget)
+        for each in sorted(padded[0].padding.pads, key=lambda p: p.size / p.padded):
+            if best is not None and each in best.padding.pads and each not in needed:
+                fewer = tuple(p for p in best.padding.pads if p != each)
+                padded += self._tried(name, fewer, _HIDDEN_SHARES[:1])
+                best = _best([*plain, *padded], self.budget)
+        return [*plain, *padded]
+
+    def _tried(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+        """Solutions with these dims padded; none where nothing fits, or a pin asks for what only others allow."""
+        try:
+            return self._solved(name, pads, shares)
+        except (NoFeasiblePlanError, ValueError):
+            return []
+
+    def _solved(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+        """Solutions with these dims padded, those that compute the least again first."""
+        request, padding = self.request, self.paddings.under(name).of(pads)
+        self.progress(f"solving {name}" + (f", {len(pads)} dims padded" if pads else ""))
+        modes = _AUTO if request.recompute == "auto" else (request.recompute,)
+        space = search_space(
+            padding.analysis.program,
+            self.topology,
+            self.batch_axes,
+            request.stored,
+            strategy=name,
+            pins=request.pins,
+            recompute=modes[0],
+            analysis=padding.analysis,
+        )
+        shares = shares or (_HIDDEN_SHARES if name == "auto" else _HIDDEN_SHARES[:1])
+        unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
+        for mode in modes:
+            if mode != modes[0]:
+                space = replace(space, recomputed=recomputation(padding.analysis, mode))
+            found = [_solved_within(space, name, request, self.budget, share, padding) for share in shares]
+            for candidate in found:
+                unique.setdefault((mode, candidate.assignment), candidate)
+            if all(candidate.unbound for candidate in found):
+                break
+        return list(unique.values())
+
+
+def _solved_within(space: Space, name: str, request: Request, budget: int, share: float, padding: Padding) -> Candidate:
     """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
     schedule finds on top of it, until both agree."""
     spec = OPTIMIZERS[request.optimizer]
@@ -231,7 +298,7 @@ def _solved_within(space: Space, name: str, request: Request, budget: int, share
         assignment = priced.assignment(solution.picks, len(space.sites))
         schedule = play(space, assignment, optimizer=spec, accumulate=request.accumulate, compiled=request.compiled)
         over = schedule.peak_memory_bytes - budget
-        last = Candidate(name, space, assignment, solution, schedule, unbound=over <= 0 and math.isinf(limit))
+        last = Candidate(name, space, assignment, solution, schedule, over <= 0 and math.isinf(limit), padding)
         if over <= 0:
             return last
         limit = min(limit, solution.bytes) - over

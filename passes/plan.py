@@ -16,6 +16,7 @@ from typing import Any
 from costmodel.layout import Partial, layout_text
 from passes.errors import PlanMismatchError
 from passes.footprint import TopTensor
+from passes.pad import Pad
 from passes.plan_json import NOT_IN_THE_FILE, dump, parse
 from passes.plots import FrontierPoint
 from passes.recompute import Mode
@@ -143,6 +144,8 @@ class Plan:
     """Name pattern -> `at rest -> in compute` as solved: a line of `parameters` that says otherwise was edited."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Tied parameters: other name -> the name that `parameters` has."""
+    padded: tuple[Pad, ...] = ()
+    """Dims that the program is padded along before it is laid out."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the caller asked for, as JSON values."""
     example: str = ""
@@ -218,6 +221,7 @@ def make_plan(
     baselines: Mapping[str, Baseline] | None = None,
     budget_bytes: int | None = None,
     notes: Iterable[str] = (),
+    padded: tuple[Pad, ...] = (),
     strategy: str | None = None,
     options: Mapping[str, Any] | None = None,
     example: str = "",
@@ -260,6 +264,7 @@ def make_plan(
         rules=dict(space.analysis.found),
         solved={key: str(placed) for key, placed in parameters.items()},
         aliases=dict(space.program.aliases),
+        padded=padded,
         options=dict(options or {}),
         example=example,
     )
@@ -320,7 +325,7 @@ def _parameters(space: Space, assignment: Sequence[int], words: Words) -> dict[s
         found[_unique(words.pattern(site.name), found)] = Placements(
             at_rest=at_rest_text(option),
             in_compute=tensor_layout_text(layout, site.dims),
-            shape=tuple(math.prod(dim) for dim in site.dims),
+            shape=option.storage.shape,
             dims=words.tensor_dims(index),
             names=fold_names(names),
             count=len(names),
@@ -390,8 +395,9 @@ def _notes(space: Space, assignment: Sequence[int]) -> list[str]:
         if site.kind != "stored" or not isinstance(option, StoredOption) or not option.storage.state_axes:
             continue
         ways = math.prod(sizes[axis] for axis in option.storage.state_axes)
-        rows = option.storage.computed_shape(sizes)[0]
-        stored = option.storage.padded_shape(sizes)[0] * ways
+        dim = option.storage.state_dim
+        rows = option.storage.computed_shape(sizes)[dim]
+        stored = option.storage.padded_shape(sizes)[dim] * ways
         if stored > rows and stored > 1.05 * rows:
             words = f"{rows} rows over {ways} ranks take the room of {stored}"
             notes.append(f"{site.name}{f' and {site.count - 1} alike' if site.count > 1 else ''}: padded, {words}")

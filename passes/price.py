@@ -16,7 +16,7 @@ import torch
 from costmodel.compute import op_s
 from costmodel.layout import Layout, Partial, Replicate, local_shape
 from costmodel.reshard import Step, reshard_s, steps
-from costmodel.state import state_gather, state_scatter
+from costmodel.state import state_gather, state_pad, state_scatter
 from passes.dims import Value, expanded_shape
 from passes.errors import NoFeasiblePlanError
 from passes.problem import Flow, Hold, Problem, Reader
@@ -62,10 +62,16 @@ def storage_steps(
     """Steps from a value's layout to a reader's; `source` where it is a stored tensor, gathered first."""
     shape, itemsize = space.shape_of(value), space.itemsize_of(value)
     path = steps(shape, itemsize, given, target, space.topology)
-    if path is None or source is None or not source.storage.state_axes:
+    if path is None or source is None:
         return path
-    local = source.storage.computed_shape(space.topology.sizes)
-    return (state_gather(local, itemsize, source.storage.state_axes, given, space.topology), *path)
+    storage, first = source.storage, []
+    local = storage.computed_shape(space.topology.sizes)
+    if storage.state_axes:
+        first.append(state_gather(local, itemsize, storage.state_axes, given, space.topology, storage.state_dim))
+    if source.padding:
+        larger = tuple(n + zeros for n, zeros in zip(local, source.padding, strict=True))
+        first.append(state_pad(larger, itemsize, given, space.topology))
+    return (*first, *path)
 
 
 def gradient_steps(space: Space, value: Value, given: Layout, target: StoredOption) -> tuple[Step, ...] | None:
@@ -78,6 +84,8 @@ def gradient_steps(space: Space, value: Value, given: Layout, target: StoredOpti
         target.layout,
         target.storage.state_axes,
         space.topology,
+        target.storage.state_dim,
+        padded=bool(target.padding),
     )
 
 
@@ -269,8 +277,8 @@ def given_state(site: Site, option: Option | StoredOption, result: int) -> Layou
 
 
 def stored_state(option: StoredOption) -> Layout | StoredOption:
-    """The layout of a stored tensor; the option itself where it has to be gathered first."""
-    return option if option.storage.state_axes else option.layout
+    """The layout of a stored tensor; the option itself where it has to be gathered or padded first."""
+    return option if option.storage.state_axes or option.padding else option.layout
 
 
 def _flows(

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from costmodel.layout import Layout
 from passes.dims import is_getitem, value_of
 from passes.emit import Emitter, emit_steps
-from passes.itinerary import Move, Run, itinerary, returned
+from passes.itinerary import Move, Returned, Run, itinerary, returned
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
 from passes.localize import LocalOp, run_locally
 from passes.price import option_local_shapes, stored_state
@@ -137,8 +137,8 @@ class _Rewriter:
         site = self.space.sites[value.op]
         dims = site.op.results[value.result] if site.op is not None else site.dims
         stored = next((x for x in (move.source, move.target) if isinstance(x, StoredOption)), None)
-        computed = stored.storage.computed_shape(self.space.topology.sizes) if stored else ()
-        moved = emit_steps(self.emit, local, move.steps, dims, computed[0] if computed else 1)
+        of_stored = (stored.storage, stored.padding) if stored else (None, ())
+        moved = emit_steps(self.emit, local, move.steps, dims, *of_stored)
         self._put(move.value, move.target, moved, move.era)
 
     def _run(self, run: Run) -> None:
@@ -183,6 +183,14 @@ class _Rewriter:
             if isinstance(value, torch.Tensor) and tuple(value.shape) != shape:
                 raise AssertionError(f"{node.name} ({node.target}): local shape {tuple(value.shape)}, planned {shape}")
 
+    def _cut(self, item: Returned, value: fx.Node) -> fx.Node:
+        """What leaves, without the padding of dims that are whole."""
+        self._meta(item.node, item.phase)
+        for dim, zeros in enumerate(item.option.padding):
+            if zeros:
+                value = self.emit.call(aten.slice.Tensor, value, dim, 0, self.emit.shape(value)[dim] - zeros)
+        return value
+
     # -- outputs -------------------------------------------------------------------------------------------------------
 
     def _outputs(self) -> tuple[tuple[LocalOutput, ...], list[Any]]:
@@ -197,5 +205,6 @@ class _Rewriter:
                 values.append(node)
                 continue
             found.append(LocalOutput(out.kind, out.name, item.option.storage))
-            values.append(self._get(item.node, item.target, item.phase))
+            value = self._get(item.node, item.target, item.phase)
+            values.append(value if item.stores else self._cut(item, value))
         return tuple(found), values

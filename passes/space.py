@@ -189,7 +189,7 @@ def _parameter_options(
     stored: Mapping[str, Storage],
     pin: tuple[str, Pin] | None,
 ) -> tuple[StoredOption, ...]:
-    options = stored_options(place.dims, sizes)
+    options = stored_options(place.dims, sizes, place.given.shape if place.given is not None else None)
     if place.name in stored:
         options = tuple(o for o in options if o.storage == stored[place.name])
         if not options:
@@ -220,7 +220,8 @@ def _at_rest(storage: Storage) -> Layout:
 
 
 def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
-    shape = tuple(map(math.prod, place.dims))
+    inside = tuple(map(math.prod, place.dims))
+    shape = (place.out.shape if place.out is not None else None) or inside
     position = sum(len(dim) for dim in place.dims[:batch_dim])
     ways = math.prod(sizes[a] for a in batch_axes)
     atom = place.dims[batch_dim][0] if place.dims[batch_dim] else 1
@@ -230,7 +231,10 @@ def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes
             "the batch axes do not divide; pass a batch of equal size on every data-parallel rank"
         )
     layout: Layout = tuple(Shard(position) if a in batch_axes and ways > 1 else Replicate() for a in range(len(sizes)))
-    return StoredOption(layout, batch_storage(shape, batch_dim, len(sizes), batch_axes))
+    padding = tuple(n - held for n, held in zip(inside, shape, strict=True))
+    return StoredOption(
+        layout, batch_storage(shape, batch_dim, len(sizes), batch_axes), padding if any(padding) else ()
+    )
 
 
 def _given_option(analysis: Analysis, place: Place, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
@@ -255,7 +259,10 @@ def _returned_options(
     assert out is not None
     if out.batch_dim is not None and place.dims[out.batch_dim]:
         if out.kind == "output" and analysis.program.has_loss:
-            return plain_layouts(place.dims, sizes)
+            return plain_layouts(place.dims, sizes, out.shape)
         return (_batch_layout(place, out.batch_dim, sizes, batch_axes),)
-    shape = tuple(map(math.prod, place.dims))
-    return (StoredOption((Replicate(),) * len(sizes), Storage(shape, (None,) * len(sizes))),)
+    inside = tuple(map(math.prod, place.dims))
+    shape = out.shape or inside
+    padding = tuple(n - held for n, held in zip(inside, shape, strict=True))
+    whole = Storage(shape, (None,) * len(sizes))
+    return (StoredOption((Replicate(),) * len(sizes), whole, padding if any(padding) else ()),)
