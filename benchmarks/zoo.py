@@ -4,11 +4,14 @@
     python benchmarks/zoo.py --resume                     those that the result file lacks
     python benchmarks/zoo.py --only llama,t5@s2s          some, by name
     python benchmarks/zoo.py --failed                     those that failed, again
+    python benchmarks/zoo.py --simulate                   all ranks played in one process: a fifth of the time
 
 Mesh dp=2 x tp=2, float32, not compiled, real gloo ranks, through `autopar.plan` and `autopar.apply`, under `megatron`,
 `fsdp` and `auto`. A step is right where the loss is eager's on one device with the whole batch to 1e-4 and every
 gradient to 2e-3 of its norm. (A gradient whose norm is under 1e-6 of all gradients' is zero but for rounding, and is
 held against that.)
+
+With `--simulate` the same plans and programs run in one process per architecture, collectives being plain arithmetic.
 
 Four processes stay alive over many models, so that imports are paid once. One that crashes, hangs or fails has all
 four started again. Each finished row goes to `zoo_results.csv` at once; `zoo_results.md` is made from it.
@@ -66,6 +69,8 @@ class Row:
     """Ops that ran whole on every rank for want of a rule."""
     notes: str = ""
     seconds: float = 0.0
+    ranks: str = "real"
+    """Or "simulated"."""
     error: str = ""
 
 
@@ -114,10 +119,11 @@ def _rows(name: str, family: str, strategies: tuple[str, ...], mesh: Any, rank: 
 
 @dataclass
 class _Step:
-    """A model, this rank's part of the batch, and what eager gives for the whole batch."""
+    """A model, this rank's part of the batch and all of it, and what eager gives for that."""
 
     model: Any
     inputs: dict[str, Any]
+    whole: dict[str, Any]
     loss: float
     gradients: dict[str, Any]
 
@@ -137,7 +143,7 @@ class _Step:
             gradients = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
         parts = dict(MESH)["dp"]
         local = {k: v.chunk(parts)[part] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        return _Step(model, local, loss, gradients)
+        return _Step(model, local, inputs, loss, gradients)
 
 
 def _run(row: Row, step: _Step, mesh: Any, rank: int) -> None:
@@ -148,9 +154,7 @@ def _run(row: Row, step: _Step, mesh: Any, rank: int) -> None:
     options = autopar.Options(compile=False)
     plan = autopar.plan(step.model, mesh, step.inputs, strategy=row.strategy, options=options)
     row.captured = row.planned = True
-    missing = "no rule for "
-    row.replicated = "; ".join(n.removeprefix(missing).partition(":")[0] for n in plan.notes if n.startswith(missing))
-    row.notes = "; ".join(n for n in plan.notes if not n.startswith(missing) and "padded" not in n)
+    _note(row, plan.notes)
     module = autopar.apply(step.model, plan, mesh)
     loss = zoo_models.loss_of(module(**step.inputs))
     loss.backward()
@@ -158,9 +162,20 @@ def _run(row: Row, step: _Step, mesh: Any, rank: int) -> None:
     found = {n: p.grad.full_tensor() for n, p in module.named_parameters() if p.grad is not None}
     if rank:
         return
-    row.split = _split(module)
-    row.loss_error = abs(float(loss) - step.loss) / abs(step.loss)
-    row.gradient_error, row.worst = _worst(found, step.gradients)
+    (executables,) = module.__dict__["_autopar"].executables.values()
+    row.split = _split(executables[0].local)
+    _compare(row, step, float(loss), found)
+
+
+def _note(row: Row, notes: tuple[str, ...]) -> None:
+    missing = "no rule for "
+    row.replicated = "; ".join(n.removeprefix(missing).partition(":")[0] for n in notes if n.startswith(missing))
+    row.notes = "; ".join(n for n in notes if not n.startswith(missing) and "padded" not in n)
+
+
+def _compare(row: Row, step: _Step, loss: float, gradients: dict[str, Any]) -> None:
+    row.loss_error = abs(loss - step.loss) / abs(step.loss)
+    row.gradient_error, row.worst = _worst(gradients, step.gradients)
     row.right = row.loss_error <= LOSS_LIMIT and row.gradient_error <= GRADIENT_LIMIT
     if not row.right:
         row.error = f"other numbers: loss {row.loss_error:.1e}, gradient {row.gradient_error:.1e} of {row.worst}"
@@ -181,11 +196,10 @@ def _worst(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[float, str]:
     return worst, name
 
 
-def _split(module: Any) -> float:
-    """Share of the multiply-adds that the tp axis splits."""
-    (executable,) = module.__dict__["_autopar"].executables.values()
-    local = executable.local
-    whole, mine = _multiply_adds(local.program.graph), _multiply_adds(local.graph)
+def _split(local: Any) -> float:
+    """Share of the multiply-adds of a rank's program that the tp axis splits."""
+    experts = max((n.args[1].meta["val"].shape[0] for n in _calls(local.program.graph) if _is_grouped(n)), default=1)
+    whole, mine = (sum(_of_node(n, experts) for n in _calls(graph)) for graph in (local.program.graph, local.graph))
     if not whole:
         return math.nan
     sizes = dict(MESH)
@@ -193,12 +207,15 @@ def _split(module: Any) -> float:
     return (1 - of_rank) / (1 - 1 / sizes["tp"])
 
 
-def _multiply_adds(gm: Any) -> float:
-    """Of the products, attentions and convolutions in a graph."""
-    return sum(_of_node(node) for node in gm.graph.nodes if node.op == "call_function")
+def _calls(gm: Any) -> list[Any]:
+    return [node for node in gm.graph.nodes if node.op == "call_function"]
 
 
-def _of_node(node: Any) -> float:
+def _is_grouped(node: Any) -> bool:
+    return "grouped_mm" in str(node.target)
+
+
+def _of_node(node: Any, experts: int) -> float:
     import torch
     from torch import fx
     from torch.utils.flop_counter import conv_backward_flop, conv_flop
@@ -215,9 +232,7 @@ def _of_node(node: Any) -> float:
         return math.prod(query) * key[2] * (5 if backward else 2)
     if "grouped_mm" in name:
         # Which rows are a rank's own depends on data: on average, as many of them as it has of the experts.
-        whole = node.meta.get("part_of")
-        del whole
-        return math.prod(shape[0]) * shape[1][-1] * shape[1][0] * (2 if "backward" in name else 1)
+        return math.prod(shape[0]) * shape[1][-1] * shape[1][0] / experts * (2 if "backward" in name else 1)
     if name == "aten.convolution.default":
         return float(conv_flop(*args, **kwargs, out_val=node.meta["val"])) / 2
     if name == "aten.convolution_backward.default":
@@ -227,6 +242,78 @@ def _of_node(node: Any) -> float:
 
 def _told(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:600]
+
+
+# ------------------------------------------------------------------------------------------------- ranks in one process
+def simulated(name: str, family: str, strategies: tuple[str, ...], answer: Any, threads: int) -> None:
+    """Sends rows for an architecture whose ranks are all played here; run in a process of its own."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    from autopar import planning
+    from autopar.api import skeleton
+    from autopar.options import Options
+    from passes.inputs import global_inputs
+    from passes.simulate import simulate_step
+
+    torch.set_num_threads(threads)
+    rows = [Row(name, family, strategy, ranks="simulated") for strategy in strategies]
+    stage = "eager"
+    try:
+        step = _Step.of(name, 0, whole=True)
+        stage = ""
+        ways = dict(MESH)["dp"]
+        whole = global_inputs((), dict(sorted(step.inputs.items())), ways, None)
+        program = planning.captured(
+            skeleton(step.model), whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size
+        )
+        values = {name: step.whole[name] for name in whole.kwargs}
+        tensors = [leaf for leaf in pytree.tree_leaves(((), values)) if isinstance(leaf, torch.Tensor)]
+        parameters = {n: p.detach() for n, p in step.model.named_parameters()}
+        for row in rows:
+            start = time.monotonic()
+            row.captured = True
+            plan = planning.planned(
+                program, MESH, batch_axes=(0,), hardware=None, strategy=row.strategy, options=Options(), example=""
+            )
+            row.planned = True
+            _note(row, plan.notes)
+            local = planning.rewritten(program, plan)
+            found = simulate_step(local, parameters, dict(step.model.named_buffers()), tensors, None, (0, 0))
+            row.ran = True
+            row.split = _split(local)
+            _compare(row, step, float(found.outputs["loss"]), found.gradients)
+            row.seconds = time.monotonic() - start
+            if row.error:
+                break
+    except Exception as error:
+        if os.environ.get("ZOO_TRACEBACK"):
+            traceback.print_exc()
+        next(row for row in rows if not row.right).error = f"{stage}: {_told(error)}" if stage else _told(error)
+    answer.send(rows)
+
+
+def simulate(
+    name: str, family: str, strategies: tuple[str, ...], limit_s: float, threads: int
+) -> tuple[list[Row], bool]:
+    """Rows of `simulated`, run in a process of its own that may crash or hang."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "zoo_models", "autopar"])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=simulated, args=(name, family, strategies, theirs, threads), daemon=True)
+    process.start()
+    theirs.close()
+    rows = [Row(name, family, strategy, ranks="simulated") for strategy in strategies]
+    try:
+        if ours.poll(limit_s):
+            rows = ours.recv()
+        else:
+            rows[0].error = f"not done after {limit_s:.0f} s"
+    except EOFError:
+        rows[0].error = "the process died"
+    process.kill()
+    process.join()
+    return rows, True
 
 
 # ------------------------------------------------------------------------------------------------------- the four ranks
@@ -312,9 +399,15 @@ def read(path: Path) -> dict[tuple[str, str], Row]:
             values: dict[str, Any] = {}
             for field in fields(Row):
                 text = record[field.name]
-                values[field.name] = {"bool": text == "yes", "float": float(text or "nan")}.get(str(field.type), text)
+                values[field.name] = _value(str(field.type), text)
             rows[record["architecture"], record["strategy"]] = Row(**values)
     return rows
+
+
+def _value(kind: str, text: str) -> Any:
+    if kind == "float":
+        return float(text) if text else math.nan
+    return text == "yes" if kind == "bool" else text
 
 
 def write(path: Path, rows: dict[tuple[str, str], Row]) -> None:
@@ -378,11 +471,11 @@ def summary(rows: dict[tuple[str, str], Row], asked: int) -> str:
         "# Every architecture, sharded",
         "",
         f"Made by `{COMMAND}`; torch {torch.__version__}, transformers {transformers.__version__}. {len(names)} of "
-        f"{asked} architectures have been run, on mesh {' x '.join(f'{n}={s}' for n, s in MESH)}, float32, not "
-        "compiled, four gloo ranks, through `autopar.plan` and `autopar.apply`. Errors are relative to eager on one "
-        f"device with the whole batch: right is a loss to {LOSS_LIMIT:g} and every gradient to {GRADIENT_LIMIT:g} of "
-        "its norm. `split` is the share of a rank's multiply-adds that the tp axis splits. `zoo_results.csv` has all "
-        "columns.",
+        f"{asked} architectures have been run ({_kinds(rows)}) on mesh {' x '.join(f'{n}={s}' for n, s in MESH)}, "
+        "float32, not compiled: on four gloo ranks through `autopar.plan` and `autopar.apply`, or the same programs "
+        "with all ranks simulated in one process (`--simulate`). Errors are relative to eager on one device with the "
+        f"whole batch: right is a loss to {LOSS_LIMIT:g} and every gradient to {GRADIENT_LIMIT:g} of its norm. "
+        "`split` is the share of a rank's multiply-adds that the tp axis splits. `zoo_results.csv` has all columns.",
         "",
         tabulate(counts, head, "github"),
         "",
@@ -404,6 +497,11 @@ def summary(rows: dict[tuple[str, str], Row], asked: int) -> str:
         "",
     ]
     return "\n".join(text)
+
+
+def _kinds(rows: dict[tuple[str, str], Row]) -> str:
+    counts = Counter(row.ranks for row in rows.values())
+    return ", ".join(f"{count} steps on {kind} ranks" for kind, count in sorted(counts.items()))
 
 
 def _chosen(
@@ -432,6 +530,7 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=600, help="for one architecture, all strategies")
     parser.add_argument("--threads", type=int, default=1, help="per rank")
     parser.add_argument("--out", type=Path, default=FOLDER / "zoo_results.csv")
+    parser.add_argument("--simulate", action="store_true", help="play all ranks in one process")
     parser.add_argument("--no-run", action="store_true", help="only make the .md from the .csv")
     arguments = parser.parse_args()
     keep = arguments.resume or arguments.failed or arguments.only or arguments.no_run
@@ -441,9 +540,11 @@ def main() -> int:
     for done, (name, family, strategies) in enumerate(jobs):
         left = strategies
         while left:  # a strategy that fails does not take the next ones with it
-            if ranks is None:
-                ranks = Ranks(arguments.threads)
-            found, good = ranks.run(name, family, left, arguments.limit_s)
+            if arguments.simulate:
+                found, good = simulate(name, family, left, arguments.limit_s, arguments.threads)
+            else:
+                ranks = ranks or Ranks(arguments.threads)
+                found, good = ranks.run(name, family, left, arguments.limit_s)
             end = next((i for i, row in enumerate(found) if row.error), len(found) - 1)
             for row in found[: end + 1]:
                 rows[name, row.strategy] = row
@@ -455,7 +556,7 @@ def main() -> int:
                 )
             write(arguments.out, rows)
             left = left[end + 1 :]
-            if not good:
+            if not good and ranks is not None:
                 ranks.stop()
                 ranks = None
     if ranks is not None:

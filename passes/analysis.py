@@ -106,13 +106,14 @@ class Analysis:
         return facts.dtype.itemsize if facts else 1
 
 
-def _form(call: Call, known: Mapping[str, str], found: dict[str, str]) -> Form:
+def _form(call: Call, found: dict[str, str]) -> Form:
+    """The call's form; a rule that is not in a table is looked up in `found`, or discovered and put there."""
     try:
         return form_of(call)
     except UnsupportedOpError:
         key = str(call)
-        found[key] = known[key] if key in known else discover(call).rule
-        return form_of_rule(call, found[key])
+        rule = found[key] = found[key] if key in found else discover(call).rule
+        return form_of_rule(call, rule)
 
 
 def _plain_form(node: fx.Node) -> Form:
@@ -128,7 +129,7 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
     as one kernel.
     """
     folding = fold(program)
-    found: dict[str, str] = {}
+    found = dict(known or {})
     by_call: dict[str, tuple[Call, Form]] = {}
     calls: list[Call | None] = []
     forms: list[Form] = []
@@ -138,7 +139,7 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
             call = call_of(node)
             key = str(call)
             if key not in by_call:
-                by_call[key] = (call, _form(call, known or {}, found))
+                by_call[key] = (call, _form(call, found))
             calls.append(by_call[key][0])
             forms.append(by_call[key][1])
         else:

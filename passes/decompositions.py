@@ -283,6 +283,8 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
             aten.binary_cross_entropy_backward,
             aten.binary_cross_entropy_with_logits,
             aten.softplus_backward,  # its fake strides are not the real ones
+            aten.log_sigmoid_forward,  # its second result is empty on some devices
+            aten.log_sigmoid_backward,
         ]
     ),
     aten._log_softmax.default: _log_softmax,

@@ -52,7 +52,8 @@ class Paddings:
         """The program with these dims padded."""
         if pads not in self._made:
             made = pad(self.whole, pads)
-            self._made[pads] = Padding(pads, analyse(made.program, self._known, fused=self._fused), made.seen)
+            known = {**self.whole.found, **(self._known or {})}
+            self._made[pads] = Padding(pads, analyse(made.program, known, fused=self._fused), made.seen)
         return self._made[pads]
 
     def join(self, first: Sequence[Pad], second: Sequence[Pad]) -> tuple[Pad, ...]:

@@ -66,6 +66,8 @@ def _others() -> list[tuple[Any, ...]]:
     soft = x.log_softmax(1)
     return [
         (aten.softplus_backward.default, f(5, 7), x, 2.0, 1.5),
+        (aten.log_sigmoid_forward.default, x),
+        (aten.log_sigmoid_backward.default, f(5, 7), x, aten.log_sigmoid_forward.default(x)[1]),
         (aten._log_softmax.default, x, 1, False),
         (aten._log_softmax.default, f(5, 7, 3), 0, False),
         (aten._log_softmax.default, x.bfloat16(), -1, False),
@@ -144,6 +146,8 @@ def test_it_gives_what_the_op_gives(sample: Sequence[Any]) -> None:
     assert len(found) == len(wanted)
     if target is aten.nll_loss_forward.default and args[3] == 0:
         found, wanted = found[:1], wanted[:1]  # nobody reads a total weight where nothing is averaged
+    if target is aten.log_sigmoid_forward.default:
+        assert found[1].shape == wanted[1].shape
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other)
