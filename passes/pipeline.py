@@ -29,6 +29,7 @@ from passes.price import Budgeted, price
 from passes.program import Program
 from passes.randomness import own_randomness
 from passes.recompute import Mode, recomputation
+from passes.repeat import is_worth_repeating
 from passes.rewrite import rewrite
 from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
@@ -113,7 +114,11 @@ def compile_plan(
     check_strategy(request.strategy)
     progress("analysing the graph")
     budget = request.budget_bytes if request.budget_bytes is not None else int(topology_.device.usable_bytes)
-    search = _Search(Paddings(analyse(program)), topology_, tuple(batch_axes), request, budget, progress)
+    whole = Paddings(analyse(program))
+    parts = math.prod(size for axis, size in enumerate(topology_.sizes) if axis not in batch_axes)
+    repeat = parts > 1 and is_worth_repeating(program, parts)
+    repeated = Paddings(whole.whole, repeated_keys=True) if repeat else whole
+    search = _Search(whole, repeated, topology_, tuple(batch_axes), request, budget, progress)
     found: dict[str, list[Candidate]] = {}
     reasons: dict[str, str] = {}
     names = _SIMPLEST_FIRST if request.stored is None else (request.strategy,)
@@ -142,6 +147,7 @@ def compile_plan(
         budget_bytes=budget,
         notes=(*program.notes, *padding_notes(chosen.padding, chosen.space, chosen.assignment)),
         padded=chosen.padding.pads,
+        repeated_keys=chosen.padding.repeated_keys,
         strategy=chosen.strategy,
         options=dict(options or {}),
         example=example,
@@ -157,7 +163,7 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
     names = [axis.name for axis in topology_.axes]
     batch_axes = [names.index(name) for name in plan.batch_axes]
     check_plan(plan, program.fingerprint, [(axis.name, axis.size) for axis in topology_.axes])
-    analysis = Paddings(analyse(program)).of(plan.padded).analysis
+    analysis = Paddings(analyse(program), repeated_keys=plan.repeated_keys).of(plan.padded).analysis
     space = search_space(
         analysis.program,
         topology_,
@@ -174,7 +180,9 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
 class _Search:
     """Candidates for one program and mesh."""
 
+    plain: Paddings
     paddings: Paddings
+    """Those that `auto` and `megatron` may use: where it helps, of the program with repeated keys."""
     topology: Topology
     batch_axes: tuple[int, ...]
     request: Request
@@ -189,38 +197,44 @@ class _Search:
         Raises:
             NoFeasiblePlanError: there is none.
         """
-        whole = self.paddings.whole
-        needed = stored_pads(whole, self.request.stored or {}, self.topology.sizes)
-        wanted = self.paddings.join(needed, uneven_dims(whole, self.topology.sizes, self.batch_axes, name))
-        if wanted == needed:
-            return self._solved(name, needed)
-        padded = self._tried(name, wanted)
+        paddings = self.paddings if name in ("auto", "megatron") else self.plain
+        needed = stored_pads(paddings.whole, self.request.stored or {}, self.topology.sizes)
+        uneven = uneven_dims(paddings.whole, self.topology.sizes, self.batch_axes, name)
+        wanted = paddings.join(needed, uneven)
+        if wanted == needed and paddings is self.plain:
+            return self._solved(name, self.plain, needed)
+        padded = self._tried(name, paddings, wanted)
         if padded:
-            used = self.paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
-            padded = self._tried(name, used) if used != wanted else padded
-        if not padded or padded[0].padding.pads == needed:
-            return self._solved(name, needed)
+            used = paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
+            padded = self._tried(name, paddings, used) if used != wanted else padded
+        if not padded or (padded[0].padding.pads == needed and paddings is self.plain):
+            return self._solved(name, self.plain, needed)
         if name != "auto":
-            return padded if _best(padded, self.budget) else self._solved(name, needed)
-        plain = self._tried(name, needed)
+            return padded if _best(padded, self.budget) else self._solved(name, self.plain, needed)
+        needed = stored_pads(self.plain.whole, self.request.stored or {}, self.topology.sizes)
+        plain = self._tried(name, self.plain, needed)
         best = _best([*plain, *padded], self.budget)
         for each in sorted(padded[0].padding.pads, key=lambda p: p.size / p.padded):
             if best is not None and each in best.padding.pads and each not in needed:
                 fewer = tuple(p for p in best.padding.pads if p != each)
-                padded += self._tried(name, fewer, _HIDDEN_SHARES[:1])
+                padded += self._tried(name, paddings, fewer, _HIDDEN_SHARES[:1])
                 best = _best([*plain, *padded], self.budget)
         return [*plain, *padded]
 
-    def _tried(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+    def _tried(
+        self, name: str, paddings: Paddings, pads: tuple[Pad, ...], shares: Sequence[float] | None = None
+    ) -> list[Candidate]:
         """Solutions with these dims padded; none where nothing fits, or a pin asks for what only others allow."""
         try:
-            return self._solved(name, pads, shares)
+            return self._solved(name, paddings, pads, shares)
         except (NoFeasiblePlanError, ValueError):
             return []
 
-    def _solved(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+    def _solved(
+        self, name: str, paddings: Paddings, pads: tuple[Pad, ...], shares: Sequence[float] | None = None
+    ) -> list[Candidate]:
         """Solutions with these dims padded, those that compute the least again first."""
-        request, padding = self.request, self.paddings.of(pads)
+        request, padding = self.request, paddings.of(pads)
         self.progress(f"solving {name}" + (f", {len(pads)} dims padded" if pads else ""))
         modes = _AUTO if request.recompute == "auto" else (request.recompute,)
         space = search_space(

@@ -135,6 +135,8 @@ class Plan:
     """Tied parameters: other name -> the name that `parameters` has."""
     padded: tuple[Pad, ...] = ()
     """Dims that the program is padded along before it is laid out."""
+    repeated_keys: bool = False
+    """Whether keys and values of grouped attention are repeated before that."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the caller asked for, as JSON values."""
     example: str = ""
@@ -204,6 +206,7 @@ def make_plan(
     budget_bytes: int | None = None,
     notes: Iterable[str] = (),
     padded: tuple[Pad, ...] = (),
+    repeated_keys: bool = False,
     strategy: str | None = None,
     options: Mapping[str, Any] | None = None,
     example: str = "",
@@ -245,6 +248,7 @@ def make_plan(
         decisions={key: texts[pick] for (key, texts), pick in zip(_choices(space), assignment, strict=True)},
         aliases=dict(space.program.aliases),
         padded=padded,
+        repeated_keys=repeated_keys,
         options=dict(options or {}),
         example=example,
     )
