@@ -136,6 +136,12 @@ class Emitter:
         return self.call(WAIT, x)
 
 
+def relax_views(graph: fx.Graph) -> None:
+    """Make views reshapes, where tensors may lie otherwise in memory than when the graph was captured."""
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
+
+
 def _key(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"T{tuple(value.shape)}{value.stride()}{value.dtype}"

@@ -11,8 +11,9 @@ let them into real entries, they are overwritten first: by zeros before a sum or
 other finite), by -inf before a maximum, by zeros in indices. The overwritten tensor takes the place of the old one, so
 that one mask serves all later readers. What leaves the program is cut to its real size.
 
-A parameter whose dim is the padded one alone (a vocabulary, an FFN width) becomes a larger placeholder, `Input.shape`
-saying what it is outside; where it is part of a dim (heads of heads x head size) it is padded inside the graph.
+A parameter or input whose dim is the padded one alone (a vocabulary, an FFN width, the sequence) becomes a larger
+placeholder, `Input.shape` saying what it is outside; where it is part of a dim (heads of heads x head size) it is
+padded inside the graph. Outputs are cut to their size where they leave.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import fx
 
 from passes.analysis import Analysis
 from passes.dims import Atom, atoms_of, is_getitem, outputs_of, value_of
-from passes.emit import Emitter
+from passes.emit import Emitter, relax_views
 from passes.harmless import Key, Need, Place, Reading, fill_of, keeps_values, needs_of, result_zone
 from passes.localize import LocalOp, run_locally
 from passes.program import Input, Output, Program
@@ -153,6 +154,7 @@ class _Padding:
         outputs, values = self._outputs(inputs)
         self.emit.graph.output(tuple(values))
         module = fx.GraphModule(self.program.graph, self.emit.graph)
+        relax_views(module.graph)
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
@@ -171,7 +173,7 @@ class _Padding:
         known.base = frozenset(
             (d, 0)
             for d, dim in enumerate(known.atoms)
-            if given.kind == "parameter" and len(dim) == 1 and id(dim[0]) in self.sizes
+            if given.kind in ("parameter", "input") and len(dim) == 1 and id(dim[0]) in self.sizes
         )
         if not known.base:
             return given
@@ -183,7 +185,7 @@ class _Padding:
 
     def _outputs(self, inputs: Sequence[Input]) -> tuple[tuple[Output, ...], list[Any]]:
         found = []
-        shapes = {given.name for given in inputs if given.shape is not None}
+        shapes = {given.name for given in inputs if given.shape is not None and given.kind == "parameter"}
         by_name = {given.name: node for given, node in self._given()}
         values: list[Any] = []
         returned: Any = self.program.graph.graph.output_node().args[0]

@@ -105,6 +105,7 @@ def compile_plan(
         budget_bytes=budget,
         notes=(*chosen.space.program.notes, *padding_notes(chosen.padding, chosen.space, chosen.assignment)),
         padded=chosen.padding.pads,
+        repeated_keys=chosen.padding.repeated_keys,
         strategy=chosen.strategy,
         options=dict(options or {}),
         example=example,
@@ -140,7 +141,7 @@ def space_of(
     names = [axis.name for axis in topology_.axes]
     batch_axes = [names.index(name) for name in plan.batch_axes]
     paddings = PaddingsOf(program, topology_.sizes, tuple(batch_axes), plan.rules)
-    analysis = paddings.under(strategy).of(plan.padded).analysis
+    analysis = paddings.under(strategy, plan.repeated_keys).of(plan.padded).analysis
     return search_space(
         analysis.program,
         topology_,

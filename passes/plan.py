@@ -147,6 +147,8 @@ class Plan:
     """Tied parameters: other name -> the name that `parameters` has."""
     padded: tuple[Pad, ...] = ()
     """Dims that the program is padded along before it is laid out."""
+    repeated_keys: bool = False
+    """Whether keys and values of grouped attention are repeated before that."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the caller asked for, as JSON values."""
     example: str = ""
@@ -223,6 +225,7 @@ def make_plan(
     budget_bytes: int | None = None,
     notes: Iterable[str] = (),
     padded: tuple[Pad, ...] = (),
+    repeated_keys: bool = False,
     strategy: str | None = None,
     options: Mapping[str, Any] | None = None,
     example: str = "",
@@ -266,6 +269,7 @@ def make_plan(
         rules=dict(space.analysis.found),
         aliases=dict(space.program.aliases),
         padded=padded,
+        repeated_keys=repeated_keys,
         options=dict(options or {}),
         example=example,
     )

@@ -31,8 +31,8 @@ class Input:
     or `args.0` for what the user passes, and the path of the output for a tangent. A "seed" comes last, where the
     program has random ops (`randomness.own_randomness`): int64 of shape (2,), the user's seed and the step's number.
     `requires_grad`: its gradient is among the outputs. `batch_dim` is the dim that the batch axes split, for inputs and
-    tangents that have one. `shape` is that of a parameter outside the graph, where its placeholder (and its gradient)
-    is larger: padded with zeros at the end of its dims (`pad.pad`).
+    tangents that have one. `shape` is that of a parameter or input outside the graph, where its placeholder (and a
+    parameter's gradient) is larger: padded with zeros at the end of its dims (`pad.pad`).
     """
 
     kind: InputKind

@@ -19,6 +19,7 @@ from passes.plan import without
 from passes.price import Budgeted, price
 from passes.program import Program
 from passes.recompute import Mode, recomputation
+from passes.repeat import is_worth_repeating
 from passes.routing import has_routed, route_by_blocks, token_parts
 from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
@@ -98,7 +99,7 @@ class PaddingsOf:
         self._program, self._sizes, self._batch_axes = program, sizes, batch_axes
         self._rules, self._fused = rules, fused
         self._routed = has_routed(program)
-        self._known: dict[int, Paddings] = {}
+        self._known: dict[tuple[int, bool], Paddings] = {}
 
     @property
     def program(self) -> Program:
@@ -111,13 +112,22 @@ class PaddingsOf:
         other._known = self._known
         return other
 
-    def under(self, strategy: str) -> Paddings:
-        """The paddings that plans under `strategy` are made from."""
+    def under(self, strategy: str, repeated_keys: bool = False) -> Paddings:
+        """The paddings that plans under `strategy` are made from; `repeated_keys`: see `Paddings`."""
         parts = token_parts(self._program, strategy, self._sizes, self._batch_axes) if self._routed else 1
-        if parts not in self._known:
-            whole = analyse(route_by_blocks(self._program, parts), self._rules, fused=self._fused)
-            self._known[parts] = Paddings(whole, self._rules, self._fused)
-        return self._known[parts]
+        if (parts, repeated_keys) not in self._known:
+            if repeated_keys:
+                whole = self.under(strategy).whole
+            else:
+                whole = analyse(route_by_blocks(self._program, parts), self._rules, fused=self._fused)
+            made = Paddings(whole, self._rules, self._fused, repeated_keys=repeated_keys)
+            self._known[parts, repeated_keys] = made
+        return self._known[parts, repeated_keys]
+
+    def may_repeat_keys(self, strategy: str) -> bool:
+        """Whether plans under `strategy` may repeat keys and values of grouped attention: where that helps to split."""
+        parts = math.prod(size for axis, size in enumerate(self._sizes) if axis not in self._batch_axes)
+        return strategy in ("auto", "megatron") and parts > 1 and is_worth_repeating(self._program, parts)
 
 
 @dataclass(frozen=True)
@@ -140,39 +150,45 @@ class Search:
         Raises:
             NoFeasiblePlanError: there is none.
         """
-        paddings = self.paddings.under(name)
-        whole = paddings.whole
-        needed = stored_pads(whole, self.request.stored or {}, self.topology.sizes)
-        wanted = paddings.join(needed, uneven_dims(whole, self.topology.sizes, self.batch_axes, name))
-        if wanted == needed:
-            return self._solved(name, needed)
-        padded = self._tried(name, wanted)
+        plainly = self.paddings.under(name)
+        paddings = self.paddings.under(name, self.paddings.may_repeat_keys(name))
+        needed = stored_pads(paddings.whole, self.request.stored or {}, self.topology.sizes)
+        uneven = uneven_dims(paddings.whole, self.topology.sizes, self.batch_axes, name)
+        wanted = paddings.join(needed, uneven)
+        if wanted == needed and paddings is plainly:
+            return self._solved(name, plainly, needed)
+        padded = self._tried(name, paddings, wanted)
         if padded:
             used = paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
-            padded = self._tried(name, used) if used != wanted else padded
-        if not padded or padded[0].padding.pads == needed:
-            return self._solved(name, needed)
+            padded = self._tried(name, paddings, used) if used != wanted else padded
+        if not padded or (padded[0].padding.pads == needed and paddings is plainly):
+            return self._solved(name, plainly, needed)
         if name != "auto":
-            return padded if best(padded, self.budget) else self._solved(name, needed)
-        plain = self._tried(name, needed)
+            return padded if best(padded, self.budget) else self._solved(name, plainly, needed)
+        needed = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
+        plain = self._tried(name, plainly, needed)
         chosen = best([*plain, *padded], self.budget)
         for each in sorted(padded[0].padding.pads, key=lambda p: p.size / p.padded):
             if chosen is not None and each in chosen.padding.pads and each not in needed:
                 fewer = tuple(p for p in chosen.padding.pads if p != each)
-                padded += self._tried(name, fewer, _HIDDEN_SHARES[:1])
+                padded += self._tried(name, paddings, fewer, _HIDDEN_SHARES[:1])
                 chosen = best([*plain, *padded], self.budget)
         return [*plain, *padded]
 
-    def _tried(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+    def _tried(
+        self, name: str, paddings: Paddings, pads: tuple[Pad, ...], shares: Sequence[float] | None = None
+    ) -> list[Candidate]:
         """Solutions with these dims padded; none where nothing fits, or a pin asks for what only others allow."""
         try:
-            return self._solved(name, pads, shares)
+            return self._solved(name, paddings, pads, shares)
         except (NoFeasiblePlanError, ValueError):
             return []
 
-    def _solved(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+    def _solved(
+        self, name: str, paddings: Paddings, pads: tuple[Pad, ...], shares: Sequence[float] | None = None
+    ) -> list[Candidate]:
         """Solutions with these dims padded, those that compute the least again first."""
-        request, padding = self.request, self.paddings.under(name).of(pads)
+        request, padding = self.request, paddings.of(pads)
         self.progress(f"solving {name}" + (f", {len(pads)} dims padded" if pads else ""))
         modes = _AUTO if request.recompute == "auto" else (request.recompute,)
         space = search_space(

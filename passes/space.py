@@ -226,7 +226,8 @@ def _at_rest(storage: Storage) -> Layout:
 
 def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
     inside = tuple(map(math.prod, place.dims))
-    shape = (place.out.shape if place.out is not None else None) or inside
+    of = place.given or place.out
+    shape = (of.shape if of is not None else None) or inside
     position = sum(len(dim) for dim in place.dims[:batch_dim])
     ways = math.prod(sizes[a] for a in batch_axes)
     atom = place.dims[batch_dim][0] if place.dims[batch_dim] else 1
@@ -236,16 +237,19 @@ def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes
             "the batch axes do not divide; pass a batch of equal size on every data-parallel rank"
         )
     layout: Layout = tuple(Shard(position) if a in batch_axes and ways > 1 else Replicate() for a in range(len(sizes)))
-    padding = tuple(n - held for n, held in zip(inside, shape, strict=True))
-    return StoredOption(
-        layout, batch_storage(shape, batch_dim, len(sizes), batch_axes), padding if any(padding) else ()
-    )
+    return StoredOption(layout, batch_storage(shape, batch_dim, len(sizes), batch_axes), _padding(inside, shape))
+
+
+def _padding(inside: Sequence[int], outside: Sequence[int]) -> tuple[int, ...]:
+    padding = tuple(n - held for n, held in zip(inside, outside, strict=True))
+    return padding if any(padding) else ()
 
 
 def _given_option(analysis: Analysis, place: Place, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
     given = place.given
-    shape = tuple(map(math.prod, place.dims))
-    whole = StoredOption((Replicate(),) * len(sizes), Storage(shape, (None,) * len(sizes)))
+    inside = tuple(map(math.prod, place.dims))
+    shape = (given.shape if given is not None else None) or inside
+    whole = StoredOption((Replicate(),) * len(sizes), Storage(shape, (None,) * len(sizes)), _padding(inside, shape))
     if given is None or given.kind not in ("input", "tangent"):
         return whole
     if given.batch_dim is not None:
@@ -262,12 +266,11 @@ def _returned_options(
 ) -> tuple[StoredOption, ...]:
     out = place.out
     assert out is not None
+    if out.batch_dim is not None and out.kind == "output" and analysis.program.has_loss:
+        return plain_layouts(place.dims, sizes, out.shape)
     if out.batch_dim is not None and place.dims[out.batch_dim]:
-        if out.kind == "output" and analysis.program.has_loss:
-            return plain_layouts(place.dims, sizes, out.shape)
         return (_batch_layout(place, out.batch_dim, sizes, batch_axes),)
     inside = tuple(map(math.prod, place.dims))
     shape = out.shape or inside
-    padding = tuple(n - held for n, held in zip(inside, shape, strict=True))
     whole = Storage(shape, (None,) * len(sizes))
-    return (StoredOption((Replicate(),) * len(sizes), whole, padding if any(padding) else ()),)
+    return (StoredOption((Replicate(),) * len(sizes), whole, _padding(inside, shape)),)

@@ -20,6 +20,7 @@ from passes.fusion import Fused
 from passes.harmless import Place
 from passes.local import Storage
 from passes.pad import Pad, pad, padded_atom
+from passes.repeat import repeat_keys
 from passes.rules.call import is_tensor
 from passes.rules.index import EMBEDDINGS
 from passes.rules.matmul import PRODUCTS
@@ -27,8 +28,8 @@ from passes.space import Space
 from passes.strategies import Option
 from passes.words import Words
 
-_MOST = 4.0
-"""A dim is not made larger than this many times its size: then most ranks would hold nothing but padding."""
+_MOST = 2.0
+"""A dim is not made larger than this many times its size: beyond, most ranks would hold nothing but padding."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,35 @@ class Padding:
     pads: tuple[Pad, ...]
     analysis: Analysis
     seen: Mapping[Pad, tuple[fx.Node, Place]] = field(default_factory=dict)
+    repeated_keys: bool = False
 
 
 class Paddings:
-    """A program's paddings, each made and analysed once; `known`: rules found before, as `analyse` takes them."""
+    """A program's paddings, each made and analysed once.
 
-    def __init__(self, whole: Analysis, known: Mapping[str, str] | None = None, fused: Fused = True) -> None:
-        self.whole = whole
-        self._known, self._fused = known, fused
-        self._made: dict[tuple[Pad, ...], Padding] = {(): Padding((), whole)}
+    `known`: rules found before, and `fused`, as `analyse` takes them. `repeated_keys`: of the program with keys and
+    values of grouped attention repeated.
+    """
+
+    def __init__(
+        self,
+        whole: Analysis,
+        known: Mapping[str, str] | None = None,
+        fused: Fused = True,
+        *,
+        repeated_keys: bool = False,
+    ) -> None:
+        self._known, self._fused = {**whole.found, **(known or {})}, fused
+        self.whole = analyse(repeat_keys(whole.program), self._known, fused=fused) if repeated_keys else whole
+        self.repeated_keys = repeated_keys
+        self._made: dict[tuple[Pad, ...], Padding] = {(): Padding((), self.whole, repeated_keys=repeated_keys)}
 
     def of(self, pads: tuple[Pad, ...]) -> Padding:
         """The program with these dims padded."""
         if pads not in self._made:
             made = pad(self.whole, pads)
-            known = {**self.whole.found, **(self._known or {})}
-            self._made[pads] = Padding(pads, analyse(made.program, known, fused=self._fused), made.seen)
+            analysis = analyse(made.program, self._known, fused=self._fused)
+            self._made[pads] = Padding(pads, analysis, made.seen, self.repeated_keys)
         return self._made[pads]
 
     def join(self, first: Sequence[Pad], second: Sequence[Pad]) -> tuple[Pad, ...]:
@@ -71,7 +85,8 @@ def used_pads(padding: Padding, space: Space, assignment: Sequence[int]) -> tupl
 def padding_notes(padding: Padding, space: Space, assignment: Sequence[int]) -> list[str]:
     """A line per padded dim: what it is, which axes split it, and how much more work it is."""
     words, split = Words(space), _split_atoms(space, assignment)
-    notes = []
+    notes = ["keys and values of grouped attention are repeated, so that query heads can be split"]
+    notes = notes if padding.repeated_keys else []
     for each in padding.pads:
         atom = _new_atom(padding, each)
         word = words.named(atom) if atom is not None else ""
@@ -119,10 +134,13 @@ def uneven_dims(
     kept = _candidates(analysis)
     if strategy in ("ddp", "fsdp"):
         kept &= analysis.sequence_atoms
-    for atoms in analysis.weight_dims if strategy not in ("ddp", "fsdp") else ():
-        kept -= {atom for atom, _ in atoms}
+    decided: set[int] = set()  # queries' heads (key-value heads x group) before the key-value heads alone
+    for atoms in sorted(analysis.weight_dims, key=len, reverse=True) if strategy not in ("ddp", "fsdp") else ():
+        kept -= {atom for atom, _ in atoms} - decided
         outer = [(atom, size) for atom, size in atoms[:-1] if atom not in analysis.blocked_atoms]
-        if outer and all(size % parts for _, size in outer):
+        alone = not decided & {atom for atom, _ in outer}
+        decided |= {atom for atom, _ in atoms}
+        if outer and alone and all(size % parts for _, size in outer):
             kept.add(min(outer, key=lambda each: -(-each[1] // parts) * parts / each[1])[0])
     pads = []
     for atom, (node, dim, part, size) in where.items():

@@ -1,0 +1,316 @@
+"""Padded programs: the same numbers as the model, op for op, on one device and on every rank of a mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from parity import captured, eager, errors, relative
+from random_plans import every_option, random_plan
+from torch import nn
+from torch.nn import functional as F
+
+from costmodel.hardware import hardware, topology
+from costmodel.layout import Replicate, Shard
+from passes.analysis import Analysis, analyse
+from passes.bisect import run_program
+from passes.local import LocalProgram, Storage
+from passes.pad import Pad, pad
+from passes.pipeline import Request, compile_plan, local_program, on_mesh
+from passes.plan import Plan
+from passes.program import Program
+from passes.repeat import is_worth_repeating, repeat_keys
+from passes.simulate import ledger, simulate_step
+from passes.strategies import stored_options
+from passes.uneven import uneven_dims
+
+aten = torch.ops.aten
+
+
+class Small(nn.Module):
+    """A decoder layer with grouped attention, gated FFN, learned positions, a tied or own head, and a loss inside."""
+
+    def __init__(
+        self, sizes: Mapping[str, int], *, causal: bool = True, fused: bool = True, tied: bool = False
+    ) -> None:
+        super().__init__()
+        self.sizes, self.causal, self.fused = dict(sizes), causal, fused
+        heads, kv_heads, ffn, vocab, length = (sizes[n] for n in ("heads", "kv_heads", "ffn", "vocab", "length"))
+        self.embed = nn.Embedding(vocab, 12)
+        self.positions = nn.Embedding(length, 12)
+        self.norm = nn.LayerNorm(12)
+        self.query, self.value = nn.Linear(12, 4 * heads), nn.Linear(12, 4 * kv_heads)
+        self.key = nn.Linear(12, 4 * kv_heads, bias=False)  # the gradient of a bias is zero but for rounding
+        self.out = nn.Linear(4 * heads, 12)
+        self.gate, self.up, self.down = nn.Linear(12, ffn), nn.Linear(12, ffn, bias=False), nn.Linear(ffn, 12)
+        self.head = nn.Linear(12, vocab, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        batch, length = ids.shape
+        x = self.embed(ids) + self.positions(torch.arange(length))
+        n = self.norm(x)
+        q, k, v = (p(n).view(batch, length, -1, 4).transpose(1, 2) for p in (self.query, self.key, self.value))
+        if self.fused:
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=q.shape[1] != k.shape[1])
+        else:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+            scores = q @ k.transpose(-1, -2) / 2
+            if self.causal:
+                scores = scores.masked_fill(torch.ones(length, length).tril() == 0, float("-inf"))
+            a = scores.softmax(-1) @ v
+        x = x + self.out(a.transpose(1, 2).reshape(batch, length, -1))
+        x = x + self.down(F.silu(self.gate(x)) * self.up(x))
+        logits = self.head(x)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+MESHES = [{"tp": 2}, {"tp": 3}, {"tp": 4}, {"dp": 2, "tp": 2}, {"dp": 2, "tp": 3}, {"a": 2, "b": 3}]
+SIZES = st.fixed_dictionaries(
+    {
+        "kv_heads": st.integers(1, 3),
+        "group": st.integers(1, 4),
+        "ffn": st.integers(5, 26),
+        "vocab": st.integers(7, 33),
+        "length": st.integers(2, 9),
+    }
+)
+
+
+def drawn(sizes: dict[str, int], **kinds: bool) -> tuple[Small, dict[str, torch.Tensor]]:
+    """The model and a global batch of 4, with a label in eight left out."""
+    torch.manual_seed(sum(sizes.values()))
+    model = Small({**sizes, "heads": sizes["kv_heads"] * sizes["group"]}, **kinds)
+    ids, labels = (torch.randint(0, sizes["vocab"], (4, sizes["length"])) for _ in range(2))
+    labels[torch.rand(labels.shape) < 0.125] = -100
+    labels[0, 0] = 1
+    return model, {"ids": ids, "labels": labels}
+
+
+def batch_axes_of(mesh: Mapping[str, int]) -> tuple[int, ...]:
+    return (0,) if "dp" in mesh else ()
+
+
+def values_of(program: Program, model: nn.Module, kwargs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(kwargs)
+    return [tensors[x.name].detach() if x.name in tensors else torch.ones(()) for x in program.inputs]
+
+
+def same_on_one_device(model: nn.Module, program: Program, kwargs: Mapping[str, torch.Tensor]) -> None:
+    outputs, _, gradients = eager(model, (), kwargs)
+    for out, value in zip(program.outputs, run_program(program, values_of(program, model, kwargs)), strict=True):
+        wanted = outputs[out.name] if out.kind == "output" else gradients[out.name]
+        assert value.shape == wanted.shape, out
+        assert relative(value, wanted) < 1e-5, out
+
+
+ONCE = (Phase.explicit, Phase.generate)
+"""Failures are small as they are; making them smaller takes minutes."""
+
+
+@pytest.mark.timeout(300)
+@settings(max_examples=6, deadline=None, derandomize=True, phases=ONCE, suppress_health_check=list(HealthCheck))
+@given(SIZES, st.booleans(), st.booleans(), st.booleans(), st.sampled_from(MESHES), st.integers(0, 99))
+def test_any_layout_of_a_padded_program_gives_the_models_numbers(
+    sizes: dict[str, int], causal: bool, fused: bool, tied: bool, mesh: dict[str, int], seed: int
+) -> None:
+    """Each rank's program under a plan drawn at random, all ranks simulated."""
+    model, kwargs = drawn(sizes, causal=causal, fused=fused, tied=tied)
+    program = captured(model, kwargs)
+    analysis = analyse(program)
+    pads = uneven_dims(analysis, tuple(mesh.values()), batch_axes_of(mesh))
+    padded = pad(analysis, pads)
+    same_on_one_device(model, padded.program, kwargs)
+    _, local = random_plan(every_option(padded.program, mesh, batch_axes_of(mesh)), seed)
+    found = errors(model, local, kwargs)
+    assert found.output < 1e-5, (pads, found)
+    assert found.gradient < 1e-4, (pads, found)
+
+
+@pytest.mark.timeout(300)
+@settings(max_examples=3, deadline=None, derandomize=True, phases=ONCE, suppress_health_check=list(HealthCheck))
+@given(SIZES, st.sampled_from(["megatron", "fsdp", "ddp", "auto"]), st.sampled_from(MESHES), st.booleans())
+def test_plans_for_odd_sizes_give_the_models_numbers(
+    sizes: dict[str, int], strategy: str, mesh: dict[str, int], fused: bool
+) -> None:
+    model, kwargs = drawn(sizes, fused=fused)
+    program = captured(model, kwargs)
+    plan, local = planned(program, mesh, strategy)
+    found = errors(model, local, kwargs)
+    assert found.output < 1e-5, (plan.padded, found)
+    assert found.gradient < 1e-4, (plan.padded, found)
+
+
+def planned(program: Program, mesh: Mapping[str, int], strategy: str, name: str = "cpu") -> tuple[Plan, LocalProgram]:
+    topology_ = on_mesh(name, tuple(mesh.items()))
+    plan = compile_plan(program, topology_, batch_axes_of(mesh), Request(strategy))
+    again = Plan.from_json(plan.to_json())
+    assert again.padded == plan.padded
+    return plan, local_program(program, again, topology_, {})
+
+
+# -- which dims, and how they are stored -------------------------------------------------------------------------------
+ODD = {"kv_heads": 2, "group": 3, "ffn": 10, "vocab": 13, "length": 7}
+
+
+@cache
+def odd() -> tuple[Small, dict[str, torch.Tensor], Analysis]:
+    model, kwargs = drawn(ODD)
+    return model, kwargs, analyse(captured(model, kwargs))
+
+
+def test_uneven_dims_are_vocabulary_ffn_sequence_and_the_cheaper_of_the_heads() -> None:
+    pads = uneven_dims(odd()[2], (4,), ())
+    assert sorted((each.size, each.padded) for each in pads if "labels" not in each.node) == [
+        (3, 4),
+        (7, 8),
+        (10, 12),
+        (13, 16),  # the table's rows
+        (13, 16),  # and the head's
+    ]
+    assert uneven_dims(odd()[2], (4,), (0,)) == ()
+    assert all(each.node in ("ids", "labels") for each in uneven_dims(odd()[2], (4,), (), "fsdp"))
+
+
+def test_a_pad_that_names_no_dim_is_refused() -> None:
+    with pytest.raises(ValueError, match="names no dim"):
+        pad(odd()[2], [Pad("embed_weight", 0, 1, 13, 16)])
+    with pytest.raises(ValueError, match="the dim has size 13"):
+        pad(odd()[2], [Pad("embed_weight", 0, 0, 12, 16)])
+
+
+def test_nothing_is_padded_where_everything_divides() -> None:
+    model, kwargs = drawn({"kv_heads": 2, "group": 4, "ffn": 8, "vocab": 16, "length": 8})
+    analysis = analyse(captured(model, kwargs))
+    assert uneven_dims(analysis, (2, 2), ()) == ()
+    assert not is_worth_repeating(analysis.program, 4)
+
+
+def test_masks_stand_where_padding_would_enter_a_sum_and_nowhere_else() -> None:
+    """By hand: -inf before the classes' maximum; zeros before the loss's two sums and in the logits' gradient."""
+    analysis = odd()[2]
+    graph = pad(analysis, uneven_dims(analysis, (4,), ())).program.graph.graph
+    masks = list(graph.find_nodes(op="call_function", target=aten.masked_fill.Scalar))
+    counted = [n for n in masks if not isinstance(n.args[2], int) or n.args[2] == 0]
+    assert [n.args[2] for n in counted].count(-math.inf) == 1
+    assert all(n.meta["val"].numel() <= 4 * 8 or n.meta["val"].shape[-1] == 16 for n in counted)
+
+
+def test_uneven_storage_is_what_torch_chunk_cuts() -> None:
+    """257 rows over 4: 65, 65, 65, 62; state over dp is then cut along the other dim."""
+    options = stored_options(((260,), (8,)), (2, 4), (257, 8))
+    split = [o for o in options if o.layout[1] == Shard(0)]
+    assert {(o.storage.state_axes, o.storage.state_dim, o.padding) for o in split} == {((), 0, ()), ((0,), 1, ())}
+    assert all(o.storage.padded_shape((2, 4))[0] == 65 for o in split)
+    whole = next(o for o in options if o.layout == (Replicate(), Replicate()) and not o.storage.state_axes)
+    assert whole.padding == (3, 0)
+    # 15 rows padded to 18 for axes of 2 and 3: halves of the padded are 9 and 6, torch.chunk's are 8 and 7.
+    assert not [o for o in stored_options(((18,), (8,)), (2, 3), (15, 8)) if o.layout == (Shard(0), Replicate())]
+    assert Storage((257, 8), (None, None), (), 0).uneven_dims((2, 4)) == ()
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+def flops(graph: torch.fx.GraphModule) -> float:
+    """Multiplications in matrix products with a 2-D weight."""
+    shapes = [
+        (n.args[0].meta["val"].shape, n.args[1].meta["val"].shape)
+        for n in graph.graph.find_nodes(op="call_function", target=aten.mm.default)
+    ]
+    return float(sum(a[0] * a[1] * b[1] for a, b in shapes))
+
+
+def test_megatron_splits_every_product_of_a_llama_that_nothing_divides() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=130, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2,
+        head_dim=8, vocab_size=257,
+    )  # fmt: skip
+    ids = torch.randint(0, 257, (2, 15))
+    model, kwargs = LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+    program = captured(model, kwargs)
+    plan, local = planned(program, {"tp": 4}, "megatron", "h100")
+    assert any(each.size == 257 and each.padded == 260 for each in plan.padded)
+    assert any("vocab 257 padded to 260 over tp, 1.2% more work" in note for note in plan.notes)
+    products = lambda g: len(g.graph.find_nodes(op="call_function", target=aten.mm.default))  # noqa: E731
+    assert products(local.graph) == products(program.graph)
+    assert flops(local.graph) < 1.1 * flops(program.graph) / 4
+    found = errors(model, local, kwargs)
+    assert found.output < 1e-5
+    assert found.gradient < 1e-4
+
+
+def test_more_ranks_than_kv_heads_split_the_queries_heads() -> None:
+    """8 heads in 2 groups on 8 ranks: one query head each, keys and values repeated."""
+    model, kwargs = drawn({"kv_heads": 2, "group": 4, "ffn": 64, "vocab": 64, "length": 8})
+    program = captured(model, kwargs)
+    assert is_worth_repeating(program, 8)
+    assert not is_worth_repeating(program, 4)  # heads of a group are split
+    same_on_one_device(model, repeat_keys(program), kwargs)
+    analysis = analyse(repeat_keys(program))
+    space = every_option(analysis.program, {"tp": 8}, ())
+    site = next(s for s in space.sites if s.kind == "op" and "flash_attention_for_cpu.default" in s.name)
+    assert any(o.operands[0] == (Shard(1),) and o.operands[1] == (Shard(1),) for o in site.options)
+    plan, local = planned(program, {"tp": 8}, "megatron", "h100")
+    assert errors(model, local, kwargs).gradient < 1e-4
+    assert plan.repeated_keys
+
+
+def test_gpt2s_vocabulary_is_split_eight_ways_and_logits_stay() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0))
+        ids = torch.zeros(8, 128, dtype=torch.long)
+    program = captured(model, {"input_ids": ids, "labels": ids})
+    plan, local = planned(program, {"tp": 8}, "megatron", "h100")
+    assert any("vocab 50257 padded to 50264 over tp, 0.014% more work" in note for note in plan.notes)
+    table = next(x.storage for x in local.inputs if x.name == "transformer.wte.weight")
+    assert table.padded_shape((8,)) == (6283, 768)
+    graph = local.graph.graph
+    embedding = next(iter(graph.find_nodes(op="call_function", target=aten.embedding.default)))
+    assert embedding.args[0].meta["val"].shape == (6283, 768)
+    heads = [n for n in graph.find_nodes(op="call_function", target=aten.mm.default) if n.meta["val"].shape[1] == 6283]
+    assert heads
+    logits = 8 * 128 * 6283 * 4
+    assert all(issued.full_bytes < logits for issued in ledger(local))
+    assert next(x.storage for x in local.outputs if x.name == "logits").shape == (8, 128, 50257)
+
+
+def test_dropout_draws_the_same_numbers_padded() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 10), nn.Linear(10, 8)
+
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            y = F.dropout(F.relu(self.up(x)), 0.5)
+            return {"loss": F.dropout(self.down(y), 0.5).square().mean()}
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 5, 8)
+    program = captured(model, {"x": x})
+    analysis = analyse(program)
+    pads = uneven_dims(analysis, (4,), ())
+    assert {each.size for each in pads} == {5, 10}
+    seed = torch.tensor([7, 0])
+    values = [
+        seed if i.kind == "seed" else v
+        for i, v in zip(program.inputs, values_of(program, model, {"x": x}), strict=True)
+    ]
+    padded = pad(analysis, pads).program
+    wanted = run_program(program, values)
+    for a, b in zip(wanted, run_program(padded, values), strict=True):
+        assert relative(b, a) < 1e-6
+    _, local = random_plan(every_option(padded, {"tp": 4}, ()), 3, share_whole=0.0)
+    found = simulate_step(local, dict(model.named_parameters()), {}, [x], seed=(7, 0))
+    assert relative(found.outputs["loss"], wanted[0]) < 1e-5
+    assert topology(hardware("cpu"), {"tp": 4}).sizes == (4,)
