@@ -96,14 +96,15 @@ def _accumulates(rank: int, ranks: int, name: str, shape: tuple[int, ...], strat
 CASES = [("stack", (4,), "fsdp"), ("stack", (2, 2), "megatron"), ("plain", (2,), "ddp"), ("plain", (2,), "fsdp")]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("name", "shape", "strategy"), CASES)
 def test_the_last_micro_batch_exchanges_the_sum_of_gradients(name: str, shape: tuple[int, ...], strategy: str) -> None:
     ranks = torch.Size(shape).numel()
-    run_ranks(_accumulates, ranks, name, shape, strategy, True)
+    run_ranks(_accumulates, ranks, name, shape, strategy, True, timeout_s=280)
 
 
 def test_without_the_call_each_backward_exchanges_its_own() -> None:
-    run_ranks(_accumulates, 2, "stack", (2,), "fsdp", False)
+    run_ranks(_accumulates, 2, "stack", (2,), "fsdp", False, timeout_s=280)
 
 
 def _issues_its_ledger(rank: int, ranks: int) -> None:
