@@ -2,7 +2,7 @@
 
     model = autopar.parallelize(model, mesh, {"input_ids": ids, "labels": ids})
 
-See `parallelize`, `plan`, `apply`, `verify` and `Options`; the command line is `autopar --help`.
+See `parallelize`, `plan`, `apply`, `search`, `verify` and `Options`; the command line is `autopar --help`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from autopar.certificate import Parity
 from autopar.module import ParallelModule
 from autopar.options import Options
 from autopar.pipeline import Pipeline
+from autopar.search import SearchResult, search
 from autopar.verify import verify
 from costmodel.hardware import Hardware
 from passes.errors import (
@@ -39,10 +40,12 @@ __all__ = [
     "Parity",
     "Plan",
     "PlanMismatchError",
+    "SearchResult",
     "UnsupportedOpError",
     "apply",
     "parallelize",
     "plan",
+    "search",
     "verify",
 ]
 

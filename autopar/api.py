@@ -10,7 +10,7 @@ Between these, ranks agree: what one finds wrong, all raise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -24,10 +24,11 @@ from autopar.groups import Groups
 from autopar.module import Executable, ParallelModule, Tangents, parallel_module, preload
 from autopar.options import Options
 from autopar.pipeline import Pipeline, PlanLike
+from autopar.reading import captured_together, gatherer, inputs_read, with_values
 from autopar.stages import Stages
 from autopar.together import Together, together
 from passes.errors import PlanMismatchError
-from passes.inputs import global_inputs
+from passes.inputs import global_inputs, smaller_inputs
 from passes.local import LocalProgram, Storage, bind_groups, groups_used
 from passes.lower import lower
 from passes.program import Program
@@ -69,8 +70,11 @@ def plan_with(
     timelines = []
 
     def make() -> str:
+        # Where the model reads values, the plan is for those of rank 0's example; others are planned when they come.
         program = _captured(job, skeleton(model), call)
-        made = _planned(job, program, hardware, strategy, example, keep_timeline=True)
+        described = examples.described(call, inputs_read(program))
+        smaller = _smaller(job, model, call)
+        made = _planned(job, program, hardware, strategy, described, smaller=smaller, keep_timeline=True)
         timelines.append(made.timeline)
         return str(made.to_json())
 
@@ -94,9 +98,10 @@ def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh
                 f"the plan is for the mesh {dict(told.axes)} but this one is {dict(job.axes)}; plan again for it"
             )
         call = examples.restored(told.example)
-        program = _captured(job, skeleton(model), call)
+        with examples.as_described(told.example):
+            program = _captured(job, skeleton(model), call)
         _check_fingerprint(told, program)
-    with job.stages:
+    with job.stages, examples.as_described(told.example):
         return _applied(job, model, plan, mesh, program, call, ours)
 
 
@@ -116,10 +121,15 @@ def parallelize_with(
         example = examples.described(call)
     if not ours.same(example):
         raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
+    groups = Groups(mesh, _names(job))
+    gather = gatherer(groups, job.batch_axes) if ours.ranks > 1 else None
     with job.stages:
-        with ours.agreeing():
-            program = _captured(job, skeleton(model), call)
-        plan = _shared_plan(job, ours, program, None, "auto", example, None)
+        program = captured_together(
+            ours, lambda known: _captured(job, skeleton(model), call, known=known), call, gather
+        )
+        assert program is not None
+        smaller = _smaller(job, model, call)
+        plan = _shared_plan(job, ours, program, None, "auto", example, None, smaller)
         return _applied(job, model, plan, mesh, program, call, ours)
 
 
@@ -161,6 +171,10 @@ def _check_strategy(strategy: str) -> None:
         raise ValueError(f"unknown strategy {strategy!r}; known are {', '.join(STRATEGIES)}")
 
 
+def _names(job: _Job) -> tuple[str, ...]:
+    return tuple(name for name, _ in job.axes)
+
+
 def _ranks(mesh: Any) -> Together:
     """The ranks that go through a call together: the job's, or this one alone for a mesh that is only named."""
     return together() if isinstance(mesh, DeviceMesh) else Together(None, 0, 1)
@@ -178,25 +192,40 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def _captured(
-    job: _Job, model: nn.Module, call: examples.Call, tangents: Tangents = "loss", backward: bool = True
-) -> Program:
-    """The program of the global batch."""
+    job: _Job, model: nn.Module, call: examples.Call, tangents: Tangents = "loss", backward: bool = True,
+    known: Mapping[str, torch.Tensor] | None = None,
+) -> Program:  # fmt: skip
+    """The program of the global batch; `known` has whole inputs by name."""
     job.stages("capturing the model")
     args, kwargs = examples.on_cpu(call)
     whole = global_inputs(args, kwargs, job.batch_ranks, job.options.batch_dims)
+    args, kwargs = with_values(whole.args, whole.kwargs, known or {})
     return job.pipeline.capture(
-        model, whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size, tangents=tangents,
+        model, args, kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size, tangents=tangents,
         backward=backward,
     )  # fmt: skip
 
 
+def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Callable[[int], Program | None]:
+    """Captures the step of a batch that is some times smaller; None where the batch cannot be cut so."""
+
+    def program(divisor: int) -> Program | None:
+        args, kwargs = examples.on_cpu(call)
+        dims = global_inputs(args, kwargs, job.batch_ranks, job.options.batch_dims).batch_dims
+        cut = smaller_inputs(args, kwargs, divisor, dims)
+        return None if cut is None else _captured(job, skeleton(model), cut)
+
+    return program
+
+
 def _planned(
     job: _Job, program: Program, hardware: Any, strategy: str, example: str,
-    stored: Mapping[str, Storage] | None = None, keep_timeline: bool = False,
+    stored: Mapping[str, Storage] | None = None, smaller: Callable[[int], Program | None] | None = None,
+    keep_timeline: bool = False,
 ) -> Any:  # fmt: skip
     plan = job.pipeline.compile_plan(
         program, job.axes, batch_axes=job.batch_axes, hardware=hardware, strategy=strategy, options=job.options,
-        example=example, stored=stored, keep_timeline=keep_timeline, progress=job.stages,
+        example=example, stored=stored, smaller=smaller, keep_timeline=keep_timeline, progress=job.stages,
     )  # fmt: skip
     job.stages.artefact("autopar_plan", plan.to_json, "json")
     return plan
@@ -204,7 +233,7 @@ def _planned(
 
 def _shared_plan(
     job: _Job, ours: Together, program: Program, hardware: Any, strategy: str, example: str,
-    stored: Mapping[str, Storage] | None,
+    stored: Mapping[str, Storage] | None, smaller: Callable[[int], Program | None] | None = None,
 ) -> Any:  # fmt: skip
     """Rank 0's plan on every rank, after checking that all captured one graph."""
     if not ours.same(program.fingerprint):
@@ -212,7 +241,7 @@ def _shared_plan(
             "ranks captured different graphs of the model; give every rank the same model, modes and inputs' shapes "
             "(a branch on an input's values that differ between ranks does this too)"
         )
-    text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, stored).to_json()))
+    text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, stored, smaller).to_json()))
     with ours.agreeing():
         return job.pipeline.load(text)
 
@@ -247,7 +276,8 @@ def _executable(
 def _applied(
     job: _Job, model: nn.Module, plan: Any, mesh: DeviceMesh, program: Program, call: examples.Call, ours: Together
 ) -> ParallelModule:
-    groups = Groups(mesh, tuple(name for name, _ in job.axes))
+    groups = Groups(mesh, _names(job))
+    gather = gatherer(groups, job.batch_axes) if ours.ranks > 1 else None
     executable, local = _executable(job, ours, groups, program, plan)
     storages = {entry.name: entry.storage for entry in local.inputs if entry.kind == "parameter"}
     hardware, strategy = job.pipeline.hardware_of(plan), plan.strategy
@@ -256,9 +286,14 @@ def _applied(
         plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tangents: Tangents, backward: bool
     ) -> Executable:
         again = together()
-        with again.agreeing():
-            new_call = args, dict(kwargs)
-            new_program = _captured(job, skeleton(plain), new_call, tangents, backward)
+        new_call = args, dict(kwargs)
+        new_program = captured_together(
+            again,
+            lambda known: _captured(job, skeleton(plain), new_call, tangents, backward, known),
+            new_call,
+            gather,
+        )
+        assert new_program is not None
         new_plan = _shared_plan(job, again, new_program, hardware, strategy, examples.described(new_call), storages)
         return _executable(job, again, groups, new_program, new_plan)[0]
 
@@ -266,7 +301,7 @@ def _applied(
     with ours.agreeing():
         module = parallel_module(
             model, storages, mesh, remake, aliases=program.aliases, seed=job.options.seed, batch_ranks=job.batch_ranks,
-            from_first=not alike,
+            from_first=not alike, gather=gather,
         )  # fmt: skip
         preload(module, *call, executable)
     return module

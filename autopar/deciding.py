@@ -80,6 +80,7 @@ class Question:
             options=replace(self.options, **changed),  # type: ignore[arg-type]
             example=plan.example,
             without=without,
+            diagnose=False,
         )
 
     @cached_property

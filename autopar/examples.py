@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
-from passes.inputs import default_inputs
+from passes.inputs import default_inputs, flatten_inputs
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments, the latter sorted by name."""
@@ -49,8 +53,14 @@ def on_cpu(call: Call) -> Call:
     return args, kwargs
 
 
-def described(call: Call) -> str:
-    """JSON of a call: tensors by shape and dtype, plain constants by value, anything else by its repr."""
+def described(call: Call, read: Collection[str] = ()) -> str:
+    """JSON of a call: tensors by shape and dtype, plain constants by value, anything else by its repr.
+
+    The inputs named in `read`, whose values decide what the graph is, are kept with their values. It says too what the
+    call was made under, where that is `torch.autocast` or `torch.no_grad`.
+    """
+    leaves, _, names = flatten_inputs(*call)
+    kept = {id(leaf) for leaf, name in zip(leaves, names, strict=True) if name in read and not leaf.is_meta}
 
     def encode(value: Any) -> Any:
         if type(value) in (tuple, list):
@@ -59,16 +69,40 @@ def described(call: Call) -> str:
             return {"dict": {key: encode(item) for key, item in value.items()}}
         if isinstance(value, torch.Tensor):
             dtype = str(value.dtype).removeprefix("torch.")
-            return {"tensor": [list(value.shape), dtype, value.requires_grad]}
+            facts = [list(value.shape), dtype, value.requires_grad]
+            return {"tensor": [*facts, _packed(value)] if id(value) in kept else facts}
         if value is None or type(value) in (bool, int, float, str):
             return {"value": value}
         return {"opaque": repr(value)}
 
-    return json.dumps(encode(call), separators=(",", ":"))
+    dtype, encoded = autocast_dtype(), encode(call)
+    if dtype is not None or not torch.is_grad_enabled():
+        under = {"autocast": dtype and str(dtype).removeprefix("torch."), "grad": torch.is_grad_enabled()}
+        encoded = {"under": under, "call": encoded}
+    return json.dumps(encoded, separators=(",", ":"))
+
+
+@contextmanager
+def as_described(text: str) -> Iterator[None]:
+    """Inside, `torch.autocast` and gradients are on or off as where the call was described."""
+    under = json.loads(text).get("under", {"autocast": None, "grad": True})
+    dtype = getattr(torch, under["autocast"]) if under["autocast"] else None
+    with autocast_as(dtype), torch.set_grad_enabled(under["grad"]):
+        yield
+
+
+def _packed(tensor: torch.Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return base64.b64encode(zlib.compress(raw)).decode()
+
+
+def _unpacked(text: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    raw = zlib.decompress(base64.b64decode(text))
+    return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)
 
 
 def restored(text: str) -> Call:
-    """The call that `described` wrote, with meta tensors.
+    """The call that `described` wrote; tensors without values are meta tensors.
 
     Raises:
         PlanMismatchError: it held an object that a file cannot hold.
@@ -77,8 +111,9 @@ def restored(text: str) -> Call:
     def decode(value: dict[str, Any]) -> Any:
         ((kind, content),) = value.items()
         if kind == "tensor":
-            shape, dtype, requires_grad = content
-            made = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            shape, dtype, requires_grad, *values = content
+            of = getattr(torch, dtype)
+            made = _unpacked(values[0], shape, of) if values else torch.empty(shape, dtype=of, device="meta")
             return made.requires_grad_(requires_grad)
         if kind == "opaque":
             raise PlanMismatchError(
@@ -92,5 +127,6 @@ def restored(text: str) -> Call:
             return tuple(items) if kind == "tuple" else items
         return content
 
-    args, kwargs = decode(json.loads(text))
+    whole = json.loads(text)
+    args, kwargs = decode(whole.get("call", whole))
     return args, kwargs

@@ -26,9 +26,11 @@ from torch.distributed.tensor import DTensor
 
 from autopar import buffers as buffers_
 from autopar import stored, tree
+from autopar.reading import MOST_GRAPHS, Gather, Values, too_many
+from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
 from passes.local import LocalProgram, Storage
-from passes.lower import Lowered
+from passes.lower import Lowered, Unreduced
 
 Tangents = Literal["loss", "all"]
 
@@ -49,8 +51,11 @@ Remake = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Tangents, bool
 class Runtime:
     """What the parallel module knows beside its tensors.
 
+    `syncs`: whether a backward exchanges gradients; `unreduced`: what backwards that did not have left, by program.
+
     `specs`: how each parameter is stored, by the first of its names. `batch_ranks`: how many parts the batch has.
-    `steps` counts training calls, for random ops.
+    `steps` counts training calls, for random ops. `executables` has, per kind of call, one for each kind of values
+    that the model reads of its inputs, the last used first. `gather` makes inputs whole; None: they are.
     """
 
     mesh: DeviceMesh
@@ -65,8 +70,11 @@ class Runtime:
     seed: int = 0
     batch_ranks: int = 1
     steps: int = 0
-    executables: dict[Any, Executable] = field(default_factory=dict)
-    with_all: dict[Any, Executable] = field(default_factory=dict)
+    gather: Gather | None = None
+    syncs: bool = True
+    unreduced: dict[int, tuple[Executable, Unreduced, list[torch.dtype]]] = field(default_factory=dict)
+    executables: dict[Any, list[Executable]] = field(default_factory=dict)
+    with_all: dict[int, Executable] = field(default_factory=dict)
 
     @property
     def axis_sizes(self) -> tuple[int, ...]:
@@ -86,9 +94,40 @@ def _runtime(module: nn.Module) -> Runtime:
 class ParallelModule(nn.Module):
     """A model whose forward runs this rank's part of a planned step. Made by `parallel_module`; never built by hand."""
 
+    @property
+    def random_steps(self) -> int:
+        """How many calls have drawn random numbers (dropout): with `Options.seed`, what the next masks follow from.
+
+        It is not in `state_dict`, whose keys are the model's own. Save it beside a checkpoint, the same on every rank,
+        and set it after loading: the run then draws what it would have drawn without the stop.
+        """
+        return _runtime(self).steps
+
+    @random_steps.setter
+    def random_steps(self, steps: int) -> None:
+        if steps < 0:
+            raise ValueError(f"random_steps = {steps}: a number of calls is not negative")
+        _runtime(self).steps = steps
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward returns, for this data-parallel rank's batch."""
         return _call(self, args, kwargs)
+
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
+        """Whether the backwards to come exchange gradients between ranks, as FSDP2's method of this name.
+
+        With False a backward adds its gradients up on this rank, in fp32 and unsharded where they are no better, and
+        leaves `.grad` of parameters whose gradients need an exchange as it is. The next backward with True exchanges
+        the sums. So a step of several micro-batches communicates gradients once.
+        """
+        del recurse  # the whole module is one program
+        _runtime(self).syncs = requires_gradient_sync
+
+    def set_is_last_backward(self, is_last_backward: bool) -> None:
+        """FSDP2's method, which loops over micro-batches call. Nothing is put off past a backward here: no effect."""
+
+    def set_reshard_after_backward(self, reshard_after_backward: bool, *, recurse: bool = True) -> None:
+        """FSDP2's method. Gathered parameters are freed after each layer and gathered again here: no effect."""
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> ParallelModule:
         """Storage without values on `device`; ties stay, and buffers that no checkpoint holds keep their values."""
@@ -117,11 +156,13 @@ def parallel_module(
     seed: int = 0,
     batch_ranks: int = 1,
     from_first: bool = False,
+    gather: Gather | None = None,
 ) -> ParallelModule:
     """`model` with this rank's part of every parameter; `model` itself stays as it was.
 
     storages: of every parameter, by the first of its names. aliases: further name -> first name, buffers' too.
     from_first: take rank 0's values of parameters and buffers, broadcast; else this rank's own.
+    gather: makes an input whole, for models that read values of their inputs.
     """
     sizes, coordinate = tuple(mesh.shape), mesh.get_coordinate()
     if coordinate is None:
@@ -171,6 +212,7 @@ def parallel_module(
         remake=remake,
         seed=seed,
         batch_ranks=batch_ranks,
+        gather=gather,
     )
     new.__dict__["_autopar"] = runtime
     new.__class__ = _parallel_class(original)  # type: ignore[arg-type]
@@ -208,7 +250,7 @@ def preload(module: ParallelModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     runtime = _runtime(module)
     leaves, in_spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
     trains = _has_gradients(executable.local)
-    runtime.executables[_key(runtime, leaves, in_spec, trains)] = executable
+    runtime.executables[_key(runtime, leaves, in_spec, trains)] = [executable]
 
 
 # --- a call -----------------------------------------------------------------------------------------------------------
@@ -238,7 +280,7 @@ def _key(runtime: Runtime, leaves: Sequence[Any], in_spec: Any, trains: bool) ->
         (leaf.shape, leaf.dtype, leaf.requires_grad and trains) if isinstance(leaf, torch.Tensor) else _constant(leaf)
         for leaf in leaves
     )
-    return str(in_spec), what, trains, tuple(module.training for module in runtime.modules)
+    return str(in_spec), what, trains, tuple(module.training for module in runtime.modules), autocast_dtype()
 
 
 def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -251,17 +293,18 @@ def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any])
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     trains = torch.is_grad_enabled() and (any(runtime.trained.values()) or any(leaf.requires_grad for leaf in inputs))
     key = _key(runtime, leaves, in_spec, trains)
-    executable = runtime.executables.get(key)
+    executable = _fitting(runtime, key, inputs)
     if executable is None:
-        executable = runtime.remake(plain_module(module), args, kwargs, "loss", trains)
-        runtime.executables[key] = executable
+        with torch.inference_mode(False), torch.set_grad_enabled(trains):
+            executable = runtime.remake(plain_module(module), args, kwargs, "loss", trains)
+        runtime.executables.setdefault(key, []).insert(0, executable)
     step = _bound(runtime, executable, parameters, inputs, device)
 
     def with_all() -> Executable:
-        if key not in runtime.with_all:
+        if id(executable) not in runtime.with_all:
             with torch.enable_grad():
-                runtime.with_all[key] = runtime.remake(plain_module(module), args, kwargs, "all", True)
-        return runtime.with_all[key]
+                runtime.with_all[id(executable)] = runtime.remake(plain_module(module), args, kwargs, "all", True)
+        return runtime.with_all[id(executable)]
 
     step.with_all = with_all
     outputs = _Differentiable.apply(step, *step.differentiable) if trains else tuple(step.run()[0])
@@ -270,6 +313,35 @@ def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any])
     for index, value in zip((i for i in range(len(result)) if i not in program.out_constants), outputs, strict=True):
         result[index] = value
     return pytree.tree_unflatten(result, program.out_spec)
+
+
+def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Executable | None:
+    """What runs calls of this kind with the values that `inputs` hold; None where it must be made.
+
+    Raises:
+        CaptureError: the model reads another value at every call.
+    """
+    known = runtime.executables.get(key, [])
+    values: Values | None = None
+    for executable in known:
+        program = executable.local.program
+        if program.guards is None:
+            return executable
+        if values is None:
+            values = Values(program, inputs, lambda name: _buffer(runtime, name), runtime.gather)
+        fixed = values.broken(program.guards)
+        if not fixed:
+            known.remove(executable)
+            known.insert(0, executable)
+            return executable
+        if len(known) >= MOST_GRAPHS and executable is known[-1]:
+            raise too_many(fixed)
+    return None
+
+
+def _buffer(runtime: Runtime, name: str) -> torch.Tensor:
+    table, key = runtime.slots[name]
+    return cast(torch.Tensor, table[key])
 
 
 def _check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> None:
@@ -283,8 +355,6 @@ def _check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torc
             raise ValueError(
                 f"{_path(path)} is on {leaf.device} but the mesh is on {device}; move it with .to({str(device)!r})"
             )
-    if torch.is_autocast_enabled(device.type):
-        raise ValueError("torch.autocast has no effect on a planned step; use Options(mp_policy=...) instead")
 
 
 def _path(path: tuple[Any, ...]) -> str:
@@ -350,7 +420,8 @@ class _Step:
     def run(self) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """Outputs as the caller gets them, and what the backward needs; new buffers are written back."""
         local = self.executable.local
-        results, saved = self.executable.lowered.forward(self.values)
+        with autocast_as(None):
+            results, saved = self.executable.lowered.forward(self.values)
         kinds = [output for output in local.outputs if output.kind != "gradient"]
         outputs, returned = [], iter(self.returned)
         with torch.no_grad():
@@ -366,11 +437,49 @@ class _Step:
                 outputs.append(value)
         return outputs, saved
 
-    def gradients(self, lowered: Lowered, local: LocalProgram, saved: Any, tangents: Any) -> dict[str, torch.Tensor]:
-        """Local gradients by name; the parameters' still padded."""
-        values = lowered.backward(saved, tangents)
+    def gradients(self, executable: Executable, saved: Any, tangents: Any) -> dict[str, Any]:
+        """Local gradients by name; the parameters' still padded. None where ranks are yet to exchange it."""
+        with autocast_as(None):
+            return self._gradients(executable, saved, tangents)
+
+    def _gradients(self, executable: Executable, saved: Any, tangents: Any) -> dict[str, Any]:
+        lowered, local = executable.lowered, executable.local
+        runtime = self.runtime
         names = [output.name for output in local.outputs if output.kind == "gradient"]
-        return dict(zip(names, values, strict=True))
+        if runtime.syncs and not runtime.unreduced:
+            return dict(zip(names, lowered.backward(saved, tangents), strict=True))
+        values, terms = lowered.backward_alone(saved, tangents)
+        _hold(runtime, executable, terms)
+        found = dict(zip(names, values, strict=True))
+        if runtime.syncs:
+            for name, value in _reduced(runtime).items():
+                known = found.get(name)
+                found[name] = value if known is None else known + value
+        return found
+
+
+def _hold(runtime: Runtime, executable: Executable, terms: Unreduced) -> None:
+    """Adds this rank's terms of gradients to those of earlier backwards, in fp32 where they are of less."""
+    dtypes = [term.dtype for term in terms.partial]
+    _, before, _ = runtime.unreduced.setdefault(id(executable), (executable, Unreduced([], terms.others), dtypes))
+    if before.partial:
+        torch._foreach_add_(before.partial, terms.partial)
+    else:
+        # Compiled code may give one buffer twice, or the caller's own: sums need their own.
+        before.partial = [x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in terms.partial]
+
+
+def _reduced(runtime: Runtime) -> dict[str, torch.Tensor]:
+    """Gradients from all that was held back, exchanged between ranks."""
+    found: dict[str, torch.Tensor] = {}
+    held, runtime.unreduced = runtime.unreduced, {}
+    for executable, terms, dtypes in held.values():
+        terms.partial = [term.to(dtype) for term, dtype in zip(terms.partial, dtypes, strict=True)]
+        names = [output.name for output in executable.local.outputs if output.kind == "gradient"]
+        for name, value in zip(names, executable.lowered.reduce(terms), strict=True):
+            if value is not None:
+                found[name] = value if name not in found else found[name] + value
+    return found
 
 
 def _bound(
@@ -458,14 +567,14 @@ class _Differentiable(torch.autograd.Function):
             saved = list(ctx.saved_tensors)
             if (clear := getattr(ctx, "maybe_clear_saved_tensors", None)) is not None:
                 clear()
-            found = step.gradients(step.executable.lowered, local, saved, _tangents(runtime, local, arrived, 1))
+            found = step.gradients(step.executable, saved, _tangents(runtime, local, arrived, 1))
         else:
             assert step.with_all is not None
             other = step.with_all()
             saved = list(other.lowered.forward(step.values)[1])
             # That program averages over the batch's ranks what each brings; these are gradients of one global value.
             tangents = _tangents(runtime, other.local, arrived, runtime.batch_ranks)
-            found = step.gradients(other.lowered, other.local, saved, tangents)
+            found = step.gradients(other, saved, tangents)
         return None, *(_as_stored(runtime, name, found.get(name)) for name in step.names)
 
 

@@ -40,7 +40,8 @@ class Pipeline:
 
     capture: model, args, kwargs, *, batch_dims, batch_size, tangents, backward
     compile_plan: program, axes, *, batch_axes, hardware, strategy, options, example, stored (storages that are pinned),
-        keep_timeline, progress (told each stage)
+        smaller (a divisor -> the program of a batch that many times smaller, or None), keep_timeline, progress (told
+        each stage)
     rewrite: program, plan
     load: a plan's JSON text
     options_of: plan -> the options it was made with

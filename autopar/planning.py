@@ -12,6 +12,7 @@ from autopar.options import Options
 from costmodel.hardware import Hardware, Topology, hardware_of, topology
 from costmodel.layout import parse_layout
 from passes.capture import capture
+from passes.infeasible import Smaller
 from passes.local import LocalProgram, Storage
 from passes.pipeline import Progress, Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Placements, Plan
@@ -66,11 +67,16 @@ def planned(
     options: Options,
     example: str,
     stored: Mapping[str, Storage] | None = None,
+    smaller: Smaller | None = None,
+    diagnose: bool = True,
     progress: Progress = lambda stage: None,
     keep_timeline: bool = False,
     without: Sequence[tuple[str, str]] = (),
 ) -> Plan:
-    """The plan for `program` on a mesh of `axes`; `without`: (place, option) that it may not choose."""
+    """The plan for `program` on a mesh of `axes`.
+
+    `without`: (place, option) that it may not choose. `smaller` and `diagnose`: see `compile_plan`.
+    """
     request = Request(
         strategy=strategy,
         budget_bytes=options.memory_budget,
@@ -91,6 +97,8 @@ def planned(
         request,
         options=options_json(options) | {_FIGURES: figures},
         example=example,
+        smaller=smaller,
+        diagnose=diagnose,
         progress=progress,
         keep_timeline=keep_timeline,
     )

@@ -25,6 +25,7 @@ from autopar.certificate import Kind, Parity, TensorError, Tolerances
 from autopar.options import Options
 from autopar.varied import Batch, Variety, real_copy, varied_batch
 from costmodel.hardware import Hardware
+from passes.autocast import autocast_as, autocast_dtype
 from passes.bisect import Divergence, difference, first_divergence, run_program
 from passes.inputs import path_name
 from passes.local import LocalProgram
@@ -70,14 +71,18 @@ def verify(
     """
     options = planning.options_of(plan) if plan is not None else options or Options()
     axes = meshes.axes_of(mesh)
-    batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
-    progress("copying the model")
-    copied, notes = real_copy(model, options.seed)
-    call_args, call_kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
-    ways = meshes.batch_ranks(axes, batch_axes)
-    batch = _batch(copied, call_args, call_kwargs, ways, options)
-    check = _Check(copied, batch, axes, batch_axes, options, hardware, strategy, tolerances or Tolerances(), progress)
-    return check.parity(plan, (*notes, *batch.notes))
+    autocast = autocast_dtype()
+    with autocast_as(None):
+        batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
+        progress("copying the model")
+        copied, notes = real_copy(model, options.seed)
+        call_args, call_kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
+        ways = meshes.batch_ranks(axes, batch_axes)
+        batch = _batch(copied, call_args, call_kwargs, ways, options)
+        check = _Check(
+            copied, batch, axes, batch_axes, options, hardware, strategy, tolerances or Tolerances(), progress, autocast
+        )
+        return check.parity(plan, (*notes, *batch.notes))
 
 
 def _batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ways: int, options: Options) -> Batch:
@@ -124,14 +129,17 @@ class _Check:
     strategy: str
     tolerances: Tolerances
     progress: Progress
+    autocast: torch.dtype | None
+    """What `torch.autocast` around the call computes in."""
 
     def parity(self, plan: Plan | None, notes: tuple[str, ...]) -> Parity:
         """Capture, plan, play and compare."""
         model, batch = self.model, self.batch
         self.progress("capturing the step")
-        program = planning.captured(
-            skeleton(model), batch.args, batch.kwargs, batch_dims=batch.batch_dims, batch_size=batch.size
-        )
+        with autocast_as(self.autocast):
+            program = planning.captured(
+                skeleton(model), batch.args, batch.kwargs, batch_dims=batch.batch_dims, batch_size=batch.size
+            )
         if plan is None:
             plan = self._planned(program)
         check_plan(plan, program.fingerprint, self.axes)
@@ -140,7 +148,8 @@ class _Check:
         values = _Values.of(program, model, batch, self.options.seed)
         random = any(given.kind == "seed" for given in program.inputs)
         self.progress("running the reference")
-        reference = _on_one_device(program, values) if random else eager(model, batch, program, values.tangents)
+        with autocast_as(None if random else self.autocast):
+            reference = _on_one_device(program, values) if random else eager(model, batch, program, values.tangents)
         self.progress(f"playing {math.prod(size for _, size in self.axes)} ranks")
         tensors: tuple[TensorError, ...] = ()
         failure, step = "", ""
@@ -148,7 +157,7 @@ class _Check:
             found = simulate_step(
                 local, values.parameters, values.buffers, values.inputs, values.tangents, (self.options.seed, 0)
             )
-            tensors, step = compare(found, reference, values.parameters, self.tolerances)
+            tensors, step = compare(found, reference, values.parameters, self.tolerances, self.autocast)
         except SimulationError as error:
             failure = str(error)
         failed = bool(failure) or any(not tensor.ok for tensor in tensors)
@@ -190,12 +199,12 @@ class _Check:
         self.progress("looking for the first node that differs")
         seed = (self.options.seed, 0)
         per_rank = local_inputs(local, values.parameters, values.buffers, values.inputs, values.tangents, seed)
-        limit = _limits(self.tolerances, values.parameters)[0]
+        limit = _limits(self.tolerances, _is_low(values.parameters, self.autocast))[0]
         found = first_divergence(local, per_rank, values.placeholders, limit)
         if random:
             return found, None
         alone = _on_one_device(local.program, values)
-        tensors, _ = compare(alone, reference, values.parameters, self.tolerances)
+        tensors, _ = compare(alone, reference, values.parameters, self.tolerances, self.autocast)
         return found, max((tensor.error for tensor in tensors), default=0.0)
 
     def _without_randomness(self, plan: Plan) -> Parity:
@@ -204,7 +213,7 @@ class _Check:
         self.model.eval()
         again = _Check(
             self.model, self.batch, self.axes, self.batch_axes, self.options, planning.topology_of(plan).hardware,
-            plan.strategy, self.tolerances, self.progress,
+            plan.strategy, self.tolerances, self.progress, self.autocast,
         )  # fmt: skip
         try:
             return again.parity(None, ())
@@ -291,7 +300,8 @@ def eager(model: nn.Module, batch: Batch, program: Program, tangents: list[Tenso
         warnings.simplefilter("ignore")
         outputs = _named_outputs(model(*args, **kwargs))
     if differentiated:
-        torch.autograd.backward([outputs[name] for name in differentiated], tangents)
+        with autocast_as(None):
+            torch.autograd.backward([outputs[name] for name in differentiated], tangents)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     given = dict(zip((x.name for x in program.inputs if x.kind == "input"), leaves, strict=True))
     gradients = {name: tensor.grad.detach() for name, tensor in (tensors | given).items() if tensor.grad is not None}
@@ -338,9 +348,13 @@ def _named_outputs(out: Any) -> dict[str, Tensor]:
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
-def _limits(tolerances: Tolerances, parameters: Mapping[str, Tensor]) -> tuple[float, float]:
+def _is_low(parameters: Mapping[str, Tensor], autocast: torch.dtype | None) -> bool:
+    """Whether the step computes in a dtype of few digits."""
+    return autocast in _LOW or any(tensor.dtype in _LOW for tensor in parameters.values())
+
+
+def _limits(tolerances: Tolerances, low: bool) -> tuple[float, float]:
     """(of scalar outputs, of all other tensors)."""
-    low = any(tensor.dtype in _LOW for tensor in parameters.values())
     loss, gradient = (2e-2, 5e-2) if low else (1e-5, 1e-4)
     return (
         loss if tolerances.loss is None else tolerances.loss,
@@ -349,11 +363,15 @@ def _limits(tolerances: Tolerances, parameters: Mapping[str, Tensor]) -> tuple[f
 
 
 def compare(
-    found: StepValues, wanted: StepValues, parameters: Mapping[str, Tensor], tolerances: Tolerances
+    found: StepValues,
+    wanted: StepValues,
+    parameters: Mapping[str, Tensor],
+    tolerances: Tolerances,
+    autocast: torch.dtype | None = None,
 ) -> tuple[tuple[TensorError, ...], str]:
     """Every tensor's error, and what the optimizer's step was."""
-    of_loss, of_rest = _limits(tolerances, parameters)
-    low = any(tensor.dtype in _LOW for tensor in parameters.values())
+    low = _is_low(parameters, autocast)
+    of_loss, of_rest = _limits(tolerances, low)
     eps = 2.0**-8 if low else 2.0**-23
     total = math.sqrt(sum(float(g.double().square().sum()) for g in wanted.gradients.values()))
     errors = []

@@ -2,7 +2,7 @@
 
 Prints, for each model, the seconds of each stage, their ratio to a bare capture of the same graph (`make_fx` over the
 training step on fake tensors, measured in the same process unless `--no-bare`), and the peak memory of the process.
-`--depth` adds the same model at a quarter of its layers, for what planning costs by depth.
+`--depth` adds the same model at a quarter of its layers, for what planning costs by depth. `-o` writes the table too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from passes.capture import capture
 from passes.pipeline import on_mesh, prepare
 from passes.price import price
 from passes.rewrite import rewrite
+from passes.routing import route_by_blocks
 from passes.schedule import play
 from passes.solve import solve
 from passes.space import search_space
@@ -108,7 +110,7 @@ def measure(job: Job, layers: int, *, bare: bool) -> dict[str, float]:
         timed(found, "bare capture", lambda: bare_capture(model, ids))
     call = {"input_ids": ids, "labels": ids}
     program = timed(found, "capture", lambda: capture(model, (), call, batch_dims=[0, 0], batch_size=len(ids)))
-    program = timed(found, "prepare", lambda: prepare(program))
+    program = timed(found, "prepare", lambda: route_by_blocks(prepare(program), ways))
     analysis = timed(found, "analyse", lambda: analyse(program))
     played = []
     for strategy in ("ddp", "fsdp", "megatron", "auto"):
@@ -125,6 +127,7 @@ def measure(job: Job, layers: int, *, bare: bool) -> dict[str, float]:
     found["largest gap"] = max(gap for *_, gap in played)
     planning = sum(s for stage, s in found.items() if stage not in ("bare capture", "largest gap"))
     found["planning, all in"] = planning
+    found["of it after capture"] = planning - found["capture"] - found["prepare"]
     if bare:
         found["ratio to bare capture"] = planning / found["bare capture"]
     _, space, assignment, _ = min(played, key=lambda item: item[0])
@@ -137,6 +140,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["llama3-8b"], help=", ".join(JOBS))
     parser.add_argument("--no-bare", action="store_true", help="leave out the bare capture")
     parser.add_argument("--depth", action="store_true", help="also at a quarter of the layers")
+    parser.add_argument("-o", "--output", type=Path, help="a Markdown file for the table")
     options = parser.parse_args()
     columns: dict[str, dict[str, float]] = {}
     for name in options.models:
@@ -149,7 +153,12 @@ def main() -> None:
     stages = list(dict.fromkeys(stage for column in columns.values() for stage in column))
     rows = [[stage, *(column.get(stage) for column in columns.values())] for stage in stages]
     print(tabulate(rows, headers=["CPU seconds", *columns], floatfmt=".3f"))
-    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    peak = f"Peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB."
+    print(peak)
+    if options.output is not None:
+        table = tabulate(rows, headers=["CPU seconds", *columns], floatfmt=".2f", tablefmt="github")
+        command = f"python benchmarks/planning.py {' '.join(options.models)}{' --depth' if options.depth else ''}"
+        options.output.write_text(f"# What planning costs\n\nPrinted by `{command}`. {peak}\n\n{table}\n")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ class Work:
     n: int = 0
     k: int = 0
     batch: int = 1
+    launches: float = 1.0
+    """Kernels started: a share of one for a part of a fused kernel."""
 
     @property
     def bytes_moved(self) -> float:
@@ -159,7 +161,7 @@ def op_s(work: Work, device: Device) -> float:
         return 0.0
     arithmetic_s, memory_s = _arithmetic_s(work, device), _memory_s(work, device)
     busy_s = hypot(arithmetic_s, memory_s) if work.kind == "matmul" else max(arithmetic_s, memory_s)
-    return device.kernel_launch_s + busy_s
+    return work.launches * device.kernel_launch_s + busy_s
 
 
 def side_by_side_s(compute_s: float, comm_s: float, device: Device, link: Link) -> float:

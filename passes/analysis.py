@@ -7,20 +7,22 @@ gets. Sites read and give values; a `Wire` is a group of alike values with the s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import fx
 
 from passes.dims import ExpandedOp, Unified, Value, expand, expanded_shape, is_getitem, outputs_of, unified, value_of
+from passes.discover import discover, form_of_rule
 from passes.errors import UnsupportedOpError
+from passes.fusion import Fused, Traffic, traffic
 from passes.layers import Folding, fold
 from passes.program import Input, Output, Program
 from passes.rules.call import Call, call_of, facts_of, is_tensor, operand_nodes
 from passes.rules.form import Form, FormBuilder
 from passes.rules.matmul import PRODUCTS
-from passes.rules.table import form_of, whole_form
+from passes.rules.table import form_of
 
 SiteKind = Literal["op", "stored", "given", "returned"]
 
@@ -39,6 +41,8 @@ class Place:
     itemsize: int = 4
     given: Input | None = None
     out: Output | None = None
+    traffic: Traffic | None = None
+    """Of a pointwise op, copy or reduction: what of its tensors moves."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ class Analysis:
     places: tuple[Place, ...]
     wires: tuple[Wire, ...]
     replicated: tuple[str, ...]
-    """Ops that no rule knows; they run whole on every rank."""
+    """Ops that no rule knows and none was found for; they run whole on every rank."""
+    found: Mapping[str, str]
+    """Calls that no table knows -> the rule that trying them gave (`discover`), "" where they are whole."""
     batch_atoms: frozenset[int]
     sequence_atoms: frozenset[int]
     from_parameters: frozenset[int]
@@ -100,12 +106,13 @@ class Analysis:
         return facts.dtype.itemsize if facts else 1
 
 
-def _form(call: Call, replicated: dict[str, None]) -> Form:
+def _form(call: Call, known: Mapping[str, str], found: dict[str, str]) -> Form:
     try:
         return form_of(call)
     except UnsupportedOpError:
-        replicated[str(call.target)] = None
-        return whole_form(call)
+        key = str(call)
+        found[key] = known[key] if key in known else discover(call).rule
+        return form_of_rule(call, found[key])
 
 
 def _plain_form(node: fx.Node) -> Form:
@@ -114,10 +121,14 @@ def _plain_form(node: fx.Node) -> Form:
     return build.form([], [build.dims(facts.shape)] if facts else [])
 
 
-def analyse(program: Program) -> Analysis:
-    """Fold the program, unify its dims and find who reads what."""
+def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: Fused = True) -> Analysis:
+    """Fold the program, unify its dims and find who reads what.
+
+    `known`: rules of calls that no table knows, found before (by the rank that planned). `fused`: pointwise chains run
+    as one kernel.
+    """
     folding = fold(program)
-    replicated: dict[str, None] = {}
+    found: dict[str, str] = {}
     by_call: dict[str, tuple[Call, Form]] = {}
     calls: list[Call | None] = []
     forms: list[Form] = []
@@ -127,7 +138,7 @@ def analyse(program: Program) -> Analysis:
             call = call_of(node)
             key = str(call)
             if key not in by_call:
-                by_call[key] = (call, _form(call, replicated))
+                by_call[key] = (call, _form(call, known or {}, found))
             calls.append(by_call[key][0])
             forms.append(by_call[key][1])
         else:
@@ -137,10 +148,12 @@ def analyse(program: Program) -> Analysis:
     ops = expand(atoms)
     inputs = dict(zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     places: list[Place] = []
-    for members, made, op in zip(folding.members, calls, ops, strict=True):
+    moved = traffic(program.graph.graph, folding, calls, fused)
+    for members, made, op, moves in zip(folding.members, calls, ops, moved, strict=True):
         node, count = members[0], len(members)
         if made is not None:
-            places.append(Place("op", str(made.target), count, made, op, node.meta.get("phase", "forward")))
+            phase = node.meta.get("phase", "forward")
+            places.append(Place("op", str(made.target), count, made, op, phase, traffic=moves))
             continue
         given = inputs.get(node)
         facts = facts_of(node.meta.get("val"))
@@ -175,7 +188,8 @@ def analyse(program: Program) -> Analysis:
         atoms,
         tuple(places),
         wires,
-        tuple(replicated),
+        tuple(dict.fromkeys(str(c.target) for key, (c, _) in by_call.items() if found.get(key) == "")),
+        found,
         batch,
         sequence,
         from_parameters,

@@ -20,7 +20,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import CaptureError
+from passes.guards import guards_of
 from passes.inputs import flatten_inputs, path_name
 from passes.normalize import normalize
 from passes.program import Input, InputKind, Output, Program
@@ -51,16 +53,36 @@ def capture(
     is the forward alone.
 
     Constants of the model's code that are no plain `full` or `arange` are buffers of the graph module, read by
-    `get_attr` nodes. Where the model reads a value that follows from the inputs and buffers alone, it is fixed to what
-    these inputs give, with a note. Raises `CaptureError` where it depends on anything else.
+    `get_attr` nodes. Where the model reads a value that follows from the inputs and buffers alone, the graph is that of
+    inputs which give the same, with a note, and the program's `guards` tell whether others do. Raises `CaptureError`
+    where it depends on anything else.
+
+    Under `torch.autocast` the forward is captured as it is cast, and the backward as autograd makes it outside.
     """
     # A model may branch on what its inputs hold (is there any padding?) unless it is being compiled. So the branches
     # of eager are taken first, as far as they follow from the model alone, and only then those of a compiled model.
     backward = backward and torch.is_grad_enabled()
-    try:
-        return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, may_read_inputs=False)
-    except CaptureError:
-        return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, may_read_inputs=True)
+    dtype = autocast_dtype()
+    with autocast_as(None), torch.inference_mode(False), torch.set_grad_enabled(backward):
+        try:
+            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, dtype, False)
+        except CaptureError:
+            pass
+        try:
+            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, dtype, True)
+        except CaptureError as error:
+            if not _loops_over_experts(model):
+                raise
+            raise CaptureError(
+                f"{error}. The model runs its experts in a Python loop: call "
+                "model.set_experts_implementation('grouped_mm') before"
+            ) from error
+
+
+def _loops_over_experts(model: nn.Module) -> bool:
+    """Whether a model of `transformers` has routed experts, and is set to run those that are hit one by one."""
+    has_experts = getattr(model, "_can_set_experts_implementation", lambda: False)()
+    return has_experts and getattr(getattr(model, "config", None), "_experts_implementation", None) == "eager"
 
 
 def _capture(
@@ -71,6 +93,7 @@ def _capture(
     batch_size: int | None,
     tangents: Tangents,
     backward: bool,
+    autocast: torch.dtype | None,
     may_read_inputs: bool,
 ) -> Program:
     call_args, call_kwargs = tuple(args), dict(kwargs or {})
@@ -98,7 +121,8 @@ def _capture(
         values = [leaf if slot is None else slot.view for slot, leaf in zip(user, leaves, strict=True)]
         traced_args, traced_kwargs = pytree.tree_unflatten(values, in_spec)
         with provenance.watching(model):
-            out = run_model(model, traced_args, {**traced_kwargs, **extra})
+            with autocast_as(autocast):
+                out = run_model(model, traced_args, {**traced_kwargs, **extra})
             result, more_notes = _flatten_outputs(out)
             given = _tangents(tracer, result, tangents) if backward else []
             with provenance.backward():
@@ -114,11 +138,18 @@ def _capture(
         nodes = [tracer.node_of(unwrapped(t)) for t in tensors]
         more_notes += _mutated_notes(slots, user, tracer)
 
+    inputs = {tracer.node_of(slot.fake): slot.input for slot in [*slots, *filter(None, user)]}
+    guards = guards_of(tracer.root, tracer.reads, inputs, {slot.input.name for slot, _ in changed})
     tracer.graph.output(tuple(nodes))
+    trained = {slot.input.name for slot, _ in found}
+
+    def differentiated(slot: _Slot) -> Input:
+        return dataclasses.replace(slot.input, requires_grad=slot.input.name in trained)
+
     tangent_inputs = [Input("tangent", t.name, False, _batch_dim(t.output, batch_size)) for t in given]
     program = Program(
         graph=fx.GraphModule(tracer.root, tracer.graph, class_name="Step"),
-        inputs=(*(slot.input for slot in [*slots, *filter(None, user)]), *tangent_inputs),
+        inputs=(*(differentiated(slot) for slot in [*slots, *filter(None, user)]), *tangent_inputs),
         outputs=tuple(outputs),
         in_spec=in_spec,
         in_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)},
@@ -127,6 +158,7 @@ def _capture(
         aliases={alias: slot.input.name for slot in slots for alias in slot.aliases},
         notes=tuple(dict.fromkeys([*notes, *more_notes, *tracer.notes])),
         has_loss=bool(given) and all(t.is_loss for t in given),
+        guards=guards,
     )
     return normalize(program)
 
@@ -140,7 +172,22 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     except Exception as error:
         file, line = error_line(error)
         where = f"{file}:{line}" if file else type(model).__name__
+        if _passed_through(error, "flex_attention"):
+            raise CaptureError(
+                f"{where}: FlexAttention is not supported, as its mask is a function that no rule can split; use "
+                "attn_implementation='sdpa', or torch.nn.functional.scaled_dot_product_attention with a mask"
+            ) from error
         raise CaptureError(f"{where}: the model's forward raised {type(error).__name__}: {error}") from error
+
+
+def _passed_through(error: BaseException, module: str) -> bool:
+    """Whether a file of that name in torch's own attention code was running when it was raised."""
+    place = error.__traceback__
+    while place is not None:
+        if place.tb_frame.f_code.co_filename.endswith(f"torch/nn/attention/{module}.py"):
+            return True
+        place = place.tb_next
+    return False
 
 
 # ----------------------------------------------------------------------------------------------------------- inputs
@@ -169,6 +216,9 @@ class _Slot:
 
     def wrap(self) -> None:
         self.view = wrapped(self.fake, self.differentiate)
+        if self.input.kind == "parameter":
+            # `nn.ParameterList` and others make a new parameter of a tensor that is none.
+            self.view._is_param = True
 
     def swap_in(self) -> None:
         for holder, key in self.holders:
@@ -230,6 +280,12 @@ def _extra_arguments(
     if bound.get("use_cache") is not None:
         return {}, []
     made = getattr(getattr(model, "config", None), "use_cache", False)
+    if made and bound.get("position_ids") is not None and bound.get("attention_mask") is None:
+        # transformers tells packed sequences by their positions, but only where it makes no cache.
+        return {}, [
+            "position_ids without an attention_mask: the model makes a cache, as in eager, and with one transformers "
+            "does not keep packed sequences apart; pass use_cache=False if it should"
+        ]
     return {"use_cache": False}, ["use_cache=False: the step makes no key-value cache"] if made else []
 
 

@@ -57,10 +57,11 @@ _NEVER = (
 
 @dataclass(frozen=True)
 class Discovery:
-    """The form of an op as execution shows it, and a line for the report."""
+    """The form of an op as execution shows it, a line for the report, and the rule as text ("" where it is whole)."""
 
     form: Form
     line: str
+    rule: str
 
 
 @dataclass(frozen=True)
@@ -83,55 +84,55 @@ def discover(call: Call) -> Discovery:
     key = str(call)
     if key not in _found:
         try:
-            _found[key] = _discovery(call, _apart(lambda: _factors(call)))
+            factors = _apart(lambda: _factors(call))
+            if not factors:
+                raise _RefusedError("no split of its operands gives parts of its results")
+            rule = _rule(call, factors)
+            line = f"{call.target}: no rule; found by running it on shards: {rule}"
+            _found[key] = Discovery(form_of_rule(call, rule), line, rule)
         except _RefusedError as refusal:
-            _found[key] = Discovery(whole_form(call), f"{call.target}: no rule; runs whole on every rank: {refusal}")
+            line = f"{call.target}: no rule; runs whole on every rank: {refusal}"
+            _found[key] = Discovery(whole_form(call), line, "")
     return _found[key]
 
 
-def _discovery(call: Call, factors: Sequence[_Factor]) -> Discovery:
-    build = FormBuilder()
-    operands = [[build.factor(n, whole=True) for n in facts.shape] for facts in call.operands]
-    results = [[build.factor(n, whole=True) for n in facts.shape] if facts else [] for facts in call.results]
-    letters: dict[int, str] = {}
-    for factor in factors:
-        size = next(f.shape[d] for f, d in zip(call.operands, factor.dims, strict=True) if d is not None)
-        reductions = {t for t in factor.together if not isinstance(t, int)}
-        (made,) = build.factor(size, reduce=next(iter(reductions), None))
-        letters[made] = ascii_letters[len(letters)]
+def _rule(call: Call, factors: Sequence[_Factor]) -> str:
+    """The factors as text: `ab_,a->ab_ (a by sum)`, a letter per factor; `_` is a dim that is whole."""
+    operands = [["_"] * len(facts.shape) for facts in call.operands]
+    results = [["_"] * len(facts.shape) if facts else [] for facts in call.results]
+    reduced = []
+    for letter, factor in zip(ascii_letters, factors, strict=False):
         for dims, d in zip(operands, factor.dims, strict=True):
             if d is not None:
-                dims[d] = (made,)
+                dims[d] = letter
         for dims, t in zip(results, factor.together, strict=True):
             if isinstance(t, int):
-                dims[t] = (made,)
-    if not factors:
-        raise _RefusedError("no split of its operands gives parts of its results")
-
-    def text(tensors: Sequence[Sequence[tuple[int, ...]]]) -> str:
-        return ",".join("".join(letters.get(dim[0], "_") if dim else "1" for dim in dims) for dims in tensors)
-
-    reduced = [f"{letters[f]} by {how}" for f, how in build.reduces.items()]
-    rule = f"{text(operands)}->{text(results)}" + (f" ({', '.join(reduced)})" if reduced else "")
-    # The dims that became part of a factor left their own one behind, which no tensor has: drop those.
-    form = _without_unused(build, [tuple(dims) for dims in operands], [tuple(dims) for dims in results])
-    return Discovery(form, f"{call.target}: no rule; found by running it on shards: {rule}")
+                dims[t] = letter
+            elif f"{letter} by {t}" not in reduced:
+                reduced.append(f"{letter} by {t}")
+    text = "->".join(",".join("".join(dims) for dims in tensors) for tensors in (operands, results))
+    return text + (f" ({', '.join(reduced)})" if reduced else "")
 
 
-def _without_unused(build: FormBuilder, operands: Sequence[Dims], results: Sequence[Dims]) -> Form:
-    used = sorted({f for dims in (*operands, *results) for dim in dims for f in dim})
-    place = {f: i for i, f in enumerate(used)}
+def form_of_rule(call: Call, rule: str) -> Form:
+    """The form of a call that `rule` (as a `Discovery` has it) describes; the whole form where it is empty."""
+    if not rule:
+        return whole_form(call)
+    equation, _, reduced = rule.partition(" (")
+    left, right = equation.split("->")
+    reduces = dict(part.split(" by ") for part in reduced.rstrip(")").split(", ") if part)
+    build = FormBuilder()
+    made: dict[str, tuple[int, ...]] = {}
 
-    def renamed(dims: Dims) -> Dims:
-        return tuple(tuple(place[f] for f in dim) for dim in dims)
+    def dims(letters: str, shape: Sequence[int]) -> Dims:
+        for letter, size in zip(letters, shape, strict=True):
+            if letter != "_" and letter not in made:
+                made[letter] = build.factor(size, reduce=reduces.get(letter))
+        return tuple(made[x] if x != "_" else build.factor(n, whole=True) for x, n in zip(letters, shape, strict=True))
 
-    return Form(
-        tuple(map(renamed, operands)),
-        tuple(map(renamed, results)),
-        tuple(build.sizes[f] for f in used),
-        frozenset(place[f] for f in build.whole if f in place),
-        {place[f]: how for f, how in build.reduces.items()},
-    )
+    operands = [dims(x, facts.shape) for x, facts in zip(left.split(","), call.operands, strict=True)]
+    results = [dims(x, facts.shape) if facts else () for x, facts in zip(right.split(","), call.results, strict=True)]
+    return build.form(operands, results)
 
 
 # ---------------------------------------------------------------------------------------------------- a process apart

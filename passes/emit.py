@@ -20,7 +20,7 @@ from costmodel.hardware import Topology
 from costmodel.layout import Layout, local_shape
 from costmodel.reshard import Step
 from costmodel.state import chunks
-from passes.local import WAIT, Storage
+from passes.local import TOGETHER, WAIT, Storage
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -158,28 +158,79 @@ def emit_steps(
 
     `storage` and `padding` are those of the `StoredOption` that the steps come from or go to, if any.
     """
-    dim = storage.state_dim if storage is not None else 0
     for step in steps:
         if step.ranks == 1:
             continue
-        if step.kind == "state_gather":
-            assert storage is not None
-            rows = storage.computed_shape(emit.topology.sizes)[dim]
-            x = _moved(emit, _state_gather(emit, _moved(emit, x, dim, 0), step, rows), 0, dim)
-        elif step.kind == "state_scatter":
-            x = _moved(emit, _state_scatter(emit, _moved(emit, x, dim, 0), step), 0, dim)
-        elif step.kind == "state_slice":
-            x = _moved(emit, _state_slice(emit, _moved(emit, x, dim, 0), step), 0, dim)
-        elif step.kind == "state_pad":
-            zeros = [n for each in reversed(padding) for n in (0, each)]
-            x = emit.call(aten.constant_pad_nd.default, x, zeros, 0)
-        elif step.kind == "state_cut":
-            for d, each in enumerate(padding):
-                x = emit.call(aten.slice.Tensor, x, d, 0, emit.shape(x)[d] - each) if each else x
-            x = emit.contiguous(x)
+        if step.kind.startswith("state_"):
+            (x,) = emit_together(emit, [x], [[step]], [(storage, padding)])
         else:
             x = _expanded_step(emit, x, step, dims)
     return x
+
+
+def emit_together(
+    emit: Emitter,
+    xs: Sequence[fx.Node],
+    paths: Sequence[Sequence[Step]],
+    stored: Sequence[tuple[Storage | None, Sequence[int]]],
+) -> list[fx.Node]:
+    """Bring parts through steps that are alike but for sizes, each collective one for all of them.
+
+    `stored`: of each, storage and padding of the `StoredOption` that it comes from or goes to, if any.
+    """
+    parts = list(xs)
+    dims = [storage.state_dim if storage is not None else 0 for storage, _ in stored]
+    for steps in zip(*paths, strict=True):
+        first = steps[0]
+        if first.kind in _PADDING:
+            parts = [_PADDING[first.kind](emit, x, padding) for x, (_, padding) in zip(parts, stored, strict=True)]
+            continue
+        if first.ranks == 1:
+            continue
+        ranks, name = emit.group(first.axes)
+        if first.kind == "all_reduce":
+            parts = _collected(emit, c10d.all_reduce.default, parts, first.op, name)
+            continue
+        parts = [_moved(emit, x, dim, 0) for x, dim in zip(parts, dims, strict=True)]
+        if first.kind == "state_slice":
+            parts = [_state_slice(emit, x, step) for x, step in zip(parts, steps, strict=True)]
+        elif first.kind == "state_gather":
+            parts = _collected(emit, c10d.all_gather_into_tensor.default, parts, ranks, name)
+            for index, (storage, _) in enumerate(stored):
+                assert storage is not None
+                rows = storage.computed_shape(emit.topology.sizes)[dims[index]]
+                parts[index] = _unpadded(emit, parts[index], first, rows)
+        elif first.kind == "state_scatter":
+            padded = [_padded(emit, x, first.axes) for x in parts]
+            parts = _collected(emit, c10d.reduce_scatter_tensor.default, padded, first.op, ranks, name)
+        else:
+            raise AssertionError(first)
+        parts = [_moved(emit, x, 0, dim) for x, dim in zip(parts, dims, strict=True)]
+    return parts
+
+
+def _collected(emit: Emitter, collective: Any, xs: Sequence[fx.Node], *rest: Any) -> list[fx.Node]:
+    """The results of one collective over `xs`."""
+    xs = [emit.contiguous(x) for x in xs]
+    if len(xs) == 1:
+        return [emit.wait(emit.call(collective, xs[0], *rest))]
+    made = emit.call(TOGETHER[collective], list(xs), *rest)
+    items = [emit.call(operator.getitem, made, index) for index in range(len(xs))]
+    return [emit.wait(item) for item in items]
+
+
+def _with_padding(emit: Emitter, x: fx.Node, padding: Sequence[int]) -> fx.Node:
+    zeros = [n for each in reversed(padding) for n in (0, each)]
+    return emit.call(aten.constant_pad_nd.default, x, zeros, 0)
+
+
+def _without_padding(emit: Emitter, x: fx.Node, padding: Sequence[int]) -> fx.Node:
+    for dim, each in enumerate(padding):
+        x = emit.call(aten.slice.Tensor, x, dim, 0, emit.shape(x)[dim] - each) if each else x
+    return emit.contiguous(x)
+
+
+_PADDING = {"state_pad": _with_padding, "state_cut": _without_padding}
 
 
 def _moved(emit: Emitter, x: fx.Node, source: int, target: int) -> fx.Node:
@@ -272,9 +323,8 @@ def _runs(emit: Emitter, rows: int, axes: Sequence[int]) -> list[tuple[int, int]
     return runs
 
 
-def _state_gather(emit: Emitter, x: fx.Node, step: Step, rows: int) -> fx.Node:
-    ranks, name = emit.group(step.axes)
-    x = emit.wait(emit.call(c10d.all_gather_into_tensor.default, emit.contiguous(x), ranks, name))
+def _unpadded(emit: Emitter, x: fx.Node, step: Step, rows: int) -> fx.Node:
+    """What a gather of padded chunks brought, without the padding."""
     kept, start = [], 0
     for real, padding in _runs(emit, rows, step.axes):
         if real:
@@ -299,12 +349,6 @@ def _padded(emit: Emitter, x: fx.Node, axes: Sequence[int]) -> fx.Node:
         pieces.append(emit.call(aten.constant_pad_nd.default, piece, pads, 0) if padding else piece)
         start += real
     return emit.call(aten.cat.default, pieces)
-
-
-def _state_scatter(emit: Emitter, x: fx.Node, step: Step) -> fx.Node:
-    ranks, name = emit.group(step.axes)
-    x = emit.contiguous(_padded(emit, x, step.axes))
-    return emit.wait(emit.call(c10d.reduce_scatter_tensor.default, x, step.op, ranks, name))
 
 
 def _state_slice(emit: Emitter, x: fx.Node, step: Step) -> fx.Node:

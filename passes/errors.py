@@ -16,7 +16,16 @@ class UnsupportedOpError(AutoparError):
 
 
 class NoFeasiblePlanError(AutoparError):
-    """No plan satisfies the memory budget or the pins."""
+    """No plan satisfies the memory budget or the pins.
+
+    `conflict`: a smallest set of constraints that no plan satisfies together; `ways`: changes after which a plan fits,
+    with its figures. Both are in the message too.
+    """
+
+    def __init__(self, message: str, conflict: tuple[str, ...] = (), ways: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.conflict = conflict
+        self.ways = ways
 
 
 class PlanMismatchError(AutoparError):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from costmodel.memory import AtRest, Buffer, OptimizerSpec, at_rest, peak, timeline
 from costmodel.reshard import Step
 from passes.dims import Value, value_of
-from passes.itinerary import Move, Run
+from passes.moves import Move, Run
 from passes.space import Space
 from passes.strategies import StoredOption
 from passes.tracks import Fusing, Tracks

@@ -61,6 +61,20 @@ def global_inputs(
     return GlobalInputs(new_args, new_kwargs, batch * ways, tuple(dims))
 
 
+def smaller_inputs(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], divisor: int, batch_dims: Sequence[int | None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The first of `divisor` equal parts of a batch that lies in these dims of its leaves; None where it has none."""
+    leaves, spec, _ = flatten_inputs(args, dict(kwargs))
+    cut = []
+    for leaf, dim in zip(leaves, batch_dims, strict=True):
+        if dim is not None and leaf.shape[dim] % divisor:
+            return None
+        cut.append(leaf if dim is None else leaf.narrow(dim, 0, leaf.shape[dim] // divisor))
+    new_args, new_kwargs = pytree.tree_unflatten(cut, spec)
+    return new_args, new_kwargs
+
+
 def flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec, list[str]]:
     """Pytree leaves of `(args, kwargs)`, their spec, and a name for each: `args.0`, `input_ids`, `batch.mask`."""
     paths, spec = pytree.tree_flatten_with_path((args, kwargs))

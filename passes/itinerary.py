@@ -12,64 +12,20 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from costmodel.layout import Layout, Partial
+from costmodel.layout import Layout
 from costmodel.reshard import Step
+from passes.buckets import bucketed
 from passes.dims import is_getitem, outputs_of, value_of
+from passes.moves import Move, Run
 from passes.price import conversion, given_state, stored_state
 from passes.rules.call import operand_nodes
 from passes.space import Space
 from passes.strategies import Option, StoredOption
 
 
-@dataclass(frozen=True)
-class Run:
-    """An op runs under `option`; `again`: a forward op in backward, whose results only backward finds."""
-
-    node: fx.Node
-    option: Option
-    site: int
-    again: bool = False
-
-    @property
-    def phase(self) -> str:
-        """The half of the step it runs in."""
-        return "backward" if self.again else str(self.node.meta.get("phase", "forward"))
-
-    @property
-    def era(self) -> str:
-        """The phase that its results are for, "" for all."""
-        return "backward" if self.again else ""
-
-
-@dataclass(frozen=True)
-class Move:
-    """`value` goes through `steps` to `target`; later readers in the same `era` find it there.
-
-    `era` is the phase for stored tensors, which are gathered for forward and again for backward, "backward" for what is
-    computed again, and "" for others.
-    `reader` is the op it is needed by, or None where it is an output; `stores` marks a gradient on its way to how its
-    parameter is stored.
-    """
-
-    value: fx.Node
-    source: Layout | StoredOption
-    target: Layout | StoredOption
-    steps: tuple[Step, ...]
-    phase: str
-    era: str
-    reader: fx.Node | None
-    stores: bool = False
-
-    @property
-    def place(self) -> fx.Node:
-        """The op a person would look for it at: what left partial sums or a gradient, or else what needs the value."""
-        partial = not isinstance(self.source, StoredOption) and any(isinstance(p, Partial) for p in self.source)
-        return self.value if partial or self.reader is None else self.reader
-
-
-def itinerary(space: Space, assignment: Sequence[int]) -> Iterator[Run | Move]:
-    """Everything a rank does, in order, when site i takes option `assignment[i]`."""
-    return _Walk(space, assignment).items()
+def itinerary(space: Space, assignment: Sequence[int]) -> list[Run | Move]:
+    """Everything a rank does, in order, when site i takes option `assignment[i]`; buckets stand side by side."""
+    return bucketed(space.program, list(_Walk(space, assignment).items()))
 
 
 class _Walk:

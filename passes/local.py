@@ -3,9 +3,9 @@
 Every rank runs the same graph. What differs between ranks are its inputs: their parts of the tensors, and their
 coordinates on the mesh (an int64 scalar tensor per axis, used for offsets).
 
-Collectives in the graph are `torch.ops._c10d_functional` ops, each followed by `wait_tensor`. Until `bind_groups` puts
-a process group's name there, a group is named by its mesh axes, `"tp"` or `"dp,tp"` (mesh order), so that a graph can
-be made, printed, priced and simulated without a process group.
+Collectives in the graph are `torch.ops._c10d_functional` ops, each followed by `wait_tensor`, or by one per tensor
+where several go together. Until `bind_groups` puts a process group's name there, a group is named by its mesh axes,
+`"tp"` or `"dp,tp"` (mesh order), so that a graph can be made, printed, priced and simulated without a process group.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ from torch import fx
 
 from passes.program import Program
 
-COLLECTIVES = (
-    torch.ops._c10d_functional.all_gather_into_tensor.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    torch.ops._c10d_functional.all_reduce.default,
-    torch.ops._c10d_functional.all_to_all_single.default,
-)
+TOGETHER = {
+    torch.ops._c10d_functional.all_gather_into_tensor.default: (
+        torch.ops._c10d_functional.all_gather_into_tensor_coalesced.default
+    ),
+    torch.ops._c10d_functional.reduce_scatter_tensor.default: (
+        torch.ops._c10d_functional.reduce_scatter_tensor_coalesced.default
+    ),
+    torch.ops._c10d_functional.all_reduce.default: torch.ops._c10d_functional.all_reduce_coalesced.default,
+}
+"""A collective of one tensor -> the same of a list of tensors, as one."""
+COLLECTIVES = (*TOGETHER, torch.ops._c10d_functional.all_to_all_single.default, *TOGETHER.values())
 WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 

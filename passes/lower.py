@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,10 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes.layers import layer_patterns
 from passes.local import LocalProgram
-from passes.outer import Boxed, Planned, assembled, op_step
+from passes.outer import Boxed, Outer, Planned, assembled, op_step
 from passes.overlap import arranged
 from passes.partition import Halves, Recompute, split
-from passes.regions import Call, Region, calls, cut
+from passes.regions import Call, Cut, Region, calls, cut
 
 aten = torch.ops.aten
 Tensors = Sequence[torch.Tensor]
@@ -35,6 +35,28 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 # Attention kernels want the mask's rows and the heads' dims to start at multiples of 16 bytes.
 ALIGNED_ELEMENTS = 8
 CONSTANT_KINDS = ("parameter", "buffer", "coordinate")
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A backward in two parts, for gradients that are added up over several backwards before ranks exchange them.
+
+    `first` takes what the backward takes. It gives the gradients that no rank waits for (None for the others), then
+    the partial gradients, then what else `second` needs. `second` takes these two, and gives the other gradients.
+    """
+
+    first: Boxed
+    second: Boxed
+    gradients: int
+    partial: int
+
+
+@dataclass
+class Unreduced:
+    """This rank's terms of gradients, and other values that their exchange needs."""
+
+    partial: list[torch.Tensor]
+    others: list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,7 @@ class Lowered:
     """Of every placeholder, tangents last; compiled code relies on them."""
     bodies: int = 1
     """How many distinct graphs were compiled."""
+    make_apart: Callable[[], Apart] | None = None
 
     @property
     def outputs(self) -> int:
@@ -74,13 +97,34 @@ class Lowered:
         """
         if self.call_backward is None:
             raise ValueError("this program was made without gradients")
+        with torch.no_grad():
+            return tuple(self.call_backward(self._backward_values(saved, tangents)))
+
+    def backward_alone(self, saved: Tensors, tangents: Tensors) -> tuple[tuple[Any, ...], Unreduced]:
+        """Gradients without the exchange between ranks: None where there is one, and what it needs."""
+        apart = self._apart()
+        with torch.no_grad():
+            found = apart.first(self._backward_values(saved, tangents))
+        end = apart.gradients + apart.partial
+        return tuple(found[: apart.gradients]), Unreduced(list(found[apart.gradients : end]), list(found[end:]))
+
+    def reduce(self, held: Unreduced) -> tuple[Any, ...]:
+        """The gradients that ranks exchange, from what `backward_alone` left; None for the others."""
+        with torch.no_grad():
+            return tuple(self._apart().second([*held.partial, *held.others]))
+
+    def _apart(self) -> Apart:
+        if self.make_apart is None:
+            raise ValueError("this program was made without gradients")
+        return self.make_apart()
+
+    def _backward_values(self, saved: Tensors, tangents: Tensors) -> list[torch.Tensor]:
         strides = self.strides[len(self.strides) - len(tangents) :]
         tangents = [_laid_out(value, stride) for value, stride in zip(tangents, strides, strict=True)]
         values = [*saved, *tangents]
         if isinstance(saved, list):
             saved.clear()
-        with torch.no_grad():
-            return tuple(self.call_backward(values))
+        return values
 
 
 def lower(
@@ -102,7 +146,8 @@ def lower(
     run = _Runner(device, compile, layer_of, constant)
     forward = run(halves.forward, backward=False)
     backward = None if halves.backward is None else run(halves.backward, backward=True)
-    return Lowered(halves, forward, backward, strides, len(run.bodies))
+    make_apart = None if halves.backward is None else functools.cache(functools.partial(run.apart, halves.backward))
+    return Lowered(halves, forward, backward, strides, len(run.bodies), make_apart)
 
 
 def _layers(local: LocalProgram) -> Callable[[str], str]:
@@ -132,16 +177,41 @@ class _Runner:
         self.bodies: dict[fx.GraphModule, Boxed] = {}
 
     def __call__(self, gm: fx.GraphModule, backward: bool) -> Boxed:
-        constants = [n for n in gm.graph.find_nodes(op="placeholder") if n.name in self.constants]
-        parts = cut(gm, constants, self.layer_of, backward)
-        each = dict(zip(parts.regions, calls(gm, parts.regions), strict=True))
-        if len({call.body for call in each.values()}) == len(each):
+        parts, each = self._parts(gm, backward)
+        if not _repeats(each):
             return self._body(gm)
+        return self._outer(gm, parts, each, gm.graph.output_node().args[0])
+
+    @functools.cache  # noqa: B019 (lives as long as what it makes)
+    def _parts(self, gm: fx.GraphModule, backward: bool, whole: bool = False) -> tuple[Cut, dict[Region, Call]]:
+        """The regions of a graph and their calls; one region where `whole`."""
+        constants = [n for n in gm.graph.find_nodes(op="placeholder") if n.name in self.constants]
+        parts = cut(gm, constants, (lambda _: "") if whole else self.layer_of, backward)
+        return parts, dict(zip(parts.regions, calls(gm, parts.regions), strict=True))
+
+    def _outer(self, gm: fx.GraphModule, parts: Cut, each: Mapping[Region, Call], results: Any) -> Outer:
         attributes = {node: _attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
+        inputs = list(gm.graph.find_nodes(op="placeholder"))
         planned = (
             self._region_step(each[part]) if isinstance(part, Region) else op_step(part) for part in arranged(parts)
         )
-        return assembled(gm, planned, attributes)
+        return assembled(inputs, planned, results, attributes)
+
+    def apart(self, gm: fx.GraphModule) -> Apart:
+        """The backward `gm` in two: up to the reductions of gradients, and these."""
+        parts, each = self._parts(gm, True)
+        if not _repeats(each):
+            parts, each = self._parts(gm, True, whole=True)
+        results: Any = gm.graph.output_node().args[0]
+        reduced = set(parts.drains)
+        made = {node for region in parts.regions for node in region.gives}
+        partial = list(dict.fromkeys(x for n in parts.drains for x in n.all_input_nodes if x in made))
+        placeholders = [x for n in parts.drains for x in n.all_input_nodes if x.op == "placeholder"]
+        ours = [None if node in reduced else node for node in results]
+        rest = [node if node in reduced else None for node in results]
+        first = self._outer(gm, replace(parts, drains=()), each, [*ours, *partial, *placeholders])
+        second = assembled([*partial, *placeholders], map(op_step, parts.drains), rest, {})
+        return Apart(first, second, len(ours), len(partial))
 
     def _body(self, gm: fx.GraphModule) -> Boxed:
         if gm not in self.bodies:
@@ -154,6 +224,10 @@ class _Runner:
         if not scalars:
             return Planned(body, call.reads, call.gives, True)
         return Planned(lambda given: body(given + scalars), call.reads, call.gives, True)
+
+
+def _repeats(calls_: Mapping[Region, Call]) -> bool:
+    return len({call.body for call in calls_.values()}) < len(calls_)
 
 
 def _attribute(gm: fx.GraphModule, name: str) -> Any:
@@ -169,8 +243,8 @@ def _laid_out(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
 
 
 def _interpreted(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
-    """`gm` as it is."""
-    return lambda values: gm(*values)
+    """`gm` as it is, op by op; empties the list of its inputs, so that each is freed after its last use."""
+    return lambda values: fx.Interpreter(gm).boxed_run(values)
 
 
 def _compiled(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:

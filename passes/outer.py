@@ -74,13 +74,13 @@ class Planned:
     many: bool
 
 
-def assembled(gm: fx.GraphModule, planned: Iterable[Planned], constants: Mapping[fx.Node, Any]) -> Outer:
-    """`gm` as `planned` steps; `constants` are values that are there from the start."""
+def assembled(
+    inputs: Sequence[fx.Node], planned: Iterable[Planned], results: Sequence[Any], constants: Mapping[fx.Node, Any]
+) -> Outer:
+    """`planned` steps from `inputs` to `results`; `constants` are values that are there from the start."""
     steps = list(planned)
-    results: Any = gm.graph.output_node().args[0]
-    placeholders = list(gm.graph.find_nodes(op="placeholder"))
     number: dict[fx.Node, int] = {}
-    for node in (*placeholders, *constants, *(n for step in steps for n in step.writes)):
+    for node in (*inputs, *constants, *(n for step in steps for n in step.writes)):
         number[node] = len(number)
     last = {node: index for index, step in enumerate(steps) for node in (*step.writes, *step.reads)}
     kept = {node for node in results if isinstance(node, fx.Node)}
@@ -100,7 +100,7 @@ def assembled(gm: fx.GraphModule, planned: Iterable[Planned], constants: Mapping
             for index, step in enumerate(steps)
         ),
         len(number),
-        tuple(number[node] for node in placeholders),
+        tuple(number[node] for node in inputs),
         tuple((number[node], value) for node, value in constants.items()),
         tuple((True, number[r]) if isinstance(r, fx.Node) else (False, r) for r in results),
     )

@@ -5,27 +5,31 @@ the backward reads, some are *saved* (forward outputs that the backward takes) a
 The choice is a minimum cut: of all sets from which the backward can be computed, one with the fewest bytes, and among
 equals the one that computes least again.
 
-Never saved: gathered parameters and whatever is made of parameters alone (gathered and cast again in the backward),
-and views (their base is). Never computed again: collectives of anything else, and ops that `recompute` does not allow.
+Never saved: whatever is made of parameters alone (cast again in the backward), gathered parameters that the program
+gathers for backward too (these are read), and views (their base is). Never computed again: collectives of anything
+else, and ops that `recompute` does not allow.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from passes.cut import UNBOUNDED, Values, cheapest_cut
-from passes.local import COLLECTIVES, WAIT, LocalProgram
+from passes.local import COLLECTIVES, TOGETHER, WAIT, LocalProgram
 from passes.recompute import ATTENTION, block_of, is_cheap_op, is_view_op
 
 Recompute = Literal["none", "auto", "selective", "full"]
 
 aten = torch.ops.aten
+ALONE: dict[Any, Any] = {together: single for single, together in TOGETHER.items()}
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,22 @@ def split(local: LocalProgram, recompute: Recompute = "auto") -> Halves:
     if misplaced := [node.name for node in outputs if node in backward]:
         raise AssertionError(f"outputs {misplaced} depend on tangents")
     if not gradients:
-        forward = _extract(local.graph, inputs, outputs, frozenset())
+        forward = _extract(local.graph, inputs, outputs, frozenset(), {})
         return Halves(forward, None, len(outputs), ())
 
-    wanted = _needed(gradients, stop=lambda node: node not in backward)
-    demands = [node for node in wanted if node not in backward]
     of_parameters = parameter_chain(graph, constants)
+    twins = _twins(graph, of_parameters, backward)
+    wanted = _needed(gradients, stop=lambda node: node not in backward)
+    demands = [node for node in wanted if node not in backward and node not in twins]
     allowed = _recomputable(graph, backward, of_parameters, recompute)
-    kept = _cheapest_cut(demands, allowed, of_parameters)
+    # Where the program gathers for backward by itself, what it does not gather again is kept: it is small.
+    fixed = frozenset(n for n in of_parameters if n.target is WAIT and n not in twins) if twins else frozenset()
+    kept = _cheapest_cut(demands, allowed - fixed, of_parameters - fixed, twins.keys())
     saved_inputs = [p for p in inputs if p in kept]
     saved = [node for node in graph.nodes if node in kept and node.op != "placeholder"]
     return Halves(
-        _extract(local.graph, inputs, [*outputs, *saved], frozenset()),
-        _extract(local.graph, [*saved_inputs, *saved, *tangents], gradients, backward),
+        _extract(local.graph, inputs, [*outputs, *saved], frozenset(), {}),
+        _extract(local.graph, [*saved_inputs, *saved, *tangents], gradients, backward, twins),
         len(outputs),
         tuple(inputs.index(p) for p in saved_inputs),
     )
@@ -111,8 +118,10 @@ def _backward_nodes(graph: fx.Graph, tangents: Iterable[fx.Node], outputs: Itera
     return frozenset(found)
 
 
-def _needed(roots: Iterable[Any], stop: Callable[[fx.Node], bool]) -> dict[fx.Node, None]:
-    """`roots` and what they are made of, going no further than nodes where `stop`."""
+def _needed(
+    roots: Iterable[Any], stop: Callable[[fx.Node], bool], instead: Mapping[fx.Node, fx.Node] = MappingProxyType({})
+) -> dict[fx.Node, None]:
+    """`roots` and what they are made of, going no further than nodes where `stop`; `instead` of some nodes others."""
     found: dict[fx.Node, None] = {}
     stack = [root for root in roots if isinstance(root, fx.Node)]
     while stack:
@@ -120,7 +129,7 @@ def _needed(roots: Iterable[Any], stop: Callable[[fx.Node], bool]) -> dict[fx.No
         if node not in found:
             found[node] = None
             if not stop(node):
-                stack.extend(node.all_input_nodes)
+                stack.extend(instead.get(operand, operand) for operand in node.all_input_nodes)
     return found
 
 
@@ -164,6 +173,31 @@ def _recomputable(
     return frozenset(allowed)
 
 
+def _twins(graph: fx.Graph, of_parameters: frozenset[fx.Node], backward: frozenset[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """For gathered parameters of the forward, the same as the program gathers them for backward."""
+    texts: dict[fx.Node, Any] = {}
+
+    def text(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(map(text, value))
+        if not isinstance(value, fx.Node) or value.op != "call_function":
+            return value if isinstance(value, fx.Node) else repr(value)
+        if value not in texts:
+            target, arguments = value.target, value.args
+            if target is operator.getitem and (made := value.all_input_nodes[0]).target in ALONE:
+                # One of several that go together is as if it went alone.
+                target, arguments = ALONE[made.target], (made.args[0][arguments[1]], *made.args[1:])  # type: ignore[index]
+            texts[value] = target, text(arguments), text(sorted(value.kwargs.items()))
+        return texts[value]
+
+    waits = [node for node in graph.nodes if node.target is WAIT and node in of_parameters]
+    again: dict[Any, fx.Node] = {}
+    for node in waits:
+        if node in backward:
+            again.setdefault(text(node), node)
+    return {node: again[text(node)] for node in waits if node not in backward and text(node) in again}
+
+
 def _value_bytes(node: fx.Node) -> int | None:
     """Bytes of the tensor a node yields; None where it yields no tensor."""
     value = node.meta.get("val")
@@ -182,20 +216,32 @@ def _save_bytes(node: fx.Node, of_parameters: frozenset[fx.Node]) -> int:
 
 
 def _cheapest_cut(
-    demands: Sequence[fx.Node], recomputable: frozenset[fx.Node], of_parameters: frozenset[fx.Node]
+    demands: Sequence[fx.Node],
+    recomputable: frozenset[fx.Node],
+    of_parameters: frozenset[fx.Node],
+    there: AbstractSet[fx.Node],
 ) -> frozenset[fx.Node]:
-    """The nodes whose values to keep so that every one of `demands` can be had, at the fewest bytes."""
-    members = list(_needed(demands, stop=lambda node: node not in recomputable))
+    """The nodes whose values to keep so that every one of `demands` can be had, at the fewest bytes; those `there` are
+    had anyway."""
+    members = list(_needed(demands, stop=lambda node: node not in recomputable or node in there))
     number = {node: index for index, node in enumerate(members)}
-    sources = [[number[x] for x in node.all_input_nodes] if node in recomputable else None for node in members]
-    values = Values([_save_bytes(node, of_parameters) for node in members], sources)
-    return frozenset(members[index] for index in cheapest_cut(values, [number[node] for node in demands]))
+    sources = [
+        [number[x] for x in node.all_input_nodes] if node in recomputable and node not in there else None
+        for node in members
+    ]
+    sizes = [0 if node in there else _save_bytes(node, of_parameters) for node in members]
+    kept = cheapest_cut(Values(sizes, sources), [number[node] for node in demands])
+    return frozenset(members[index] for index in kept) - there
 
 
 def _extract(
-    owner: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[Any], first: frozenset[fx.Node]
+    owner: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[Any],
+    first: frozenset[fx.Node],
+    instead: Mapping[fx.Node, fx.Node],
 ) -> fx.GraphModule:
-    """The graph that makes `outputs` of `inputs`.
+    """The graph that makes `outputs` of `inputs`; `instead`: nodes that are read in the place of others.
 
     Nodes of `first` keep their order; any other is put right before the first that reads it.
     """
@@ -205,20 +251,21 @@ def _extract(
         copy = graph.placeholder(node.name)
         copy.meta = dict(node.meta)
         copies[node] = copy
-    needed = _needed(outputs, stop=lambda node: node in copies)
+    needed = _needed(outputs, stop=lambda node: node in copies, instead=instead)
     order = {node: position for position, node in enumerate(owner.graph.nodes)}
     roots = sorted((node for node in needed if node in first or not first), key=order.__getitem__)
     for root in [*roots, *(node for node in outputs if isinstance(node, fx.Node))]:
         stack = [root]
         while stack:
             node = stack[-1]
-            missing = sorted((o for o in node.all_input_nodes if o not in copies), key=order.__getitem__, reverse=True)
+            operands = [instead.get(operand, operand) for operand in node.all_input_nodes]
+            missing = sorted((o for o in operands if o not in copies), key=order.__getitem__, reverse=True)
             if node in copies:
                 stack.pop()
             elif missing:
                 stack.extend(missing)
             else:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
+                copies[node] = graph.node_copy(node, lambda operand: copies[instead.get(operand, operand)])
                 if first:
                     copies[node].meta["phase"] = "backward"
                 stack.pop()

@@ -141,6 +141,8 @@ class Plan:
     """Place -> the chosen option; see `assignment_of`."""
     solved: Mapping[str, str] = field(default_factory=dict)
     """Name pattern -> `at rest -> in compute` as solved: a line of `parameters` that says otherwise was edited."""
+    rules: Mapping[str, str] = field(default_factory=dict)
+    """Calls that no table knows -> the rule found by running them on shards; "" where they run whole."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Tied parameters: other name -> the name that `parameters` has."""
     padded: tuple[Pad, ...] = ()
@@ -261,6 +263,7 @@ def make_plan(
         notes=tuple(dict.fromkeys([*notes, *_notes(space, assignment)])),
         decisions={key: texts[pick] for (key, texts), pick in zip(_choices(space), assignment, strict=True)},
         solved={key: str(placed) for key, placed in parameters.items()},
+        rules=dict(space.analysis.found),
         aliases=dict(space.program.aliases),
         padded=padded,
         options=dict(options or {}),
@@ -299,6 +302,7 @@ def folded(collectives: Sequence[Collective], words: Words) -> tuple[Collective,
             module=words.pattern(alike[0].module),
             value=alike[0].value,
             reason=alike[0].reason,
+            tensors=alike[0].tensors,
             count=len(alike),
             start_s=min(x.start_s for x in alike),
         )
@@ -381,6 +385,12 @@ def _read_as(space: Space, assignment: Sequence[int]) -> dict[int, Any]:
 def _notes(space: Space, assignment: Sequence[int]) -> list[str]:
     """What a user should know: ops without a rule, stored tensors that are padded."""
     notes = [f"no rule for {op_text(op)}: it runs whole on every rank" for op in space.replicated]
+    found = {
+        str(site.call.target): rule
+        for site in space.sites
+        if site.call and (rule := space.analysis.found.get(str(site.call)))
+    }
+    notes += [f"{op_text(op)}: its rule was found by running it on shards: {rule}" for op, rule in found.items()]
     sizes = space.topology.sizes
     for site, pick in zip(space.sites, assignment, strict=True):
         option = site.options[pick]

@@ -168,7 +168,7 @@ def _option_s(space: Space, site: Site, option: Option | StoredOption, optimizer
         return moved / (device.memory_bytes_per_s * device.memory_efficiency)
     assert site.call is not None
     operands, results = option_local_shapes(site, option, space.topology.sizes)
-    return op_s(work_of(site.call, operands, results), device)
+    return op_s(work_of(site.call, operands, results, site.traffic), device)
 
 
 def _option_bytes(space: Space, site: Site, option_index: int, optimizer: Budgeted) -> float:

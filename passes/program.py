@@ -30,9 +30,9 @@ class Input:
     `name` is an FQN for a parameter or buffer (the first of its names, where it is tied), a path such as `input_ids`
     or `args.0` for what the user passes, and the path of the output for a tangent. A "seed" comes last, where the
     program has random ops (`randomness.own_randomness`): int64 of shape (2,), the user's seed and the step's number.
-    `batch_dim` is the dim that the batch axes split, for inputs and tangents that have one. `shape` is that of a
-    parameter outside the graph, where its placeholder (and its gradient) is larger: padded with zeros at the end of its
-    dims (`pad.pad`).
+    `requires_grad`: its gradient is among the outputs. `batch_dim` is the dim that the batch axes split, for inputs and
+    tangents that have one. `shape` is that of a parameter outside the graph, where its placeholder (and its gradient)
+    is larger: padded with zeros at the end of its dims (`pad.pad`).
     """
 
     kind: InputKind
@@ -60,6 +60,28 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """A value that the model read while it was captured; the graph is that of inputs which give the same."""
+
+    where: str
+    """The line that read it."""
+    what: str
+    value: Any
+    """A number, a tensor, or, where `is_shape`, the shape of an op's result (of each, where it has several)."""
+    is_shape: bool = False
+
+
+@dataclass(frozen=True)
+class Guards:
+    """Computes again, from whole inputs and buffers, what was read: one result per `fixed`."""
+
+    graph: fx.GraphModule
+    inputs: tuple[str, ...]
+    """Per placeholder, the name of the program's input or buffer."""
+    fixed: tuple[Fixed, ...]
+
+
+@dataclass(frozen=True)
 class Program:
     """One training step (or one forward, where nothing asks for a gradient)."""
 
@@ -83,3 +105,5 @@ class Program:
     differentiable output has one."""
     fingerprint: str = ""
     """Hash of the graph's structure, shapes and dtypes; equal for equal captures in any process."""
+    guards: Guards | None = None
+    """What the graph takes for granted about its inputs' values; None: nothing."""

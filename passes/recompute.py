@@ -103,9 +103,9 @@ def block_of(node: fx.Node) -> str:
     return ""
 
 
-def recomputation(analysis: Analysis, mode: Mode) -> Recomputation:
-    """What is kept and what is computed again under `mode`."""
-    network = _Network(analysis, mode)
+def recomputation(analysis: Analysis, mode: Mode, also: frozenset[int] = frozenset()) -> Recomputation:
+    """What is kept and what is computed again under `mode`; `also`: forward sites that may be beside those of it."""
+    network = _Network(analysis, mode, also)
     kept = cheapest_cut(network.values, network.demands)
     found = reached(network.values, network.demands, kept)
     name = network.names
@@ -116,7 +116,7 @@ def recomputation(analysis: Analysis, mode: Mode) -> Recomputation:
 class _Network:
     """The forward values as numbers: what keeping each takes, and what it can be computed again from."""
 
-    def __init__(self, analysis: Analysis, mode: Mode) -> None:
+    def __init__(self, analysis: Analysis, mode: Mode, also: frozenset[int] = frozenset()) -> None:
         places = analysis.places
         forward = [i for i, place in enumerate(places) if place.kind == "op" and place.phase == "forward"]
         self.names = [
@@ -138,7 +138,7 @@ class _Network:
                     sources[port.site].append(number[wire.value])
         self.demands = tuple(asked)
         of_weights = _of_weights(analysis)
-        allowed = _allowed(analysis, mode) | of_weights
+        allowed = _allowed(analysis, mode) | of_weights | also
         sizes, origins = [], []
         for value in self.names:
             place = places[value.op]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from costmodel.layout import Layout
 from passes.dims import is_getitem, value_of
-from passes.emit import Emitter, emit_steps
-from passes.itinerary import Move, Returned, Run, itinerary, returned
+from passes.emit import Emitter, emit_steps, emit_together
+from passes.itinerary import Returned, itinerary, returned
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
 from passes.localize import LocalOp, run_locally
+from passes.moves import Move, Run
 from passes.price import option_local_shapes, stored_state
 from passes.rules.call import operand_nodes
 from passes.space import Space
@@ -32,6 +34,10 @@ Where = Layout | StoredOption
 def rewrite(space: Space, assignment: Sequence[int]) -> LocalProgram:
     """One rank's program when site i of `space` takes option `assignment[i]`."""
     return _Rewriter(space, assignment).program()
+
+
+def _bucket(item: Run | Move) -> int:
+    return item.bucket if isinstance(item, Move) else -1
 
 
 class _Rewriter:
@@ -49,11 +55,16 @@ class _Rewriter:
     def program(self) -> LocalProgram:
         space = self.space
         inputs = self._placeholders()
-        for item in itinerary(space, self.assignment):
-            if isinstance(item, Move):
-                self._move(item)
-            else:
-                self._run(item)
+        for _, group in groupby(itinerary(space, self.assignment), key=_bucket):
+            items = list(group)
+            if isinstance(items[0], Move) and items[0].bucket >= 0:
+                self._move_together(items)  # type: ignore[arg-type]
+                continue
+            for item in items:
+                if isinstance(item, Move):
+                    self._move(item)
+                else:
+                    self._run(item)
         outputs, values = self._outputs()
         self.emit.graph.output(tuple(values))
         graph = fx.GraphModule(self.root, self.emit.graph)
@@ -140,6 +151,17 @@ class _Rewriter:
         of_stored = (stored.storage, stored.padding) if stored else (None, ())
         moved = emit_steps(self.emit, local, move.steps, dims, *of_stored)
         self._put(move.value, move.target, moved, move.era)
+
+    def _move_together(self, moves: Sequence[Move]) -> None:
+        self._meta(moves[0].place, moves[0].phase)
+        stored = []
+        for move in moves:
+            option = next((x for x in (move.source, move.target) if isinstance(x, StoredOption)), None)
+            stored.append((option.storage, option.padding) if option else (None, ()))
+        parts = [self._get(move.value, move.source, move.era) for move in moves]
+        moved = emit_together(self.emit, parts, [move.steps for move in moves], stored)
+        for move, part in zip(moves, moved, strict=True):
+            self._put(move.value, move.target, part, move.era)
 
     def _run(self, run: Run) -> None:
         site = self.space.sites[run.site]

@@ -21,16 +21,18 @@ import bisect
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 from torch import fx
 
+from costmodel.collectives import collective_s
 from costmodel.memory import OptimizerSpec
 from costmodel.memory import optimizer as optimizer_of
 from costmodel.reshard import Step
 from passes.footprint import Footprint, Times, footprint
-from passes.itinerary import Move, Run
+from passes.moves import Move, Run
 from passes.space import Space
 from passes.strategies import StoredOption
 from passes.tracks import Tracks, tracks
@@ -48,6 +50,8 @@ Role = Literal["parameter", "gradient", "activation"]
 class Collective:
     """One collective of a micro-batch, or `count` alike ones: then `bytes` is of each, seconds are of all.
 
+    `tensors` go together as one, and `bytes` is of them all; `value` names them, `reason` tells of the first.
+
     `bytes` is the full buffer on one rank: what is gathered, what is reduced. `start_s` is that of the first.
     """
 
@@ -63,6 +67,7 @@ class Collective:
     module: str
     value: str
     reason: str
+    tensors: int = 1
     count: int = 1
     start_s: float = 0.0
 
@@ -111,6 +116,10 @@ class Schedule:
     peak_moment: str
     memory: Footprint
     events: tuple[Event, ...] = ()
+    forward_s: float = 0.0
+    """Of `micro_batch_s`, until backward begins."""
+    layers: tuple[tuple[str, str, float], ...] = ()
+    """(phase, layer, start) whenever compute enters another layer; "" is what no repeated layer is part of."""
 
     @property
     def exposed_total_s(self) -> float:
@@ -170,6 +179,8 @@ def play(
         peak_moment=player.moment_text(memory.moment_s),
         memory=memory,
         events=tuple(player.events),
+        forward_s=player.forward_end_s,
+        layers=player.layers(),
     )
 
 
@@ -193,13 +204,14 @@ def _update_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> f
 def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
     """Per item, the moves to issue right before it (by item), in program order; the last entry is the step's end.
 
-    A parameter's gather is issued where the gathers of the layer before begin (what lies between repeated layers counts
-    as one layer, and each module as one where no layer repeats). An activation is sent where its layer's
-    ops begin or right after it was made, whichever is later; one that was kept from forward, where its reader's module
-    begins. A gradient is sent as soon as it is there.
+    A bucket is issued as one, where its first gather or its last gradient is. A parameter's gather is issued where the
+    gathers of the layer before begin (what lies between repeated layers counts as one layer, and each module as one
+    where no layer repeats). An activation is sent where its layer's ops begin or right after it was made, whichever is
+    later; one that was kept from forward, where its reader's module begins. A gradient is sent as soon as it is there.
     """
     items = found.items
     issue: list[list[int]] = [[] for _ in range(len(items) + 1)]
+    ends = {x.bucket: index for index, x in enumerate(items) if isinstance(x, Move) and x.bucket >= 0}
     layer_start = module_start = 0
     layer: object = None
     module: object = None
@@ -216,11 +228,12 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
                 module, module_start = (phase, name), index
         if isinstance(item, Run):
             continue
-        if item.reader is None:
-            issue[index].append(index)
+        gathered = found.slots[found.writes[index][0]].gathered
+        if item.reader is None or (item.bucket >= 0 and not gathered):
+            issue[ends.get(item.bucket, index)].append(index)
             continue
         producer = found.slots[found.reads[index][0]].producer
-        if found.slots[found.writes[index][0]].gathered:
+        if gathered:
             assert isinstance(layer, tuple)
             outside = words.layers and "*" not in words.pattern(name)
             if (here := (layer[0], "" if outside else layer[1])) != unit:
@@ -239,14 +252,21 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
 
 @dataclass(slots=True)
 class _Played:
-    """A step of a move as it ran; `after` is the collective it had to wait for last, if any."""
+    """A step of a move, or one of several moves together, as it ran.
+
+    `own` is the move's own share of it. `after` is the collective it had to wait for last, if any. `also`: the other
+    moves that take part, whose entries are no collectives of their own.
+    """
 
     item: int
     step: Step
+    own: Step
     start_s: float
     end_s: float
     after: int | None
     exposed_s: float = 0.0
+    also: tuple[int, ...] = ()
+    counts: bool = True
 
 
 class _Player:
@@ -286,8 +306,7 @@ class _Player:
         items, found = self.tracks.items, self.tracks
         forward = True
         for index, item in enumerate(items):
-            for move in self.issue[index]:
-                self._send(move)
+            self._send_all(self.issue[index])
             if isinstance(item, Move):
                 self.op_start_s[index] = self.now_s
                 continue
@@ -306,8 +325,7 @@ class _Player:
                 self._compute(seconds, cost.kind)
                 if self.keep_events:
                     self._note(item, self.op_start_s[index], cost.kind)
-        for move in self.issue[len(items)]:
-            self._send(move)
+        self._send_all(self.issue[len(items)])
         for slot in [slot for slot, _, _ in found.leaving if slot in self.brought]:
             self._await(slot)
         for axis, free_s in enumerate(self.free_s):
@@ -315,6 +333,16 @@ class _Player:
         self.op_start_s[len(items)] = self.now_s
         if forward:
             self.forward_end_s = self.now_s
+
+    def layers(self) -> tuple[tuple[str, str, float], ...]:
+        """When compute enters another layer."""
+        found: list[tuple[str, str, float]] = []
+        for index, item in enumerate(self.tracks.items):
+            if isinstance(item, Run) and self.tracks.costs[item.site].seconds:
+                here = item.phase, self.words.layer(item.node.meta.get("module", ""))
+                if not found or found[-1][:2] != here:
+                    found.append((*here, self.op_start_s[index]))
+        return tuple(found)
 
     def _note(self, item: Run, start_s: float, kind: str) -> None:
         """Keep that an op ran from `start_s` to now."""
@@ -327,7 +355,7 @@ class _Player:
     def steps_of(self) -> dict[int, list[tuple[Step, float, float]]]:
         """(step, start, end) of the steps of each move, by item."""
         return {
-            item: [(self.played[i].step, self.played[i].start_s, self.played[i].end_s) for i in steps]
+            item: [(self.played[i].own, self.played[i].start_s, self.played[i].end_s) for i in steps]
             for item, steps in self.of_item.items()
         }
 
@@ -354,18 +382,30 @@ class _Player:
         self.now_s = now
         self.contention_s += now - start - seconds
 
-    def _send(self, index: int) -> None:
-        """Issue the steps of move `index`, now."""
+    def _send_all(self, moves: Sequence[int]) -> None:
+        """Issue moves, those of a bucket together."""
+        for _, group in groupby(moves, key=self._bucket):
+            self._send(list(group))
+
+    def _bucket(self, index: int) -> int:
+        """What tells moves apart that do not go together."""
         move = self.tracks.items[index]
         assert isinstance(move, Move)
-        (source,), (target,) = self.tracks.reads[index], self.tracks.writes[index]
-        ready_s, after, slices_s = self.now_s, None, 0.0
-        if source in self.brought:
-            ready_s, after, slices_s = self.brought[source]
-            ready_s = max(ready_s, self.now_s)
-        mine = self.of_item.setdefault(index, [])
-        last = after
-        for step in move.steps:
+        return move.bucket if move.bucket >= 0 else -1 - index
+
+    def _send(self, indices: Sequence[int]) -> None:
+        """Issue the steps of moves that go together, now."""
+        moves: list[Move] = [self.tracks.items[index] for index in indices]  # type: ignore[misc]
+        ready_s, last, slices_s = self.now_s, None, 0.0
+        for index in indices:
+            (source,) = self.tracks.reads[index]
+            if source in self.brought:
+                came_s, after, sliced_s = self.brought[source]
+                slices_s += sliced_s
+                if came_s > ready_s or last is None:
+                    ready_s, last = max(came_s, ready_s), after
+        for together in zip(*(move.steps for move in moves), strict=True):
+            step = self._merged(together)
             if not step.is_collective:
                 if last is None:
                     start_s = self.now_s
@@ -373,25 +413,46 @@ class _Player:
                     ready_s = self.now_s
                 else:  # done by whoever waits for what is brought
                     start_s, slices_s = ready_s, slices_s + step.seconds
-                self.played.append(_Played(index, step, start_s, ready_s, last))
-                mine.append(len(self.played) - 1)
+                self._record(indices, step, together, start_s, ready_s, last)
                 continue
             start_s = ready_s
             for axis in step.axes:
                 if self.free_s[axis] > start_s:
                     start_s, last = self.free_s[axis], self.last_on[axis]
-            end_s = start_s + step.seconds
-            self.played.append(_Played(index, step, start_s, end_s, last))
-            last = len(self.played) - 1
-            mine.append(last)
+            ready_s = start_s + step.seconds
+            last = self._record(indices, step, together, start_s, ready_s, last)
             for axis in step.axes:
-                self.free_s[axis], self.last_on[axis] = end_s, last
+                self.free_s[axis], self.last_on[axis] = ready_s, last
                 self.busy_s[axis] += step.seconds
             share = max(self.shares[axis] for axis in step.axes)
             if share:
-                self.running.append((start_s, end_s, share))
-            ready_s = end_s
-        self.brought[target] = (ready_s, last, slices_s)
+                self.running.append((start_s, ready_s, share))
+        for position, index in enumerate(indices):
+            (target,) = self.tracks.writes[index]
+            self.brought[target] = (ready_s, last, slices_s if position == 0 else 0.0)
+
+    def _merged(self, steps: Sequence[Step]) -> Step:
+        """Steps that go together as one."""
+        first = steps[0]
+        if len(steps) == 1:
+            return first
+        size = sum(step.full_bytes for step in steps)
+        if not first.is_collective:
+            return replace(first, full_bytes=size, seconds=sum(step.seconds for step in steps))
+        kind = KINDS.get(first.kind, first.kind)
+        return replace(first, full_bytes=size, seconds=collective_s(kind, size, first.axes, self.space.topology))
+
+    def _record(
+        self, indices: Sequence[int], step: Step, own: Sequence[Step], start_s: float, end_s: float, after: int | None
+    ) -> int:
+        """Notes a step of moves that go together; the number of the first one's entry."""
+        number = len(self.played)
+        for index, mine in zip(indices, own, strict=True):
+            first = index == indices[0]
+            also = tuple(indices[1:]) if first else ()
+            self.of_item.setdefault(index, []).append(len(self.played))
+            self.played.append(_Played(index, step, mine, start_s, end_s, after, also=also, counts=first))
+        return number
 
     def _only_gradients(self, node: fx.Node) -> bool:
         """Whether an op works on a finished gradient on its way out, and on nothing else."""
@@ -468,7 +529,7 @@ def _ledger(player: _Player, words: Words) -> tuple[Collective, ...]:
         for i in player.of_item[index]:
             played = player.played[i]
             step = played.step
-            if not step.is_collective:
+            if not step.is_collective or not played.counts:
                 continue
             folding = player.space.folding
             made, reader = folding.of.get(item.value), folding.of.get(item.reader) if item.reader else None
@@ -476,6 +537,10 @@ def _ledger(player: _Player, words: Words) -> tuple[Collective, ...]:
             if key not in texts:
                 texts[key] = words.moved(item), words.reason(item, step)
             value, reason = texts[key]
+            others = [words.moved(player.tracks.items[other]) for other in played.also]  # type: ignore[arg-type]
+            values = list(dict.fromkeys([value, *others]))
+            if len(values) > 1:
+                reason = f"{reason}, and {len(values) - 1} more with it"
             axes = groups.setdefault(step.axes, tuple(names[axis] for axis in step.axes))
             exposed_s = min(played.exposed_s, step.seconds)
             kind = KINDS.get(step.kind, step.kind)
@@ -491,8 +556,9 @@ def _ledger(player: _Player, words: Words) -> tuple[Collective, ...]:
                     role=role,
                     source=source,
                     module=module,
-                    value=value,
+                    value=", ".join(values),
                     reason=reason,
+                    tensors=1 + len(played.also),
                     start_s=played.start_s,
                 )
             )

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.errors import AutoparError
-from passes.local import COLLECTIVES, WAIT, LocalInput, LocalProgram, Storage
+from passes.local import COLLECTIVES, TOGETHER, WAIT, LocalInput, LocalProgram, Storage
 
 c10d = torch.ops._c10d_functional
 Axes = Sequence[tuple[str, int]]
@@ -242,6 +242,7 @@ _PLAYED: dict[Any, tuple[str, Callable[[Sequence[Tensor], Sequence[Any]], list[T
     c10d.all_reduce.default: ("all_reduce", _all_reduce),
     c10d.all_to_all_single.default: ("all_to_all", _all_to_all),
 }
+_PLAYED |= {together: _PLAYED[single] for single, together in TOGETHER.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- simulate
@@ -323,13 +324,18 @@ def _run(step: _Instruction, values: list[list[Any]]) -> None:
 
 def _collect(step: _Instruction, values: list[list[Any]], members: list[list[int]]) -> None:
     play = _PLAYED[step.node.target][1]
+    together = isinstance(step.node.args[0], list | tuple)
     for group in members:
-        operands = [values[rank][step.operands[0]] for rank in group]
-        facts = {(tuple(value.shape[1:]), value.dtype) for value in operands}
-        if len(facts) > 1:
-            raise ValueError(f"ranks {group} bring {facts}")
-        for rank, value in zip(group, play(operands, step.node.args[1:]), strict=True):
-            values[rank][step.slot] = value
+        found: list[list[Tensor]] = [[] for _ in group]
+        for slot in step.operands:
+            operands = [values[rank][slot] for rank in group]
+            facts = {(tuple(value.shape[1:]), value.dtype) for value in operands}
+            if len(facts) > 1:
+                raise ValueError(f"ranks {group} bring {facts}")
+            for mine, value in zip(found, play(operands, step.node.args[1:]), strict=True):
+                mine.append(value)
+        for rank, mine in zip(group, found, strict=True):
+            values[rank][step.slot] = mine if together else mine[0]
 
 
 def _check_shape(step: _Instruction, values: list[list[Any]]) -> None:
@@ -358,8 +364,7 @@ def _instructions(module: fx.GraphModule, slots: Mapping[fx.Node, int]) -> Itera
         val = node.meta.get("val")
         shape = tuple(val.shape) if isinstance(val, Tensor) else None
         if node.target in COLLECTIVES or node.target == WAIT:
-            assert isinstance(node.args[0], fx.Node)
-            yield _Instruction(node, slots[node], (slots[node.args[0]],), None, shape, frees)
+            yield _Instruction(node, slots[node], tuple(slots[x] for x in node.all_input_nodes), None, shape, frees)
             continue
         operands: list[int] = []
         call = _compiled(module, node, slots, operands)
@@ -520,8 +525,8 @@ def _batch_ranks(local: LocalProgram, tangent: LocalInput, batch_dim: int | None
 class Issued:
     """A collective that the graph issues.
 
-    `group` names the mesh axes ("dp,tp"). `full_bytes` is the size of the full buffer on one rank: what is gathered,
-    what is reduced, the whole buffer of an all-to-all.
+    `group` names the mesh axes ("dp,tp"). `tensors` go together as one. `full_bytes` is the size of the full buffers on
+    one rank: what is gathered, what is reduced, the whole buffer of an all-to-all.
     """
 
     kind: str
@@ -533,6 +538,7 @@ class Issued:
     node: str
     op: str = ""
     """How it reduces, "" for one that does not."""
+    tensors: int = 1
 
 
 def ledger(local: LocalProgram) -> tuple[Issued, ...]:
@@ -544,17 +550,18 @@ def ledger(local: LocalProgram) -> tuple[Issued, ...]:
 
 def _issued(node: fx.Node) -> Issued:
     kind = _PLAYED[node.target][0]
-    buffer = node if kind == "all_gather" else node.args[0]
-    assert isinstance(buffer, fx.Node)
-    val = buffer.meta["val"]
+    given = [operand.meta["val"] for operand in node.all_input_nodes]
+    made = node.meta["val"]
+    full = (made if isinstance(made, list | tuple) else [made]) if kind == "all_gather" else given
     op = node.args[1] if kind in ("reduce_scatter", "all_reduce") else ""
     return Issued(
         kind=kind,
         group=str(node.args[-1]),
-        full_bytes=val.numel() * val.dtype.itemsize,
+        full_bytes=sum(value.numel() * value.dtype.itemsize for value in full),
         phase=node.meta.get("phase", ""),
         source=node.meta.get("source", ""),
         module=node.meta.get("module", ""),
         node=node.name,
         op=str(op),
+        tensors=len(given),
     )

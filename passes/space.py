@@ -10,6 +10,7 @@ from costmodel.hardware import Topology
 from costmodel.layout import Layout, Partial, Replicate, Shard, layout_text
 from passes.analysis import Analysis, Place, Port, SiteKind, Wire, analyse
 from passes.dims import ExpandedOp, Value
+from passes.fusion import Traffic
 from passes.layers import Folding
 from passes.local import DimShard, Storage
 from passes.named import axis_choices, stored_choices
@@ -41,6 +42,7 @@ class Site:
     """Of a stored, given or returned tensor: per dim, the sizes of its atoms."""
     itemsize: int = 4
     given: Input | None = None
+    traffic: Traffic | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ def search_space(
             leaves = tuple((x.size, x.operands, x.results, x.reduce) for x in place.op.leaves)
             key = (place.op.linear, place.op.operands, place.op.results, leaves, choices)
             if key not in cache:
-                cache[key] = op_options(place.op, sizes, choices)
+                # Each axis may divide what the strategy wants split, and all of them together not.
+                relaxed = tuple((axes, (None, *wanted)) for axes, wanted in choices)
+                cache[key] = op_options(place.op, sizes, choices) or op_options(place.op, sizes, relaxed)
             options = cache[key]
         elif place.given is not None and place.given.kind == "parameter":
             options = _parameter_options(place, strategy, sizes, batch_axes, (stored or {}), pinned.get(index))
@@ -144,6 +148,7 @@ def search_space(
                 place.dims,
                 place.itemsize,
                 place.given,
+                place.traffic,
             )
         )
     for index, (pattern, _) in pinned.items():

@@ -33,6 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.decompositions import DECOMPOSITIONS
 from passes.errors import CaptureError
+from passes.guards import Read, shapes
+from passes.program import Fixed
 from passes.provenance import Place, Provenance, model_line, short_location
 from passes.values import ExampleValues, UnknownValueError, off_the_record, run_real
 
@@ -62,6 +64,7 @@ class Tracer(TorchDispatchMode):
         self.root = nn.Module()
         self.values = ExampleValues()
         self.notes: list[str] = []
+        self.reads: list[Read] = []
         self._fake_mode = fake_mode
         self._provenance = provenance
         self._nodes: dict[int, fx.Node] = {}
@@ -96,7 +99,10 @@ class Tracer(TorchDispatchMode):
 
     # --------------------------------------------------------------------------------------------------- recording
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C._DisableAutocast():  # it has cast what the model called; decompositions call more
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func.namespace == "prim" or func in _CHECKS:
             return func(*args, **kwargs) if func.namespace == "prim" else None
         if func in _SAME_VALUE:
@@ -246,16 +252,25 @@ class Tracer(TorchDispatchMode):
             return value
         if not self.may_read_inputs:
             raise CaptureError(f"{self._location()}: {what}, which depends on the inputs")
-        note = f"{self._location(short=True)}: {what}; it is fixed to what the example inputs give"
+        note = f"{self._location(short=True)}: {what}; the graph is that of inputs which give the same"
         if note not in self.notes:
             self.notes.append(note)
         return value
 
+    def values_read(self, tensor: Tensor, what: str) -> Tensor:
+        """The real values of `tensor`, all of which the model reads."""
+        value: Tensor = self.value(tensor, what)
+        self.reads.append(Read(self.node_of(tensor), None, (), {}, Fixed(self._location(), what, value)))
+        return value
+
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
-        real = _map_tensors(args, lambda t: self.value(t, "the model reads the value of a tensor"))
-        if func is aten._local_scalar_dense.default:
-            return run_real(Tensor.item, real, {})
-        return run_real(func, real, kwargs)
+        what = "the model reads the value of a tensor"
+        real = _map_tensors(args, lambda t: self.value(t, what))
+        node_args, node_kwargs = self._map(args)[0], self._map(kwargs)[0]
+        found = run_real(Tensor.item, real, {}) if func is aten._local_scalar_dense.default else None
+        found = run_real(func, real, kwargs) if found is None else found
+        self.reads.append(Read(None, func, node_args, node_kwargs, Fixed(self._location(), what, found)))
+        return found
 
     def _record_dynamic(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an op whose shape depends on values, with the shape that the example inputs give."""
@@ -269,7 +284,11 @@ class Tracer(TorchDispatchMode):
         real_args, real_kwargs = _map_tensors((args, kwargs), lambda t: self._shaping_value(func, t, what))
         from_values = run_real(func, real_args, real_kwargs)
         out = _map_tensors(from_values, self._fake_like)
-        return self._emit(func, node_args, node_kwargs, out)
+        made = self._emit(func, node_args, node_kwargs, out)
+        node = next(reversed(self.graph.find_nodes(op="call_function", target=func)))
+        fixed = Fixed(self._location(), what, shapes(from_values), is_shape=True)
+        self.reads.append(Read(node, None, (), {}, fixed))
+        return made
 
     def _shaping_value(self, func: Any, tensor: Tensor, what: str) -> Any:
         """The value of an operand, or zeros where the shape of `func`'s result does not depend on it."""
@@ -340,7 +359,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _PYTHON_READS and isinstance(args[0], Tensor):
-            real = self._tracer.value(unwrapped(args[0]), "the model reads the values of a tensor")
+            real = self._tracer.values_read(unwrapped(args[0]), "the model reads the values of a tensor")
             with off_the_record():
                 return func(real, *args[1:], **kwargs)
         if func is torch.tensor and args and _holds_tensor(args[0]):

@@ -17,7 +17,8 @@ from torch import fx
 from costmodel.compute import op_s
 from costmodel.layout import Layout, Partial, Replicate, local_shape
 from passes.dims import Value, is_getitem, value_of
-from passes.itinerary import Move, Run, itinerary, returned
+from passes.itinerary import itinerary, returned
+from passes.moves import Move, Run
 from passes.price import given_state, option_local_shapes
 from passes.rules.call import operand_nodes
 from passes.space import Space
@@ -174,7 +175,7 @@ def op_cost(space: Space, site_index: int, option: Option) -> OpCost:
     call = site.call
     assert call is not None
     operands, results = option_local_shapes(site, option, space.topology.sizes)
-    work = work_of(call, operands, results)
+    work = work_of(call, operands, results, site.traffic)
     seconds = op_s(work, space.topology.device)
     kind: Literal["matmul", "attention", "other"] = "other"
     if work.kind == "matmul":

@@ -16,6 +16,7 @@ from torch import fx
 
 from passes.analysis import Analysis, analyse
 from passes.dims import Atom, is_getitem, value_of
+from passes.fusion import Fused
 from passes.harmless import Place
 from passes.local import Storage
 from passes.pad import Pad, pad, padded_atom
@@ -40,17 +41,18 @@ class Padding:
 
 
 class Paddings:
-    """A program's paddings, each made and analysed once."""
+    """A program's paddings, each made and analysed once; `known`: rules found before, as `analyse` takes them."""
 
-    def __init__(self, whole: Analysis) -> None:
+    def __init__(self, whole: Analysis, known: Mapping[str, str] | None = None, fused: Fused = True) -> None:
         self.whole = whole
+        self._known, self._fused = known, fused
         self._made: dict[tuple[Pad, ...], Padding] = {(): Padding((), whole)}
 
     def of(self, pads: tuple[Pad, ...]) -> Padding:
         """The program with these dims padded."""
         if pads not in self._made:
             made = pad(self.whole, pads)
-            self._made[pads] = Padding(pads, analyse(made.program), made.seen)
+            self._made[pads] = Padding(pads, analyse(made.program, self._known, fused=self._fused), made.seen)
         return self._made[pads]
 
     def join(self, first: Sequence[Pad], second: Sequence[Pad]) -> tuple[Pad, ...]:

@@ -13,9 +13,10 @@ from torch import fx
 
 from costmodel.layout import Layout, Partial, Shard
 from costmodel.reshard import Step
-from passes.dims import Leaf, Value, is_getitem, outputs_of, value_of
-from passes.itinerary import Move
+from passes.buckets import Gradients
+from passes.dims import Leaf, Value, is_getitem, value_of
 from passes.layers import layer_patterns
+from passes.moves import Move
 from passes.rules.matmul import PRODUCTS
 from passes.space import Space
 from passes.strategies import StoredOption
@@ -42,12 +43,7 @@ class Words:
         self._instances: dict[str, str] = {}
         self._tensor_atoms = _stored_atoms(space)
         self._atoms = _atom_names(space, self._tensor_atoms)
-        self._gradients = {
-            node: given.name
-            for out, node, _, given in outputs_of(space.program)
-            if out.kind == "gradient" and node is not None and given is not None and given.kind == "parameter"
-        }
-        self._only_gradient: dict[fx.Node, fx.Node | None] = {}
+        self._gradients = Gradients(space.program)
         self._given = {
             node: given.name
             for node, given in zip(
@@ -66,6 +62,10 @@ class Words:
             depth = parts.index("*") + 1 if "*" in parts else len(parts)
             self._instances[module] = ".".join(module.split(".")[:depth])
         return self._instances[module]
+
+    def layer(self, module: str) -> str:
+        """The repeated layer that a module is part of; "" where there is none."""
+        return self.instance(module) if "*" in self.pattern(module) else ""
 
     def dims(self, value: Value) -> tuple[str, ...]:
         """A word per expanded dim of a value: `batch`, `sequence`, `heads`; its size where there is no word."""
@@ -116,16 +116,7 @@ class Words:
 
     def gradient(self, node: fx.Node) -> fx.Node | None:
         """The parameter's gradient that a value is on its way to and nothing else, through ops on it alone."""
-        if node not in self._only_gradient:
-            found: fx.Node | None = None
-            if node in self._gradients:
-                found = node if all(user.op == "output" for user in node.users) else None
-            elif len(node.users) == 1:
-                (user,) = node.users
-                if user.op == "call_function" and len(user.all_input_nodes) == 1 and not is_getitem(user):
-                    found = self.gradient(user)
-            self._only_gradient[node] = found
-        return self._only_gradient[node]
+        return self._gradients.of(node)
 
     def moved(self, move: Move) -> str:
         """What a move moves: `value`'s name, or that of the parameter whose gradient it is."""
@@ -135,7 +126,7 @@ class Words:
     def gradient_of(self, move: Move) -> str:
         """Pattern of the parameter whose gradient is on its way to where it is stored; "" for other moves."""
         target = move.value if move.stores else self.gradient(move.value) if move.reader is not None else None
-        return self._pattern(self._gradients[target]) if target in self._gradients else ""
+        return self._pattern(self._gradients.names[target]) if target in self._gradients.names else ""
 
     def reason(self, move: Move, step: Step) -> str:
         """Why a step of a move is there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -32,13 +33,20 @@ VIEWS = {
 }
 """Ops that move nothing: layouts of one buffer. (A reshape that must copy is priced where it is fused.)"""
 
-_GATHERS = {aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default, TAKE_ROWS}
+GATHERS = {aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default, TAKE_ROWS}
 _SCATTERS = {aten.embedding_dense_backward.default, aten.scatter_add.default, aten.index_put.default, PUT_ROWS}
 _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_FUSED_SHARE = 0.5
-"""Share of a pointwise op's traffic that is left when Inductor fuses it with its neighbours: of a read and a write per
-op, a chain of three or more keeps about one in two."""
+_LEAST_SHARE = 0.03
+"""Of what a fused op's tensors move at least: enough for the solver to prefer the layout that makes it small."""
+COPIED = {
+    aten.clone.default,
+    aten.cat.default,
+    aten.constant_pad_nd.default,
+    aten.slice_backward.default,
+    aten._to_copy.default,
+}
+"""Ops that copy, and fuse as pointwise ops do."""
 
 Shape = tuple[int, ...]
 
@@ -47,13 +55,48 @@ def _bytes(shape: Shape, dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+class Traffic(Protocol):
+    """Shares of operands' and results' bytes that move."""
+
+    @property
+    def reads(self) -> tuple[float, ...]:
+        """Per operand."""
+
+    @property
+    def writes(self) -> tuple[float, ...]:
+        """Per result."""
+
+    @property
+    def launch(self) -> float:
+        """Its share of a kernel's launch."""
+
+
 def dtype_text(dtype: torch.dtype) -> str:
     """`bfloat16` for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
-def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape]) -> Work:
-    """`call` on one rank, its tensors having these local shapes."""
+def is_reduction(target: object) -> bool:
+    """Whether an op sums or compares along a dim, or normalises by that."""
+    text = str(target)
+    return any(word in text for word in ("sum", "mean", "amax", "norm", "softmax", "var"))
+
+
+def _fused(call: Call, operands: Sequence[Shape], results: Sequence[Shape], traffic: Traffic, dtype: str) -> Work:
+    """What an op of a pointwise chain or a reduction moves."""
+    read, written = 0.0, 0.0
+    for share, shape, fact in zip(traffic.reads, operands, call.operands, strict=True):
+        read += max(share, _LEAST_SHARE) * _bytes(shape, fact.dtype)
+    for share, shape, made in zip(traffic.writes, results, call.results, strict=True):
+        written += max(share, _LEAST_SHARE) * _bytes(shape, made.dtype) if made is not None else 0.0
+    kind = "reduction" if is_reduction(call.target) else "pointwise"
+    if call.target in GATHERS:
+        kind, read = "gather", written
+    return Work(0, read, written, kind, dtype, launches=traffic.launch)
+
+
+def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape], traffic: Traffic | None = None) -> Work:
+    """`call` on one rank, its tensors having these local shapes; `traffic`: what of them moves (`passes/fusion.py`)."""
     read = sum(_bytes(shape, facts.dtype) for shape, facts in zip(operands, call.operands, strict=True))
     facts = [facts for facts in call.results if facts is not None]
     written = sum(
@@ -90,20 +133,22 @@ def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape]) -> 
             item_bytes=item,
         )
     elements = max([math.prod(shape) for shape in (*operands, *results)], default=0)
-    if target in _GATHERS:
+    if traffic is not None:
+        return _fused(call, operands, results, traffic, dtype)
+    if target in GATHERS:
         return Work(0, 2 * written, written, "gather", dtype)
     if target in _SCATTERS:
         return Work(0, read, written, "scatter", dtype)
     if torch.Tag.pointwise in getattr(target, "tags", ()):
-        return Work(0, _FUSED_SHARE * read, _FUSED_SHARE * written, "pointwise", dtype)
+        return Work(0, read, written, "pointwise", dtype)
     if not operands:
-        return Work(0, 0, _FUSED_SHARE * written, "pointwise", dtype)
-    if "sum" in str(target) or "amax" in str(target) or "norm" in str(target) or "softmax" in str(target):
+        return Work(0, 0, written, "pointwise", dtype)
+    if is_reduction(target):
         return Work(elements, read, written, "reduction", dtype)
     if "convolution" in str(target):
         weight = operands[1] if len(operands) > 1 else ()
         return Work(2.0 * math.prod(results[0]) * math.prod(weight[1:]), read, written, "matmul", dtype)
-    if target in (aten.clone.default, aten.cat.default, aten.constant_pad_nd.default, aten.slice_backward.default):
+    if target in COPIED:
         return Work(0, read, written, "copy", dtype)
     return Work(elements, read, written, "unknown", dtype)
 

@@ -14,7 +14,7 @@ from torch import nn
 from costmodel.hardware import hardware, topology
 from passes.analysis import Analysis, analyse
 from passes.footprint import kept_bytes
-from passes.itinerary import Run
+from passes.moves import Run
 from passes.partition import split
 from passes.price import price
 from passes.program import Program

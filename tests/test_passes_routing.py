@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import autopar
+from passes.capture import capture
+from passes.errors import CaptureError
 from passes.program import Program
 from passes.routed_ops import ROUTED_MM, TAKE_ROWS
 from passes.routing import has_routed, route_by_blocks
@@ -21,8 +23,16 @@ from passes.work import work_of
 DP_TP = {"dp": 2, "tp": 2}
 
 
-@pytest.mark.parametrize("strategy", ["auto", "megatron", "fsdp"])
-@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("mixtral", "auto"),
+        ("mixtral", "megatron"),
+        ("mixtral", "fsdp"),
+        ("qwen3_moe", "auto"),
+        ("deepseek_v3", "megatron"),
+    ],
+)
 def test_routed_experts_compute_what_one_device_does(name: str, strategy: str) -> None:
     """The auxiliary loss of Mixtral's router is a product of two means over the global batch."""
     model, kwargs = build_moe(name)
@@ -153,3 +163,10 @@ def _step(rank: int, ranks: int) -> float:
 
 def test_experts_on_real_ranks() -> None:
     assert max(run_ranks(_step, 4, timeout_s=200)) < 1e-4
+
+
+def test_experts_in_a_python_loop_are_refused_with_what_to_do() -> None:
+    model, kwargs = build_moe("mixtral")
+    model.set_experts_implementation("eager")
+    with pytest.raises(CaptureError, match=r"modeling_mixtral.py:\d+.*set_experts_implementation\('grouped_mm'\)"):
+        capture(model, (), kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -17,7 +18,7 @@ from torch import fx, nn
 from costmodel.hardware import Topology, hardware, topology
 from costmodel.layout import Replicate
 from costmodel.reshard import Step
-from passes.itinerary import Move, Run
+from passes.moves import Move, Run
 from passes.plan import option_text
 from passes.price import price
 from passes.program import Program
@@ -272,8 +273,8 @@ def test_what_is_priced_is_what_is_emitted(name: str, strategy: str, mesh: str) 
     shape, batch_axes = MESHES[mesh]
     space, assignment, local = planned(program_of(name), shape, strategy, batch_axes)
     schedule = play(space, assignment)
-    priced = [(c.kind, c.group, c.bytes, c.phase, c.module, c.source) for c in schedule.collectives]
-    emitted = [(c.kind, c.group, c.full_bytes, c.phase, c.module, c.source) for c in ledger(local)]
+    priced = [(c.kind, c.group, c.bytes, c.phase, c.module, c.source, c.tensors) for c in schedule.collectives]
+    emitted = [(c.kind, c.group, c.full_bytes, c.phase, c.module, c.source, c.tensors) for c in ledger(local)]
     assert priced == emitted
     assert all(c.seconds > 0 and c.exposed_s >= 0 and c.hidden_s >= 0 for c in schedule.collectives)
 
@@ -331,7 +332,7 @@ def test_fsdp_gathers_every_parameter_twice_and_scatters_its_gradient_once() -> 
         for phase in ("forward", "backward")
     }
     # The embedding is looked up in forward only; its gradient does not read it.
-    names = {phase: {c.value for c in found} for phase, found in gathered.items()}
+    names = {phase: {name for c in found for name in c.value.split(", ")} for phase, found in gathered.items()}
     assert names["forward"] - names["backward"] == {"model.embed_tokens.weight"}
     embedding = 1024 * 512 * 4
     assert sum(c.bytes for c in gathered["forward"]) == parameter_bytes()
@@ -353,9 +354,12 @@ def test_megatron_moves_each_layers_activations_four_times_a_phase() -> None:
 
 
 def test_reasons_name_the_parameter_and_the_dim() -> None:
-    reasons = {c.reason for c in played("megatron", 2, 2).collectives}
-    assert "gather model.layers.*.self_attn.q_proj.weight for compute" in reasons
-    assert "add up the gradient of model.layers.*.mlp.up_proj.weight" in reasons
+    found = played("megatron", 2, 2).collectives
+    names = {name for c in found for name in c.value.split(", ")}
+    assert {"model.layers.*.self_attn.q_proj.weight", "gradient of model.layers.*.mlp.up_proj.weight"} <= names
+    reasons = {c.reason for c in found}
+    assert "gather model.embed_tokens.weight for compute" in reasons
+    assert any(re.fullmatch(r"gather model\.layers\.\*\.\S+ for compute, and \d more with it", r) for r in reasons)
     start = "add the partial sums of model.layers.*.mlp.down_proj: mm"
     assert any(reason.startswith(start) for reason in reasons)
 

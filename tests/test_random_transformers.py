@@ -19,7 +19,7 @@ from passes.routing import route_by_blocks, token_parts
 from passes.simulate import StepValues, simulate_step
 
 SEED = (7, 3)
-EXAMPLES = 400 if settings.get_current_profile_name() == "hundreds" else 14
+EXAMPLES = 400 if settings.get_current_profile_name() == "hundreds" else 10
 MESHES: dict[str, dict[str, int]] = {
     "2": {"dp": 2},
     "4": {"dp": 4},

@@ -23,6 +23,7 @@ from costmodel.memory import gib
 from passes.dims import Value
 from passes.pipeline import on_mesh
 from passes.program import Program
+from passes.routing import route_by_blocks
 from passes.space import Space, search_space
 from passes.words import Words, op_text
 from passes.work import work_of
@@ -64,7 +65,9 @@ def run(given: argparse.Namespace) -> int:
         call = examples.call_of(named.model, named.inputs)
         program = captured(named.model, call, given.mesh, Options(), tell)
         tell("looking for layouts")
-        space = search_space(program, on_mesh("h100", axes), meshes.batch_axes_of(axes, None))
+        batch_axes = meshes.batch_axes_of(axes, None)
+        program = route_by_blocks(program, meshes.batch_ranks(axes, batch_axes))
+        space = search_space(program, on_mesh("h100", axes), batch_axes)
         rows = op_rows(space)
         facts = graph_facts(program, space, rows)
     if given.json:

@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from autopar.cli import calibrate, check, diff, explain, inspect, plan, verify
+from autopar.cli import calibrate, check, diff, explain, inspect, plan, search, verify
 from passes.errors import AutoparError, NoFeasiblePlanError
 
-COMMANDS = (inspect, plan, explain, diff, check, verify, calibrate)
+COMMANDS = (inspect, plan, search, explain, diff, check, verify, calibrate)
 
 _ABOUT = "Lay a PyTorch model out over many devices: plan it, read the plan, prove it."
 _EPILOG = """\

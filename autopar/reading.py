@@ -1,0 +1,128 @@
+"""Models that read values of their inputs: the whole batch's values for a capture, and the graph that fits a batch.
+
+A graph is captured for the whole batch, of which each rank holds a part. Where the capture reads a value, all ranks
+bring what they hold of the inputs that it follows from, and each captures with the same. At each call the values are
+computed again the same way; a batch that gives others runs the graph captured for those.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autopar.groups import Groups
+from autopar.together import Together
+from passes.errors import CaptureError
+from passes.guards import broken
+from passes.inputs import flatten_inputs
+from passes.program import Fixed, Guards, Program
+
+MOST_GRAPHS = 16
+"""Kinds of values for which one call is captured."""
+
+Gather = Callable[[Tensor, int | None], Tensor]
+"""(this rank's part, batch dim) -> the whole, on the CPU, the same on every rank."""
+
+
+def gatherer(groups: Groups, batch_axes: Sequence[int]) -> Gather:
+    """Puts the parts of the batch axes' ranks end to end. Collective: every rank brings the same inputs, in order."""
+    names = ",".join(groups.axis_names[axis] for axis in batch_axes)
+    ranks = math.prod(groups.mesh.shape[axis] for axis in batch_axes)
+
+    def gather(part: Tensor, dim: int | None) -> Tensor:
+        part = part.detach()
+        if dim is None or not names:
+            return part.cpu()
+        name = groups.names_for([names])[names]
+        raw = part.movedim(dim, 0).contiguous()
+        flat = raw.view(torch.uint8) if raw.dtype == torch.bool else raw
+        made = torch.ops._c10d_functional.all_gather_into_tensor(flat, ranks, name)
+        whole: Tensor = torch.ops._c10d_functional.wait_tensor(made)
+        whole = whole.view(torch.bool) if raw.dtype == torch.bool else whole
+        return whole.movedim(0, dim).cpu()
+
+    return gather
+
+
+def inputs_read(program: Program) -> tuple[str, ...]:
+    """Names of the user's inputs that the program's guards look at."""
+    given = {i.name for i in program.inputs if i.kind == "input"}
+    return tuple(name for name in program.guards.inputs if name in given) if program.guards else ()
+
+
+def captured_together(
+    ours: Together, capture: Callable[[Mapping[str, Tensor]], Program | None], call: Any, gather: Gather | None
+) -> Program | None:
+    """What `capture` gives with the whole batch's values of the inputs that it reads.
+
+    `capture` takes whole inputs by name and gives a program on rank 0 at least; `call` is this rank's part of the
+    inputs, `gather` None where there is but one rank.
+    """
+    known: dict[str, Tensor] = {}
+    while True:
+        with ours.agreeing():
+            program = capture(known)
+        if gather is None:
+            return program
+        text = ours.from_first(lambda program=program: json.dumps(_dims_read(program)))  # type: ignore[misc]
+        missing = {name: dim for name, dim in json.loads(text) if name not in known}
+        if not missing:
+            return program
+        leaves, _, names = flatten_inputs(*call)
+        parts = dict(zip(names, leaves, strict=True))
+        known |= {name: gather(parts[name], dim) for name, dim in missing.items()}
+
+
+def _dims_read(program: Program | None) -> list[tuple[str, int | None]]:
+    assert program is not None
+    dims = {i.name: i.batch_dim for i in program.inputs if i.kind == "input"}
+    return [(name, dims[name]) for name in inputs_read(program)]
+
+
+def with_values(args: Any, kwargs: Any, known: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """Whole inputs with the values in `known` for those that it names."""
+    if not known:
+        return args, kwargs
+    leaves, spec, names = flatten_inputs(args, kwargs)
+    made = [
+        known[name].requires_grad_(leaf.requires_grad) if name in known else leaf
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    found: tuple[Any, Any] = pytree.tree_unflatten(made, spec)
+    return found
+
+
+class Values:
+    """The whole values of a call's inputs and buffers, gathered as they are asked for, each once."""
+
+    def __init__(
+        self, program: Program, inputs: Sequence[Tensor], buffer: Callable[[str], Tensor], gather: Gather | None
+    ):
+        names = [i for i in program.inputs if i.kind == "input"]
+        self._parts = {i.name: (x, i.batch_dim) for i, x in zip(names, inputs, strict=True)}
+        self._buffer = buffer
+        self._gather = gather or (lambda part, dim: part.detach().cpu())
+        self._known: dict[str, Tensor] = {}
+
+    def broken(self, guards: Guards) -> list[Fixed]:
+        """What a graph takes for granted and is not so. Collective."""
+        for name in guards.inputs:
+            if name not in self._known:
+                parts = self._parts.get(name)
+                self._known[name] = self._buffer(name).detach().cpu() if parts is None else self._gather(*parts)
+        return broken(guards, self._known)
+
+
+def too_many(fixed: Sequence[Fixed]) -> CaptureError:
+    """The error for a model that reads another value at every call."""
+    first = fixed[0]
+    return CaptureError(
+        f"{first.where}: {first.what}, and has found {MOST_GRAPHS} different ones; each takes a graph of its own. Use "
+        "tensor ops (torch.where, masks) instead, or pad the inputs so that the value is the same"
+    )

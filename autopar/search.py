@@ -1,0 +1,408 @@
+"""`search`: every sensible way to spread a training run over GPUs, ranked by predicted step time.
+
+    replicas     per (tp, micro-batch, recompute): one data-parallel rank's schedule; all formulas build on these
+    candidates   what plans can do (dp_replicate x dp_shard x tp), and what is priced only (pipeline, context
+                 parallelism, ZeRO-1/2, fp8, offload)
+    played       plans' candidates in the order of their lower bounds, until no other can come among the best
+
+The lower bound of a plan's candidate is its replica's step, to which state sharding only adds. What is not played has a
+bound above the slowest that is listed, so nothing that could be listed is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from autopar import examples
+from autopar.options import Options
+from autopar.profiling import Profiler
+from autopar.verdict import Verdict, verdict
+from costmodel.hardware import Hardware
+from costmodel.hardware import hardware as hardware_of
+from costmodel.memory import OPTIMIZERS, gib
+from passes.candidate import Estimate, Setup, estimate, lower_bound
+from passes.errors import NoFeasiblePlanError
+from passes.inputs import default_inputs, global_inputs
+from passes.recompute import Mode
+
+_OPTIMIZERS = {"adamw": "adamw-master", "none": "sgd"}
+"""Options' optimizers -> with an fp32 copy of parameters that compute holds in a lower precision."""
+_RECOMPUTE: Mapping[str, tuple[Mode, ...]] = {
+    "auto": ("pointwise", "full"), "none": ("none",), "selective": ("selective",), "full": ("full",),
+}  # fmt: skip
+_MOST_MICRO_BATCHES = 4
+"""Micro-batch sizes tried per mesh: the largest that the batch allows, and halves of it."""
+
+_LEAST_PART = 4096
+"""Tokens of a sequence below which context parallelism is not considered: its ring would outlast its attention."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run: seconds of a step and bytes of the busiest rank. `priced_only`: what of it no plan does yet."""
+
+    setup: Setup
+    step_time_s: float
+    peak_memory_bytes: int
+    over_bytes: int
+    """By how much it does not fit; 0 where it does."""
+    seconds: Mapping[str, float]
+    bytes: Mapping[str, float]
+
+    @property
+    def fits(self) -> bool:
+        return self.over_bytes == 0
+
+    @property
+    def priced_only(self) -> tuple[str, ...]:
+        return self.setup.priced_only
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """As `autopar.plan` takes it; pipeline and context ranks are named `pp` and `cp`."""
+        setup = self.setup
+        axes = {"pp": setup.pp, "dp_replicate": setup.dp_replicate, "dp_shard": setup.dp_shard, "cp": setup.cp}
+        return {name: size for name, size in (*axes.items(), ("tp", setup.tp)) if size > 1} or {"dp_shard": 1}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What was found: `candidates` fit, fastest first; `too_large` do not, the nearest first.
+
+    `bound_s`: no plan's candidate whose schedule was not played takes less; infinity where none of them would fit.
+    """
+
+    model: str
+    gpus: int
+    hardware: str
+    global_batch: int
+    sequence: int | None
+    budget_bytes: int
+    candidates: tuple[Candidate, ...]
+    too_large: tuple[Candidate, ...]
+    verdict: Verdict
+    counted: int
+    played: int
+    bound_s: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> Candidate:
+        """The fastest that a plan can do today.
+
+        Raises:
+            NoFeasiblePlanError: none fits.
+        """
+        for candidate in self.candidates:
+            if not candidate.priced_only:
+                return candidate
+        raise NoFeasiblePlanError(f"no plan fits on {self.gpus} x {self.hardware}; {self.verdict.text[0]}")
+
+    def table(self, top: int | None = None) -> str:
+        """The ranking as people read it."""
+        shown = self.candidates[:top]
+        rows = [_row(i + 1, c, self) for i, c in enumerate(shown)]
+        text = tabulate(rows, headers=_HEADERS, colalign=_ALIGN, disable_numparse=True) if rows else "nothing fits"
+        large = self.too_large[: max(3, (top or 10) // 2)]
+        if large:
+            rows = [_row(0, c, self) for c in large]
+            text += "\n\nDoes not fit, nearest first:\n"
+            text += tabulate(rows, headers=("", *_HEADERS[1:]), colalign=_ALIGN, disable_numparse=True)
+        return text
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, name: str | None = None, top: int = 10) -> str:
+        """The verdict and the ranking; `name` is what the model is called."""
+        where = f", sequence {self.sequence}" if self.sequence else ""
+        rest = "no other plan fits"
+        if self.bound_s < math.inf:
+            rest = f"no plan that was not takes less than {_time(self.bound_s)}"
+        lines = [
+            f"{name or self.model} on {self.gpus} x {self.hardware}, global batch {self.global_batch}{where}; "
+            f"{gib(self.budget_bytes)} per GPU",
+            "",
+            *self.verdict.text,
+            "",
+            self.table(top),
+            "",
+            f"{self.counted} candidates, {self.played} schedules played; {rest}",
+            *(f"- {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """All of it, for scripts."""
+        content = {
+            "model": self.model, "gpus": self.gpus, "hardware": self.hardware, "global_batch": self.global_batch,
+            "sequence": self.sequence, "budget_bytes": self.budget_bytes, "counted": self.counted,
+            "played": self.played, "bound_s": self.bound_s if self.bound_s < math.inf else None,
+            "verdict": self.verdict.as_json(),
+            "candidates": [_as_json(c) for c in self.candidates],
+            "too_large": [_as_json(c) for c in self.too_large], "notes": list(self.notes),
+        }  # fmt: skip
+        return json.dumps(content, indent=1)
+
+
+_HEADERS = ("", "dp_replicate x dp_shard x tp", "pp", "cp", "micro-batch", "recompute", "step", "tokens/s/GPU",
+            "memory", "fits", "priced only")  # fmt: skip
+_ALIGN = ("right", "left", "right", "right", "left", "left", "right", "right", "right", "left", "left")
+
+
+def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
+    setup = candidate.setup
+    samples = result.global_batch / candidate.step_time_s / result.gpus
+    return [
+        str(rank) if rank else "",
+        f"{setup.dp_replicate} x {setup.dp_shard} x {setup.tp}",
+        (f"{setup.pp}" + (f"/{setup.virtual}" if setup.virtual > 1 else "")) if setup.pp > 1 else "",
+        str(setup.cp) if setup.cp > 1 else "",
+        f"{setup.micro_batch} x {setup.accumulate}",
+        setup.recompute,
+        _time(candidate.step_time_s),
+        f"{samples * (result.sequence or 1):.0f}",
+        gib(candidate.peak_memory_bytes),
+        "yes" if candidate.fits else f"{gib(candidate.over_bytes)} over",
+        ", ".join(candidate.priced_only),
+    ]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+
+
+def _as_json(candidate: Candidate) -> dict[str, Any]:
+    setup = {name: getattr(candidate.setup, name) for name in Setup.__dataclass_fields__}
+    return {
+        "mesh": candidate.mesh, "setup": setup, "step_time_s": candidate.step_time_s,
+        "peak_memory_bytes": candidate.peak_memory_bytes, "over_bytes": candidate.over_bytes,
+        "priced_only": list(candidate.priced_only), "seconds": dict(candidate.seconds), "bytes": dict(candidate.bytes),
+    }  # fmt: skip
+
+
+def search(
+    model: nn.Module,
+    gpus: int,
+    hardware: str | Hardware | None = None,
+    global_batch: int = 0,
+    example_inputs: Any = None,
+    *,
+    sequence: int | None = None,
+    options: Options | None = None,
+    top: int = 10,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> SearchResult:
+    """Rank the ways to train `model` on `gpus` devices with `global_batch` samples a step; no process group is built.
+
+    example_inputs: of one sample; None: taken from the model's config, `sequence` long (Hugging Face models).
+    options: `memory_budget`, `optimizer` and `recompute` are heeded. top: as many plans as are played to their end.
+
+    Raises:
+        ValueError: GPUs that fill no nodes, a batch that no mesh divides, inputs of more than one sample.
+    """
+    options = options or Options()
+    machine = hardware_of(hardware)
+    _check(gpus, global_batch, machine)
+    length = sequence or _sequence_of(model, example_inputs)
+    if example_inputs is not None:
+        args, kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
+        if (samples := global_inputs(args, kwargs, 1).batch_size) != 1:
+            raise ValueError(f"example_inputs has a batch of {samples}; pass one sample, the search sets the batch")
+
+    def inputs(parts: int) -> Any:
+        if example_inputs is not None:
+            return example_inputs
+        return default_inputs(model, 1, length // parts) if length else default_inputs(model, 1)
+
+    spec = OPTIMIZERS[_OPTIMIZERS.get(options.optimizer, options.optimizer)]
+    profiler = Profiler(model, inputs, machine, spec, progress=progress)
+    budget = options.memory_budget or int(machine.device.usable_bytes)
+    splits = length if example_inputs is None else None
+    return _State(profiler, gpus, global_batch, budget, options, top, splits, progress).result(model, length)
+
+
+def _check(gpus: int, global_batch: int, machine: Hardware) -> None:
+    if gpus < 1:
+        raise ValueError(f"gpus is {gpus}; at least 1")
+    if global_batch < 1:
+        raise ValueError(f"global_batch is {global_batch}; give the samples of one step over all GPUs")
+    node = machine.ranks_per_node
+    if gpus > node and gpus % node:
+        low = gpus // node * node
+        raise ValueError(f"{gpus} GPUs fill no whole number of nodes of {node}; use {low} or {low + node}")
+
+
+def _sequence_of(model: nn.Module, example_inputs: Any) -> int | None:
+    call = examples.call_of(model, example_inputs)
+    tensors = [x for x in (*call[0], *call[1].values()) if isinstance(x, torch.Tensor) and x.dim() >= 2]
+    return int(tensors[0].shape[1]) if tensors else None
+
+
+class _State:
+    """One search: what is asked, and what was priced so far."""
+
+    def __init__(
+        self, profiler: Profiler, gpus: int, batch: int, budget: int, options: Options, top: int,
+        splits: int | None, progress: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.profiler = profiler
+        self.gpus = gpus
+        self.batch = batch
+        self.budget = budget
+        self.recompute = _RECOMPUTE[options.recompute]
+        self.top = top
+        self.length = splits
+        self.progress = progress
+        self.notes: list[str] = []
+
+    def result(self, model: nn.Module, length: int | None) -> SearchResult:
+        machine = self.profiler.hardware
+        plans = list(self.plans())
+        if not plans:
+            widest = min(self.gpus, machine.ranks_per_node)
+            raise ValueError(
+                f"no mesh of {self.gpus} GPUs divides a global batch of {self.batch}: with tensor parallelism of up to "
+                f"{widest} it is split over {self.gpus // widest} ranks or more; use a multiple of that"
+            )
+        priced = list(self.formulas())
+        self.progress(f"pricing {len(priced)} setups by formula")
+        others = [self.candidate(estimate(setup, self.profiler)) for setup in priced]
+        found, unplayed, bound_s = self.play(plans)
+        everything = [*found, *others]
+        self.progress("pricing fp8 and offload")
+        everything += [self.candidate(estimate(setup, self.profiler)) for setup in self.variants(everything)]
+        fitting = sorted((c for c in everything if c.fits), key=lambda c: c.step_time_s)
+        large = sorted((c for c in everything if not c.fits), key=lambda c: c.over_bytes)
+        device, layers = machine.device, self.profiler.shallow
+        if not layers.layers:
+            self.notes.append("no repeated layers were found: captured whole, no pipeline priced")
+        return SearchResult(
+            getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__,
+            self.gpus, device.name, self.batch, length, self.budget, tuple(_distinct(fitting)),
+            tuple(_distinct(large)), verdict(everything, self.profiler, self.gpus, self.batch, self.budget),
+            len(plans) + len(priced), len(plans) - unplayed, bound_s, tuple(self.notes),
+        )  # fmt: skip
+
+    # -- what there is to try ------------------------------------------------------------------------------------------
+
+    def widths(self) -> list[int]:
+        """Tensor-parallel ranks: powers of two and divisors inside a node."""
+        node = min(self.gpus, self.profiler.hardware.ranks_per_node)
+        return [tp for tp in (1, 2, 4, 8, 16, 32, 64) if tp <= node and self.gpus % tp == 0]
+
+    def micro_batches(self, local: int) -> list[int]:
+        """Sizes that divide a rank's part of the batch, the largest first, a few."""
+        sizes = [local >> shift for shift in range(local.bit_length()) if local % (1 << shift) == 0]
+        small = [size for size in (1, 2, 4, 8) if local % size == 0]
+        return sorted({*(size for size in sizes if size <= 16), *small})[:_MOST_MICRO_BATCHES]
+
+    def plans(self) -> Iterator[Setup]:
+        """What plans can do."""
+        node = self.profiler.hardware.ranks_per_node
+        for tp in self.widths():
+            data = self.gpus // tp
+            if self.batch % data:
+                continue
+            local = self.batch // data
+            shards = {data, *(s for s in (node // tp, 4 * node // tp) if 1 < s < data and data % s == 0)}
+            for micro in self.micro_batches(local):
+                for recompute in self.recompute:
+                    for shard in sorted(shards):
+                        yield Setup(
+                            dp_replicate=data // shard, dp_shard=shard, tp=tp, micro_batch=micro,
+                            accumulate=local // micro, recompute=recompute,
+                        )  # fmt: skip
+
+    def formulas(self) -> Iterator[Setup]:
+        """What is priced only."""
+        layers = self.profiler.shallow.layers
+        if self.profiler.hardware.shared_host:
+            self.notes.append("ranks share one host: pipelines, ZeRO-1/2 and offload are not priced there")
+            return
+        for tp in self.widths():
+            stages = [p for p in range(1, min(layers, 128) + 1) if self.gpus % (tp * p) == 0] if layers else [1]
+            for pp in stages:
+                if pp > 1 and not (layers % pp == 0 or layers / pp > 4):
+                    continue
+                for cp in self.contexts():
+                    ways = self.gpus // (tp * pp)
+                    if ways % cp or self.batch % (ways // cp) or tp * cp > 32:
+                        continue
+                    data = ways // cp
+                    local = self.batch // data
+                    for micro in (1, 2) if pp > 1 else self.micro_batches(local):
+                        if local % micro:
+                            continue
+                        for recompute in self.recompute:
+                            setup = Setup(
+                                dp_shard=data, tp=tp, pp=pp, cp=cp, micro_batch=micro, accumulate=local // micro,
+                                state="zero1", gradient_bytes=4, recompute=recompute,
+                            )  # fmt: skip
+                            yield setup
+                            if pp == cp == 1:
+                                yield replace(setup, state="zero2")
+                            if pp > 1 and layers % pp == 0 and (each := layers // pp) > 1:
+                                yield replace(setup, virtual=each)
+
+    def contexts(self) -> list[int]:
+        """Context-parallel ranks: parts of long sequences that stay at least `_LEAST_PART` tokens long."""
+        if self.length is None:
+            return [1]
+        return [cp for cp in (1, 2, 4, 8, 16) if cp == 1 or self.length >= cp * _LEAST_PART]
+
+    def variants(self, found: Sequence[Candidate]) -> Iterator[Setup]:
+        """The fastest with fp8 products, and what comes nearest to fitting with its optimizer offloaded."""
+        fp8 = "float8" in self.profiler.hardware.device.peak_flops_per_s
+        fitting = sorted((c for c in found if c.fits), key=lambda c: c.step_time_s)
+        if fp8:
+            for kind in ((c for c in fitting if not c.priced_only), (c for c in fitting if c.priced_only)):
+                for candidate in list(kind)[:2]:
+                    yield replace(candidate.setup, fp8=True)
+        plans = [c for c in found if c.setup.state == "zero3" and not self.profiler.hardware.shared_host]
+        for candidate in sorted(plans, key=lambda c: (c.over_bytes, c.step_time_s))[:6]:
+            yield replace(candidate.setup, offload=True)
+
+    # -- pricing -------------------------------------------------------------------------------------------------------
+
+    def candidate(self, found: Estimate) -> Candidate:
+        over = max(0, math.ceil(found.peak_bytes - self.budget))
+        return Candidate(found.setup, found.step_s, int(found.peak_bytes), over, found.seconds, found.bytes)
+
+    def play(self, plans: Sequence[Setup]) -> tuple[list[Candidate], int, float]:
+        """Plans in the order of their bounds, until `top` fit and no other can be faster; then what is left over."""
+        self.progress(f"bounding {len(plans)} plans")
+        bounded = sorted(((*lower_bound(setup, self.profiler), i) for i, setup in enumerate(plans)))
+        found: list[Candidate] = []
+        left, reached = 0, math.inf
+        for seconds, bytes_, index in bounded:
+            fitting = sorted(c.step_time_s for c in found if c.fits)
+            if len(fitting) >= self.top and seconds >= fitting[self.top - 1]:
+                left += 1
+                reached = min(reached, seconds)
+                continue
+            if bytes_ > self.budget and len(found) - len(fitting) >= self.top:
+                left += 1
+                continue
+            self.progress(f"playing {plans[index].dp_replicate} x {plans[index].dp_shard} x {plans[index].tp}")
+            found.append(self.candidate(estimate(plans[index], self.profiler)))
+        return found, left, reached
+
+
+def _distinct(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Without those that another of the same parallelism beats: by micro-batch, virtual stages, recompute."""
+    seen: set[object] = set()
+    for candidate in candidates:
+        setup = candidate.setup
+        key = replace(setup, micro_batch=1, accumulate=1, recompute="pointwise", virtual=1)
+        if key not in seen:
+            seen.add(key)
+            yield candidate

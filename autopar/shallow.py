@@ -1,0 +1,154 @@
+"""A model with fewer of its repeated layers: what costs are worked out on, where layers only repeat.
+
+    layers        A A A A ... A      (or A B A B ..., or D D M M ... M)
+    prefixes      3 and 4            depths that are captured instead
+    weights       how to combine them: cost(all) = sum(weight * cost(prefix))
+
+A cost that is linear in how many layers of each kind there are (seconds of a schedule, bytes at a moment) follows
+exactly from as many prefixes as there are unknowns. Layers are of one kind where their modules, the shapes of what
+they hold and their plain attributes (but for their index) are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from autopar.tree import copied
+from passes.layers import layer_patterns
+
+_LEAST = 3
+"""Layers of each kind in the shallowest prefix: the first and the last are not like those between them."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The model with so many of its layers; `weight` is its share in the cost of the whole, `outside` in the cost of
+    what no layer is part of."""
+
+    model: nn.Module
+    layers: int
+    weight: float
+    outside: float
+
+
+@dataclass(frozen=True)
+class Shallow:
+    """Prefixes of a model with `layers` repeated layers (0: none found; then the only prefix is the model itself)."""
+
+    prefixes: tuple[Prefix, ...]
+    layers: int
+    stack: str = ""
+    """Name of the list that holds the layers."""
+
+
+def shallow(model: nn.Module) -> Shallow:
+    """`model` (parameters on the meta device) as the cheapest set of prefixes that tells its costs."""
+    whole = Shallow((Prefix(model, 0, 1.0, 1.0),), 0)
+    found = _stack(model)
+    if found is None:
+        return whole
+    name, layers = found
+    kinds = _kinds(layers)
+    chosen = _depths(kinds)
+    if chosen is None:
+        return Shallow((Prefix(model, len(layers), 1.0, 0.0),), 0)
+    depths, weights, outside = chosen
+    prefixes = tuple(
+        Prefix(_cut(model, name, depth), depth, weight, share)
+        for depth, weight, share in zip(depths, weights, outside, strict=True)
+    )
+    return Shallow(prefixes, len(layers), name)
+
+
+def _stack(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
+    """The list of repeated layers with most parameters, where it is the only one."""
+    names = [name for name, _ in model.named_parameters()]
+    _, patterns = layer_patterns(names)
+    stacks = []
+    for pattern in patterns:
+        name = pattern.removesuffix(".*")
+        if "*" in name:
+            continue
+        module = model.get_submodule(name)
+        if isinstance(module, nn.ModuleList) and len(module) == patterns[pattern]:
+            stacks.append((name, list(module)))
+    return stacks[0] if len(stacks) == 1 else None
+
+
+def _kinds(layers: Sequence[nn.Module]) -> list[int]:
+    """A number per layer, equal for layers that are alike."""
+    told = [_attributes(layer) for layer in layers]
+    indices = {
+        place
+        for place, value in told[0].items()
+        if type(value) is int and all(each.get(place) == value + index for index, each in enumerate(told))
+    }
+    numbers: dict[object, int] = {}
+    kept = [repr(sorted((k, repr(v)) for k, v in each.items() if k not in indices)) for each in told]
+    return [numbers.setdefault(signature, len(numbers)) for signature in kept]
+
+
+def _attributes(layer: nn.Module) -> dict[str, Any]:
+    """Plain attributes, classes and parameters' shapes of a layer's modules, by place."""
+    found: dict[str, Any] = {}
+    for name, module in layer.named_modules():
+        found[f"{name}:"] = type(module)
+        found |= {
+            f"{name}.{key}": value
+            for key, value in vars(module).items()
+            if value is None or type(value) in (bool, int, float, str)
+        }
+        found |= {f"{name}.{key}": tuple(p.shape) for key, p in module.named_parameters(recurse=False)}
+    return found
+
+
+def _depths(kinds: Sequence[int]) -> tuple[list[int], list[float], list[float]] | None:
+    """Prefixes whose counts of each kind span those of the whole, with the weights of the whole and of nothing.
+
+    None where so many are needed that the whole is as cheap.
+    """
+    total = len(kinds)
+    counts = [[1.0, *(float(kinds[:depth].count(kind)) for kind in set(kinds))] for depth in range(total + 1)]
+    first = next(
+        depth
+        for depth in range(1, total + 1)
+        if all(have >= min(_LEAST, want) for have, want in zip(counts[depth], counts[total], strict=True))
+    )
+    depths = [first]
+    for depth in range(first + 1, total):
+        weights = _weights([counts[d] for d in depths], counts[total])
+        if weights is not None:
+            break
+        matrix = np.array([counts[d] for d in (*depths, depth)])
+        if np.linalg.matrix_rank(matrix) == len(depths) + 1:
+            depths.append(depth)
+    weights = _weights([counts[d] for d in depths], counts[total])
+    if weights is None or sum(depths) >= total:
+        return None
+    # Nothing of what repeats: layers of a kind that every prefix has in full stay.
+    nothing = [1.0, *(0.0 if len({counts[d][k] for d in depths}) > 1 else counts[first][k]
+                      for k in range(1, len(counts[0])))]  # fmt: skip
+    outside = _weights([counts[d] for d in depths], nothing)
+    return (depths, weights, outside) if outside is not None else None
+
+
+def _weights(rows: list[list[float]], wanted: list[float]) -> list[float] | None:
+    matrix = np.array(rows).T
+    found, *_ = np.linalg.lstsq(matrix, np.array(wanted), rcond=None)
+    return [float(x) for x in found] if np.allclose(matrix @ found, wanted, atol=1e-6) else None
+
+
+def _cut(model: nn.Module, stack: str, depth: int) -> nn.Module:
+    """A copy of `model` that shares its tensors, with the first `depth` layers of `stack`."""
+    new = copied(model, lambda _, old: old, lambda _, old: old)
+    path, _, last = stack.rpartition(".")
+    parent = new.get_submodule(path)
+    layers = parent.get_submodule(last)
+    assert isinstance(layers, nn.ModuleList)
+    parent._modules[last] = nn.ModuleList(list(layers)[:depth])
+    return new

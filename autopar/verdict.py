@@ -1,0 +1,190 @@
+"""What a search says in words: is sharding the state enough, is sharding the computation needed, would a pipeline pay.
+
+Each answer stands with the figures it follows from, so that who disagrees can see where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from autopar.profiling import Profiler
+from costmodel.memory import gib
+from passes.candidate import Setup
+
+Answer = Literal["state", "computation", "pipeline", "offload", "nothing"]
+
+_ENOUGH = 0.05
+"""Slower than the best by up to this share, the simpler way is called enough."""
+_PAYS = 0.03
+"""A pipeline, which no plan does yet, has to be faster by this share to be worth it."""
+
+
+class Priced(Protocol):
+    """A candidate of the search."""
+
+    @property
+    def setup(self) -> Setup: ...
+    @property
+    def step_time_s(self) -> float: ...
+    @property
+    def peak_memory_bytes(self) -> int: ...
+    @property
+    def over_bytes(self) -> int: ...
+    @property
+    def fits(self) -> bool: ...
+    @property
+    def seconds(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`answer`: the least that is enough: sharded state (FSDP2), sharded computation too (TP with sequence
+    parallelism), a pipeline, offload, or nothing that was tried."""
+
+    answer: Answer
+    state_s: float | None
+    """Fastest step that fits with sharded state alone; None where none fits. The same for the others."""
+    computation_s: float | None
+    pipeline_s: float | None
+    offload_s: float | None
+    text: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts."""
+        return asdict(self)
+
+
+def verdict(found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, budget: int) -> Verdict:
+    """Of all that a search priced."""
+    plain = [c for c in found if not c.setup.fp8]
+
+    def best(which: Callable[[Setup], bool]) -> Priced | None:
+        fitting = [c for c in plain if c.fits and which(c.setup)]
+        return min(fitting, key=lambda c: c.step_time_s, default=None)
+
+    def simple(setup: Setup) -> bool:
+        return setup.pp == setup.cp == 1 and not setup.offload
+
+    state = best(lambda s: simple(s) and s.tp == 1 and s.state == "zero3")
+    computation = best(lambda s: simple(s) and s.tp > 1 and s.state == "zero3")
+    pipeline = best(lambda s: s.pp > 1)
+    offloaded = best(lambda s: s.offload)
+    resident = [c for c in (state, computation, pipeline) if c is not None]
+    fastest = min((c.step_time_s for c in resident), default=None)
+    text: list[str] = []
+    answer: Answer
+    if fastest is None:
+        answer = "offload" if offloaded else "nothing"
+        text.append(_nothing_fits([c for c in plain if not c.setup.offload], budget))
+        if offloaded:
+            text.append(
+                f"Offload is the only way: optimizer states in host memory, {_s(offloaded.step_time_s)} a step with "
+                f"{gib(offloaded.peak_memory_bytes)} (priced only)."
+            )
+    elif state and state.step_time_s <= fastest * (1 + _ENOUGH):
+        answer = "state"
+        text.append(
+            f"Sharding the state (FSDP2) is enough: {_s(state.step_time_s)} a step{_beside(state, fastest)}, with "
+            f"{gib(state.peak_memory_bytes)} of {gib(budget)}; {_share(state, 'exposed state')} of it waits for "
+            "parameters and gradients."
+        )
+    elif computation and (pipeline is None or computation.step_time_s <= pipeline.step_time_s * (1 + _PAYS)):
+        answer = "computation"
+        text.append(
+            f"Sharding the computation (tensor and sequence parallelism over {computation.setup.tp}) is needed: "
+            f"{_s(computation.step_time_s)} a step{_against(state, computation)}."
+        )
+    else:
+        answer = "pipeline"
+        assert pipeline is not None
+        text.append(
+            f"A pipeline pays: {pipeline.setup.pp} stages with tensor parallelism over {pipeline.setup.tp} take "
+            f"{_s(pipeline.step_time_s)} a step (priced only){_against(computation or state, pipeline)}."
+        )
+    if answer in ("computation", "pipeline", "nothing"):
+        text += _why_not_state(state, plain, profiler, gpus, batch, budget)
+    if answer in ("state", "computation") and fastest is not None:
+        text.append(_pipeline_text(pipeline, min(c.step_time_s for c in (state, computation) if c is not None)))
+    state_s, computation_s, pipeline_s, offload_s = (
+        c.step_time_s if c else None for c in (state, computation, pipeline, offloaded)
+    )
+    return Verdict(answer, state_s, computation_s, pipeline_s, offload_s, tuple(text))
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+
+
+def _share(candidate: Priced, name: str) -> str:
+    return f"{candidate.seconds.get(name, 0.0) / candidate.step_time_s:.0%}"
+
+
+def _beside(candidate: Priced, fastest: float) -> str:
+    more = candidate.step_time_s / fastest - 1
+    return f", {more:.0%} more than the fastest of all" if more > 0.005 else ", and nothing is faster"
+
+
+def _against(other: Priced | None, chosen: Priced) -> str:
+    if other is None:
+        return ", and nothing simpler fits"
+    return f", {other.step_time_s / chosen.step_time_s:.2f} times faster than {_name(other)} ({_s(other.step_time_s)})"
+
+
+def _name(candidate: Priced) -> str:
+    setup = candidate.setup
+    return f"tensor parallelism over {setup.tp} without stages" if setup.tp > 1 else "sharded state alone"
+
+
+def _nothing_fits(found: Sequence[Priced], budget: int) -> str:
+    near = min(found, key=lambda c: c.over_bytes)
+    return (
+        f"Nothing fits in {gib(budget)} without offload: the nearest ({_mesh(near.setup)}, micro-batch "
+        f"{near.setup.micro_batch}, recompute {near.setup.recompute}) needs {gib(near.peak_memory_bytes)}, "
+        f"{gib(near.over_bytes)} too much."
+    )
+
+
+def _mesh(setup: Setup) -> str:
+    return f"dp {setup.data_ranks} x tp {setup.tp}" + (f" x pp {setup.pp}" if setup.pp > 1 else "")
+
+
+def _why_not_state(
+    state: Priced | None, found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, budget: int
+) -> list[str]:
+    """The reasons, each with its figures: the batch per GPU, a layer's memory, exposed gathers."""
+    text = []
+    if batch % gpus:
+        per = f"{batch / gpus:.2g} samples per GPU" if batch < gpus else f"{batch} samples, which {gpus} do not divide"
+        text.append(f"Sharded state alone cannot use all GPUs: it splits the batch, and there are {per}.")
+    elif state is None:
+        mine = [c for c in found if c.setup.tp == c.setup.pp == c.setup.cp == 1 and not c.setup.offload]
+        near = min(mine, key=lambda c: c.over_bytes, default=None)
+        layer = profiler.profile(Setup(), replica=True)
+        about = (
+            f"one layer's parameters are {gib(layer.layer('bytes'))} when gathered and it keeps "
+            f"{gib(layer.layer('alive.forward') - layer.layer('rest'))} of activations per sample"
+        )
+        if near is not None:
+            text.append(
+                f"Sharded state alone does not fit: {gib(near.peak_memory_bytes)}, {gib(near.over_bytes)} too much "
+                f"with recompute {near.setup.recompute}; {about}."
+            )
+    else:
+        text.append(
+            f"Sharded state alone waits {_share(state, 'exposed state')} of its step for parameters and gradients: "
+            f"{batch / gpus:g} samples per GPU and step are too little compute to hide them behind."
+        )
+    return text
+
+
+def _pipeline_text(pipeline: Priced | None, today_s: float) -> str:
+    if pipeline is None:
+        return "No pipeline fits or divides the layers."
+    gain = today_s / pipeline.step_time_s - 1
+    told = f"the best pipeline ({_mesh(pipeline.setup)}, priced only) takes {_s(pipeline.step_time_s)}"
+    bubble = f"{_share(pipeline, 'bubble')} of it bubble"
+    if gain > _PAYS:
+        return f"A pipeline would pay: {told}, {gain:.0%} faster, {bubble}."
+    return f"A pipeline would not pay: {told}, {bubble}."

@@ -1,0 +1,360 @@
+"""Predicted against measured step times of published training runs: `python benchmarks/published.py`.
+
+Each row of `data/published.csv` is priced as the search prices a setup: the model captured, the mesh planned by the
+named strategy, the step played; pipelines, context parallelism and ZeRO-1/2 by the formulas of `passes/candidate.py`.
+Prints errors by source with rank correlations, the fitted parameters, and every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tabulate import tabulate
+from torch import fx, nn
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from autopar.profiling import Profiler
+from costmodel.hardware import fitted, hardware, with_attention
+from costmodel.memory import OPTIMIZERS
+from passes.analysis import Analysis
+from passes.candidate import Estimate, Setup, estimate
+from passes.recompute import Mode, Recomputation, recomputation
+from passes.rules.matmul import PRODUCTS
+
+DATA = Path(__file__).parent / "data" / "published.csv"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A published run: its line in the file."""
+
+    line: dict[str, str]
+
+    def number(self, name: str) -> int:
+        return int(float(self.line[name]))
+
+    @property
+    def setup(self) -> Setup:
+        """As the run was."""
+        number = self.number
+        state = self.line["state"].partition("+")[0]
+        data = number("dp")
+        accumulate, rest = divmod(number("global_batch"), data * number("micro_batch"))
+        if rest or not accumulate:
+            raise ValueError(f"{self.line['model']}: a global batch of {number('global_batch')} over {data} ranks")
+        return Setup(
+            dp_shard=data, tp=number("tp"), pp=number("pp"), cp=number("cp"), virtual=number("virtual"),
+            micro_batch=number("micro_batch"), accumulate=accumulate,
+            recompute=self.recompute, whole_blocks=True, tp_overlap=self.line["tp_overlap"] == "yes",
+            state=cast(Any, state), fp8=self.line["precision"] == "fp8", offload="offload" in self.line["state"],
+            gradient_bytes=4 if self.line["family"] == "llama" else 2,
+        )  # fmt: skip
+
+    @property
+    def recompute(self) -> Mode:
+        """What backward computed again: of an eager run nothing that is not asked for."""
+        told = self.line["recompute"]
+        if told == "attention":
+            return "selective"
+        if told == "full":
+            return "full"
+        return "pointwise" if self.compiled or told == "selective" else "none"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether pointwise chains ran as one kernel."""
+        return self.line["compiled"] in ("yes", "layers")
+
+    @property
+    def measured_s(self) -> float:
+        """Seconds of a step."""
+        value, unit = float(self.line["measured"]), self.line["unit"]
+        number = self.number
+        batch, sequence, gpus = number("global_batch"), number("seq"), number("gpus")
+        if unit == "s/step":
+            return value
+        if unit == "tokens/s/GPU":
+            return batch * sequence / value / gpus
+        forward = _forward_flops(self) * batch
+        if unit == "hardware TFLOP/s/GPU":
+            return 4 * forward / (value * 1e12) / gpus
+        if unit == "model TFLOP/s/GPU":
+            return 3 * forward / (value * 1e12) / gpus
+        if unit == "causal TFLOP/s/GPU":
+            return 3 * _forward_flops(self, causal=True) * batch / (value * 1e12) / gpus
+        if unit == "model FLOPs/peak":
+            peak = hardware(self.line["hardware"]).device.peak_flops_per_s["bfloat16"]
+            return 3 * forward / (value * peak) / gpus
+        raise ValueError(f"unknown unit {unit!r}")
+
+    @property
+    def source(self) -> str:
+        """Where it is from, in short."""
+        text = self.line["source"].removeprefix("NVIDIA-NeMo/").removeprefix("mosaicml/").removeprefix("NVIDIA/")
+        return " ".join(text.split()[:2]).rstrip(",") if text.startswith("arXiv") else text.split()[0]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether a parameter was fitted to it."""
+        mine = self.line["model"] == "MPT-30b" and self.line["hardware"] == "h100"
+        return mine and self.line["gpus"] == "32"
+
+    @property
+    def pipelined(self) -> bool:
+        return self.number("pp") > 1 or self.number("cp") > 1
+
+
+def _forward_flops(run: Run, *, causal: bool = False) -> float:
+    """Of one sequence: 2 per multiply-add of the products, attention in full or its causal half."""
+    n = run.number
+    hidden, head = n("hidden"), n("hidden") // n("heads")
+    products = hidden * (2 * hidden + 2 * n("kv_heads") * head)
+    products += (3 if run.line["family"] == "llama" else 2) * hidden * n("ffn")
+    attention = 2 * n("seq") * hidden * (0.5 if causal else 1.0)
+    return 2.0 * n("seq") * (n("layers") * (products + attention) + hidden * n("vocab"))
+
+
+def runs(path: Path = DATA) -> list[Run]:
+    """Every row of the file."""
+    with path.open(encoding="utf-8") as file:
+        return [Run(line) for line in csv.DictReader(file)]
+
+
+def model_of(run: Run) -> nn.Module:
+    """The run's model on the meta device, in bf16."""
+    number = run.number
+    attention = "eager" if run.line["attention"] == "unfused" else "sdpa"
+    if run.line["family"] == "llama":
+        config: Any = LlamaConfig(
+            hidden_size=number("hidden"), intermediate_size=number("ffn"), num_hidden_layers=number("layers"),
+            num_attention_heads=number("heads"), num_key_value_heads=number("kv_heads"), vocab_size=number("vocab"),
+            max_position_embeddings=number("seq"), tie_word_embeddings=run.line["tied"] == "yes", use_cache=False,
+            attn_implementation=attention,
+        )  # fmt: skip
+        build: Any = LlamaForCausalLM
+    else:
+        config = GPT2Config(
+            n_embd=number("hidden"), n_inner=number("ffn"), n_layer=number("layers"), n_head=number("heads"),
+            vocab_size=number("vocab"), n_positions=number("seq"), activation_function="gelu", resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=run.line["tied"] == "yes", use_cache=False,
+            attn_implementation=attention,
+        )  # fmt: skip
+        build = GPT2LMHeadModel
+    with torch.device("meta"):
+        made: nn.Module = build(config).to(torch.bfloat16)
+    return made.train()
+
+
+_MODEL = ("family", "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "tied", "seq", "attention", "hardware",
+          "compiled", "recompute")  # fmt: skip
+
+
+def _key(run: Run) -> tuple[str, ...]:
+    return tuple(run.line[name] for name in _MODEL)
+
+
+@lru_cache(maxsize=1)
+def _profiler(key: tuple[str, ...]) -> Profiler:
+    run = Run(dict(zip(_MODEL, key, strict=True)))
+    machine = hardware(run.line["hardware"])
+    if run.line["attention"] in ("fa1", "fa2", "cudnn"):
+        machine = with_attention(machine, run.line["attention"])
+
+    def inputs(parts: int) -> dict[str, torch.Tensor]:
+        ids = torch.empty(1, run.number("seq") // parts, dtype=torch.long, device="meta")
+        return {"input_ids": ids, "labels": ids}
+
+    every_other = run.line["recompute"] == "selective"
+    return Profiler(
+        model_of(run), inputs, machine, OPTIMIZERS["adamw-master"], compiled=run.compiled, fused=_fused(run),
+        recomputation=_every_other_product if every_other else recomputation,
+    )  # fmt: skip
+
+
+def _fused(run: Run) -> bool | Callable[[fx.Node], bool]:
+    """What ran as fused kernels: all of a compiled step; what follows the layers, where only the loss is fused; the
+    layers, where the loss is not (Megatron-LM)."""
+    if run.line["compiled"] == "loss":
+        return lambda node: "." not in str(node.meta.get("module", ""))
+    if run.line["compiled"] == "layers":
+        return lambda node: "." in str(node.meta.get("module", ""))
+    return run.compiled
+
+
+def _every_other_product(analysis: Analysis, mode: Mode) -> Recomputation:
+    """torchtitan's selective recompute: of the layers' matrix products every second result is kept."""
+    products = [
+        i
+        for i, place in enumerate(analysis.places)
+        if place.kind == "op" and place.phase == "forward" and place.call and place.call.target in PRODUCTS
+        and place.count > 1
+    ]  # fmt: skip
+    return recomputation(analysis, mode, frozenset(products[1::2]))
+
+
+def predicted(run: Run) -> Estimate:
+    """The run as the product prices it."""
+    return estimate(run.setup, _profiler(_key(run)))
+
+
+def kendall(pairs: Sequence[tuple[float, float]]) -> float:
+    """Kendall's rank correlation (tau-a) of predicted and measured."""
+    signs = [(a[0] - b[0]) * (a[1] - b[1]) for i, a in enumerate(pairs) for b in pairs[:i]]
+    return sum((s > 0) - (s < 0) for s in signs) / max(1, len(signs))
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run and its price."""
+
+    run: Run
+    estimate: Estimate
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured step time, less 1."""
+        return self.estimate.step_s / self.run.measured_s - 1.0
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Tokens per second and GPU, predicted and measured."""
+        number = self.run.number
+        tokens = number("global_batch") * number("seq") / number("gpus")
+        return tokens / self.estimate.step_s, tokens / self.run.measured_s
+
+    @property
+    def steps(self) -> tuple[float, float]:
+        """Seconds per step, predicted and measured."""
+        return self.estimate.step_s, self.run.measured_s
+
+
+def results(chosen: Sequence[Run], jobs: int) -> Iterator[Result]:
+    """Each run priced, those of one model in one process."""
+    groups = [list(group) for _, group in groupby(sorted(chosen, key=_key), key=_key)]
+    with (
+        tqdm(total=len(chosen), disable=not sys.stderr.isatty()) as bar,
+        ProcessPoolExecutor(jobs, mp_context=get_context("forkserver")) as pool,
+    ):
+        for done in pool.map(_priced, groups):
+            bar.update(len(done))
+            yield from done
+
+
+def _priced(group: Sequence[Run]) -> list[Result]:
+    torch.set_num_threads(1)
+    return [Result(run, predicted(run)) for run in group]
+
+
+def errors_text(groups: dict[str, list[Result]]) -> str:
+    """A line per group."""
+    rows = []
+    for name, group in groups.items():
+        errors = [r.error for r in group]
+        rows.append([
+            name, len(group), f"{statistics.mean(map(abs, errors)):.1%}", f"{statistics.median(map(abs, errors)):.1%}",
+            f"{statistics.mean(errors):+.1%}", f"{max(errors, key=abs):+.1%}",
+            f"{kendall([r.steps for r in group]):.2f}", f"{kendall([r.rates for r in group]):.2f}",
+        ])  # fmt: skip
+    headers = ["rows", "n", "mean error", "median", "bias", "worst", "Kendall, step time", "Kendall, tokens/s/GPU"]
+    return tabulate(rows, headers=headers, tablefmt="github")
+
+
+def grouped(found: Sequence[Result]) -> dict[str, list[Result]]:
+    """All rows by what they need, then by source, then by whether a parameter was fitted to the source."""
+    groups: dict[str, list[Result]] = {}
+
+    def put(name: str, chosen: Sequence[Result]) -> None:
+        if chosen:
+            groups[name] = list(chosen)
+
+    put("without pipeline or context parallelism", [r for r in found if not r.run.pipelined])
+    put("with pipeline or context parallelism", [r for r in found if r.run.pipelined])
+    for name in dict.fromkeys(r.run.source for r in found):
+        mine = [r for r in found if r.run.source == name]
+        for several, text in ((False, ""), (True, ", pp or cp")):
+            put(name + text, [r for r in mine if r.run.pipelined == several])
+    put("fitted on: MPT-30b, H100", [r for r in found if r.run.fitted])
+    put("held out, without pp or cp", [r for r in found if not r.run.fitted and not r.run.pipelined])
+    return groups
+
+
+def row_text(result: Result) -> list[str]:
+    """A run's line in the table."""
+    run, price = result.run, result.estimate
+    line, setup = run.line, run.setup
+    parts = sorted(price.seconds.items(), key=lambda item: -item[1])
+    told = [f"{name} {value / price.step_s:.0%}" for name, value in parts if value >= 0.05 * price.step_s]
+    axes = f"{line['dp']} x {line['tp']} x {line['pp']} x {line['cp']}"
+    return [
+        run.source, line["model"], line["hardware"], line["precision"], line["seq"], line["gpus"], axes, line["state"],
+        f"{setup.micro_batch} x {setup.accumulate}", line["recompute"], f"{run.measured_s:.3f}",
+        f"{price.step_s:.3f}", f"{result.error:+.1%}", line["peak_gib"], f"{price.peak_bytes / 2**30:.1f}",
+        ", ".join(told), line["assumed"],
+    ]  # fmt: skip
+
+
+HEADERS = ["source", "model", "GPU", "precision", "seq", "GPUs", "dp x tp x pp x cp", "state", "micro-batch",
+           "recompute", "measured s", "predicted s", "error", "measured GiB", "predicted GiB", "predicted parts",
+           "assumed"]  # fmt: skip
+
+
+def memory_text(found: Sequence[Result]) -> str:
+    """Errors of the peak where it was measured."""
+    errors = [
+        r.estimate.peak_bytes / 2**30 / float(r.run.line["peak_gib"]) - 1 for r in found if r.run.line["peak_gib"]
+    ]
+    if not errors:
+        return ""
+    return (
+        f"Peak memory, where given ({len(errors)} rows): mean error {statistics.mean(map(abs, errors)):.1%}, median "
+        f"{statistics.median(map(abs, errors)):.1%}, bias {statistics.mean(errors):+.1%}"
+    )
+
+
+def report(found: Sequence[Result]) -> str:
+    """Errors, then every row."""
+    fitted_text = "\n".join(f"- {name}: {text}" for name, text in fitted().items())
+    rows = tabulate([row_text(r) for r in found], headers=HEADERS, tablefmt="github", disable_numparse=True)
+    return (
+        "# Published training runs: predicted and measured\n\nWritten by `python benchmarks/published.py -o "
+        f"benchmarks/published.md`.\n\n{errors_text(grouped(found))}\n\n{memory_text(found)}\n\n## Fitted parameters"
+        f"\n\n{fitted_text}\n\n## Rows\n\n{rows}\n"
+    )
+
+
+def main() -> None:
+    """Price, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="another file of the same columns")
+    parser.add_argument("--source", default="", help="only rows whose source or model contains this")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth of them")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (2)")
+    parser.add_argument("--fitted", action="store_true", help="print the fitted parameters and nothing else")
+    parser.add_argument("-o", "--output", type=Path, help="write the result as Markdown")
+    given = parser.parse_args()
+    if given.fitted:
+        print("\n".join(f"{name}: {text}" for name, text in fitted().items()))
+        return
+    chosen = [run for run in runs(given.data) if given.source in run.line["source"] + run.line["model"]]
+    found = list(results(chosen[:: given.every], given.jobs))
+    text = report(found)
+    if given.output:
+        given.output.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""autopar beside what people write by hand: the same Hugging Face model, batches and optimizer, gloo ranks of one CPU.
+
+    ddp, ddp compiled            DistributedDataParallel
+    fsdp2, fsdp2 compiled        fully_shard on every layer and the whole; each layer compiled
+    fsdp2+tp                     parallelize_module on (dp, tp), then fully_shard; LLaMA only (Conv1D is no Linear)
+    autopar ddp|fsdp|megatron|auto
+
+Each contender has processes of its own, one after the other, and trains the same steps. Reported are the median step
+after two to warm up, the first step with all that is planned and compiled before it, the growth of resident memory of
+the largest rank from the bare model to the highest point of the timed steps, and the last loss, which must be equal.
+
+    python benchmarks/step_time.py                                     # writes benchmarks/step_time.md and .json
+    python benchmarks/step_time.py --model llama --steps 5 --only fsdp2 "autopar fsdp"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tabulate import tabulate
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+MODELS = ("llama", "gpt2")
+HAND_MADE = ("ddp", "ddp compiled", "fsdp2", "fsdp2 compiled", "fsdp2+tp")
+OURS = ("autopar ddp", "autopar fsdp", "autopar megatron", "autopar auto")
+SAME = {"autopar ddp": HAND_MADE[:2], "autopar fsdp": HAND_MADE[2:4], "autopar megatron": HAND_MADE[4:]}
+RANKS, ROWS, LENGTH, WARM = 4, 2, 128, 2
+
+
+def new_model(name: str, layers: int = 4) -> nn.Module:
+    """The same weights every time; no dropout, so that losses can be compared."""
+    import transformers
+
+    torch.manual_seed(0)
+    if name == "llama":
+        config: Any = transformers.LlamaConfig(
+            vocab_size=2048, hidden_size=256, intermediate_size=688, num_hidden_layers=layers, num_attention_heads=8,
+            num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=False,
+        )  # fmt: skip
+    else:
+        config = transformers.GPT2Config(
+            vocab_size=2048, n_embd=256, n_layer=layers, n_head=8, n_positions=LENGTH, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+        )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The repeated layers."""
+    return model.model.layers if hasattr(model, "model") else model.transformer.h  # type: ignore[return-value, union-attr]
+
+
+def batch(step: int, row_rank: int, rows: int = ROWS) -> dict[str, torch.Tensor]:
+    """What the data-parallel rank `row_rank` feeds in a step: walks whose steps are small."""
+    generator = torch.Generator().manual_seed(step)
+    walk = torch.randint(0, 8, (ROWS * RANKS, LENGTH), generator=generator).cumsum(1) % 2048
+    mine = walk[row_rank * rows : (row_rank + 1) * rows].contiguous()
+    return {"input_ids": mine, "labels": mine}
+
+
+def by_hand(how: str, model: nn.Module) -> tuple[nn.Module, DeviceMesh]:
+    """`model` as people distribute it."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.nn.parallel import DistributedDataParallel
+
+    if how == "fsdp2+tp":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        column = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+        styles: dict[str, Any] = {name: ColwiseParallel() for name in column}
+        styles |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+        for layer in layers_of(model):
+            parallelize_module(layer, mesh["tp"], styles)
+    else:
+        mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("dp",))
+    if how.startswith("ddp"):
+        wrapped: nn.Module = DistributedDataParallel(model)
+        if how == "ddp compiled":
+            wrapped = torch.compile(wrapped)  # type: ignore[assignment]
+        return wrapped, mesh
+    for layer in layers_of(model):
+        if how == "fsdp2 compiled":
+            layer.compile()
+        fully_shard(layer, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    return model, mesh
+
+
+def planned(how: str, model: nn.Module, saved: Path | None = None) -> tuple[nn.Module, DeviceMesh]:
+    """`model` as autopar distributes it; by the plan in the file `saved` where there is one, else it is saved there."""
+    import autopar
+
+    shape = (2, 2) if how.endswith(("megatron", "auto")) else (RANKS,)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
+    rows = ROWS * RANKS // shape[0]
+    if saved is not None and saved.exists():
+        plan = autopar.Plan.load(saved)
+    else:
+        plan = autopar.plan(model, mesh, batch(0, 0, rows), strategy=how.split()[1])
+        if saved is not None and dist.get_rank() == 0:
+            plan.save(saved)
+    return autopar.apply(model, plan, mesh), mesh
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Resident memory of this process; `VmHWM` is its highest point."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def trained(
+    rank: int, store: str, name: str, how: str, steps: int, layers: int, saved: Path | None, queue: Any
+) -> None:
+    """One rank of one contender."""
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+        model = new_model(name, layers)
+        before = resident_bytes()
+        dist.barrier()
+        start = time.perf_counter()
+        model, mesh = planned(how, model, saved) if how.startswith("autopar") else by_hand(how, model)
+        ways, row_rank = mesh.shape[0], mesh.get_coordinate()[0]  # type: ignore[index]
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
+        seconds, loss = [], torch.zeros(())
+        for step in range(steps + WARM):
+            if step == WARM:
+                Path("/proc/self/clear_refs").write_text("5")  # forget the highest point so far
+            loss = model(**batch(step, row_rank, ROWS * RANKS // ways)).loss
+            loss.backward()
+            optim.step()
+            optim.zero_grad()
+            dist.barrier()
+            seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+        whole = loss.detach().clone()
+        dist.all_reduce(whole)
+        result = {
+            "first_s": seconds[0], "step_s": sorted(seconds[WARM:])[steps // 2], "fastest_s": min(seconds[WARM:]),
+            "loss": float(whole) / RANKS, "grown_bytes": resident_bytes("VmHWM") - before,
+        }  # fmt: skip
+        queue.put((rank, result, None))
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception:
+        queue.put((rank, None, traceback.format_exc()))
+        raise
+
+
+def measured(name: str, how: str, steps: int, layers: int = 4, saved: Path | None = None) -> dict[str, Any]:
+    """What a contender took: seconds of rank 0, memory of the largest rank."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        work = (f"{folder}/store", name, how, steps, layers, saved, queue)
+        processes = [context.Process(target=trained, args=(rank, *work), daemon=True) for rank in range(RANKS)]
+        for process in processes:
+            process.start()
+        found = [queue.get() for _ in processes]
+        failed = [error for _, _, error in found if error]
+        for process in processes:
+            if failed:
+                process.kill()
+            process.join()
+    if failed:
+        return {"model": name, "how": how, "error": failed[0].strip().splitlines()[-1]}
+    results = {rank: result for rank, result, _ in found}
+    grown = max(result["grown_bytes"] for result in results.values())
+    return {"model": name, "how": how, **results[0], "grown_bytes": grown}
+
+
+def as_markdown(results: list[dict[str, Any]], command: str) -> str:
+    """The tables that people read."""
+    text = [
+        f"# Step time beside hand-written programs\n\n`{command}`, torch {torch.__version__}, {RANKS} gloo ranks on "
+        f"{os.cpu_count()} cores (load {os.getloadavg()[2]:.0f} in the last 15 minutes).\n"
+    ]
+    for name in dict.fromkeys(result["model"] for result in results):
+        rows = [result for result in results if result["model"] == name]
+        good = {row["how"]: row for row in rows if "error" not in row}
+        hand = [row["step_s"] for how, row in good.items() if how in HAND_MADE]
+        table = []
+        for row in rows:
+            if "error" in row:
+                table.append((row["how"], row["error"][:80], *[""] * 6))
+                continue
+            peers = [good[how]["step_s"] for how in SAME.get(row["how"], ()) if how in good]
+            to_hand, to_peers = (f"{row['step_s'] / min(x):.2f}" if x else "" for x in (hand, peers))
+            table.append(
+                (row["how"], f"{row['step_s'] * 1e3:.0f}", f"{row['fastest_s'] * 1e3:.0f}", to_hand, to_peers,
+                 f"{row['first_s']:.1f}", f"{row['grown_bytes'] / 2**20:.0f}", f"{row['loss']:.5f}")
+            )  # fmt: skip
+        head = ("program", "median step ms", "fastest ms", "to the best by hand", "to the same by hand", "first step s",
+                "memory grown MiB", "last loss")  # fmt: skip
+        text.append(f"## {name}\n\n{tabulate(table, head, tablefmt='github', disable_numparse=True)}\n")
+    return "\n".join(text)
+
+
+def main() -> None:
+    """All contenders, or those asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--only", nargs="+", choices=(*HAND_MADE, *OURS), default=(*HAND_MADE, *OURS))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
+    arguments = parser.parse_args()
+    results = []
+    for name in arguments.model:
+        for how in arguments.only:
+            if name == "gpt2" and how == "fsdp2+tp":
+                continue
+            results.append(measured(name, how, arguments.steps, arguments.layers))
+            print(json.dumps(results[-1]), flush=True)
+    command = f"python benchmarks/step_time.py --steps {arguments.steps} --layers {arguments.layers}"
+    arguments.out.write_text(as_markdown(results, command))
+    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    print(arguments.out.read_text())
+
+
+if __name__ == "__main__":
+    main()

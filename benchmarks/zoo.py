@@ -1,0 +1,472 @@
+"""Every architecture of `transformers`, tiny, trained a step on four ranks beside one device.
+
+    python benchmarks/zoo.py                              all of zoo.csv: a while
+    python benchmarks/zoo.py --resume                     those that the result file lacks
+    python benchmarks/zoo.py --only llama,t5@s2s          some, by name
+    python benchmarks/zoo.py --failed                     those that failed, again
+
+Mesh dp=2 x tp=2, float32, not compiled, real gloo ranks, through `autopar.plan` and `autopar.apply`, under `megatron`,
+`fsdp` and `auto`. A step is right where the loss is eager's on one device with the whole batch to 1e-4 and every
+gradient to 2e-3 of its norm. (A gradient whose norm is under 1e-6 of all gradients' is zero but for rounding, and is
+held against that.)
+
+Four processes stay alive over many models, so that imports are paid once. One that crashes, hangs or fails has all
+four started again. Each finished row goes to `zoo_results.csv` at once; `zoo_results.md` is made from it.
+
+Columns: `split` is the share of a rank's multiply-adds (products, attention, convolutions) that the tp axis splits,
+counted in the emitted program: 1 where each of two ranks does half, 0 where both do all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+STRATEGIES = ("megatron", "fsdp", "auto")
+MESH = (("dp", 2), ("tp", 2))
+RANKS = math.prod(size for _, size in MESH)
+LOSS_LIMIT, GRADIENT_LIMIT, ZERO = 1e-4, 2e-3, 1e-6
+COMMAND = "python benchmarks/zoo.py"
+
+
+@dataclass
+class Row:
+    """One architecture under one strategy."""
+
+    architecture: str
+    family: str
+    strategy: str
+    captured: bool = False
+    planned: bool = False
+    ran: bool = False
+    right: bool = False
+    loss_error: float = math.nan
+    gradient_error: float = math.nan
+    worst: str = ""
+    """The parameter of the worst gradient."""
+    split: float = math.nan
+    replicated: str = ""
+    """Ops that ran whole on every rank for want of a rule."""
+    notes: str = ""
+    seconds: float = 0.0
+    error: str = ""
+
+
+# --------------------------------------------------------------------------------------------------------- on each rank
+def serve(rank: int, folder: str, jobs: Any, threads: int) -> None:
+    """A rank: takes names of architectures, gives rows of results, until there are no more."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(RANKS))
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(threads)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(minutes=20)
+    )
+    mesh = init_device_mesh("cpu", tuple(n for _, n in MESH), mesh_dim_names=tuple(name for name, _ in MESH))
+    jobs.send(None)
+    while (job := jobs.recv()) is not None:
+        name, family, strategies = job
+        rows = _rows(name, family, strategies, mesh, rank)
+        jobs.send((rows, any(row.error for row in rows)))
+    dist.destroy_process_group()
+
+
+def _rows(name: str, family: str, strategies: tuple[str, ...], mesh: Any, rank: int) -> list[Row]:
+    rows = [Row(name, family, strategy) for strategy in strategies]
+    try:
+        step = _Step.of(name, mesh.get_local_rank("dp"), whole=rank == 0)
+    except Exception as error:
+        for row in rows:
+            row.error = f"eager: {_told(error)}"
+        return rows
+    for row in rows:
+        start = time.monotonic()
+        try:
+            _run(row, step, mesh, rank)
+        except Exception as error:
+            if os.environ.get("ZOO_TRACEBACK"):
+                traceback.print_exc()
+            row.error = _told(error)
+        row.seconds = time.monotonic() - start
+        if row.error:
+            break  # the ranks may be apart now
+    return rows
+
+
+@dataclass
+class _Step:
+    """A model, this rank's part of the batch, and what eager gives for the whole batch."""
+
+    model: Any
+    inputs: dict[str, Any]
+    loss: float
+    gradients: dict[str, Any]
+
+    @staticmethod
+    def of(name: str, part: int, whole: bool) -> _Step:
+        import torch
+        import zoo_models
+
+        model, inputs = zoo_models.build(name)
+        loss, gradients = math.nan, {}
+        if whole:
+            # A model of its own: a forward may change buffers.
+            reference, _ = zoo_models.build(name)
+            found = zoo_models.loss_of(reference(**inputs))
+            found.backward()
+            loss = float(found)
+            gradients = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
+        parts = dict(MESH)["dp"]
+        local = {k: v.chunk(parts)[part] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return _Step(model, local, loss, gradients)
+
+
+def _run(row: Row, step: _Step, mesh: Any, rank: int) -> None:
+    import zoo_models
+
+    import autopar
+
+    options = autopar.Options(compile=False)
+    plan = autopar.plan(step.model, mesh, step.inputs, strategy=row.strategy, options=options)
+    row.captured = row.planned = True
+    missing = "no rule for "
+    row.replicated = "; ".join(n.removeprefix(missing).partition(":")[0] for n in plan.notes if n.startswith(missing))
+    row.notes = "; ".join(n for n in plan.notes if not n.startswith(missing) and "padded" not in n)
+    module = autopar.apply(step.model, plan, mesh)
+    loss = zoo_models.loss_of(module(**step.inputs))
+    loss.backward()
+    row.ran = True
+    found = {n: p.grad.full_tensor() for n, p in module.named_parameters() if p.grad is not None}
+    if rank:
+        return
+    row.split = _split(module)
+    row.loss_error = abs(float(loss) - step.loss) / abs(step.loss)
+    row.gradient_error, row.worst = _worst(found, step.gradients)
+    row.right = row.loss_error <= LOSS_LIMIT and row.gradient_error <= GRADIENT_LIMIT
+    if not row.right:
+        row.error = f"other numbers: loss {row.loss_error:.1e}, gradient {row.gradient_error:.1e} of {row.worst}"
+
+
+def _worst(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[float, str]:
+    """The largest error of a gradient, relative to its norm, and whose it is."""
+    total = math.sqrt(sum(float(g.double().square().sum()) for g in wanted.values()))
+    worst, name = 0.0, ""
+    for key in dict.fromkeys([*wanted, *found]):
+        a, b = found.get(key), wanted.get(key)
+        if a is None or b is None:
+            error = 0.0 if float((b if a is None else a).norm()) == 0 else math.inf
+        else:
+            error = float((a.double() - b.double()).norm()) / max(float(b.double().norm()), ZERO * total)
+        if not error <= worst:
+            worst, name = error, key
+    return worst, name
+
+
+def _split(module: Any) -> float:
+    """Share of the multiply-adds that the tp axis splits."""
+    (executable,) = module.__dict__["_autopar"].executables.values()
+    local = executable.local
+    whole, mine = _multiply_adds(local.program.graph), _multiply_adds(local.graph)
+    if not whole:
+        return math.nan
+    sizes = dict(MESH)
+    of_rank = mine * sizes["dp"] / whole
+    return (1 - of_rank) / (1 - 1 / sizes["tp"])
+
+
+def _multiply_adds(gm: Any) -> float:
+    """Of the products, attentions and convolutions in a graph."""
+    return sum(_of_node(node) for node in gm.graph.nodes if node.op == "call_function")
+
+
+def _of_node(node: Any) -> float:
+    import torch
+    from torch import fx
+    from torch.utils.flop_counter import conv_backward_flop, conv_flop
+
+    target = node.target
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    shape = [tuple(x.shape) if isinstance(x, torch.Tensor) else () for x in args]
+    name = str(target)
+    if name in ("aten.mm.default", "aten.bmm.default"):
+        return math.prod(shape[0]) * shape[1][-1]
+    if "scaled_dot_product" in name:
+        backward = "backward" in name
+        query, key = (shape[1], shape[2]) if backward else (shape[0], shape[1])
+        return math.prod(query) * key[2] * (5 if backward else 2)
+    if "grouped_mm" in name:
+        # Which rows are a rank's own depends on data: on average, as many of them as it has of the experts.
+        whole = node.meta.get("part_of")
+        del whole
+        return math.prod(shape[0]) * shape[1][-1] * shape[1][0] * (2 if "backward" in name else 1)
+    if name == "aten.convolution.default":
+        return float(conv_flop(*args, **kwargs, out_val=node.meta["val"])) / 2
+    if name == "aten.convolution_backward.default":
+        return float(conv_backward_flop(*args, **kwargs, out_val=node.meta["val"])) / 2
+    return 0.0
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:600]
+
+
+# ------------------------------------------------------------------------------------------------------- the four ranks
+class Ranks:
+    """Four processes that run one architecture after another."""
+
+    def __init__(self, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.folder = tempfile.mkdtemp(prefix="zoo")
+        self.pipes, self.processes = [], []
+        for rank in range(RANKS):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, self.folder, theirs, threads), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        for pipe in self.pipes:
+            pipe.recv()
+
+    def run(self, name: str, family: str, strategies: tuple[str, ...], limit_s: float) -> tuple[list[Row], bool]:
+        """Rows, and whether the ranks are still good for another."""
+        start = time.monotonic()
+        deadline = start + limit_s
+        for pipe in self.pipes:
+            pipe.send((name, family, strategies))
+        said: dict[int, Any] = {}
+        while len(said) < RANKS and (left_s := deadline - time.monotonic()) > 0:
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in said]
+            for pipe in multiprocessing.connection.wait(waiting, timeout=left_s):
+                rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    said[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    said[rank] = None
+                if said[rank] is None or said[rank][1]:
+                    deadline = min(deadline, time.monotonic() + 30)  # the others may wait for it for ever
+        good = len(said) == RANKS and not any(answer is None or answer[1] for answer in said.values())
+        rows = said[0][0] if said.get(0) else [Row(name, family, strategy) for strategy in strategies]
+        if not good:
+            self._explain(rows, said, time.monotonic() - start)
+        return rows, good
+
+    def _explain(self, rows: list[Row], said: dict[int, Any], waited_s: float) -> None:
+        """Give the row that failed the words of the rank that knows why."""
+        row = next((row for row in rows if row.error or not row.ran), None)
+        if row is None:
+            return
+        told = [r.error for answer in said.values() if answer for r in answer[0] if r.error]
+        own = [text for text in told if not text.startswith("RankFailedError")]
+        silent = [rank for rank in range(RANKS) if rank not in said]
+        dead = [rank for rank, answer in said.items() if answer is None]
+        if own and "other numbers" not in (row.error or own[0]):
+            row.error = own[0]
+        elif dead:
+            row.error = f"rank {dead[0]} died"
+        elif silent and not row.error:
+            row.error = f"no word from ranks {silent} for {waited_s:.0f} s"
+        if "CaptureError" not in row.error and row.error and not row.error.startswith("eager"):
+            row.captured = True
+
+    def stop(self) -> None:
+        """End the processes."""
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        for process in self.processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+def read(path: Path) -> dict[tuple[str, str], Row]:
+    """Rows of an earlier run by architecture and strategy."""
+    if not path.exists():
+        return {}
+    rows = {}
+    with path.open() as file:
+        for record in csv.DictReader(file):
+            values: dict[str, Any] = {}
+            for field in fields(Row):
+                text = record[field.name]
+                values[field.name] = {"bool": text == "yes", "float": float(text or "nan")}.get(str(field.type), text)
+            rows[record["architecture"], record["strategy"]] = Row(**values)
+    return rows
+
+
+def write(path: Path, rows: dict[tuple[str, str], Row]) -> None:
+    """All rows, sorted."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in fields(Row)])
+        for _, row in sorted(rows.items()):
+            writer.writerow([_cell(value) for value in asdict(row).values()])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.3g}"
+    return str(value)
+
+
+def summary(rows: dict[tuple[str, str], Row], asked: int) -> str:
+    """Markdown: counts, what failed and why, and a line per architecture."""
+    import torch
+    import transformers
+    from tabulate import tabulate
+
+    names = sorted({name for name, _ in rows})
+    counts, low = [], []
+    for strategy in STRATEGIES:
+        mine = [row for (_, s), row in rows.items() if s == strategy]
+        split = sorted(row.split for row in mine if not math.isnan(row.split))
+        middle = split[len(split) // 2] if split else math.nan
+        right = sum(row.right for row in mine)
+        counts.append(
+            [strategy, len(mine), sum(r.captured for r in mine), sum(r.planned for r in mine), sum(r.ran for r in mine),
+             right, f"{right / max(1, len(mine)):.1%}", f"{middle:.2f}", f"{split[0] if split else math.nan:.2f}"]
+        )  # fmt: skip
+    for name in names:
+        row = rows.get((name, "megatron"))
+        if row is not None and row.split < 0.9:
+            low.append([name, f"{row.split:.2f}"])
+    wrong = [[r.architecture, r.strategy, r.error.replace("|", "\\|")] for _, r in sorted(rows.items()) if not r.right]
+    missing = Counter(op for row in rows.values() if row.strategy == "megatron" for op in row.replicated.split("; "))
+    del missing[""]
+    head = ["strategy", "run", "captured", "planned", "ran", "right", "", "split: median", "lowest"]
+    per = []
+    for name in names:
+        line: list[Any] = [name, next(row.family for (n, _), row in rows.items() if n == name)]
+        for strategy in STRATEGIES:
+            row = rows.get((name, strategy))
+            if row is None:
+                line += ["", "", ""]
+            elif not row.ran:
+                line += ["failed", "", ""]
+            else:
+                line += [f"{row.loss_error:.0e}", f"{row.gradient_error:.0e}", f"{row.split:.2f}"]
+        per.append(line)
+    columns = ["architecture", "family"]
+    for strategy in STRATEGIES:
+        columns += [f"{strategy}: loss", "gradient", "split"]
+    text = [
+        "# Every architecture, sharded",
+        "",
+        f"Made by `{COMMAND}`; torch {torch.__version__}, transformers {transformers.__version__}. {len(names)} of "
+        f"{asked} architectures have been run, on mesh {' x '.join(f'{n}={s}' for n, s in MESH)}, float32, not "
+        "compiled, four gloo ranks, through `autopar.plan` and `autopar.apply`. Errors are relative to eager on one "
+        f"device with the whole batch: right is a loss to {LOSS_LIMIT:g} and every gradient to {GRADIENT_LIMIT:g} of "
+        "its norm. `split` is the share of a rank's multiply-adds that the tp axis splits. `zoo_results.csv` has all "
+        "columns.",
+        "",
+        tabulate(counts, head, "github"),
+        "",
+        "## What fails, and why",
+        "",
+        tabulate(wrong, ["architecture", "strategy", "error"], "github") if wrong else "Nothing.",
+        "",
+        "## Products that tp does not split under megatron",
+        "",
+        tabulate(low, ["architecture", "split"], "github") if low else "None under 0.9.",
+        "",
+        "## Ops that run whole on every rank, for want of a rule",
+        "",
+        tabulate(missing.most_common(), ["op", "architectures"], "github") if missing else "None.",
+        "",
+        "## Each architecture",
+        "",
+        tabulate(per, columns, "github", disable_numparse=True),
+        "",
+    ]
+    return "\n".join(text)
+
+
+def _chosen(
+    arguments: argparse.Namespace, rows: dict[tuple[str, str], Row]
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(architecture, family, strategies to run)."""
+    with (FOLDER / "zoo.csv").open() as file:
+        listed = {record["name"]: record["family"] for record in csv.DictReader(file)}
+    names = arguments.only.split(",") if arguments.only else list(listed)
+    for name in names:
+        strategies = tuple(arguments.strategies.split(","))
+        if arguments.resume:
+            strategies = tuple(s for s in strategies if (name, s) not in rows)
+        if arguments.failed:
+            strategies = tuple(s for s in strategies if (name, s) in rows and not rows[name, s].right)
+        if strategies:
+            yield name, listed.get(name, ""), strategies
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="names, separated by commas")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES))
+    parser.add_argument("--resume", action="store_true", help="skip what the result file has")
+    parser.add_argument("--failed", action="store_true", help="run again what the result file has as failed")
+    parser.add_argument("--limit-s", type=float, default=600, help="for one architecture, all strategies")
+    parser.add_argument("--threads", type=int, default=1, help="per rank")
+    parser.add_argument("--out", type=Path, default=FOLDER / "zoo_results.csv")
+    parser.add_argument("--no-run", action="store_true", help="only make the .md from the .csv")
+    arguments = parser.parse_args()
+    keep = arguments.resume or arguments.failed or arguments.only or arguments.no_run
+    rows = read(arguments.out) if keep else {}
+    jobs = [] if arguments.no_run else list(_chosen(arguments, rows))
+    ranks: Ranks | None = None
+    for done, (name, family, strategies) in enumerate(jobs):
+        left = strategies
+        while left:  # a strategy that fails does not take the next ones with it
+            if ranks is None:
+                ranks = Ranks(arguments.threads)
+            found, good = ranks.run(name, family, left, arguments.limit_s)
+            end = next((i for i, row in enumerate(found) if row.error), len(found) - 1)
+            for row in found[: end + 1]:
+                rows[name, row.strategy] = row
+                told = row.error or f"loss {row.loss_error:.0e}, gradient {row.gradient_error:.0e}"
+                print(
+                    f"[{done + 1}/{len(jobs)}] {name:32} {row.strategy:9} {'ok  ' if row.right else 'FAIL'} "
+                    f"split {row.split:4.2f} {row.seconds:5.1f} s  {told}",
+                    flush=True,
+                )
+            write(arguments.out, rows)
+            left = left[end + 1 :]
+            if not good:
+                ranks.stop()
+                ranks = None
+    if ranks is not None:
+        ranks.stop()
+    with (FOLDER / "zoo.csv").open() as file:
+        asked = sum(1 for _ in csv.DictReader(file))
+    text = summary(rows, asked)
+    arguments.out.with_suffix(".md").write_text(text)
+    print(text.partition("## Each architecture")[0])
+    return 0 if all(row.right for row in rows.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

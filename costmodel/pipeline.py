@@ -1,0 +1,70 @@
+"""What a pipeline of layers costs: bubble, uneven stages, messages between stages, activations in flight.
+
+`p` stages of `v` chunks of layers each (1: plain 1F1B; more: interleaved), `m` micro-batches.
+
+    step = m * slowest stage + bubble + messages
+    bubble = (p - 1) / v * one micro-batch of an average stage         arXiv 2104.04473, section 2.2
+    in flight on the first stage: min(m, p) micro-batches, and a share (p - 1) / (p v) more where interleaved
+                                                                       arXiv 2205.05198, Eq 5
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+
+def bubble_share(stages: int, micro_batches: int, virtual: int = 1) -> float:
+    """Idle time over ideal compute time.
+
+    Raises:
+        ValueError: a count that is not positive.
+    """
+    if min(stages, micro_batches, virtual) < 1:
+        raise ValueError(f"a pipeline of {stages} stages, {virtual} chunks and {micro_batches} micro-batches cannot be")
+    return (stages - 1) / (virtual * micro_batches)
+
+
+def in_flight(stages: int, micro_batches: int, virtual: int = 1) -> float:
+    """Micro-batches whose activations the first stage holds at once."""
+    if virtual == 1 or stages == 1:
+        return float(min(stages, micro_batches))
+    return min(float(micro_batches), stages * (1 + (stages - 1) / (stages * virtual)))
+
+
+def slowest_stage_s(layers: int, layer_s: float, outside_s: float, stages: int) -> float:
+    """Seconds of the longest stage, one micro-batch forward and backward.
+
+    `outside_s` is what comes before and after the layers; nearly all of it is the head, so it lies on the last stage.
+    Layers are spread evenly where the stages divide them, as frameworks do; else the last stage gets fewer, as far as
+    that helps.
+    """
+    if stages == 1:
+        return layers * layer_s + outside_s
+    if layers % stages == 0:
+        return layers // stages * layer_s + outside_s
+    return min(
+        max(last * layer_s + outside_s, ceil((layers - last) / (stages - 1)) * layer_s)
+        for last in range(ceil(layers / stages) + 1)
+    )
+
+
+def step_s(
+    micro_batches: int,
+    slowest_s: float,
+    average_s: float,
+    message_s: float,
+    stages: int,
+    virtual: int = 1,
+) -> tuple[float, float, float]:
+    """Seconds of all micro-batches through the pipeline, and of that the bubble and the exposed messages.
+
+    `message_s`: one boundary, one way. Plain 1F1B waits for its neighbour's message once forward and once backward per
+    micro-batch; an interleaved schedule sends while the next chunk computes, and waits only where the message takes
+    longer than the chunk. Filling and draining pass `stages - 1` boundaries each.
+    """
+    bubble_s = bubble_share(stages, 1, virtual) * average_s
+    if stages == 1:
+        return micro_batches * slowest_s, 0.0, 0.0
+    exposed_s = message_s if virtual == 1 else max(0.0, message_s - slowest_s / (3 * virtual))
+    messages_s = 2 * virtual * micro_batches * exposed_s + 2 * (stages - 1) * message_s
+    return micro_batches * slowest_s + bubble_s + messages_s, bubble_s, messages_s

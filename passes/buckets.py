@@ -1,0 +1,164 @@
+"""Which moves of stored state go together: one collective for a layer's parameters, one for its gradients.
+
+The items of a plan are reordered so that what goes together stands together. A layer's gathers stand where its first
+stood. What happens to its gradients once they are computed (their moves, and ops on one gradient alone) stands behind
+the layer's last other op. What lies between layers is a layer of its own; where no layer repeats, each module is.
+
+A bucket is one collective over several tensors, which keep their own memory: nothing is packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import TypeVar
+
+from torch import fx
+
+from passes.dims import is_getitem, outputs_of
+from passes.layers import layer_patterns
+from passes.moves import Move, Run
+from passes.program import Program
+from passes.strategies import StoredOption
+
+TOGETHER = ("state_gather", "state_scatter", "all_reduce", "state_slice", "state_pad", "state_cut")
+"""Steps that a bucket can do for all its tensors at once (the last three are local)."""
+
+T = TypeVar("T")
+
+
+def bucketed(program: Program, items: Sequence[Run | Move]) -> list[Run | Move]:
+    """`items` reordered, moves that go together numbered alike."""
+    labels = _labels(program, items)
+    gradients = Gradients(program)
+    gathers: dict[object, list[int]] = {}
+    late: dict[object, list[int]] = {}
+    ends: dict[object, int] = {}
+    home: dict[fx.Node, object] = {}
+    """Of a value, the layer that computed it."""
+    for index, (item, label) in enumerate(zip(items, labels, strict=True)):
+        if isinstance(item, Move) and _is_gather(item):
+            gathers.setdefault(label, []).append(index)
+        elif gradients.is_late(item):
+            at = _home(item, home, label)
+            home[item.node if isinstance(item, Run) else item.value] = at
+            late.setdefault(at, []).append(index)
+        else:
+            ends[label] = index
+            if isinstance(item, Run):
+                home[item.node] = label
+    moved = {index for indices in (*gathers.values(), *late.values()) for index in indices}
+    before = {indices[0]: indices for indices in gathers.values()}
+    behind: dict[int, list[int]] = {}
+    for label, indices in late.items():
+        behind.setdefault(ends.get(label, indices[-1]), []).extend(indices)
+    numbers = count()
+    found: list[Run | Move] = []
+    for index, item in enumerate(items):
+        if index in before:
+            found += _numbered([items[i] for i in before[index]], numbers)
+        if index not in moved:
+            found.append(item)
+        if index in behind:
+            for level in _levels([items[i] for i in behind[index]]):
+                found += _numbered(level, numbers)
+    return found
+
+
+def _labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
+    """Per item, the layer it belongs to: (phase, layer), or what it lies in between layers."""
+    pattern, layers = layer_patterns([x.name for x in program.inputs if x.kind in ("parameter", "buffer")])
+    found: list[object] = []
+    between, inside = 0, False
+    label: object = None
+    for item in items:
+        node = item.node if isinstance(item, Run) else item.reader or item.value
+        name = node.meta.get("module", "")
+        phase = item.phase
+        parts = pattern(name).split(".")
+        if "*" in parts:
+            layer = ".".join(name.split(".")[: parts.index("*") + 1])
+            between += not inside
+            inside, label = True, (phase, layer)
+        elif not layers:
+            label = (phase, name)
+        elif name or label is None or not inside:
+            inside, label = False, (phase, between)
+        found.append(label)
+    return found
+
+
+def _home(item: Run | Move, home: Mapping[fx.Node, object], label: object) -> object:
+    """The layer that computed what an item works on; `label` where none did."""
+    node = item.node.all_input_nodes[0] if isinstance(item, Run) else item.value
+    while is_getitem(node) and node not in home:
+        node = node.all_input_nodes[0]
+    return home.get(node, label)
+
+
+def _is_gather(move: Move) -> bool:
+    stored = isinstance(move.source, StoredOption) and move.reader is not None
+    return stored and [step.kind for step in move.steps if step.is_collective] == ["state_gather"]
+
+
+class Gradients:
+    """Which values are a parameter's gradient on its way out, and nothing else."""
+
+    def __init__(self, program: Program) -> None:
+        self.names = {
+            node: given.name
+            for out, node, _, given in outputs_of(program)
+            if out.kind == "gradient" and node is not None and given is not None and given.kind == "parameter"
+        }
+        self._found: dict[fx.Node, fx.Node | None] = {}
+
+    def of(self, node: fx.Node) -> fx.Node | None:
+        """The parameter's gradient that a value is on its way to and nothing else, through ops on it alone."""
+        if node not in self._found:
+            found: fx.Node | None = None
+            if node in self.names:
+                found = node if all(user.op == "output" for user in node.users) else None
+            elif len(node.users) == 1:
+                (user,) = node.users
+                if user.op == "call_function" and len(user.all_input_nodes) == 1 and not is_getitem(user):
+                    found = self.of(user)
+            self._found[node] = found
+        return self._found[node]
+
+    def is_late(self, item: Run | Move) -> bool:
+        """Whether an item works on finished gradients alone."""
+        if isinstance(item, Move):
+            return item.stores or (item.reader is not None and self.of(item.value) is not None)
+        operands = item.node.all_input_nodes
+        return bool(operands) and all(self.of(operand) is not None for operand in operands)
+
+
+def _levels(items: Sequence[T]) -> Iterable[list[T]]:
+    """Items in as few groups as their order allows: what brings or makes a value comes before what reads it."""
+    made: dict[fx.Node, int] = {}
+    levels: dict[int, list[T]] = {}
+    for item in items:
+        reads = item.node.all_input_nodes if isinstance(item, Run) else [item.value]  # type: ignore[attr-defined]
+        level = max((made[node] + 1 for node in reads if node in made), default=0)
+        made[item.node if isinstance(item, Run) else item.value] = level  # type: ignore[attr-defined]
+        levels.setdefault(level, []).append(item)
+    return [levels[level] for level in sorted(levels)]
+
+
+def _numbered(items: Sequence[Run | Move], numbers: Iterable[int]) -> list[Run | Move]:
+    """Items that do not read one another: those that go together side by side."""
+    fresh: Callable[[], int] = iter(numbers).__next__
+    groups: dict[object, list[Move]] = {}
+    rest: list[Run | Move] = []
+    for item in items:
+        if isinstance(item, Move) and item.steps and all(step.kind in TOGETHER for step in item.steps):
+            kind = tuple((step.kind, step.axes, step.op) for step in item.steps)
+            groups.setdefault((kind, item.value.meta["val"].dtype), []).append(item)
+        else:
+            rest.append(item)
+    found: list[Run | Move] = []
+    for members in groups.values():
+        number = fresh()
+        found += [replace(member, bucket=number) for member in members]
+    return found + rest

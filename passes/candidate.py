@@ -1,0 +1,301 @@
+"""What a training run is set to, and what it costs: schedules at full depth, and formulas for what no plan does yet.
+
+A `Setup` that plans can do (state sharding with tensor parallelism, accumulation, recompute) is a played schedule and
+nothing else. What no plan does yet (pipeline stages, context parallelism, ZeRO-1/2, fp8 products, offload) is priced on
+top of a played replica, and says so in `priced_only`.
+
+    replica      one data-parallel rank's stages: layers as scheduled, spread over the pipeline
+    state        gradients reduced behind the last backward, parameters gathered behind the first forward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from costmodel import offload, pipeline
+from costmodel.collectives import collective_s
+from costmodel.hardware import Hardware, topology
+from costmodel.memory import OptimizerSpec
+from passes.depth import Profile
+from passes.recompute import Mode
+
+State = Literal["zero0", "zero1", "zero2", "zero3"]
+
+_CAST_BYTES = 2.0
+"""Each tensor that layers multiply is an operand of two products: it is read in 2 bytes, and written in 1 as it is and
+in 1 transposed, 4 for both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Ranks per kind of parallelism, and how a step runs. `state`: what the data-parallel ranks shard: nothing, the
+    optimizer (zero1), gradients too (zero2), parameters too (zero3, FSDP)."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    virtual: int = 1
+    micro_batch: int = 1
+    accumulate: int = 1
+    recompute: Mode = "pointwise"
+    whole_blocks: bool = False
+    """With full recompute: layers are run again to their end, collectives too, as activation checkpointing does. Plans
+    run again only what backward reads."""
+    state: State = "zero3"
+    fp8: bool = False
+    offload: bool = False
+    tp_overlap: bool = False
+    """Tensor parallelism's collectives run in parts beside the products they feed (`_hidden_by_parts`)."""
+    gradient_bytes: int = 2
+    overlap: bool = True
+    """Whether a replica's gradient reduction runs behind backward, where the state is not zero3."""
+
+    @property
+    def ranks(self) -> int:
+        return self.dp_replicate * self.dp_shard * self.tp * self.pp * self.cp
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that see different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def global_batch(self) -> int:
+        return self.data_ranks * self.micro_batch * self.accumulate
+
+    @property
+    def priced_only(self) -> tuple[str, ...]:
+        """What of it no plan does yet."""
+        found = []
+        if self.pp > 1:
+            found.append("pipeline")
+        if self.cp > 1:
+            found.append("context parallelism")
+        if self.state in ("zero1", "zero2"):
+            found.append(f"ZeRO-{self.state[-1]}")
+        if self.fp8:
+            found.append("fp8")
+        if self.offload:
+            found.append("offload")
+        if self.tp_overlap:
+            found.append("overlapped tensor parallelism")
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds and bytes of one rank, the busiest stage's; `seconds` and `bytes` add up to the two totals."""
+
+    setup: Setup
+    step_s: float
+    peak_bytes: float
+    seconds: Mapping[str, float]
+    bytes: Mapping[str, float]
+
+
+class Profiler(Protocol):
+    """Gives schedules at full depth."""
+
+    @property
+    def hardware(self) -> Hardware:
+        """What they run on."""
+
+    @property
+    def optimizer(self) -> OptimizerSpec:
+        """What the optimizer keeps."""
+
+    def profile(self, setup: Setup, *, replica: bool) -> Profile:
+        """Of the setup's mesh; `replica`: of one data-parallel rank and one context-parallel part alone."""
+
+
+def estimate(setup: Setup, profiler: Profiler) -> Estimate:
+    """Price `setup`."""
+    if setup.pp == setup.cp == 1 and setup.state == "zero3":
+        return _sharded(setup, profiler)
+    return _replicated(setup, profiler)
+
+
+def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
+    """Seconds and bytes that a plan's setup cannot go below: its replica's step with nothing computed again and state
+    that costs no communication; its share of the state at rest, and what the layers keep."""
+    found = profiler.profile(replace(setup, recompute="pointwise"), replica=True)
+    whole, spec = found.whole, profiler.optimizer
+    update_s = whole["optimizer_s"] / setup.dp_shard
+    per_param = whole["bytes"] / whole["elements"] + spec.state_bytes_per_param + spec.master_bytes_per_param
+    kept = found.layers * (found.layer("boundary") if setup.recompute == "full" else found.saved_bytes)
+    return setup.accumulate * whole["micro_s"] + update_s, whole["elements"] * per_param / setup.dp_shard + kept
+
+
+def _rest_again_s(setup: Setup, found: Profile) -> float:
+    """What a layer's forward holds beyond what backward computes again."""
+    if not setup.whole_blocks or setup.recompute != "full":
+        return 0.0
+    kinds = ("matmul", "attention", "other")
+    rest = sum(found.layer(f"compute.forward.{k}") - found.layer(f"compute.again.{k}") for k in kinds)
+    return max(0.0, rest) + found.layer_total("exposed.activation.forward.")
+
+
+def _hidden_by_parts_s(setup: Setup, found: Profile) -> float:
+    """Per layer, what is hidden of its activations' collectives where each goes in `tp` parts around the ring, and all
+    but the first run beside a product of the part before."""
+    if not setup.tp_overlap or setup.tp == 1:
+        return 0.0
+    exposed_s = found.layer_total("exposed.activation.")
+    return min(exposed_s, found.layer_total("compute.forward.matmul")) * (1 - 1 / setup.tp)
+
+
+def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
+    """State sharded over the batch axes, gathered for every micro-batch: the schedule itself."""
+    found = profiler.profile(setup, replica=False)
+    whole = found.whole
+    again_s = found.layers * _rest_again_s(setup, found)
+    micro_s = whole["micro_s"] + again_s
+    casts_s = _casts_s(setup, found, profiler.hardware) if setup.fp8 else 0.0
+    update_s = whole["optimizer_s"]
+    seconds = {
+        "compute": found.total("compute.forward.") + found.total("compute.backward."),
+        "recompute": found.total("compute.again.") + again_s,
+        "slowed": whole["slowed_s"],
+        "casts": casts_s,
+        "exposed state": found.total("exposed.parameter.") + found.total("exposed.gradient."),
+        "exposed activations": found.total("exposed.activation."),
+    }
+    seconds = {name: setup.accumulate * value for name, value in seconds.items()}
+    seconds["optimizer"] = update_s
+    bytes_ = _at_rest(whole, setup, 1, profiler.optimizer)
+    peak = found.peak_bytes
+    rest_now = whole["rest"]
+    if setup.offload:
+        seconds["optimizer"] = offload.host_update_s(whole["stored"], profiler.hardware)
+        peak -= bytes_.pop("optimizer")
+        rest_now = sum(bytes_.values())
+    step = setup.accumulate * (micro_s + casts_s) + seconds["optimizer"]
+    seconds["between"] = max(0.0, step - sum(seconds.values()))
+    bytes_["activations and working"] = max(0.0, peak - rest_now)
+    return Estimate(setup, step, peak, seconds, bytes_)
+
+
+def _at_rest(whole: Mapping[str, float], setup: Setup, stages: int, spec: OptimizerSpec) -> dict[str, float]:
+    per_param = spec.state_bytes_per_param + spec.master_bytes_per_param
+    found = {"parameters": whole["bytes"] / whole["elements"] * whole["stored"] / stages}
+    found["optimizer"] = whole["stored"] * per_param / stages
+    if setup.accumulate > 1:
+        found["gradients"] = found["parameters"]
+    return found
+
+
+def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
+    """Parameters whole on every data-parallel rank (but for tensor parallelism), layers spread over stages."""
+    hardware, spec = profiler.hardware, profiler.optimizer
+    found = profiler.profile(setup, replica=True)
+    outside = found.outside
+    layers, stages, micro = max(1, found.layers), setup.pp, setup.accumulate
+    ring_s, attention_s = _context(setup, found, hardware)
+    layer_s = found.layer("micro_s") + attention_s + ring_s + _rest_again_s(setup, found)
+    layer_s -= _hidden_by_parts_s(setup, found)
+    casts_s = _casts_s(setup, found, hardware) if setup.fp8 else 0.0
+    layer_s += casts_s / layers
+    outside_s = outside["micro_s"]
+    slowest_s = pipeline.slowest_stage_s(layers, layer_s, outside_s, stages)
+    average_s = (layers * layer_s + outside_s) / stages
+    inner = setup.tp * setup.cp * setup.data_ranks
+    message = found.layer("boundary")
+    mesh = topology(hardware, {"pp": stages, "inner": inner})
+    message_s = collective_s("send_recv", message, (0,), mesh) if stages > 1 else 0.0
+    passed_s, bubble_s, messages_s = pipeline.step_s(micro, slowest_s, average_s, message_s, stages, setup.virtual)
+    # the busiest stage's share of the parameters
+    share = max(-(-layers // stages) / layers, 1 / stages)
+    elements = (found.layer("elements") * layers * share) + (outside["elements"] * (1.0 if stages == 1 else 0.5))
+    reduce_s, gather_s, update_s = _state(setup, elements, found, slowest_s, hardware, spec)
+    step = passed_s + reduce_s + gather_s + update_s
+    seconds = {
+        "compute": micro * slowest_s,
+        "bubble": bubble_s,
+        "messages": messages_s,
+        "exposed state": reduce_s + gather_s,
+        "optimizer": update_s,
+    }
+    bytes_ = _replica_bytes(setup, found, elements, spec, stages)
+    return Estimate(setup, step, sum(bytes_.values()), seconds, bytes_)
+
+
+def _context(setup: Setup, found: Profile, hardware: Hardware) -> tuple[float, float]:
+    """Per layer and micro-batch: exposed ring messages, and attention over the keys of other ranks.
+
+    A profile with context parallelism is of one part of the sequence. Its queries meet `cp` times as many keys, causal
+    or not (parts are balanced). Keys and values go around the ring once forward, and twice as much backward.
+    """
+    if setup.cp == 1:
+        return 0.0, 0.0
+    forward_s = found.layer("compute.forward.attention")
+    attention_s = forward_s + found.layer("compute.backward.attention") + found.layer("compute.again.attention")
+    mesh = topology(hardware, {"cp": setup.cp, "tp": setup.tp})
+    part = found.layer("keys")
+    ring_s = 0.0
+    for passes, compute_s in ((1, forward_s), (2, attention_s - forward_s)):
+        hop_s = collective_s("send_recv", passes * part, (0,), mesh)
+        ring_s += (setup.cp - 1) * max(0.0, hop_s - compute_s)
+    return ring_s, (setup.cp - 1) * attention_s
+
+
+def _casts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
+    """Casts to fp8 of the layers' operands, each once per product."""
+    moved = _CAST_BYTES * found.layers * found.layer("operands")
+    return moved / (hardware.device.memory_bytes_per_s * hardware.device.memory_efficiency)
+
+
+def _state(
+    setup: Setup, elements: float, found: Profile, stage_s: float, hardware: Hardware, spec: OptimizerSpec
+) -> tuple[float, float, float]:
+    """Exposed seconds of gradient reduction and of parameters' gathers, and the update, once per step."""
+    ranks = setup.data_ranks * setup.cp
+    update_s = found.whole["optimizer_s"] * elements / found.whole["elements"]
+    if setup.state != "zero0":
+        update_s /= ranks
+    if setup.offload:
+        update_s = offload.host_update_s(elements / (ranks if setup.state != "zero0" else 1), hardware)
+    if ranks == 1:
+        return 0.0, 0.0, update_s
+    mesh = topology(hardware, {"pp": setup.pp, "dp": setup.data_ranks, "cp": setup.cp, "tp": setup.tp})
+    axes, item = (1, 2), found.whole["bytes"] / found.whole["elements"]
+    gradients = elements * setup.gradient_bytes
+    if setup.state == "zero0":
+        reduce_s, gather_s = collective_s("all_reduce", gradients, axes, mesh), 0.0
+    else:
+        reduce_s = collective_s("reduce_scatter", gradients, axes, mesh)
+        gather_s = collective_s("all_gather", elements * item, axes, mesh)
+    if not setup.overlap:
+        return reduce_s, gather_s, update_s
+    layers = max(1.0, found.layers / setup.pp)
+    backward_s, forward_s = stage_s * 2 / 3, stage_s / 3
+    # the last layer's gradients and the first one's parameters have nothing to hide behind
+    return (
+        max(reduce_s - backward_s, reduce_s / layers),
+        max(gather_s - forward_s, gather_s / layers),
+        update_s,
+    )
+
+
+def _replica_bytes(setup: Setup, found: Profile, elements: float, spec: OptimizerSpec, stages: int) -> dict[str, float]:
+    whole, layers = found.whole, max(1, found.layers)
+    item = whole["bytes"] / whole["elements"]
+    ranks = setup.data_ranks * setup.cp
+    sharded = ranks if setup.state != "zero0" else 1
+    states = elements * (spec.state_bytes_per_param + spec.master_bytes_per_param) / sharded
+    gradients = elements * setup.gradient_bytes / (ranks if setup.state == "zero2" else 1)
+    saved = found.layer("boundary") if setup.whole_blocks and setup.recompute == "full" else found.saved_bytes
+    flight = pipeline.in_flight(stages, setup.accumulate, setup.virtual)
+    kept = saved * -(-layers // stages) * flight
+    head = found.outside["alive.forward"] - found.outside["rest"]
+    working = max(0.0, found.whole["alive.last layers"] - whole["rest"] - layers * saved)
+    return {
+        "parameters": elements * item,
+        "gradients": gradients,
+        "optimizer": 0.0 if setup.offload else states,
+        "activations": kept,
+        "working": max(working, head) if stages == 1 else max(0.0, min(working, head) if head > 0 else working),
+    }

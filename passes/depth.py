@@ -1,0 +1,174 @@
+"""Costs of a deep model from a few shallow ones: everything a schedule tells, as numbers that are linear in depth.
+
+    sample(space, assignment, schedule)     numbers of one depth, by name
+    Profile                                 numbers of the whole model, and of what no repeated layer is part of
+
+The peak of memory is not linear in depth, but the bytes alive at a given place of the step are: each place is a number
+of its own, and the peak is their largest (`peak_bytes`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from passes.moves import Run
+from passes.price import option_local_shapes
+from passes.schedule import Schedule
+from passes.space import Space
+from passes.strategies import StoredOption
+from passes.tracks import Tracks, tracks
+from passes.words import Words
+from passes.work import work_of
+
+PLACES = ("forward", "last layers", "first layers", "end")
+"""Where memory may peak: until backward reaches a repeated layer; in the last two of them; in the first two; after."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One micro-batch on one rank, at full depth; seconds, bytes and counts by name (`NAMES`)."""
+
+    layers: int
+    whole: Mapping[str, float]
+    outside: Mapping[str, float]
+
+    def layer(self, name: str) -> float:
+        """Of one repeated layer, on average."""
+        return (self.whole.get(name, 0.0) - self.outside.get(name, 0.0)) / self.layers if self.layers else 0.0
+
+    def total(self, prefix: str) -> float:
+        """Sum over the names that begin so."""
+        return sum(max(0.0, value) for name, value in self.whole.items() if name.startswith(prefix))
+
+    def layer_total(self, prefix: str) -> float:
+        """Of one layer, the sum over the names that begin so."""
+        return sum(self.layer(name) for name in self.whole if name.startswith(prefix))
+
+    @property
+    def saved_bytes(self) -> float:
+        """Activations that one layer keeps for backward."""
+        return self.layer("alive.forward") - self.layer("rest")
+
+    @property
+    def peak_bytes(self) -> float:
+        """The largest over the places."""
+        return max(self.whole.get(f"alive.{place}", 0.0) for place in PLACES)
+
+    @property
+    def peak_place(self) -> str:
+        """Where that is."""
+        return max(PLACES, key=lambda place: self.whole.get(f"alive.{place}", 0.0))
+
+
+def profile(samples: Sequence[Mapping[str, float]], weights: Sequence[float], outside: Sequence[float],
+            layers: int) -> Profile:  # fmt: skip
+    """The whole as weighted sums of `samples`; see `autopar.shallow`."""
+    names = {name for sample_ in samples for name in sample_}
+
+    def combined(shares: Sequence[float]) -> dict[str, float]:
+        return {name: sum(w * s.get(name, 0.0) for w, s in zip(shares, samples, strict=True)) for name in names}
+
+    return Profile(layers, combined(weights), combined(outside))
+
+
+def sample(space: Space, assignment: Sequence[int], schedule: Schedule) -> dict[str, float]:
+    """The numbers of one played plan, of one micro-batch but for `optimizer_s` and what is alive.
+
+    seconds     micro_s, forward_s, optimizer_s, slowed_s; compute.PHASE.KIND (PHASE "again": forward ops that run again
+                in backward); exposed.ROLE.PHASE.GROUP, hidden.ROLE.PHASE.GROUP
+    bytes       alive.PLACE, rest (all step long), boundary (what one layer passes to the next), keys (attention's keys
+                and values)
+    counts      elements (of parameters on this rank in compute), stored (at rest), operands (of matrix products)
+    """
+    found: dict[str, float] = defaultdict(float)
+    words, laid = Words(space), tracks(space, assignment)
+    found["micro_s"], found["forward_s"] = schedule.micro_batch_s, schedule.forward_s
+    found["optimizer_s"], found["slowed_s"] = schedule.optimizer_s, schedule.contention_s
+    for index, item in enumerate(laid.items):
+        if isinstance(item, Run):
+            cost = laid.costs[item.site]
+            phase = "again" if item.again else item.phase
+            found[f"compute.{phase}.{cost.kind}"] += cost.seconds
+            if cost.kind == "attention" and phase == "forward":
+                found["keys"] += sum(laid.slots[slot].bytes for slot in laid.reads[index][1:3])
+    for each in schedule.collectives:
+        end = f"{each.role}.{each.phase}.{each.group}"
+        found[f"exposed.{end}"] += each.exposed_s
+        found[f"hidden.{end}"] += each.hidden_s
+    _alive(found, schedule)
+    _counts(found, space, assignment)
+    _between(found, space, words, laid)
+    return dict(found)
+
+
+_ALWAYS = ("parameters", "buffers", "inputs", "optimizer")
+"""Kinds of memory that are there all step long."""
+
+
+def _alive(found: dict[str, float], schedule: Schedule) -> None:
+    found["rest"] = sum(schedule.memory.by_kind.get(kind, 0) for kind in _ALWAYS)
+    backward = [start for phase, layer, start in schedule.layers if phase == "backward" and layer]
+    entered = [
+        start
+        for i, (phase, layer, start) in enumerate(schedule.layers)
+        if phase == "backward" and layer and (i == 0 or schedule.layers[i - 1][1] != layer)
+    ]
+    if not backward or len(entered) < 3:
+        bounds = [math.inf, math.inf, math.inf]
+    else:
+        after = [s for phase, layer, s in schedule.layers if phase == "backward" and not layer and s > backward[-1]]
+        bounds = [entered[0], entered[2], min(after, default=math.inf)]
+        first = entered[-2]
+    for moment, alive in schedule.memory.timeline:
+        if moment < bounds[0]:
+            place = PLACES[0]
+        elif moment >= bounds[2] or moment >= schedule.micro_batch_s:
+            place = PLACES[3]
+        elif moment >= first:
+            place = PLACES[2]
+        else:
+            place = PLACES[1]
+        found[f"alive.{place}"] = max(found[f"alive.{place}"], alive)
+        if place == PLACES[1] and moment >= first:
+            found[f"alive.{PLACES[2]}"] = max(found[f"alive.{PLACES[2]}"], alive)
+
+
+def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) -> None:
+    sizes = space.topology.sizes
+    for index, site in enumerate(space.sites):
+        option = site.options[assignment[index]]
+        if isinstance(option, StoredOption):
+            if site.kind in ("stored", "given") and site.given is not None and site.given.kind == "parameter":
+                computed = math.prod(option.storage.computed_shape(sizes)) * site.count
+                found["elements"] += computed
+                found["bytes"] += computed * site.itemsize
+                found["stored"] += math.prod(option.storage.padded_shape(sizes)) * site.count
+            continue
+        assert site.call is not None
+        operands, results = option_local_shapes(site, option, sizes)
+        work = work_of(site.call, operands, results)
+        if work.kind == "matmul":
+            found["operands"] += work.batch * (work.m * work.k + work.k * work.n) * site.count
+            found["products"] += work.flops * site.count
+
+
+def _between(found: dict[str, float], space: Space, words: Words, laid: Tracks) -> None:
+    """Bytes of activations that repeated layers read from the layer before them."""
+    seen: set[tuple[str, int]] = set()
+    for index, item in enumerate(laid.items):
+        if not isinstance(item, Run) or item.phase != "forward":
+            continue
+        here = words.layer(item.node.meta.get("module", ""))
+        if not here:
+            continue
+        for slot in laid.reads[index]:
+            made = laid.slots[slot]
+            if made.producer < 0 or made.gathered or (here, slot) in seen:
+                continue
+            seen.add((here, slot))
+            other = words.layer(made.node.meta.get("module", ""))
+            if other and other != here:
+                found["boundary"] += made.bytes

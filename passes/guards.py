@@ -1,0 +1,99 @@
+"""What a captured graph takes for granted about its inputs, and whether it holds for others.
+
+A model may read a value while it is captured: `.item()`, a branch, the size of `nonzero`. The graph holds what the
+example inputs gave. `Guards` compute these values again from other inputs, on one device and by the model's own ops:
+
+    whole inputs (and buffers) -guards.graph-> results -compared-> the values that no longer hold
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from passes.program import Fixed, Guards, Input
+
+
+@dataclass(frozen=True)
+class Read:
+    """A read as the tracer saw it: `target(*args)` on nodes of its graph, or a node's own result."""
+
+    node: fx.Node | None
+    target: Any
+    args: Any
+    kwargs: Any
+    fixed: Fixed
+
+
+def guards_of(
+    root: torch.nn.Module, reads: Sequence[Read], inputs: Mapping[fx.Node, Input], changed: Collection[str]
+) -> Guards | None:
+    """The reads that follow from the user's inputs, or from buffers that the step changes (named in `changed`)."""
+    graph, copies, names, kept = fx.Graph(), {}, [], []
+    for read in reads:
+        leaves = [read.node] if read.node is not None else _nodes((read.args, read.kwargs))
+        needed = _ancestors(leaves)
+        given = [inputs[node] for node in needed if node in inputs]
+        if any(i.kind == "input" or i.name in changed for i in given):
+            kept.append((read, needed))
+    if not kept:
+        return None
+    for node in {node: None for _, needed in kept for node in needed if node in inputs}:
+        copies[node] = graph.placeholder(node.name)
+        names.append(inputs[node].name)
+    results = []
+    for read, needed in kept:
+        for node in needed:
+            if node not in copies:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        if read.node is not None:
+            results.append(copies[read.node])
+        else:
+            args, kwargs = fx.map_arg((read.args, read.kwargs), copies.__getitem__)
+            results.append(graph.call_function(read.target, args, kwargs))
+    graph.output(tuple(results))
+    graph.eliminate_dead_code()
+    return Guards(fx.GraphModule(root, graph), tuple(names), tuple(read.fixed for read, _ in kept))
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node)]
+
+
+def _ancestors(leaves: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes that `leaves` follow from and they themselves, in an order in which they can run."""
+    order: dict[fx.Node, None] = {}
+    stack = [(node, False) for node in leaves]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            order[node] = None
+        elif node not in order:
+            stack.append((node, True))
+            stack.extend((parent, False) for parent in node.all_input_nodes)
+    return list(order)
+
+
+def shapes(value: Any) -> Any:
+    """The shape of a tensor, or of each of several."""
+    return pytree.tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, value)
+
+
+def broken(guards: Guards, values: Mapping[str, Tensor]) -> list[Fixed]:
+    """What no longer holds for the inputs and buffers `values`, whole ones by name."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        found = guards.graph(*(values[name] for name in guards.inputs))
+    return [fixed for fixed, value in zip(guards.fixed, found, strict=True) if not _holds(fixed, value)]
+
+
+def _holds(fixed: Fixed, value: Any) -> bool:
+    if fixed.is_shape:
+        return bool(shapes(value) == fixed.value)
+    if isinstance(value, Tensor):
+        return torch.equal(value.cpu(), fixed.value)
+    return bool(value == fixed.value) or (value != value and fixed.value != fixed.value)

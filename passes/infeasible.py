@@ -1,0 +1,233 @@
+"""Why no plan fits, and what would: the smallest set of constraints that conflict, and plans near the one asked for.
+
+What a user asks for is a set of constraints: the budget, a strategy, pins, layouts that parameters already have, a way
+to recompute. A subset conflicts where no plan satisfies all of it. Subsets are tried from the smallest up, so the first
+that conflicts is a smallest one. Then each change that a user could make is planned: to let go of one constraint, the
+same ranks as another mesh, fewer sequences at a time, more ranks. Every figure is that of a plan that was played.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from costmodel.hardware import topology
+from costmodel.memory import OPTIMIZERS, gib
+from passes.errors import NoFeasiblePlanError
+from passes.pins import Pin
+from passes.program import Program
+from passes.proposals import SIMPLEST_FIRST, Candidate, PaddingsOf, Request, Search, best, smallest
+
+Smaller = Callable[[int], Program | None]
+"""A divisor -> the program of a batch that many times smaller; None where the batch cannot be divided so."""
+
+_BUDGET = "the memory budget"
+_DIVISORS = (2, 4, 8, 16)
+_MORE_RANKS = (2, 4, 8)
+_MESHES = 3
+"""How many other shapes of the mesh are planned at most."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A change after which a plan fits, and that plan."""
+
+    change: str
+    plan: Candidate
+
+    def __str__(self) -> str:
+        made = self.plan.schedule
+        again = "" if self.plan.recompute == "pointwise" else f", recompute {self.plan.recompute!r}"
+        how = f"{self.plan.strategy}{again}"
+        return f"{self.change}: {gib(made.peak_memory_bytes)}, {made.step_time_s * 1e3:.3g} ms per step ({how})"
+
+
+def why_nothing_fits(
+    asked: Search, found: Sequence[Candidate], reasons: Mapping[str, str], smaller: Smaller | None = None
+) -> NoFeasiblePlanError:
+    """The error for `asked`, of which `found` are the candidates (none fits) and `reasons` why a strategy has none."""
+    asked.progress("nothing fits: looking for what would")
+    asked = replace(asked, progress=lambda stage: None, most=1)
+    constraints = _constraints(asked.request)
+    conflict = _conflict(asked, constraints)
+    names = [_named(name, asked) for name in conflict]
+    ways = list(_let_go(asked, constraints, conflict))
+    if _BUDGET in conflict:
+        ways += _other_meshes(asked)
+        ways += [way for way in (_smaller_batch(asked, smaller), _more_ranks(asked)) if way is not None]
+    parts = [what_is_needed(asked, found, reasons)]
+    if len(names) > 1:
+        parts.append(f"What conflicts: {', '.join(names[:-1])} and {names[-1]}; any one less would do.")
+    changes = [str(way) for way in ways]
+    if found and _BUDGET in conflict:
+        needed = smallest(found).schedule.peak_memory_bytes
+        changes.append(f"Options(memory_budget={needed}), if the device has that much")
+    if changes:
+        parts.append(f"What would fit: {'; '.join(changes)}.")
+    return NoFeasiblePlanError(" ".join(parts), tuple(names), tuple(changes))
+
+
+def _constraints(request: Request) -> dict[str, Callable[[Request], Request]]:
+    """What was asked for, by name, with what lets go of it; the budget last."""
+    found: dict[str, Callable[[Request], Request]] = {}
+    if request.recompute != "auto":
+        found[f"recompute={request.recompute!r}"] = lambda r: replace(r, recompute="auto")
+    if request.strategy != "auto":
+        found[f"strategy={request.strategy!r}"] = lambda r: replace(r, strategy="auto")
+    for pattern, pin in request.pins.items():
+        wanted = pin if isinstance(pin, Pin) else Pin(pin)
+        name = f"the pin {pattern!r}: {wanted}"
+        found[name] = lambda r, p=pattern: replace(r, pins={k: v for k, v in r.pins.items() if k != p})  # type: ignore[misc]
+    if request.stored is not None:
+        found["the layouts that the parameters have"] = lambda r: replace(r, stored=None)
+    return {_BUDGET: lambda r: r, **found}
+
+
+def _named(constraint: str, asked: Search) -> str:
+    return f"{_BUDGET} of {gib(asked.budget)}" if constraint == _BUDGET else constraint
+
+
+def _keeping(
+    asked: Search, constraints: Mapping[str, Callable[[Request], Request]], kept: Sequence[str]
+) -> Candidate | None:
+    """A plan that fits, with all constraints but those `kept` let go of."""
+    request = asked.request
+    for name, let_go in constraints.items():
+        if name not in kept:
+            request = let_go(request)
+    return _planned(replace(asked, request=request, budget=asked.budget if _BUDGET in kept else math.inf))
+
+
+def _conflict(asked: Search, constraints: Mapping[str, Callable[[Request], Request]]) -> tuple[str, ...]:
+    """A smallest set of constraints that no plan satisfies together; those given all conflict."""
+    names = list(constraints)
+    for size in range(1, len(names)):
+        for kept in combinations(names, size):
+            if _keeping(asked, constraints, kept) is None:
+                return kept
+    return tuple(names)
+
+
+def _planned(asked: Search) -> Candidate | None:
+    """A plan that fits, quickly: the strategies by hand first, the search where they do not do."""
+    request = asked.request
+    if _least_bytes(asked) > asked.budget:
+        return None
+    stored = request.stored is not None
+    names = SIMPLEST_FIRST if request.strategy == "auto" and not stored else (request.strategy,)
+    found: list[Candidate] = []
+    for name in names:
+        if name == "auto" and best(found, asked.budget) is not None:
+            break
+        try:
+            found += asked.candidates(name)
+        except NoFeasiblePlanError:
+            continue
+    return best(found, asked.budget)
+
+
+def _least_bytes(asked: Search) -> float:
+    """What every plan keeps on some rank: parameters and their optimizer states, spread over all ranks."""
+    spec = OPTIMIZERS[asked.request.optimizer]
+    total = 0.0
+    for place in asked.paddings.under(asked.request.strategy).whole.places:
+        if place.given is not None and place.given.kind == "parameter":
+            states = spec.state_bytes_per_param if place.given.requires_grad else 0.0
+            total += math.prod(map(math.prod, place.dims)) * place.count * (place.itemsize + states)
+    return total / asked.topology.ranks
+
+
+def _let_go(
+    asked: Search, constraints: Mapping[str, Callable[[Request], Request]], conflict: Sequence[str]
+) -> Iterator[Way]:
+    """Without one of the constraints that conflict, all others kept."""
+    for name in conflict:
+        if name == _BUDGET:
+            continue
+        plan = _keeping(asked, constraints, [other for other in constraints if other != name])
+        if plan is not None:
+            yield Way(f"without {name}", plan)
+
+
+def _on(asked: Search, sizes: Sequence[int]) -> Candidate | None:
+    """A plan on a mesh of other sizes; None where none fits, or where the batch cannot be split so."""
+    names = [axis.name for axis in asked.topology.axes]
+    mesh = topology(asked.topology.hardware, tuple(zip(names, sizes, strict=True)))
+    try:
+        paddings = asked.paddings.on(mesh.sizes, asked.batch_axes)
+        return _planned(replace(asked, topology=mesh, paddings=paddings))
+    except ValueError:  # a batch or a pinned dim that these sizes do not divide
+        return None
+
+
+def _mesh_text(asked: Search, sizes: Sequence[int]) -> str:
+    return " x ".join(f"{axis.name}={size}" for axis, size in zip(asked.topology.axes, sizes, strict=True))
+
+
+def _other_meshes(asked: Search) -> list[Way]:
+    """The same ranks and batch with a factor of two moved between axes, once or twice; the best first."""
+    if asked.request.stored is not None:
+        return []
+    sizes = asked.topology.sizes
+    shapes: dict[tuple[int, ...], None] = {}
+    for factor in (2, 4, 8):
+        for source in range(len(sizes)):
+            for target in range(len(sizes)):
+                if source != target and sizes[source] % factor == 0:
+                    moved = list(sizes)
+                    moved[source] //= factor
+                    moved[target] *= factor
+                    shapes.setdefault(tuple(moved))
+    ways: list[Way] = []
+    for shape in list(shapes)[: 2 * _MESHES]:
+        if len(ways) < _MESHES and (plan := _on(asked, shape)) is not None:
+            ways.append(Way(f"the mesh {_mesh_text(asked, shape)}", plan))
+    return sorted(ways, key=lambda way: way.plan.schedule.step_time_s)[:1]
+
+
+def _smaller_batch(asked: Search, smaller: Smaller | None) -> Way | None:
+    for divisor in _DIVISORS if smaller is not None else ():
+        assert smaller is not None
+        program = smaller(divisor)
+        if program is None:
+            return None
+        try:
+            paddings = PaddingsOf(program, asked.topology.sizes, asked.batch_axes)
+            plan = _planned(replace(asked, paddings=paddings))
+        except ValueError:
+            return None
+        if plan is not None:
+            return Way(f"a batch per rank {divisor} times smaller", plan)
+    return None
+
+
+def _more_ranks(asked: Search) -> Way | None:
+    """The same global batch on more ranks."""
+    if asked.request.stored is not None:
+        return None
+    sizes = asked.topology.sizes
+    axes = [*reversed(asked.batch_axes), *(a for a in range(len(sizes)) if a not in asked.batch_axes)]
+    for factor in _MORE_RANKS:
+        for axis in axes:
+            shape = [size * (factor if a == axis else 1) for a, size in enumerate(sizes)]
+            if (plan := _on(asked, shape)) is not None:
+                ranks = math.prod(shape)
+                return Way(f"the same global batch on {ranks} ranks, as {_mesh_text(asked, shape)}", plan)
+    return None
+
+
+def what_is_needed(asked: Search, found: Sequence[Candidate], reasons: Mapping[str, str]) -> str:
+    """What the smallest plan takes, and what of it is largest; or why there is none at all."""
+    if not found:
+        return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    nearest = smallest(found)
+    schedule = nearest.schedule
+    needed, top = schedule.peak_memory_bytes, schedule.memory.top[0]
+    kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in schedule.memory.by_kind.items() if size > needed // 1000)
+    return (
+        f"no plan fits in {gib(asked.budget)} per device: the smallest found ({nearest.strategy}, recompute "
+        f"{nearest.recompute!r}) needs {gib(needed)}, {gib(needed - asked.budget)} too much, at "
+        f"{schedule.peak_moment}. By kind: {kinds}. Largest tensor: {top.name} ({gib(top.bytes)})."
+    )

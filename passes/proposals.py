@@ -1,0 +1,245 @@
+"""Candidates for a plan: under each strategy, and each way to compute again what does not fit, what the solver proposes
+and the schedule makes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from costmodel.hardware import Topology
+from costmodel.memory import OPTIMIZERS
+from passes.analysis import analyse
+from passes.errors import NoFeasiblePlanError
+from passes.fusion import Fused
+from passes.local import Storage
+from passes.pad import Pad
+from passes.plan import without
+from passes.price import Budgeted, price
+from passes.program import Program
+from passes.recompute import Mode, recomputation
+from passes.routing import has_routed, route_by_blocks, token_parts
+from passes.schedule import Schedule, play
+from passes.solve import Solution, solve
+from passes.space import Pin, Space, search_space
+from passes.uneven import Padding, Paddings, stored_pads, uneven_dims, used_pads
+
+Progress = Callable[[str], None]
+SIMPLEST_FIRST = ("ddp", "fsdp", "megatron", "auto")
+_TIE = 1e-3
+"""Relative step time within which the simpler plan is taken."""
+_HIDDEN_SHARES = (1.0, 0.3, 0.05)
+"""What `auto` counts of the time that state gathers and gradient reductions take: all of it, or what often stays
+exposed behind compute, or next to nothing. Each gives a proposal; the schedule judges them."""
+_AUTO: tuple[Mode, ...] = ("pointwise", "selective", "full")
+"""What `recompute="auto"` tries, each only where the one before does not fit at its fastest: to compute pointwise ops
+again costs next to nothing, as they fuse with what reads them."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is asked for, beside the program and the mesh.
+
+    `budget_bytes`: per device; None: what the hardware has, less its reserve.
+    `recompute`: a mode of `passes/recompute.py`, or "auto": the least that fits. `compiled`: whether the step runs
+    compiled, which takes less memory. `stored`: parameters that already lie somewhere.
+    """
+
+    strategy: str = "auto"
+    budget_bytes: int | None = None
+    optimizer: str = "adamw"
+    accumulate: int = 1
+    recompute: Mode | Literal["auto"] = "auto"
+    compiled: bool = True
+    pins: Mapping[str, Pin] = field(default_factory=dict)
+    stored: Mapping[str, Storage] | None = None
+    without: tuple[tuple[str, str], ...] = ()
+    """Choices ruled out: (place, option), as a plan's `decisions` has them."""
+
+    def budget_on(self, topology: Topology) -> int:
+        """Bytes that a device may use."""
+        return self.budget_bytes if self.budget_bytes is not None else int(topology.device.usable_bytes)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A solution under one strategy, and its step as played; `unbound`: the budget kept nothing from being faster."""
+
+    strategy: str
+    space: Space
+    assignment: tuple[int, ...]
+    solution: Solution
+    schedule: Schedule
+    unbound: bool
+    padding: Padding
+
+    @property
+    def recompute(self) -> Mode:
+        """What backward computes again."""
+        return self.space.recomputed.mode
+
+
+class PaddingsOf:
+    """The program's paddings under each strategy: routed experts depend on how many parts the tokens have.
+
+    `rules`: those of calls that no table knows, where they have been found (`Plan.rules`). `fused`: as in `analyse`.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        sizes: Sequence[int],
+        batch_axes: tuple[int, ...],
+        rules: Mapping[str, str] | None = None,
+        *,
+        fused: Fused = True,
+    ) -> None:
+        self._program, self._sizes, self._batch_axes = program, sizes, batch_axes
+        self._rules, self._fused = rules, fused
+        self._routed = has_routed(program)
+        self._known: dict[int, Paddings] = {}
+
+    @property
+    def program(self) -> Program:
+        """What they are paddings of."""
+        return self._program
+
+    def on(self, sizes: Sequence[int], batch_axes: tuple[int, ...]) -> PaddingsOf:
+        """The same program's on another mesh; what is analysed already is not analysed again."""
+        other = PaddingsOf(self._program, sizes, batch_axes, self._rules, fused=self._fused)
+        other._known = self._known
+        return other
+
+    def under(self, strategy: str) -> Paddings:
+        """The paddings that plans under `strategy` are made from."""
+        parts = token_parts(self._program, strategy, self._sizes, self._batch_axes) if self._routed else 1
+        if parts not in self._known:
+            whole = analyse(route_by_blocks(self._program, parts), self._rules, fused=self._fused)
+            self._known[parts] = Paddings(whole, self._rules, self._fused)
+        return self._known[parts]
+
+
+@dataclass(frozen=True)
+class Search:
+    """Candidates for one program and mesh; of each kind, `auto` makes `most` proposals at most."""
+
+    paddings: PaddingsOf
+    topology: Topology
+    batch_axes: tuple[int, ...]
+    request: Request
+    budget: float
+    progress: Progress = lambda stage: None
+    most: int = len(_HIDDEN_SHARES)
+
+    def candidates(self, name: str) -> list[Candidate]:
+        """Solutions under a strategy, the simplest first.
+
+        A named strategy pads what it wants to split and cannot otherwise. `auto` pads where that is faster, dim by dim.
+
+        Raises:
+            NoFeasiblePlanError: there is none.
+        """
+        paddings = self.paddings.under(name)
+        whole = paddings.whole
+        needed = stored_pads(whole, self.request.stored or {}, self.topology.sizes)
+        wanted = paddings.join(needed, uneven_dims(whole, self.topology.sizes, self.batch_axes, name))
+        if wanted == needed:
+            return self._solved(name, needed)
+        padded = self._tried(name, wanted)
+        if padded:
+            used = paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
+            padded = self._tried(name, used) if used != wanted else padded
+        if not padded or padded[0].padding.pads == needed:
+            return self._solved(name, needed)
+        if name != "auto":
+            return padded if best(padded, self.budget) else self._solved(name, needed)
+        plain = self._tried(name, needed)
+        chosen = best([*plain, *padded], self.budget)
+        for each in sorted(padded[0].padding.pads, key=lambda p: p.size / p.padded):
+            if chosen is not None and each in chosen.padding.pads and each not in needed:
+                fewer = tuple(p for p in chosen.padding.pads if p != each)
+                padded += self._tried(name, fewer, _HIDDEN_SHARES[:1])
+                chosen = best([*plain, *padded], self.budget)
+        return [*plain, *padded]
+
+    def _tried(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+        """Solutions with these dims padded; none where nothing fits, or a pin asks for what only others allow."""
+        try:
+            return self._solved(name, pads, shares)
+        except (NoFeasiblePlanError, ValueError):
+            return []
+
+    def _solved(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+        """Solutions with these dims padded, those that compute the least again first."""
+        request, padding = self.request, self.paddings.under(name).of(pads)
+        self.progress(f"solving {name}" + (f", {len(pads)} dims padded" if pads else ""))
+        modes = _AUTO if request.recompute == "auto" else (request.recompute,)
+        space = search_space(
+            padding.analysis.program,
+            self.topology,
+            self.batch_axes,
+            request.stored,
+            strategy=name,
+            pins=request.pins,
+            recompute=modes[0],
+            analysis=padding.analysis,
+        )
+        space = without(space, request.without)
+        shares = shares or _HIDDEN_SHARES[: self.most if name == "auto" else 1]
+        unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
+        for mode in modes:
+            if mode != modes[0]:
+                space = replace(space, recomputed=recomputation(padding.analysis, mode))
+            found = [_solved_within(space, name, request, self.budget, share, padding) for share in shares]
+            for candidate in found:
+                unique.setdefault((mode, candidate.assignment), candidate)
+            if all(candidate.unbound for candidate in found):
+                break
+        return list(unique.values())
+
+
+def _solved_within(
+    space: Space, name: str, request: Request, budget: float, share: float, padding: Padding
+) -> Candidate:
+    """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
+    schedule finds on top of it, until both agree."""
+    spec = OPTIMIZERS[request.optimizer]
+    limit = math.inf
+    last: Candidate | None = None
+    for _ in range(4):
+        priced = price(space, limit, Budgeted(int(spec.state_bytes_per_param)), state_share=share)
+        try:
+            solution = solve(priced.problem)
+        except NoFeasiblePlanError:
+            break
+        assignment = priced.assignment(solution.picks, len(space.sites))
+        if last is not None and assignment == last.assignment:
+            break
+        schedule = play(space, assignment, optimizer=spec, accumulate=request.accumulate, compiled=request.compiled)
+        over = schedule.peak_memory_bytes - budget
+        last = Candidate(name, space, assignment, solution, schedule, over <= 0 and math.isinf(limit), padding)
+        if over <= 0:
+            return last
+        limit = min(limit, solution.bytes) - over
+        if limit <= 0:
+            break
+    if last is None:
+        raise NoFeasiblePlanError("the pins and the strategy leave no way from some op to the next")
+    return last
+
+
+def best(found: Sequence[Candidate], budget: float) -> Candidate | None:
+    """The fastest that fits; candidates come simplest first, and a later one must be faster by more than a tie."""
+    chosen: Candidate | None = None
+    for candidate in found:
+        if candidate.schedule.peak_memory_bytes > budget:
+            continue
+        if chosen is None or candidate.schedule.step_time_s < chosen.schedule.step_time_s * (1 - _TIE):
+            chosen = candidate
+    return chosen
+
+
+def smallest(found: Sequence[Candidate]) -> Candidate:
+    """The one that takes the least memory."""
+    return min(found, key=lambda candidate: candidate.schedule.peak_memory_bytes)

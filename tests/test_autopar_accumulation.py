@@ -1,0 +1,132 @@
+"""Several micro-batches per step, and the collectives really issued: real ranks, against eager on one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from stacks import Stack
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import autopar
+
+
+class Plain(nn.Module):
+    """No layer repeats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.up = nn.Linear(8, 12)
+        self.head = nn.Linear(12, 16)
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.head(torch.tanh(self.up(self.embed(ids))))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())}
+
+
+MODELS = {"stack": lambda: Stack(4), "plain": Plain}
+MICRO_BATCHES = 3
+ROWS = 2
+
+
+class Moved(TorchDispatchMode):
+    """Counts collectives by (kind, tensors) and adds up the bytes of their full buffers, below autopar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func).removeprefix("_c10d_functional.")
+        kind = next((k for k in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all") if name.startswith(k)), "")
+        if kind and str(func) != name:
+            full = result if kind == "all_gather" else args[0]
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+            size = sum(x.numel() * x.element_size() for x in tree_leaves(full))
+            self.bytes[kind] = self.bytes.get(kind, 0) + size
+        return result
+
+
+def _batches(ranks: int) -> list[torch.Tensor]:
+    torch.manual_seed(5)
+    return [torch.randint(0, 16, (ROWS * ranks, 6)) for _ in range(MICRO_BATCHES)]
+
+
+def _accumulates(rank: int, ranks: int, name: str, shape: tuple[int, ...], strategy: str, syncs_last: bool) -> None:
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
+    torch.manual_seed(0)
+    eager = MODELS[name]()
+    batches = _batches(shape[0])
+    start = mesh.get_coordinate()[0] * ROWS  # type: ignore[index]
+    mine = [batch[start : start + ROWS] for batch in batches]
+    options = autopar.Options(compile=False)
+    plan = autopar.plan(eager, mesh, {"ids": mine[0]}, strategy=strategy, options=options)
+    model = autopar.apply(eager, plan, mesh)
+    for batch in batches:
+        eager(batch)["loss"].backward()
+    reduced = {c.kind for c in plan.collectives if c.role == "gradient"}
+    for index, batch in enumerate(mine):
+        last = index == MICRO_BATCHES - 1
+        if syncs_last:
+            model.set_requires_gradient_sync(last)
+            model.set_is_last_backward(last)
+        loss = model(batch)["loss"]
+        with Moved() as moved:
+            loss.backward()
+        expected = [c for c in plan.collectives if c.phase == "backward"]
+        if syncs_last and not last:
+            expected = [c for c in expected if c.role != "gradient"]
+        assert sum(moved.counts.values()) == sum(c.count for c in expected)
+        assert sum(moved.bytes.values()) == sum(c.count * c.bytes for c in expected)
+    assert reduced
+    for (key, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+        assert q.grad.placements == q.placements
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad, msg=key)
+
+
+CASES = [("stack", (4,), "fsdp"), ("stack", (2, 2), "megatron"), ("plain", (2,), "ddp"), ("plain", (2,), "fsdp")]
+
+
+@pytest.mark.parametrize(("name", "shape", "strategy"), CASES)
+def test_the_last_micro_batch_exchanges_the_sum_of_gradients(name: str, shape: tuple[int, ...], strategy: str) -> None:
+    ranks = torch.Size(shape).numel()
+    run_ranks(_accumulates, ranks, name, shape, strategy, True)
+
+
+def test_without_the_call_each_backward_exchanges_its_own() -> None:
+    run_ranks(_accumulates, 2, "stack", (2,), "fsdp", False)
+
+
+def _issues_its_ledger(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    for strategy in ("fsdp", "megatron"):
+        torch.manual_seed(0)
+        model = Stack(4, dropout=0.5)
+        ids = torch.randint(0, 16, (ROWS, 6))
+        plan = autopar.plan(model, mesh, {"ids": ids}, strategy=strategy, options=autopar.Options(compile=False))
+        parallel = autopar.apply(model, plan, mesh)
+        for _ in range(2):
+            with profile(activities=[ProfilerActivity.CPU]) as profiled, Moved() as moved:
+                parallel(ids)["loss"].backward()
+            kinds = {c.kind for c in plan.collectives}
+            ops = {e.key: e.count for e in profiled.key_averages() if e.key.startswith("_c10d_functional::")}
+            assert ops.pop("_c10d_functional::wait_tensor") == sum(c.count * c.tensors for c in plan.collectives)
+            assert sum(ops.values()) == sum(c.count for c in plan.collectives)
+            assert moved.counts == {kind: sum(c.count for c in plan.collectives if c.kind == kind) for kind in kinds}
+            sizes = {k: sum(c.count * c.bytes for c in plan.collectives if c.kind == k) for k in kinds}
+            assert moved.bytes == sizes, strategy
+
+
+@pytest.mark.timeout(300)
+def test_collectives_issued_are_the_plans_ledger() -> None:
+    """Counts by torch's profiler; bytes by a dispatch mode of this test."""
+    run_ranks(_issues_its_ledger, 4, timeout_s=280)

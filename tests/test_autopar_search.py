@@ -1,0 +1,153 @@
+"""The search: against all candidates priced one by one, published verdicts, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import autopar
+from autopar.cli.main import main
+from autopar.profiling import Profiler
+from autopar.search import SearchResult
+from costmodel.hardware import hardware
+from costmodel.memory import OPTIMIZERS
+from passes.candidate import Setup, estimate
+
+
+def llama(hidden: int, layers: int, heads: int, ffn: int, vocab: int = 32000) -> nn.Module:
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+        vocab_size=vocab, max_position_embeddings=4096, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def small() -> nn.Module:
+    return llama(512, 8, 8, 1024, 1000)
+
+
+OPTIONS = autopar.Options(recompute="full")
+
+
+@pytest.fixture(scope="module")
+def found() -> SearchResult:
+    return autopar.search(small(), 4, "h100", 8, sequence=512, options=OPTIONS, top=2)
+
+
+def test_nothing_that_plans_can_do_is_faster(found: SearchResult) -> None:
+    """Every mesh, micro-batch and storage by hand."""
+
+    def inputs(parts: int) -> dict[str, torch.Tensor]:
+        ids = torch.empty(1, 512 // parts, dtype=torch.long, device="meta")
+        return {"input_ids": ids, "labels": ids}
+
+    profiler = Profiler(small(), inputs, hardware("h100"), OPTIMIZERS["adamw-master"])
+    best = min(
+        estimate(
+            Setup(dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=2 * tp // micro, recompute="full"), profiler
+        ).step_s
+        for tp in (1, 2, 4)
+        for micro in (1, 2, 4, 8)
+        if 2 * tp % micro == 0
+    )
+    assert found.best.step_time_s == pytest.approx(best)
+    assert not dist.is_initialized()
+
+
+def test_a_ranking_is_sorted_and_says_what_plans_cannot_do(found: SearchResult) -> None:
+    times = [candidate.step_time_s for candidate in found.candidates]
+    assert times == sorted(times)
+    assert any("pipeline" in candidate.priced_only for candidate in found.candidates)
+    assert any("fp8" in candidate.priced_only for candidate in found.candidates)
+    assert not found.best.priced_only
+    assert all(candidate.setup.global_batch == 8 for candidate in found.candidates)
+    assert all(candidate.setup.ranks == 4 for candidate in found.candidates)
+    content = json.loads(found.to_json())
+    assert content["candidates"][0]["step_time_s"] == times[0]
+    assert "priced only" in str(found)
+
+
+def test_what_does_not_fit_says_by_how_much() -> None:
+    options = autopar.Options(recompute="full", memory_budget=64 << 20)
+    result = autopar.search(small(), 2, "h100", 2, sequence=512, options=options, top=1)
+    assert result.too_large
+    for candidate in result.too_large:
+        assert candidate.over_bytes == pytest.approx(candidate.peak_memory_bytes - (64 << 20), abs=2)
+    assert result.verdict.answer in ("offload", "nothing")
+    assert "GiB" in result.verdict.text[0] or "MiB" in result.verdict.text[0]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "batch", "said"),
+    [
+        (12, 24, "12 GPUs fill no whole number of nodes of 8; use 8 or 16"),
+        (0, 8, "at least 1"),
+        (8, 0, "global_batch is 0"),
+        (64, 3, "no mesh of 64 GPUs divides a global batch of 3"),
+    ],
+)
+def test_mistakes_are_named(gpus: int, batch: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        autopar.search(small(), gpus, "h100", batch, sequence=64)
+
+
+def test_inputs_are_of_one_sample() -> None:
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    with pytest.raises(ValueError, match="has a batch of 2; pass one sample"):
+        autopar.search(small(), 8, "h100", 8, {"input_ids": ids, "labels": ids})
+
+
+def test_the_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["search", "llama3-8b", "--gpus", "12", "--hardware", "h100", "--global-batch", "12", "--seq", "128"]
+    assert main(call) == 2
+    assert "12 GPUs fill no whole number of nodes" in capsys.readouterr().err
+
+
+# -- published: what is enough for what size ---------------------------------------------------------------------------
+
+
+def gpt(hidden: int, layers: int, heads: int) -> nn.Module:
+    config = GPT2Config(
+        n_embd=hidden, n_layer=layers, n_head=heads, vocab_size=51200, n_positions=2048, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return GPT2LMHeadModel(config).to(torch.bfloat16)
+
+
+def test_sharded_state_is_enough_for_7b_on_a_node() -> None:
+    """As LLaMA-2 7B and MPT-7b are trained: FSDP alone (llm-foundry's and torchtitan's published runs)."""
+    options = autopar.Options(recompute="full")
+    result = autopar.search(llama(4096, 32, 32, 11008), 8, "h100", 64, sequence=2048, options=options, top=1)
+    assert result.verdict.answer == "state"
+    assert result.best.setup.tp == 1
+
+
+def test_zero3_falls_behind_pipelines_between_384_and_1536_gpus() -> None:
+    """arXiv 2104.04473 Table 2, 174.6B, batch 1536: by then ZeRO-3 has one sample a GPU, and waits."""
+
+    def inputs(parts: int) -> dict[str, torch.Tensor]:
+        ids = torch.empty(1, 2048 // parts, dtype=torch.long, device="meta")
+        return {"input_ids": ids, "labels": ids}
+
+    profiler = Profiler(gpt(12288, 96, 96), inputs, hardware("a100-80gb"), OPTIMIZERS["adamw-master"])
+
+    def zero3(gpus: int) -> float:
+        setup = Setup(dp_shard=gpus, micro_batch=1536 // gpus, recompute="full")
+        return estimate(setup, profiler).step_s
+
+    def pipelined(gpus: int) -> float:
+        data = gpus // 96
+        setup = Setup(
+            dp_shard=data, tp=8, pp=12, virtual=2, accumulate=1536 // data, state="zero0", recompute="full"
+        )  # fmt: skip
+        return estimate(setup, profiler).step_s
+
+    assert zero3(384) < 1.07 * pipelined(384)  # measured: 1.06
+    assert zero3(1536) > 1.1 * pipelined(1536)  # measured: 3.2

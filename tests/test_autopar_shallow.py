@@ -1,0 +1,82 @@
+"""Depth from a few layers: held against schedules of the whole model, and against sums by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from autopar.profiling import Profiler
+from autopar.shallow import Shallow, _depths, shallow
+from costmodel.hardware import hardware
+from costmodel.memory import OPTIMIZERS
+from passes.candidate import Setup
+
+LAYERS = 9
+
+
+def llama(layers: int = LAYERS) -> nn.Module:
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=512, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def inputs(parts: int) -> dict[str, torch.Tensor]:
+    ids = torch.empty(1, 512 // parts, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "labels": ids}
+
+
+def profiler(*, whole: bool) -> Profiler:
+    made = Profiler(llama(), inputs, hardware("h100"), OPTIMIZERS["adamw-master"])
+    if whole:
+        prefix = made.shallow.prefixes[0]
+        made.shallow = Shallow((type(prefix)(llama(), LAYERS, 1.0, 0.0),), LAYERS)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("setup", "replica"),
+    [
+        (Setup(dp_shard=8, micro_batch=2), False),
+        (Setup(dp_shard=2, tp=4, micro_batch=2, recompute="full"), False),
+        (Setup(tp=4, micro_batch=2), True),
+    ],
+)
+def test_few_layers_tell_what_all_take(setup: Setup, replica: bool) -> None:
+    """Seconds, bytes and counts of 9 layers from 3 and 4, exactly; the peak as the played one."""
+    few = profiler(whole=False).profile(setup, replica=replica)
+    many = profiler(whole=True).profile(setup, replica=replica)
+    for name, value in many.whole.items():
+        if name.startswith(("compute.", "exposed.")) or name in ("micro_s", "elements", "boundary", "optimizer_s"):
+            assert few.whole.get(name, 0.0) == pytest.approx(value, rel=1e-6, abs=1e-9), name
+    assert few.peak_bytes == pytest.approx(many.peak_bytes, rel=0.02)
+
+
+def test_alike_layers_need_two_depths() -> None:
+    found = shallow(llama())
+    assert [prefix.layers for prefix in found.prefixes] == [3, 4]
+    assert found.layers == LAYERS
+    assert len(found.prefixes[0].model.model.layers) == 3  # type: ignore[union-attr, arg-type]
+    assert sum(prefix.weight for prefix in found.prefixes) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "kinds", [[0] * 12, [0, 1] * 12, [0] * 3 + [1] * 30, [0, 0, 0, 0, 0, 1] * 6, [0] + [1] * 20]
+)  # fmt: skip
+def test_weights_reproduce_any_cost_that_adds_up(kinds: list[int]) -> None:
+    """Outside 5, layers of kind k take 2 + 3 k: the whole by hand, from the prefixes' sums."""
+    found = _depths(kinds)
+    assert found is not None
+    depths, weights, _ = found
+    costs = [5.0 + sum(2 + 3 * kind for kind in kinds[:depth]) for depth in depths]
+    assert sum(w * c for w, c in zip(weights, costs, strict=True)) == pytest.approx(5.0 + sum(2 + 3 * k for k in kinds))
+
+
+def test_a_model_without_layers_is_taken_whole() -> None:
+    found = shallow(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    assert found.layers == 0
+    assert len(found.prefixes) == 1

@@ -1,0 +1,133 @@
+"""Published closed forms against the graph of a real model, captured and laid out; where one differs, a test says why.
+
+Of `costmodel/symbolic.py`: data parallelism's and FSDP's volume, full recompute's activations, logits, model FLOPs. The
+volume of tensor parallelism is held in `test_passes_schedule.py`. Pipelines have no plan. The forms for activations
+without recompute (34 + 5as/h) count byte-sized dropout masks and kept scores: here masks are computed again from
+counters and attention is fused, so a layer keeps less.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from parity import captured
+
+from costmodel import symbolic as sym
+from costmodel.hardware import hardware, topology
+from passes.analysis import Analysis, analyse
+from passes.price import option_local_shapes, price
+from passes.program import Program
+from passes.recompute import recomputation
+from passes.schedule import Schedule, play
+from passes.solve import solve
+from passes.space import Space, search_space
+from passes.strategies import Option
+from passes.work import work_of
+
+CASE: dict[str, Any] = {"b": 2, "s": 512, "h": 256, "a": 8, "L": 3, "V": 2048, "B": 8}
+
+
+@lru_cache
+def program() -> Program:
+    """GPT-2 in bf16, a global batch of 8: four times as wide inside as outside, tied embeddings, no dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
+    config = GPT2Config(
+        n_embd=CASE["h"], n_layer=CASE["L"], n_head=CASE["a"], vocab_size=CASE["V"], n_positions=CASE["s"],
+        bos_token_id=0, eos_token_id=0, **off,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model, ids = GPT2LMHeadModel(config).to(torch.bfloat16), torch.empty(CASE["B"], CASE["s"], dtype=torch.long)
+    return captured(model, {"input_ids": ids, "labels": ids})
+
+
+@lru_cache
+def analysis() -> Analysis:
+    return analyse(program())
+
+
+@lru_cache
+def planned(strategy: str, **mesh: int) -> tuple[Space, tuple[int, ...], Schedule]:
+    space = search_space(program(), topology(hardware("h100"), mesh), (0,), strategy=strategy, analysis=analysis())
+    priced = price(space)
+    picks = priced.assignment(solve(priced.problem, gap=1e-3).picks, len(space.sites))
+    return space, picks, play(space, picks)
+
+
+def sent(schedule: Schedule, role: str, where: str, ranks: int, item_bytes: int) -> float:
+    """Elements that a rank sends in collectives of `role` whose place is in `where`."""
+    return sum(
+        float(sym.ring_elements(c.kind, c.bytes // item_bytes, ranks))
+        for c in schedule.collectives
+        if c.role == role and where in c.module
+    )
+
+
+def parameters() -> int:
+    return sum(
+        torch.Size(node.meta["val"].shape).numel()
+        for node, given in zip(program().graph.graph.find_nodes(op="placeholder"), program().inputs, strict=True)
+        if given.kind == "parameter"
+    )
+
+
+def test_data_parallelism_and_fsdp() -> None:
+    """2 Psi and 3 Psi, times (d - 1) / d. FSDP gathers the positions' table, which backward does not read, once."""
+    share = 3 / 4
+    _, _, ddp = planned("ddp", dp=4)
+    assert sent(ddp, "gradient", "", 4, 2) == pytest.approx(
+        float(sym.ddp_elements().subs(sym.Psi, parameters())) * share
+    )
+    _, _, fsdp = planned("fsdp", dp=4)
+    moved = sent(fsdp, "gradient", "", 4, 2) + sent(fsdp, "parameter", "", 4, 2)
+    form = sym.number(sym.fsdp_elements(), {"Psi": parameters(), "m": 1}) * share
+    once = [c for c in fsdp.collectives if c.role == "parameter"]
+    twice = {c.value for c in once if c.phase == "backward"}
+    skipped = sum(c.bytes // 2 for c in once if c.phase == "forward" and c.value not in twice)
+    assert moved == pytest.approx(form - share * skipped)
+    assert skipped < 0.1 * parameters()
+
+
+def test_full_recompute_keeps_the_layers_inputs() -> None:
+    """2·s·b·h bytes per layer (Table 2), for the whole batch."""
+    found = recomputation(analysis(), "full")
+    inside = 0
+    for value in found.held:
+        node = analysis().folding.members[value.op][0]
+        if node.meta.get("module", "").startswith("transformer.h."):
+            size = torch.Size(analysis().shape_of(value)).numel() * analysis().itemsize_of(value)
+            inside += size * analysis().places[value.op].count
+    layer = sym.number(sym.activation_bytes_per_layer("full"), {**CASE, "b": CASE["B"]})
+    assert inside == CASE["L"] * layer
+
+
+def test_logits() -> None:
+    """Half of 4·s·b·V / t bytes: kept is what the bf16 product gave; backward casts it to fp32 again."""
+    space, picks, _ = planned("megatron", dp=4, tp=2)
+    kept = []
+    for value in space.recomputed.held:
+        site = space.sites[value.op]
+        option = site.options[picks[value.op]]
+        assert isinstance(option, Option)
+        _, results = option_local_shapes(site, option, space.topology.sizes)
+        kept.append(space.itemsize_of(value) * torch.Size(results[value.result]).numel())
+    assert max(kept) == sym.number(sym.logits_bytes(), {**CASE, "t": 2}) / 2
+
+
+def test_model_flops() -> None:
+    """72·B·L·s·h²·(1 + V / (12·h·L)) in products with weights. The paper's attention term counts all scores; a causal
+    kernel computes half, so it is left out on both sides."""
+    space, picks, _ = planned("ddp", dp=4)
+    flops = 0.0
+    for site, pick in zip(space.sites, picks, strict=True):
+        option = site.options[pick]
+        if site.call is not None and isinstance(option, Option):
+            work = work_of(site.call, *option_local_shapes(site, option, space.topology.sizes))
+            flops += work.flops * site.count if work.kind == "matmul" else 0.0
+    form = sym.number(sym.model_flops(), CASE)
+    attention = 12 * CASE["B"] * CASE["L"] * CASE["s"] ** 2 * CASE["h"]
+    assert 4 * flops == pytest.approx(form - attention)

@@ -1,0 +1,84 @@
+"""Pipelines and offload: arithmetic by hand, and a 1F1B pipeline played event by event."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from costmodel.hardware import hardware
+from costmodel.offload import HOST_BYTES_PER_S, host_update_s
+from costmodel.pipeline import bubble_share, in_flight, slowest_stage_s, step_s
+
+
+def played_1f1b(stages: int, micro_batches: int, forward_s: float, backward_s: float) -> float:
+    """When the last stage-0 backward ends: each stage warms up, then alternates one forward and one backward."""
+    orders = []
+    for stage in range(stages):
+        warm = min(stages - stage - 1, micro_batches)
+        order = [("f", i) for i in range(warm)]
+        for i in range(micro_batches - warm):
+            order += [("f", warm + i), ("b", i)]
+        orders.append(order + [("b", i) for i in range(micro_batches - warm, micro_batches)])
+    ends: dict[tuple[str, int, int], float] = {}
+    clocks, at = [0.0] * stages, [0] * stages
+    while any(at[s] < len(orders[s]) for s in range(stages)):
+        for s in range(stages):
+            if at[s] == len(orders[s]):
+                continue
+            kind, i = orders[s][at[s]]
+            before = ("f", i, s - 1) if kind == "f" else ("b", i, s + 1)
+            needed = 0 <= before[2] < stages
+            if needed and before not in ends:
+                continue
+            start = max(clocks[s], ends.get(before, 0.0))
+            clocks[s] = ends[kind, i, s] = start + (forward_s if kind == "f" else backward_s)
+            at[s] += 1
+    return max(clocks)
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(2, 2), (4, 4), (4, 9), (8, 32)])
+def test_a_step_takes_what_a_played_pipeline_takes(stages: int, micro_batches: int) -> None:
+    total, bubble_s, messages_s = step_s(micro_batches, 3.0, 3.0, 0.0, stages)
+    assert total == pytest.approx(played_1f1b(stages, micro_batches, 1.0, 2.0))
+    assert bubble_s == pytest.approx(bubble_share(stages, micro_batches) * micro_batches * 3.0)
+    assert messages_s == 0.0
+
+
+def test_interleaving_divides_the_bubble() -> None:
+    """arXiv 2104.04473 section 2.2: (p - 1) / (v m)."""
+    assert bubble_share(8, 32, 4) == pytest.approx(7 / 128)
+    assert step_s(32, 4.0, 4.0, 0.0, 8, 4)[0] == pytest.approx(32 * 4.0 + 7 / 4 * 4.0)
+
+
+def test_messages_wait_unless_interleaved() -> None:
+    """4 stages, 8 micro-batches, 0.1 s a message: two waits a micro-batch, six to fill and drain."""
+    assert step_s(8, 3.0, 3.0, 0.1, 4)[2] == pytest.approx(2 * 8 * 0.1 + 6 * 0.1)
+    assert step_s(8, 3.0, 3.0, 0.1, 4, 2)[2] == pytest.approx(6 * 0.1)
+
+
+def test_the_first_stage_holds_a_layer_set_per_stage() -> None:
+    """arXiv 2205.05198 Eq 5: L layers' worth whatever p; 1 + (p - 1) / (p v) times that where interleaved."""
+    assert in_flight(8, 64) == 8.0
+    assert in_flight(8, 3) == 3.0
+    assert in_flight(8, 64, 4) == pytest.approx(8 * (1 + 7 / 32))
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(7, 2), (10, 4), (13, 3)])
+@pytest.mark.parametrize("outside_s", [0.0, 0.5, 3.0])
+def test_uneven_layers_are_spread_at_best(layers: int, stages: int, outside_s: float) -> None:
+    splits = (s for s in product(range(layers + 1), repeat=stages) if sum(s) == layers)
+    best = min(max([*split[:-1], split[-1] + outside_s]) for split in splits)
+    assert slowest_stage_s(layers, 1.0, outside_s, stages) == pytest.approx(best)
+
+
+def test_a_pipeline_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 micro-batches"):
+        bubble_share(4, 0)
+
+
+def test_an_update_on_the_host_waits_for_the_slower_of_cpu_and_wire() -> None:
+    """A billion parameters on each of 8 ranks: 30 bytes each through the host's memory, 2 GB up and down the wire."""
+    machine = hardware("h100")
+    cpu_s = 1e9 * (2 + 2 * 14) * 8 / HOST_BYTES_PER_S
+    assert host_update_s(1e9, machine) == pytest.approx(cpu_s + 2e9 / 55.4e9)

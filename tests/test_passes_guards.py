@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from passes.capture import capture
+from passes.guards import broken
+from passes.pipeline import prepare
+from passes.program import Program
+
+
+class Reads(nn.Module):
+    """A model that reads its mask in the way it is told to."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.how == "branch":
+            return y * 2 if mask.all() else y
+        if self.how == "item":
+            return y * mask.sum().item()
+        if self.how == "tolist":
+            return y * max(mask.sum(-1).tolist())
+        if self.how == "select":
+            return y[mask].sum() * torch.ones(2)
+        if self.how == "equal":
+            return y * (3 if torch.equal(mask, torch.ones_like(mask)) else 5)
+        return y * mask.unsqueeze(-1)
+
+
+FULL = torch.ones(2, 3, dtype=torch.bool)
+ONE_LESS = torch.tensor([[True, True, True], [True, True, False]])
+OTHER_ONE_LESS = torch.tensor([[True, True, True], [True, False, True]])
+
+
+def captured(how: str, mask: Tensor) -> Program:
+    x = torch.randn(2, 3, 4)
+    return prepare(capture(Reads(how), (x, mask), batch_dims=[0, 0], batch_size=2))
+
+
+@pytest.mark.parametrize("how", ["branch", "item", "tolist", "select", "equal"])
+def test_what_was_read_is_told_from_other_values(how: str) -> None:
+    guards = captured(how, ONE_LESS).guards
+    assert guards is not None
+    x = torch.randn(2, 3, 4)
+
+    def of(mask: Tensor) -> Any:
+        return broken(guards, {"args.0": x, "args.1": mask})
+
+    assert not of(ONE_LESS)
+    (fixed, *_) = of(FULL)
+    assert "test_passes_guards.py" in fixed.where
+    # Another mask that gives the same value is no other: what is guarded is what was read.
+    assert not of(OTHER_ONE_LESS)
+
+
+def test_a_model_that_reads_nothing_has_no_guards() -> None:
+    assert captured("", ONE_LESS).guards is None
+
+
+def test_a_counter_in_a_buffer_is_guarded() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+            self.register_buffer("scale", torch.full((), 3.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            y = self.linear(x) * float(self.scale)
+            return y if self.calls.item() > 1 else y * 0
+
+    program = capture(Counts(), (torch.randn(2, 4),), batch_dims=[0], batch_size=2)
+    assert program.guards is not None
+    assert program.guards.inputs == ("calls",)  # `scale` never changes
+    assert not broken(program.guards, {"calls": torch.tensor(0)})
+    assert broken(program.guards, {"calls": torch.tensor(7)})

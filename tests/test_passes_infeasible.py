@@ -1,0 +1,128 @@
+"""Why nothing fits and what would: conflicts made by hand, and every figure planned once more."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import nn
+
+from autopar import Options
+from autopar import plan as plan_of
+from costmodel.layout import parse_layout
+from passes.capture import capture
+from passes.errors import NoFeasiblePlanError
+from passes.pipeline import Request, compile_plan, on_mesh, prepare
+from passes.plan import Plan
+from passes.program import Program
+
+MESH = (("dp", 2), ("tp", 2))
+ROWS, WIDTH = 64, 256
+WEIGHTS = 2 * 4 * WIDTH * WIDTH * 4
+"""Bytes of both blocks' parameters in fp32."""
+
+
+class Blocks(nn.Module):
+    """Two blocks of two products each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {"up": nn.Linear(WIDTH, 2 * WIDTH, bias=False), "down": nn.Linear(2 * WIDTH, WIDTH, bias=False)}
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        for block in self.blocks:
+            x = x + block["down"](torch.relu(block["up"](x)))
+        return {"loss": x.square().mean()}
+
+
+@lru_cache
+def program(rows: int = ROWS, length: int = 512) -> Program:
+    with torch.device("meta"):
+        model, x = Blocks(), torch.empty(rows, length, WIDTH)
+    return prepare(capture(model, (), {"x": x}, batch_dims=[0], batch_size=rows))
+
+
+def planned(request: Request, mesh: tuple[tuple[str, int], ...] = MESH, rows: int = ROWS) -> Plan:
+    return compile_plan(program(rows), on_mesh("h100", mesh), (0,), request)
+
+
+def refused(request: Request, smaller: bool = False, length: int = 512) -> NoFeasiblePlanError:
+    with pytest.raises(NoFeasiblePlanError) as caught:
+        compile_plan(
+            program(length=length), on_mesh("h100", MESH), (0,), request,
+            smaller=(lambda divisor: program(ROWS // divisor)) if smaller else None,
+        )  # fmt: skip
+    return caught.value
+
+
+@lru_cache
+def peak(strategy: str, recompute: str) -> int:
+    return planned(Request(strategy=strategy, recompute=recompute, budget_bytes=1 << 40)).peak_memory_bytes  # type: ignore[arg-type]
+
+
+def test_a_budget_below_the_parameters_conflicts_alone() -> None:
+    """On four ranks each keeps at least a quarter of the parameters, and twice that of optimizer states."""
+    error = refused(Request(budget_bytes=WEIGHTS // 4))
+    assert WEIGHTS // 4 == 512 * 1024
+    assert error.conflict == ("the memory budget of 512.00 KiB",)
+    assert "What conflicts" not in str(error)
+    assert "\n" not in str(error)
+
+
+def test_a_fixed_recompute_conflicts_with_the_budget() -> None:
+    none, full = peak("fsdp", "none"), min(peak(s, "full") for s in ("fsdp", "megatron"))
+    assert full < none
+    budget = (min(none, peak("megatron", "none"), peak("auto", "none")) + full) // 2
+    error = refused(Request(recompute="none", budget_bytes=budget))
+    assert [name.split(" of ")[0] for name in error.conflict] == ["the memory budget", "recompute='none'"]
+    (way,) = [way for way in error.ways if way.startswith("without recompute='none'")]
+    assert planned(Request(budget_bytes=budget)).peak_memory_bytes <= budget
+    assert "any one less would do" in str(error)
+    assert re.search(r"MiB, [\d.]+ ms per step", way)
+
+
+def test_a_strategy_conflicts_with_the_budget_and_a_pin_does_not() -> None:
+    """ddp keeps every parameter and its two states on every rank; activations are next to nothing. A pin of
+    some parameters to whole for compute is beside the point: they are still sharded at rest."""
+    pins = {"blocks.*.up.weight": parse_layout("RR")}
+    error = refused(Request(strategy="ddp", budget_bytes=3 * WEIGHTS - 1, pins=pins), length=1)
+    assert [name.split(" of ")[0] for name in error.conflict] == ["the memory budget", "strategy='ddp'"]
+    assert any(way.startswith("without strategy='ddp'") for way in error.ways)
+
+
+def test_other_meshes_batches_and_ranks_are_planned() -> None:
+    """What activations take shrinks with the batch and with the ranks; each figure is that of a plan made anew."""
+    floor = min(peak(s, "full") for s in ("fsdp", "megatron", "auto"))
+    error = refused(Request(budget_bytes=int(0.7 * floor)), smaller=True)
+    assert len(error.conflict) == 1
+    batch = next(way for way in error.ways if way.startswith("a batch per rank"))
+    divisor = int(re.findall(r"(\d+) times smaller", batch)[0])
+    request = Request(budget_bytes=int(0.7 * floor))
+    made = planned(request, rows=ROWS // divisor)
+    assert made.peak_memory_bytes <= 0.7 * floor
+    with pytest.raises(NoFeasiblePlanError):
+        compile_plan(program(2 * ROWS // divisor), on_mesh("h100", MESH), (0,), request, diagnose=False)
+    ranks = next(way for way in error.ways if way.startswith("the same global batch on"))
+    sizes = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", ranks)}
+    assert planned(request, tuple(sizes.items())).peak_memory_bytes <= 0.7 * floor
+    assert error.ways[-1].startswith("Options(memory_budget=")
+
+
+def test_the_user_is_told_of_a_smaller_batch() -> None:
+    """Through the API, which captures the smaller batch."""
+    with torch.device("meta"):
+        model, x = Blocks(), torch.empty(ROWS // 2, 512, WIDTH)
+    roomy = plan_of(model, dict(MESH), {"x": x}, hardware="h100", options=Options(recompute="full"))
+    with pytest.raises(NoFeasiblePlanError, match=r"a batch per rank 2 times smaller: .* MiB"):
+        plan_of(
+            model, dict(MESH), {"x": x}, hardware="h100",
+            options=replace(Options(), memory_budget=int(0.75 * roomy.peak_memory_bytes)),
+        )  # fmt: skip
