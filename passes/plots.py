@@ -195,7 +195,7 @@ def _draw_streams(
     axes.tick_params(axis="y", length=0)
     axes.autoscale_view(scaley=False)
     handles = [PathPatch(_boxes([(0, 1)], 0, 1), facecolor=color, linewidth=0) for color in drawn.values()]
-    axes.legend(handles, list(drawn), loc="lower left", bbox_to_anchor=(0.0, 1.02), ncols=8, borderpad=0, fontsize=8)
+    axes.legend(handles, list(drawn), loc="lower left", bbox_to_anchor=(0.0, 1.1), ncols=8, borderpad=0, fontsize=8)
 
 
 def _boxes(spans: Sequence[tuple[float, float]], low: float, high: float) -> Any:

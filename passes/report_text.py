@@ -141,10 +141,27 @@ def _decided(plan: Plan, width: int) -> list[str]:
             [placed.names.replace(".weight", ""), dims, f"{placed}{', pinned' * placed.pinned}", gib(placed.bytes)]
         )
     lines.append("")
-    lines += _table(rows, ["parameter", "dims", "at rest -> compute", "per rank"], width, shrink=0, right=[3])
+    headers = ["parameter", "dims", "at rest -> compute", "per rank"]
+    needed = sum(max(len(row[c]) for row in [headers, *rows]) for c in range(4)) + 2 * 4
+    rows = rows if needed <= width else _by_layer(rows)
+    lines += _table(rows, headers, width, shrink=0, right=[3])
     for other, name in plan.aliases.items():
         lines.append(f"  {other} is tied to {name}")
     return lines
+
+
+def _by_layer(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The rows with what repeated layers share of their names on a line of its own, for a narrow terminal."""
+    found: list[list[str]] = []
+    last = ""
+    for name, *cells in rows:
+        match = re.match(r"(.*?\.\d+-[\d,-]+)\.(.+)", name)
+        layers, rest = (match[1], f".{match[2]}") if match else ("", name)
+        if layers and layers != last:
+            found.append([layers, "", "", ""])
+        last = layers
+        found.append([rest, *cells])
+    return found
 
 
 def _role_text(role: AxisRole) -> str:

@@ -135,6 +135,7 @@ def steps(page: str) -> list[tuple[str, int]]:
     return found
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_work_one_after_another(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
