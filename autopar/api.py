@@ -20,18 +20,21 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import examples, meshes, tree
 from autopar.groups import Groups
+from autopar.mixed import precision_of
 from autopar.module import Executable, ParallelModule, Tangents, parallel_module, preload
 from autopar.options import Options
 from autopar.pipeline import Pipeline, PlanLike
 from autopar.together import Together, together
+from costmodel.memory import OPTIMIZERS as KNOWN
 from passes.errors import PlanMismatchError
 from passes.inputs import global_inputs
 from passes.local import LocalProgram, Storage, bind_groups, groups_used
 from passes.lower import lower
+from passes.precision import Precision
 from passes.program import Program
 
 STRATEGIES = ("auto", "ddp", "fsdp", "megatron")
-OPTIMIZERS = ("adamw", "sgd", "momentum", "none")
+OPTIMIZERS = (*KNOWN, "none")
 RECOMPUTE = ("auto", "none", "selective", "full")
 
 
@@ -43,6 +46,7 @@ class _Job:
     batch_axes: tuple[int, ...]
     options: Options
     pipeline: Pipeline
+    precision: Precision | None
 
     @property
     def batch_ranks(self) -> int:
@@ -128,14 +132,10 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
     ):
         if value not in known:
             raise ValueError(f"Options({name}={value!r}): known are {', '.join(known)}")
-    if options.mp_policy is not None:
-        raise ValueError(
-            "Options(mp_policy=...) is not supported yet; to compute in another dtype convert the model before, as in "
-            "model.to(torch.bfloat16)"
-        )
+    precision = precision_of(options.mp_policy)
     if options.accumulate < 1:
         raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
-    return _Job(axes, meshes.batch_axes_of(axes, options.batch_axes), options, pipeline)
+    return _Job(axes, meshes.batch_axes_of(axes, options.batch_axes), options, pipeline, precision)
 
 
 def _check_strategy(strategy: str) -> None:
@@ -167,7 +167,7 @@ def _captured(
     whole = global_inputs(args, kwargs, job.batch_ranks, job.options.batch_dims)
     return job.pipeline.capture(
         model, whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size, tangents=tangents,
-        backward=backward,
+        backward=backward, precision=job.precision,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from costmodel.layout import Layout, local_shape
 from costmodel.reshard import Step
 from costmodel.state import chunks
 from passes.local import WAIT
+from passes.precision import dtype_named
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -158,6 +159,9 @@ def emit_steps(
     `rows` is dim 0 of the part that is computed with, for a step that gathers stored chunks.
     """
     for step in steps:
+        if step.kind == "cast":
+            x = emit.call(aten._to_copy.default, x, dtype=dtype_named(step.dtype))
+            continue
         if step.ranks == 1:
             continue
         if step.kind == "state_gather":

@@ -173,9 +173,10 @@ def _solved_within(
     """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
     schedule finds on top of it, until both agree."""
     limit = math.inf
+    kept = Budgeted(int(optimizer.state_bytes_per_param + optimizer.master_bytes_per_param))
     last: Candidate | None = None
     for _ in range(4):
-        priced = price(space, limit, Budgeted(int(optimizer.state_bytes_per_param)), state_share=share)
+        priced = price(space, limit, kept, state_share=share)
         try:
             solution = solve(priced.problem)
         except NoFeasiblePlanError:

@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from torch import fx
 
+from passes.precision import Dtypes
+
 InputKind = Literal["parameter", "buffer", "input", "tangent", "seed"]
 OutputKind = Literal["output", "buffer", "gradient"]
 
@@ -30,13 +32,15 @@ class Input:
     `name` is an FQN for a parameter or buffer (the first of its names, where it is tied), a path such as `input_ids`
     or `args.0` for what the user passes, and the path of the output for a tangent. A "seed" comes last, where the
     program has random ops (`randomness.own_randomness`): int64 of shape (2,), the user's seed and the step's number.
-    `batch_dim` is the dim that the batch axes split, for inputs and tangents that have one.
+    `batch_dim` is the dim that the batch axes split, for inputs and tangents that have one. `dtypes`, of a parameter
+    under mixed precision: the placeholder is what is computed with, at rest it is another.
     """
 
     kind: InputKind
     name: str
     requires_grad: bool = False
     batch_dim: int | None = None
+    dtypes: Dtypes | None = None
 
 
 @dataclass(frozen=True, slots=True)

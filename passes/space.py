@@ -41,6 +41,12 @@ class Site:
     itemsize: int = 4
     given: Input | None = None
 
+    @property
+    def stored_itemsize(self) -> int:
+        """Bytes per element at rest."""
+        dtypes = self.given.dtypes if self.given is not None else None
+        return dtypes.stored.itemsize if dtypes is not None else self.itemsize
+
 
 @dataclass(frozen=True)
 class Space:
@@ -77,7 +83,7 @@ class Space:
         return self.analysis.shape_of(value)
 
     def itemsize_of(self, value: Value) -> int:
-        """Bytes per element of a value."""
+        """Bytes per element of a value, as it is computed with."""
         return self.analysis.itemsize_of(value)
 
 
@@ -184,7 +190,7 @@ def _parameter_options(
     stored: Mapping[str, Storage],
     pin: tuple[str, Layout] | None,
 ) -> tuple[StoredOption, ...]:
-    options = stored_options(place.dims, sizes)
+    options = stored_options(place.dims, sizes, place.given.dtypes if place.given is not None else None)
     if place.name in stored:
         options = tuple(o for o in options if o.storage == stored[place.name])
         if not options:

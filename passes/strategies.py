@@ -14,6 +14,7 @@ from itertools import product
 from costmodel.layout import Layout, Partial, Placement, Replicate, Shard
 from passes.dims import ExpandedOp, expanded_shape
 from passes.local import DimShard, Storage
+from passes.precision import Dtypes
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +96,14 @@ def _placements(op: ExpandedOp, choices: Sequence[int], index: int, *, operand: 
 
 @dataclass(frozen=True, slots=True)
 class StoredOption:
-    """A way to store a parameter: what it is computed from (`layout`, on expanded dims) and its `Storage`."""
+    """A way to store a parameter: what it is computed from (`layout`, on expanded dims) and its `Storage`.
+
+    `dtypes`: under mixed precision, what it is stored as and what its gradient is added in.
+    """
 
     layout: Layout
     storage: Storage
+    dtypes: Dtypes | None = None
 
 
 def leading_places(dims: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
@@ -111,7 +116,9 @@ def leading_places(dims: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]
     return tuple(places)
 
 
-def stored_options(dims: Sequence[Sequence[int]], axis_sizes: Sequence[int]) -> tuple[StoredOption, ...]:
+def stored_options(
+    dims: Sequence[Sequence[int]], axis_sizes: Sequence[int], dtypes: Dtypes | None = None
+) -> tuple[StoredOption, ...]:
     """Ways to store a tensor whose dims consist of atoms of these sizes.
 
     On each axis it is replicated, split along a dim for computation, or kept in dim-0 chunks to be gathered for use.
@@ -133,7 +140,7 @@ def stored_options(dims: Sequence[Sequence[int]], axis_sizes: Sequence[int]) -> 
             continue
         shards = tuple(DimShard(dim) if dim >= 0 else None for dim, _ in picks)
         state_axes = tuple(axis for axis, pick in enumerate(picks) if pick == state)
-        options.append(StoredOption(layout, Storage(shape, shards, state_axes)))
+        options.append(StoredOption(layout, Storage(shape, shards, state_axes), dtypes))
     return tuple(options)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from costmodel.compute import Work, attention, matmul
+from passes.precision import dtype_text
 from passes.rules.call import Call
 from passes.rules.view import RESHAPES
 
@@ -43,11 +44,6 @@ Shape = tuple[int, ...]
 
 def _bytes(shape: Shape, dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
-
-
-def dtype_text(dtype: torch.dtype) -> str:
-    """`bfloat16` for `torch.bfloat16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape]) -> Work:

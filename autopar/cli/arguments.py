@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import re
 
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
 from autopar.model_argument import Named, Wanted, load_model
 from autopar.options import Options
 from costmodel.hardware import hardware_names
+from costmodel.memory import OPTIMIZERS
 from passes.named import STRATEGIES
+from passes.precision import dtype_named
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_DTYPES = ("bfloat16", "float16", "float32")
 _UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -62,6 +68,13 @@ def pin(text: str) -> tuple[str, str]:
     return pattern, layout
 
 
+def dtype(text: str) -> torch.dtype:
+    """`bfloat16`."""
+    if text not in _DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(_DTYPES)}")
+    return dtype_named(text)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, and what it is fed."""
     parser.add_argument("model", metavar="MODEL", help="a preset, a config.json or its folder, or file.py:function")
@@ -92,7 +105,22 @@ def add_planning(parser: argparse.ArgumentParser, *, strategy: str = "auto") -> 
     parser.add_argument("--strategy", choices=STRATEGIES, default=strategy, help=f"default: {strategy}")
     parser.add_argument("--memory-budget", type=size, metavar="SIZE", help="per device: 80GiB (what the device has)")
     parser.add_argument("--accumulate", type=count, default=1, metavar="N", help="micro-batches per step (1)")
-    parser.add_argument("--optimizer", choices=("adamw", "sgd", "momentum", "none"), default="adamw")
+    parser.add_argument(
+        "--optimizer",
+        choices=(*OPTIMIZERS, "none"),
+        default="adamw",
+        metavar="NAME",
+        help=f"whose states to budget for: {', '.join(OPTIMIZERS)}, none (adamw)",
+    )
+    parser.add_argument(
+        "--param-dtype",
+        type=dtype,
+        metavar="DTYPE",
+        help="keep parameters in float32 and gather and compute in this (bfloat16), as FSDP2's mixed precision does",
+    )
+    parser.add_argument(
+        "--reduce-dtype", type=dtype, metavar="DTYPE", help="add gradients over ranks in this (default: --param-dtype)"
+    )
     parser.add_argument(
         "--pin", type=pin, action="append", default=[], metavar="PATTERN=LAYOUT",
         help="fix a parameter's layout in compute, as in '*.q_proj.weight=RS(0)'; may be given again",
@@ -101,14 +129,24 @@ def add_planning(parser: argparse.ArgumentParser, *, strategy: str = "auto") -> 
 
 def options_of(given: argparse.Namespace) -> Options:
     """The options that the arguments of `add_planning` mean."""
+    policy = None
+    if given.param_dtype is not None or given.reduce_dtype is not None:
+        policy = MixedPrecisionPolicy(param_dtype=given.param_dtype, reduce_dtype=given.reduce_dtype)
     return Options(
         memory_budget=given.memory_budget,
         accumulate=given.accumulate,
         optimizer=given.optimizer,
         pins=dict(given.pin),
+        mp_policy=policy,
     )
 
 
 def named_model(given: argparse.Namespace, *, on_cpu: bool = False) -> Named:
-    """The model that the arguments of `add_model` mean."""
-    return load_model(given.model, Wanted(given.batch, given.seq, given.layers, on_cpu=on_cpu))
+    """The model that the arguments of `add_model` mean; in float32 where it is to compute in another dtype."""
+    stored = stored_dtype(options_of(given) if hasattr(given, "param_dtype") else Options())
+    return load_model(given.model, Wanted(given.batch, given.seq, given.layers, dtype=stored, on_cpu=on_cpu))
+
+
+def stored_dtype(options: Options) -> str:
+    """What a model that is made by name holds its parameters in: float32 where a policy has it compute in another."""
+    return "float32" if options.mp_policy is not None and options.mp_policy.param_dtype is not None else "bfloat16"

@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from autopar import examples, planning
-from autopar.cli.arguments import add_json, count
+from autopar.cli.arguments import add_json, count, stored_dtype
 from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, painted, progress, table
 from autopar.model_argument import Wanted, load_model
@@ -96,8 +96,8 @@ def alternatives(
     plan: Plan, placed: Mapping[str, Placements], given: argparse.Namespace, tell: Callable[[str], None]
 ) -> dict[str, list[Alternative]]:
     """Per parameter pattern, its other layouts that differ on one mesh axis, cheapest first."""
-    named = load_model(given.model, Wanted(layers=given.layers))
     options = planning.options_of(plan)
+    named = load_model(given.model, Wanted(layers=given.layers, dtype=stored_dtype(options)))
     program = captured(named.model, examples.restored(plan.example), plan.mesh, options, tell)
     if program.fingerprint != plan.fingerprint:
         raise ValueError(
