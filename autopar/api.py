@@ -24,7 +24,7 @@ from autopar.mixed import precision_of
 from autopar.module import Executable, ParallelModule, Tangents, parallel_module, preload
 from autopar.options import Options
 from autopar.pipeline import Pipeline, PlanLike
-from autopar.together import Together, together
+from autopar.together import Together, together, watch
 from costmodel.memory import OPTIMIZERS as KNOWN
 from passes.errors import PlanMismatchError
 from passes.inputs import global_inputs
@@ -230,12 +230,15 @@ def _applied(
     def remake(
         plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tangents: Tangents, backward: bool
     ) -> Executable:
-        again = together()
-        with again.agreeing():
-            new_call = args, dict(kwargs)
-            new_program = _captured(job, skeleton(plain), new_call, tangents, backward)
-        new_plan = _shared_plan(job, again, new_program, hardware, strategy, examples.described(new_call), storages)
-        return _executable(job, again, groups, new_program, new_plan)[0]
+        over = watch()
+        again = together(check=over.check)
+        with over.making_program():
+            with again.agreeing():
+                new_call = args, dict(kwargs)
+                new_program = _captured(job, skeleton(plain), new_call, tangents, backward)
+            example = examples.described(new_call)
+            new_plan = _shared_plan(job, again, new_program, hardware, strategy, example, storages)
+            return _executable(job, again, groups, new_program, new_plan)[0]
 
     alike = mesh.size() == 1 or _values_alike(ours, model)
     with ours.agreeing():
