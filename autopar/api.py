@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -67,11 +67,16 @@ def plan_with(
     if not ours.same(example):
         raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
 
+    timelines = []
+
     def make() -> str:
         program = _captured(job, skeleton(model), call)
-        return str(_planned(job, program, hardware, strategy, example).to_json())
+        made = _planned(job, program, hardware, strategy, example, keep_timeline=True)
+        timelines.append(made.timeline)
+        return str(made.to_json())
 
-    return pipeline.load(ours.from_first(make))
+    plan = pipeline.load(ours.from_first(make))
+    return replace(plan, timeline=timelines[0]) if timelines else plan
 
 
 def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh) -> ParallelModule:
@@ -133,6 +138,11 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
         if value not in known:
             raise ValueError(f"Options({name}={value!r}): known are {', '.join(known)}")
     precision = precision_of(options.mp_policy)
+    if options.memory_budget is not None and options.memory_budget <= 0:
+        raise ValueError(
+            f"Options(memory_budget={options.memory_budget}): bytes per device, a positive number; None takes what the "
+            "hardware has"
+        )
     if options.accumulate < 1:
         raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
     return _Job(axes, meshes.batch_axes_of(axes, options.batch_axes), options, pipeline, precision)
@@ -172,11 +182,12 @@ def _captured(
 
 
 def _planned(
-    job: _Job, program: Program, hardware: Any, strategy: str, example: str, stored: Mapping[str, Storage] | None = None
-) -> Any:
+    job: _Job, program: Program, hardware: Any, strategy: str, example: str,
+    stored: Mapping[str, Storage] | None = None, keep_timeline: bool = False,
+) -> Any:  # fmt: skip
     return job.pipeline.compile_plan(
         program, job.axes, batch_axes=job.batch_axes, hardware=hardware, strategy=strategy, options=job.options,
-        example=example, stored=stored,
+        example=example, stored=stored, keep_timeline=keep_timeline,
     )  # fmt: skip
 
 
@@ -215,7 +226,7 @@ def _executable(
     with ours.agreeing():
         bind_groups(local.graph, names)
         device = groups.mesh.device_type
-        lowered = lower(local, device=device, compile=job.options.compile, recompute=job.options.recompute)
+        lowered = lower(local, device=device, compile=job.options.compile, recompute="none")
     return Executable(local, lowered), local
 
 

@@ -74,6 +74,11 @@ class Runtime:
         """Ranks per mesh axis."""
         return tuple(self.mesh.shape)
 
+    @property
+    def coordinate(self) -> tuple[int, ...]:
+        """This rank's place on the mesh."""
+        return tuple(self.mesh.get_coordinate() or ())
+
 
 def _runtime(module: nn.Module) -> Runtime:
     return cast(Runtime, module.__dict__["_autopar"])
@@ -360,7 +365,10 @@ class _Step:
                     table[key].copy_(value)
                     continue
                 of = next(returned)
-                outputs.append(value if of is None else stored.distributed(value.contiguous(), of))
+                if of is not None:
+                    mine = stored.part_shape(output.storage, self.runtime.axis_sizes, self.runtime.coordinate)
+                    value = stored.distributed(stored.unpad(value.contiguous(), mine), of)
+                outputs.append(value)
         return outputs, saved
 
     def gradients(self, lowered: Lowered, local: LocalProgram, saved: Any, tangents: Any) -> dict[str, torch.Tensor]:
@@ -497,13 +505,9 @@ def _as_stored(runtime: Runtime, name: str, gradient: torch.Tensor | None) -> to
     """A local gradient as autograd wants it: a parameter's as its DTensor, an input's as it is."""
     if gradient is None or name not in runtime.specs:
         return gradient
-    of = runtime.specs[name]
-    storage = runtime.storages[name]
-    if not storage.state_axes:
-        return stored.distributed(gradient, of)
     table, key = runtime.slots[name]
-    rows = stored.local_part(table[key]).shape[0]
-    return stored.distributed(stored.unpad(gradient, rows), of)
+    mine = stored.local_part(table[key]).shape
+    return stored.distributed(stored.unpad(gradient, mine), runtime.specs[name])
 
 
 def state_bytes(module: ParallelModule) -> int:

@@ -23,7 +23,8 @@ class Options:
         "adafactor", or "adamw-master", which keeps an fp32 copy of each parameter beside two states.
     batch_axes: mesh axes that split the batch; None: by name (dp, dp_replicate, dp_shard, fsdp, data, batch).
     batch_dims: input path -> the dim the batch axes split, or None for an input every rank shares.
-    pins: parameter-name pattern (fnmatch) -> placements such as "RS(0)", one per mesh axis, in compute.
+    pins: parameter-name pattern (fnmatch) -> placements in compute such as "RS(0)", one per mesh axis, or at rest and
+        in compute: "S(0)S(0) -> RS(0)".
     recompute: which activations to compute again in backward.
     accumulate: micro-batches per optimizer step.
     seed: of dropout and every other random op in the model.

@@ -39,7 +39,8 @@ class Pipeline:
     """The stages, with the arguments they are called with.
 
     capture: model, args, kwargs, *, batch_dims, batch_size, tangents, backward, precision
-    compile_plan: program, axes, *, batch_axes, hardware, strategy, options, example, stored (storages that are pinned)
+    compile_plan: program, axes, *, batch_axes, hardware, strategy, options, example, stored (storages that are pinned),
+        keep_timeline
     rewrite: program, plan
     load: a plan's JSON text
     options_of: plan -> the options it was made with

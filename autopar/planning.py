@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from autopar.mixed import policy_from, policy_json
 from autopar.options import Options
 from costmodel.hardware import Hardware, Topology, hardware_of, topology
-from costmodel.layout import Layout, parse_layout
+from costmodel.layout import parse_layout
 from passes.capture import capture
 from passes.local import LocalProgram, Storage
 from passes.pipeline import Progress, Request, compile_plan, local_program, on_mesh, prepare
-from passes.plan import Plan
+from passes.plan import Placements, Plan
 from passes.precision import Precision
 from passes.program import Program
+from passes.space import Pin
+from passes.words import unfold_names
 
 _FIGURES = "hardware_figures"
 """Where a plan's options keep the figures it was priced with: they decide the steps of a reshard, on any machine."""
@@ -72,6 +75,7 @@ def planned(
     example: str,
     stored: Mapping[str, Storage] | None = None,
     progress: Progress = lambda stage: None,
+    keep_timeline: bool = False,
 ) -> Plan:
     """The plan for `program` on a mesh of `axes`."""
     request = Request(
@@ -79,12 +83,14 @@ def planned(
         budget_bytes=options.memory_budget,
         optimizer="sgd" if options.optimizer == "none" else options.optimizer,
         accumulate=options.accumulate,
+        recompute=options.recompute,
+        compiled=options.compile,
         pins=pins_of(options),
         stored=stored,
     )
     mesh = on_mesh(hardware, axes)
     figures = json.loads(json.dumps(asdict(mesh.hardware)))
-    return compile_plan(
+    plan = compile_plan(
         program,
         mesh,
         batch_axes,
@@ -92,7 +98,21 @@ def planned(
         options=options_json(options) | {_FIGURES: figures},
         example=example,
         progress=progress,
+        keep_timeline=keep_timeline,
     )
+    return replace(plan, parameters={key: _marked(placed, options) for key, placed in plan.parameters.items()})
+
+
+def _marked(placed: Placements, options: Options) -> Placements:
+    """A plan's line, marked where the user's pins name it."""
+    name = unfold_names(placed.names)[0]
+    return replace(placed, pinned=any(fnmatchcase(name, pattern) for pattern in options.pins))
+
+
+def pins_in(plan: Plan) -> dict[str, str]:
+    """The pins that a plan's file asks for: its lines that are marked `"pinned": true`, and those a person edited."""
+    edited = plan.edited
+    return {key: str(placed) for key, placed in plan.parameters.items() if placed.pinned or key in edited}
 
 
 def rewritten(program: Program, plan: Plan) -> LocalProgram:
@@ -110,8 +130,8 @@ def topology_of(plan: Plan) -> Topology:
     return topology(hardware_in(plan), plan.axes)
 
 
-def pins_of(options: Options) -> dict[str, Layout]:
-    """The user's pins as layouts.
+def pins_of(options: Options) -> dict[str, Pin]:
+    """The user's pins: a layout in compute, or `at rest -> in compute`.
 
     Raises:
         ValueError: a pin that is no layout; names it.
@@ -119,7 +139,8 @@ def pins_of(options: Options) -> dict[str, Layout]:
     found = {}
     for pattern, text in options.pins.items():
         try:
-            found[pattern] = parse_layout(text)
+            at_rest, arrow, in_compute = text.rpartition("->")
+            found[pattern] = Pin(parse_layout(in_compute.strip()), parse_layout(at_rest.strip()) if arrow else None)
         except ValueError as error:
             raise ValueError(f"Options(pins={{{pattern!r}: {text!r}}}): {error}") from None
     return found

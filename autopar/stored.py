@@ -1,9 +1,10 @@
 """Parameters at rest: each rank's part of a tensor, and the DTensor that says so.
 
-A `Storage` splits a tensor for computation (evenly, by mesh axes in their order) and then, only to store it, cuts
-dim 0 of each part over the state axes. DTensor reads placements from left to right, so a state axis that comes before
-axes which split dim 0 for computation is `_StridedShard(0, split_factor)`, as FSDP2 writes it on top of tensor
-parallelism. This is the one file that uses DTensor's private names.
+A `Storage` splits a tensor for computation (by mesh axes in their order, in chunks as `torch.chunk` cuts them) and
+then, only to store it, cuts one dim of each part over the state axes: dim 0, or another where dim 0 is split unevenly.
+DTensor reads placements from left to right, so a state axis that comes before axes which split dim 0 for computation
+is `_StridedShard(0, split_factor)`, as FSDP2 writes it on top of tensor parallelism. This is the one file that uses
+DTensor's private names.
 """
 
 from __future__ import annotations
@@ -38,46 +39,63 @@ def placements(storage: Storage, axis_sizes: Sequence[int], name: str = "tensor"
             continue
         if shard is not None:
             raise ValueError(f"{name}: mesh axis {axis} splits it both for computation and as state")
-        later = [other for other in range(axis + 1, len(axis_sizes)) if _splits_rows(storage, other)]
+        dim = storage.state_dim
+        later = [other for other in range(axis + 1, len(axis_sizes)) if _splits(storage, other, dim)]
         factor = math.prod(axis_sizes[other] for other in later)
-        result.append(_StridedShard(0, split_factor=factor) if factor > 1 else Shard(0))
+        if factor > 1 and dim in storage.uneven_dims(axis_sizes):
+            raise ValueError(
+                f"{name}: dim {dim} is split unevenly for computation and again as state; DTensor has no word for it"
+            )
+        result.append(_StridedShard(dim, split_factor=factor) if factor > 1 else Shard(dim))
     return tuple(result)
 
 
-def _splits_rows(storage: Storage, axis: int) -> bool:
+def _splits(storage: Storage, axis: int, dim: int) -> bool:
     shard = storage.shards[axis]
-    return shard is not None and shard.dim == 0
+    return shard is not None and shard.dim == dim
 
 
 def cut(full: torch.Tensor, storage: Storage, axis_sizes: Sequence[int], coordinate: Sequence[int]) -> torch.Tensor:
     """The part of `full` that the rank at `coordinate` stores, unpadded; a view where that is one."""
     part = full
     for shard, size, index in zip(storage.shards, axis_sizes, coordinate, strict=True):
-        if shard is not None:
+        if shard is not None and shard.stride == 1:
+            part = _chunk(part, shard.dim, size, index)
+        elif shard is not None:
             dim, stride = shard.dim, shard.stride
             rows = part.shape[dim] // (size * stride)
             blocks = part.unflatten(dim, (stride, size, rows))
             part = blocks.select(dim + 1, index).flatten(dim, dim + 1)
     for axis in storage.state_axes:
-        rows = -(-part.shape[0] // axis_sizes[axis])
-        start = min(coordinate[axis] * rows, part.shape[0])
-        part = part[start : start + rows]
+        part = _chunk(part, storage.state_dim, axis_sizes[axis], coordinate[axis])
     return part
 
 
+def part_shape(storage: Storage, axis_sizes: Sequence[int], coordinate: Sequence[int]) -> tuple[int, ...]:
+    """Shape of what `cut` gives the rank at `coordinate`."""
+    whole = torch.empty(storage.shape, device="meta")
+    return tuple(cut(whole, storage, axis_sizes, coordinate).shape)
+
+
+def _chunk(part: torch.Tensor, dim: int, ranks: int, index: int) -> torch.Tensor:
+    rows = -(-part.shape[dim] // ranks)
+    start = min(index * rows, part.shape[dim])
+    return part.narrow(dim, start, min(rows, part.shape[dim] - start))
+
+
 def pad(part: torch.Tensor, storage: Storage, axis_sizes: Sequence[int]) -> torch.Tensor:
-    """A stored part as the graph takes it: with zero rows up to the full chunk; itself where it is full."""
-    rows = storage.padded_shape(axis_sizes)[0] if storage.state_axes else None
-    if rows is None or part.shape[0] == rows:
+    """A stored part as the graph takes it: with zeros up to the full chunk; itself where it is full."""
+    shape = storage.padded_shape(axis_sizes)
+    if part.shape == shape:
         return part
-    padded = part.new_zeros((rows, *part.shape[1:]))
-    padded[: part.shape[0]] = part
+    padded = part.new_zeros(shape)
+    padded[tuple(map(slice, part.shape))] = part
     return padded
 
 
-def unpad(padded: torch.Tensor, rows: int | None) -> torch.Tensor:
-    """The `rows` that the rank stores of what the graph gives; all of it where `rows` is None."""
-    return padded if rows is None or padded.shape[0] == rows else padded[:rows]
+def unpad(padded: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """What the rank stores, of `shape`, of what the graph gives; all of it where it is full."""
+    return padded if padded.shape == tuple(shape) else padded[tuple(map(slice, shape))].contiguous()
 
 
 def spec(

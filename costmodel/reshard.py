@@ -50,7 +50,7 @@ class Step:
     @property
     def is_collective(self) -> bool:
         """Whether ranks talk to one another."""
-        return self.kind not in ("slice", "state_slice", "cast") and self.ranks != 1
+        return self.kind not in ("slice", "state_slice", "state_pad", "state_cut", "cast") and self.ranks != 1
 
 
 @lru_cache(maxsize=400_000)

@@ -36,9 +36,14 @@ def _ranks(axes: Sequence[int], topology: Topology) -> int:
     return math.prod(topology.sizes[axis] for axis in axes)
 
 
-def _full_bytes(local: tuple[int, ...], itemsize: int, axes: Sequence[int], topology: Topology) -> int:
-    parts = chunks(local[0], [topology.sizes[axis] for axis in axes])
-    return parts[0] * len(parts) * math.prod(local[1:]) * itemsize
+def _full_bytes(local: tuple[int, ...], itemsize: int, axes: Sequence[int], topology: Topology, dim: int) -> int:
+    parts = chunks(local[dim], [topology.sizes[axis] for axis in axes])
+    return parts[0] * len(parts) * math.prod((*local[:dim], *local[dim + 1 :])) * itemsize
+
+
+def _copy_s(copied_bytes: float, topology: Topology) -> float:
+    """Time to read and write so many bytes."""
+    return 2.0 * copied_bytes / (topology.device.memory_bytes_per_s * topology.device.memory_efficiency)
 
 
 def cast(elements: int, itemsize: int, dtype: str, given_itemsize: int, layout: Layout, topology: Topology) -> Step:
@@ -49,12 +54,24 @@ def cast(elements: int, itemsize: int, dtype: str, given_itemsize: int, layout: 
 
 
 def state_gather(
-    local: tuple[int, ...], itemsize: int, axes: tuple[int, ...], layout: Layout, topology: Topology
+    local: tuple[int, ...], itemsize: int, axes: tuple[int, ...], layout: Layout, topology: Topology, dim: int = 0
 ) -> Step:
-    """All-gather of a stored tensor into the part of shape `local` that is computed with."""
-    full = _full_bytes(local, itemsize, axes, topology)
-    seconds = collective_s("all_gather", full, axes, topology)
+    """All-gather of a stored tensor into the part of shape `local` that is computed with; chunks are of dim `dim`."""
+    full = _full_bytes(local, itemsize, axes, topology, dim)
+    seconds = collective_s("all_gather", full, axes, topology) + (_copy_s(full, topology) if dim else 0.0)
     return Step("state_gather", axes, None, None, "", full, seconds, layout, layout, _ranks(axes, topology))
+
+
+def state_pad(local: tuple[int, ...], itemsize: int, layout: Layout, topology: Topology) -> Step:
+    """A stored part made larger by zeros, to the shape `local` that is computed with."""
+    full = math.prod(local) * itemsize
+    return Step("state_pad", (), None, None, "", full, _copy_s(full, topology), layout, layout)
+
+
+def state_cut(local: tuple[int, ...], itemsize: int, layout: Layout, topology: Topology) -> Step:
+    """A gradient cut to what is stored, of shape `local`."""
+    full = math.prod(local) * itemsize
+    return Step("state_cut", (), None, None, "", full, _copy_s(full, topology), layout, layout)
 
 
 def state_scatter(
@@ -65,10 +82,14 @@ def state_scatter(
     layout: Layout,
     axes: tuple[int, ...],
     topology: Topology,
+    dim: int = 0,
+    *,
+    padded: bool = False,
 ) -> tuple[Step, ...] | None:
     """Steps from a gradient in layout `given` (on the expanded `shape`) to chunks over `axes` of the part `layout`.
 
-    `local` is the shape of that part. Axes in `axes` come in as partial sums or replicas; other placements there are
+    `local` is the shape of that part, `dim` the one that the chunks cut. `padded`: the gradient is larger and is cut to
+    `local` first. Axes in `axes` come in as partial sums or replicas; other placements there are
     gathered first. None where there is no way.
     """
     partial = [axis for axis in axes if given[axis] == Partial()]
@@ -79,22 +100,25 @@ def state_scatter(
     path = steps(shape, itemsize, given, target, topology)
     if path is None:
         return None
+    if padded:
+        path = (*path, state_cut(local, itemsize, target, topology))
     if not axes:
         return path
     if len(partial) == len(axes):
-        full = _full_bytes(local, itemsize, axes, topology)
-        seconds = collective_s("reduce_scatter", full, axes, topology)
+        full = _full_bytes(local, itemsize, axes, topology, dim)
+        seconds = collective_s("reduce_scatter", full, axes, topology) + (_copy_s(full, topology) if dim else 0.0)
         ranks = _ranks(axes, topology)
         return (*path, Step("state_scatter", axes, None, None, "sum", full, seconds, target, layout, ranks))
-    parts = chunks(local[0], [topology.sizes[axis] for axis in axes])
+    parts = chunks(local[dim], [topology.sizes[axis] for axis in axes])
     if parts[0] != parts[-1] and partial:  # uneven chunks of several axes cannot be cut axis by axis
         whole = tuple(Replicate() if axis in axes else placement for axis, placement in enumerate(layout))
         path = steps(shape, itemsize, given, whole, topology)
         assert path is not None
+        path = (*path, state_cut(local, itemsize, whole, topology)) if padded else path
         partial = []
     moves = list(path)
     if not partial:
-        full = _full_bytes(local, itemsize, axes, topology)
+        full = _full_bytes(local, itemsize, axes, topology, dim)
         before = moves[-1].after if moves else given
         return (*moves, Step("state_slice", axes, None, None, "", full, 0.0, before, layout, _ranks(axes, topology)))
     full = math.prod(local) * itemsize

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from passes.dims import ExpandedOp, Value, expand, expanded_shape, is_getitem, outputs_of, value_of
+from passes.dims import ExpandedOp, Unified, Value, expand, expanded_shape, is_getitem, outputs_of, unified, value_of
 from passes.errors import UnsupportedOpError
 from passes.layers import Folding, fold
 from passes.program import Input, Output, Program
@@ -67,6 +67,7 @@ class Analysis:
 
     program: Program
     folding: Folding
+    unified: Unified
     places: tuple[Place, ...]
     wires: tuple[Wire, ...]
     replicated: tuple[str, ...]
@@ -144,7 +145,8 @@ def analyse(program: Program) -> Analysis:
         else:
             calls.append(None)
             forms.append(_plain_form(node) if not is_getitem(node) else FormBuilder().form([], []))
-    ops = expand(program, folding, forms)
+    atoms = unified(program, folding, forms)
+    ops = expand(atoms)
     inputs = dict(zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     places: list[Place] = []
     for members, made, op in zip(folding.members, calls, ops, strict=True):
@@ -182,6 +184,7 @@ def analyse(program: Program) -> Analysis:
     return Analysis(
         program,
         folding,
+        atoms,
         tuple(places),
         wires,
         tuple(replicated),

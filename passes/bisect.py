@@ -41,6 +41,13 @@ _HOW: dict[How, str] = {
 _ROUNDINGS = 16
 """Units in the last place of an op's largest operand that its result may be off by."""
 
+_aten = torch.ops.aten
+_EXACT_TO_THE_RESULT = {
+    _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar, _aten.pow.Tensor_Scalar, _aten.neg.default,
+    _aten.sqrt.default, _aten.rsqrt.default, _aten.reciprocal.default, _aten.exp.default, _aten.where.self,
+}  # fmt: skip
+"""Ops in which nothing cancels: they round by units in the last place of what they give, however large an operand."""
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -68,9 +75,30 @@ class Divergence:
 
 
 def run_program(program: Program, values: Sequence[Any]) -> list[Any]:
-    """What the program's outputs are on one device; `values` has one per placeholder."""
+    """What the program's outputs are on one device; `values` has one per placeholder.
+
+    Parameters that the program has padded, and their gradients, are given and returned as they are outside.
+    """
+    outside = {given.name: given.shape for given in program.inputs if given.shape is not None}
     with torch.no_grad():
-        return list(fx.Interpreter(program.graph).run(*values, enable_io_processing=False))
+        found = list(fx.Interpreter(program.graph).run(*_padded(program, values), enable_io_processing=False))
+    return [
+        value if shape is None else value[tuple(map(slice, shape))]
+        for out, value in zip(program.outputs, found, strict=True)
+        for shape in [outside.get(out.name) if out.kind == "gradient" else out.shape]
+    ]
+
+
+def _padded(program: Program, values: Sequence[Any]) -> list[Any]:
+    """The values with zeros up to their placeholders' shapes."""
+    padded = list(values)
+    nodes = program.graph.graph.find_nodes(op="placeholder")
+    for index, (node, given) in enumerate(zip(nodes, program.inputs, strict=True)):
+        if given.shape is not None:
+            sizes = zip(reversed(node.meta["val"].shape), reversed(given.shape), strict=True)
+            zeros = [n for whole, part in sizes for n in (0, int(whole) - part)]
+            padded[index] = torch.nn.functional.pad(values[index], zeros)
+    return padded
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -129,7 +157,9 @@ class _Search:
         self.analysis: Analysis = analyse(local.program)
         graph = local.program.graph.graph
         self.nodes: dict[str, fx.Node] = {node.name: node for node in graph.nodes}
-        self.whole: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), whole, strict=True))
+        self.whole: dict[fx.Node, Any] = dict(
+            zip(graph.find_nodes(op="placeholder"), _padded(local.program, whole), strict=True)
+        )
         self.seen: dict[fx.Node, Any] = {}
         self.computed: dict[fx.Node, Any] = {}
         self.rounding: dict[fx.Node, float] = {}
@@ -167,10 +197,13 @@ class _Search:
             kind: How = "output"
             detail = f"{described.kind} {described.name}"
             try:
-                full = gather([mine[position] for mine in results], described.storage, self.local.axes, detail)
+                parts = [mine[position] for mine in results]
+                zeros = described.kind != "output"
+                full = gather(parts, described.storage, self.local.axes, detail, zeros=zeros)
             except SimulationError as failed:
                 return self._divergence(node, "replicas", float("inf"), None, last[position], str(failed))
-            near, error = self._judged(node, full, self.value(node))
+            wanted = self.value(node)[tuple(map(slice, full.shape))]
+            near, error = self._judged(node, full, wanted)
             if not near:
                 return self._divergence(node, kind, error, None, last[position], detail)
         return None
@@ -221,7 +254,8 @@ class _Search:
     def _rounding(self, node: fx.Node, parts: Sequence[Tensor]) -> float:
         if not parts[0].dtype.is_floating_point:
             return 0.0
-        operands = [_norm(self.value(source)) for source in node.all_input_nodes if is_tensor(source)]
+        sources = [] if node.target in _EXACT_TO_THE_RESULT else node.all_input_nodes
+        operands = [_norm(self.value(source)) for source in sources if is_tensor(source)]
         terms = math.prod(operands) if node.target in PRODUCTS else max(operands, default=0.0)
         return (
             _ROUNDINGS * torch.finfo(parts[0].dtype).eps * max([terms, *map(_norm, {id(p): p for p in parts}.values())])

@@ -134,9 +134,28 @@ def outputs_of(program: Program) -> list[tuple[Output, fx.Node | None, fx.Node |
     return found
 
 
-def expand(program: Program, folding: Folding, forms: Sequence[Form]) -> tuple[ExpandedOp, ...]:
+def atoms_of(dim: Sequence[int], factors: Sequence[Atom]) -> list[Atom]:
+    """The atoms of a dim that a form describes by these factors, outermost first."""
+    return [leaf for factor in dim for leaf in factors[factor].leaves()]
+
+
+@dataclass(frozen=True)
+class Unified:
+    """The factors of all classes as atoms: `atoms[c][f]` is what factor f of class c turned out to be."""
+
+    forms: tuple[Form, ...]
+    atoms: tuple[tuple[Atom, ...], ...]
+    edges: tuple[tuple[int, int, Value], ...]
+    """(class, operand, value that it reads there)."""
+
+    def dims(self, value: Value) -> list[list[Atom]]:
+        """Per dim of a value, the atoms it consists of."""
+        return [atoms_of(dim, self.atoms[value.op]) for dim in self.forms[value.op].results[value.result]]
+
+
+def unified(program: Program, folding: Folding, forms: Sequence[Form]) -> Unified:
     """Unify the dims of all classes; `forms[c]` is the factor form of class c (placeholders: no operands)."""
-    atoms = [[Atom(size) for size in form.sizes] for form in forms]
+    atoms = tuple(tuple(Atom(size) for size in form.sizes) for form in forms)
     edges: dict[tuple[int, int, Value], None] = {}
     for node in program.graph.graph.nodes:
         if node.op != "call_function" or is_getitem(node):
@@ -158,15 +177,21 @@ def expand(program: Program, folding: Folding, forms: Sequence[Form]) -> tuple[E
         pair = dims_of_value(value_of(first, folding)), dims_of_value(value_of(second, folding))
         for mine, theirs in zip(*pair, strict=True):
             unify(mine, theirs)
+    return Unified(tuple(forms), atoms, tuple(edges))
 
+
+def expand(of: Unified) -> tuple[ExpandedOp, ...]:
+    """Every class in expanded dims."""
     producers: dict[tuple[int, int], list[Value]] = {}
-    for op, index, value in edges:
+    for op, index, value in of.edges:
         producers.setdefault((op, index), []).append(value)
     return tuple(
         _expanded_op(
-            form, atoms[op], [[dims_of_value(v) for v in producers.get((op, k), [])] for k in range(len(form.operands))]
+            form,
+            of.atoms[op],
+            [[of.dims(v) for v in producers.get((op, k), [])] for k in range(len(form.operands))],
         )
-        for op, form in enumerate(forms)
+        for op, form in enumerate(of.forms)
     )
 
 

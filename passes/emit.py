@@ -20,7 +20,7 @@ from costmodel.hardware import Topology
 from costmodel.layout import Layout, local_shape
 from costmodel.reshard import Step
 from costmodel.state import chunks
-from passes.local import WAIT
+from passes.local import WAIT, Storage
 from passes.precision import dtype_named
 
 aten = torch.ops.aten
@@ -152,12 +152,14 @@ def emit_steps(
     x: fx.Node,
     steps: Sequence[Step],
     dims: Sequence[Sequence[int]],
-    rows: int,
+    storage: Storage | None = None,
+    padding: Sequence[int] = (),
 ) -> fx.Node:
     """Bring `x`, the part of a tensor whose dims consist of atoms of sizes `dims`, through `steps`.
 
-    `rows` is dim 0 of the part that is computed with, for a step that gathers stored chunks.
+    `storage` and `padding` are those of the `StoredOption` that the steps come from or go to, if any.
     """
+    dim = storage.state_dim if storage is not None else 0
     for step in steps:
         if step.kind == "cast":
             x = emit.call(aten._to_copy.default, x, dtype=dtype_named(step.dtype))
@@ -165,14 +167,28 @@ def emit_steps(
         if step.ranks == 1:
             continue
         if step.kind == "state_gather":
-            x = _state_gather(emit, x, step, rows)
+            assert storage is not None
+            rows = storage.computed_shape(emit.topology.sizes)[dim]
+            x = _moved(emit, _state_gather(emit, _moved(emit, x, dim, 0), step, rows), 0, dim)
         elif step.kind == "state_scatter":
-            x = _state_scatter(emit, x, step)
+            x = _moved(emit, _state_scatter(emit, _moved(emit, x, dim, 0), step), 0, dim)
         elif step.kind == "state_slice":
-            x = _state_slice(emit, x, step)
+            x = _moved(emit, _state_slice(emit, _moved(emit, x, dim, 0), step), 0, dim)
+        elif step.kind == "state_pad":
+            zeros = [n for each in reversed(padding) for n in (0, each)]
+            x = emit.call(aten.constant_pad_nd.default, x, zeros, 0)
+        elif step.kind == "state_cut":
+            for d, each in enumerate(padding):
+                x = emit.call(aten.slice.Tensor, x, d, 0, emit.shape(x)[d] - each) if each else x
+            x = emit.contiguous(x)
         else:
             x = _expanded_step(emit, x, step, dims)
     return x
+
+
+def _moved(emit: Emitter, x: fx.Node, source: int, target: int) -> fx.Node:
+    """Dim `source` moved to place `target`, in row-major memory: chunks of another dim than 0 are moved as rows."""
+    return emit.contiguous(emit.move_dim(x, source, target)) if source != target else x
 
 
 def _merged(dims: Sequence[Sequence[int]], expanded: Sequence[int]) -> tuple[int, ...]:

@@ -7,9 +7,9 @@
     working       anything else, from the op that makes it to its last reader
     communication copies that collectives need
 
-Not everything that the graph names is a tensor in memory. A view names another's buffer. A pointwise result that only
-pointwise ops and reductions read is fused into them. A forward value that can be computed again cheaply from others
-that are held is dropped and computed again, so reading it means reading those.
+Not everything that the graph names is a tensor in memory. A view names another's buffer. In a compiled step a pointwise
+result that only pointwise ops and reductions of its own phase read is fused into them. What is computed again in
+backward is an op of the schedule like any other.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from costmodel.memory import AtRest, Buffer, OptimizerSpec, at_rest, peak, timel
 from costmodel.reshard import Step
 from passes.dims import Value, value_of
 from passes.itinerary import Move, Run
-from passes.price import held_values
 from passes.space import Space
 from passes.strategies import StoredOption
-from passes.tracks import Tracks
+from passes.tracks import Fusing, Tracks
 from passes.words import Words
 
 _MOST_SOURCES = 4
@@ -51,6 +50,8 @@ class Footprint:
     by_kind: dict[str, int]
     top: tuple[TopTensor, ...]
     timeline: tuple[tuple[float, int], ...]
+    buffers: tuple[Buffer, ...] = ()
+    """Every tensor with its birth and death, where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,12 @@ def footprint(
     spec: OptimizerSpec,
     *,
     accumulate: int = 1,
-    held: frozenset[Value] | None = None,
+    fused: bool = True,
+    keep_buffers: bool = False,
 ) -> Footprint:
-    """Memory of one rank while a step runs at `times`."""
-    held = held_values(space) if held is None else held
+    """Memory of one rank while a step runs at `times`; `fused`: compiled, so that pointwise chains write their ends."""
     buffers = _at_rest(space, assignment, words, spec, accumulate, times.end_s)
-    buffers += _Lives(space, tracks, times, words, held).buffers()
+    buffers += _Lives(space, tracks, times, words, fused).buffers()
     granularity = 1 if space.topology.hardware.shared_host else 512
     top = peak(buffers, top=len(buffers), granularity_bytes=granularity)
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -90,7 +91,25 @@ def footprint(
         dict(sorted(top.by_kind.items(), key=lambda item: -item[1])),
         tuple(TopTensor(name, kind, sum(sizes), len(sizes)) for (name, kind), sizes in largest[:12]),
         tuple(timeline(buffers, granularity)),
+        tuple(buffers) if keep_buffers else (),
     )
+
+
+def kept_bytes(tracks: Tracks) -> int:
+    """Bytes that forward hands to backward: buffers made in forward that an op or a move of backward reads."""
+    bases: list[int] = []
+    for index, slot in enumerate(tracks.slots):
+        producer = tracks.items[slot.producer] if slot.producer >= 0 else None
+        view = isinstance(producer, Run) and tracks.costs[producer.site].fusing == "view"
+        bases.append(bases[tracks.reads[slot.producer][0]] if view and tracks.reads[slot.producer] else index)
+    crossing = {
+        bases[slot]
+        for index, item in enumerate(tracks.items)
+        if item.phase == "backward"
+        for slot in tracks.reads[index]
+        if tracks.slots[slot].producer >= 0 and tracks.items[tracks.slots[slot].producer].phase == "forward"
+    }
+    return sum(tracks.slots[slot].bytes for slot in crossing if tracks.slots[slot].producer >= 0)
 
 
 def _at_rest(
@@ -128,126 +147,98 @@ def _at_rest(
 class _Lives:
     """Births and deaths of what comes and goes."""
 
-    def __init__(self, space: Space, tracks: Tracks, times: Times, words: Words, held: frozenset[Value]) -> None:
+    def __init__(self, space: Space, tracks: Tracks, times: Times, words: Words, fused: bool) -> None:
         self.space = space
         self.tracks = tracks
         self.times = times
         self.words = words
-        self.phase = [_phase(item) for item in tracks.items]
-        slots = tracks.slots
-        self.value = [value_of(slot.node, space.folding) for slot in slots]
-        """Of each slot, what the folded graph calls it."""
-        self.held = [value in held for value in self.value]
+        self.fused = fused
         self.written = self._written()
         self.bases: list[tuple[int, ...]] = []
         """Of each slot, the buffers that reading it reads."""
-        self.again: list[tuple[int, ...]] = []
-        """The same for a backward op that reads a forward slot: through what is computed again."""
-        for index in range(len(slots)):
-            self._find_bases(index)
+        for index in range(len(tracks.slots)):
+            self.bases.append(self._bases_of(index))
 
-    def _fusing(self, slot: int) -> str:
-        """How the op that makes a slot treats memory; "" for what is there or moved."""
+    def _fusing(self, slot: int) -> Fusing | None:
+        """How the op that makes a slot treats memory; None for what is there or moved."""
         producer = self.tracks.slots[slot].producer
         item = self.tracks.items[producer] if producer >= 0 else None
-        return self.tracks.costs[item.site].fusing if isinstance(item, Run) else ""
+        return self.tracks.costs[item.site].fusing if isinstance(item, Run) else None
 
     def _written(self) -> list[bool]:
         """Whether a slot is a buffer of its own in memory, leaving aside that views name another's."""
         tracks = self.tracks
-        needed = list(self.held)
+        if not self.fused:
+            return [True] * len(tracks.slots)
+        needed = [False] * len(tracks.slots)
         for slot, _, _ in tracks.leaving:
             needed[slot] = True
         for index in range(len(tracks.items) - 1, -1, -1):
             item = tracks.items[index]
-            if isinstance(item, Move):
-                for slot in tracks.reads[index]:
-                    needed[slot] = needed[slot] or not self._from_other_phase(slot, index)
-                continue
-            fusing = tracks.costs[item.site].fusing
+            fusing = "kernel" if isinstance(item, Move) else tracks.costs[item.site].fusing
             through = any(needed[slot] for slot in tracks.writes[index]) if fusing == "view" else fusing == "kernel"
-            if through:
-                for slot in tracks.reads[index]:
-                    needed[slot] = needed[slot] or not self._from_other_phase(slot, index)
-        for slot in range(len(needed)):
-            needed[slot] = needed[slot] or self._fusing(slot) != "pointwise"
-        return needed
+            for slot in tracks.reads[index]:
+                if through or self._crosses(slot, index):
+                    needed[slot] = True
+        return [need or self._fusing(slot) != "pointwise" for slot, need in enumerate(needed)]
 
-    def _from_other_phase(self, slot: int, reader: int) -> bool:
-        producer = self.tracks.slots[slot].producer
-        return producer >= 0 and self.phase[producer] == "forward" and self.phase[reader] == "backward"
+    def _crosses(self, slot: int, reader: int) -> bool:
+        """Whether a slot is kept from forward for a backward reader."""
+        items, producer = self.tracks.items, self.tracks.slots[slot].producer
+        return producer >= 0 and items[producer].phase == "forward" and items[reader].phase == "backward"
 
-    def _find_bases(self, index: int) -> None:
+    def _bases_of(self, index: int) -> tuple[int, ...]:
         slot = self.tracks.slots[index]
-        operands = self.tracks.reads[slot.producer] if slot.producer >= 0 else ()
-        fusing = self._fusing(index)
         producer = self.tracks.items[slot.producer]
-        if slot.producer >= 0 and isinstance(producer, Move) and not producer.steps:
-            bases = self.bases[operands[0]]
-        elif fusing == "view":
-            bases = self.bases[operands[0]] if operands else (index,)
-        elif not self.written[index]:
-            bases = tuple(dict.fromkeys(base for x in operands for base in self.bases[x]))
-            if len(bases) > _MOST_SOURCES:
-                bases = (index,)
-                self.written[index] = True
-        else:
-            bases = (index,)
-        self.bases.append(bases)
-        if self.held[index] or fusing not in ("view", "pointwise"):
-            self.again.append(bases)
-        else:
-            sources = (base for x in operands if not self.tracks.slots[x].gathered for base in self.again[x])
-            self.again.append(tuple(dict.fromkeys(sources)))
+        if slot.producer < 0:
+            return (index,)
+        operands = self.tracks.reads[slot.producer]
+        if isinstance(producer, Move):
+            return (index,) if producer.steps else self.bases[operands[0]]
+        if self._fusing(index) == "view":
+            return self.bases[operands[0]] if operands else (index,)
+        if self.written[index]:
+            return (index,)
+        bases = tuple(dict.fromkeys(base for operand in operands for base in self.bases[operand]))
+        if len(bases) > _MOST_SOURCES:
+            self.written[index] = True
+            return (index,)
+        return bases
 
     def buffers(self) -> list[Buffer]:
         """Every tensor that comes and goes."""
         tracks, times = self.tracks, self.times
         last: list[float] = [-1.0] * len(tracks.slots)
-        again_s: dict[int, tuple[float, float]] = {}
-
-        def read(slot: int, at_s: float, other_phase: bool, needs_buffer: bool) -> None:
-            if other_phase:
-                for base in self.again[slot]:
-                    last[base] = max(last[base], at_s)
-                if needs_buffer and slot not in self.again[slot] and self._fusing(slot) == "pointwise":
-                    first = again_s.get(slot, (at_s, at_s))
-                    again_s[slot] = (min(first[0], at_s), max(first[1], at_s))
-                return
-            for base in self.bases[slot]:
-                last[base] = max(last[base], at_s)
-
+        reader: list[int] = [-1] * len(tracks.slots)
         for index, item in enumerate(tracks.items):
-            if isinstance(item, Move):
-                done = times.steps[index]
-                at_s = done[0][2] if done else times.op_start_s[index]
-                needs_buffer = True
-            else:
-                at_s = times.op_start_s[index]
-                needs_buffer = tracks.costs[item.site].fusing == "kernel"
+            at_s = times.op_start_s[index]
+            if isinstance(item, Move) and (done := times.steps[index]):
+                at_s = done[0][2]
             for operand in tracks.reads[index]:
-                read(operand, at_s, self._from_other_phase(operand, index), needs_buffer)
+                for base in self.bases[operand]:
+                    if at_s >= last[base]:
+                        last[base], reader[base] = at_s, index
         forever = set()
         for leaving, phase, _ in tracks.leaving:
             if phase == "forward":
-                read(leaving, times.forward_end_s, False, True)
+                for base in self.bases[leaving]:
+                    last[base] = max(last[base], times.forward_end_s)
             else:
                 forever |= set(self.bases[leaving])
         gradients = {base for leaving, _, stores in tracks.leaving if stores for base in self.bases[leaving]}
         found = self._communication()
-        names: dict[Value, str] = {}
+        names: dict[tuple[Value, bool], str] = {}
         for index, slot in enumerate(tracks.slots):
             if slot.producer < 0 or self.bases[index] != (index,) or not slot.bytes:
                 continue
             birth = self._birth(slot.producer)
             death = None if index in forever else max(birth, last[index])
-            value = self.value[index]
+            item = tracks.items[slot.producer]
+            again = isinstance(item, Run) and item.again
+            value = (value_of(slot.node, self.space.folding), again)
             if value not in names:
-                names[value] = self.words.value(slot.node)
+                names[value] = self.words.value(slot.node) + (", computed again" if again else "")
             found.append(Buffer(names[value], slot.bytes, birth, death, self._kind(index, birth, death, gradients)))
-        for index, (first, final) in again_s.items():
-            name = f"{self.words.value(tracks.slots[index].node)}, computed again"
-            found.append(Buffer(name, tracks.slots[index].bytes, first, final, "working"))
         return found
 
     def _kind(self, index: int, birth: float, death: float | None, gradients: set[int]) -> str:
@@ -256,7 +247,7 @@ class _Lives:
             return "gradients"
         if slot.gathered:
             return "gathered"
-        forward = self.phase[slot.producer] == "forward"
+        forward = self.tracks.items[slot.producer].phase == "forward"
         return "activations" if forward and (death is None or death > self.times.forward_end_s) else "working"
 
     def _birth(self, producer: int) -> float:
@@ -296,7 +287,3 @@ def _copies(step: Step) -> bool:
     if step.kind == "reduce_scatter":
         return bool(step.target)
     return step.kind == "all_to_all"
-
-
-def _phase(item: Run | Move) -> str:
-    return item.phase if isinstance(item, Move) else str(item.node.meta.get("phase", "forward"))

@@ -1,5 +1,7 @@
 """A plan in the order it runs: ops, and the moves of tensors between layouts that come before them.
 
+What backward reads of forward and is not kept runs again, right before its first reader.
+
 This one list is priced by `schedule`, shown as the ledger of collectives, and emitted by `rewrite`.
 """
 
@@ -21,18 +23,30 @@ from passes.strategies import Option, StoredOption
 
 @dataclass(frozen=True)
 class Run:
-    """An op runs under `option`."""
+    """An op runs under `option`; `again`: a forward op in backward, whose results only backward finds."""
 
     node: fx.Node
     option: Option
     site: int
+    again: bool = False
+
+    @property
+    def phase(self) -> str:
+        """The half of the step it runs in."""
+        return "backward" if self.again else str(self.node.meta.get("phase", "forward"))
+
+    @property
+    def era(self) -> str:
+        """The phase that its results are for, "" for all."""
+        return "backward" if self.again else ""
 
 
 @dataclass(frozen=True)
 class Move:
     """`value` goes through `steps` to `target`; later readers in the same `era` find it there.
 
-    `era` is the phase for stored tensors, which are gathered for forward and again for backward, and "" for others.
+    `era` is the phase for stored tensors, which are gathered for forward and again for backward, "backward" for what is
+    computed again, and "" for others.
     `reader` is the op it is needed by, or None where it is an output; `stores` marks a gradient on its way to how its
     parameter is stored.
     """
@@ -55,51 +69,110 @@ class Move:
 
 def itinerary(space: Space, assignment: Sequence[int]) -> Iterator[Run | Move]:
     """Everything a rank does, in order, when site i takes option `assignment[i]`."""
-    program, folding = space.program, space.folding
-    seen: set[tuple[fx.Node, str, Layout | StoredOption]] = set()
-    picked: dict[tuple[fx.Node, int], fx.Node] = {}
-    source_of: dict[fx.Node, fx.Node] = {}
-    memo: dict[tuple[object, ...], tuple[Step, ...]] = {}
+    return _Walk(space, assignment).items()
 
-    def given(node: fx.Node) -> Layout | StoredOption:
-        value = value_of(node, folding)
-        site = space.sites[value.op]
-        return given_state(site, site.options[assignment[value.op]], value.result)
 
-    def move(
-        node: fx.Node, target: Layout | StoredOption, phase: str, reader: fx.Node | None, stores: bool = False
+class _Walk:
+    """The step as far as it went: `seen` is what moves brought, `again` the ops that ran once more."""
+
+    def __init__(self, space: Space, assignment: Sequence[int]) -> None:
+        self.space = space
+        self.assignment = assignment
+        self.seen: set[tuple[fx.Node, str, Layout | StoredOption]] = set()
+        self.again: set[fx.Node] = set()
+        self.source_of: dict[fx.Node, fx.Node] = {}
+        self.memo: dict[tuple[object, ...], tuple[Step, ...]] = {}
+
+    def items(self) -> Iterator[Run | Move]:
+        wanted: dict[fx.Node, list[Returned]] = {}
+        for leaving in returned(self.space, self.assignment):
+            wanted.setdefault(leaving.node, []).append(leaving)
+        picked: dict[tuple[fx.Node, int], fx.Node] = {}
+        for node in self.space.program.graph.graph.nodes:
+            if is_getitem(node):
+                self.source_of[node] = picked.setdefault((node.args[0], node.args[1]), node)
+            elif node.op == "call_function":
+                yield from self._run(node, again=False)
+            for leaving in wanted.get(node, ()):  # at once: a gradient that waits is a full gradient in memory
+                if leaving.phase == "backward":
+                    yield from self._computed_again(node, leaving.target)
+                yield from self._move(node, leaving.target, leaving.phase, None, leaving.stores)
+
+    def _option(self, node: fx.Node) -> tuple[int, Option]:
+        site = self.space.folding.of[node]
+        option = self.space.sites[site].options[self.assignment[site]]
+        assert isinstance(option, Option)
+        return site, option
+
+    def _given(self, node: fx.Node) -> Layout | StoredOption:
+        value = value_of(node, self.space.folding)
+        site = self.space.sites[value.op]
+        return given_state(site, site.options[self.assignment[value.op]], value.result)
+
+    def _run(self, node: fx.Node, *, again: bool) -> Iterator[Run | Move]:
+        site, option = self._option(node)
+        run = Run(node, option, site, again)
+        for operand, layout in zip(operand_nodes(node), option.operands, strict=True):
+            if run.phase == "backward" and not again:
+                yield from self._computed_again(operand, layout)
+            yield from self._move(operand, layout, run.phase, node)
+        yield run
+
+    def _move(
+        self, node: fx.Node, target: Layout | StoredOption, phase: str, reader: fx.Node | None, stores: bool = False
     ) -> Iterator[Move]:
-        node = source_of.get(node, node)
-        source = given(node)
+        node = self.source_of.get(node, node)
+        source = self._given(node)
         era = phase if isinstance(source, StoredOption) else ""
-        if source == target or (node, era, target) in seen:
+        if phase == "backward" and _op_of(node) in self.again:
+            era = phase
+        if source == target or (node, era, target) in self.seen or (node, "", target) in self.seen:
             return
-        value = value_of(node, folding)
+        value = value_of(node, self.space.folding)
         key = (value, source, target)
-        if key not in memo:
-            path = conversion(space, value, source, target)
+        if key not in self.memo:
+            path = conversion(self.space, value, source, target)
             assert path is not None, f"{node.name}: no way from {source} to {target}"
-            memo[key] = path
-        seen.add((node, era, target))
-        if not memo[key] and not stores:
+            self.memo[key] = path
+        self.seen.add((node, era, target))
+        if not self.memo[key] and not stores:
             return
-        yield Move(node, source, target, memo[key], phase, era, reader, stores)
+        yield Move(node, source, target, self.memo[key], phase, era, reader, stores)
 
-    wanted: dict[fx.Node, list[Returned]] = {}
-    for leaving in returned(space, assignment):
-        wanted.setdefault(leaving.node, []).append(leaving)
-    for node in program.graph.graph.nodes:
-        if is_getitem(node):
-            source_of[node] = picked.setdefault((node.args[0], node.args[1]), node)
-        elif node.op == "call_function":
-            site = folding.of[node]
-            option = space.sites[site].options[assignment[site]]
-            assert isinstance(option, Option)
-            for operand, layout in zip(operand_nodes(node), option.operands, strict=True):
-                yield from move(operand, layout, node.meta.get("phase", "forward"), node)
-            yield Run(node, option, site)
-        for leaving in wanted.get(node, ()):  # at once: a gradient that waits is a full gradient in memory
-            yield from move(node, leaving.target, leaving.phase, None, leaving.stores)
+    def _computed_again(self, node: fx.Node, layout: Layout | StoredOption) -> Iterator[Run | Move]:
+        """What has to run once more before backward can read `node` in `layout`."""
+        stack = [node] if self._is_gone(node, layout) else []
+        while stack:
+            op = _op_of(self.source_of.get(stack[-1], stack[-1]))
+            if op in self.again:
+                stack.pop()
+                continue
+            _, option = self._option(op)
+            operands = zip(operand_nodes(op), option.operands, strict=True)
+            missing = [operand for operand, where in operands if self._is_gone(operand, where)]
+            if missing:
+                stack += reversed(missing)
+                continue
+            self.again.add(op)
+            yield from self._run(op, again=True)
+            stack.pop()
+
+    def _is_gone(self, node: fx.Node, layout: Layout | StoredOption) -> bool:
+        """Whether a forward value is not kept, nor computed again so far."""
+        node = self.source_of.get(node, node)
+        op = _op_of(node)
+        if op.op != "call_function" or op.meta.get("phase", "forward") != "forward" or op in self.again:
+            return False
+        value = value_of(node, self.space.folding)
+        recomputed = self.space.recomputed
+        if value.op not in recomputed.again or value in recomputed.held:
+            return False
+        return (node, "", layout) not in self.seen
+
+
+def _op_of(node: fx.Node) -> fx.Node:
+    """The op that gives a value: of a result that is picked from several, the op that gives them all."""
+    return node.args[0] if is_getitem(node) else node  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

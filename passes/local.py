@@ -10,6 +10,7 @@ be made, printed, priced and simulated without a process group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,22 +46,24 @@ class Storage:
     """How a tensor of global `shape` is held by the ranks of a mesh, outside the compiled graph.
 
     `shards`: per mesh axis, how it splits the tensor for computation (`None`: it does not). Where two axes split one
-    dim with equal stride, the earlier axis splits first. These splits are even.
-    `state_axes`: mesh axes that further split dim 0 of that part, in mesh order, only to store it (FSDP's sharding):
-    in chunks of ceil(n / ranks) rows as `torch.chunk` cuts them, so the last ranks may hold fewer or no rows. The graph
-    takes and gives such parts zero-padded to the full chunk (`padded_shape`).
+    dim with equal stride, the earlier axis splits first.
+    `state_axes`: mesh axes that further split dim `state_dim` of that part, in mesh order, only to store it (FSDP's
+    sharding).
+    All splits are in chunks of ceil(n / ranks) rows as `torch.chunk` cuts them, so the last ranks may hold fewer rows
+    or none. The graph takes and gives such parts zero-padded to the full chunk (`padded_shape`).
     """
 
     shape: tuple[int, ...]
     shards: tuple[DimShard | None, ...]
     state_axes: tuple[int, ...] = ()
+    state_dim: int = 0
 
     def computed_shape(self, axis_sizes: Sequence[int]) -> tuple[int, ...]:
-        """Shape of one rank's part as it is computed with: state axes gathered."""
+        """Shape of one rank's part as it is computed with: state axes gathered, uneven splits padded."""
         local = list(self.shape)
         for shard, size in zip(self.shards, axis_sizes, strict=True):
             if shard is not None:
-                local[shard.dim] //= size
+                local[shard.dim] = -(-local[shard.dim] // size)
         return tuple(local)
 
     def padded_shape(self, axis_sizes: Sequence[int]) -> tuple[int, ...]:
@@ -70,7 +73,7 @@ class Storage:
         """
         local = list(self.computed_shape(axis_sizes))
         for axis in self.state_axes:
-            local[0] = -(-local[0] // axis_sizes[axis])
+            local[self.state_dim] = -(-local[self.state_dim] // axis_sizes[axis])
         return tuple(local)
 
     def stored_rows(self, axis_sizes: Sequence[int]) -> tuple[int, ...]:
@@ -80,11 +83,19 @@ class Storage:
         of the first `stored_rows` of each. That matters where nested cuts are uneven: 9 rows over axes of 2 and 4 lie
         as 2, 2, 1, 0, 1, 1, 1, 1, and padding is not all at the end.
         """
-        rows = [self.computed_shape(axis_sizes)[0]] if self.state_axes else []
+        rows = [self.computed_shape(axis_sizes)[self.state_dim]] if self.state_axes else []
         for axis in self.state_axes:
             size = axis_sizes[axis]
             rows = [min(max(n - i * -(-n // size), 0), -(-n // size)) for n in rows for i in range(size)]
         return tuple(rows)
+
+    def uneven_dims(self, axis_sizes: Sequence[int]) -> tuple[int, ...]:
+        """Dims whose split for computation leaves some ranks with less than a full chunk."""
+        split = [
+            math.prod(size for shard, size in zip(self.shards, axis_sizes, strict=True) if shard and shard.dim == dim)
+            for dim in range(len(self.shape))
+        ]
+        return tuple(dim for dim, ways in enumerate(split) if self.shape[dim] % ways)
 
 
 LocalInputKind = Literal["parameter", "buffer", "input", "tangent", "seed", "coordinate"]

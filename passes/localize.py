@@ -6,7 +6,7 @@ index: an embedding whose rows are split looks up the rows it has and gives zero
 
 from __future__ import annotations
 
-import operator
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -20,9 +20,9 @@ from passes.dims import ExpandedOp
 from passes.emit import Emitter, Parts
 from passes.errors import UnsupportedOpError
 from passes.randomness import emit_uniform
-from passes.rules.call import Call, Operand, map_operands
+from passes.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
+from passes.rules.call import Call, Operand, call_of, map_operands
 from passes.rules.create import FILLS, IOTAS
-from passes.rules.experts import GROUPED, GROUPED_BACKWARD
 from passes.rules.view import RESHAPES
 from passes.rules.window import UPSAMPLE_BACKWARDS
 
@@ -172,11 +172,15 @@ def _uniform(op: LocalOp) -> fx.Node:
     emit, layout = op.emit, op.result_layouts[0]
     shape = [size for dim in op.op.results[0] for size in dim]
     local = local_shape(shape, layout, emit.topology.sizes)
+    if op.call.get("padded") is not None:  # numbers are those of the tensor without its padding
+        sizes = zip(op.op.results[0], op.call.get("size"), strict=True)
+        shape = [n for dim, size in sizes for n in ((size // math.prod(dim[1:]), *dim[1:]) if dim else ())]
     starts: list[fx.Node | int] = []
     for place, length in enumerate(local):
         axes = [a for a, placement in enumerate(layout) if placement == Shard(place)]
         starts.append(emit.call(aten.mul.Tensor, emit.coordinate(axes), length) if axes else 0)
-    values = emit_uniform(emit.graph, op.operands[0], op.call.get("salt"), local, starts, shape, emit.meta)
+    salt = call_of(op.node).get("salt")  # layers share a call, not its number
+    values = emit_uniform(emit.graph, op.operands[0], salt, local, starts, shape, emit.meta)
     return emit.view(values, op.result_shapes[0])
 
 
@@ -219,11 +223,11 @@ def _embedding(op: LocalOp) -> fx.Node:
 @localizer(aten.embedding_dense_backward.default)
 def _embedding_dense_backward(op: LocalOp) -> fx.Node:
     start = op.result_start(0, 0)
+    rows = op.result_shapes[0][0]
     if start is None:
-        return op.as_is()
+        return op.as_is(num_weights=rows)
     emit = op.emit
     gradient, indices = op.operands
-    rows = op.result_shapes[0][0]
     local, mine = _in_range(op, indices, start, rows)
     padding = op.call.get("padding_idx", -1)
     if padding >= 0:
@@ -368,6 +372,22 @@ def _upsample_backward(op: LocalOp) -> fx.Node:
 
 
 # ------------------------------------------------------------------------------------------------------ routed experts
+def _our_bounds(op: LocalOp, experts: int, expert: fx.Node | None) -> fx.Node:
+    """Where each of a rank's experts finds its rows, counted from the first of the rank's rows in that block."""
+    emit, rows, bounds = op.emit, op.operands[0], op.operands[-1]
+    place = len(op.op.operands[-1][0])
+    axes = [a for a, placement in enumerate(op.operand_layouts[0]) if placement == Shard(place)]
+    if axes and place < len(op.op.operands[0][0]):
+        length = emit.shape(rows)[0] // emit.shape(bounds)[0]
+        start = emit.call(aten.mul.Tensor, emit.coordinate(axes), length)
+        bounds = emit.call(aten.clamp.default, emit.call(aten.sub.Tensor, bounds, start), 0, length)
+    if expert is not None:
+        places = emit.call(aten.arange.start, 0, experts + 1, dtype=torch.int64, device=torch.device("cpu"))
+        bounds = emit.call(aten.index_select.default, bounds, 1, emit.call(aten.add.Tensor, places, expert))
+    same = bounds.meta["val"].dtype == torch.int32
+    return bounds if same else emit.call(aten._to_copy.default, bounds, dtype=torch.int32)
+
+
 @dataclass(frozen=True)
 class _OurRows:
     """Where a rank's experts find their rows: `ends` per local expert, counted from row `first` (None: from 0)."""
@@ -377,22 +397,13 @@ class _OurRows:
     rows: int
 
 
-def _our_rows(op: LocalOp) -> _OurRows:
-    emit, ends = op.emit, op.operands[2]
-    rows, (experts, *_) = emit.shape(op.operands[0])[0], emit.shape(op.operands[1])
-    dtype = ends.meta["val"].dtype
-    start = op.operand_start(0, 0)
-    if start is not None:
-        ends = emit.call(aten.clamp.default, emit.call(aten.sub.Tensor, ends, start), 0, rows)
-    expert = op.operand_start(1, 0)
-    if expert is None:
-        return _OurRows(emit.call(aten._to_copy.default, ends, dtype=dtype) if start is not None else ends, None, rows)
-    ends = emit.call(aten.constant_pad_nd.default, ends, [1, 0], 0)
-    places = emit.call(aten.arange.start, 0, experts + 1, dtype=torch.int64, device=torch.device("cpu"))
-    ends = emit.call(aten.index_select.default, ends, 0, emit.call(aten.add.Tensor, places, expert))
-    first = emit.call(aten.slice.Tensor, ends, 0, 0, 1)
-    ends = emit.call(aten.sub.Tensor, emit.call(aten.slice.Tensor, ends, 0, 1, experts + 1), first)
-    return _OurRows(emit.call(aten._to_copy.default, ends, dtype=dtype), first, rows)
+def _one_block(op: LocalOp, bounds: fx.Node, split: bool) -> _OurRows:
+    emit, (_, cuts) = op.emit, op.emit.shape(bounds)
+    bounds = emit.view(bounds, (cuts,))
+    first = emit.call(aten.slice.Tensor, bounds, 0, 0, 1) if split else None
+    ends = emit.call(aten.slice.Tensor, bounds, 0, 1, cuts)
+    ends = ends if first is None else emit.call(aten.sub.Tensor, ends, first)
+    return _OurRows(ends, first, emit.shape(op.operands[0])[0])
 
 
 def _brought(op: LocalOp, x: fx.Node, ours: _OurRows) -> fx.Node:
@@ -421,32 +432,66 @@ def _returned(op: LocalOp, x: fx.Node, ours: _OurRows) -> fx.Node:
     return _masked(op, back, emit.view(mine, (ours.rows, 1)))
 
 
-@localizer(*GROUPED)
-def _grouped(op: LocalOp) -> fx.Node:
-    if len(op.operands) != 3 or len(op.call.operands[1].shape) != 3 or len(op.call.operands[0].shape) != 2:
-        return op.as_is()
-    ours, emit = _our_rows(op), op.emit
-    rows, weights = _brought(op, op.operands[0], ours), op.operands[1]
-    if op.call.target is not aten._grouped_mm.default:
-        return _returned(op, replace(op, operands=(rows, weights, ours.ends)).as_is(), ours)
-    # Its kernels want rows of both matrices to start at multiples of 16 bytes.
-    inner, outer = (-n % (16 // rows.meta["val"].dtype.itemsize) for n in emit.shape(weights)[1:])
-    if inner or outer:
-        rows = emit.call(aten.constant_pad_nd.default, rows, [0, inner])
-        weights = emit.call(aten.constant_pad_nd.default, weights, [0, outer, 0, inner])
-    made = replace(op, operands=(rows, weights, ours.ends)).as_is()
-    if outer:
-        made = emit.call(aten.slice.Tensor, made, 1, 0, emit.shape(op.operands[1])[2])
+def _aligned(op: LocalOp, x: fx.Node) -> fx.Node:
+    """Its kernels want rows of matrices to start at multiples of 16 bytes."""
+    step = 16 // x.meta["val"].dtype.itemsize
+    pads = [-n % step for n in op.emit.shape(x)[1:]]
+    if not any(pads):
+        return x
+    return op.emit.call(aten.constant_pad_nd.default, x, [n for pad in reversed(pads) for n in (0, pad)])
+
+
+def _has_kernel(op: LocalOp, bounds: fx.Node) -> bool:
+    return op.operands[0].meta["val"].dtype == torch.bfloat16 and op.emit.shape(bounds)[0] == 1
+
+
+@localizer(ROUTED_MM)
+def _routed_mm(op: LocalOp) -> fx.Node:
+    emit, (rows, matrices, _) = op.emit, op.operands
+    expert = op.operand_start(1, 0)
+    bounds = _our_bounds(op, emit.shape(matrices)[0], expert)
+    if not _has_kernel(op, bounds):
+        return replace(op, operands=(rows, matrices, bounds)).as_is()
+    ours = _one_block(op, bounds, expert is not None)
+    rows, aligned = _aligned(op, _brought(op, rows, ours)), _aligned(op, matrices)
+    made = emit.call(aten._grouped_mm.default, rows, aligned, ours.ends)
+    if emit.shape(aligned)[2] != emit.shape(matrices)[2]:
+        made = emit.call(aten.slice.Tensor, made, 1, 0, emit.shape(matrices)[2])
     return _returned(op, made, ours)
 
 
-@localizer(*GROUPED_BACKWARD)
-def _grouped_backward(op: LocalOp) -> Parts:
-    ours = _our_rows(op)
-    x, gradient = (_brought(op, op.operands[i], ours) for i in (0, 3))
-    both = replace(op, operands=(x, op.operands[1], ours.ends, gradient)).as_is()
-    rows, weights = (op.emit.call(operator.getitem, both, i) for i in (0, 1))
-    return Parts((_returned(op, rows, ours), weights))
+@localizer(ROUTED_MM_WEIGHT)
+def _routed_mm_weight(op: LocalOp) -> fx.Node:
+    emit, (rows, gradient, _) = op.emit, op.operands
+    expert = op.result_start(0, 0)
+    bounds = _our_bounds(op, op.result_shapes[0][0], expert)
+    if not _has_kernel(op, bounds):
+        return replace(op, operands=(rows, gradient, bounds)).as_is()
+    ours = _one_block(op, bounds, expert is not None)
+    rows, gradient = (_aligned(op, emit.contiguous(_brought(op, x, ours))) for x in (rows, gradient))
+    made = emit.call(aten._grouped_mm.default, emit.call(aten.t.default, rows), gradient, ours.ends)
+    for dim, size in enumerate(op.result_shapes[0]):
+        if emit.shape(made)[dim] != size:
+            made = emit.call(aten.slice.Tensor, made, dim, 0, size)
+    return made
+
+
+def _our_index(op: LocalOp) -> fx.Node:
+    """Where the rank's rows stand in its own blocks."""
+    start = op.operand_start(0, 0)
+    return op.operands[1] if start is None else op.emit.call(aten.sub.Tensor, op.operands[1], start)
+
+
+@localizer(TAKE_ROWS)
+def _take_rows(op: LocalOp) -> fx.Node:
+    return op.emit.call(aten.index.Tensor, op.operands[0], [_our_index(op)])
+
+
+@localizer(PUT_ROWS)
+def _put_rows(op: LocalOp) -> fx.Node:
+    adds = bool(op.call.get("accumulate"))
+    base = once(op, 0) if adds else op.operands[0]
+    return op.emit.call(aten.index_put.default, base, [_our_index(op)], op.operands[2], adds)
 
 
 @localizer(aten.slice.Tensor)

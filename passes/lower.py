@@ -1,15 +1,19 @@
 """One rank's step, ready to run: two callables, forward and backward, compiled or not.
 
-    LocalProgram -retarget-> graph for the mesh's device -split-> forward, backward -Inductor-> callables
+    LocalProgram -retarget-> graph for the mesh's device -split-> forward, backward
+        -cut-> regions and what is between -Inductor, once per distinct region-> callables -arranged-> outer programs
 
 A step is captured on fake CPU tensors. For another device, constants that the graph makes move there and attention
-takes that device's kernels. This is the one file that calls Inductor.
+takes that device's kernels. Where no layer repeats, forward and backward are one region each, collectives and all. This
+is the one file that calls Inductor.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +22,19 @@ from torch import fx
 from torch._inductor import compile as inductor_compile
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from passes.layers import layer_patterns
 from passes.local import LocalProgram
+from passes.outer import Boxed, Planned, assembled, op_step
+from passes.overlap import arranged
 from passes.partition import Halves, Recompute, split
+from passes.regions import Call, Region, calls, cut
 
 aten = torch.ops.aten
 Tensors = Sequence[torch.Tensor]
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 # Attention kernels want the mask's rows and the heads' dims to start at multiples of 16 bytes.
 ALIGNED_ELEMENTS = 8
+CONSTANT_KINDS = ("parameter", "buffer", "coordinate")
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class Lowered:
     """Each takes its values as one list, which it may empty."""
     strides: tuple[tuple[int, ...], ...]
     """Of every placeholder, tangents last; compiled code relies on them."""
+    bodies: int = 1
+    """How many distinct graphs were compiled."""
 
     @property
     def outputs(self) -> int:
@@ -86,9 +97,67 @@ def lower(
     tangents = [n for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind == "tangent"]
     ordered = [*(n for n in placeholders.values() if n not in tangents), *tangents]
     strides = tuple(tuple(node.meta["val"].stride()) for node in ordered)
-    run = _compiled if compile else _interpreted
-    forward = run(halves.forward)
-    return Lowered(halves, forward, None if halves.backward is None else run(halves.backward), strides)
+    layer_of = _layers(local)
+    constant = {n.name for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind in CONSTANT_KINDS}
+    run = _Runner(device, compile, layer_of, constant)
+    forward = run(halves.forward, backward=False)
+    backward = None if halves.backward is None else run(halves.backward, backward=True)
+    return Lowered(halves, forward, backward, strides, len(run.bodies))
+
+
+def _layers(local: LocalProgram) -> Callable[[str], str]:
+    """A module's name -> the repeated layer it is in, "" outside of layers."""
+    pattern, _ = layer_patterns([entry.name for entry in local.inputs if entry.kind in ("parameter", "buffer")])
+    found: dict[str, str] = {}
+
+    def layer_of(module: str) -> str:
+        if module not in found:
+            parts = pattern(module).split(".")
+            found[module] = ".".join(module.split(".")[: parts.index("*") + 1]) if "*" in parts else ""
+        return found[module]
+
+    return layer_of
+
+
+class _Runner:
+    """Makes callables of graphs; what is alike is compiled once."""
+
+    def __init__(
+        self, device: torch.device, compile: bool, layer_of: Callable[[str], str], constants: AbstractSet[str]
+    ) -> None:
+        self.device = device
+        self.run = _compiled if compile else _interpreted
+        self.layer_of = layer_of
+        self.constants = constants
+        self.bodies: dict[fx.GraphModule, Boxed] = {}
+
+    def __call__(self, gm: fx.GraphModule, backward: bool) -> Boxed:
+        constants = [n for n in gm.graph.find_nodes(op="placeholder") if n.name in self.constants]
+        parts = cut(gm, constants, self.layer_of, backward)
+        each = dict(zip(parts.regions, calls(gm, parts.regions), strict=True))
+        if len({call.body for call in each.values()}) == len(each):
+            return self._body(gm)
+        attributes = {node: _attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
+        planned = (
+            self._region_step(each[part]) if isinstance(part, Region) else op_step(part) for part in arranged(parts)
+        )
+        return assembled(gm, planned, attributes)
+
+    def _body(self, gm: fx.GraphModule) -> Boxed:
+        if gm not in self.bodies:
+            self.bodies[gm] = self.run(gm)
+        return self.bodies[gm]
+
+    def _region_step(self, call: Call) -> Planned:
+        body = self._body(call.body)
+        scalars = [torch.tensor(value, dtype=torch.int64, device=self.device) for value in call.scalars]
+        if not scalars:
+            return Planned(body, call.reads, call.gives, True)
+        return Planned(lambda given: body(given + scalars), call.reads, call.gives, True)
+
+
+def _attribute(gm: fx.GraphModule, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), gm)
 
 
 def _laid_out(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:

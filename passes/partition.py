@@ -12,7 +12,6 @@ and views (their base is). Never computed again: collectives of anything else, a
 from __future__ import annotations
 
 import operator
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,47 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from passes.cut import UNBOUNDED, Values, cheapest_cut
 from passes.local import COLLECTIVES, WAIT, LocalProgram
+from passes.recompute import ATTENTION, block_of, is_cheap_op, is_view_op
 
 Recompute = Literal["none", "auto", "selective", "full"]
 
 aten = torch.ops.aten
-CHEAP = {
-    aten._to_copy.default,
-    aten.clone.default,
-    aten.cat.default,
-    aten.constant_pad_nd.default,
-    aten.split_with_sizes.default,
-    aten.slice_scatter.default,
-    aten.select_scatter.default,
-    aten.arange.default,
-    aten.arange.start,
-    aten.arange.start_step,
-    aten.full.default,
-    aten.full_like.default,
-    aten.zeros.default,
-    aten.zeros_like.default,
-    aten.ones.default,
-    aten.ones_like.default,
-    aten.empty.memory_format,
-    aten.scalar_tensor.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-    aten.tril.default,
-    aten.triu.default,
-    aten.repeat.default,
-    aten.flip.default,
-}
-ATTENTION = {
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten._softmax.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-}
-UNBOUNDED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -112,7 +77,7 @@ def split(local: LocalProgram, recompute: Recompute = "auto") -> Halves:
 
     wanted = _needed(gradients, stop=lambda node: node not in backward)
     demands = [node for node in wanted if node not in backward]
-    of_parameters = _parameter_chain(graph, constants)
+    of_parameters = parameter_chain(graph, constants)
     allowed = _recomputable(graph, backward, of_parameters, recompute)
     kept = _cheapest_cut(demands, allowed, of_parameters)
     saved_inputs = [p for p in inputs if p in kept]
@@ -159,36 +124,21 @@ def _needed(roots: Iterable[Any], stop: Callable[[fx.Node], bool]) -> dict[fx.No
     return found
 
 
-def _parameter_chain(graph: fx.Graph, constants: Iterable[fx.Node]) -> frozenset[fx.Node]:
+def parameter_chain(graph: fx.Graph, constants: Iterable[fx.Node]) -> frozenset[fx.Node]:
     """Nodes made of parameters, buffers and coordinates by casts, views, pointwise ops and gathers alone."""
     chain = set(constants)
     for node in graph.nodes:
-        allowed = node.op == "call_function" and (_is_cheap(node) or node.target in COLLECTIVES or node.target is WAIT)
+        allowed = node.op == "call_function" and (
+            is_cheap_op(node.target) or node.target in COLLECTIVES or node.target is WAIT
+        )
         if allowed and node.all_input_nodes and all(operand in chain for operand in node.all_input_nodes):
             chain.add(node)
     return frozenset(chain)
 
 
-def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    return (isinstance(target, torch._ops.OpOverload) and target.is_view) or target is aten._unsafe_view.default
-
-
-def _is_cheap(node: fx.Node) -> bool:
-    """Whether an op costs about what reading its operands costs."""
-    target = node.target
-    if target is operator.getitem or target in CHEAP or _is_view(node):
-        return True
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-
-
-def _block(node: fx.Node) -> str:
-    """The outermost repeated module (`model.layers.3`) that ran the op, or ""."""
-    parts = str(node.meta.get("module", "")).split(".")
-    for end, part in enumerate(parts, 1):
-        if part.isdigit():
-            return ".".join(parts[:end])
-    return ""
+def is_view(node: fx.Node) -> bool:
+    """Whether a node names its operand's buffer anew."""
+    return is_view_op(node.target)
 
 
 def _recomputable(
@@ -202,12 +152,14 @@ def _recomputable(
             continue
         if node.op != "call_function" or node in backward or node.target in COLLECTIVES or node.target is WAIT:
             continue
-        if _is_view(node) or node.target is operator.getitem or not node.all_input_nodes:
+        if is_view(node) or node.target is operator.getitem or not node.all_input_nodes:
             allowed.add(node)
-        elif recompute == "full" and (block := _block(node)):
-            if all(_block(user) == block for user in node.users if user not in backward and user.op != "output"):
+        elif recompute == "full" and (block := block_of(node)):
+            if all(block_of(user) == block for user in node.users if user not in backward and user.op != "output"):
                 allowed.add(node)
-        elif recompute != "none" and (_is_cheap(node) or (recompute == "selective" and node.target in ATTENTION)):
+        elif recompute != "none" and (
+            is_cheap_op(node.target) or (recompute == "selective" and node.target in ATTENTION)
+        ):
             allowed.add(node)
     return frozenset(allowed)
 
@@ -223,7 +175,7 @@ def _save_bytes(node: fx.Node, of_parameters: frozenset[fx.Node]) -> int:
     if node.op == "placeholder":
         return 0
     size = _value_bytes(node)
-    if size is None or node in of_parameters or node.target in COLLECTIVES or _is_view(node) or node.op == "get_attr":
+    if size is None or node in of_parameters or node.target in COLLECTIVES or is_view(node) or node.op == "get_attr":
         return UNBOUNDED
     # One byte more, so that values of no size are counted too.
     return size + 1
@@ -232,105 +184,12 @@ def _save_bytes(node: fx.Node, of_parameters: frozenset[fx.Node]) -> int:
 def _cheapest_cut(
     demands: Sequence[fx.Node], recomputable: frozenset[fx.Node], of_parameters: frozenset[fx.Node]
 ) -> frozenset[fx.Node]:
-    """The values to keep so that every one of `demands` can be had, at the fewest bytes.
-
-    Each node is an edge of its size from its `in` to its `out`; a node that can be computed again is fed by its
-    operands, any other by the source; demands feed the sink. Saved are the edges of a minimum cut.
-    """
+    """The nodes whose values to keep so that every one of `demands` can be had, at the fewest bytes."""
     members = list(_needed(demands, stop=lambda node: node not in recomputable))
-    number = {node: 2 * index for index, node in enumerate(members)}
-    source, sink = 2 * len(members), 2 * len(members) + 1
-    flow = _Flow(2 * len(members) + 2)
-    for node, index in number.items():
-        flow.connect(index, index + 1, _save_bytes(node, of_parameters))
-        if node in recomputable:
-            for operand in node.all_input_nodes:
-                flow.connect(number[operand] + 1, index, UNBOUNDED)
-        else:
-            flow.connect(source, index, UNBOUNDED)
-    for node in demands:
-        flow.connect(number[node] + 1, sink, UNBOUNDED)
-    total = flow.saturate(source, sink)
-    if total >= UNBOUNDED:
-        raise AssertionError("a value that the backward needs can neither be kept nor computed again")
-    late = flow.reaching(sink)
-    kept = {node for node, index in number.items() if index not in late and index + 1 in late}
-    return frozenset(kept & set(_needed(demands, stop=lambda node: node in kept)))
-
-
-class _Flow:
-    """A network with integer capacities; Dinic's algorithm, without recursion."""
-
-    def __init__(self, nodes: int) -> None:
-        self.edges_of: list[list[int]] = [[] for _ in range(nodes)]
-        self.target: list[int] = []
-        self.left: list[int] = []
-
-    def connect(self, start: int, end: int, capacity: int) -> None:
-        for a, b, c in ((start, end, capacity), (end, start, 0)):
-            self.edges_of[a].append(len(self.target))
-            self.target.append(b)
-            self.left.append(c)
-
-    def saturate(self, source: int, sink: int) -> int:
-        """Pushes a maximum flow and returns its size."""
-        total = 0
-        while (level := self._levels(source))[sink] >= 0:
-            next_edge = [0] * len(self.edges_of)
-            while pushed := self._push(source, sink, level, next_edge):
-                total += pushed
-                if total >= UNBOUNDED:
-                    return total
-        return total
-
-    def _levels(self, source: int) -> list[int]:
-        level = [-1] * len(self.edges_of)
-        level[source] = 0
-        queue = deque([source])
-        while queue:
-            node = queue.popleft()
-            for edge in self.edges_of[node]:
-                if self.left[edge] > 0 and level[self.target[edge]] < 0:
-                    level[self.target[edge]] = level[node] + 1
-                    queue.append(self.target[edge])
-        return level
-
-    def _push(self, source: int, sink: int, level: list[int], next_edge: list[int]) -> int:
-        """One augmenting path along rising levels; what it carried, 0 where there is none."""
-        path: list[int] = []
-        node = source
-        while node != sink:
-            edges = self.edges_of[node]
-            while next_edge[node] < len(edges):
-                edge = edges[next_edge[node]]
-                if self.left[edge] > 0 and level[self.target[edge]] == level[node] + 1:
-                    break
-                next_edge[node] += 1
-            else:
-                if not path:
-                    return 0
-                node = self.target[path.pop() ^ 1]
-                next_edge[node] += 1
-                continue
-            path.append(edge)
-            node = self.target[edge]
-        amount = min(self.left[edge] for edge in path)
-        for edge in path:
-            self.left[edge] -= amount
-            self.left[edge ^ 1] += amount
-        return amount
-
-    def reaching(self, sink: int) -> set[int]:
-        """Nodes from which the sink can still be reached."""
-        found = {sink}
-        stack = [sink]
-        while stack:
-            for edge in self.edges_of[stack.pop()]:
-                node = self.target[edge]
-                if node not in found and self.left[edge ^ 1] > 0:
-                    found.add(node)
-                    stack.append(node)
-        return found
+    number = {node: index for index, node in enumerate(members)}
+    sources = [[number[x] for x in node.all_input_nodes] if node in recomputable else None for node in members]
+    values = Values([_save_bytes(node, of_parameters) for node in members], sources)
+    return frozenset(members[index] for index in cheapest_cut(values, [number[node] for node in demands]))
 
 
 def _extract(

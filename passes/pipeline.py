@@ -2,6 +2,8 @@
 
     program -analyse-> Analysis -search_space, per strategy-> Space -price-> Problem -solve-> picks -play-> Schedule
 
+Where an axis does not divide a dim that it might split, the program with that dim padded competes too.
+
 The solver adds up costs; what overlaps only the schedule knows. So under `auto` several solutions compete, the named
 strategies among them, and the schedule decides. A plan that a simpler one ties is not chosen.
 """
@@ -10,25 +12,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from costmodel.hardware import Hardware, Topology, hardware, topology
-from costmodel.layout import Layout
-from costmodel.memory import OPTIMIZERS, OptimizerSpec
-from passes.analysis import Analysis, analyse
+from costmodel.memory import ALLOCATION_BYTES, OPTIMIZERS
+from passes.analysis import analyse
 from passes.errors import NoFeasiblePlanError
 from passes.local import LocalProgram, Storage
 from passes.masks import use_causal_flag
 from passes.named import STRATEGIES, check_strategy
-from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, make_plan
-from passes.price import Budgeted, Priced, price
+from passes.pad import Pad
+from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
+from passes.price import Budgeted, price
 from passes.program import Program
 from passes.randomness import own_randomness
+from passes.recompute import Mode, recomputation
 from passes.rewrite import rewrite
+from passes.routing import has_routed, one_form, route_by_blocks, token_parts
 from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
-from passes.space import Space, search_space
+from passes.space import Pin, Space, search_space
+from passes.timeline import Timeline, timeline_of
+from passes.uneven import Padding, Paddings, padding_notes, stored_pads, uneven_dims, used_pads
 from passes.weights import prepare_again
 
 _TIE = 1e-3
@@ -38,12 +44,16 @@ _HIDDEN_SHARES = (1.0, 0.3, 0.05)
 """What `auto` counts of the time that state gathers and gradient reductions take: all of it, or what often stays
 exposed behind compute, or next to nothing. Each gives a proposal; the schedule judges them."""
 
+_AUTO: tuple[Mode, ...] = ("pointwise", "selective", "full")
+"""What `recompute="auto"` tries, each only where the one before does not fit at its fastest: to compute pointwise ops
+again costs next to nothing, as they fuse with what reads them."""
+
 Progress = Callable[[str], None]
 
 
 def prepare(program: Program) -> Program:
     """What is done to a captured program before it is planned."""
-    return prepare_again(own_randomness(use_causal_flag(program)))
+    return prepare_again(one_form(own_randomness(use_causal_flag(program))))
 
 
 @dataclass(frozen=True)
@@ -51,26 +61,31 @@ class Request:
     """What a plan is asked for, beside the program and the mesh.
 
     `budget_bytes`: per device; None: what the hardware has, less its reserve.
-    `stored`: parameters that already lie somewhere.
+    `recompute`: a mode of `passes/recompute.py`, or "auto": the least that fits. `compiled`: whether the step runs
+    compiled, which takes less memory. `stored`: parameters that already lie somewhere.
     """
 
     strategy: str = "auto"
     budget_bytes: int | None = None
     optimizer: str = "adamw"
     accumulate: int = 1
-    pins: Mapping[str, Layout] = field(default_factory=dict)
+    recompute: Mode | Literal["auto"] = "auto"
+    compiled: bool = True
+    pins: Mapping[str, Pin] = field(default_factory=dict)
     stored: Mapping[str, Storage] | None = None
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A solution under one strategy, and its step as played."""
+    """A solution under one strategy, and its step as played; `unbound`: the budget kept nothing from being faster."""
 
     strategy: str
     space: Space
     assignment: tuple[int, ...]
     solution: Solution
     schedule: Schedule
+    unbound: bool
+    padding: Padding
 
 
 def on_mesh(hardware_: str | Hardware | None, axes: Sequence[tuple[str, int]]) -> Topology:
@@ -87,10 +102,11 @@ def compile_plan(
     options: Mapping[str, Any] | None = None,
     example: str = "",
     progress: Progress = lambda stage: None,
+    keep_timeline: bool = False,
 ) -> Plan:
     """The best plan found for `program` (as `prepare` left it).
 
-    `options` and `example` are kept in the plan as they are.
+    `options` and `example` are kept in the plan as they are. `keep_timeline`: the plan has its step's timeline.
 
     Raises:
         NoFeasiblePlanError: nothing fits; says by how much, what is largest, and the nearest change that would fit.
@@ -98,15 +114,15 @@ def compile_plan(
     """
     check_strategy(request.strategy)
     progress("analysing the graph")
-    analysis = analyse(program)
+    paddings = _PaddingsOf(program, topology_.sizes, tuple(batch_axes))
     budget = request.budget_bytes if request.budget_bytes is not None else int(topology_.device.usable_bytes)
+    search = _Search(paddings, topology_, tuple(batch_axes), request, budget, progress)
     found: dict[str, list[Candidate]] = {}
     reasons: dict[str, str] = {}
     names = _SIMPLEST_FIRST if request.stored is None else (request.strategy,)
     for name in names:
-        progress(f"solving {name}")
         try:
-            found[name] = _candidates(analysis, topology_, batch_axes, request, name, budget)
+            found[name] = search.candidates(name)
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
     asked = _SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
@@ -120,21 +136,32 @@ def compile_plan(
         chosen.solution.bound_s,
         f"of the summed costs under {chosen.strategy!r}; the schedule chose among {len(competing)} solutions",
     )
-    return make_plan(
+    plan = make_plan(
         chosen.space,
         chosen.assignment,
         chosen.schedule,
         bound=bound,
         baselines={name: b for name, b in baselines.items() if b is not None},
         budget_bytes=budget,
-        notes=program.notes,
+        notes=(*chosen.space.program.notes, *padding_notes(chosen.padding, chosen.space, chosen.assignment)),
+        padded=chosen.padding.pads,
         strategy=chosen.strategy,
         options=dict(options or {}),
         example=example,
     )
+    return replace(plan, timeline=_timeline(chosen, request)) if keep_timeline else plan
 
 
-def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Layout]) -> LocalProgram:
+def _timeline(chosen: Candidate, request: Request) -> Timeline:
+    """The chosen step, played once more with everything that happens in it kept."""
+    schedule = play(
+        chosen.space, chosen.assignment, optimizer=request.optimizer, accumulate=request.accumulate, events=True,
+        compiled=request.compiled,
+    )  # fmt: skip
+    return timeline_of(schedule, 1 if chosen.space.topology.hardware.shared_host else ALLOCATION_BYTES)
+
+
+def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Pin]) -> LocalProgram:
     """One rank's program under `plan`, which was made with `pins`.
 
     Raises:
@@ -142,38 +169,120 @@ def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mappi
     """
     names = [axis.name for axis in topology_.axes]
     batch_axes = [names.index(name) for name in plan.batch_axes]
-    space = search_space(program, topology_, batch_axes, strategy=plan.strategy, pins=pins)
-    return rewrite(space, assignment_of(plan, space))
-
-
-def _candidates(
-    analysis: Analysis, topology_: Topology, batch_axes: Sequence[int], request: Request, name: str, budget: int
-) -> list[Candidate]:
+    check_plan(plan, program.fingerprint, [(axis.name, axis.size) for axis in topology_.axes])
+    paddings = _PaddingsOf(program, topology_.sizes, tuple(batch_axes))
+    analysis = paddings.under(plan.strategy).of(plan.padded).analysis
     space = search_space(
         analysis.program,
         topology_,
         batch_axes,
-        request.stored,
-        strategy=name,
-        pins=request.pins,
+        strategy=plan.strategy,
+        pins=pins,
+        recompute=plan.recompute,
         analysis=analysis,
     )
-    spec = OPTIMIZERS[request.optimizer]
-    shares = _HIDDEN_SHARES if name == "auto" else _HIDDEN_SHARES[:1]
-    unique: dict[tuple[int, ...], Candidate] = {}
-    for share in shares:
-        candidate = _solved_within(space, name, spec, request.accumulate, budget, share)
-        unique.setdefault(candidate.assignment, candidate)
-    return list(unique.values())
+    return rewrite(space, assignment_of(plan, space))
 
 
-def _solved_within(
-    space: Space, name: str, optimizer: OptimizerSpec, accumulate: int, budget: int, share: float
-) -> Candidate:
+class _PaddingsOf:
+    """The program's paddings under each strategy: routed experts depend on how many parts the tokens have."""
+
+    def __init__(self, program: Program, sizes: Sequence[int], batch_axes: tuple[int, ...]) -> None:
+        self._program, self._sizes, self._batch_axes = program, sizes, batch_axes
+        self._routed = has_routed(program)
+        self._known: dict[int, Paddings] = {}
+
+    def under(self, strategy: str) -> Paddings:
+        """The paddings that plans under `strategy` are made from."""
+        parts = token_parts(self._program, strategy, self._sizes, self._batch_axes) if self._routed else 1
+        if parts not in self._known:
+            self._known[parts] = Paddings(analyse(route_by_blocks(self._program, parts)))
+        return self._known[parts]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Candidates for one program and mesh."""
+
+    paddings: _PaddingsOf
+    topology: Topology
+    batch_axes: tuple[int, ...]
+    request: Request
+    budget: int
+    progress: Progress
+
+    def candidates(self, name: str) -> list[Candidate]:
+        """Solutions under a strategy, the simplest first.
+
+        A named strategy pads what it wants to split and cannot otherwise. `auto` pads where that is faster, dim by dim.
+
+        Raises:
+            NoFeasiblePlanError: there is none.
+        """
+        paddings = self.paddings.under(name)
+        whole = paddings.whole
+        needed = stored_pads(whole, self.request.stored or {}, self.topology.sizes)
+        wanted = paddings.join(needed, uneven_dims(whole, self.topology.sizes, self.batch_axes, name))
+        if wanted == needed:
+            return self._solved(name, needed)
+        padded = self._tried(name, wanted)
+        if padded:
+            used = paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
+            padded = self._tried(name, used) if used != wanted else padded
+        if not padded or padded[0].padding.pads == needed:
+            return self._solved(name, needed)
+        if name != "auto":
+            return padded if _best(padded, self.budget) else self._solved(name, needed)
+        plain = self._tried(name, needed)
+        best = _best([*plain, *padded], self.budget)
+        for each in sorted(padded[0].padding.pads, key=lambda p: p.size / p.padded):
+            if best is not None and each in best.padding.pads and each not in needed:
+                fewer = tuple(p for p in best.padding.pads if p != each)
+                padded += self._tried(name, fewer, _HIDDEN_SHARES[:1])
+                best = _best([*plain, *padded], self.budget)
+        return [*plain, *padded]
+
+    def _tried(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+        """Solutions with these dims padded; none where nothing fits, or a pin asks for what only others allow."""
+        try:
+            return self._solved(name, pads, shares)
+        except (NoFeasiblePlanError, ValueError):
+            return []
+
+    def _solved(self, name: str, pads: tuple[Pad, ...], shares: Sequence[float] | None = None) -> list[Candidate]:
+        """Solutions with these dims padded, those that compute the least again first."""
+        request, padding = self.request, self.paddings.under(name).of(pads)
+        self.progress(f"solving {name}" + (f", {len(pads)} dims padded" if pads else ""))
+        modes = _AUTO if request.recompute == "auto" else (request.recompute,)
+        space = search_space(
+            padding.analysis.program,
+            self.topology,
+            self.batch_axes,
+            request.stored,
+            strategy=name,
+            pins=request.pins,
+            recompute=modes[0],
+            analysis=padding.analysis,
+        )
+        shares = shares or (_HIDDEN_SHARES if name == "auto" else _HIDDEN_SHARES[:1])
+        unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
+        for mode in modes:
+            if mode != modes[0]:
+                space = replace(space, recomputed=recomputation(padding.analysis, mode))
+            found = [_solved_within(space, name, request, self.budget, share, padding) for share in shares]
+            for candidate in found:
+                unique.setdefault((mode, candidate.assignment), candidate)
+            if all(candidate.unbound for candidate in found):
+                break
+        return list(unique.values())
+
+
+def _solved_within(space: Space, name: str, request: Request, budget: int, share: float, padding: Padding) -> Candidate:
     """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
     schedule finds on top of it, until both agree."""
+    spec = OPTIMIZERS[request.optimizer]
     limit = math.inf
-    kept = Budgeted(int(optimizer.state_bytes_per_param + optimizer.master_bytes_per_param))
+    kept = Budgeted(int(spec.state_bytes_per_param + spec.master_bytes_per_param))
     last: Candidate | None = None
     for _ in range(4):
         priced = price(space, limit, kept, state_share=share)
@@ -181,8 +290,10 @@ def _solved_within(
             solution = solve(priced.problem)
         except NoFeasiblePlanError:
             break
-        last = _played(space, name, priced, solution, optimizer, accumulate)
-        over = last.schedule.peak_memory_bytes - budget
+        assignment = priced.assignment(solution.picks, len(space.sites))
+        schedule = play(space, assignment, optimizer=spec, accumulate=request.accumulate, compiled=request.compiled)
+        over = schedule.peak_memory_bytes - budget
+        last = Candidate(name, space, assignment, solution, schedule, over <= 0 and math.isinf(limit), padding)
         if over <= 0:
             return last
         limit = min(limit, solution.bytes) - over
@@ -190,14 +301,6 @@ def _solved_within(
             break
     assert last is not None
     return last
-
-
-def _played(
-    space: Space, name: str, priced: Priced, solution: Solution, optimizer: OptimizerSpec, accumulate: int
-) -> Candidate:
-    assignment = priced.assignment(solution.picks, len(space.sites))
-    schedule = play(space, assignment, optimizer=optimizer, accumulate=accumulate)
-    return Candidate(name, space, assignment, solution, schedule)
 
 
 def _best(candidates: Sequence[Candidate], budget: int) -> Candidate | None:
@@ -213,7 +316,8 @@ def _best(candidates: Sequence[Candidate], budget: int) -> Candidate | None:
 
 def _as_baseline(candidates: Sequence[Candidate], reason: str, budget: int) -> Baseline | None:
     if candidates:
-        return baseline(candidates[0].schedule, budget)
+        smallest = min(candidates, key=lambda candidate: candidate.schedule.peak_memory_bytes)
+        return baseline((_best(candidates, budget) or smallest).schedule, budget)
     return Baseline(math.inf, 0, False, reason) if reason else None
 
 

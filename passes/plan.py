@@ -16,12 +16,16 @@ from typing import Any
 from costmodel.layout import Partial, layout_text
 from passes.errors import PlanMismatchError
 from passes.footprint import TopTensor
-from passes.plan_json import dump, parse
+from passes.pad import Pad
+from passes.plan_json import NOT_IN_THE_FILE, dump, parse
+from passes.plots import FrontierPoint
+from passes.recompute import Mode
 from passes.report_html import frame_html, plan_html
 from passes.report_text import plan_text
 from passes.schedule import Collective, Schedule
 from passes.space import Site, Space
 from passes.strategies import Option, StoredOption
+from passes.timeline import Timeline
 from passes.tracks import op_cost
 from passes.words import Words, at_rest_text, fold_names, op_text, tensor_layout_text, unfold_names
 
@@ -40,6 +44,11 @@ class Placements:
     count: int
     bytes: int
     """At rest on one rank, all of them together."""
+    pinned: bool = False
+    """Fixed by a person: planning again from this file keeps it."""
+
+    def __str__(self) -> str:
+        return f"{self.at_rest} -> {self.in_compute}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,8 @@ class Plan:
     peak_memory_bytes: int
     memory_budget_bytes: int | None
     accumulate: int
+    recompute: Mode
+    """What backward computes again: a mode of `passes/recompute.py`."""
     breakdown: Breakdown
     machine: tuple[str, ...]
     """The mesh on its hardware, in words: what lies inside a node."""
@@ -127,12 +138,18 @@ class Plan:
     notes: tuple[str, ...]
     decisions: Mapping[str, str]
     """Place -> the chosen option; see `assignment_of`."""
+    solved: Mapping[str, str] = field(default_factory=dict)
+    """Name pattern -> `at rest -> in compute` as solved: a line of `parameters` that says otherwise was edited."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Tied parameters: other name -> the name that `parameters` has."""
+    padded: tuple[Pad, ...] = ()
+    """Dims that the program is padded along before it is laid out."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the caller asked for, as JSON values."""
     example: str = ""
     """The call it was made for, as its caller describes it."""
+    timeline: Timeline | None = field(default=None, compare=False, repr=False, metadata=NOT_IN_THE_FILE)
+    """The step as it was played, where the plan was made in this process."""
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -143,6 +160,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether the peak is within the budget."""
         return self.memory_budget_bytes is None or self.peak_memory_bytes <= self.memory_budget_bytes
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """Patterns of the parameters whose placements a person changed in the file."""
+        return tuple(key for key, placed in self.parameters.items() if self.solved.get(key, str(placed)) != str(placed))
 
     @property
     def placements(self) -> dict[str, Placements]:
@@ -167,9 +189,9 @@ class Plan:
         """Write its file."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
-    def report(self, path: str | Path) -> None:
-        """One self-contained HTML file."""
-        Path(path).write_text(plan_html(self), encoding="utf-8")
+    def report(self, path: str | Path, frontier: Sequence[FrontierPoint] = ()) -> None:
+        """One self-contained HTML file; `frontier` are the plans that a search found, drawn by time and memory."""
+        Path(path).write_text(plan_html(self, frontier), encoding="utf-8")
 
     def _repr_html_(self) -> str:
         return frame_html(self)
@@ -197,6 +219,7 @@ def make_plan(
     baselines: Mapping[str, Baseline] | None = None,
     budget_bytes: int | None = None,
     notes: Iterable[str] = (),
+    padded: tuple[Pad, ...] = (),
     strategy: str | None = None,
     options: Mapping[str, Any] | None = None,
     example: str = "",
@@ -226,6 +249,7 @@ def make_plan(
         peak_memory_bytes=schedule.peak_memory_bytes,
         memory_budget_bytes=budget_bytes,
         accumulate=schedule.accumulate,
+        recompute=space.recomputed.mode,
         breakdown=breakdown,
         machine=space.topology.describe(),
         roles=_roles(space, assignment, words),
@@ -235,7 +259,9 @@ def make_plan(
         baselines=dict(baselines or {}),
         notes=tuple(dict.fromkeys([*notes, *_notes(space, assignment)])),
         decisions={key: texts[pick] for (key, texts), pick in zip(_choices(space), assignment, strict=True)},
+        solved={key: str(placed) for key, placed in parameters.items()},
         aliases=dict(space.program.aliases),
+        padded=padded,
         options=dict(options or {}),
         example=example,
     )
@@ -296,7 +322,7 @@ def _parameters(space: Space, assignment: Sequence[int], words: Words) -> dict[s
         found[_unique(words.pattern(site.name), found)] = Placements(
             at_rest=at_rest_text(option),
             in_compute=tensor_layout_text(layout, site.dims),
-            shape=tuple(math.prod(dim) for dim in site.dims),
+            shape=option.storage.shape,
             dims=words.tensor_dims(index),
             names=fold_names(names),
             count=len(names),
@@ -360,8 +386,9 @@ def _notes(space: Space, assignment: Sequence[int]) -> list[str]:
         if site.kind != "stored" or not isinstance(option, StoredOption) or not option.storage.state_axes:
             continue
         ways = math.prod(sizes[axis] for axis in option.storage.state_axes)
-        rows = option.storage.computed_shape(sizes)[0]
-        stored = option.storage.padded_shape(sizes)[0] * ways
+        dim = option.storage.state_dim
+        rows = option.storage.computed_shape(sizes)[dim]
+        stored = option.storage.padded_shape(sizes)[dim] * ways
         if stored > rows and stored > 1.05 * rows:
             words = f"{rows} rows over {ways} ranks take the room of {stored}"
             notes.append(f"{site.name}{f' and {site.count - 1} alike' if site.count > 1 else ''}: padded, {words}")
@@ -414,6 +441,19 @@ def _kind(site: Site) -> str:
     return site.given.kind if site.given is not None else "constant"
 
 
+def check_solved(plan: Plan) -> None:
+    """Refuse a plan whose placements a person edited: nothing else in its file goes with them yet.
+
+    Raises:
+        PlanMismatchError: names the line, and says what to do.
+    """
+    if plan.edited:
+        raise PlanMismatchError(
+            f"the plan's line of {plan.edited[0]} was edited after it was solved; solve again with it: autopar plan "
+            "MODEL --from PLAN -o PLAN"
+        )
+
+
 def check_plan(plan: Plan, fingerprint: str, axes: Sequence[tuple[str, int]]) -> None:
     """Refuse a plan for another graph or mesh.
 
@@ -438,6 +478,7 @@ def assignment_of(plan: Plan, space: Space) -> tuple[int, ...]:
     Raises:
         PlanMismatchError: another graph or mesh, or a decision that names no place or no option.
     """
+    check_solved(plan)
     check_plan(plan, space.program.fingerprint, [(axis.name, axis.size) for axis in space.topology.axes])
     names = tuple(space.topology.axes[axis].name for axis in space.batch_axes)
     if names != plan.batch_axes:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 FORMAT = "autopar-plan"
 VERSION = 1
+NOT_IN_THE_FILE: Mapping[str, Any] = types.MappingProxyType({"in_file": False})
+"""Metadata of a field that is left out of the file."""
 
 T = TypeVar("T")
 
@@ -26,7 +28,7 @@ def dump(plan: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in _fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -34,6 +36,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that its file has."""
+    return [f for f in dataclasses.fields(kind) if f.metadata.get("in_file", True)]
 
 
 def _pretty(value: Any) -> str:
@@ -107,7 +114,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 
 def _read_fields(kind: Any, value: Any, where: str) -> Any:
     entries = _expect(value, dict, where)
-    fields = dataclasses.fields(kind)
+    fields = _fields(kind)
     unknown = entries.keys() - {f.name for f in fields}
     if unknown:
         raise ValueError(f"{where}: unknown field {min(unknown)!r}; known are {', '.join(f.name for f in fields)}")

@@ -17,11 +17,12 @@ from costmodel.compute import op_s
 from costmodel.hardware import Topology
 from costmodel.layout import Layout, Partial, Replicate, local_shape
 from costmodel.reshard import Step, reshard_s, steps
-from costmodel.state import cast, state_gather, state_scatter
+from costmodel.state import cast, state_gather, state_pad, state_scatter
 from passes.dims import Value, expanded_shape
 from passes.errors import NoFeasiblePlanError
 from passes.precision import Dtypes, dtype_text
 from passes.problem import Flow, Hold, Problem, Reader
+from passes.recompute import is_cheap_op
 from passes.space import Port, Site, Space, Wire
 from passes.strategies import Option, StoredOption
 from passes.work import VIEWS, work_of
@@ -68,15 +69,17 @@ def storage_steps(
     path = steps(shape, itemsize, given, target, space.topology)
     if path is None or source is None:
         return path
-    storage, dtypes, topology, moves = source.storage, source.dtypes, space.topology, []
+    storage, dtypes, topology, first = source.storage, source.dtypes, space.topology, []
+    local = storage.computed_shape(topology.sizes)
     if dtypes is not None and dtypes.stored != dtypes.computed:
         elements = math.prod(storage.padded_shape(topology.sizes))
-        moves.append(_cast(elements, dtypes.stored, dtypes.computed, given, topology))
+        first.append(_cast(elements, dtypes.stored, dtypes.computed, given, topology))
     if storage.state_axes:
-        moves.append(
-            state_gather(storage.computed_shape(topology.sizes), itemsize, storage.state_axes, given, topology)
-        )
-    return (*moves, *path)
+        first.append(state_gather(local, itemsize, storage.state_axes, given, topology, storage.state_dim))
+    if source.padding:
+        larger = tuple(n + zeros for n, zeros in zip(local, source.padding, strict=True))
+        first.append(state_pad(larger, itemsize, given, topology))
+    return (*first, *path)
 
 
 def _cast(elements: int, given: torch.dtype, made: torch.dtype, layout: Layout, topology: Topology) -> Step:
@@ -88,9 +91,17 @@ def gradient_steps(space: Space, value: Value, given: Layout, target: StoredOpti
     storage, sizes = target.storage, space.topology.sizes
 
     def path(itemsize: int) -> tuple[Step, ...] | None:
-        local = storage.computed_shape(sizes)
-        shape, axes = space.shape_of(value), storage.state_axes
-        return state_scatter(local, itemsize, shape, given, target.layout, axes, space.topology)
+        return state_scatter(
+            storage.computed_shape(sizes),
+            itemsize,
+            space.shape_of(value),
+            given,
+            target.layout,
+            storage.state_axes,
+            space.topology,
+            storage.state_dim,
+            padded=bool(target.padding),
+        )
 
     if target.dtypes is None:
         return path(space.itemsize_of(value))
@@ -161,6 +172,7 @@ def price(
     groups, table = _merge(space)
     where = {site: (v, k) for v, group in enumerate(groups) for k, site in enumerate(group)}
     seconds, sizes = [], []
+    twice = {i for i in space.recomputed.again if not is_cheap_op(space.sites[i].call.target)}  # type: ignore[union-attr]
     op_cost: dict[tuple[int, int], float] = {}
     shared: dict[tuple[int, int], float] = {}
 
@@ -174,7 +186,8 @@ def price(
                 op_cost[key] = shared[alike]
             else:
                 op_cost[key] = shared[alike] = _option_s(space, site, option, optimizer)
-        return op_cost[key] * space.sites[site_index].count
+        site = space.sites[site_index]
+        return op_cost[key] * site.count * (2 if site_index in twice else 1)
 
     for group, rows in zip(groups, table, strict=True):
         seconds.append(tuple(sum(site_s(s, o) for s, o in zip(group, row, strict=True)) for row in rows))
@@ -185,13 +198,10 @@ def price(
             )
         )
     flows, holds = [], []
-    held = held_values(space)
     for wire in space.wires:
         flows += _flows(space, wire, where, table, state_share)
-        if wire.value in held:
-            hold = _hold(space, wire, where, table)
-            if hold is not None:
-                holds.append(hold)
+        if (hold := _hold(space, wire, where, table)) is not None:
+            holds.append(hold)
     problem = Problem(tuple(seconds), tuple(sizes), tuple(flows), tuple(holds), budget_bytes)
     return Priced(problem, groups, table)
 
@@ -315,14 +325,14 @@ def given_state(site: Site, option: Option | StoredOption, result: int) -> Layou
 
 
 def read_state(option: StoredOption) -> Layout | StoredOption:
-    """The layout of a stored tensor for who reads it; the option itself where it has to be gathered or cast first."""
+    """The layout of a stored tensor for who reads it; the option itself where there is something to be done first."""
     casts = option.dtypes is not None and option.dtypes.stored != option.dtypes.computed
-    return option if option.storage.state_axes or casts else option.layout
+    return option if option.storage.state_axes or option.padding or casts else option.layout
 
 
 def stored_state(option: StoredOption) -> Layout | StoredOption:
     """What a gradient is brought to: a layout; the option itself where more is to be done to it."""
-    return option if option.storage.state_axes or option.dtypes is not None else option.layout
+    return option if option.storage.state_axes or option.padding or option.dtypes is not None else option.layout
 
 
 def _flows(
@@ -337,7 +347,8 @@ def _flows(
     phases = ("forward", "backward") if stored else ("",)
     flows = []
     for phase in phases:
-        ports = [port for port in wire.ports if not phase or port.phase == phase]
+        again = space.recomputed.again if phase == "backward" else frozenset()
+        ports = [port for port in wire.ports if not phase or port.phase == phase or port.site in again]
         if ports:
             flow = _flow(space, wire, ports, where, table, state_share)
             if flow is not None:
@@ -406,58 +417,30 @@ def _conversion_s(
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def held_values(space: Space) -> frozenset[Value]:
-    """Forward values that stay in memory for backward.
-
-    A value that backward reads is kept, unless it is computed again cheaply (pointwise, a view) from values that are
-    kept anyway.
-    """
-    read_backward = {
-        wire.value
-        for wire in space.wires
-        if _is_forward_value(space, wire.value) and any(port.phase == "backward" for port in wire.ports)
-    }
-    sources: dict[int, list[Value]] = defaultdict(list)
-    for wire in space.wires:
-        for port in wire.ports:
-            sources[port.site].append(wire.value)
-    held: set[Value] = set()
-    available: set[int] = {i for i, site in enumerate(space.sites) if site.kind in ("stored", "given")}
-    for index, site in enumerate(space.sites):
-        if site.kind != "op" or site.phase != "forward":
-            continue
-        assert site.call is not None
-        cheap = site.call.target in VIEWS or torch.Tag.pointwise in getattr(site.call.target, "tags", ())
-        if cheap and all(value.op in available for value in sources[index]):
-            available.add(index)
-            continue
-        for result in range(len(site.call.results)):
-            if Value(index, result) in read_backward:
-                held.add(Value(index, result))
-                available.add(index)
-    return frozenset(held)
-
-
-def _is_forward_value(space: Space, value: Value) -> bool:
-    site = space.sites[value.op]
-    return site.kind == "op" and site.phase == "forward"
-
-
 def _hold(
     space: Space,
     wire: Wire,
     where: Mapping[int, tuple[int, int]],
     table: Sequence[Sequence[tuple[int, ...]]],
 ) -> Hold | None:
+    """What backward keeps of a forward value, in each layout it reads it in; what is computed again only as moved."""
+    made = space.sites[wire.value.op]
+    if made.kind != "op" or made.phase != "forward":
+        return None
     states = _States()
     readers = []
+    again = space.recomputed.again
     for port in wire.ports:
-        if port.phase != "backward":
-            continue
-        variable, k = where[port.site]
-        readers.append(Reader(variable, tuple(states(_asked(space, port, row[k])) for row in table[variable])))
+        if port.phase == "backward" or port.site in again:
+            variable, k = where[port.site]
+            readers.append(Reader(variable, tuple(states(_asked(space, port, row[k])) for row in table[variable])))
     if not readers:
         return None
+    given = None
+    if wire.value not in space.recomputed.held and wire.value.op in again:
+        variable, k = where[wire.value.op]
+        found = tuple(states.index.get(_given(space, wire.value, row[k]), -1) for row in table[variable])
+        given = Reader(variable, found)
     shape, itemsize, sizes = space.shape_of(wire.value), space.itemsize_of(wire.value), space.topology.sizes
 
     def state_bytes(state: Layout | StoredOption) -> float:
@@ -465,4 +448,4 @@ def _hold(
         plain = tuple(Replicate() if isinstance(p, Partial) else p for p in layout)
         return float(math.prod(local_shape(shape, plain, sizes)) * itemsize)
 
-    return Hold(tuple(readers), tuple(state_bytes(state) for state in states.index), wire.count)
+    return Hold(tuple(readers), tuple(state_bytes(state) for state in states.index), wire.count, given)

@@ -3,7 +3,8 @@
 Each *variable* picks one of its options. An option has a price in seconds and bytes of its own. Tensors run along
 *flows*: one producer, several readers; the producer's option gives the tensor's state, each reader's option asks for
 one, and every state that is asked for and not the producer's own is paid for once, however many readers ask.
-A *hold* keeps tensors in memory for backward: each state that a reader asks for is paid in bytes, once.
+A *hold* keeps tensors in memory for backward: each state that a reader asks for is paid in bytes, once; where it has a
+producer, the producer's own state is free.
 """
 
 from __future__ import annotations
@@ -38,11 +39,15 @@ class Flow:
 
 @dataclass(frozen=True)
 class Hold:
-    """`count` alike tensors kept for backward readers, in each state they ask for."""
+    """`count` alike tensors kept for backward readers, in each state they ask for.
+
+    `given`: a variable and, per option of it, the state that costs nothing (-1: none), because it is computed again.
+    """
 
     readers: tuple[Reader, ...]
     state_bytes: tuple[float, ...]
     count: int = 1
+    given: Reader | None = None
 
 
 @dataclass(frozen=True)
@@ -66,5 +71,7 @@ def evaluate(problem: Problem, picks: Sequence[int]) -> tuple[float, float]:
         seconds += flow.count * sum(flow.cost_s[given][state] for state in asked)
     for hold in problem.holds:
         kept = {reader.states[picks[reader.variable]] for reader in hold.readers}
+        if hold.given is not None:
+            kept.discard(hold.given.states[picks[hold.given.variable]])
         size += hold.count * sum(hold.state_bytes[state] for state in kept)
     return seconds, size

@@ -32,14 +32,17 @@ class Input:
     `name` is an FQN for a parameter or buffer (the first of its names, where it is tied), a path such as `input_ids`
     or `args.0` for what the user passes, and the path of the output for a tangent. A "seed" comes last, where the
     program has random ops (`randomness.own_randomness`): int64 of shape (2,), the user's seed and the step's number.
-    `batch_dim` is the dim that the batch axes split, for inputs and tangents that have one. `dtypes`, of a parameter
-    under mixed precision: the placeholder is what is computed with, at rest it is another.
+    `batch_dim` is the dim that the batch axes split, for inputs and tangents that have one. `shape` is that of a
+    parameter outside the graph, where its placeholder (and its gradient) is larger: padded with zeros at the end of its
+    dims (`pad.pad`). `dtypes`, of a parameter under mixed precision: the placeholder is what is computed with, at rest
+    it is another.
     """
 
     kind: InputKind
     name: str
     requires_grad: bool = False
     batch_dim: int | None = None
+    shape: tuple[int, ...] | None = None
     dtypes: Dtypes | None = None
 
 
@@ -48,13 +51,16 @@ class Output:
     """What an entry of the graph's output tuple is.
 
     `output`: a tensor of what the model returned, `name` its path (`loss`, `logits`, `0`). `buffer`: the new value of
-    a buffer that the forward changed. `gradient`: of the parameter or input `name`.
+    a buffer that the forward changed. `gradient`: of the parameter or input `name`. `shape` is that of an output
+    outside the graph, where what the graph gives is larger (`pad.pad`); a parameter's gradient is as large as its
+    placeholder.
     """
 
     kind: OutputKind
     name: str
     requires_grad: bool = False
     batch_dim: int | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -86,14 +86,20 @@ def uniform_values(seed: Tensor, salt: int, size: Sequence[int]) -> Tensor:
     return values.view(list(size))
 
 
-@torch.library.custom_op("autopar::uniform", mutates_args=(), schema="(Tensor seed, int salt, int[] size) -> Tensor")
-def _uniform(seed: Tensor, salt: int, size: Sequence[int]) -> Tensor:
-    return uniform_values(seed, salt, size)
+@torch.library.custom_op(
+    "autopar::uniform", mutates_args=(), schema="(Tensor seed, int salt, int[] size, int[]? padded=None) -> Tensor"
+)
+def _uniform(seed: Tensor, salt: int, size: Sequence[int], padded: Sequence[int] | None = None) -> Tensor:
+    values = uniform_values(seed, salt, size)
+    if padded is None:
+        return values
+    pads = [n for whole, part in zip(reversed(padded), reversed(size), strict=True) for n in (0, whole - part)]
+    return torch.nn.functional.pad(values, pads)
 
 
 @_uniform.register_fake
-def _(seed: Tensor, salt: int, size: Sequence[int]) -> Tensor:
-    return seed.new_empty(size, dtype=torch.float32)
+def _(seed: Tensor, salt: int, size: Sequence[int], padded: Sequence[int] | None = None) -> Tensor:
+    return seed.new_empty(size if padded is None else padded, dtype=torch.float32)
 
 
 UNIFORM = torch.ops.autopar.uniform.default
@@ -168,14 +174,15 @@ def emit_uniform(
     """One rank's part of `autopar.uniform(seed, salt, global_size)`, as ops added at the graph's insertion point.
 
     The part has `local_size` and begins, in each dim, at the global index `starts` (an int, or a node that yields an
-    int64 scalar tensor). `meta` gives the new nodes' phase, module and source. What depends on `seed` alone is put
-    behind the placeholders, once per graph.
+    int64 scalar tensor); of a padded tensor, it may reach beyond `global_size`, where any numbers are given. `meta`
+    gives the new nodes' phase, module and source. What depends on `seed` alone is put behind the placeholders, once per
+    graph.
     """
     local, whole = tuple(local_size), tuple(global_size)
     if not len(local) == len(whole) == len(starts):
         raise ValueError(f"sizes {local} and {whole} and {len(starts)} starts are not of one rank")
     for dim, (part, size, start) in enumerate(zip(local, whole, starts, strict=True)):
-        if isinstance(start, int) and not 0 <= start <= size - part:
+        if isinstance(start, int) and not 0 <= start <= max(0, size - part):
             raise ValueError(f"dim {dim}: a part of {part} that starts at {start} does not lie within {size}")
     fake_mode = seed.meta["val"].fake_mode
     emit = _Emitter(graph, _place(meta or {}), fake_mode)

@@ -1,13 +1,14 @@
 """A plan as one HTML file that needs no network and no script: any browser shows it, light or dark.
 
-The template draws; here the plan becomes bars, a tree and rows. Numbers read as they do in the terminal's report.
+The template draws bars, the tree and the mesh, matplotlib what runs over time (`plots`); here the plan becomes what
+they draw. Numbers read as they do in the terminal's report.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -16,6 +17,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import escape
 
 from costmodel.memory import gib
+from passes import plots
+from passes.formulas import link_figures, published_formulas, ring_formulas
+from passes.mesh_drawing import MeshDrawing, mesh_drawing
+from passes.plots import FrontierPoint
 from passes.report_text import _percent as percent_text
 from passes.report_text import _role_text as role_text
 from passes.report_text import seconds_text
@@ -24,6 +29,12 @@ if TYPE_CHECKING:
     from passes.plan import Placements, Plan
 
 _LEDGER_ROWS = 25
+_OPEN_LEAVES = 24
+"""A tree with at most so many kinds of parameters is shown open."""
+_NO_TIMELINE = (
+    "The step's timeline and memory over time are drawn where the plan was just made: autopar plan MODEL --from PLAN "
+    "--html FILE"
+)
 _COLORS = ("k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "rest")
 """Classes in the template's style."""
 _AXIS_COLORS = _COLORS[2:-1]
@@ -58,6 +69,24 @@ class Beside:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A layout drawn on the mesh, once per page."""
+
+    number: int
+    mesh: MeshDrawing
+
+
+@dataclass(frozen=True)
+class Plots:
+    """What matplotlib drew of the plan's timeline."""
+
+    step: str
+    layers: tuple[tuple[str, str], ...]
+    """(phase, drawing)."""
+    tensors: str
+
+
+@dataclass(frozen=True)
 class Branch:
     """A module in the tree of parameters; `name` has the dots of modules that hold nothing else."""
 
@@ -69,8 +98,8 @@ class Branch:
     count: int
 
 
-def plan_html(plan: Plan) -> str:
-    """The report on `plan` as a whole HTML document."""
+def plan_html(plan: Plan, frontier: Sequence[FrontierPoint] = ()) -> str:
+    """The report on `plan` as a whole HTML document; `frontier` is what a search found, this plan among it."""
     parts = plan.breakdown
     time, hidden, scale_s = time_bars(plan)
     room = max(plan.peak_memory_bytes, plan.memory_budget_bytes or 0)
@@ -88,8 +117,20 @@ def plan_html(plan: Plan) -> str:
         budget_share=None if plan.memory_budget_bytes is None else _share(plan.memory_budget_bytes, room),
         beside=beside(plan),
         tree=parameter_tree(plan),
+        open_depth=9 if len(plan.parameters) <= _OPEN_LEAVES else 1,
         ledger_rows=_LEDGER_ROWS,
         options=[(key, json.dumps(value)) for key, value in plan.options.items()],
+        plots=_plots(plan),
+        no_plots=_NO_TIMELINE if plots.available() else plots.WANTED,
+        drawings=(drawings := mesh_drawings(plan)),
+        more=sorted({drawing.mesh.more for drawing in drawings.values() if drawing.mesh.more}),
+        frontier=frontier,
+        frontier_plot=plots.frontier_drawing(frontier, plan.memory_budget_bytes)
+        if frontier and plots.available()
+        else "",
+        ring=ring_formulas(),
+        published=published_formulas(),
+        links=link_figures(plan.options["hardware_figures"]) if "hardware_figures" in plan.options else (),
     )
 
 
@@ -113,6 +154,32 @@ def _template() -> Template:
     env.filters.update(texts)
     env.globals.update(texts)
     return env.get_template("report.html.j2")
+
+
+def _plots(plan: Plan) -> Plots | None:
+    """Drawings of the plan's timeline, where it has one and there is something to draw with."""
+    timeline = plan.timeline
+    if timeline is None or not timeline.events or not plots.available():
+        return None
+    layers = [(phase, plots.layer_drawing(timeline, phase)) for phase in ("forward", "backward")]
+    return Plots(
+        plots.step_drawing(timeline, plan.memory_budget_bytes),
+        tuple((phase, drawing) for phase, drawing in layers if drawing),
+        plots.tensors_drawing(timeline),
+    )
+
+
+def mesh_drawings(plan: Plan) -> dict[tuple[str, str], Drawing]:
+    """(layout, layout in compute) of every parameter, at rest and in compute -> its picture."""
+    if not plan.axes:
+        return {}
+    wanted: dict[tuple[str, str], Drawing] = {}
+    for placed in plan.parameters.values():
+        for layout in (placed.at_rest, placed.in_compute):
+            key = layout, placed.in_compute
+            if key not in wanted:
+                wanted[key] = Drawing(len(wanted), mesh_drawing(layout, plan.axes, placed.in_compute))
+    return wanted
 
 
 # -- what the template draws -------------------------------------------------------------------------------------------

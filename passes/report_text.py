@@ -19,6 +19,13 @@ from passes.schedule import Collective
 if TYPE_CHECKING:
     from passes.plan import AxisRole, Plan
 
+RECOMPUTED = {
+    "none": "nothing",
+    "pointwise": "pointwise ops (recompute 'pointwise')",
+    "selective": "pointwise ops and the attention core (recompute 'selective')",
+    "full": "all of a layer but its collectives, from the layer's input (recompute 'full')",
+}
+"""A plan's `recompute` in words."""
 _LEDGER_LINES = 24
 _TOP_TENSORS = 8
 
@@ -131,7 +138,7 @@ def _decided(plan: Plan, width: int) -> list[str]:
     for placed in plan.parameters.values():
         dims = f"[{', '.join(placed.dims)}]"
         rows.append(
-            [placed.names.replace(".weight", ""), dims, f"{placed.at_rest} -> {placed.in_compute}", gib(placed.bytes)]
+            [placed.names.replace(".weight", ""), dims, f"{placed}{', pinned' * placed.pinned}", gib(placed.bytes)]
         )
     lines.append("")
     lines += _table(rows, ["parameter", "dims", "at rest -> compute", "per rank"], width, shrink=0, right=[3])
@@ -204,6 +211,7 @@ def _memory(plan: Plan, width: int) -> list[str]:
         if size >= 0.001 * plan.peak_memory_bytes
     ]
     lines = [_title(title, width), *_wrap(f"at {parts.peak_moment}", width, "  ")]
+    lines += _wrap(f"backward computes again: {RECOMPUTED[plan.recompute]}", width, "  ")
     lines += _table(rows, ["kind", "bytes", "share"], width, shrink=0, right=[1, 2])
     rows = [
         [top.name, f"x{top.count}" if top.count > 1 else "", top.kind, gib(top.bytes)]

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from costmodel.layout import Layout
 from passes.dims import is_getitem, value_of
 from passes.emit import Emitter, emit_steps
-from passes.itinerary import Move, Run, itinerary, returned
+from passes.itinerary import Move, Returned, Run, itinerary, returned
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
 from passes.localize import LocalOp, run_locally
 from passes.price import option_local_shapes, read_state
@@ -132,26 +132,25 @@ class _Rewriter:
         }
 
     def _move(self, move: Move) -> None:
-        local = self._get(move.value, move.source, "")
+        local = self._get(move.value, move.source, move.era)
         self._meta(move.place, move.phase)
         value = value_of(move.value, self.space.folding)
         site = self.space.sites[value.op]
         dims = site.op.results[value.result] if site.op is not None else site.dims
         stored = next((x for x in (move.source, move.target) if isinstance(x, StoredOption)), None)
-        computed = stored.storage.computed_shape(self.space.topology.sizes) if stored else ()
-        moved = emit_steps(self.emit, local, move.steps, dims, computed[0] if computed else 1)
+        of_stored = (stored.storage, stored.padding) if stored else (None, ())
+        moved = emit_steps(self.emit, local, move.steps, dims, *of_stored)
         self._put(move.value, move.target, moved, move.era)
 
     def _run(self, run: Run) -> None:
         site = self.space.sites[run.site]
         assert site.call is not None
         assert site.op is not None
-        phase = run.node.meta.get("phase", "forward")
         operands = tuple(
-            self._get(operand, layout, phase)
+            self._get(operand, layout, run.phase)
             for operand, layout in zip(operand_nodes(run.node), run.option.operands, strict=True)
         )
-        self._meta(run.node, phase)
+        self._meta(run.node, run.phase)
         _, results = option_local_shapes(site, run.option, self.space.topology.sizes)
         op = LocalOp(
             self.emit,
@@ -168,7 +167,7 @@ class _Rewriter:
         if isinstance(run.node.meta["val"], list | tuple):
             self._pick_results(run, local)
         else:
-            self._put(run.node, run.option.results[0], local)
+            self._put(run.node, run.option.results[0], local, run.era)
 
     def _pick_results(self, run: Run, local: fx.Node) -> None:
         for user in run.node.users:
@@ -177,13 +176,21 @@ class _Rewriter:
                 self.source_of[user] = first
                 if first is user:
                     part = self.emit.call(user.target, local, user.args[1])
-                    self._put(user, run.option.results[user.args[1]], part)  # type: ignore[index]
+                    self._put(user, run.option.results[user.args[1]], part, run.era)  # type: ignore[index]
 
     def _check(self, node: fx.Node, local: fx.Node, shapes: Sequence[tuple[int, ...]]) -> None:
         values = local.meta["val"]
         for value, shape in zip(values if isinstance(values, list | tuple) else [values], shapes, strict=True):
             if isinstance(value, torch.Tensor) and tuple(value.shape) != shape:
                 raise AssertionError(f"{node.name} ({node.target}): local shape {tuple(value.shape)}, planned {shape}")
+
+    def _cut(self, item: Returned, value: fx.Node) -> fx.Node:
+        """What leaves, without the padding of dims that are whole."""
+        self._meta(item.node, item.phase)
+        for dim, zeros in enumerate(item.option.padding):
+            if zeros:
+                value = self.emit.call(aten.slice.Tensor, value, dim, 0, self.emit.shape(value)[dim] - zeros)
+        return value
 
     # -- outputs -------------------------------------------------------------------------------------------------------
 
@@ -199,5 +206,6 @@ class _Rewriter:
                 values.append(node)
                 continue
             found.append(LocalOutput(out.kind, out.name, item.option.storage))
-            values.append(self._get(item.node, item.target, item.phase))
+            value = self._get(item.node, item.target, item.phase)
+            values.append(value if item.stores else self._cut(item, value))
         return tuple(found), values

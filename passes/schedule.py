@@ -29,7 +29,6 @@ from torch import fx
 from costmodel.memory import OptimizerSpec
 from costmodel.memory import optimizer as optimizer_of
 from costmodel.reshard import Step
-from passes.dims import Value
 from passes.footprint import Footprint, Times, footprint
 from passes.itinerary import Move, Run
 from passes.space import Space
@@ -82,6 +81,11 @@ class Event:
     end_s: float
     name: str
     kind: str
+    phase: str = "forward"
+    module: str = ""
+    source: str = ""
+    bytes: int = 0
+    """Of a collective: the full buffer on one rank."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,12 @@ def play(
     *,
     optimizer: str | OptimizerSpec = "adamw",
     accumulate: int = 1,
-    held: frozenset[Value] | None = None,
+    compiled: bool = True,
     events: bool = False,
 ) -> Schedule:
     """The step of the plan that gives site i option `assignment[i]`: `accumulate` micro-batches and an update.
 
-    `held`: forward values that stay in memory for backward (default: `price.held_values`). `events`: keep the timeline.
+    `compiled`: chains of pointwise ops are one kernel. `events`: keep the timeline.
 
     Raises:
         ValueError: an unknown optimizer, or no micro-batch.
@@ -145,7 +149,9 @@ def play(
         exposed[each.group] += each.exposed_s
         hidden[each.group] += each.hidden_s
     times = Times(player.op_start_s, player.steps_of(), player.forward_end_s, player.now_s)
-    memory = footprint(space, assignment, found, times, words, spec, accumulate=accumulate, held=held)
+    memory = footprint(
+        space, assignment, found, times, words, spec, accumulate=accumulate, fused=compiled, keep_buffers=events
+    )
     busy = {"compute": player.compute_s + player.contention_s}
     busy |= {axis.name: busy_s for axis, busy_s in zip(space.topology.axes, player.busy_s, strict=True)}
     return Schedule(
@@ -202,7 +208,7 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
     for index, item in enumerate(items):
         node = item.node if isinstance(item, Run) else item.reader
         if node is not None:
-            name, phase = node.meta.get("module", ""), node.meta.get("phase", "forward")
+            name, phase = node.meta.get("module", ""), item.phase
             here = (phase, words.instance(name))
             if here != layer:
                 layer, layer_start = here, index
@@ -220,16 +226,12 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
             if (here := (layer[0], "" if outside else layer[1])) != unit:
                 unit, unit_before, unit_start = here, unit_start, index
             first = unit_before
-        elif producer >= 0 and _phase(items[producer]) == item.phase:
+        elif producer >= 0 and items[producer].phase == item.phase:
             first = layer_start
         else:
             first = module_start
         issue[max(first, producer + 1)].append(index)
     return issue
-
-
-def _phase(item: Run | Move) -> str:
-    return item.phase if isinstance(item, Move) else str(item.node.meta.get("phase", "forward"))
 
 
 # -- playing -----------------------------------------------------------------------------------------------------------
@@ -255,6 +257,7 @@ class _Player:
         self.words = words
         self.tracks = found
         self.issue = issue_points(space, words, found)
+        self.fused = found.fused_again()
         axes = len(space.topology.axes)
         self.now_s = 0.0
         self.free_s = [0.0] * axes
@@ -288,21 +291,21 @@ class _Player:
             if isinstance(item, Move):
                 self.op_start_s[index] = self.now_s
                 continue
-            if forward and item.node.meta.get("phase") == "backward":
+            if forward and item.phase == "backward":
                 forward, self.forward_end_s = False, self.now_s
             cost = found.costs[item.site]
+            seconds = 0.0 if index in self.fused else cost.seconds
             late = [slot for slot in found.reads[index] if slot in self.brought]
             if late and (cost.fusing == "view" or self._only_gradients(item.node)):
-                self._put_off(index, late, cost.seconds)
+                self._put_off(index, late, seconds)
                 continue
             for slot in late:
                 self._await(slot)
             self.op_start_s[index] = self.now_s
-            if cost.seconds:
-                self._compute(cost.seconds, cost.kind)
+            if seconds:
+                self._compute(seconds, cost.kind)
                 if self.keep_events:
-                    name = f"{item.node.meta.get('module', '')}: {op_text(item.node.target)}"
-                    self.events.append(Event("compute", self.op_start_s[index], self.now_s, name, cost.kind))
+                    self._note(item.node, self.op_start_s[index], cost.kind)
         for move in self.issue[len(items)]:
             self._send(move)
         for slot in [slot for slot, _, _ in found.leaving if slot in self.brought]:
@@ -312,6 +315,13 @@ class _Player:
         self.op_start_s[len(items)] = self.now_s
         if forward:
             self.forward_end_s = self.now_s
+
+    def _note(self, node: fx.Node, start_s: float, kind: str) -> None:
+        """Keep that an op ran from `start_s` to now."""
+        module, source = node.meta.get("module", ""), node.meta.get("source", "")
+        name = f"{module}: {op_text(node.target)}" if module else op_text(node.target)
+        phase = node.meta.get("phase", "forward")
+        self.events.append(Event("compute", start_s, self.now_s, name, kind, phase, module, source))
 
     def steps_of(self) -> dict[int, list[tuple[Step, float, float]]]:
         """(step, start, end) of the steps of each move, by item."""
@@ -402,7 +412,9 @@ class _Player:
             start_s = self.now_s
             self._compute(slices_s, "other")
             if self.keep_events:
-                self.events.append(Event("compute", start_s, self.now_s, "local work on what was brought", "other"))
+                phase = "backward" if self.forward_end_s else "forward"
+                what = "local work on what was brought"
+                self.events.append(Event("compute", start_s, self.now_s, what, "other", phase))
         self.brought[slot] = (0.0, None, 0.0)
 
     def _wait(self, until_s: float, collective: int | None) -> None:
@@ -429,7 +441,8 @@ class _Player:
         assert isinstance(item, Run)
         meta = item.node.meta
         where = f" in {meta['module']}" if meta.get("module") else ""
-        return f"{meta.get('phase', 'forward')}: {op_text(item.node.target)}{where}"
+        again = " again" if item.again else ""
+        return f"{item.phase}: {op_text(item.node.target)}{again}{where}"
 
 
 # -- ledger ------------------------------------------------------------------------------------------------------------
@@ -483,5 +496,8 @@ def _ledger(player: _Player, words: Words) -> tuple[Collective, ...]:
                 )
             )
             if player.keep_events:
-                player.events += [Event(axis, played.start_s, played.end_s, reason, kind) for axis in axes]
+                player.events += [
+                    Event(axis, played.start_s, played.end_s, reason, kind, item.phase, module, source, step.full_bytes)
+                    for axis in axes
+                ]
     return tuple(found)

@@ -72,6 +72,9 @@ def held(storage: Storage, axes: Axes, coordinate: Sequence[int]) -> tuple[Tenso
         if shard is None or size == 1:
             continue
         rows = of(shard.dim)
+        if shard.stride == 1:
+            indices[shard.dim] = _chunk(rows, size, position)
+            continue
         if len(rows) % (shard.stride * size):
             raise ValueError(
                 f"dim {shard.dim} of {storage}: {len(rows)} rows do not divide over {shard.stride} x {size}"
@@ -79,10 +82,13 @@ def held(storage: Storage, axes: Axes, coordinate: Sequence[int]) -> tuple[Tenso
         indices[shard.dim] = rows.view(shard.stride, size, -1)[:, position].flatten()
     for axis in storage.state_axes:
         if sizes[axis] > 1:
-            rows = of(0)
-            chunk = -(-len(rows) // sizes[axis])
-            indices[0] = rows[coordinate[axis] * chunk : (coordinate[axis] + 1) * chunk]
+            indices[storage.state_dim] = _chunk(of(storage.state_dim), sizes[axis], coordinate[axis])
     return tuple(indices)
+
+
+def _chunk(rows: Tensor, ranks: int, position: int) -> Tensor:
+    chunk = -(-len(rows) // ranks)
+    return rows[position * chunk : (position + 1) * chunk]
 
 
 def scatter(full: Tensor, storage: Storage, axes: Axes) -> list[Tensor]:
@@ -99,14 +105,18 @@ def scatter(full: Tensor, storage: Storage, axes: Axes) -> list[Tensor]:
             for dim, rows in enumerate(held(storage, axes, coordinate)):
                 part = part if rows is None else part.index_select(dim, rows.to(full.device))
             if tuple(part.shape) != padded:
-                part = torch.cat([part, part.new_zeros((padded[0] - part.shape[0], *part.shape[1:]))])
+                sizes = zip(reversed(padded), reversed(part.shape), strict=True)
+                missing = [n for whole, mine in sizes for n in (0, whole - mine)]
+                part = torch.nn.functional.pad(part, missing)
             parts[key] = part.contiguous()
         result.append(parts[key])
     return result
 
 
-def gather(parts: Sequence[Tensor], storage: Storage, axes: Axes, name: str = "tensor") -> Tensor:
-    """The full tensor of which every rank holds a part.
+def gather(
+    parts: Sequence[Tensor], storage: Storage, axes: Axes, name: str = "tensor", *, zeros: bool = True
+) -> Tensor:
+    """The full tensor of which every rank holds a part; `zeros`: what pads it has to be zero.
 
     Raises:
         ReplicaMismatchError: ranks that hold the same part differ in it.
@@ -124,11 +134,13 @@ def gather(parts: Sequence[Tensor], storage: Storage, axes: Axes, name: str = "t
             _check_equal(name, holder, parts[holder], rank, part, axes)
             continue
         indices = held(storage, axes, coordinate)
-        rows = len(indices[0]) if padded and indices[0] is not None else None
-        if rows is not None and rows < padded[0]:
-            if part[rows:].count_nonzero():
-                raise SimulationError(f"{name}: rank {rank} holds {rows} rows, but its padding is not zero")
-            part = part[:rows]
+        for dim, index in enumerate(indices):
+            rows = padded[dim] if index is None else len(index)
+            if zeros and part.narrow(dim, rows, padded[dim] - rows).count_nonzero():
+                raise SimulationError(
+                    f"{name}: rank {rank} holds {rows} entries along dim {dim}, but its padding is not zero"
+                )
+            part = part.narrow(dim, 0, rows)
         if all(index is None for index in indices):
             full.copy_(part)
         else:
@@ -441,7 +453,8 @@ def simulate_step(
         node = output.args[0][position]  # type: ignore[index]
         name = f"{described.kind} {described.name} (node {_place(node) if isinstance(node, fx.Node) else node})"
         parts = [mine[position] for mine in results]
-        kinds[described.kind][described.name] = gather(parts, described.storage, local.axes, name)
+        zeros = described.kind != "output"
+        kinds[described.kind][described.name] = gather(parts, described.storage, local.axes, name, zeros=zeros)
     return found
 
 

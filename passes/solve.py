@@ -166,14 +166,20 @@ def _add_hold(
     model: _Model, hold: Hold, options: Sequence[Sequence[int]], terms: dict[int, float], scale: float
 ) -> None:
     readers: tuple[Reader, ...] = tuple(dict.fromkeys(hold.readers))
-    if len(readers) == 1:
+    if len(readers) == 1 and hold.given is None:
         for state, column in zip(readers[0].states, options[readers[0].variable], strict=True):
             terms[column] = terms.get(column, 0.0) + hold.state_bytes[state] * hold.count * scale
         return
+    free = {} if hold.given is None else _marginal(hold.given.states, options[hold.given.variable])
     kept: dict[int, int] = {}
     for reader in readers:
         for state, columns in _marginal(reader.states, options[reader.variable]).items():
+            row = dict.fromkeys(columns, -1.0)
+            for column in free.get(state, ()):
+                row[column] = row.get(column, 0.0) + 1.0
+            if not any(value < 0 for value in row.values()):
+                continue
             if state not in kept:
                 kept[state] = model.column(0.0)
                 terms[kept[state]] = hold.state_bytes[state] * hold.count * scale
-            model.row([(kept[state], 1.0), *((column, -1.0) for column in columns)], 0.0, math.inf)
+            model.row([(kept[state], 1.0), *((c, v) for c, v in row.items() if v)], 0.0, math.inf)

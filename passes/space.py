@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 
 from costmodel.hardware import Topology
 from costmodel.layout import Layout, Partial, Replicate, Shard, layout_text
@@ -14,11 +13,13 @@ from passes.dims import ExpandedOp, Value
 from passes.layers import Folding
 from passes.local import DimShard, Storage
 from passes.named import axis_choices, stored_choices
+from passes.pins import Pin, pinned_layouts
 from passes.program import Input, Program
+from passes.recompute import Mode, Recomputation, recomputation
 from passes.rules.call import Call
 from passes.strategies import Option, StoredOption, op_options, plain_layouts, stored_options
 
-__all__ = ["Port", "Site", "Space", "Wire", "search_space"]
+__all__ = ["Pin", "Port", "Site", "Space", "Wire", "search_space"]
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Space:
-    """Everything a plan can choose from under `strategy`; site i is `analysis.places[i]` with its options."""
+    """Everything a plan can choose from under `strategy`; site i is `analysis.places[i]` with its options.
+
+    `recomputed` is what backward computes again, whatever is chosen.
+    """
 
     analysis: Analysis
     topology: Topology
     batch_axes: tuple[int, ...]
     strategy: str
     sites: tuple[Site, ...]
+    recomputed: Recomputation
 
     @property
     def program(self) -> Program:
@@ -100,13 +105,14 @@ def search_space(
     stored: Mapping[str, Storage] | None = None,
     *,
     strategy: str = "auto",
-    pins: Mapping[str, Layout] | None = None,
+    pins: Mapping[str, Layout | Pin] | None = None,
+    recompute: Mode = "pointwise",
     analysis: Analysis | None = None,
 ) -> Space:
-    """All ways to lay `program` out over `topology` under `strategy`.
+    """All ways to lay `program` out over `topology` under `strategy`, with what `recompute` computes again.
 
     `stored`: parameters (by name) that already lie somewhere; only the rest is chosen. `pins`: parameter-name pattern
-    (fnmatch) -> layout that compute uses it in. `analysis`: `analyse(program)`, where it is at hand.
+    (fnmatch) -> layout that compute uses it in, or a `Pin`. `analysis`: `analyse(program)`, where it is at hand.
 
     Raises:
         ValueError: an unknown strategy, a batch that the batch axes do not divide, or a pin that cannot be.
@@ -146,40 +152,39 @@ def search_space(
                 place.given,
             )
         )
-    return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites))
+    for index, (pattern, _) in pinned.items():
+        _hold_readers(analysis, sites, index, pattern, sizes, tuple(batch_axes))
+    return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites), recomputation(analysis, recompute))
 
 
-def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout], axes: int) -> dict[int, tuple[str, Layout]]:
-    """Site -> (pattern, layout) for every parameter that a pin names.
+def _hold_readers(
+    analysis: Analysis, sites: list[Site], index: int, pattern: str, sizes: Sequence[int], batch_axes: tuple[int, ...]
+) -> None:
+    """Leave the ops that read a pinned parameter, themselves or through ops on it alone, no layout of it but the pin's.
+
+    Where the strategy leaves such an op none, all that `auto` has are open to it.
 
     Raises:
-        ValueError: a pin that names nothing, some of the parameters that repeated layers share, or has not one
-            placement per axis.
+        ValueError: an op that cannot read the parameter so.
     """
-    given = dict(zip(analysis.program.graph.graph.find_nodes(op="placeholder"), analysis.program.inputs, strict=True))
-    found: dict[int, tuple[str, Layout]] = {}
-    for pattern, layout in pins.items():
-        if len(layout) != axes:
-            raise ValueError(
-                f"pin {pattern!r}: {layout_text(layout)} has {len(layout)} placements, the mesh {axes} axes"
-            )
-        named = False
-        for index, members in enumerate(analysis.folding.members):
-            names = [given[node].name for node in members if node in given and given[node].kind == "parameter"]
-            matching = [name for name in names if fnmatchcase(name, pattern)]
-            if not matching:
+    todo = [(Value(index, 0), {option.layout for option in sites[index].options if isinstance(option, StoredOption)})]
+    while todo:
+        value, layouts = todo.pop()
+        for port in (port for wire in analysis.wires if wire.value == value for port in wire.ports if not port.stores):
+            site, place = sites[port.site], analysis.places[port.site]
+            if site.kind != "op" or place.op is None:
                 continue
-            if len(matching) < len(names):
-                other = next(name for name in names if name not in matching)
-                raise ValueError(
-                    f"pin {pattern!r} names {matching[0]} but not {other}; repeated layers are laid out alike: name "
-                    "all of them, as in 'layers.*'"
-                )
-            named = True
-            found[index] = (pattern, layout)
-        if not named:
-            raise ValueError(f"pin {pattern!r} names no parameter of the model")
-    return found
+            choices = axis_choices(analysis, port.site, "auto", sizes, batch_axes)
+            for options in (site.options, op_options(place.op, sizes, choices)):
+                kept = tuple(o for o in options if isinstance(o, Option) and o.operands[port.operand] in layouts)
+                if kept:
+                    break
+            else:
+                wanted = " or ".join(sorted(map(layout_text, layouts)))
+                raise ValueError(f"pin {pattern!r}: {place.name} cannot read it as {wanted}; give R, or another dim")
+            sites[port.site] = replace(site, options=kept)
+            if port.site in analysis.from_parameters:
+                todo += [(Value(port.site, r), {o.results[r] for o in kept}) for r in range(len(kept[0].results))]
 
 
 def _parameter_options(
@@ -188,9 +193,10 @@ def _parameter_options(
     sizes: Sequence[int],
     batch_axes: Sequence[int],
     stored: Mapping[str, Storage],
-    pin: tuple[str, Layout] | None,
+    pin: tuple[str, Pin] | None,
 ) -> tuple[StoredOption, ...]:
-    options = stored_options(place.dims, sizes, place.given.dtypes if place.given is not None else None)
+    outside = place.given.shape if place.given is not None else None
+    options = stored_options(place.dims, sizes, outside, place.given.dtypes if place.given is not None else None)
     if place.name in stored:
         options = tuple(o for o in options if o.storage == stored[place.name])
         if not options:
@@ -198,20 +204,31 @@ def _parameter_options(
         return options
     if pin is None:
         return stored_choices(options, strategy, batch_axes)
-    pattern, layout = pin
-    shards = tuple(DimShard(p.dim) if isinstance(p, Shard) else None for p in layout)
+    pattern, fixed = pin
+    shards = tuple(DimShard(p.dim) if isinstance(p, Shard) else None for p in fixed.in_compute)
     kept = tuple(option for option in options if option.storage.shards == shards)
+    if fixed.at_rest is not None:
+        kept = tuple(option for option in kept if _at_rest(option.storage) == fixed.at_rest)
     if not kept:
         shape = tuple(map(math.prod, place.dims))
         raise ValueError(
-            f"pin {pattern!r}: {place.name} of shape {shape} cannot be {layout_text(layout)} over axes of "
-            f"{tuple(sizes)} ranks; split a dim that they divide, or give R"
+            f"pin {pattern!r}: {place.name} of shape {shape} cannot be {fixed} over axes of {tuple(sizes)} ranks; "
+            "split a dim that they divide, or give R; what compute leaves whole may be S(0) at rest"
         )
     return kept
 
 
+def _at_rest(storage: Storage) -> Layout:
+    """A stored tensor's placements, an axis at a time: chunks of a state axis are `S(0)` too."""
+    return tuple(
+        Shard(0) if axis in storage.state_axes else Replicate() if shard is None else Shard(shard.dim)
+        for axis, shard in enumerate(storage.shards)
+    )
+
+
 def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
-    shape = tuple(map(math.prod, place.dims))
+    inside = tuple(map(math.prod, place.dims))
+    shape = (place.out.shape if place.out is not None else None) or inside
     position = sum(len(dim) for dim in place.dims[:batch_dim])
     ways = math.prod(sizes[a] for a in batch_axes)
     atom = place.dims[batch_dim][0] if place.dims[batch_dim] else 1
@@ -221,7 +238,10 @@ def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes
             "the batch axes do not divide; pass a batch of equal size on every data-parallel rank"
         )
     layout: Layout = tuple(Shard(position) if a in batch_axes and ways > 1 else Replicate() for a in range(len(sizes)))
-    return StoredOption(layout, batch_storage(shape, batch_dim, len(sizes), batch_axes))
+    padding = tuple(n - held for n, held in zip(inside, shape, strict=True))
+    return StoredOption(
+        layout, batch_storage(shape, batch_dim, len(sizes), batch_axes), padding if any(padding) else ()
+    )
 
 
 def _given_option(analysis: Analysis, place: Place, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
@@ -246,7 +266,10 @@ def _returned_options(
     assert out is not None
     if out.batch_dim is not None and place.dims[out.batch_dim]:
         if out.kind == "output" and analysis.program.has_loss:
-            return plain_layouts(place.dims, sizes)
+            return plain_layouts(place.dims, sizes, out.shape)
         return (_batch_layout(place, out.batch_dim, sizes, batch_axes),)
-    shape = tuple(map(math.prod, place.dims))
-    return (StoredOption((Replicate(),) * len(sizes), Storage(shape, (None,) * len(sizes))),)
+    inside = tuple(map(math.prod, place.dims))
+    shape = out.shape or inside
+    padding = tuple(n - held for n, held in zip(inside, shape, strict=True))
+    whole = Storage(shape, (None,) * len(sizes))
+    return (StoredOption((Replicate(),) * len(sizes), whole, padding if any(padding) else ()),)

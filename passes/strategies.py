@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from costmodel.layout import Layout, Partial, Placement, Replicate, Shard
+from costmodel.state import chunks
 from passes.dims import ExpandedOp, expanded_shape
 from passes.local import DimShard, Storage
 from passes.precision import Dtypes
@@ -98,11 +99,14 @@ def _placements(op: ExpandedOp, choices: Sequence[int], index: int, *, operand: 
 class StoredOption:
     """A way to store a parameter: what it is computed from (`layout`, on expanded dims) and its `Storage`.
 
-    `dtypes`: under mixed precision, what it is stored as and what its gradient is added in.
+    `padding`: zeros put at the end of each dim of a rank's part, before it is computed with, where the program has the
+    parameter larger than it is stored; () where there are none. `dtypes`: under mixed precision, what it is stored as
+    and what its gradient is added in.
     """
 
     layout: Layout
     storage: Storage
+    padding: tuple[int, ...] = ()
     dtypes: Dtypes | None = None
 
 
@@ -117,36 +121,70 @@ def leading_places(dims: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]
 
 
 def stored_options(
-    dims: Sequence[Sequence[int]], axis_sizes: Sequence[int], dtypes: Dtypes | None = None
+    dims: Sequence[Sequence[int]],
+    axis_sizes: Sequence[int],
+    shape: Sequence[int] | None = None,
+    dtypes: Dtypes | None = None,
 ) -> tuple[StoredOption, ...]:
     """Ways to store a tensor whose dims consist of atoms of these sizes.
 
-    On each axis it is replicated, split along a dim for computation, or kept in dim-0 chunks to be gathered for use.
-    Splits follow the outermost atom of a dim, so that every rank stores one contiguous box (checkpoints need that).
+    On each axis it is replicated, split along a dim for computation, or kept in chunks to be gathered for use. Splits
+    follow the outermost atom of a dim, so that every rank stores one contiguous box (checkpoints need that). The chunks
+    are of dim 0, or of another dim where dim 0 is split unevenly (DTensor has no word for an uneven split that is cut
+    again).
+
+    `shape`: of the tensor outside the graph, where that is smaller. Such a dim is split where the even parts of the
+    padded dim are the chunks that `torch.chunk` cuts.
     """
-    shape = tuple(math.prod(sizes) for sizes in dims)
+    padded = tuple(math.prod(sizes) for sizes in dims)
+    shape = tuple(padded if shape is None else shape)
     expanded = expanded_shape(dims)
     places = leading_places(dims)
     state, whole = (-2, -2), (-1, -1)
     choices = [whole, *places, *([state] if places and places[0][0] == 0 else [])]
     options = []
     for picks in product(choices, repeat=len(axis_sizes)):
-        layout: Layout = tuple(Shard(place) if dim >= 0 else Replicate() for dim, place in picks)
-        if any(
-            expanded[place] % math.prod(s for pick, s in zip(picks, axis_sizes, strict=True) if pick == (dim, place))
-            for dim, place in set(picks)
-            if dim >= 0
-        ):
+        split = {
+            pick: [s for other, s in zip(picks, axis_sizes, strict=True) if other == pick]
+            for pick in set(picks)
+            if pick[0] >= 0
+        }
+        if any(expanded[place] % math.prod(sizes) for (_, place), sizes in split.items()):
+            continue
+        if any(not _chunks_alike(shape[dim], padded[dim], sizes) for (dim, _), sizes in split.items()):
             continue
         shards = tuple(DimShard(dim) if dim >= 0 else None for dim, _ in picks)
         state_axes = tuple(axis for axis, pick in enumerate(picks) if pick == state)
-        options.append(StoredOption(layout, Storage(shape, shards, state_axes), dtypes))
+        storage = Storage(shape, shards, state_axes)
+        if state_axes and 0 in storage.uneven_dims(axis_sizes):
+            free = [dim for dim, _ in places if dim and not any(d == dim for d, _ in split)]
+            if not free:
+                continue
+            storage = replace(storage, state_dim=max(free, key=lambda dim: shape[dim]))
+        layout: Layout = tuple(Shard(place) if dim >= 0 else Replicate() for dim, place in picks)
+        ways = [1] * len(shape)
+        for (dim, _), sizes in split.items():
+            ways[dim] = math.prod(sizes)
+        computed = storage.computed_shape(axis_sizes)
+        padding = tuple(n // parts - held for n, parts, held in zip(padded, ways, computed, strict=True))
+        options.append(StoredOption(layout, storage, padding if any(padding) else (), dtypes))
     return tuple(options)
 
 
-def plain_layouts(dims: Sequence[Sequence[int]], axis_sizes: Sequence[int]) -> tuple[StoredOption, ...]:
-    """Layouts a tensor can be handed to the user in: each axis replicates it or splits a dim evenly."""
-    return tuple(option for option in stored_options(dims, axis_sizes) if not option.storage.state_axes)
+def _chunks_alike(rows: int, padded: int, sizes: Sequence[int]) -> bool:
+    """Whether even parts of the padded dim hold of its `rows` what `torch.chunk`, axis by axis, gives each rank."""
+    if rows == padded:
+        return True
+    even = padded // math.prod(sizes)
+    cut = chunks(rows, sizes)
+    return list(cut) == [max(0, min(even, rows - i * even)) for i in range(len(cut))]
+
+
+def plain_layouts(
+    dims: Sequence[Sequence[int]], axis_sizes: Sequence[int], shape: Sequence[int] | None = None
+) -> tuple[StoredOption, ...]:
+    """Layouts a tensor can be handed to the user in: each axis replicates it or splits a dim."""
+    return tuple(option for option in stored_options(dims, axis_sizes, shape) if not option.storage.state_axes)
 
 
 def expanded_layout(storage: Storage, dims: Sequence[Sequence[int]]) -> Layout:

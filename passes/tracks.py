@@ -44,7 +44,7 @@ class OpCost:
 class Slot:
     """One tensor on one rank; `producer` is the item that makes it, -1 for what is there from the start.
 
-    `gathered` marks a stored parameter brought whole; `era` is the phase that it is for, "" for others.
+    `gathered` marks a stored parameter brought whole. `era` is the phase that it is for, "" for all.
     """
 
     node: fx.Node
@@ -66,6 +66,21 @@ class Tracks:
     costs: dict[int, OpCost]
     leaving: tuple[tuple[int, str, bool], ...]
     """What the step gives: slot, phase, and whether it is a parameter's gradient."""
+
+    def fused_again(self) -> frozenset[int]:
+        """Items that compute a pointwise op again within the ops that read it: what those read costs no more for it."""
+        found = set()
+        written = [False] * len(self.slots)
+        for index in range(len(self.items) - 1, -1, -1):
+            item = self.items[index]
+            fusing = "kernel" if isinstance(item, Move) else self.costs[item.site].fusing
+            made = any(written[slot] for slot in self.writes[index])
+            if fusing == "kernel" or (fusing == "view" and made):
+                for slot in self.reads[index]:
+                    written[slot] = True
+            elif isinstance(item, Run) and item.again and fusing == "pointwise" and not made:
+                found.add(index)
+        return frozenset(found)
 
 
 def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
@@ -107,7 +122,7 @@ def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
     items = tuple(itinerary(space, assignment))
     for index, item in enumerate(items):
         if isinstance(item, Move):
-            source = find(item.value, "", item.source)
+            source = find(item.value, item.era, item.source)
             reads.append((source,))
             value = value_of(item.value, folding)
             made = slot(item.value, item.era, item.target, bytes_of(value, item.target), index)
@@ -117,17 +132,16 @@ def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
         cost = costs.get(item.site)
         if cost is None:
             cost = costs[item.site] = op_cost(space, item.site, item.option)
-        phase = item.node.meta.get("phase", "forward")
         operands = operand_nodes(item.node)
-        reads.append(tuple(find(x, phase, where) for x, where in zip(operands, item.option.operands, strict=True)))
+        reads.append(tuple(find(x, item.phase, where) for x, where in zip(operands, item.option.operands, strict=True)))
         made_here = []
         if len(cost.result_bytes) > 1 or isinstance(item.node.meta["val"], list | tuple):
             for result, size in enumerate(cost.result_bytes):
                 node = picked.get((item.node, result))
                 if node is not None:
-                    made_here.append(slot(node, "", item.option.results[result], size, index))
+                    made_here.append(slot(node, item.era, item.option.results[result], size, index))
         elif cost.result_bytes:
-            made_here.append(slot(item.node, "", item.option.results[0], cost.result_bytes[0], index))
+            made_here.append(slot(item.node, item.era, item.option.results[0], cost.result_bytes[0], index))
         writes.append(tuple(made_here))
     leaving = tuple(
         (find(out.node, out.phase, out.target), out.phase, out.stores) for out in returned(space, assignment)

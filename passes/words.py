@@ -80,6 +80,10 @@ class Words:
             for atom, size in zip(atoms, sizes, strict=True)
         )
 
+    def named(self, atom: int) -> str:
+        """The word for a logical dim, by its identity; "" where there is none."""
+        return self._atoms.get(atom, "")
+
     def atom(self, leaf: Leaf) -> str:
         """A word for what splitting this leaf splits; its size where there is none."""
         word = self._atoms.get(leaf.atom, str(leaf.size))
@@ -298,12 +302,12 @@ def tensor_layout_text(layout: Layout, dims: Sequence[Sequence[int]]) -> str:
 
 
 def at_rest_text(option: StoredOption) -> str:
-    """How a tensor is stored, an axis at a time: FSDP's chunks are `S(0)` too."""
+    """How a tensor is stored, an axis at a time: FSDP's chunks are `S(0)` too, or another dim's."""
     storage = option.storage
     parts = []
     for axis, shard in enumerate(storage.shards):
         if axis in storage.state_axes:
-            parts.append("S(0)")
+            parts.append(f"S({storage.state_dim})")
         elif shard is None:
             parts.append("P" if isinstance(option.layout[axis], Partial) else "R")
         else:

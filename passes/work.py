@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from costmodel.compute import Work, attention, matmul
 from passes.precision import dtype_text
+from passes.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
 from passes.rules.call import Call
 from passes.rules.view import RESHAPES
 
@@ -31,8 +33,8 @@ VIEWS = {
 }
 """Ops that move nothing: layouts of one buffer. (A reshape that must copy is priced where it is fused.)"""
 
-_GATHERS = {aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default}
-_SCATTERS = {aten.embedding_dense_backward.default, aten.scatter_add.default, aten.index_put.default}
+_GATHERS = {aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default, TAKE_ROWS}
+_SCATTERS = {aten.embedding_dense_backward.default, aten.scatter_add.default, aten.index_put.default, PUT_ROWS}
 _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _FUSED_SHARE = 0.5
@@ -67,6 +69,8 @@ def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape]) -> 
     if target is aten.bmm.default:
         m, inner, n = operands[0][1], operands[0][2], operands[1][2]
         return matmul(m, n, inner, batch=operands[0][0], dtype=dtype, item_bytes=item)
+    if target in (ROUTED_MM, ROUTED_MM_WEIGHT):
+        return _routed(call, operands, results[0], dtype, item)
     if target in (_FLASH, _FLASH_BACKWARD):
         q, k = (operands[0], operands[1]) if target is _FLASH else (operands[1], operands[2])
         return attention(
@@ -98,3 +102,22 @@ def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape]) -> 
     if target in (aten.clone.default, aten.cat.default, aten.constant_pad_nd.default, aten.slice_backward.default):
         return Work(0, read, written, "copy", dtype)
     return Work(elements, read, written, "unknown", dtype)
+
+
+def _routed(call: Call, operands: Sequence[Shape], result: Shape, dtype: str, item: int) -> Work:
+    """Products of each expert's rows, as many for one expert as for another.
+
+    A rank that has some of the experts multiplies its share of the rows, and moves all of them to where the kernel
+    wants them and back.
+    """
+    rows, k = operands[0]
+    weight = call.target is ROUTED_MM_WEIGHT
+    experts, n = (result[0], result[2]) if weight else (operands[1][0], operands[1][2])
+    every = call.operands[2].shape[1] - 1
+    each = max(1, rows // every)
+    m, inner = (k, each) if weight else (each, k)
+    work = matmul(m, n, inner, batch=experts, dtype=dtype, item_bytes=item)
+    if experts == every:
+        return work
+    moved = rows * (k + n) * item
+    return replace(work, bytes_read=work.bytes_read + moved, bytes_written=work.bytes_written + moved)

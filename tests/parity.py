@@ -12,16 +12,15 @@ from torch import nn
 from costmodel.hardware import hardware, topology
 from passes.capture import capture
 from passes.local import LocalProgram
-from passes.masks import use_causal_flag
+from passes.pipeline import prepare
 from passes.precision import Precision
 from passes.price import price
 from passes.program import Program
-from passes.randomness import own_randomness
 from passes.rewrite import rewrite
+from passes.routing import route_by_blocks, token_parts
 from passes.simulate import simulate_step
 from passes.solve import solve
 from passes.space import Space, search_space
-from passes.weights import prepare_again
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,14 @@ def captured(
     size = next(x.shape[0] for x in leaves if isinstance(x, torch.Tensor))
     dims = [0 if isinstance(x, torch.Tensor) else None for x in leaves]
     program = capture(model, args, kwargs, batch_dims=dims, batch_size=size, precision=precision)
-    return prepare_again(own_randomness(use_causal_flag(program)))
+    return prepare(program)
 
 
 def planned(
     program: Program, mesh: Mapping[str, int], strategy: str, batch_axes: tuple[int, ...] = (0,), name: str = "h100"
 ) -> tuple[Space, tuple[int, ...], LocalProgram]:
     """Space, decisions and local program of the cheapest plan under `strategy`."""
+    program = route_by_blocks(program, token_parts(program, strategy, list(mesh.values()), batch_axes))
     space = search_space(program, topology(hardware(name), mesh), batch_axes, strategy=strategy)
     priced = price(space)
     solution = solve(priced.problem, gap=1e-3)
@@ -72,6 +72,8 @@ def eager(
         tangent = None
         out["loss"].backward()
         outputs = {name: x.detach() for name, x in out.items() if isinstance(x, torch.Tensor)}
+        lists = {name: x for name, x in out.items() if isinstance(x, tuple)}
+        outputs |= {f"{name}.{i}": x.detach() for name, items in lists.items() for i, x in enumerate(items)}
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return outputs, tangent, gradients
 
@@ -96,3 +98,9 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Norm of the difference over the norm of what is wanted."""
     scale = wanted.double().norm().item()
     return (found.double() - wanted.double()).norm().item() / (scale or 1.0)
+
+
+def assert_near(found: torch.Tensor, wanted: torch.Tensor, name: str, tolerance: float = 1e-5) -> None:
+    """Equal up to rounding: sums taken in another order are as far apart as their largest terms make them."""
+    assert found.shape == wanted.shape, name
+    assert relative(found, wanted) <= tolerance, f"{name}: off by {relative(found, wanted):.2g} of its norm"

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from costmodel.hardware import hardware, topology
 from costmodel.layout import Layout, Partial, Shard, local_shape
-from passes.dims import ExpandedOp, expand
+from passes.dims import ExpandedOp, expand, unified
 from passes.emit import Emitter, Parts
 from passes.layers import fold
 from passes.localize import LocalOp, run_locally
@@ -123,7 +123,7 @@ def one_op(sample: Sample, cut: str = "", form: Callable[[Call], Form] = form_of
     forms = [_form(members[0]) for members in folding.members]
     index = folding.of[checked]
     forms[index] = form(call_of(checked))
-    ops = expand(program, folding, forms)
+    ops = expand(unified(program, folding, forms))
     return OneOp(checked, call_of(checked), forms[index], ops[index])
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers.integrations.moe  # noqa: F401  registers the ops of routed experts
 from rule_check import Sample
 from torch import Tensor
 
+from passes import routed_ops
+
 aten = torch.ops.aten
 prims = torch.ops.prims
-experts = torch.ops.transformers
 _drawn = torch.Generator().manual_seed(0)
 
 
@@ -257,20 +257,32 @@ def _products() -> list[Sample]:
     ]
 
 
-def _ends(*counts: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.tensor(counts).cumsum(0).to(dtype)
+def _bounds(*blocks: tuple[int, ...]) -> torch.Tensor:
+    """Where each expert's rows begin and end in each block, for these numbers of rows."""
+    return torch.tensor([[0, *torch.tensor(counts).cumsum(0).tolist()] for counts in blocks], dtype=torch.int32)
 
 
 def _experts() -> list[Sample]:
-    forward = experts.grouped_mm_fallback.default
-    backward = experts.grouped_mm_fallback_backward.default
     counts = [(3, 1, 0, 4), (0, 0, 8, 0), (2, 2, 2, 2), (8, 0, 0, 0), (0, 1, 2, 3), (0, 0, 0, 0), (0, 0, 0, 8)]
+    mm, weight = routed_ops.ROUTED_MM, routed_ops.ROUTED_MM_WEIGHT
+    take, put = routed_ops.TAKE_ROWS, routed_ops.PUT_ROWS
+    several = _bounds((3, 1, 0, 2), (0, 0, 6, 0), (1, 2, 0, 3), (0, 0, 0, 6))
     bf16 = torch.bfloat16
+    own = torch.cat([torch.randint(0, 3, (4,)) + 3 * block for block in range(4)])
+    places = torch.cat([torch.randperm(6) + 6 * block for block in range(2)])
     return [
-        *[s(forward, f(8, 6), f(4, 6, 2), _ends(*n), splits=4) for n in counts],
-        *[s(backward, f(8, 6), f(4, 6, 2), _ends(*n), f(8, 2), splits=4) for n in counts],
-        s(forward, f(12, 3), f(6, 3, 5), _ends(1, 2, 3, 1, 0, 5, dtype=torch.int64), splits=2),
-        s(aten._grouped_mm.default, f(8, 16, dtype=bf16), f(4, 16, 32, dtype=bf16), _ends(3, 1, 0, 4), splits=2),
+        *[s(mm, f(8, 6), f(4, 6, 2), _bounds(n), splits=4) for n in counts],
+        *[s(weight, f(8, 6), f(8, 2), _bounds(n), splits=4) for n in counts],
+        s(mm, f(24, 6), f(4, 6, 2), several, splits=5),
+        s(weight, f(24, 6), f(24, 2), several, splits=5),
+        s(mm, f(12, 3), f(6, 3, 5), _bounds((1, 2, 3, 1, 0, 5)), splits=2),
+        s(mm, f(8, 16, dtype=bf16), f(4, 16, 32, dtype=bf16), _bounds((3, 1, 0, 4)), splits=4),
+        s(mm, f(8, 6, dtype=bf16), f(4, 6, 4, dtype=bf16), _bounds((2, 1, 0, 1), (0, 4, 0, 0)), splits=4),
+        s(weight, f(8, 6, dtype=bf16), f(8, 4, dtype=bf16), _bounds((3, 1, 0, 4)), splits=4),
+        s(take, f(12, 6), own, 4, splits=3),
+        s(take, f(12), own, 4, splits=2),
+        s(put, f(12, 6), own, f(16, 6), 4, True, splits=3),
+        s(put, f(12, 6), places, f(12, 6), 2, False, splits=2),
     ]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from local_steps import Net
+from parity import assert_near
 from ranks import rank_outcomes, run_ranks
 from standin import pipeline
 from torch import nn
@@ -40,7 +41,7 @@ def compare_gradients(model: nn.Module, eager: nn.Module) -> None:
     for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
-            torch.testing.assert_close(q.grad.full_tensor(), p.grad, msg=lambda m, name=name: f"{name}: {m}")
+            assert_near(q.grad.full_tensor(), p.grad, name)
 
 
 def _trains(rank: int, ranks: int, shape: tuple[int, ...], strategy: str) -> None:
@@ -162,6 +163,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"options": Options(recompute="some")}, r"Options\(recompute='some'\): known are auto"),  # type: ignore[arg-type]
         ({"options": Options(optimizer="lion")}, r"Options\(optimizer='lion'\)"),
         ({"options": Options(accumulate=0)}, "at least 1 micro-batch"),
+        ({"options": Options(memory_budget=-1)}, "a positive number"),
         ({"options": Options(batch_axes=("cp",))}, r"batch_axes names \['cp'\], but the mesh has \['dp'\]"),
         ({"options": Options(batch_dims={"mask": 0})}, "batch_dims names"),
         ({"mesh": {"dp": 0}}, "mesh axis 'dp' has size 0"),

@@ -109,9 +109,21 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Here:
     model = f"{folder}/models.py:build"
     plan, other = folder / "plan.json", folder / "other.json"
     on = ("plan", model, "--mesh", "dp=2,tp=2", "--hardware", "h100")
-    planned = autopar(*on, "-o", plan, "--html", folder / "report.html")
+    planned = autopar(*on, "-o", plan, "--html", folder / "report.html", "--trace", folder / "step.json")
     as_json = autopar(*on, "--strategy", "fsdp", "--json", "-o", other)
+    edit(plan, folder / "edited.json", "up.weight", at_rest="RS(0)", in_compute="RS(0)")
+    edit(plan, folder / "edited-badly.json", "up.bias", at_rest="RR", in_compute="RS(1)")
     return Here(folder, model, plan, other, planned, as_json)
+
+
+def edit(plan: Path, to: Path, parameter: str, **changed: object) -> None:
+    """What a person does in an editor: other values on the line of one parameter."""
+    lines = plan.read_text(encoding="utf-8").splitlines()
+    (number,) = (n for n, line in enumerate(lines) if line.startswith(f'    "{parameter}": {{'))
+    head, _, body = lines[number].partition(": ")
+    entry = json.loads(body.rstrip(",")) | changed
+    lines[number] = f"{head}: {json.dumps(entry)}{',' if body.endswith(',') else ''}"
+    to.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # -- each command ------------------------------------------------------------------------------------------------------
@@ -197,6 +209,54 @@ def test_check_plans_again_and_fails_on_a_plan_that_got_worse(here: Here, capsys
     assert ran.code == 1
     assert ran.json["worse"] == ["step"]
     assert main(["check", str(kept), here.model, "--max-regression", "150%"]) == 0
+
+
+def test_an_edited_line_is_kept_when_the_plan_is_solved_again(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    again, unpinned = here.folder / "again.json", here.folder / "unpinned.json"
+    assert main(["plan", here.model, "--from", str(here.folder / "edited.json"), "-o", str(again)]) == 0
+    report = capsys.readouterr().out
+    kept, made = json.loads(here.plan.read_text()), json.loads(again.read_text())
+    before, after = kept["parameters"]["up.weight"], made["parameters"]["up.weight"]
+    assert before["in_compute"] != "RS(0)"  # else the edit asks for nothing
+    assert (after["in_compute"], after["pinned"]) == ("RS(0)", True)
+    assert [key for key, line in made["parameters"].items() if line["pinned"]] == ["up.weight"]
+    assert made["axes"] == kept["axes"]
+    assert made["example"] == kept["example"]
+    assert made["options"]["hardware_figures"] == kept["options"]["hardware_figures"]
+    assert "pinned" in report
+    # The line stays when the plan is solved once more, and is free again when the mark goes.
+    assert main(["plan", here.model, "--from", str(again), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["up.weight"]["in_compute"] == "RS(0)"
+    edit(again, unpinned, "up.weight", pinned=False)
+    assert main(["plan", here.model, "--from", str(unpinned), "--json"]) == 0
+    free = json.loads(capsys.readouterr().out)
+    assert free["parameters"] == kept["parameters"]
+    assert free["step_time_s"] == kept["step_time_s"] <= made["step_time_s"]
+
+
+def test_a_line_can_be_edited_at_rest(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    edited = here.folder / "at-rest.json"
+    edit(here.plan, edited, "head.weight", at_rest="S(0)S(0)", in_compute="RS(0)")
+    assert main(["plan", here.model, "--from", str(edited), "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)["parameters"]["head.weight"]
+    assert (line["at_rest"], line["in_compute"]) == ("S(0)S(0)", "RS(0)")
+
+
+def test_the_trace_is_the_step(here: Here) -> None:
+    plan = json.loads(here.plan.read_text())
+    events = json.loads((here.folder / "step.json").read_text())["traceEvents"]
+    slices = [event for event in events if event["ph"] == "X"]
+    threads = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+    assert threads.keys() >= {event["tid"] for event in slices}
+    assert set(threads.values()) <= {"compute", "communication: dp", "communication: tp"}
+    parts = plan["breakdown"]
+    busy = sum(event["dur"] for event in slices if threads[event["tid"]] == "compute" and event["cat"] != "optimizer")
+    assert busy == pytest.approx(1e6 * (parts["compute_s"] + parts["contention_s"]), rel=1e-6)
+    assert max(event["ts"] + event["dur"] for event in slices) == pytest.approx(1e6 * plan["step_time_s"], rel=1e-6)
+    moved = sum(1 for event in slices if threads[event["tid"]] != "compute")
+    assert moved == sum(each["count"] * len(each["axes"]) for each in plan["collectives"])
+    memory = [sum(event["args"].values()) for event in events if event["ph"] == "C"]
+    assert max(memory) == plan["peak_memory_bytes"]
 
 
 def test_check_of_a_model_that_grew_says_the_graph_changed(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,8 +349,12 @@ def test_a_config_json_and_its_folder_are_models(here: Here, capsys: pytest.Capt
 
 MISTAKES = [
     ("frob", "invalid choice: 'frob'"),
-    ("plan", "required: MODEL, --mesh"),
-    ("plan MODEL", "required: --mesh"),
+    ("plan", "required: MODEL"),
+    ("plan MODEL", "pass --mesh dp=2,tp=2, or --from PLAN"),
+    ("plan MODEL --from HERE/edited-badly.json", "cannot be RR -> RS(1) over axes of (2, 2) ranks"),
+    ("explain HERE/edited.json up.weight", "was edited after it was solved"),
+    ("check HERE/edited.json MODEL", "was edited after it was solved"),
+    ("verify MODEL --plan HERE/edited.json", "was edited after it was solved"),
     ("plan MODEL --mesh dp=2,tp", "write name=ranks, as in dp=4,tp=2"),
     ("plan MODEL --mesh dp=2,dp=2", "stands twice"),
     ("plan MODEL --mesh dp=0", "is no axis"),

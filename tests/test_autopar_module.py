@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from local_steps import Net, NetOutput, local_step
+from parity import assert_near
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict
@@ -94,7 +95,7 @@ def _trains_like_eager(rank: int, ranks: int, compile: bool) -> None:
             assert (p.grad is None) == (q.grad is None), name
             if p.grad is not None:
                 assert q.grad.placements == q.placements
-                torch.testing.assert_close(whole(q.grad), p.grad, msg=name)
+                assert_near(whole(q.grad), p.grad, name)
         if step % 2:  # two batches accumulate
             norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5) for m in (eager, model)]
             torch.testing.assert_close(whole(norms[1]), norms[0])
@@ -102,7 +103,7 @@ def _trains_like_eager(rank: int, ranks: int, compile: bool) -> None:
                 optim.step()
                 optim.zero_grad()
     for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(whole(q), p.detach(), msg=name)
+        assert_near(whole(q), p.detach(), name)
     assert model.calls == eager.calls == 4
     assert model.head.weight is model.embed.weight
     assert model.frozen.grad is None
@@ -179,7 +180,7 @@ def compare(model: nn.Module, eager: nn.Module) -> None:
     for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
-            torch.testing.assert_close(whole(q.grad), p.grad, msg=name)
+            assert_near(whole(q.grad), p.grad, name)
 
 
 def test_other_kinds_of_call() -> None:

@@ -55,7 +55,7 @@ def _as_dtensor_cuts(rank: int, ranks: int) -> None:
             assert torch.equal(made.full_tensor(), full), (storage, layout)
             padded = pad(part, storage, (2, 2))
             assert tuple(padded.shape) == storage.padded_shape((2, 2))
-            assert torch.equal(unpad(padded, part.shape[0] if storage.state_axes else None), part)
+            assert torch.equal(unpad(padded, part.shape), part)
             if storage.state_axes:
                 index = 0
                 for axis in storage.state_axes:

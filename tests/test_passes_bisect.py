@@ -26,10 +26,11 @@ def step(name: str, strategy: str) -> tuple[LocalProgram, list[list[torch.Tensor
     """A local program, what each rank's placeholders get, and what the program's get."""
     model, args, kwargs = build(name)
     _, _, local = planned(captured(model, kwargs, args), AXES, strategy)
-    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    random = torch.Generator().manual_seed(0)
+    # Biases start at zero, where no scaling would show.
+    parameters = {n: p.detach() + 0.02 * torch.randn(p.shape, generator=random) for n, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
     inputs = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
-    random = torch.Generator().manual_seed(0)
     whole, tangents, left = [], [], iter(inputs)
     for node, given in zip(local.program.graph.graph.find_nodes(op="placeholder"), local.program.inputs, strict=True):
         if given.kind in ("parameter", "buffer"):

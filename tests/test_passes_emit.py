@@ -92,7 +92,7 @@ def test_reshard_from_any_layout_to_any(mesh: dict[str, int]) -> None:
         local = local_shape(expanded, source, topo.sizes)
         merged = (local[0] * local[1], *local[2:])
         parts = [part.reshape(merged) for part in parts_of(full, source, mesh)]
-        found = play(lambda emit, x, path=path: emit_steps(emit, x, path, DIMS, 1), merged, parts, mesh)
+        found = play(lambda emit, x, path=path: emit_steps(emit, x, path, DIMS), merged, parts, mesh)
         wanted = parts_of(full, target, mesh)
         for one, other in zip(found, wanted, strict=True):
             assert torch.equal(one, other.reshape(one.shape)), f"{layout_text(source)} -> {layout_text(target)}"
@@ -125,16 +125,15 @@ def test_stored_chunks_are_gathered_and_scattered_whole(rows: int, mesh: dict[st
     most = len(nested[0])
     padded = [torch.cat([part, part.new_zeros(most - len(part), 3)]) for part in nested]
     whole: Layout = (Replicate(),) * len(mesh)
+    of = Storage((rows, 3), (None,) * len(mesh), axes)
     gather = state_gather((rows, 3), 8, axes, whole, topo)
-    found = play(lambda emit, x: emit_steps(emit, x, (gather,), ((rows,), (3,)), rows), (most, 3), padded, mesh)
+    found = play(lambda emit, x: emit_steps(emit, x, (gather,), ((rows,), (3,)), of), (most, 3), padded, mesh)
     assert all(torch.equal(one, full) for one in found)
     for given in ((Partial(),) * len(mesh), whole, (Partial(), *whole[1:])):
         path = state_scatter((rows, 3), 8, (rows, 3), given, whole, axes, topo)
         assert path is not None
         parts = parts_of(full, given, mesh)
-        found = play(
-            lambda emit, x, path=path: emit_steps(emit, x, path, ((rows,), (3,)), rows), (rows, 3), parts, mesh
-        )
+        found = play(lambda emit, x, path=path: emit_steps(emit, x, path, ((rows,), (3,)), of), (rows, 3), parts, mesh)
         assert all(torch.equal(one, other) for one, other in zip(found, padded, strict=True)), given
 
 

@@ -31,7 +31,9 @@ def random_problem(seed: int) -> Problem:
         )
         states = tuple(rng.randrange(2) for _ in range(counts[producer]))
         flows.append(Flow(producer, states, readers, cost, rng.randint(1, 5)))
-        holds.append(Hold(readers, tuple(float(rng.randint(0, 5)) for _ in range(3)), rng.randint(1, 3)))
+        given = Reader(producer, tuple(rng.randrange(-1, 3) for _ in range(counts[producer])))
+        free = rng.choice([None, given, Reader(readers[0].variable, readers[0].states)])
+        holds.append(Hold(readers, tuple(float(rng.randint(0, 5)) for _ in range(3)), rng.randint(1, 3), free))
     budget = rng.choice([math.inf, float(rng.randint(5, 60))])
     return Problem(seconds, sizes, tuple(flows), tuple(holds), budget)
 
@@ -49,7 +51,8 @@ def price(problem: Problem, picks: tuple[int, ...]) -> tuple[float, float]:
                 seconds += flow.count * row[q]
     for hold in problem.holds:
         for q, each in enumerate(hold.state_bytes):
-            if any(r.states[picks[r.variable]] == q for r in hold.readers):
+            free = hold.given is not None and hold.given.states[picks[hold.given.variable]] == q
+            if not free and any(r.states[picks[r.variable]] == q for r in hold.readers):
                 size += hold.count * each
     return seconds, size
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -64,7 +65,10 @@ def pin(text: str) -> tuple[str, str]:
     """`*.q_proj.weight=RS(0)` as (pattern, layout)."""
     pattern, equals, layout = text.rpartition("=")
     if not equals or not pattern:
-        raise argparse.ArgumentTypeError(f"{text!r} is no pin; write PATTERN=LAYOUT, as in '*.q_proj.weight=RS(0)'")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no pin; write PATTERN=LAYOUT, as in '*.q_proj.weight=RS(0)', or with the layout at rest too: "
+            "'*.q_proj.weight=S(0)S(0) -> RS(0)'"
+        )
     return pattern, layout
 
 
@@ -78,7 +82,7 @@ def dtype(text: str) -> torch.dtype:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, and what it is fed."""
     parser.add_argument("model", metavar="MODEL", help="a preset, a config.json or its folder, or file.py:function")
-    parser.add_argument("--batch", type=count, default=1, metavar="N", help="sequences per data-parallel rank (1)")
+    parser.add_argument("--batch", type=count, metavar="N", help="sequences per data-parallel rank (1)")
     parser.add_argument("--seq", type=count, metavar="N", help="sequence length (2048, or the model's most)")
     parser.add_argument("--layers", type=count, metavar="N", help="so many layers instead of the model's own")
 
@@ -95,29 +99,24 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
-def add_planning(parser: argparse.ArgumentParser, *, strategy: str = "auto") -> None:
+def add_planning(parser: argparse.ArgumentParser) -> None:
     """What decides a plan."""
     parser.add_argument(
         "--hardware",
         metavar="NAME",
         help=f"{', '.join(hardware_names())}, or a file that calibrate wrote (default: this machine)",
     )
-    parser.add_argument("--strategy", choices=STRATEGIES, default=strategy, help=f"default: {strategy}")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="auto", help="default: auto")
     parser.add_argument("--memory-budget", type=size, metavar="SIZE", help="per device: 80GiB (what the device has)")
-    parser.add_argument("--accumulate", type=count, default=1, metavar="N", help="micro-batches per step (1)")
+    parser.add_argument("--accumulate", type=count, metavar="N", help="micro-batches per step (1)")
     parser.add_argument(
-        "--optimizer",
-        choices=(*OPTIMIZERS, "none"),
-        default="adamw",
-        metavar="NAME",
+        "--optimizer", choices=(*OPTIMIZERS, "none"), metavar="NAME",
         help=f"whose states to budget for: {', '.join(OPTIMIZERS)}, none (adamw)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--param-dtype",
-        type=dtype,
-        metavar="DTYPE",
+        "--param-dtype", type=dtype, metavar="DTYPE",
         help="keep parameters in float32 and gather and compute in this (bfloat16), as FSDP2's mixed precision does",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--reduce-dtype", type=dtype, metavar="DTYPE", help="add gradients over ranks in this (default: --param-dtype)"
     )
@@ -127,24 +126,31 @@ def add_planning(parser: argparse.ArgumentParser, *, strategy: str = "auto") -> 
     )  # fmt: skip
 
 
-def options_of(given: argparse.Namespace) -> Options:
-    """The options that the arguments of `add_planning` mean."""
-    policy = None
-    if given.param_dtype is not None or given.reduce_dtype is not None:
-        policy = MixedPrecisionPolicy(param_dtype=given.param_dtype, reduce_dtype=given.reduce_dtype)
-    return Options(
-        memory_budget=given.memory_budget,
-        accumulate=given.accumulate,
-        optimizer=given.optimizer,
-        pins=dict(given.pin),
-        mp_policy=policy,
-    )
+def options_of(given: argparse.Namespace, kept: Options | None = None) -> Options:
+    """The options that the arguments of `add_planning` mean; what they leave open is as in `kept`."""
+    asked = {
+        "memory_budget": given.memory_budget,
+        "accumulate": given.accumulate,
+        "optimizer": given.optimizer,
+        "mp_policy": _policy(given),
+    }
+    kept = kept or Options()
+    pins = {**kept.pins, **dict(given.pin)}
+    return replace(kept, pins=pins, **{name: value for name, value in asked.items() if value is not None})
 
 
-def named_model(given: argparse.Namespace, *, on_cpu: bool = False) -> Named:
-    """The model that the arguments of `add_model` mean; in float32 where it is to compute in another dtype."""
-    stored = stored_dtype(options_of(given) if hasattr(given, "param_dtype") else Options())
-    return load_model(given.model, Wanted(given.batch, given.seq, given.layers, dtype=stored, on_cpu=on_cpu))
+def _policy(given: argparse.Namespace) -> MixedPrecisionPolicy | None:
+    if given.param_dtype is None and given.reduce_dtype is None:
+        return None
+    return MixedPrecisionPolicy(param_dtype=given.param_dtype, reduce_dtype=given.reduce_dtype)
+
+
+def named_model(given: argparse.Namespace, *, on_cpu: bool = False, options: Options | None = None) -> Named:
+    """The model that the arguments of `add_model` mean, stored as `options` (default: those of `given`) has it."""
+    if options is None:
+        options = options_of(given) if hasattr(given, "param_dtype") else Options()
+    wanted = Wanted(given.batch or 1, given.seq, given.layers, dtype=stored_dtype(options), on_cpu=on_cpu)
+    return load_model(given.model, wanted)
 
 
 def stored_dtype(options: Options) -> str:

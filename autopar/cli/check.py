@@ -19,7 +19,7 @@ from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, progress
 from autopar.model_argument import Wanted, load_model
 from passes.named import STRATEGIES
-from passes.plan import Plan
+from passes.plan import Plan, check_solved
 
 HELP = "plan again and fail where the plan got worse (for CI)"
 
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Plan again, compare and print."""
     kept = Plan.load(given.plan)
+    check_solved(kept)
     with clean_output(), progress() as tell:
         options = planning.options_of(kept)
         named = load_model(given.model, Wanted(layers=given.layers, dtype=stored_dtype(options)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -36,16 +35,16 @@ def captured(
 
 def planned(
     model: nn.Module,
-    inputs: Any,
+    call: examples.Call,
     mesh: Mapping[str, int],
     *,
     hardware: str | Hardware | None,
     strategy: str,
     options: Options,
     progress: Progress,
+    keep_timeline: bool = False,
 ) -> Plan:
-    """The plan that `autopar.plan` would make."""
-    call = examples.call_of(model, inputs)
+    """The plan that `autopar.plan` would make, every data-parallel rank feeding `call`."""
     program = captured(model, call, mesh, options, progress)
     axes = meshes.axes_of(mesh)
     return planning.planned(
@@ -57,4 +56,5 @@ def planned(
         options=options,
         example=examples.described(call),
         progress=progress,
+        keep_timeline=keep_timeline,
     )

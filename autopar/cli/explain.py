@@ -26,7 +26,7 @@ from autopar.model_argument import Wanted, load_model
 from costmodel.layout import Layout, Placement, Replicate, Shard, layout_text, parse_layout
 from costmodel.memory import gib
 from passes.errors import NoFeasiblePlanError
-from passes.plan import Placements, Plan
+from passes.plan import Placements, Plan, check_solved
 from passes.report_text import seconds_text
 from passes.schedule import Collective
 
@@ -55,6 +55,7 @@ class Alternative:
 def run(given: argparse.Namespace) -> int:
     """Look up, price and print."""
     plan = Plan.load(given.plan)
+    check_solved(plan)
     placed = {key: p for key, p in plan.parameters.items() if _matches(given.pattern, key, p.names)}
     places = {key: text for key, text in plan.decisions.items() if _matches(given.pattern, key)}
     issued = [

@@ -2,18 +2,28 @@
 
 Needs no GPU and no weights. Exits 1 where nothing fits in memory.
 
+--from solves a kept plan again: mesh, hardware, options and inputs are the plan's where nothing else is said. Lines of
+its `parameters` that a person edited, or marked "pinned": true, are kept; everything else is decided anew.
+
 example:
   autopar plan llama3-8b --mesh dp=8,tp=8 --hardware h100 --batch 2 --seq 4096 -o plan.json --html report.html
+  autopar plan llama3-8b --from plan.json -o plan.json
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 
+from autopar import examples, planning
 from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of
 from autopar.cli.compiling import planned
 from autopar.cli.terminal import clean_output, progress, width
+from autopar.options import Options
 from autopar.report import terminal_report
+from autopar.trace import trace_json
+from passes.plan import Plan
 
 HELP = "plan a model on a mesh; print the sharding report"
 
@@ -21,32 +31,54 @@ HELP = "plan a model on a mesh; print the sharding report"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `autopar plan`."""
     add_model(parser)
-    add_mesh(parser)
+    add_mesh(parser, required=False)
     add_planning(parser)
+    parser.add_argument("--from", dest="kept", metavar="PLAN", help="solve this plan again with its pinned lines kept")
     parser.add_argument("-o", "--output", metavar="PLAN", help="write the plan to this file (JSON)")
     parser.add_argument("--html", metavar="FILE", help="write the report as one page that needs no network")
+    parser.add_argument("--trace", metavar="FILE", help="write the predicted step as a trace for ui.perfetto.dev")
     add_json(parser)
 
 
 def run(given: argparse.Namespace) -> int:
     """Plan and print."""
     with clean_output(), progress() as tell:
-        named = named_model(given)
+        kept = Plan.load(given.kept) if given.kept else None
+        mesh = given.mesh or (kept.mesh if kept is not None else None)
+        if mesh is None:
+            raise ValueError("no mesh; pass --mesh dp=2,tp=2, or --from PLAN, which has one")
+        options = options_of(given, _options(kept))
+        named = named_model(given, options=options)
         made = planned(
-            named.model, named.inputs, given.mesh, hardware=given.hardware, strategy=given.strategy,
-            options=options_of(given), progress=tell,
-        )  # fmt: skip
+            named.model,
+            examples.call_of(named.model, named.inputs)
+            if kept is None or given.batch or given.seq
+            else examples.restored(kept.example),
+            mesh,
+            hardware=given.hardware or (planning.hardware_in(kept) if kept is not None else None),
+            strategy=given.strategy,
+            options=options,
+            progress=tell,
+            keep_timeline=bool(given.html or given.trace),
+        )
         if given.output:
             made.save(given.output)
         if given.html:
             tell("drawing the report")
             made.report(given.html)
+        if given.trace:
+            Path(given.trace).write_text(trace_json(made), encoding="utf-8")
     if given.json:
         print(made.to_json())
         return 0 if made.fits else 1
     print(terminal_report(made, width()), end="")
     for note in named.notes:
         print(f"  - {note}")
-    if written := [path for path in (given.output, given.html) if path]:
+    if written := [path for path in (given.output, given.html, given.trace) if path]:
         print("\n" + "\n".join(f"Written to {path}" for path in written))
     return 0 if made.fits else 1
+
+
+def _options(kept: Plan | None) -> Options | None:
+    """The options of a kept plan, its pins those that its file's lines ask for."""
+    return None if kept is None else replace(planning.options_of(kept), pins=planning.pins_in(kept))

@@ -1,43 +1,63 @@
 """Products of groups of rows with a matrix each: the routed experts of a mixture.
 
-Rows are sorted by expert, and `offs[e]` is where the rows of expert e end. A split of the experts leaves each rank the
-rows of its own (a partial sum: the others' rows are zero); a split of the rows leaves it a range of them, of whatever
-experts these are.
+A split of the blocks leaves each rank whole blocks; of the experts, the rows of its own (a partial sum: the others'
+rows are zero); of the rows, a range of them, of whatever experts these are.
 """
 
 from __future__ import annotations
 
-import torch
-
+from passes.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
 from passes.rules.call import Call
 from passes.rules.form import Form, FormBuilder
 from passes.rules.table import rule
 
-GROUPED = (torch.ops.aten._grouped_mm.default, "transformers.grouped_mm_fallback.default")
-GROUPED_BACKWARD = ("transformers.grouped_mm_fallback_backward.default",)
 
-
-@rule(*GROUPED)
-def _grouped(call: Call) -> Form:
-    """Of `_grouped_mm`'s shapes, rows x stack of matrices is known; any other is whole."""
-    first, second = call.operands[0].shape, call.operands[1].shape
+@rule(ROUTED_MM)
+def _routed_mm(call: Call) -> Form:
+    (size, k), (count, _, n), (parts, cuts) = (facts.shape for facts in call.operands)
     build = FormBuilder()
-    if len(first) != 2 or len(second) != 3 or len(call.operands) != 3:
-        operands = [build.dims(facts.shape, whole=True) for facts in call.operands]
-        return build.form(operands, [build.dims(facts.shape, whole=True) for facts in call.results if facts])
-    rows, inner = build.factor(first[0], leading=True), build.factor(first[1], reduce="sum")
-    experts, outer = build.factor(second[0], leading=True, reduce="sum"), build.factor(second[2])
-    ends = build.factor(second[0], whole=True)
-    return build.form([(rows, inner), (experts, inner, outer), (ends,)], [(rows, outer)])
-
-
-@rule(*GROUPED_BACKWARD)
-def _grouped_backward(call: Call) -> Form:
-    first, second = call.operands[0].shape, call.operands[1].shape
-    build = FormBuilder()
-    rows, inner = build.factor(first[0], leading=True, reduce="sum"), build.factor(first[1])
-    experts, outer = build.factor(second[0], leading=True, reduce="sum"), build.factor(second[2], reduce="sum")
-    ends = build.factor(second[0], whole=True)
+    blocks, rows = build.factor(parts, leading=True), build.factor(size // parts, leading=True)
+    experts = build.factor(count, leading=True, reduce="sum")
+    inner, outer, bounds = build.factor(k, reduce="sum"), build.factor(n), build.factor(cuts, whole=True)
     return build.form(
-        [(rows, inner), (experts, inner, outer), (ends,), (rows, outer)], [(rows, inner), (experts, inner, outer)]
+        [((*blocks, *rows), inner), (experts, inner, outer), (blocks, bounds)], [((*blocks, *rows), outer)]
+    )
+
+
+@rule(ROUTED_MM_WEIGHT)
+def _routed_mm_weight(call: Call) -> Form:
+    (size, k), (_, n), (parts, cuts) = (facts.shape for facts in call.operands)
+    build = FormBuilder()
+    blocks = build.factor(parts, leading=True, reduce="sum")
+    rows = build.factor(size // parts, leading=True, reduce="sum")
+    experts = build.factor(cuts - 1, leading=True)
+    inner, outer, bounds = build.factor(k), build.factor(n), build.factor(cuts, whole=True)
+    return build.form(
+        [((*blocks, *rows), inner), ((*blocks, *rows), outer), (blocks, bounds)], [(experts, inner, outer)]
+    )
+
+
+@rule(TAKE_ROWS)
+def _take_rows(call: Call) -> Form:
+    x, index, parts = call.operands[0].shape, call.operands[1].shape, call.get("blocks")
+    build = FormBuilder()
+    blocks = build.factor(parts, leading=True)
+    source, rows = build.factor(x[0] // parts, whole=True), build.factor(index[0] // parts)
+    rest = build.dims(x[1:])
+    return build.form([((*blocks, *source), *rest), ((*blocks, *rows),)], [((*blocks, *rows), *rest)], linear=[[0]])
+
+
+@rule(PUT_ROWS)
+def _put_rows(call: Call) -> Form:
+    x, index, parts = call.operands[0].shape, call.operands[1].shape, call.get("blocks")
+    adds = bool(call.get("accumulate"))
+    build = FormBuilder()
+    blocks = build.factor(parts, leading=True)
+    target = build.factor(x[0] // parts, whole=True)
+    rows = build.factor(index[0] // parts, whole=not adds, reduce="sum" if adds else None)
+    rest = build.dims(x[1:])
+    return build.form(
+        [((*blocks, *target), *rest), ((*blocks, *rows),), ((*blocks, *rows), *rest)],
+        [((*blocks, *target), *rest)],
+        linear=[[0, 2]] if adds else [],
     )

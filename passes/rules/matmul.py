@@ -6,12 +6,10 @@ a term on every rank, and each choice less counts on every axis.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from passes.routed_ops import ROUTED_MM, ROUTED_MM_WEIGHT
 from passes.rules.call import Call
-from passes.rules.experts import GROUPED, GROUPED_BACKWARD
 from passes.rules.form import Form, FormBuilder, einsum_form
 from passes.rules.table import RULES, rule
 
@@ -24,13 +22,8 @@ EQUATIONS = {
     aten.dot.default: "k,k->",
 }
 
-PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default})
-"""The ops whose arithmetic tensor parallelism splits."""
-
-
-def is_product(target: Any) -> bool:
-    """Whether an op is a matrix product, of one matrix or of a stack of experts' matrices."""
-    return target in PRODUCTS or bool({target, str(target)} & {*GROUPED, *GROUPED_BACKWARD})
+PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, ROUTED_MM, ROUTED_MM_WEIGHT})
+"""The ops whose arithmetic tensor parallelism splits: products of one matrix, or of a stack of experts' matrices."""
 
 
 def _product(call: Call) -> Form:

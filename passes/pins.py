@@ -1,0 +1,57 @@
+"""Pins: what a user fixes of parameters, by name pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from costmodel.layout import Layout, layout_text
+from passes.analysis import Analysis
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What a user fixes of a parameter: its layout in compute and, if given, at rest."""
+
+    in_compute: Layout
+    at_rest: Layout | None = None
+
+    def __str__(self) -> str:
+        before = "" if self.at_rest is None else f"{layout_text(self.at_rest)} -> "
+        return before + layout_text(self.in_compute)
+
+
+def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: int) -> dict[int, tuple[str, Pin]]:
+    """Site -> (pattern, pin) for every parameter that a pin names.
+
+    Raises:
+        ValueError: a pin that names nothing, some of the parameters that repeated layers share, or has not one
+            placement per axis.
+    """
+    given = dict(zip(analysis.program.graph.graph.find_nodes(op="placeholder"), analysis.program.inputs, strict=True))
+    found: dict[int, tuple[str, Pin]] = {}
+    for pattern, wanted in pins.items():
+        pin = wanted if isinstance(wanted, Pin) else Pin(wanted)
+        for layout in (pin.in_compute, pin.at_rest):
+            if layout is not None and len(layout) != axes:
+                raise ValueError(
+                    f"pin {pattern!r}: {layout_text(layout)} has {len(layout)} placements, the mesh {axes} axes"
+                )
+        named = False
+        for index, members in enumerate(analysis.folding.members):
+            names = [given[node].name for node in members if node in given and given[node].kind == "parameter"]
+            matching = [name for name in names if fnmatchcase(name, pattern)]
+            if not matching:
+                continue
+            if len(matching) < len(names):
+                other = next(name for name in names if name not in matching)
+                raise ValueError(
+                    f"pin {pattern!r} names {matching[0]} but not {other}; repeated layers are laid out alike: name "
+                    "all of them, as in 'layers.*'"
+                )
+            named = True
+            found[index] = (pattern, pin)
+        if not named:
+            raise ValueError(f"pin {pattern!r} names no parameter of the model")
+    return found

@@ -1,0 +1,184 @@
+"""Which dims a mesh's axes do not divide, and would split if they could: what padding is worth trying for.
+
+These are the dims of matrix products, look-ups and attention: vocabularies, FFN widths, heads, the sequence. Not the
+batch, which has to divide; not the hidden size, which every norm needs whole; and of a weight's dim that consists of
+several (heads x head size), the one that costs least, never the innermost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from passes.analysis import Analysis, analyse
+from passes.dims import Atom, is_getitem, value_of
+from passes.harmless import Place
+from passes.local import Storage
+from passes.pad import Pad, pad, padded_atom
+from passes.rules.call import is_tensor
+from passes.rules.index import EMBEDDINGS
+from passes.rules.matmul import PRODUCTS
+from passes.space import Space
+from passes.strategies import Option
+from passes.words import Words
+
+_MOST = 4.0
+"""A dim is not made larger than this many times its size: then most ranks would hold nothing but padding."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """A program with some dims padded, analysed; `seen` has, per pad, a node that has the larger dim, and where."""
+
+    pads: tuple[Pad, ...]
+    analysis: Analysis
+    seen: Mapping[Pad, tuple[fx.Node, Place]] = field(default_factory=dict)
+
+
+class Paddings:
+    """A program's paddings, each made and analysed once."""
+
+    def __init__(self, whole: Analysis) -> None:
+        self.whole = whole
+        self._made: dict[tuple[Pad, ...], Padding] = {(): Padding((), whole)}
+
+    def of(self, pads: tuple[Pad, ...]) -> Padding:
+        """The program with these dims padded."""
+        if pads not in self._made:
+            made = pad(self.whole, pads)
+            self._made[pads] = Padding(pads, analyse(made.program), made.seen)
+        return self._made[pads]
+
+    def join(self, first: Sequence[Pad], second: Sequence[Pad]) -> tuple[Pad, ...]:
+        """The pads of both; where they name one dim, the first's."""
+        atoms = {id(padded_atom(self.whole, each)) for each in first}
+        return (*first, *(each for each in second if id(padded_atom(self.whole, each)) not in atoms))
+
+
+def used_pads(padding: Padding, space: Space, assignment: Sequence[int]) -> tuple[Pad, ...]:
+    """The pads whose dim some axis splits under this assignment."""
+    split = _split_atoms(space, assignment)
+    return tuple(each for each in padding.pads if _new_atom(padding, each) in split)
+
+
+def padding_notes(padding: Padding, space: Space, assignment: Sequence[int]) -> list[str]:
+    """A line per padded dim: what it is, which axes split it, and how much more work it is."""
+    words, split = Words(space), _split_atoms(space, assignment)
+    notes = []
+    for each in padding.pads:
+        atom = _new_atom(padding, each)
+        word = words.named(atom) if atom is not None else ""
+        axes = " and ".join(space.topology.axes[axis].name for axis in sorted(split.get(atom, set())))
+        over = f" over {axes}" if axes else ", as it is stored"
+        notes.append(
+            f"{word or 'a dim of ' + each.node} {each.size} padded to {each.padded}{over}, "
+            f"{100 * (each.padded - each.size) / each.size:.2g}% more work"
+        )
+    return notes
+
+
+def _split_atoms(space: Space, assignment: Sequence[int]) -> dict[int | None, set[int]]:
+    """Identities of dims that ops are split along, and by which axes."""
+    found: dict[int | None, set[int]] = {}
+    for site, pick in zip(space.sites, assignment, strict=True):
+        option = site.options[pick]
+        if isinstance(option, Option) and site.op is not None:
+            for axis, leaf in enumerate(option.splits):
+                if leaf is not None:
+                    found.setdefault(site.op.leaves[leaf].atom, set()).add(axis)
+    return found
+
+
+def _new_atom(padding: Padding, each: Pad) -> int | None:
+    """Identity of a padded dim in the padded program."""
+    if each not in padding.seen:
+        return None
+    node, (dim, part) = padding.seen[each]
+    atoms = padding.analysis.unified.dims(value_of(node, padding.analysis.folding))[dim]
+    return next((id(atom) for atom in atoms[part:] if atom.size == each.padded), None)
+
+
+def uneven_dims(
+    analysis: Analysis, axis_sizes: Sequence[int], batch_axes: Sequence[int], strategy: str = "auto"
+) -> tuple[Pad, ...]:
+    """The dims to pad so that all axes that do not split the batch divide them.
+
+    `ddp` and `fsdp` want to split the sequence, and nothing else.
+    """
+    parts = math.prod(size for axis, size in enumerate(axis_sizes) if axis not in batch_axes)
+    if parts == 1:
+        return ()
+    where = _first_places(analysis)
+    kept = _candidates(analysis)
+    if strategy in ("ddp", "fsdp"):
+        kept &= analysis.sequence_atoms
+    for atoms in analysis.weight_dims if strategy not in ("ddp", "fsdp") else ():
+        kept -= {atom for atom, _ in atoms}
+        outer = [(atom, size) for atom, size in atoms[:-1] if atom not in analysis.blocked_atoms]
+        if outer and all(size % parts for _, size in outer):
+            kept.add(min(outer, key=lambda each: -(-each[1] // parts) * parts / each[1])[0])
+    pads = []
+    for atom, (node, dim, part, size) in where.items():
+        padded = -(-size // parts) * parts
+        if atom in kept and size % parts and padded <= _MOST * size:
+            pads.append(Pad(node, dim, part, size, padded))
+    return tuple(pads)
+
+
+def _candidates(analysis: Analysis) -> set[int]:
+    """Identities of the dims that products, look-ups and attention split."""
+    found: set[int] = set(analysis.sequence_atoms)
+    contracted: Counter[int] = Counter()
+    hidden: set[int] = set()
+    for index, place in enumerate(analysis.places):
+        if place.call is None or place.op is None or place.phase != "forward" or index not in analysis.from_data:
+            continue
+        if place.call.target in PRODUCTS:
+            for leaf in place.op.leaves:
+                found.add(leaf.atom)
+                contracted[leaf.atom] += place.count * (leaf.results[0] is None)
+        elif place.call.target in EMBEDDINGS:
+            hidden.update(place.op.result_atoms[0][-1])
+            found.update(leaf.atom for leaf in place.op.leaves if leaf.results[0] is None)
+    if not hidden and contracted:
+        hidden = {contracted.most_common(1)[0][0]}
+    return found - hidden - analysis.batch_atoms
+
+
+def _first_places(analysis: Analysis) -> dict[int, tuple[str, int, int, int]]:
+    """Identity of a dim -> (node, dim, part, size) where it is found first."""
+    found: dict[int, tuple[str, int, int, int]] = {}
+    for members in analysis.folding.members:
+        node = members[0]
+        if not is_tensor(node) or is_getitem(node):
+            continue
+        for d, dim in enumerate(_dims(analysis, node)):
+            for part, atom in enumerate(dim):
+                found.setdefault(id(atom), (node.name, d, part, atom.size))
+    return found
+
+
+def _dims(analysis: Analysis, node: fx.Node) -> list[list[Atom]]:
+    return analysis.unified.dims(value_of(node, analysis.folding))
+
+
+def stored_pads(analysis: Analysis, stored: Mapping[str, Storage], axis_sizes: Sequence[int]) -> tuple[Pad, ...]:
+    """The dims that parameters which already lie somewhere are stored padded along."""
+    nodes = analysis.program.graph.graph.find_nodes(op="placeholder")
+    pads: dict[int, Pad] = {}
+    for node, given in zip(nodes, analysis.program.inputs, strict=True):
+        storage = stored.get(given.name)
+        if given.kind != "parameter" or storage is None:
+            continue
+        for d, dim in enumerate(_dims(analysis, node)):
+            parts = math.prod(
+                size for shard, size in zip(storage.shards, axis_sizes, strict=True) if shard and shard.dim == d
+            )
+            if storage.shape[d] % parts and len(dim) == 1:
+                padded = -(-storage.shape[d] // parts) * parts
+                pads.setdefault(id(dim[0]), Pad(node.name, d, 0, storage.shape[d], padded))
+    return tuple(pads.values())

@@ -1,0 +1,220 @@
+"""What is known of the entries that padding adds to a tensor: a small abstract interpretation.
+
+A *zone* is all entries of a tensor whose index along one padded dim lies beyond the dim's real size. It is
+
+    a number       every entry is that number (0, -inf, True)
+    "positive"     every entry is finite and above zero, "nonnegative" finite and at least zero, "finite" finite
+    "real"         copies of real entries, broadcast along the dim
+    "nowhere"      an integer that no index or class equals (what `arange` gives there)
+    "any"          nothing is known
+
+Zones are what proves that padding does no harm: zero times finite adds nothing to a sum. Real entries count as finite:
+where they are not, neither is the model's own result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.rules.pointwise import pointwise
+from passes.rules.table import rule_of
+
+aten = torch.ops.aten
+
+Zone = float | int | bool | str
+_FIRST_TIMES = {
+    aten.gelu_backward.default,
+    aten.silu_backward.default,
+    aten.sigmoid_backward.default,
+    aten.tanh_backward.default,
+    aten.threshold_backward.default,
+    aten.leaky_relu_backward.default,
+    aten.hardtanh_backward.default,
+    aten.hardswish_backward.default,
+    aten.hardsigmoid_backward.default,
+    aten.elu_backward.default,
+    aten.mish_backward.default,
+}
+"""The first operand times a finite function of the others."""
+_KEEPS_FINITE = _FIRST_TIMES | {
+    aten.neg.default,
+    aten.abs.default,
+    aten.sub.Tensor,
+    aten.add.Tensor,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.add.Scalar,
+    aten.sub.Scalar,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.gelu.default,
+    aten.silu.default,
+    aten.relu.default,
+    aten.elu.default,
+    aten.leaky_relu.default,
+    aten.hardtanh.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.mish.default,
+    aten.softplus.default,
+    aten.erf.default,
+    aten.clamp.default,
+    aten.clamp.Tensor,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.minimum.default,
+    aten.maximum.default,
+    aten.sin.default,
+    aten.cos.default,
+    aten.sign.default,
+    aten.floor.default,
+    aten.round.default,
+    aten._to_copy.default,
+    aten.clone.default,
+    torch.ops.prims.convert_element_type.default,
+}
+_COPIES = {
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.contiguous.default,
+    torch.ops.prims.convert_element_type.default,
+}
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether each entry of the result follows from the operands' entries at the same place."""
+    return rule_of(target) is pointwise
+
+
+def is_number(zone: Zone) -> bool:
+    """Whether the zone's entries are all one number."""
+    return not isinstance(zone, str)
+
+
+def is_zero(zone: Zone) -> bool:
+    """Whether all entries are zero (or False)."""
+    return not isinstance(zone, str) and zone == 0
+
+
+def is_finite(zone: Zone) -> bool:
+    """Whether all entries are finite for certain."""
+    return zone != "any" if isinstance(zone, str) else math.isfinite(zone)
+
+
+def _nonnegative(zone: Zone) -> bool:
+    return zone in ("nonnegative", "positive") if isinstance(zone, str) else 0 <= zone < math.inf
+
+
+def _positive(zone: Zone) -> bool:
+    return zone == "positive" if isinstance(zone, str) else 0 < zone < math.inf
+
+
+def join(zones: Sequence[Zone]) -> Zone:
+    """What holds of entries that come from any of `zones`."""
+    first = zones[0]
+    if all(type(zone) is type(first) and zone == first for zone in zones):
+        return first
+    if all(map(_positive, zones)):
+        return "positive"
+    if all(map(_nonnegative, zones)):
+        return "nonnegative"
+    return "finite" if all(map(is_finite, zones)) else "any"
+
+
+def unknown(dtype: torch.dtype) -> Zone:
+    """The zone of entries about which nothing was found out."""
+    return "any" if dtype.is_floating_point or dtype.is_complex else "finite"
+
+
+def pointwise_zone(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.dtype], result: torch.dtype) -> Zone:
+    """The zone of a pointwise op's result; `given` and `dtypes` are of its tensor operands in order."""
+    zone = _special(node, given)
+    if zone is None and given and all(map(is_number, given)):
+        zone = _computed(node, given, dtypes)
+    if zone is None:
+        zone = _general(node, given)
+    return "finite" if zone == "real" or (zone == "any" and unknown(result) == "finite") else zone
+
+
+def _computed(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.dtype]) -> Zone | None:
+    values = iter([torch.tensor(zone, dtype=dtype) for zone, dtype in zip(given, dtypes, strict=True)])
+
+    def value(argument: Any) -> Any:
+        return next(values) if isinstance(argument, fx.Node) else argument
+
+    try:
+        args = fx.map_arg(node.args, value)
+        found = node.target(*args, **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
+        number: Zone = found.item()
+    except (RuntimeError, TypeError, AttributeError, StopIteration, ValueError):
+        return None
+    return None if number != number else number
+
+
+def _special(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
+    """Ops whose result follows from some of their operands; None where that says nothing."""
+    target = node.target
+    if target is aten.where.self:
+        condition, a, b = given
+        return join([a, b]) if not is_number(condition) else a if condition else b
+    if target is aten.masked_fill.Scalar:
+        value: Any = node.args[2]
+        return join([given[0], value]) if not is_number(given[1]) else value if given[1] else given[0]
+    if target in (aten.eq.Tensor, aten.ne.Tensor, aten.eq.Scalar, aten.ne.Scalar) and "nowhere" in given:
+        return target in (aten.ne.Tensor, aten.ne.Scalar)
+    if target in (aten.logical_and.default, aten.bitwise_and.Tensor) and any(zone is False for zone in given):
+        return False
+    if target in (aten.logical_or.default, aten.bitwise_or.Tensor) and any(zone is True for zone in given):
+        return True
+    if target in _COPIES:
+        copied = given[0]
+        return copied if isinstance(copied, str) and copied != "nowhere" else None
+    if target is aten.mul.Tensor:
+        return _product(node, given)
+    if target in _FIRST_TIMES and is_zero(given[0]) and all(map(is_finite, given)):
+        return 0
+    if target in (aten.add.Tensor, aten.sub.Tensor) and len(given) == 2:
+        infinite = [zone for zone in given if is_number(zone) and isinstance(zone, float) and math.isinf(zone)]
+        if len(infinite) == 1 and all(is_finite(zone) for zone in given if zone is not infinite[0]):
+            return infinite[0] if infinite[0] is given[0] or target is aten.add.Tensor else -infinite[0]
+    return None
+
+
+def _product(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
+    if any(map(is_zero, given)) and all(map(is_finite, given)):
+        return 0
+    if node.args[0] is node.args[1] and is_finite(given[0]):
+        return "nonnegative"
+    return None
+
+
+def _general(node: fx.Node, given: Sequence[Zone]) -> Zone:
+    target = node.target
+    numbers = [a for a in node.args if isinstance(a, int | float) and not isinstance(a, bool)]
+    finite = all(map(is_finite, given))
+    operands = [*given, *numbers] if numbers else list(given)
+    if target in (aten.add.Tensor, aten.add.Scalar) and "alpha" not in node.kwargs and all(map(_nonnegative, operands)):
+        return "positive" if any(map(_positive, operands)) else "nonnegative"
+    if target in (aten.mul.Tensor, aten.mul.Scalar) and all(map(_nonnegative, operands)):
+        return "positive" if all(map(_positive, operands)) else "nonnegative"
+    if target in (aten.div.Scalar, aten.div.Tensor) and finite:
+        divisor = operands[1] if len(operands) > 1 else "any"
+        if is_number(divisor) and divisor != 0:
+            return given[0] if _positive(divisor) and isinstance(given[0], str) and given[0] != "nowhere" else "finite"
+        if _positive(divisor) or divisor == "real":  # where that is zero the model's own result is no number
+            return 0 if is_zero(given[0]) else "finite"
+        return "any"
+    if target is aten.pow.Tensor_Scalar and finite and numbers and numbers[0] >= 0:
+        return "nonnegative" if numbers[0] % 2 == 0 else "finite" if numbers[0] == int(numbers[0]) else "any"
+    if target in (aten.rsqrt.default, aten.reciprocal.default, aten.sqrt.default) and _positive(given[0]):
+        return "positive"
+    if target is aten.sqrt.default and _nonnegative(given[0]):
+        return "nonnegative"
+    return "finite" if finite and target in _KEEPS_FINITE else "any"

@@ -1,0 +1,163 @@
+"""What is kept for backward, and what runs again: by hand, by what is emitted, and against eager."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from parity import captured, errors
+from small_models import build
+from torch import nn
+
+from costmodel.hardware import hardware, topology
+from passes.analysis import Analysis, analyse
+from passes.footprint import kept_bytes
+from passes.itinerary import Run
+from passes.partition import split
+from passes.price import price
+from passes.program import Program
+from passes.recompute import MODES, Mode, recomputation
+from passes.rewrite import rewrite
+from passes.schedule import play
+from passes.simulate import ledger
+from passes.solve import solve
+from passes.space import Space, search_space
+from passes.tracks import tracks
+
+
+@lru_cache
+def program_of(name: str) -> Program:
+    model, args, kwargs = build(name)
+    return captured(model, kwargs, args)
+
+
+@lru_cache
+def analysed(name: str) -> Analysis:
+    return analyse(program_of(name))
+
+
+@lru_cache
+def planned(name: str, strategy: str, mode: Mode) -> tuple[Space, tuple[int, ...]]:
+    analysis = analysed(name)
+    mesh = topology(hardware("h100"), {"dp": 2, "tp": 2})
+    space = search_space(analysis.program, mesh, (0,), strategy=strategy, recompute=mode, analysis=analysis)
+    priced = price(space)
+    return space, priced.assignment(solve(priced.problem, gap=1e-3).picks, len(space.sites))
+
+
+def held_ops(name: str, mode: Mode) -> set[str]:
+    """`module: op` of every site whose result is kept."""
+    analysis = analysed(name)
+    found = recomputation(analysis, mode)
+    nodes = [analysis.folding.members[value.op][0] for value in found.held]
+    return {f"{node.meta.get('module', '')}: {str(node.target).split('.')[1]}" for node in nodes}
+
+
+def test_what_a_llama_keeps() -> None:
+    """By hand. Pointwise: what products and attention make, and the residual stream (for the norms); not what silu,
+    the products with a norm's weight or rotary positions make. Full: a layer's input alone, and what is outside of
+    layers."""
+    layer = "model.layers.0"
+    pointwise = held_ops("llama", "pointwise")
+    assert {f"{layer}.mlp.gate_proj: mm", f"{layer}.mlp.up_proj: mm"} <= pointwise
+    assert not any("act_fn" in name or "rotary" in name for name in pointwise)
+    attention = {name for name in pointwise if "scaled_dot_product" in name}
+    assert len(attention) == 1  # alike layers are one
+    selective = held_ops("llama", "selective")
+    assert not attention & selective
+    full = held_ops("llama", "full")
+    inside = {name for name in full if name.startswith(layer)}
+    assert inside == {f"{layer}: add"}, inside
+    assert held_ops("llama", "none") > pointwise - inside
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_each_mode_keeps_no_more_than_the_one_before(name: str) -> None:
+    analysis = analysed(name)
+    sizes = []
+    for mode in MODES:
+        found = recomputation(analysis, mode)
+        held = found.held
+        sizes.append(
+            sum(
+                torch.Size(analysis.shape_of(v)).numel() * analysis.itemsize_of(v) * analysis.places[v.op].count
+                for v in held
+            )
+        )
+    assert sizes[0] > sizes[1] >= sizes[2] > 0
+    assert sizes[3] < sizes[1]
+
+
+@pytest.mark.parametrize(("name", "mode", "strategy"), [
+    *(("llama", mode, strategy) for mode in MODES for strategy in ("fsdp", "megatron")),
+    ("gpt2", "selective", "megatron"), ("t5", "full", "megatron"), ("hand", "pointwise", "fsdp"),
+])  # fmt: skip
+def test_what_is_computed_again_is_what_is_emitted(name: str, mode: Mode, strategy: str) -> None:
+    """The ledger, and the bytes that the forward hands to backward, are those of the program that is emitted."""
+    space, assignment = planned(name, strategy, mode)
+    local = rewrite(space, assignment)
+    schedule = play(space, assignment)
+    priced = [(c.kind, c.group, c.bytes, c.phase, c.module) for c in schedule.collectives]
+    assert priced == [(c.kind, c.group, c.full_bytes, c.phase, c.module) for c in ledger(local)]
+    saved = {node: node.meta["val"] for node in split(local, "none").saved}
+    bytes_ = sum(value.numel() * value.element_size() for value in saved.values() if isinstance(value, torch.Tensor))
+    assert kept_bytes(tracks(space, assignment)) == bytes_
+
+
+@pytest.mark.parametrize(("name", "mode", "strategy"), [
+    ("llama", "full", "megatron"), ("gpt2", "selective", "fsdp"), ("t5", "full", "fsdp"), ("llama", "none", "fsdp"),
+])  # fmt: skip
+def test_numbers_are_those_of_eager(name: str, mode: Mode, strategy: str) -> None:
+    model, args, kwargs = build(name)
+    space, assignment = planned(name, strategy, mode)
+    found = errors(model, rewrite(space, assignment), kwargs, args)
+    assert found.output < 1e-5
+    assert found.gradient < 1e-5, found
+
+
+def test_full_runs_each_product_of_a_layer_once_more() -> None:
+    """Six products of a layer feed a backward (the last one's result nothing reads), and are paid for again."""
+    space, assignment = planned("llama", "fsdp", "full")
+    again = [item for item in tracks(space, assignment).items if isinstance(item, Run) and item.again]
+    products = [item.node.meta["module"] for item in again if "mm" in str(item.node.target)]
+    assert len(products) == len(set(products)) == 6 * 2
+    assert not any("down_proj" in module for module in products)
+    space_of, without = planned("llama", "fsdp", "pointwise")
+    assert play(space, assignment).compute_by_kind["matmul"] > play(space_of, without).compute_by_kind["matmul"]
+
+
+class Dropped(nn.Module):
+    """Dropout in repeated blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Dropout(0.5))) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        for block in self.blocks:
+            x = x + block(x)
+        return {"loss": x.square().mean()}
+
+
+def test_a_random_mask_computed_again_is_the_same_mask() -> None:
+    from passes.simulate import simulate_step
+
+    torch.manual_seed(0)
+    model, x = Dropped(), torch.randn(8, 16)
+    program = captured(model, {"x": x})
+    space = search_space(program, topology(hardware("h100"), {"dp": 2}), (0,), recompute="none")
+    priced = price(space)
+    picks = priced.assignment(solve(priced.problem).picks, len(space.sites))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    found = []
+    for mode in ("none", "full"):
+        played = replace(space, recomputed=recomputation(space.analysis, mode))
+        found.append(simulate_step(rewrite(played, picks), parameters, {}, [x], None).gradients)
+        random = [i for i in tracks(played, picks).items if isinstance(i, Run) and "uniform" in str(i.node.target)]
+        assert len(random) == (2 if mode == "none" else 4)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name])

@@ -1,0 +1,187 @@
+"""Graphs cut into regions: what is compiled once, the order between regions, and the numbers, against the simulator."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from parity import captured, planned
+from torch import fx, nn
+
+from passes.local import COLLECTIVES, WAIT, LocalProgram
+from passes.lower import lower
+from passes.overlap import arranged
+from passes.partition import split
+from passes.regions import Cut, Region, cut
+from passes.simulate import local_inputs, simulate
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+        mixed = x.cumsum(1) * angle.cos() + x.roll(1, 2) * angle.sin()
+        return x + self.dropout(self.down(torch.tanh(self.up(self.norm(mixed)))))
+
+
+class Stack(nn.Module):
+    """Blocks that share an angle; every second one is wider inside where `alternating`."""
+
+    def __init__(self, depth: int, dropout: float = 0.0, alternating: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList(Block(8, dropout) for _ in range(depth))
+        if alternating:
+            for layer in self.layers[1::2]:
+                layer.up, layer.down = nn.Linear(8, 24), nn.Linear(24, 8)  # type: ignore[union-attr]
+        self.head = nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.embed(ids)
+        angle = torch.arange(8, device=ids.device) * 0.1
+        for layer in self.layers:
+            x = layer(x, angle)
+        logits = self.head(x)
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())}
+
+
+IDS = torch.arange(4 * 6).view(4, 6) % 16
+
+
+def local_of(model: nn.Module, mesh: dict[str, int], strategy: str = "fsdp") -> LocalProgram:
+    return planned(captured(model, {"ids": IDS}), mesh, strategy)[2]
+
+
+def stepped(local: LocalProgram, model: nn.Module, **options: Any) -> tuple[list[Any], list[Any]]:
+    """(what the simulator gives, what the lowered program gives) on the one rank of a mesh."""
+    (values,) = local_inputs(local, dict(model.named_parameters()), {}, [IDS], None, (7, 3))
+    (wanted,) = simulate(local, [values])
+    lowered = lower(local, **options)
+    given = [v for v, i in zip(values, local.inputs, strict=True) if i.kind != "tangent"]
+    results, saved = lowered.forward(given)
+    return wanted, [*results, *lowered.backward(saved, [torch.tensor(1.0)])]
+
+
+@pytest.mark.parametrize("recompute", ["none", "auto", "full"])
+@pytest.mark.parametrize("alternating", [False, True])
+def test_regions_compute_what_the_whole_graph_does(alternating: bool, recompute: str) -> None:
+    torch.manual_seed(0)
+    model = Stack(4, dropout=0.5, alternating=alternating)
+    wanted, found = stepped(local_of(model, {"dp": 1}), model, compile=False, recompute=recompute)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_compiled_regions_compute_what_the_whole_graph_does() -> None:
+    torch.manual_seed(0)
+    model = Stack(3, dropout=0.5)
+    wanted, found = stepped(local_of(model, {"dp": 1}), model, compile=True)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("alternating", "kinds"), [(False, 1), (True, 2)])
+def test_what_is_compiled_does_not_grow_with_depth(alternating: bool, kinds: int) -> None:
+    """Embedding and layers' start, each kind of layer, the head; the same again for backward, and ends that differ."""
+    counts = [lower(local_of(Stack(depth, 0.5, alternating), {"dp": 4}), compile=False).bodies for depth in (5, 6, 9)]
+    assert counts[0] == counts[1] == counts[2] <= 2 * (2 + kinds) + 2
+
+
+def test_layers_drop_different_elements() -> None:
+    """Blocks that only drop: what the first keeps, the second still drops from."""
+
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = (nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.Dropout(0.5)) for _ in range(2))
+            self.layers = nn.ModuleList(layers)
+            for parameter in self.parameters():
+                nn.init.ones_(parameter) if parameter.dim() == 2 else nn.init.zeros_(parameter)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            for layer in self.layers:
+                x = layer(x)
+            return {"x": x}
+
+    model, x = Drops(), torch.ones(4096, 1)
+    local = planned(captured(model, {"x": x}), {"dp": 1}, "ddp")[2]
+    (values,) = local_inputs(local, dict(model.named_parameters()), {}, [x], [x], (1, 1))
+    kept = simulate(local, [values])[0][0]
+    share = float((kept != 0).float().mean())
+    assert 0.2 < share < 0.3  # a quarter; a half where both layers draw one mask
+    given = [v for v, i in zip(values, local.inputs, strict=True) if i.kind != "tangent"]
+    torch.testing.assert_close(lower(local, compile=False).forward(given)[0][0], kept)
+
+
+# --- the order --------------------------------------------------------------------------------------------------------
+
+
+def cuts(depth: int) -> list[tuple[fx.GraphModule, Cut]]:
+    """Forward and backward of a stack under FSDP on four ranks."""
+    local = local_of(Stack(depth), {"dp": 4})
+    halves = split(local)
+    constant = {
+        node.name
+        for node, given in zip(local.graph.graph.find_nodes(op="placeholder"), local.inputs, strict=True)
+        if given.kind in ("parameter", "buffer", "coordinate")
+    }
+
+    def layer_of(module: str) -> str:
+        return ".".join(module.split(".")[:2]) if module.startswith("layers.") else ""
+
+    found = []
+    for gm, backward in ((halves.forward, False), (halves.backward, True)):
+        assert gm is not None
+        constants = [node for node in gm.graph.find_nodes(op="placeholder") if node.name in constant]
+        found.append((gm, cut(gm, constants, layer_of, backward)))
+    return found
+
+
+def test_the_order_reads_nothing_before_it_is_there_and_leaves_nothing_out() -> None:
+    for gm, parts in cuts(5):
+        known = {node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")}
+        ran: list[fx.Node] = []
+        for part in arranged(parts):
+            nodes = part.nodes if isinstance(part, Region) else (part,)
+            inside = set(nodes)
+            for node in nodes:
+                assert all(operand in known or operand in inside for operand in node.all_input_nodes)
+            known |= set(part.gives) if isinstance(part, Region) else inside
+            ran += nodes
+        results = gm.graph.output_node().all_input_nodes
+        assert all(node in known for node in results)
+        once = [node for node in gm.graph.nodes if node.target in COLLECTIVES or node.target is WAIT]
+        assert all(ran.count(node) == 1 for node in once)
+
+
+def test_gathers_are_issued_one_layer_ahead_and_reductions_waited_for_behind() -> None:
+    for (_, parts), backward in zip(cuts(6), (False, True), strict=True):
+        order = list(arranged(parts))
+        at = {part: index for index, part in enumerate(order)}
+        regions = [part for part in order if isinstance(part, Region)]
+        layers = [r for r in regions if any(str(n.meta.get("module")).endswith(".down") for n in r.nodes)]
+        assert len(layers) == 6
+        for before, region in pairwise(layers):
+            waits = {x for n in region.nodes for x in n.all_input_nodes if x.target is WAIT}
+            assert waits
+            for wait in waits:
+                assert at[before] < at[wait] < at[region]
+                (gather,) = wait.all_input_nodes
+                previous = regions[regions.index(before) - 1]
+                assert at[previous] < at[gather] < at[before]
+        if backward:
+            reductions = [n for n in parts.drains if n.target in COLLECTIVES]
+            assert len(reductions) >= 36
+            for reduction in reductions:
+                (made,) = (r for r in regions if reduction.all_input_nodes[0] in r.gives)
+                (wait,) = reduction.users
+                later = regions[regions.index(made) + 1 :]
+                assert at[made] < at[reduction]
+                assert all(at[reduction] < at[region] for region in later)
+                assert at[wait] > (at[later[0]] if later else at[reduction])

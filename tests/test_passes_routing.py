@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from moe_models import MOE, build_moe
+from parity import captured, errors, planned
+from ranks import run_ranks
+from torch import fx, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+import autopar
+from passes.program import Program
+from passes.routed_ops import ROUTED_MM, TAKE_ROWS
+from passes.routing import has_routed, route_by_blocks
+from passes.rules.call import Call, TensorFacts
+from passes.simulate import ledger
+from passes.work import work_of
+
+DP_TP = {"dp": 2, "tp": 2}
+
+
+@pytest.mark.parametrize("strategy", ["auto", "megatron", "fsdp"])
+@pytest.mark.parametrize("name", MOE)
+def test_routed_experts_compute_what_one_device_does(name: str, strategy: str) -> None:
+    """The auxiliary loss of Mixtral's router is a product of two means over the global batch."""
+    model, kwargs = build_moe(name)
+    mesh = DP_TP if strategy == "auto" else {"dp": 2, "tp": 4}
+    _, _, local = planned(captured(model, kwargs), mesh, strategy)
+    found = errors(model, local, kwargs)
+    assert found.output < 1e-5, found
+    assert found.gradient < 1e-4, found
+
+
+def _targets(program: Program) -> list[object]:
+    return [node.target for node in program.graph.graph.nodes]
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_tokens_of_a_split_batch_stay_where_they_are(name: str) -> None:
+    """A model whose weights are whole on every rank exchanges sums alone: gradients, losses, the router's means."""
+    model, kwargs = build_moe(name)
+    _, _, local = planned(captured(model, kwargs), {"dp": 4}, "ddp")
+    assert {issued.kind for issued in ledger(local)} == {"all_reduce"}
+    assert not local.program.notes[1:]
+
+
+def _through(program: Program, model: nn.Module, kwargs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What the program's graph gives on real tensors."""
+    known = dict(model.named_parameters()) | dict(model.named_buffers()) | kwargs
+    values = [torch.ones(()) if one.kind == "tangent" else known[one.name].detach() for one in program.inputs]
+    return list(fx.Interpreter(program.graph).run(*values))
+
+
+def test_routing_by_blocks_is_exact() -> None:
+    model, kwargs = build_moe("mixtral")
+    program = captured(model, kwargs)
+    assert has_routed(program)
+    wanted = _through(program, model, kwargs)
+    for blocks in (2, 8, 16):
+        found = route_by_blocks(program, blocks)
+        assert TAKE_ROWS in _targets(found)
+        assert TAKE_ROWS not in _targets(program)
+        for one, other in zip(_through(found, model, kwargs), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Dropping(nn.Module):
+    """Experts with a capacity over the whole batch: which rows are first matters."""
+
+    def __init__(self, order_matters: bool) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4, bias=False)
+        self.weight = nn.Parameter(torch.randn(4, 16, 16) / 4)
+        self.order_matters = order_matters
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 16)
+        gate, expert = self.router(flat).softmax(-1).max(-1)
+        ordered, places = torch.sort(expert, stable=True)
+        rows = flat[places] * gate[places, None]
+        if self.order_matters:
+            rows = rows * (torch.arange(rows.shape[0]) % 3 != 0)[:, None]
+        counts = torch.histc(ordered.float(), bins=4, min=0, max=3)
+        made = torch.ops.transformers.grouped_mm_fallback(rows, self.weight, counts.cumsum(0).to(torch.int32))
+        out = torch.zeros_like(flat).index_add(0, places, F.silu(made))
+        return out.view_as(x)
+
+
+@pytest.mark.parametrize("order_matters", [False, True])
+def test_rows_are_put_in_another_order_only_where_nothing_can_tell(order_matters: bool) -> None:
+    import transformers.integrations.moe  # noqa: F401  registers the op
+
+    torch.manual_seed(0)
+    model, x = Dropping(order_matters), torch.randn(8, 6, 16)
+    program = captured(model, {"x": x})
+    _, _, local = planned(program, {"dp": 2}, "ddp")
+    found = errors(model, local, {"x": x})
+    assert found.output < 1e-5, found
+    assert found.gradient < 1e-4, found
+    assert (TAKE_ROWS in _targets(local.program)) != order_matters
+    said = [note for note in local.program.notes if "routed together" in note]
+    assert bool(said) == order_matters
+    assert not order_matters or "test_passes_routing.py" in said[0]
+
+
+def _routed(experts: int, rows: int, k: int, n: int) -> Call:
+    facts = [TensorFacts(shape, torch.bfloat16) for shape in ((rows, k), (experts, k, n), (1, experts + 1))]
+    return Call(ROUTED_MM, {}, tuple(facts), (TensorFacts((rows, n), torch.bfloat16),))
+
+
+def test_the_arithmetic_of_experts_is_priced() -> None:
+    """Each of 1024 rows is multiplied once; a rank with 2 of 8 experts multiplies a quarter of the rows."""
+    call = _routed(8, 1024, 64, 32)
+    whole = work_of(call, [(1024, 64), (8, 64, 32), (1, 9)], [(1024, 32)])
+    assert whole.flops == 2 * 1024 * 64 * 32
+    share = work_of(call, [(1024, 64), (2, 64, 32), (1, 9)], [(1024, 32)])
+    assert share.flops == whole.flops / 4
+    inner = work_of(call, [(1024, 32), (8, 32, 32), (1, 9)], [(1024, 32)])
+    assert inner.flops == whole.flops / 2
+
+
+def test_pinned_experts_are_split_by_expert() -> None:
+    """Half of the experts per rank, in masked groups: their rows' outputs are summed over the axis."""
+    model, kwargs = build_moe("mixtral")
+    pins = {"model.layers.*.mlp.experts.*": "RS(0)"}
+    made = autopar.verify(model, DP_TP, kwargs, options=autopar.Options(pins=pins))
+    assert made.ok, made
+
+
+def _step(rank: int, ranks: int) -> float:
+    """Worst relative error of the loss and of the gradients on real ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    model, kwargs = build_moe("mixtral")
+    reference, _ = build_moe("mixtral")
+    wanted = reference(**kwargs).loss
+    wanted.backward()
+    local = {name: x.chunk(2)[mesh.get_local_rank("dp")] for name, x in kwargs.items()}
+    options, worst = autopar.Options(compile=False), 0.0
+    for strategy in ("auto", "megatron"):
+        plan = autopar.plan(model, mesh, local, strategy=strategy, options=options)
+        parallel = autopar.apply(model, plan, mesh)
+        loss = parallel(**local).loss
+        loss.backward()
+        worst = max(worst, abs((loss - wanted) / wanted).item())
+        for name, parameter in parallel.named_parameters():
+            assert isinstance(parameter.grad, DTensor)
+            expected = dict(reference.named_parameters())[name].grad
+            worst = max(worst, ((parameter.grad.full_tensor() - expected).norm() / expected.norm()).item())
+    return worst
+
+
+def test_experts_on_real_ranks() -> None:
+    assert max(run_ranks(_step, 4, timeout_s=200)) < 1e-4
