@@ -21,20 +21,23 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import examples, meshes, tree
 from autopar.groups import Groups
+from autopar.mixed import precision_of
 from autopar.module import Executable, ParallelModule, Tangents, parallel_module, preload
 from autopar.options import Options
 from autopar.pipeline import Pipeline, PlanLike
 from autopar.reading import captured_together, gatherer, inputs_read, with_values
 from autopar.stages import Stages
-from autopar.together import Together, together
+from autopar.together import Together, together, watch
+from costmodel.memory import OPTIMIZERS as KNOWN
 from passes.errors import PlanMismatchError
 from passes.inputs import global_inputs, smaller_inputs
 from passes.local import LocalProgram, Storage, bind_groups, groups_used
 from passes.lower import lower
+from passes.precision import Precision
 from passes.program import Program
 
 STRATEGIES = ("auto", "ddp", "fsdp", "megatron")
-OPTIMIZERS = ("adamw", "sgd", "momentum", "none")
+OPTIMIZERS = (*KNOWN, "none")
 RECOMPUTE = ("auto", "none", "selective", "full")
 
 
@@ -46,6 +49,7 @@ class _Job:
     batch_axes: tuple[int, ...]
     options: Options
     pipeline: Pipeline
+    precision: Precision | None
     stages: Stages
 
     @property
@@ -149,11 +153,7 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
     ):
         if value not in known:
             raise ValueError(f"Options({name}={value!r}): known are {', '.join(known)}")
-    if options.mp_policy is not None:
-        raise ValueError(
-            "Options(mp_policy=...) is not supported yet; to compute in another dtype convert the model before, as in "
-            "model.to(torch.bfloat16)"
-        )
+    precision = precision_of(options.mp_policy)
     if options.memory_budget is not None and options.memory_budget <= 0:
         raise ValueError(
             f"Options(memory_budget={options.memory_budget}): bytes per device, a positive number; None takes what the "
@@ -163,7 +163,7 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
         raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
     speaks = not dist.is_initialized() or dist.get_rank() == 0
     stages = Stages(shown=options.progress, speaks=speaks, prefix="autopar: ")
-    return _Job(axes, meshes.batch_axes_of(axes, options.batch_axes), options, pipeline, stages)
+    return _Job(axes, meshes.batch_axes_of(axes, options.batch_axes), options, pipeline, precision, stages)
 
 
 def _check_strategy(strategy: str) -> None:
@@ -202,7 +202,7 @@ def _captured(
     args, kwargs = with_values(whole.args, whole.kwargs, known or {})
     return job.pipeline.capture(
         model, args, kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size, tangents=tangents,
-        backward=backward,
+        backward=backward, precision=job.precision,
     )  # fmt: skip
 
 
@@ -285,17 +285,20 @@ def _applied(
     def remake(
         plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tangents: Tangents, backward: bool
     ) -> Executable:
-        again = together()
+        over = watch()
+        again = together(check=over.check)
         new_call = args, dict(kwargs)
-        new_program = captured_together(
-            again,
-            lambda known: _captured(job, skeleton(plain), new_call, tangents, backward, known),
-            new_call,
-            gather,
-        )
-        assert new_program is not None
-        new_plan = _shared_plan(job, again, new_program, hardware, strategy, examples.described(new_call), storages)
-        return _executable(job, again, groups, new_program, new_plan)[0]
+        with over.making_program():
+            new_program = captured_together(
+                again,
+                lambda known: _captured(job, skeleton(plain), new_call, tangents, backward, known),
+                new_call,
+                gather,
+            )
+            assert new_program is not None
+            example = examples.described(new_call)
+            new_plan = _shared_plan(job, again, new_program, hardware, strategy, example, storages)
+            return _executable(job, again, groups, new_program, new_plan)[0]
 
     alike = mesh.size() == 1 or _values_alike(ours, model)
     with ours.agreeing():

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from autopar import buffers as buffers_
 from autopar import stored, tree
 from autopar.reading import MOST_GRAPHS, Gather, Values, too_many
+from autopar.together import watch
 from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
 from passes.local import LocalProgram, Storage
@@ -284,7 +285,11 @@ def _key(runtime: Runtime, leaves: Sequence[Any], in_spec: Any, trains: bool) ->
 
 
 def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    runtime = _runtime(module)
+    with watch().watching():
+        return _forward(_runtime(module), module, args, kwargs)
+
+
+def _forward(runtime: Runtime, module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kwargs = dict(sorted(kwargs.items()))
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     device = _device(runtime.mesh)
@@ -559,6 +564,11 @@ class _Differentiable(torch.autograd.Function):
         step: _Step = ctx.step
         if all(gradient is None for gradient in gradients):
             return (None,) * (1 + len(step.names))
+        with watch().watching():
+            return _Differentiable._backward(ctx, step, gradients)
+
+    @staticmethod
+    def _backward(ctx: Any, step: _Step, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
         local, runtime = step.executable.local, step.runtime
         outputs = [output.name for output in local.outputs if output.kind == "output"]
         arrived = {name: gradient for name, gradient in zip(outputs, gradients, strict=True) if gradient is not None}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 Recompute = Literal["auto", "none", "selective", "full"]
 
@@ -15,8 +17,10 @@ class Options:
 
     compile: run forward and backward through `torch.compile`'s Inductor; False runs the same graphs uncompiled.
     memory_budget: bytes per device a plan may use; None: what the hardware has, less a stated reserve.
-    mp_policy: not supported yet, and refused; None computes in the parameters' own dtype.
-    optimizer: whose states to budget for: "adamw", "sgd", "momentum", or "none".
+    mp_policy: parameters, gradients and optimizer states stay in the model's dtype while it computes in another, as
+        FSDP2's policy says; for the model as a whole (docs/precision.md). None: all in the model's own dtype.
+    optimizer: whose states to budget for: "adamw", "sgd", "momentum", "none", "adamw-bf16", "adamw-8bit", "lion",
+        "adafactor", or "adamw-master", which keeps an fp32 copy of each parameter beside two states.
     batch_axes: mesh axes that split the batch; None: by name (dp, dp_replicate, dp_shard, fsdp, data, batch).
     batch_dims: input path -> the dim the batch axes split, or None for an input every rank shares.
     pins: parameter-name pattern (fnmatch) -> placements in compute such as "RS(0)", one per mesh axis, or at rest and
@@ -29,7 +33,7 @@ class Options:
 
     compile: bool = True
     memory_budget: int | None = None
-    mp_policy: Any = None
+    mp_policy: MixedPrecisionPolicy | None = None
     optimizer: str = "adamw"
     batch_axes: tuple[str, ...] | None = None
     batch_dims: Mapping[str, int | None] | None = None

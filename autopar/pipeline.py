@@ -38,7 +38,7 @@ class PlanLike(Protocol):
 class Pipeline:
     """The stages, with the arguments they are called with.
 
-    capture: model, args, kwargs, *, batch_dims, batch_size, tangents, backward
+    capture: model, args, kwargs, *, batch_dims, batch_size, tangents, backward, precision
     compile_plan: program, axes, *, batch_axes, hardware, strategy, options, example, stored (storages that are pinned),
         smaller (a divisor -> the program of a batch that many times smaller, or None), keep_timeline, progress (told
         each stage)

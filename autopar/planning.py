@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from autopar.mixed import policy_from, policy_json
 from autopar.options import Options
 from costmodel.hardware import Hardware, Topology, hardware_of, topology
 from costmodel.layout import parse_layout
@@ -16,6 +17,7 @@ from passes.infeasible import Smaller
 from passes.local import LocalProgram, Storage
 from passes.pipeline import Progress, Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Placements, Plan
+from passes.precision import Precision
 from passes.program import Program
 from passes.space import Pin
 from passes.words import unfold_names
@@ -27,6 +29,7 @@ _FIGURES = "hardware_figures"
 def options_json(options: Options) -> dict[str, Any]:
     """Options as a plan's file keeps them."""
     kept = asdict(options)
+    kept["mp_policy"] = policy_json(options.mp_policy)
     kept["batch_axes"] = list(options.batch_axes) if options.batch_axes is not None else None
     kept["pins"] = dict(options.pins)
     kept["batch_dims"] = dict(options.batch_dims) if options.batch_dims is not None else None
@@ -38,6 +41,7 @@ def options_of(plan: Plan) -> Options:
     kept = {name: value for name, value in plan.options.items() if name != _FIGURES}
     if kept.get("batch_axes") is not None:
         kept["batch_axes"] = tuple(kept["batch_axes"])
+    kept["mp_policy"] = policy_from(kept.get("mp_policy"))
     return Options(**kept)
 
 
@@ -50,11 +54,15 @@ def captured(
     batch_size: int | None,
     tangents: Any = "loss",
     backward: bool = True,
+    precision: Precision | None = None,
 ) -> Program:
     """The program of a global batch, ready to be planned."""
     return prepare(
-        capture(model, args, kwargs, batch_dims=batch_dims, batch_size=batch_size, tangents=tangents, backward=backward)
-    )
+        capture(
+            model, args, kwargs, batch_dims=batch_dims, batch_size=batch_size, tangents=tangents, backward=backward,
+            precision=precision,
+        )
+    )  # fmt: skip
 
 
 def planned(

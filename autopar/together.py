@@ -20,26 +20,28 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from autopar.watch import RankFailedError, Watch
+
 SILENCE_S = 1800.0
 # Every rank makes its sessions in the same order, so equal numbers meet.
 SESSIONS = itertools.count()
-
-
-class RankFailedError(RuntimeError):
-    """Another rank failed; the message names it and holds its own message."""
 
 
 class Together:
     """The ranks of a job, as seen by one of them.
 
     silence_s: how long to wait for a rank that says nothing; a rank that fails is heard at once.
+    check: raises what is known to have gone wrong outside; called now and then while waiting.
     """
 
-    def __init__(self, store: Any, rank: int, ranks: int, silence_s: float = SILENCE_S) -> None:
+    def __init__(
+        self, store: Any, rank: int, ranks: int, silence_s: float = SILENCE_S, check: Callable[[], None] = lambda: None
+    ) -> None:
         self.store = store
         self.rank = rank
         self.ranks = ranks
         self.silence_s = silence_s
+        self.check = check
         self.round = 0
         self.session = next(SESSIONS)
 
@@ -101,7 +103,8 @@ class Together:
     def _read(self, key: str, prefix: str) -> str:
         deadline = time.monotonic() + self.silence_s
         while (left_s := deadline - time.monotonic()) > 0:
-            asked_s, start = min(left_s, 60.0), time.monotonic()
+            self.check()
+            asked_s, start = min(left_s, 5.0), time.monotonic()
             try:
                 self.store.wait([key], timedelta(seconds=asked_s))
                 return str(self.store.get(key).decode())
@@ -112,8 +115,27 @@ class Together:
         raise TimeoutError(f"no word from ranks {silent} for {self.silence_s:.0f} s")
 
 
-def together(silence_s: float = SILENCE_S) -> Together:
+def together(silence_s: float = SILENCE_S, check: Callable[[], None] = lambda: None) -> Together:
     """The ranks of the default process group; one lone rank where there is none, or where it is a fake one."""
-    if not dist.is_initialized() or dist.get_backend() == "fake" or dist.get_world_size() == 1:
+    if _is_alone():
         return Together(None, 0, 1, silence_s)
-    return Together(_get_default_store(), dist.get_rank(), dist.get_world_size(), silence_s)
+    return Together(_get_default_store(), dist.get_rank(), dist.get_world_size(), silence_s, check)
+
+
+def _is_alone() -> bool:
+    return not dist.is_initialized() or dist.get_backend() == "fake" or dist.get_world_size() == 1
+
+
+_WATCHES: dict[int, tuple[Any, Watch]] = {}
+
+
+def watch() -> Watch:
+    """The watch over the steps of this process; one for each default process group there was."""
+    if _is_alone():
+        return Watch(None, 0, 1)
+    store = _get_default_store()
+    known = _WATCHES.get(id(store))
+    if known is None or known[0] is not store:
+        _WATCHES.clear()
+        _WATCHES[id(store)] = known = store, Watch(store, dist.get_rank(), dist.get_world_size())
+    return known[1]

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autopar import examples, meshes, planning
 from autopar.api import skeleton
 from autopar.certificate import Kind, Parity, TensorError, Tolerances
+from autopar.mixed import precision_of
 from autopar.options import Options
 from autopar.varied import Batch, Variety, real_copy, varied_batch
 from costmodel.hardware import Hardware
@@ -30,6 +31,7 @@ from passes.bisect import Divergence, difference, first_divergence, run_program
 from passes.inputs import path_name
 from passes.local import LocalProgram
 from passes.plan import Plan, check_plan
+from passes.precision import Precision, dtype_text
 from passes.program import Program
 from passes.simulate import SimulationError, StepValues, ledger, local_inputs, simulate_step
 
@@ -62,6 +64,10 @@ def verify(
     gradient, the parameters after a step of AdamW, and the buffers. Where they part, the certificate names the first
     node that differs and the model's line. `plan` is checked where it is given, else one is made under `strategy`.
     The model is left as it is; one on the meta device is given random values in a copy.
+
+    Under `Options(mp_policy=...)` the reference casts parameters, inputs and outputs by hand around the unmodified
+    model. In half precision every layout rounds otherwise: a loss may then differ by 2e-2 (relative), any other tensor
+    by 5e-2 of its norm, where `tolerances` says nothing else; in float32 by 1e-5 and 1e-4.
 
     Where the step draws random numbers (dropout), the ranks are held against the captured graph on one device with the
     same seed, and in eval mode against the unmodified model.
@@ -138,8 +144,9 @@ class _Check:
         self.progress("capturing the step")
         with autocast_as(self.autocast):
             program = planning.captured(
-                skeleton(model), batch.args, batch.kwargs, batch_dims=batch.batch_dims, batch_size=batch.size
-            )
+                skeleton(model), batch.args, batch.kwargs, batch_dims=batch.batch_dims, batch_size=batch.size,
+                precision=self.precision,
+            )  # fmt: skip
         if plan is None:
             plan = self._planned(program)
         check_plan(plan, program.fingerprint, self.axes)
@@ -149,7 +156,10 @@ class _Check:
         random = any(given.kind == "seed" for given in program.inputs)
         self.progress("running the reference")
         with autocast_as(None if random else self.autocast):
-            reference = _on_one_device(program, values) if random else eager(model, batch, program, values.tangents)
+            if random:
+                reference = _on_one_device(program, values)
+            else:
+                reference = eager(model, batch, program, values.tangents, self.precision)
         self.progress(f"playing {math.prod(size for _, size in self.axes)} ranks")
         tensors: tuple[TensorError, ...] = ()
         failure, step = "", ""
@@ -157,7 +167,8 @@ class _Check:
             found = simulate_step(
                 local, values.parameters, values.buffers, values.inputs, values.tangents, (self.options.seed, 0)
             )
-            tensors, step = compare(found, reference, values.parameters, self.tolerances, self.autocast)
+            low = _is_low(program, self.autocast)
+            tensors, step = compare(found, reference, values.parameters, self.tolerances, low)
         except SimulationError as error:
             failure = str(error)
         failed = bool(failure) or any(not tensor.ok for tensor in tensors)
@@ -166,7 +177,7 @@ class _Check:
         return Parity(
             model=type(model).__name__,
             parameters=sum(p.numel() for p in model.parameters()),
-            dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
+            dtype=self._dtypes(),
             training=model.training,
             axes=self.axes,
             batch_size=batch.size,
@@ -186,6 +197,20 @@ class _Check:
             without_randomness=without,
         )
 
+    @property
+    def precision(self) -> Precision | None:
+        """What the options ask the step to compute in."""
+        return precision_of(self.options.mp_policy)
+
+    def _dtypes(self) -> str:
+        """The parameters', at rest and in compute."""
+        found = set()
+        for parameter in self.model.parameters():
+            dtypes = self.precision.dtypes_of(parameter) if self.precision is not None else None
+            computed = f" computed in {dtype_text(dtypes.computed)}" if dtypes is not None else ""
+            found.add(dtype_text(parameter.dtype) + computed)
+        return ", ".join(sorted(found))
+
     def _planned(self, program: Program) -> Plan:
         return planning.planned(
             program, self.axes, batch_axes=self.batch_axes, hardware=self.hardware, strategy=self.strategy,
@@ -199,12 +224,13 @@ class _Check:
         self.progress("looking for the first node that differs")
         seed = (self.options.seed, 0)
         per_rank = local_inputs(local, values.parameters, values.buffers, values.inputs, values.tangents, seed)
-        limit = _limits(self.tolerances, _is_low(values.parameters, self.autocast))[0]
+        low = _is_low(local.program, self.autocast)
+        limit, _ = _limits(self.tolerances, low)
         found = first_divergence(local, per_rank, values.placeholders, limit)
         if random:
             return found, None
         alone = _on_one_device(local.program, values)
-        tensors, _ = compare(alone, reference, values.parameters, self.tolerances, self.autocast)
+        tensors, _ = compare(alone, reference, values.parameters, self.tolerances, low)
         return found, max((tensor.error for tensor in tensors), default=0.0)
 
     def _without_randomness(self, plan: Plan) -> Parity:
@@ -258,6 +284,7 @@ class _Values:
             fake = node.meta["val"]
             if given.kind in ("parameter", "buffer"):
                 value = tensors[given.name].detach().clone()
+                computed = value.to(fake.dtype)
                 (parameters if given.kind == "parameter" else buffers)[given.name] = value
             elif given.kind == "input":
                 value = next(inputs).detach()
@@ -268,7 +295,7 @@ class _Values:
                 tangents.append(value)
             else:
                 value = torch.tensor([seed, 0], dtype=torch.int64)
-            placeholders.append(value)
+            placeholders.append(computed if given.kind == "parameter" else value)
         return _Values(parameters, buffers, batch.tensors, tangents, placeholders)
 
 
@@ -281,8 +308,12 @@ def _on_one_device(program: Program, values: _Values) -> StepValues:
     return found
 
 
-def eager(model: nn.Module, batch: Batch, program: Program, tangents: list[Tensor]) -> StepValues:
+def eager(
+    model: nn.Module, batch: Batch, program: Program, tangents: list[Tensor], precision: Precision | None = None
+) -> StepValues:
     """The unmodified model's step on the whole batch, on a model of our own: its buffers change as in training.
+
+    Under `precision`, what is cast is cast by autograd's own ops around the model.
 
     Outputs and gradients have the names that `program` gives them.
     """
@@ -298,7 +329,7 @@ def eager(model: nn.Module, batch: Batch, program: Program, tangents: list[Tenso
     differentiated = [given.name for given in program.inputs if given.kind == "tangent"]
     with warnings.catch_warnings(), torch.set_grad_enabled(bool(differentiated)):
         warnings.simplefilter("ignore")
-        outputs = _named_outputs(model(*args, **kwargs))
+        outputs = _named_outputs(_forward(model, args, kwargs, precision))
     if differentiated:
         with autocast_as(None):
             torch.autograd.backward([outputs[name] for name in differentiated], tangents)
@@ -319,6 +350,17 @@ def eager(model: nn.Module, batch: Batch, program: Program, tangents: list[Tenso
         buffers,
         {name: value for name, value in gradients.items() if name in first},
     )
+
+
+def _forward(model: nn.Module, args: Any, kwargs: Any, precision: Precision | None) -> Any:
+    """What the model returns; under `precision`, on cast parameters and inputs."""
+    if precision is None:
+        return model(*args, **kwargs)
+    dtypes = {name: precision.dtypes_of(parameter) for name, parameter in model.named_parameters()}
+    cast = {name: p.to(of.computed) for name, p in model.named_parameters() if (of := dtypes[name]) is not None}
+    args, kwargs = pytree.tree_map(precision.cast_input, (args, kwargs))
+    out = torch.func.functional_call(model, cast, args, kwargs, tie_weights=True)
+    return pytree.tree_map(precision.cast_output, out)
 
 
 def _buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor, Tensor]]:
@@ -348,9 +390,11 @@ def _named_outputs(out: Any) -> dict[str, Tensor]:
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
-def _is_low(parameters: Mapping[str, Tensor], autocast: torch.dtype | None) -> bool:
-    """Whether the step computes in a dtype of few digits."""
-    return autocast in _LOW or any(tensor.dtype in _LOW for tensor in parameters.values())
+def _is_low(program: Program, autocast: torch.dtype | None) -> bool:
+    """Whether the step computes in half precision, by its parameters or under autocast."""
+    nodes = program.graph.graph.find_nodes(op="placeholder")
+    given = zip(nodes, program.inputs, strict=True)
+    return autocast in _LOW or any(node.meta["val"].dtype in _LOW for node, what in given if what.kind == "parameter")
 
 
 def _limits(tolerances: Tolerances, low: bool) -> tuple[float, float]:
@@ -363,14 +407,9 @@ def _limits(tolerances: Tolerances, low: bool) -> tuple[float, float]:
 
 
 def compare(
-    found: StepValues,
-    wanted: StepValues,
-    parameters: Mapping[str, Tensor],
-    tolerances: Tolerances,
-    autocast: torch.dtype | None = None,
+    found: StepValues, wanted: StepValues, parameters: Mapping[str, Tensor], tolerances: Tolerances, low: bool = False
 ) -> tuple[tuple[TensorError, ...], str]:
-    """Every tensor's error, and what the optimizer's step was."""
-    low = _is_low(parameters, autocast)
+    """Every tensor's error, and what the optimizer's step was; `low`: where half precision rounded."""
     of_loss, of_rest = _limits(tolerances, low)
     eps = 2.0**-8 if low else 2.0**-23
     total = math.sqrt(sum(float(g.double().square().sum()) for g in wanted.gradients.values()))

@@ -44,11 +44,13 @@ class Step:
     after: Layout
     ranks: int = 0
     """Of the group, 0 where nobody asked; with one rank nothing moves."""
+    dtype: str = ""
+    """What a "cast" gives (`bfloat16`)."""
 
     @property
     def is_collective(self) -> bool:
         """Whether ranks talk to one another."""
-        return self.kind not in ("slice", "state_slice", "state_pad", "state_cut") and self.ranks != 1
+        return self.kind not in ("slice", "state_slice", "state_pad", "state_cut", "cast") and self.ranks != 1
 
 
 @lru_cache(maxsize=400_000)

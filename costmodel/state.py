@@ -3,7 +3,7 @@
 A tensor computed with as one part of n rows is stored over `axes` in chunks, as `torch.chunk` cuts them along each axis
 in mesh order, zero-padded to equal size, so that one collective over the flattened group moves it: `state_gather` for
 compute, `state_scatter` for a gradient that is a partial sum on all these axes, `state_slice` where the ranks of an
-axis already hold the same gradient.
+axis already hold the same gradient. Where what travels has another dtype than what is stored, a `cast` stands between.
 """
 
 from __future__ import annotations
@@ -44,6 +44,13 @@ def _full_bytes(local: tuple[int, ...], itemsize: int, axes: Sequence[int], topo
 def _copy_s(copied_bytes: float, topology: Topology) -> float:
     """Time to read and write so many bytes."""
     return 2.0 * copied_bytes / (topology.device.memory_bytes_per_s * topology.device.memory_efficiency)
+
+
+def cast(elements: int, itemsize: int, dtype: str, given_itemsize: int, layout: Layout, topology: Topology) -> Step:
+    """Each rank's `elements`, of `given_itemsize` bytes, become `dtype`, of `itemsize` bytes."""
+    device = topology.device
+    seconds = elements * (given_itemsize + itemsize) / (device.memory_bytes_per_s * device.memory_efficiency)
+    return Step("cast", (), None, None, "", elements * itemsize, seconds, layout, layout, 0, dtype)
 
 
 def state_gather(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import fx
 
 from passes.dims import ExpandedOp, Unified, Value, expand, expanded_shape, is_getitem, outputs_of, unified, value_of
@@ -91,6 +92,9 @@ class Analysis:
     """Dims that some op on the user's data needs whole."""
     weight_dims: tuple[tuple[tuple[int, int], ...], ...]
     """The dims of parameters that consist of several atoms: (identity, size) of each, outermost first."""
+    added_in: Mapping[Value, torch.dtype] = field(default_factory=dict)
+    """Values on their way to parameters' gradients and nowhere else, whose partial sums are added in another dtype than
+    theirs."""
 
     def shape_of(self, value: Value) -> tuple[int, ...]:
         """Expanded shape of a value."""
@@ -104,6 +108,14 @@ class Analysis:
             return place.itemsize
         facts = place.call.results[value.result]
         return facts.dtype.itemsize if facts else 1
+
+    def dtype_of(self, value: Value) -> torch.dtype:
+        """Of an op's result."""
+        call = self.places[value.op].call
+        assert call is not None
+        facts = call.results[value.result]
+        assert facts is not None
+        return facts.dtype
 
 
 def _form(call: Call, found: dict[str, str]) -> Form:
@@ -198,6 +210,7 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
         *_weight_atoms(places, wires, from_parameters),
         frozenset().union(*(_blocked(places[index]) for index in from_data)),
         _weight_dims(folding, places, ops),
+        _added_in(places, wires),
     )
 
 
@@ -211,6 +224,35 @@ def _weight_dims(
                 if len(sizes) > 1:
                     found[tuple(zip(atoms, sizes, strict=True))] = None
     return tuple(found)
+
+
+def _added_in(places: Sequence[Place], wires: Sequence[Wire]) -> dict[Value, torch.dtype]:
+    """Values that lead to parameters' gradients alone, through backward ops on such values alone.
+
+    Should a plan add terms of a gradient before it is finished (before a transpose, say), then in the dtype of its
+    reduction too.
+    """
+    given = [place.given.dtypes for place in places if place.given is not None and place.given.dtypes is not None]
+    wanted = {dtypes.reduced for dtypes in given if dtypes.reduced != dtypes.computed}
+    if not wanted:
+        return {}
+    ports: dict[Value, list[Port]] = defaultdict(list)
+    reads: dict[int, set[Value]] = defaultdict(set)
+    gives: dict[int, set[Value]] = defaultdict(set)
+    for wire in wires:
+        ports[wire.value] += wire.ports
+        gives[wire.value.op].add(wire.value)
+        for port in wire.ports:
+            if not port.stores:
+                reads[port.site].add(wire.value)
+    backward = {i for i, place in enumerate(places) if place.kind == "op" and place.phase == "backward"}
+    found = {value for value in ports if value.op in backward}
+    while True:
+        passing = {site for site in backward if gives[site] and gives[site] | reads[site] <= found}
+        kept = {value for value in found if all(port.stores or port.site in passing for port in ports[value])}
+        if kept == found:
+            return dict.fromkeys(found, wanted.pop())
+        found = kept
 
 
 def _blocked(place: Place) -> frozenset[int]:

@@ -22,8 +22,8 @@ from passes.moves import Move, Run
 from passes.program import Program
 from passes.strategies import StoredOption
 
-TOGETHER = ("state_gather", "state_scatter", "all_reduce", "state_slice", "state_pad", "state_cut")
-"""Steps that a bucket can do for all its tensors at once (the last three are local)."""
+TOGETHER = ("state_gather", "state_scatter", "all_reduce", "state_slice", "state_pad", "state_cut", "cast")
+"""Steps that a bucket can do for all its tensors at once (the last four are local)."""
 
 T = TypeVar("T")
 
@@ -153,7 +153,7 @@ def _numbered(items: Sequence[Run | Move], numbers: Iterable[int]) -> list[Run |
     rest: list[Run | Move] = []
     for item in items:
         if isinstance(item, Move) and item.steps and all(step.kind in TOGETHER for step in item.steps):
-            kind = tuple((step.kind, step.axes, step.op) for step in item.steps)
+            kind = tuple((step.kind, step.axes, step.op, step.dtype) for step in item.steps)
             groups.setdefault((kind, item.value.meta["val"].dtype), []).append(item)
         else:
             rest.append(item)

@@ -25,6 +25,7 @@ from passes.errors import CaptureError
 from passes.guards import guards_of
 from passes.inputs import flatten_inputs, path_name
 from passes.normalize import normalize
+from passes.precision import Precision
 from passes.program import Input, InputKind, Output, Program
 from passes.provenance import Provenance, error_line
 from passes.tracing import Tracer, fake_mode, tracing, unwrapped, wrapped
@@ -41,6 +42,7 @@ def capture(
     batch_size: int | None = None,
     tangents: Tangents = "loss",
     backward: bool = True,
+    precision: Precision | None = None,
 ) -> Program:
     """The training step of `model` on the global batch `(args, kwargs)`, normalised.
 
@@ -50,7 +52,7 @@ def capture(
     `tangents="loss"`: where the model returns a differentiable scalar, it alone gets a tangent: the one called `loss`,
     else every such scalar. `tangents="all"`, or no scalar: every differentiable output gets one. A gradient is that of
     sum(output * tangent). Without `backward`, under `torch.no_grad`, or where nothing requires a gradient, the program
-    is the forward alone.
+    is the forward alone. `precision`: what it computes in, where that is not the model's own dtypes.
 
     Constants of the model's code that are no plain `full` or `arange` are buffers of the graph module, read by
     `get_attr` nodes. Where the model reads a value that follows from the inputs and buffers alone, the graph is that of
@@ -62,14 +64,16 @@ def capture(
     # A model may branch on what its inputs hold (is there any padding?) unless it is being compiled. So the branches
     # of eager are taken first, as far as they follow from the model alone, and only then those of a compiled model.
     backward = backward and torch.is_grad_enabled()
+    precision = precision or Precision()
     dtype = autocast_dtype()
     with autocast_as(None), torch.inference_mode(False), torch.set_grad_enabled(backward):
+        casts = precision, dtype
         try:
-            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, dtype, False)
+            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, *casts, False)
         except CaptureError:
             pass
         try:
-            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, dtype, True)
+            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, *casts, True)
         except CaptureError as error:
             if not _loops_over_experts(model):
                 raise
@@ -93,6 +97,7 @@ def _capture(
     batch_size: int | None,
     tangents: Tangents,
     backward: bool,
+    precision: Precision,
     autocast: torch.dtype | None,
     may_read_inputs: bool,
 ) -> Program:
@@ -104,7 +109,7 @@ def _capture(
     provenance, mode = Provenance(), fake_mode()
     tracer = Tracer(mode, provenance, may_read_inputs)
 
-    slots = _slots(model)
+    slots = _slots(model, precision)
     for slot in slots:
         slot.place(tracer, backward)
     user = [_user_slot(name, leaf, dim) for name, leaf, dim in zip(names, leaves, dims, strict=True)]
@@ -118,12 +123,14 @@ def _capture(
             slot.wrap()
         for slot in slots:
             slot.swap_in()
-        values = [leaf if slot is None else slot.view for slot, leaf in zip(user, leaves, strict=True)]
+        values = [
+            leaf if slot is None else precision.cast_input(slot.view) for slot, leaf in zip(user, leaves, strict=True)
+        ]
         traced_args, traced_kwargs = pytree.tree_unflatten(values, in_spec)
         with provenance.watching(model):
             with autocast_as(autocast):
                 out = run_model(model, traced_args, {**traced_kwargs, **extra})
-            result, more_notes = _flatten_outputs(out)
+            result, more_notes = _flatten_outputs(out, precision)
             given = _tangents(tracer, result, tangents) if backward else []
             with provenance.backward():
                 found = gradients(given, [*slots, *filter(None, user)])
@@ -137,6 +144,7 @@ def _capture(
         tensors = [*(t for _, t in result.tensors), *(t for _, t in changed), *(t for _, t in found)]
         nodes = [tracer.node_of(unwrapped(t)) for t in tensors]
         more_notes += _mutated_notes(slots, user, tracer)
+        more_notes += precision.notes([slot.tensor for slot in slots if slot.input.kind == "parameter"])
 
     inputs = {tracer.node_of(slot.fake): slot.input for slot in [*slots, *filter(None, user)]}
     guards = guards_of(tracer.root, tracer.reads, inputs, {slot.input.name for slot, _ in changed})
@@ -202,7 +210,10 @@ class _Slot:
     differentiate: bool = False
 
     def place(self, tracer: Tracer, backward: bool) -> None:
-        self.fake = tracer.placeholder(self.input.name, self.tensor)
+        like = self.tensor
+        if self.input.dtypes is not None:
+            like = torch.empty_strided(like.shape, like.stride(), dtype=self.input.dtypes.computed, device="meta")
+        self.fake = tracer.placeholder(self.input.name, like)
         self.differentiate = backward and self.input.requires_grad
         node = tracer.node_of(self.fake)
         if self.input.kind == "parameter":
@@ -235,7 +246,7 @@ class _Slot:
         return None
 
 
-def _slots(model: nn.Module) -> list[_Slot]:
+def _slots(model: nn.Module, precision: Precision) -> list[_Slot]:
     """The model's parameters, then its buffers; tied ones once."""
     found: dict[int, tuple[InputKind, Tensor, list[str], list[tuple[dict[str, Any], str]]]] = {}
     kinds: tuple[InputKind, InputKind] = ("parameter", "buffer")
@@ -255,7 +266,9 @@ def _slots(model: nn.Module) -> list[_Slot]:
                     found[id(tensor)][2].append(name)
     slots = []
     for kind, tensor, names, holders in found.values():
-        what = Input(kind, names[0], kind == "parameter" and tensor.requires_grad)
+        is_parameter = kind == "parameter"
+        dtypes = precision.dtypes_of(tensor) if is_parameter else None
+        what = Input(kind, names[0], is_parameter and tensor.requires_grad, dtypes=dtypes)
         slots.append(_Slot(what, tensor, tuple(holders), tuple(names[1:])))
     return slots
 
@@ -305,7 +318,7 @@ class _Tangent:
     is_loss: bool
 
 
-def _flatten_outputs(out: Any) -> tuple[_Result, list[str]]:
+def _flatten_outputs(out: Any, precision: Precision) -> tuple[_Result, list[str]]:
     """What the model returned, as tensors with the names of their paths, and constants by leaf index."""
     while unknown := {type(x) for x in pytree.tree_leaves(out) if dataclasses.is_dataclass(x)}:
         for cls in unknown:
@@ -321,7 +334,7 @@ def _flatten_outputs(out: Any) -> tuple[_Result, list[str]]:
     notes: list[str] = []
     for i, (name, leaf) in enumerate(named):
         if isinstance(leaf, Tensor):
-            tensors.append((name, leaf))
+            tensors.append((name, precision.cast_output(leaf)))
         elif leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes, torch.dtype, torch.Size)):
             constants[i] = leaf
         else:

@@ -21,6 +21,7 @@ from costmodel.layout import Layout, local_shape
 from costmodel.reshard import Step
 from costmodel.state import chunks
 from passes.local import TOGETHER, WAIT, Storage
+from passes.precision import dtype_named
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -167,7 +168,7 @@ def emit_steps(
     for step in steps:
         if step.ranks == 1:
             continue
-        if step.kind.startswith("state_"):
+        if step.kind == "cast" or step.kind.startswith("state_"):
             (x,) = emit_together(emit, [x], [[step]], [(storage, padding)])
         else:
             x = _expanded_step(emit, x, step, dims)
@@ -188,6 +189,9 @@ def emit_together(
     dims = [storage.state_dim if storage is not None else 0 for storage, _ in stored]
     for steps in zip(*paths, strict=True):
         first = steps[0]
+        if first.kind == "cast":
+            parts = [emit.call(aten._to_copy.default, x, dtype=dtype_named(first.dtype)) for x in parts]
+            continue
         if first.kind in _PADDING:
             parts = [_PADDING[first.kind](emit, x, padding) for x, (_, padding) in zip(parts, stored, strict=True)]
             continue

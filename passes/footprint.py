@@ -125,7 +125,7 @@ def _at_rest(
         assert isinstance(option, StoredOption)
         shape = option.storage.padded_shape(space.topology.sizes)
         trainable = site.given is not None and site.given.kind == "parameter" and site.given.requires_grad
-        kept: AtRest = at_rest(shape, spec, item_bytes=site.itemsize, trainable=trainable)
+        kept: AtRest = at_rest(shape, spec, item_bytes=site.stored_itemsize, trainable=trainable)
         kind = "inputs"
         if site.given is not None and site.given.kind in ("parameter", "buffer"):
             kind = f"{site.given.kind}s"
@@ -262,6 +262,10 @@ class _Lives:
             item = self.tracks.items[index]
             name = self.words.value(item.value) if isinstance(item, Move) else ""
             for position, (step, start, end) in enumerate(done):
+                if step.kind == "cast":
+                    if position + 1 < len(done):  # the copy in another dtype, until it has travelled
+                        found.append(Buffer(name, step.full_bytes, start, done[position + 1][2], "communication"))
+                    continue
                 if not step.is_collective:
                     continue
                 if position + 1 < len(done):

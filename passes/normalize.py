@@ -147,7 +147,7 @@ def fingerprint(program: Program) -> str:
 
 def _structure(program: Program) -> Iterator[str]:
     numbers: dict[fx.Node, int] = {}
-    yield from (f"{i.kind} {i.name} {i.requires_grad} {i.batch_dim}" for i in program.inputs)
+    yield from (f"{i.kind} {i.name} {i.requires_grad} {i.batch_dim} {i.dtypes or ''}" for i in program.inputs)
     yield from (f"{o.kind} {o.name} {o.requires_grad} {o.batch_dim}" for o in program.outputs)
     for number, node in enumerate(program.graph.graph.nodes):
         numbers[node] = number

@@ -326,7 +326,7 @@ def _parameters(space: Space, assignment: Sequence[int], words: Words) -> dict[s
         option = site.options[assignment[index]]
         assert isinstance(option, StoredOption)
         names = [inputs[node].name for node in members]
-        stored = math.prod(option.storage.padded_shape(space.topology.sizes)) * site.itemsize
+        stored = math.prod(option.storage.padded_shape(space.topology.sizes)) * site.stored_itemsize
         layout = read_as.get(index, option.layout)
         found[_unique(words.pattern(site.name), found)] = Placements(
             at_rest=at_rest_text(option),

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from costmodel.compute import op_s
+from costmodel.hardware import Topology
 from costmodel.layout import Layout, Partial, Replicate, local_shape
 from costmodel.reshard import Step, reshard_s, steps
-from costmodel.state import state_gather, state_pad, state_scatter
+from costmodel.state import cast, state_gather, state_pad, state_scatter
 from passes.dims import Value, expanded_shape
 from passes.errors import NoFeasiblePlanError
+from passes.precision import Dtypes, dtype_text
 from passes.problem import Flow, Hold, Problem, Reader
 from passes.recompute import is_cheap_op
 from passes.space import Port, Site, Space, Wire
@@ -59,34 +61,80 @@ class Priced:
 def storage_steps(
     space: Space, value: Value, source: StoredOption | None, given: Layout, target: Layout
 ) -> tuple[Step, ...] | None:
-    """Steps from a value's layout to a reader's; `source` where it is a stored tensor, gathered first."""
+    """Steps from a value's layout to a reader's; `source` where it is a stored tensor, gathered first.
+
+    Under mixed precision it is cast before, so that a gather moves what is computed with.
+    """
     shape, itemsize = space.shape_of(value), space.itemsize_of(value)
     path = steps(shape, itemsize, given, target, space.topology)
     if path is None or source is None:
         return path
-    storage, first = source.storage, []
-    local = storage.computed_shape(space.topology.sizes)
+    storage, dtypes, topology, first = source.storage, source.dtypes, space.topology, []
+    local = storage.computed_shape(topology.sizes)
+    if dtypes is not None and dtypes.stored != dtypes.computed:
+        elements = math.prod(storage.padded_shape(topology.sizes))
+        first.append(_cast(elements, dtypes.stored, dtypes.computed, given, topology))
     if storage.state_axes:
-        first.append(state_gather(local, itemsize, storage.state_axes, given, space.topology, storage.state_dim))
+        first.append(state_gather(local, itemsize, storage.state_axes, given, topology, storage.state_dim))
     if source.padding:
         larger = tuple(n + zeros for n, zeros in zip(local, source.padding, strict=True))
-        first.append(state_pad(larger, itemsize, given, space.topology))
+        first.append(state_pad(larger, itemsize, given, topology))
     return (*first, *path)
 
 
+def _cast(elements: int, given: torch.dtype, made: torch.dtype, layout: Layout, topology: Topology) -> Step:
+    return cast(elements, made.itemsize, dtype_text(made), given.itemsize, layout, topology)
+
+
 def gradient_steps(space: Space, value: Value, given: Layout, target: StoredOption) -> tuple[Step, ...] | None:
-    """Steps from a gradient's layout to how its parameter is stored."""
-    return state_scatter(
-        target.storage.computed_shape(space.topology.sizes),
-        space.itemsize_of(value),
-        space.shape_of(value),
-        given,
-        target.layout,
-        target.storage.state_axes,
-        space.topology,
-        target.storage.state_dim,
-        padded=bool(target.padding),
-    )
+    """Steps from a gradient's layout to how its parameter is stored, and in the dtype that it is stored in."""
+    storage, sizes = target.storage, space.topology.sizes
+
+    def path(itemsize: int) -> tuple[Step, ...] | None:
+        return state_scatter(
+            storage.computed_shape(sizes),
+            itemsize,
+            space.shape_of(value),
+            given,
+            target.layout,
+            storage.state_axes,
+            space.topology,
+            storage.state_dim,
+            padded=bool(target.padding),
+        )
+
+    if target.dtypes is None:
+        return path(space.itemsize_of(value))
+    elements = math.prod(storage.padded_shape(sizes))
+    return _added_in(space, value, given, path, target.dtypes, elements, target.layout)
+
+
+def _added_in(
+    space: Space,
+    value: Value,
+    given: Layout,
+    path: Callable[[int], tuple[Step, ...] | None],
+    dtypes: Dtypes,
+    elements: int,
+    layout: Layout,
+) -> tuple[Step, ...] | None:
+    """The steps `path(itemsize)` of a gradient, cast to `dtypes.reduced` before them where they add partial sums, and
+    what is left, `elements` in `layout`, to `dtypes.stored`."""
+    topology, moves, now = space.topology, [], dtypes.computed
+    found = path(now.itemsize)
+    if found is None:
+        return None
+    if now != dtypes.reduced and any(step.op and step.is_collective for step in found):
+        whole = tuple(Replicate() if isinstance(p, Partial) else p for p in given)
+        before = math.prod(local_shape(space.shape_of(value), whole, topology.sizes))
+        moves.append(_cast(before, now, dtypes.reduced, given, topology))
+        now = dtypes.reduced
+        found = path(now.itemsize)
+        assert found is not None
+    moves += found
+    if now != dtypes.stored:
+        moves.append(_cast(elements, now, dtypes.stored, layout, topology))
+    return tuple(moves)
 
 
 def option_local_shapes(site: Site, option: Option, sizes: Sequence[int]) -> tuple[list[tuple[int, ...]], ...]:
@@ -164,7 +212,7 @@ def _option_s(space: Space, site: Site, option: Option | StoredOption, optimizer
         if site.given is None or site.given.kind != "parameter" or not site.given.requires_grad:
             return 0.0
         elements = math.prod(option.storage.padded_shape(space.topology.sizes))
-        moved = elements * (2 * site.itemsize + site.itemsize + 2 * optimizer.state_bytes)
+        moved = elements * (3 * site.stored_itemsize + 2 * optimizer.state_bytes)
         return moved / (device.memory_bytes_per_s * device.memory_efficiency)
     assert site.call is not None
     operands, results = option_local_shapes(site, option, space.topology.sizes)
@@ -176,9 +224,9 @@ def _option_bytes(space: Space, site: Site, option_index: int, optimizer: Budget
     if not isinstance(option, StoredOption) or site.kind == "returned":
         return 0.0
     elements = math.prod(option.storage.padded_shape(space.topology.sizes))
-    each = site.itemsize
+    each = site.stored_itemsize
     if site.given is not None and site.given.kind == "parameter" and site.given.requires_grad:
-        each += site.itemsize + optimizer.state_bytes
+        each += site.stored_itemsize + optimizer.state_bytes
     return float(elements * each * site.count)
 
 
@@ -273,12 +321,18 @@ def given_state(site: Site, option: Option | StoredOption, result: int) -> Layou
     """What a site gives under `option`: a layout, or how a stored tensor lies."""
     if isinstance(option, Option):
         return option.results[result]
-    return stored_state(option)
+    return read_state(option)
+
+
+def read_state(option: StoredOption) -> Layout | StoredOption:
+    """The layout of a stored tensor for who reads it; the option itself where there is something to be done first."""
+    casts = option.dtypes is not None and option.dtypes.stored != option.dtypes.computed
+    return option if option.storage.state_axes or option.padding or casts else option.layout
 
 
 def stored_state(option: StoredOption) -> Layout | StoredOption:
-    """The layout of a stored tensor; the option itself where it has to be gathered or padded first."""
-    return option if option.storage.state_axes or option.padding else option.layout
+    """What a gradient is brought to: a layout; the option itself where more is to be done to it."""
+    return option if option.storage.state_axes or option.padding or option.dtypes is not None else option.layout
 
 
 def _flows(
@@ -336,7 +390,18 @@ def conversion(
         return gradient_steps(space, value, layout, asked)
     if isinstance(given, StoredOption):
         return storage_steps(space, value, given, given.layout, asked)
-    return steps(space.shape_of(value), space.itemsize_of(value), given, asked, space.topology)
+    shape, itemsize = space.shape_of(value), space.itemsize_of(value)
+    reduced = space.analysis.added_in.get(value)
+    if reduced is None:
+        return steps(shape, itemsize, given, asked, space.topology)
+    own = space.analysis.dtype_of(value)
+    whole = tuple(Replicate() if isinstance(p, Partial) else p for p in asked)
+    elements = math.prod(local_shape(shape, whole, space.topology.sizes))
+
+    def path(itemsize: int) -> tuple[Step, ...] | None:
+        return steps(shape, itemsize, given, asked, space.topology)
+
+    return _added_in(space, value, given, path, Dtypes(own, own, reduced), elements, asked)
 
 
 def _conversion_s(

@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from torch import fx
 
+from passes.precision import Dtypes
+
 InputKind = Literal["parameter", "buffer", "input", "tangent", "seed"]
 OutputKind = Literal["output", "buffer", "gradient"]
 
@@ -32,7 +34,8 @@ class Input:
     program has random ops (`randomness.own_randomness`): int64 of shape (2,), the user's seed and the step's number.
     `requires_grad`: its gradient is among the outputs. `batch_dim` is the dim that the batch axes split, for inputs and
     tangents that have one. `shape` is that of a parameter or input outside the graph, where its placeholder (and a
-    parameter's gradient) is larger: padded with zeros at the end of its dims (`pad.pad`).
+    parameter's gradient) is larger: padded with zeros at the end of its dims (`pad.pad`). `dtypes`, of a parameter
+    under mixed precision: the placeholder is what is computed with, at rest it is another.
     """
 
     kind: InputKind
@@ -40,6 +43,7 @@ class Input:
     requires_grad: bool = False
     batch_dim: int | None = None
     shape: tuple[int, ...] | None = None
+    dtypes: Dtypes | None = None
 
 
 @dataclass(frozen=True, slots=True)

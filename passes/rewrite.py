@@ -21,7 +21,7 @@ from passes.itinerary import Returned, itinerary, returned
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
 from passes.localize import LocalOp, run_locally
 from passes.moves import Move, Run
-from passes.price import option_local_shapes, stored_state
+from passes.price import option_local_shapes, read_state
 from passes.rules.call import operand_nodes
 from passes.space import Space
 from passes.strategies import Option, StoredOption
@@ -86,7 +86,8 @@ class _Rewriter:
             assert isinstance(option, StoredOption)
             value = node.meta["val"]
             shape = option.storage.padded_shape(sizes)
-            local = emit.placeholder(node.name, shape, value.dtype)
+            dtype = given.dtypes.stored if given.dtypes is not None else value.dtype
+            local = emit.placeholder(node.name, shape, dtype)
             found.append(LocalInput(given.kind, given.name, option.storage))
             placed.append((node, local, option))
         scalar = Storage((), (None,) * len(sizes))
@@ -105,7 +106,7 @@ class _Rewriter:
             placed.append((node, local, option))  # type: ignore[arg-type]
         tangents = {node for node, given in zip(nodes, space.program.inputs, strict=True) if given.kind == "tangent"}
         for node, local, option in placed:
-            self._put(node, stored_state(option), self._averaged(local) if node in tangents else local)
+            self._put(node, read_state(option), self._averaged(local) if node in tangents else local)
         return tuple(found)
 
     def _averaged(self, local: fx.Node) -> fx.Node:

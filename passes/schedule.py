@@ -193,7 +193,7 @@ def _update_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> f
         option = site.options[assignment[index]]
         assert isinstance(option, StoredOption)
         elements = math.prod(option.storage.padded_shape(space.topology.sizes)) * site.count
-        moved += elements * (3 * site.itemsize + 2 * (spec.state_bytes_per_param + spec.master_bytes_per_param))
+        moved += elements * (3 * site.stored_itemsize + 2 * (spec.state_bytes_per_param + spec.master_bytes_per_param))
     device = space.topology.device
     return moved / (device.memory_bytes_per_s * device.memory_efficiency)
 

@@ -480,7 +480,8 @@ def local_inputs(
     batch_dims = {(one.kind, one.name): one.batch_dim for one in local.program.inputs}
     where = coordinates(local.axes)
     columns: list[list[Tensor]] = []
-    for described in local.inputs:
+    nodes = local.graph.graph.find_nodes(op="placeholder")
+    for described, node in zip(local.inputs, nodes, strict=True):
         match described.kind:
             case "parameter" | "buffer":
                 known = parameters if described.kind == "parameter" else buffers
@@ -490,7 +491,7 @@ def local_inputs(
             case "input":
                 full = next(left_inputs)
             case "tangent":
-                full = _one(described) if tangents is None else next(left_tangents)
+                full = _one(described, node) if tangents is None else next(left_tangents)
                 full = full * _batch_ranks(local, described, batch_dims.get(("tangent", described.name)))
             case "seed":
                 columns.append([torch.tensor(seed, dtype=torch.int64)] * len(where))
@@ -504,10 +505,10 @@ def local_inputs(
     return [list(mine) for mine in zip(*columns, strict=True)] if columns else [[] for _ in where]
 
 
-def _one(tangent: LocalInput) -> Tensor:
+def _one(tangent: LocalInput, node: fx.Node) -> Tensor:
     if tangent.storage.shape:
         raise ValueError(f"tangent {tangent.name} has shape {tangent.storage.shape}; only that of a scalar is known")
-    return torch.ones(())
+    return torch.ones((), dtype=node.meta["val"].dtype)
 
 
 def _batch_ranks(local: LocalProgram, tangent: LocalInput, batch_dim: int | None) -> int:

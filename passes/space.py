@@ -44,6 +44,12 @@ class Site:
     given: Input | None = None
     traffic: Traffic | None = None
 
+    @property
+    def stored_itemsize(self) -> int:
+        """Bytes per element at rest."""
+        dtypes = self.given.dtypes if self.given is not None else None
+        return dtypes.stored.itemsize if dtypes is not None else self.itemsize
+
 
 @dataclass(frozen=True)
 class Space:
@@ -84,7 +90,7 @@ class Space:
         return self.analysis.shape_of(value)
 
     def itemsize_of(self, value: Value) -> int:
-        """Bytes per element of a value."""
+        """Bytes per element of a value, as it is computed with."""
         return self.analysis.itemsize_of(value)
 
 
@@ -194,7 +200,8 @@ def _parameter_options(
     stored: Mapping[str, Storage],
     pin: tuple[str, Pin] | None,
 ) -> tuple[StoredOption, ...]:
-    options = stored_options(place.dims, sizes, place.given.shape if place.given is not None else None)
+    outside = place.given.shape if place.given is not None else None
+    options = stored_options(place.dims, sizes, outside, place.given.dtypes if place.given is not None else None)
     if place.name in stored:
         options = tuple(o for o in options if o.storage == stored[place.name])
         if not options:

@@ -15,6 +15,7 @@ from costmodel.layout import Layout, Partial, Placement, Replicate, Shard
 from costmodel.state import chunks
 from passes.dims import ExpandedOp, expanded_shape
 from passes.local import DimShard, Storage
+from passes.precision import Dtypes
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +100,14 @@ class StoredOption:
     """A way to store a parameter: what it is computed from (`layout`, on expanded dims) and its `Storage`.
 
     `padding`: zeros put at the end of each dim of a rank's part, before it is computed with, where the program has the
-    parameter larger than it is stored; () where there are none.
+    parameter larger than it is stored; () where there are none. `dtypes`: under mixed precision, what it is stored as
+    and what its gradient is added in.
     """
 
     layout: Layout
     storage: Storage
     padding: tuple[int, ...] = ()
+    dtypes: Dtypes | None = None
 
 
 def leading_places(dims: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
@@ -118,7 +121,10 @@ def leading_places(dims: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]
 
 
 def stored_options(
-    dims: Sequence[Sequence[int]], axis_sizes: Sequence[int], shape: Sequence[int] | None = None
+    dims: Sequence[Sequence[int]],
+    axis_sizes: Sequence[int],
+    shape: Sequence[int] | None = None,
+    dtypes: Dtypes | None = None,
 ) -> tuple[StoredOption, ...]:
     """Ways to store a tensor whose dims consist of atoms of these sizes.
 
@@ -161,7 +167,7 @@ def stored_options(
             ways[dim] = math.prod(sizes)
         computed = storage.computed_shape(axis_sizes)
         padding = tuple(n // parts - held for n, parts, held in zip(padded, ways, computed, strict=True))
-        options.append(StoredOption(layout, storage, padding if any(padding) else ()))
+        options.append(StoredOption(layout, storage, padding if any(padding) else (), dtypes))
     return tuple(options)
 
 

@@ -164,7 +164,8 @@ def part_bytes(space: Space, value: Value, where: Layout | StoredOption) -> int:
     """Size of one rank's part of a value."""
     sizes = space.topology.sizes
     if isinstance(where, StoredOption):
-        return math.prod(where.storage.padded_shape(sizes)) * space.itemsize_of(value)
+        itemsize = where.dtypes.stored.itemsize if where.dtypes is not None else space.itemsize_of(value)
+        return math.prod(where.storage.padded_shape(sizes)) * itemsize
     plain = tuple(Replicate() if isinstance(p, Partial) else p for p in where)
     return math.prod(local_shape(space.shape_of(value), plain, sizes)) * space.itemsize_of(value)
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from costmodel.compute import Work, attention, matmul
+from passes.precision import dtype_text
 from passes.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
 from passes.rules.call import Call
 from passes.rules.view import RESHAPES
@@ -69,11 +70,6 @@ class Traffic(Protocol):
     @property
     def launch(self) -> float:
         """Its share of a kernel's launch."""
-
-
-def dtype_text(dtype: torch.dtype) -> str:
-    """`bfloat16` for `torch.bfloat16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def is_reduction(target: object) -> bool:

@@ -13,6 +13,7 @@ from costmodel.hardware import hardware, topology
 from passes.capture import capture
 from passes.local import LocalProgram
 from passes.pipeline import prepare
+from passes.precision import Precision
 from passes.price import price
 from passes.program import Program
 from passes.rewrite import rewrite
@@ -31,12 +32,14 @@ class Errors:
     worst: str
 
 
-def captured(model: nn.Module, kwargs: Mapping[str, Any], args: tuple[Any, ...] = ()) -> Program:
+def captured(
+    model: nn.Module, kwargs: Mapping[str, Any], args: tuple[Any, ...] = (), precision: Precision | None = None
+) -> Program:
     """The program of a global batch whose tensors all have batch dim 0."""
     leaves = [*args, *kwargs.values()]
     size = next(x.shape[0] for x in leaves if isinstance(x, torch.Tensor))
     dims = [0 if isinstance(x, torch.Tensor) else None for x in leaves]
-    program = capture(model, args, kwargs, batch_dims=dims, batch_size=size)
+    program = capture(model, args, kwargs, batch_dims=dims, batch_size=size, precision=precision)
     return prepare(program)
 
 

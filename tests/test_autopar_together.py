@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from local_steps import Net
 from ranks import RankError, rank_outcomes, run_ranks
+from standin import pipeline
 from torch.distributed.device_mesh import init_device_mesh
 
+from autopar.api import parallelize_with
 from autopar.groups import Groups
-from autopar.together import RankFailedError, Together, together
+from autopar.options import Options
+from autopar.together import RankFailedError, Together, together, watch
+from autopar.watch import Watch
 
 
 def _agrees(rank: int, ranks: int) -> tuple[str, bool, bool, str]:
@@ -121,3 +129,110 @@ def test_ranks_helper_reports_each_failed_rank() -> None:
     with pytest.raises(RankError, match=r"rank 1:\n(.|\n)*by design"):
         run_ranks(_raises_on_one, 2)
     assert not dist.is_initialized()
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def _steps(rank: int, ranks: int, what: str, folder: str) -> str:
+    """Trains; in the second step rank 1 does something that the others do not."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    ids = torch.randint(0, 12, (2, 6))
+    model = parallelize_with(
+        pipeline("fsdp"), Net(rows=12, width=8), mesh, {"ids": ids, "labels": ids}, options=Options(compile=False)
+    )
+    model(ids=ids, labels=ids).loss.backward()
+    start = time.monotonic()
+    ours = watch()
+    ours.patience_s, ours.grace_s, end = 0.5, 1.0 if what == "lingers" else 60.0, ours.end
+    ours.end = lambda text: (Path(folder, str(rank)).write_text(text), end(text))
+    if rank == 1 and what == "backward":
+        ((key, made),) = model._autopar.executables.items()
+        broken = replace(made, lowered=replace(made.lowered, call_backward=_out_of_memory))
+        model._autopar.executables[key] = broken
+    if rank == 1 and what in ("device", "lingers"):
+        ids = ids.to("meta")
+    if rank == 1 and what == "shape":
+        ids = ids[:, :4]
+    try:
+        model(ids=ids, labels=ids).loss.backward()
+    except BaseException as error:
+        if rank == 1 and what == "lingers":
+            time.sleep(12)
+        return f"{type(error).__name__}: {error} after {time.monotonic() - start:.0f} s"
+    return "no error"
+
+
+def _out_of_memory(values: object) -> None:
+    raise MemoryError("no 2 GiB left")
+
+
+OTHER = "rank 1 was given inputs of another shape, dtype or mode than rank"
+
+
+@pytest.mark.parametrize(("what", "own", "others"), [
+    ("device", "ValueError: ids is on meta", "RankFailedError: rank 1 failed: ValueError: ids is on meta"),
+    ("backward", "MemoryError: no 2 GiB left", "RankFailedError: rank 1 failed: MemoryError: no 2 GiB left"),
+    ("shape", f"RankFailedError: {OTHER}", f"RankFailedError: {OTHER}"),
+])  # fmt: skip
+def test_what_goes_wrong_in_one_ranks_step_ends_all_and_names_it(
+    what: str, own: str, others: str, tmp_path: Path
+) -> None:
+    found = rank_outcomes(_steps, 3, what, str(tmp_path), timeout_s=110)
+    assert all(outcome.error is None for outcome in found), found
+    assert str(found[1].result).startswith(own)
+    for outcome in (found[0], found[2]):
+        assert str(outcome.result).startswith(others), found
+        assert int(str(outcome.result).split()[-2]) < 60
+
+
+def test_ranks_that_wait_for_one_that_lives_on_are_ended(tmp_path: Path) -> None:
+    """Nothing wakes a thread that waits in gloo: the process ends, and says why."""
+    found = rank_outcomes(_steps, 3, "lingers", str(tmp_path), timeout_s=110)
+    assert str(found[1].result).startswith("ValueError: ids is on meta")
+    assert [found[rank].error for rank in (0, 2)] == ["EOFError: the process ended without a word"] * 2
+    assert found[0].seconds < found[1].seconds
+    for rank in (0, 2):
+        assert (tmp_path / str(rank)).read_text().startswith("rank 1 failed: ValueError: ids is on meta")
+
+
+class _Store(dict[str, bytes]):
+    """A store in this process."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def get(self, key: str) -> bytes:  # type: ignore[override]
+        return self[key]
+
+    def add(self, key: str, amount: int) -> int:
+        self[key] = str(int(super().get(key, b"0")) + amount).encode()
+        return int(self[key])
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def test_a_mistake_that_all_ranks_made_does_not_end_a_later_step() -> None:
+    store = _Store()
+    watches = [Watch(store, rank, 2, end=lambda text: None) for rank in range(2)]
+    for each in watches:
+        with pytest.raises((ValueError, RankFailedError), match="wrong device"), each.watching():
+            raise ValueError("wrong device")
+    for each in watches:
+        with each.watching():
+            assert each.another() is None
+
+
+def test_an_error_outside_a_step_is_told_as_the_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own code raised between two steps of rank 1; rank 0's connection breaks in the next."""
+    store = _Store()
+    watches = [Watch(store, rank, 2, end=lambda text: None) for rank in range(2)]
+    for each in watches:
+        with each.watching():
+            pass
+    monkeypatch.setattr(sys, "last_value", KeyError("no such file"), raising=False)
+    watches[1].leave()
+    with pytest.raises(RankFailedError, match="rank 1 failed: KeyError: 'no such file'"), watches[0].watching():
+        raise RuntimeError("gloo: Connection closed by peer")

@@ -23,6 +23,15 @@ def test_megatron_mixed_precision_keeps_eighteen_bytes() -> None:
     assert rest.by_kind() == {"parameters": 2000, "gradients": 4000, "optimizer": 8000, "master": 4000}
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_megatrons_distributed_optimizer_keeps_six_and_twelve_shared(ranks: int) -> None:
+    """Parameter and gradient whole on every rank, master copy and states split: 6 + 12/d bytes per parameter."""
+    whole = at_rest((1024,), "adamw-master", item_bytes=2, gradient_item_bytes=4)
+    share = at_rest((1024 // ranks,), "adamw-master", item_bytes=2, gradient_item_bytes=4)
+    found = whole.parameters + whole.gradients + share.optimizer + share.master
+    assert found == 1024 * (6 + 12 / ranks)
+
+
 @pytest.mark.parametrize(
     ("name", "bytes_per_param"), [("sgd", 0), ("momentum", 4), ("adamw-bf16", 4), ("adamw-8bit", 2), ("lion", 4)]
 )

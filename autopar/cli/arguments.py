@@ -6,13 +6,19 @@ import argparse
 import re
 from dataclasses import replace
 
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
 from autopar.model_argument import Named, Wanted, load_model
 from autopar.options import Options
 from costmodel.hardware import hardware_names
+from costmodel.memory import OPTIMIZERS
 from passes.named import STRATEGIES
+from passes.precision import dtype_named
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_DTYPES = ("bfloat16", "float16", "float32")
 _UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -66,6 +72,13 @@ def pin(text: str) -> tuple[str, str]:
     return pattern, layout
 
 
+def dtype(text: str) -> torch.dtype:
+    """`bfloat16`."""
+    if text not in _DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(_DTYPES)}")
+    return dtype_named(text)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, and what it is fed."""
     parser.add_argument("model", metavar="MODEL", help="a preset, a config.json or its folder, or file.py:function")
@@ -96,7 +109,17 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategy", choices=STRATEGIES, default="auto", help="default: auto")
     parser.add_argument("--memory-budget", type=size, metavar="SIZE", help="per device: 80GiB (what the device has)")
     parser.add_argument("--accumulate", type=count, metavar="N", help="micro-batches per step (1)")
-    parser.add_argument("--optimizer", choices=("adamw", "sgd", "momentum", "none"), help="default: adamw")
+    parser.add_argument(
+        "--optimizer", choices=(*OPTIMIZERS, "none"), metavar="NAME",
+        help=f"whose states to budget for: {', '.join(OPTIMIZERS)}, none (adamw)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--param-dtype", type=dtype, metavar="DTYPE",
+        help="keep parameters in float32 and gather and compute in this (bfloat16), as FSDP2's mixed precision does",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reduce-dtype", type=dtype, metavar="DTYPE", help="add gradients over ranks in this (default: --param-dtype)"
+    )
     parser.add_argument(
         "--pin", type=pin, action="append", default=[], metavar="PATTERN=LAYOUT",
         help="fix a parameter's layout in compute, as in '*.q_proj.weight=RS(0)'; may be given again",
@@ -109,12 +132,27 @@ def options_of(given: argparse.Namespace, kept: Options | None = None) -> Option
         "memory_budget": given.memory_budget,
         "accumulate": given.accumulate,
         "optimizer": given.optimizer,
+        "mp_policy": _policy(given),
     }
     kept = kept or Options()
     pins = {**kept.pins, **dict(given.pin)}
     return replace(kept, pins=pins, **{name: value for name, value in asked.items() if value is not None})
 
 
-def named_model(given: argparse.Namespace, *, on_cpu: bool = False) -> Named:
-    """The model that the arguments of `add_model` mean."""
-    return load_model(given.model, Wanted(given.batch or 1, given.seq, given.layers, on_cpu=on_cpu))
+def _policy(given: argparse.Namespace) -> MixedPrecisionPolicy | None:
+    if given.param_dtype is None and given.reduce_dtype is None:
+        return None
+    return MixedPrecisionPolicy(param_dtype=given.param_dtype, reduce_dtype=given.reduce_dtype)
+
+
+def named_model(given: argparse.Namespace, *, on_cpu: bool = False, options: Options | None = None) -> Named:
+    """The model that the arguments of `add_model` mean, stored as `options` (default: those of `given`) has it."""
+    if options is None:
+        options = options_of(given) if hasattr(given, "param_dtype") else Options()
+    wanted = Wanted(given.batch or 1, given.seq, given.layers, dtype=stored_dtype(options), on_cpu=on_cpu)
+    return load_model(given.model, wanted)
+
+
+def stored_dtype(options: Options) -> str:
+    """What a model that is made by name holds its parameters in: float32 where a policy has it compute in another."""
+    return "float32" if options.mp_policy is not None and options.mp_policy.param_dtype is not None else "bfloat16"

@@ -13,7 +13,7 @@ import argparse
 import json
 
 from autopar import examples, planning
-from autopar.cli.arguments import add_json, count, share
+from autopar.cli.arguments import add_json, count, share, stored_dtype
 from autopar.cli.comparing import compare_plans, comparison_json, print_comparison
 from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, progress
@@ -41,9 +41,9 @@ def run(given: argparse.Namespace) -> int:
     kept = Plan.load(given.plan)
     check_solved(kept)
     with clean_output(), progress() as tell:
-        named = load_model(given.model, Wanted(layers=given.layers))
-        call = examples.restored(kept.example)
         options = planning.options_of(kept)
+        named = load_model(given.model, Wanted(layers=given.layers, dtype=stored_dtype(options)))
+        call = examples.restored(kept.example)
         program = captured(named.model, call, kept.mesh, options, tell)
         made = planning.planned(
             program,

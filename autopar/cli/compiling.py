@@ -8,6 +8,7 @@ from torch import nn
 
 from autopar import examples, meshes, planning
 from autopar.api import skeleton
+from autopar.mixed import precision_of
 from autopar.options import Options
 from costmodel.hardware import Hardware
 from passes.inputs import global_inputs
@@ -27,8 +28,9 @@ def captured(
     args, kwargs = examples.on_cpu(call)
     whole = global_inputs(args, kwargs, meshes.batch_ranks(axes, batch_axes), options.batch_dims)
     return planning.captured(
-        skeleton(model), whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size
-    )
+        skeleton(model), whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size,
+        precision=precision_of(options.mp_policy),
+    )  # fmt: skip
 
 
 def planned(

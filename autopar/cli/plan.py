@@ -49,7 +49,8 @@ def run(given: argparse.Namespace) -> int:
         mesh = given.mesh or (kept.mesh if kept is not None else None)
         if mesh is None:
             raise ValueError("no mesh; pass --mesh dp=2,tp=2, or --from PLAN, which has one")
-        named = named_model(given)
+        options = options_of(given, _options(kept))
+        named = named_model(given, options=options)
         made = planned(
             named.model,
             examples.call_of(named.model, named.inputs)
@@ -58,7 +59,7 @@ def run(given: argparse.Namespace) -> int:
             mesh,
             hardware=given.hardware or (planning.hardware_in(kept) if kept is not None else None),
             strategy=given.strategy,
-            options=options_of(given, _options(kept)),
+            options=options,
             progress=tell,
             keep_timeline=bool(given.html or given.trace),
         )

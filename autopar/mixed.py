@@ -1,0 +1,70 @@
+"""`Options(mp_policy=...)`: FSDP2's `MixedPrecisionPolicy`, checked, and in a plan's file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from passes.precision import Precision, dtype_named, dtype_text
+
+_DTYPES = ("param_dtype", "reduce_dtype", "output_dtype")
+
+
+def precision_of(policy: Any) -> Precision | None:
+    """What `policy` asks of the compiler; None where it asks for nothing.
+
+    Raises:
+        ValueError: no `MixedPrecisionPolicy`, or a dtype in it that is none of floating-point numbers.
+    """
+    if policy is None:
+        return None
+    if not isinstance(policy, MixedPrecisionPolicy):
+        raise ValueError(
+            f"Options(mp_policy={policy!r}) is a {type(policy).__name__}; pass "
+            "torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"
+        )
+    for name in _DTYPES:
+        dtype = getattr(policy, name)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(
+                f"MixedPrecisionPolicy({name}={dtype!r}): not a floating-point dtype; pass torch.bfloat16, "
+                "torch.float16, torch.float32, or None"
+            )
+        if dtype is not None and dtype.itemsize < 2:
+            raise ValueError(
+                f"MixedPrecisionPolicy({name}={dtype}): eight bits need scales, which autopar does not keep; pass "
+                "torch.bfloat16, torch.float16, torch.float32, or None"
+            )
+    found = Precision(policy.param_dtype, policy.reduce_dtype, policy.output_dtype, policy.cast_forward_inputs)
+    return None if found == Precision(cast_inputs=found.cast_inputs) else found
+
+
+def policy_json(policy: MixedPrecisionPolicy | None) -> dict[str, Any] | None:
+    """A policy as a plan's file keeps it: `{"param_dtype": "bfloat16", ...}`."""
+    if policy is None:
+        return None
+    return {name: dtype_text(x) if isinstance(x, torch.dtype) else x for name, x in asdict(policy).items()}
+
+
+def policy_from(kept: Mapping[str, Any] | None) -> MixedPrecisionPolicy | None:
+    """The policy that a plan's file has.
+
+    Raises:
+        ValueError: an unknown field or dtype.
+    """
+    if kept is None:
+        return None
+    known = [field.name for field in fields(MixedPrecisionPolicy)]
+    for name, value in kept.items():
+        if name not in known:
+            raise ValueError(f"the plan's mp_policy: unknown field {name!r}; known are {', '.join(known)}")
+        if name in _DTYPES and value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
+            raise ValueError(f"the plan's mp_policy: {name} is {value!r}, which is no dtype; write bfloat16, float32")
+    made: dict[str, Any] = {
+        name: dtype_named(x) if name in _DTYPES and x is not None else x for name, x in kept.items()
+    }
+    return MixedPrecisionPolicy(**made)

@@ -1,0 +1,214 @@
+"""What goes wrong in a step on one rank, told to the others, who wait for it in a collective.
+
+A rank whose forward or backward raises writes why to the process group's store. The others are in a collective that it
+will not join, and end in one of two ways. Its process ends and their connection breaks: the error of that is replaced
+by the one in the store, which names the rank that failed. Or its process lives on: then their own watch, a thread that
+looks at the store once a step takes longer than `PATIENCE_S`, ends their process, as NCCL's watchdog does, for nothing
+wakes a thread that waits in gloo.
+
+    failures    how many there are
+    failure/i   one of them: which half of which step, the rank, why
+    making      the half that a rank makes a program for; one that runs a known program in that half has other inputs
+
+A healthy step costs no message. Halves (a forward, a backward) have numbers, equal on all ranks, as all ranks take the
+same steps. A failure that this rank had too in that half (a mistake that all ranks made) is none of its business.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PATIENCE_S = 5.0
+GRACE_S = 20.0
+"""After a failure is known, for the connection to break by itself, before this process is ended."""
+_PREFIX = "autopar/watch"
+_OF_A_COLLECTIVE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset")
+
+
+class RankFailedError(RuntimeError):
+    """Another rank failed; the message names it and holds its own message."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What `rank` says of half number `half`."""
+
+    half: int
+    rank: int
+    text: str
+
+
+class Watch:
+    """The halves of steps that this rank goes through, and what the others say of theirs.
+
+    `end`: ends this process, which waits for a rank that will not come.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        ranks: int,
+        *,
+        patience_s: float = PATIENCE_S,
+        grace_s: float = GRACE_S,
+        end: Callable[[str], None] | None = None,
+    ) -> None:
+        self.store = store
+        self.rank = rank
+        self.ranks = ranks
+        self.patience_s = patience_s
+        self.grace_s = grace_s
+        self.end = end or _end
+        self.half = 0
+        self.since_s: float | None = None
+        self.making = False
+        self.failed: set[int] = set()
+        self.told = False
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Runs a half of a step.
+
+        Raises:
+            RankFailedError: it failed because another rank did.
+        """
+        if self.ranks == 1 or self.since_s is not None:
+            yield
+            return
+        self._start()
+        self.half, self.making = self.half + 1, False
+        self.since_s = time.monotonic()
+        try:
+            yield
+        except RankFailedError:  # all ranks agreed that one failed
+            self.failed.add(self.half)
+            raise
+        except BaseException as error:
+            other = self.another()
+            self.failed.add(self.half)
+            if other is not None:
+                raise RankFailedError(other.text) from error
+            if _of_a_collective(error):
+                error.add_note("Another rank's process ended without a word, or lost its connection.")
+            else:
+                self.tell(self._of(error))
+            raise
+        finally:
+            self.since_s = None
+
+    @contextlib.contextmanager
+    def making_program(self) -> Iterator[None]:
+        """Runs a block in which this rank makes the program for a call of a new kind, with all others."""
+        if self.ranks == 1:
+            yield
+            return
+        key = f"{_PREFIX}/making/{self.rank}"
+        self.making = True
+        self.store.set(key, str(self.half))
+        try:
+            yield
+        finally:
+            self.store.set(key, "")
+
+    def tell(self, text: str) -> None:
+        """Write to the store why this rank fails."""
+        with contextlib.suppress(RuntimeError):  # a store that is gone: its host's process has ended
+            failure = Failure(self.half, self.rank, text)
+            self.store.set(f"{_PREFIX}/failure/{self.store.add(f'{_PREFIX}/claims', 1)}", json.dumps(asdict(failure)))
+            self.store.add(f"{_PREFIX}/failures", 1)
+            self.told = True
+
+    def another(self) -> Failure | None:
+        """The first failure in a half that this rank did not fail in."""
+        with contextlib.suppress(RuntimeError):
+            for number in range(1, self.store.add(f"{_PREFIX}/failures", 0) + 1):
+                key = f"{_PREFIX}/failure/{number}"
+                if not self.store.check([key]):
+                    continue
+                found = Failure(**json.loads(self.store.get(key)))
+                if found.half not in self.failed and (found.rank != self.rank or found.half == self.half):
+                    return found
+        return None
+
+    def check(self) -> None:
+        """Raise what is known to have gone wrong elsewhere.
+
+        Raises:
+            RankFailedError: another rank failed.
+        """
+        if self.ranks > 1 and self.since_s is not None and (other := self.another()) is not None:
+            raise RankFailedError(other.text)
+
+    # -- its thread ----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look, name="autopar-watch", daemon=True)
+            self._thread.start()
+            atexit.register(self.leave)
+
+    def leave(self) -> None:
+        """End watching; an exception that ends this process is told to the others first."""
+        error = getattr(sys, "last_value", None)
+        own = error is not None and not isinstance(error, RankFailedError) and not _of_a_collective(error)
+        if own and not self.told:
+            self.tell(self._of(error))
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2.0)
+
+    def _of(self, error: object) -> str:
+        return f"rank {self.rank} failed: {type(error).__name__}: {error}"
+
+    def _look(self) -> None:
+        known: tuple[int, float] | None = None
+        while not self._stopped.wait(min(1.0, self.patience_s)):
+            half, since_s = self.half, self.since_s
+            if since_s is None or time.monotonic() - since_s < self.patience_s:
+                continue
+            self._compare_kinds()
+            other = self.another()
+            if other is None or self.half != half or self.since_s is None:
+                known = None
+            elif known is None or known[0] != half:
+                known = (half, time.monotonic())
+            elif time.monotonic() - known[1] > self.grace_s:
+                self.end(other.text)
+                return
+
+    def _compare_kinds(self) -> None:
+        """Tell of a rank that makes a program for this half, where this rank runs one that it has."""
+        if self.making:
+            return
+        for rank in range(self.ranks):
+            key = f"{_PREFIX}/making/{rank}"
+            with contextlib.suppress(RuntimeError):
+                if rank != self.rank and self.store.check([key]) and self.store.get(key).decode() == str(self.half):
+                    self.making = True  # said once
+                    self.tell(
+                        f"rank {rank} was given inputs of another shape, dtype or mode than rank {self.rank} in the "
+                        "same step; give all ranks inputs of equal shapes and dtypes"
+                    )
+                    return
+
+
+def _of_a_collective(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_A_COLLECTIVE)
+
+
+def _end(text: str) -> None:
+    """The process ends here: its main thread waits in a collective that will never finish."""
+    print(f"autopar: {text}; this rank waits for it in vain and ends", file=sys.stderr, flush=True)
+    os._exit(1)
