@@ -200,14 +200,15 @@ def test_verify_holds_a_policy_against_a_model_cast_by_hand(policy: MixedPrecisi
 def test_verify_sees_a_policy_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program whose compute is scaled by 1.1 on its way to bf16 does not pass for rounding."""
     model, mesh, inputs = llama_inputs_on({"dp": 2})
-    right = emit.emit_steps
+    right = emit.emit_together
 
-    def wrong(emitter: Any, x: Any, steps: Any, *rest: Any) -> Any:
-        if any(step.kind == "cast" and step.dtype == "bfloat16" for step in steps):
-            x = emitter.call(torch.ops.aten.mul.Tensor, x, 1.1)
-        return right(emitter, x, steps, *rest)
+    def wrong(emitter: Any, xs: Any, paths: Any, stored: Any) -> Any:
+        if any(step.kind == "cast" and step.dtype == "bfloat16" for step in paths[0]):
+            xs = [emitter.call(torch.ops.aten.mul.Tensor, x, 1.1) for x in xs]
+        return right(emitter, xs, paths, stored)
 
-    monkeypatch.setattr(rewrite, "emit_steps", wrong)
+    monkeypatch.setattr(rewrite, "emit_together", wrong)
+    monkeypatch.setattr(emit, "emit_together", wrong)
     found = autopar.verify(model, mesh, inputs, strategy="fsdp", options=autopar.Options(mp_policy=POLICY))
     assert not found.ok
 

@@ -148,9 +148,9 @@ def _steps(rank: int, ranks: int, what: str, folder: str) -> str:
     ours.patience_s, ours.grace_s, end = 0.5, 1.0 if what == "lingers" else 60.0, ours.end
     ours.end = lambda text: (Path(folder, str(rank)).write_text(text), end(text))
     if rank == 1 and what == "backward":
-        ((key, made),) = model._autopar.executables.items()
+        ((key, (made,)),) = model._autopar.executables.items()
         broken = replace(made, lowered=replace(made.lowered, call_backward=_out_of_memory))
-        model._autopar.executables[key] = broken
+        model._autopar.executables[key] = [broken]
     if rank == 1 and what in ("device", "lingers"):
         ids = ids.to("meta")
     if rank == 1 and what == "shape":

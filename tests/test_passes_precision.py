@@ -148,8 +148,8 @@ def test_a_parameter_is_cast_before_all_else(strategy: str, mesh: str) -> None:
 
 def adding(local: LocalProgram) -> list[tuple[fx.Node, torch.dtype]]:
     """Collectives that add, with the dtype that they add in."""
-    nodes = local.graph.graph.nodes
-    return [(n, n.args[0].meta["val"].dtype) for n in nodes if n.target in COLLECTIVES and "sum" in n.args]
+    nodes = [n for n in local.graph.graph.nodes if n.target in COLLECTIVES and "sum" in n.args]
+    return [(n, n.all_input_nodes[0].meta["val"].dtype) for n in nodes]
 
 
 def leads_to_gradients_alone(node: fx.Node, local: LocalProgram) -> bool:
