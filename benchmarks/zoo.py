@@ -191,7 +191,9 @@ def _worst(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[float, str]:
             error = 0.0 if float((b if a is None else a).norm()) == 0 else math.inf
         else:
             error = float((a.double() - b.double()).norm()) / max(float(b.double().norm()), ZERO * total)
-        if not error <= worst:
+        if math.isnan(error):
+            return error, key
+        if error > worst:
             worst, name = error, key
     return worst, name
 
