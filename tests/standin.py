@@ -36,6 +36,7 @@ class StandinPlan:
     batch_axes: tuple[int, ...]
     stored: tuple[tuple[str, Any], ...]
     options: Options
+    timeline: None = None
 
     def to_json(self) -> str:
         stored = [(n, s.shape, [None if d is None else d.dim for d in s.shards], s.state_axes) for n, s in self.stored]

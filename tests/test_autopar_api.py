@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"strategy": "zero"}, "unknown strategy 'zero'; known are auto, ddp, fsdp, megatron"),
         ({"options": {"compile": False}}, "options is a dict"),
         ({"options": Options(recompute="some")}, r"Options\(recompute='some'\): known are auto"),  # type: ignore[arg-type]
-        ({"options": Options(optimizer="lion")}, r"Options\(optimizer='lion'\)"),
+        ({"options": Options(optimizer="lamb2")}, r"Options\(optimizer='lamb2'\)"),
         ({"options": Options(accumulate=0)}, "at least 1 micro-batch"),
         ({"options": Options(memory_budget=-1)}, "a positive number"),
         ({"options": Options(batch_axes=("cp",))}, r"batch_axes names \['cp'\], but the mesh has \['dp'\]"),

@@ -60,10 +60,13 @@ def test_the_decision_comes_first_and_doubts_last() -> None:
 
 
 def test_parameters_are_folded_over_layers_with_their_dims() -> None:
-    rows = section(terminal_report(made(), 100), "What was decided").splitlines()
+    rows = section(terminal_report(made(), 140), "What was decided").splitlines()
     (gate,) = [row.split() for row in rows if "gate_proj" in row]
     assert gate[:3] == ["model.layers.0-1.mlp.gate_proj", "[ffn,", "hidden]"]
     assert gate[3:6] == ["S(0)S(0)", "->", "RS(0)"]
+    narrow = [row.strip() for row in section(terminal_report(made(), 100), "What was decided").splitlines()]
+    assert "model.layers.0-1" in narrow  # a line of its own, where whole names do not fit
+    assert any(row.startswith(".mlp.gate_proj  ") for row in narrow)
 
 
 def test_axes_are_described_in_words() -> None:
