@@ -96,13 +96,14 @@ class Watch:
             self.failed.add(self.half)
             raise
         except BaseException as error:
-            other = self.another()
-            self.failed.add(self.half)
-            if other is not None:
-                raise RankFailedError(other.text) from error
             if _of_a_collective(error):
+                other = self.another()
+                self.failed.add(self.half)
+                if other is not None:
+                    raise RankFailedError(other.text) from error
                 error.add_note("Another rank's process ended without a word, or lost its connection.")
-            else:
+            else:  # this rank's own, also where others failed alike
+                self.failed.add(self.half)
                 self.tell(self._of(error))
             raise
         finally:
