@@ -68,8 +68,8 @@ def _accumulates(rank: int, ranks: int, name: str, shape: tuple[int, ...], strat
     batches = _batches(shape[0])
     start = mesh.get_coordinate()[0] * ROWS  # type: ignore[index]
     mine = [batch[start : start + ROWS] for batch in batches]
-    options = autopar.Options(compile=False)
-    plan = autopar.plan(eager, mesh, {"ids": mine[0]}, strategy=strategy, options=options)
+    options = autopar.Options(compile=False, reshard_after_forward=False if strategy.endswith("kept") else None)
+    plan = autopar.plan(eager, mesh, {"ids": mine[0]}, strategy=strategy.split()[0], options=options)
     model = autopar.apply(eager, plan, mesh)
     for batch in batches:
         eager(batch)["loss"].backward()
@@ -93,7 +93,7 @@ def _accumulates(rank: int, ranks: int, name: str, shape: tuple[int, ...], strat
         torch.testing.assert_close(q.grad.full_tensor(), p.grad, msg=key)
 
 
-CASES = [("stack", (4,), "fsdp"), ("stack", (2, 2), "megatron"), ("plain", (2,), "ddp"), ("plain", (2,), "fsdp")]
+CASES = [("stack", (4,), "fsdp"), ("stack", (2, 2), "megatron"), ("plain", (2,), "ddp"), ("plain", (2,), "fsdp kept")]
 
 
 @pytest.mark.timeout(300)
