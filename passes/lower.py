@@ -1,6 +1,6 @@
 """One rank's step, ready to run: two callables, forward and backward, compiled or not.
 
-    LocalProgram -retarget-> graph for the mesh's device -split-> forward, backward
+    LocalProgram -retarget-> graph for the mesh's device -for_gloo-> its collectives -split-> forward, backward
         -cut-> regions and what is between -Inductor, once per distinct region-> callables -arranged-> outer programs
 
 A step is captured on fake CPU tensors. For another device, constants that the graph makes move there and attention
@@ -22,6 +22,7 @@ from torch import fx
 from torch._inductor import compile as inductor_compile
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from passes.gloo import for_gloo
 from passes.layers import layer_patterns
 from passes.local import LocalProgram
 from passes.outer import Boxed, Outer, Planned, assembled, op_step
@@ -136,6 +137,8 @@ def lower(
     """
     device = torch.device(device)
     local = replace(local, graph=retarget(local.graph, device))
+    if device.type == "cpu":
+        for_gloo(local.graph)
     halves = split(local, recompute)
     placeholders = {node.name: node for node in local.graph.graph.find_nodes(op="placeholder")}
     tangents = [n for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind == "tangent"]

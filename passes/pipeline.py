@@ -24,7 +24,17 @@ from passes.masks import use_causal_flag
 from passes.named import STRATEGIES, check_strategy
 from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
 from passes.program import Program
-from passes.proposals import SIMPLEST_FIRST, Candidate, PaddingsOf, Progress, Request, Search, best, smallest
+from passes.proposals import (
+    SIMPLEST_FIRST,
+    Candidate,
+    PaddingsOf,
+    Progress,
+    Request,
+    Search,
+    best,
+    smallest,
+    with_parameters_kept,
+)
 from passes.randomness import own_randomness
 from passes.rewrite import rewrite
 from passes.routing import one_form
@@ -85,6 +95,8 @@ def compile_plan(
             reasons[name] = str(error)
     asked = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
     competing = [candidate for name in asked for candidate in found.get(name, [])]
+    if request.strategy == "auto" and request.reshard is None:
+        competing += with_parameters_kept(competing, budget, request)
     chosen = best(competing, budget)
     if chosen is None:
         if not diagnose:
@@ -149,6 +161,7 @@ def space_of(
         strategy=strategy,
         pins=pins,
         recompute=plan.recompute,
+        reshard=plan.reshard,
         analysis=analysis,
     )
 
