@@ -273,7 +273,7 @@ def _executable(
         bind_groups(local.graph, names)
         device = groups.mesh.device_type
         job.stages("compiling forward and backward" if job.options.compile else "splitting forward and backward")
-        lowered = lower(local, device=device, compile=job.options.compile, recompute="none")
+        lowered = lower(local, device=device, compile=job.options.compile, recompute="none", rank=ours.rank)
     return Executable(local, lowered), local
 
 
