@@ -35,8 +35,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -126,11 +126,15 @@ class _Step:
     whole: dict[str, Any]
     loss: float
     gradients: dict[str, Any]
+    pipeline: Any
+    """autopar's own, but that this rank captures the model's step once, not twice for each strategy."""
 
     @staticmethod
     def of(name: str, part: int, whole: bool) -> _Step:
         import torch
         import zoo_models
+
+        from autopar import PIPELINE
 
         model, inputs = zoo_models.build(name)
         loss, gradients = math.nan, {}
@@ -143,19 +147,33 @@ class _Step:
             gradients = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
         parts = dict(MESH)["dp"]
         local = {k: v.chunk(parts)[part] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        return _Step(model, local, inputs, loss, gradients)
+        pipeline = replace(PIPELINE, capture=_once(PIPELINE.capture))
+        return _Step(model, local, inputs, loss, gradients, pipeline)
+
+
+def _once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make`, whose first result is given again, however it is called."""
+    made: list[Any] = []
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        if not made:
+            made.append(make(*args, **kwargs))
+        return made[0]
+
+    return first
 
 
 def _run(row: Row, step: _Step, mesh: Any, rank: int) -> None:
     import zoo_models
 
     import autopar
+    from autopar.api import apply_with, plan_with
 
-    options = autopar.Options(compile=False)
-    plan = autopar.plan(step.model, mesh, step.inputs, strategy=row.strategy, options=options)
+    options = autopar.Options(compile=False, progress=False)
+    plan = plan_with(step.pipeline, step.model, mesh, step.inputs, strategy=row.strategy, options=options)
     row.captured = row.planned = True
     _note(row, plan.notes)
-    module = autopar.apply(step.model, plan, mesh)
+    module = apply_with(step.pipeline, step.model, plan, mesh)
     loss = zoo_models.loss_of(module(**step.inputs))
     loss.backward()
     row.ran = True

@@ -21,10 +21,10 @@ from passes.errors import NoFeasiblePlanError
 from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
 from passes.local import LocalProgram
 from passes.masks import use_causal_flag
-from passes.named import STRATEGIES, check_strategy
+from passes.named import check_strategy
 from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
 from passes.program import Program
-from passes.proposals import SIMPLEST_FIRST, Candidate, PaddingsOf, Progress, Request, Search, best, smallest
+from passes.proposals import BY_HAND, SIMPLEST_FIRST, Candidate, PaddingsOf, Progress, Request, Search, best, smallest
 from passes.randomness import own_randomness
 from passes.rewrite import rewrite
 from passes.routing import one_form
@@ -77,20 +77,20 @@ def compile_plan(
     search = Search(paddings, topology_, tuple(batch_axes), request, budget, progress)
     found: dict[str, list[Candidate]] = {}
     reasons: dict[str, str] = {}
-    names = SIMPLEST_FIRST if request.stored is None else (request.strategy,)
-    for name in names:
+    asked = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
+    beside = BY_HAND if request.stored is None else ()
+    for name in (*beside, *(name for name in asked if name not in beside)):
         try:
             found[name] = search.candidates(name)
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
-    asked = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
     competing = [candidate for name in asked for candidate in found.get(name, [])]
     chosen = best(competing, budget)
     if chosen is None:
         if not diagnose:
             raise NoFeasiblePlanError(what_is_needed(search, competing, reasons))
         raise why_nothing_fits(search, competing, reasons, smaller)
-    baselines = {name: _as_baseline(found.get(name, []), reasons.get(name, ""), budget) for name in STRATEGIES[1:]}
+    baselines = {name: _as_baseline(found.get(name, []), reasons.get(name, ""), budget) for name in BY_HAND}
     bound = Bound(
         chosen.solution.seconds,
         chosen.solution.bound_s,
