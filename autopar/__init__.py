@@ -101,9 +101,7 @@ def plan(
 
     Raises: as `parallelize`.
     """
-    made: Plan = plan_with(
-        PIPELINE, model, mesh, example_inputs, hardware=hardware, strategy=strategy, options=options
-    )
+    made: Plan = plan_with(PIPELINE, model, mesh, example_inputs, hardware=hardware, strategy=strategy, options=options)
     return made
 
 
