@@ -16,6 +16,8 @@ With `--simulate` the same plans and programs run in one process per architectur
 Four processes stay alive over many models, so that imports are paid once. One that crashes, hangs or fails has all
 four started again. Each finished row goes to `zoo_results.csv` at once; `zoo_results.md` is made from it.
 
+A step is run once per plan: where `auto` finds the plan of a named strategy, its row says whose run it is (`same_as`).
+
 Columns: `split` is the share of a rank's multiply-adds (products, attention, convolutions) that the tp axis splits,
 counted in the emitted program: 1 where each of two ranks does half, 0 where both do all.
 """
@@ -36,8 +38,9 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,8 @@ class Row:
     seconds: float = 0.0
     ranks: str = "real"
     """Or "simulated"."""
+    same_as: str = ""
+    """The strategy whose plan this one's is; it ran once for both."""
     error: str = ""
 
 
@@ -127,7 +132,10 @@ class _Step:
     loss: float
     gradients: dict[str, Any]
     pipeline: Any
-    """autopar's own, but that this rank captures the model's step once, not twice for each strategy."""
+    """autopar's own, but that this rank captures the step once, not twice for each strategy, and that what is solved
+    for one strategy is there for the next."""
+    ran: list[tuple[Any, Row]] = field(default_factory=list)
+    """Plans that were run, and how that went."""
 
     @staticmethod
     def of(name: str, part: int, whole: bool) -> _Step:
@@ -147,7 +155,9 @@ class _Step:
             gradients = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
         parts = dict(MESH)["dp"]
         local = {k: v.chunk(parts)[part] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        pipeline = replace(PIPELINE, capture=_once(PIPELINE.capture))
+        pipeline = replace(
+            PIPELINE, capture=_once(PIPELINE.capture), compile_plan=partial(PIPELINE.compile_plan, known={})
+        )
         return _Step(model, local, inputs, loss, gradients, pipeline)
 
 
@@ -173,6 +183,13 @@ def _run(row: Row, step: _Step, mesh: Any, rank: int) -> None:
     plan = plan_with(step.pipeline, step.model, mesh, step.inputs, strategy=row.strategy, options=options)
     row.captured = row.planned = True
     _note(row, plan.notes)
+    for other, earlier in step.ran:
+        if replace(plan, bound=other.bound) == other:
+            row.ran, row.right, row.error, row.same_as = earlier.ran, earlier.right, earlier.error, earlier.strategy
+            row.loss_error, row.gradient_error, row.worst = earlier.loss_error, earlier.gradient_error, earlier.worst
+            row.split = earlier.split
+            return
+    step.ran.append((plan, row))
     module = apply_with(step.pipeline, step.model, plan, mesh)
     loss = zoo_models.loss_of(module(**step.inputs))
     loss.backward()
@@ -290,12 +307,14 @@ def simulated(name: str, family: str, strategies: tuple[str, ...], answer: Any, 
         values = {name: step.whole[name] for name in whole.kwargs}
         tensors = [leaf for leaf in pytree.tree_leaves(((), values)) if isinstance(leaf, torch.Tensor)]
         parameters = {n: p.detach() for n, p in step.model.named_parameters()}
+        known: dict[str, Any] = {}
         for row in rows:
             start = time.monotonic()
             row.captured = True
             plan = planning.planned(
-                program, MESH, batch_axes=(0,), hardware=None, strategy=row.strategy, options=Options(), example=""
-            )
+                program, MESH, batch_axes=(0,), hardware=None, strategy=row.strategy, options=Options(compile=False),
+                example="", known=known,
+            )  # fmt: skip
             row.planned = True
             _note(row, plan.notes)
             local = planning.rewritten(program, plan)
@@ -417,9 +436,8 @@ def read(path: Path) -> dict[tuple[str, str], Row]:
     with path.open() as file:
         for record in csv.DictReader(file):
             values: dict[str, Any] = {}
-            for field in fields(Row):
-                text = record[field.name]
-                values[field.name] = _value(str(field.type), text)
+            for column in fields(Row):
+                values[column.name] = _value(str(column.type), record.get(column.name, ""))
             rows[record["architecture"], record["strategy"]] = Row(**values)
     return rows
 
@@ -434,7 +452,7 @@ def write(path: Path, rows: dict[tuple[str, str], Row]) -> None:
     """All rows, sorted."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(Row)])
+        writer.writerow([column.name for column in fields(Row)])
         for _, row in sorted(rows.items()):
             writer.writerow([_cell(value) for value in asdict(row).values()])
 

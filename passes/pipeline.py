@@ -59,12 +59,14 @@ def compile_plan(
     diagnose: bool = True,
     progress: Progress = lambda stage: None,
     keep_timeline: bool = False,
+    known: dict[str, list[Candidate]] | None = None,
 ) -> Plan:
     """The best plan found for `program` (as `prepare` left it).
 
     `options` and `example` are kept in the plan as they are. `smaller` gives the program of a smaller batch, to say
     whether that would fit; `diagnose`: where nothing fits, plan what would, too. `keep_timeline`: the plan has its
-    step's timeline.
+    step's timeline. `known`: candidates by strategy that earlier calls found, which differed in the strategy asked for
+    alone; what this one finds is added.
 
     Raises:
         NoFeasiblePlanError: nothing fits; says by how much, what is largest, what conflicts, and what would fit.
@@ -75,11 +77,13 @@ def compile_plan(
     paddings = PaddingsOf(program, topology_.sizes, tuple(batch_axes), fused=request.compiled)
     budget = request.budget_on(topology_)
     search = Search(paddings, topology_, tuple(batch_axes), request, budget, progress)
-    found: dict[str, list[Candidate]] = {}
+    found = {} if known is None else known
     reasons: dict[str, str] = {}
     asked = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
     beside = BY_HAND if request.stored is None else ()
     for name in (*beside, *(name for name in asked if name not in beside)):
+        if name in found:
+            continue
         try:
             found[name] = search.candidates(name)
         except NoFeasiblePlanError as error:
