@@ -96,7 +96,7 @@ def serve(rank: int, folder: str, jobs: Any, threads: int) -> None:
     while (job := jobs.recv()) is not None:
         name, family, strategies = job
         rows = _rows(name, family, strategies, mesh, rank)
-        jobs.send((rows, any(row.error for row in rows)))
+        jobs.send((rows, _are_apart(rows)))
     dist.destroy_process_group()
 
 
@@ -116,10 +116,16 @@ def _rows(name: str, family: str, strategies: tuple[str, ...], mesh: Any, rank: 
             if os.environ.get("ZOO_TRACEBACK"):
                 traceback.print_exc()
             row.error = _told(error)
+            row.seconds = time.monotonic() - start
+            break
         row.seconds = time.monotonic() - start
-        if row.error:
-            break  # the ranks may be apart now
     return rows
+
+
+def _are_apart(rows: list[Row]) -> bool:
+    """Whether an error may have left this rank elsewhere than others: what planning finds wrong, all ranks raise."""
+    raised = next((row for row in rows if row.error and not row.right and not math.isfinite(row.loss_error)), None)
+    return raised is not None and (raised.planned or raised.error.startswith("eager"))
 
 
 @dataclass
@@ -392,7 +398,7 @@ class Ranks:
                     deadline = min(deadline, time.monotonic() + 30)  # the others may wait for it for ever
         good = len(said) == RANKS and not any(answer is None or answer[1] for answer in said.values())
         rows = said[0][0] if said.get(0) else [Row(name, family, strategy) for strategy in strategies]
-        if not good:
+        if not good or any(row.error for row in rows):
             self._explain(rows, said, time.monotonic() - start)
         return rows, good
 
@@ -583,8 +589,8 @@ def main() -> int:
             else:
                 ranks = ranks or Ranks(arguments.threads)
                 found, good = ranks.run(name, family, left, arguments.limit_s)
-            end = next((i for i, row in enumerate(found) if row.error), len(found) - 1)
-            for row in found[: end + 1]:
+            done_with = sum(1 for row in found if row.error or row.ran)
+            for row in found[:done_with]:
                 rows[name, row.strategy] = row
                 told = row.error or f"loss {row.loss_error:.0e}, gradient {row.gradient_error:.0e}"
                 print(
@@ -593,7 +599,7 @@ def main() -> int:
                     flush=True,
                 )
             write(arguments.out, rows)
-            left = left[end + 1 :]
+            left = left[done_with:]
             if not good and ranks is not None:
                 ranks.stop()
                 ranks = None
