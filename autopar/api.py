@@ -159,6 +159,10 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
             f"Options(memory_budget={options.memory_budget}): bytes per device, a positive number; None takes what the "
             "hardware has"
         )
+    if options.reshard_after_forward not in (True, False, None):
+        raise ValueError(
+            f"Options(reshard_after_forward={options.reshard_after_forward!r}): True, False, or None to have it decided"
+        )
     if options.accumulate < 1:
         raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
     speaks = not dist.is_initialized() or dist.get_rank() == 0
@@ -269,7 +273,7 @@ def _executable(
         bind_groups(local.graph, names)
         device = groups.mesh.device_type
         job.stages("compiling forward and backward" if job.options.compile else "splitting forward and backward")
-        lowered = lower(local, device=device, compile=job.options.compile, recompute="none")
+        lowered = lower(local, device=device, compile=job.options.compile, recompute="none", rank=ours.rank)
     return Executable(local, lowered), local
 
 

@@ -93,6 +93,7 @@ def planned(
         optimizer="sgd" if options.optimizer == "none" else options.optimizer,
         accumulate=options.accumulate,
         recompute=options.recompute,
+        reshard=options.reshard_after_forward,
         compiled=options.compile,
         pins=pins_of(options),
         stored=stored,

@@ -4,12 +4,14 @@
     fsdp2, fsdp2 compiled        fully_shard on every layer and the whole; each layer compiled
     fsdp2+tp                     parallelize_module on (dp, tp), then fully_shard; LLaMA only (Conv1D is no Linear)
     autopar ddp|fsdp|megatron|auto
+    ... kept                     gathered parameters stay from forward to backward (reshard_after_forward=False)
 
 Each contender has processes of its own, one after the other, and trains the same steps. Reported are the median step
 after two to warm up, the first step with all that is planned and compiled before it, the growth of resident memory of
 the largest rank from the bare model to the highest point of the timed steps, and the last loss, which must be equal.
 
     python benchmarks/step_time.py                                     # writes benchmarks/step_time.md and .json
+    python benchmarks/step_time.py --hardware FILE   # plans by the figures of `autopar calibrate --ranks 4 -o FILE`
     python benchmarks/step_time.py --model llama --steps 5 --only fsdp2 "autopar fsdp"
 """
 
@@ -32,9 +34,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 MODELS = ("llama", "gpt2")
-HAND_MADE = ("ddp", "ddp compiled", "fsdp2", "fsdp2 compiled", "fsdp2+tp")
-OURS = ("autopar ddp", "autopar fsdp", "autopar megatron", "autopar auto")
-SAME = {"autopar ddp": HAND_MADE[:2], "autopar fsdp": HAND_MADE[2:4], "autopar megatron": HAND_MADE[4:]}
+HAND_MADE = ("ddp", "ddp compiled", "fsdp2", "fsdp2 compiled", "fsdp2 compiled kept", "fsdp2+tp")
+OURS = ("autopar ddp", "autopar fsdp", "autopar fsdp kept", "autopar megatron", "autopar auto")
+SAME = {
+    "autopar ddp": HAND_MADE[:2], "autopar fsdp": HAND_MADE[2:4], "autopar fsdp kept": HAND_MADE[4:5],
+    "autopar megatron": HAND_MADE[5:],
+}  # fmt: skip
 RANKS, ROWS, LENGTH, WARM = 4, 2, 128, 2
 
 
@@ -90,9 +95,9 @@ def by_hand(how: str, model: nn.Module) -> tuple[nn.Module, DeviceMesh]:
             wrapped = torch.compile(wrapped)  # type: ignore[assignment]
         return wrapped, mesh
     for layer in layers_of(model):
-        if how == "fsdp2 compiled":
+        if "compiled" in how:
             layer.compile()
-        fully_shard(layer, mesh=mesh["dp"])
+        fully_shard(layer, mesh=mesh["dp"], reshard_after_forward="kept" not in how)
     fully_shard(model, mesh=mesh["dp"])
     return model, mesh
 
@@ -107,7 +112,8 @@ def planned(how: str, model: nn.Module, saved: Path | None = None) -> tuple[nn.M
     if saved is not None and saved.exists():
         plan = autopar.Plan.load(saved)
     else:
-        plan = autopar.plan(model, mesh, batch(0, 0, rows), strategy=how.split()[1])
+        options = autopar.Options(reshard_after_forward=False if how.endswith("kept") else None)
+        plan = autopar.plan(model, mesh, batch(0, 0, rows), strategy=how.split()[1], options=options)
         if saved is not None and dist.get_rank() == 0:
             plan.save(saved)
     return autopar.apply(model, plan, mesh), mesh

@@ -24,7 +24,18 @@ from passes.masks import use_causal_flag
 from passes.named import check_strategy
 from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
 from passes.program import Program
-from passes.proposals import BY_HAND, SIMPLEST_FIRST, Candidate, PaddingsOf, Progress, Request, Search, best, smallest
+from passes.proposals import (
+    BY_HAND,
+    SIMPLEST_FIRST,
+    Candidate,
+    PaddingsOf,
+    Progress,
+    Request,
+    Search,
+    best,
+    smallest,
+    with_parameters_kept,
+)
 from passes.randomness import own_randomness
 from passes.rewrite import rewrite
 from passes.routing import one_form
@@ -89,6 +100,8 @@ def compile_plan(
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
     competing = [candidate for name in asked for candidate in found.get(name, [])]
+    if request.strategy == "auto" and request.reshard is None:
+        competing += with_parameters_kept(competing, budget, request)
     chosen = best(competing, budget)
     if chosen is None:
         if not diagnose:
@@ -153,6 +166,7 @@ def space_of(
         strategy=strategy,
         pins=pins,
         recompute=plan.recompute,
+        reshard=plan.reshard,
         analysis=analysis,
     )
 

@@ -149,6 +149,8 @@ class Plan:
     """Dims that the program is padded along before it is laid out."""
     repeated_keys: bool = False
     """Whether keys and values of grouped attention are repeated before that."""
+    reshard: bool = True
+    """Whether gathered parameters are freed after forward and gathered again (FSDP2's `reshard_after_forward`)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the caller asked for, as JSON values."""
     example: str = ""
@@ -270,6 +272,7 @@ def make_plan(
         aliases=dict(space.program.aliases),
         padded=padded,
         repeated_keys=repeated_keys,
+        reshard=space.recomputed.reshard,
         options=dict(options or {}),
         example=example,
     )
