@@ -27,7 +27,8 @@ from passes.space import Pin, Space, search_space
 from passes.uneven import Padding, Paddings, stored_pads, uneven_dims, used_pads
 
 Progress = Callable[[str], None]
-SIMPLEST_FIRST = ("ddp", "fsdp", "megatron", "auto")
+BY_HAND = ("ddp", "fsdp", "megatron")
+SIMPLEST_FIRST = (*BY_HAND, "auto")
 _TIE = 1e-3
 """Relative step time within which the simpler plan is taken."""
 _HIDDEN_SHARES = (1.0, 0.3, 0.05)
