@@ -224,8 +224,9 @@ def _atom_names(space: Space, stored: dict[int, list[int | None]]) -> dict[int, 
     if "hidden" not in names.values() and contracted:
         names.setdefault(contracted.most_common(1)[0][0], "hidden")
     for site, positions in stored.items():
-        if _is_weight(space, site) and len(space.sites[site].dims) == 3 and positions[0] in stacked:
-            names.setdefault(positions[0], "experts")
+        first = positions[0] if _is_weight(space, site) and len(space.sites[site].dims) == 3 else None
+        if first is not None and first in stacked:
+            names.setdefault(first, "experts")
     _name_routers(names, sizes, weights, analysis.weight_dims)
     for dims in analysis.weight_dims:
         if len(dims) >= 2:
