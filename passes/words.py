@@ -224,9 +224,8 @@ def _atom_names(space: Space, stored: dict[int, list[int | None]]) -> dict[int, 
     if "hidden" not in names.values() and contracted:
         names.setdefault(contracted.most_common(1)[0][0], "hidden")
     for site, positions in stored.items():
-        first = positions[0] if _is_weight(space, site) and len(space.sites[site].dims) == 3 else None
-        if first is not None and first in stacked:
-            names.setdefault(first, "experts")
+        if _is_weight(space, site) and len(space.sites[site].dims) == 3:
+            names |= {atom: "experts" for atom in positions[:1] if atom in stacked and atom not in names}
     _name_routers(names, sizes, weights, analysis.weight_dims)
     for dims in analysis.weight_dims:
         if len(dims) >= 2:
@@ -257,7 +256,7 @@ def _name_inner(names: dict[int, str], weights: Sequence[Sequence[int | None]], 
     beside: dict[int, set[str]] = {}
     for positions in weights:
         for atom in positions:
-            if atom in inner and atom not in names:
+            if atom is not None and atom in inner and atom not in names:
                 others = {names.get(other, "") for other in positions if other is not None and other != atom}
                 beside.setdefault(atom, set()).update(others)
     for atom, others in beside.items():
