@@ -7,7 +7,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from passes.inputs import default_inputs, global_inputs
+from costmodel.hardware import hardware, topology
+from passes.capture import capture
+from passes.inputs import default_inputs, global_inputs, one_sample
+from passes.pipeline import prepare
+from passes.space import search_space
 
 transformers = pytest.importorskip("transformers")
 
@@ -99,3 +103,17 @@ def test_a_model_that_does_not_tell_asks() -> None:
 
     with pytest.raises(ValueError, match=r"example_inputs: .*one data-parallel rank feeds Own.*takes pixels, scale"):
         default_inputs(Own())
+
+
+def test_a_batch_that_the_batch_axes_do_not_divide_is_refused() -> None:
+    program = prepare(capture(nn.Linear(4, 2), (torch.zeros(3, 4),), {}, batch_dims=[0], batch_size=3))
+    with pytest.raises(ValueError, match=r"dim 0 has 3 entries over all ranks, which the 2 ranks of the batch axes"):
+        search_space(program, topology(hardware("h100"), {"dp": 2}), (0,))
+
+
+def test_one_sample_is_the_first_and_what_all_share_stays() -> None:
+    ids, scale = torch.arange(12).view(3, 4), torch.tensor(2.0)
+    (found, kept), rest = one_sample((ids, scale), {"mask": ids > 3})
+    assert torch.equal(found, ids[:1])
+    assert kept is scale
+    assert torch.equal(rest["mask"], ids[:1] > 3)
