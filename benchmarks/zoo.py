@@ -168,13 +168,14 @@ class _Step:
 
 
 def _once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`make`, whose first result is given again, however it is called."""
-    made: list[Any] = []
+    """`make` of one call of the model; a program of one kind, once made, is given again."""
+    made: dict[tuple[Any, Any], Any] = {}
 
-    def first(*args: Any, **kwargs: Any) -> Any:
-        if not made:
-            made.append(make(*args, **kwargs))
-        return made[0]
+    def first(*args: Any, tangents: Any = "loss", backward: bool = True, **kwargs: Any) -> Any:
+        kind = tangents, backward
+        if kind not in made:
+            made[kind] = make(*args, tangents=tangents, backward=backward, **kwargs)
+        return made[kind]
 
     return first
 
