@@ -31,6 +31,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -285,7 +286,8 @@ def _of_node(node: Any, experts: int) -> float:
 
 
 def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:600]
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return re.sub(r"[^ ]*/site-packages/", "", words)[:600]
 
 
 # ------------------------------------------------------------------------------------------------- ranks in one process
