@@ -101,7 +101,7 @@ def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh
             raise PlanMismatchError(
                 f"the plan is for the mesh {dict(told.axes)} but this one is {dict(job.axes)}; plan again for it"
             )
-        call = examples.restored(told.example)
+        call = examples.by_name(type(model).forward, *examples.restored(told.example))
         with examples.as_described(told.example):
             program = _captured(job, skeleton(model), call)
         _check_fingerprint(told, program)

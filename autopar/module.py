@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar import buffers as buffers_
 from autopar import stored, tree
+from autopar.examples import by_name
 from autopar.reading import MOST_GRAPHS, Gather, Values, too_many
 from autopar.together import watch
 from passes.autocast import autocast_as, autocast_dtype
@@ -250,7 +251,7 @@ def plain_module(module: nn.Module) -> nn.Module:
 def preload(module: ParallelModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], executable: Executable) -> None:
     """Has `executable` run training calls like `(args, kwargs)`."""
     runtime = _runtime(module)
-    leaves, in_spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    leaves, in_spec = pytree.tree_flatten(by_name(runtime.original.forward, args, kwargs))
     trains = _has_gradients(executable.local)
     runtime.executables[_key(runtime, leaves, in_spec, trains)] = [executable]
 
@@ -291,7 +292,7 @@ def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _forward(runtime: Runtime, module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    kwargs = dict(sorted(kwargs.items()))
+    args, kwargs = by_name(runtime.original.forward, args, kwargs)
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     device = _device(runtime.mesh)
     _check_inputs(args, kwargs, device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from passes.graphs import graph_module
 from passes.program import Fixed, Guards, Input
 
 aten = torch.ops.aten
@@ -64,7 +65,7 @@ def guards_of(
             results.append(graph.call_function(read.target, args, kwargs))
     graph.output(tuple(results))
     graph.eliminate_dead_code()
-    return Guards(fx.GraphModule(root, graph), tuple(names), tuple(read.fixed for read, _ in kept))
+    return Guards(graph_module(root, graph), tuple(names), tuple(read.fixed for read, _ in kept))
 
 
 def _zeros(graph: fx.Graph, meta: Tensor) -> fx.Node:

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from passes.gloo import for_gloo
+from passes.graphs import graph_module
 from passes.layers import layer_patterns
 from passes.local import LocalProgram
 from passes.outer import Boxed, Outer, Planned, assembled, op_step
@@ -285,7 +286,7 @@ def _of_a_list(gm: fx.GraphModule) -> fx.GraphModule:
         copies[node] = graph.call_function(operator.getitem, (values, index))
         copies[node].meta = dict(node.meta)
     graph.output(graph.graph_copy(gm.graph, copies))
-    return fx.GraphModule(gm, graph)
+    return graph_module(gm, graph)
 
 
 def _fake_like(value: torch.Tensor) -> torch.Tensor:
@@ -302,7 +303,7 @@ def retarget(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    moved = fx.GraphModule(gm, graph)
+    moved = graph_module(gm, graph)
     for node, original in zip(graph.nodes, gm.graph.nodes, strict=True):
         node.meta = dict(original.meta)
     if device.type == "cpu":

@@ -30,6 +30,7 @@ from torch import fx
 from passes.analysis import Analysis
 from passes.dims import Atom, atoms_of, is_getitem, outputs_of, value_of
 from passes.emit import Emitter, relax_views
+from passes.graphs import graph_module
 from passes.harmless import Key, Need, Place, Reading, fill_of, keeps_values, needs_of, result_zone
 from passes.localize import LocalOp, run_locally
 from passes.program import Input, Output, Program
@@ -154,7 +155,7 @@ class _Padding:
                 self._run(node)
         outputs, values = self._outputs(inputs)
         self.emit.graph.output(tuple(values))
-        module = fx.GraphModule(self.program.graph, self.emit.graph)
+        module = graph_module(self.program.graph, self.emit.graph)
         relax_views(module.graph)
         module.graph.eliminate_dead_code()
         module.graph.lint()

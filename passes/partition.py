@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from passes.cut import UNBOUNDED, Values, cheapest_cut
+from passes.graphs import graph_module
 from passes.local import COLLECTIVES, TOGETHER, WAIT, LocalProgram
 from passes.recompute import ATTENTION, block_of, is_cheap_op, is_view_op
 
@@ -272,4 +273,4 @@ def _extract(
                 stack.pop()
     graph.output(tuple(copies[node] if isinstance(node, fx.Node) else node for node in outputs))
     graph.lint()
-    return fx.GraphModule(owner, graph)
+    return graph_module(owner, graph)
