@@ -562,7 +562,8 @@ def _chosen(
     for name in names:
         strategies = tuple(arguments.strategies.split(","))
         if arguments.resume:
-            strategies = tuple(s for s in strategies if (name, s) not in rows)
+            known = {key for key, row in rows.items() if arguments.simulate or row.ranks == "real"}
+            strategies = tuple(s for s in strategies if (name, s) not in known)
         if arguments.failed:
             strategies = tuple(s for s in strategies if (name, s) in rows and not rows[name, s].right)
         if strategies:
