@@ -1,15 +1,15 @@
 """Every architecture of `transformers`, tiny, trained a step on four ranks beside one device.
 
-    python benchmarks/zoo.py                              all of zoo.csv: a while
+    python benchmarks/zoo.py                              all of zoo.csv: 75 CPU minutes
     python benchmarks/zoo.py --resume                     those that the result file lacks
     python benchmarks/zoo.py --only llama,t5@s2s          some, by name
     python benchmarks/zoo.py --failed                     those that failed, again
     python benchmarks/zoo.py --simulate                   all ranks played in one process: a fifth of the time
 
-Mesh dp=2 x tp=2, float32, not compiled, real gloo ranks, through `autopar.plan` and `autopar.apply`, under `megatron`,
-`fsdp` and `auto`. A step is right where the loss is eager's on one device with the whole batch to 1e-4 and every
-gradient to 2e-3 of its norm. (A gradient whose norm is under 1e-6 of all gradients' is zero but for rounding, and is
-held against that.)
+Mesh dp=2 x tp=2, float32, not compiled, real gloo ranks, by the stages of `autopar.plan` and `autopar.apply`, under
+`megatron`, `fsdp` and `auto`. Each rank captures a model once. A step is right where the loss is eager's on one device
+with the whole batch to 1e-4 and every gradient to 2e-3 of its norm. (A gradient whose norm is under 1e-6 of all
+gradients' is zero but for rounding, and is held against that.)
 
 With `--simulate` the same plans and programs run in one process per architecture, collectives being plain arithmetic.
 
@@ -31,6 +31,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -168,13 +169,14 @@ class _Step:
 
 
 def _once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`make`, whose first result is given again, however it is called."""
-    made: list[Any] = []
+    """`make` of one call of the model; a program of one kind, once made, is given again."""
+    made: dict[tuple[Any, Any], Any] = {}
 
-    def first(*args: Any, **kwargs: Any) -> Any:
-        if not made:
-            made.append(make(*args, **kwargs))
-        return made[0]
+    def first(*args: Any, tangents: Any = "loss", backward: bool = True, **kwargs: Any) -> Any:
+        kind = tangents, backward
+        if kind not in made:
+            made[kind] = make(*args, tangents=tangents, backward=backward, **kwargs)
+        return made[kind]
 
     return first
 
@@ -284,7 +286,8 @@ def _of_node(node: Any, experts: int) -> float:
 
 
 def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:600]
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return re.sub(r"[^ ]*/site-packages/", "", words)[:600]
 
 
 # ------------------------------------------------------------------------------------------------- ranks in one process
@@ -516,9 +519,10 @@ def summary(rows: dict[tuple[str, str], Row], asked: int) -> str:
         "",
         f"Made by `{COMMAND}`; torch {torch.__version__}, transformers {transformers.__version__}. {len(names)} of "
         f"{asked} architectures have been run ({_kinds(rows)}) on mesh {' x '.join(f'{n}={s}' for n, s in MESH)}, "
-        "float32, not compiled: on four gloo ranks through `autopar.plan` and `autopar.apply`, or the same programs "
-        "with all ranks simulated in one process (`--simulate`). Errors are relative to eager on one device with the "
-        f"whole batch: right is a loss to {LOSS_LIMIT:g} and every gradient to {GRADIENT_LIMIT:g} of its norm. "
+        "float32, not compiled: real steps on four gloo ranks by the stages of `autopar.plan` and `autopar.apply` "
+        "(each rank captures a model once; where `auto` finds the plan of a named strategy, one run counts for both), "
+        "simulated ones with all ranks in one process (`--simulate`). Errors are relative to eager on one device with "
+        f"the whole batch: right is a loss to {LOSS_LIMIT:g} and every gradient to {GRADIENT_LIMIT:g} of its norm. "
         "`split` is the share of a rank's multiply-adds that the tp axis splits. `zoo_results.csv` has all columns.",
         "",
         tabulate(counts, head, "github"),
@@ -558,7 +562,8 @@ def _chosen(
     for name in names:
         strategies = tuple(arguments.strategies.split(","))
         if arguments.resume:
-            strategies = tuple(s for s in strategies if (name, s) not in rows)
+            known = {key for key, row in rows.items() if arguments.simulate or row.ranks == "real"}
+            strategies = tuple(s for s in strategies if (name, s) not in known)
         if arguments.failed:
             strategies = tuple(s for s in strategies if (name, s) in rows and not rows[name, s].right)
         if strategies:
