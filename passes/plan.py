@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from costmodel.layout import Partial, layout_text
+from costmodel.memory import gib
 from passes.errors import NoFeasiblePlanError, PlanMismatchError
 from passes.footprint import TopTensor
 from passes.pad import Pad
@@ -281,7 +282,7 @@ def make_plan(
 def baseline(schedule: Schedule, budget_bytes: int | None = None) -> Baseline:
     """A played step as a baseline."""
     over = schedule.peak_memory_bytes - budget_bytes if budget_bytes is not None else 0
-    reason = f"{over / 2**30:.1f} GiB over the budget, at {schedule.peak_moment}" if over > 0 else ""
+    reason = f"{gib(over)} over the budget, at {schedule.peak_moment}" if over > 0 else ""
     return Baseline(schedule.step_time_s, schedule.peak_memory_bytes, over <= 0, reason)
 
 
