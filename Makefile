@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+PYTEST_FLAGS ?= -n 2 --dist worksteal --durations 25
 
 STAMP := $(VENV)/.stamp
 BIN := $(VENV)/bin
@@ -35,7 +35,8 @@ $(STAMP): pyproject.toml requirements/constraints.txt
 demo: setup
 	$(BIN)/python examples/demo.py
 
-test: lint check
+test: setup
+	$(MAKE) -j2 lint check  # types take a minute of one core: beside the tests
 
 lint: setup
 	$(BIN)/ruff check .

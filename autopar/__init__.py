@@ -49,7 +49,7 @@ __all__ = [
     "verify",
 ]
 
-_PIPELINE = Pipeline(
+PIPELINE = Pipeline(
     planning.captured,
     planning.planned,
     planning.rewritten,
@@ -82,7 +82,7 @@ def parallelize(
         NoFeasiblePlanError: no plan fits in memory; says by how much, and what would.
         PlanMismatchError: `plan` is for another graph or mesh.
     """
-    return parallelize_with(_PIPELINE, model, mesh, example_inputs, plan=plan, options=options)
+    return parallelize_with(PIPELINE, model, mesh, example_inputs, plan=plan, options=options)
 
 
 def plan(
@@ -101,9 +101,7 @@ def plan(
 
     Raises: as `parallelize`.
     """
-    made: Plan = plan_with(
-        _PIPELINE, model, mesh, example_inputs, hardware=hardware, strategy=strategy, options=options
-    )
+    made: Plan = plan_with(PIPELINE, model, mesh, example_inputs, hardware=hardware, strategy=strategy, options=options)
     return made
 
 
@@ -113,4 +111,4 @@ def apply(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> ParallelModule:
     Raises:
         PlanMismatchError: the plan is for another graph or mesh; says what differs.
     """
-    return apply_with(_PIPELINE, model, plan, mesh)
+    return apply_with(PIPELINE, model, plan, mesh)

@@ -101,7 +101,7 @@ def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh
             raise PlanMismatchError(
                 f"the plan is for the mesh {dict(told.axes)} but this one is {dict(job.axes)}; plan again for it"
             )
-        call = examples.restored(told.example)
+        call = examples.by_name(type(model).forward, *examples.restored(told.example))
         with examples.as_described(told.example):
             program = _captured(job, skeleton(model), call)
         _check_fingerprint(told, program)
@@ -158,6 +158,10 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
         raise ValueError(
             f"Options(memory_budget={options.memory_budget}): bytes per device, a positive number; None takes what the "
             "hardware has"
+        )
+    if options.reshard_after_forward not in (True, False, None):
+        raise ValueError(
+            f"Options(reshard_after_forward={options.reshard_after_forward!r}): True, False, or None to have it decided"
         )
     if options.accumulate < 1:
         raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
@@ -269,7 +273,7 @@ def _executable(
         bind_groups(local.graph, names)
         device = groups.mesh.device_type
         job.stages("compiling forward and backward" if job.options.compile else "splitting forward and backward")
-        lowered = lower(local, device=device, compile=job.options.compile, recompute="none")
+        lowered = lower(local, device=device, compile=job.options.compile, recompute="none", rank=ours.rank)
     return Executable(local, lowered), local
 
 

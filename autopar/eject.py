@@ -85,6 +85,7 @@ def eject(plan: Plan, model: nn.Module, argument: str, file: str) -> Ejected:
         batch_axes=json.dumps(list(plan.batch_axes)),
         state_axes=repr(state_axes),
         shards_state=bool(state_axes),
+        kept="" if plan.reshard else ", reshard_after_forward=False",
         tensor_axis=axis,
         layers=layers,
         outside=outside,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
+import inspect
 import json
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,11 +36,32 @@ def call_of(model: nn.Module, example_inputs: Any) -> Call:
     if isinstance(example_inputs, Mapping):
         return (), dict(sorted(example_inputs.items()))
     if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
+        return by_name(type(model).forward, tuple(example_inputs), {})
     raise ValueError(
         f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional or a mapping of keyword "
         "arguments"
     )
+
+
+def by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """The call with its positional arguments as keywords, where `forward` (a method) names them all.
+
+    So a model planned for one form of a call runs the other by the same graph. What would be an error stays as it is.
+    """
+    names = _positional(forward)
+    named = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or named.keys() & kwargs.keys():
+        return args, dict(sorted(kwargs.items()))
+    return (), dict(sorted({**named, **kwargs}.items()))
+
+
+@functools.cache
+def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments that may be given either way; none where some may be given by position alone."""
+    _, *parameters = inspect.signature(forward).parameters.values()
+    if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
+        return ()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def on_cpu(call: Call) -> Call:

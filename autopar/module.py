@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -26,12 +26,14 @@ from torch.distributed.tensor import DTensor
 
 from autopar import buffers as buffers_
 from autopar import stored, tree
+from autopar.examples import by_name
 from autopar.reading import MOST_GRAPHS, Gather, Values, too_many
 from autopar.together import watch
 from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
 from passes.local import LocalProgram, Storage
 from passes.lower import Lowered, Unreduced
+from passes.program import Program
 
 Tangents = Literal["loss", "all"]
 
@@ -249,7 +251,7 @@ def plain_module(module: nn.Module) -> nn.Module:
 def preload(module: ParallelModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], executable: Executable) -> None:
     """Has `executable` run training calls like `(args, kwargs)`."""
     runtime = _runtime(module)
-    leaves, in_spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    leaves, in_spec = pytree.tree_flatten(by_name(runtime.original.forward, args, kwargs))
     trains = _has_gradients(executable.local)
     runtime.executables[_key(runtime, leaves, in_spec, trains)] = [executable]
 
@@ -290,7 +292,7 @@ def _call(module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _forward(runtime: Runtime, module: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    kwargs = dict(sorted(kwargs.items()))
+    args, kwargs = by_name(runtime.original.forward, args, kwargs)
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     device = _device(runtime.mesh)
     _check_inputs(args, kwargs, device)
@@ -428,7 +430,8 @@ class _Step:
         with autocast_as(None):
             results, saved = self.executable.lowered.forward(self.values)
         kinds = [output for output in local.outputs if output.kind != "gradient"]
-        outputs, returned = [], iter(self.returned)
+        outputs: list[torch.Tensor] = []
+        returned = iter(self.returned)
         with torch.no_grad():
             for value, output in zip(results, kinds, strict=True):
                 if output.kind == "buffer":
@@ -439,7 +442,8 @@ class _Step:
                 if of is not None:
                     mine = stored.part_shape(output.storage, self.runtime.axis_sizes, self.runtime.coordinate)
                     value = stored.distributed(stored.unpad(value.contiguous(), mine), of)
-                outputs.append(value)
+                # A model may return one tensor under two names; autograd tells outputs apart by the tensor.
+                outputs.append(value.detach() if any(value is other for other in outputs) else value)
         return outputs, saved
 
     def gradients(self, executable: Executable, saved: Any, tangents: Any) -> dict[str, Any]:
@@ -571,8 +575,12 @@ class _Differentiable(torch.autograd.Function):
     def _backward(ctx: Any, step: _Step, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
         local, runtime = step.executable.local, step.runtime
         outputs = [output.name for output in local.outputs if output.kind == "output"]
-        arrived = {name: gradient for name, gradient in zip(outputs, gradients, strict=True) if gradient is not None}
         asked = {entry.name for entry in local.inputs if entry.kind == "tangent"}
+        of_one = _one_name(local.program, asked)
+        arrived: dict[str, torch.Tensor] = {}
+        for name, gradient in zip((of_one.get(name, name) for name in outputs), gradients, strict=True):
+            if gradient is not None:
+                arrived[name] = arrived[name] + gradient if name in arrived else gradient
         if arrived.keys() <= asked:
             saved = list(ctx.saved_tensors)
             if (clear := getattr(ctx, "maybe_clear_saved_tensors", None)) is not None:
@@ -586,6 +594,18 @@ class _Differentiable(torch.autograd.Function):
             tangents = _tangents(runtime, other.local, arrived, runtime.batch_ranks)
             found = step.gradients(other, saved, tangents)
         return None, *(_as_stored(runtime, name, found.get(name)) for name in step.names)
+
+
+def _one_name(program: Program, asked: Collection[str]) -> dict[str, str]:
+    """Other names under which a model returns a scalar -> the one that has its tangent."""
+    nodes: Any = program.graph.graph.output_node().args[0]
+    scalars = [
+        (output.name, node)
+        for output, node in zip(program.outputs, nodes, strict=True)
+        if output.kind == "output" and not node.meta["val"].dim()
+    ]
+    first = {node: name for name, node in scalars if name in asked}
+    return {name: first[node] for name, node in scalars if node in first and name not in asked}
 
 
 def _tangents(

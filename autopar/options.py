@@ -26,6 +26,8 @@ class Options:
     pins: parameter-name pattern (fnmatch) -> placements in compute such as "RS(0)", one per mesh axis, or at rest and
         in compute: "S(0)S(0) -> RS(0)".
     recompute: which activations to compute again in backward.
+    reshard_after_forward: whether gathered parameters are freed after forward and gathered again for backward, as
+        FSDP2's argument of this name; None: "auto" decides by time and memory, other strategies free them.
     accumulate: micro-batches per optimizer step.
     seed: of dropout and every other random op in the model.
     progress: whether rank 0 says on standard error which stage it is in.
@@ -39,6 +41,7 @@ class Options:
     batch_dims: Mapping[str, int | None] | None = None
     pins: Mapping[str, str] = field(default_factory=dict)
     recompute: Recompute = "auto"
+    reshard_after_forward: bool | None = None
     accumulate: int = 1
     seed: int = 0
     progress: bool = True

@@ -19,6 +19,7 @@ from passes.pipeline import Progress, Request, compile_plan, local_program, on_m
 from passes.plan import Placements, Plan
 from passes.precision import Precision
 from passes.program import Program
+from passes.proposals import Candidate
 from passes.space import Pin
 from passes.words import unfold_names
 
@@ -80,10 +81,11 @@ def planned(
     progress: Progress = lambda stage: None,
     keep_timeline: bool = False,
     without: Sequence[tuple[str, str]] = (),
+    known: dict[str, list[Candidate]] | None = None,
 ) -> Plan:
     """The plan for `program` on a mesh of `axes`.
 
-    `without`: (place, option) that it may not choose. `smaller` and `diagnose`: see `compile_plan`.
+    `without`: (place, option) that it may not choose. `smaller`, `diagnose` and `known`: see `compile_plan`.
     """
     request = Request(
         strategy=strategy,
@@ -91,6 +93,7 @@ def planned(
         optimizer="sgd" if options.optimizer == "none" else options.optimizer,
         accumulate=options.accumulate,
         recompute=options.recompute,
+        reshard=options.reshard_after_forward,
         compiled=options.compile,
         pins=pins_of(options),
         stored=stored,
@@ -109,6 +112,7 @@ def planned(
         diagnose=diagnose,
         progress=progress,
         keep_timeline=keep_timeline,
+        known=known,
     )
     return replace(plan, parameters={key: _marked(placed, options) for key, placed in plan.parameters.items()})
 

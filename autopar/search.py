@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import nn
 
 from autopar import examples
-from autopar.options import Options
+from autopar.options import Options, Recompute
 from autopar.profiling import Captures, Profiler
 from autopar.verdict import Verdict, verdict
 from costmodel.hardware import Hardware
@@ -31,7 +31,10 @@ from costmodel.memory import OPTIMIZERS, gib
 from passes.candidate import Estimate, Setup, estimate, lower_bound
 from passes.errors import NoFeasiblePlanError
 from passes.inputs import default_inputs, global_inputs
+from passes.plan import Plan
+from passes.plots import FrontierPoint
 from passes.recompute import Mode
+from passes.report_text import seconds_text
 
 _OPTIMIZERS = {"adamw": "adamw-master", "none": "sgd"}
 """Options' optimizers -> with an fp32 copy of parameters that compute holds in a lower precision."""
@@ -40,7 +43,8 @@ _RECOMPUTE: Mapping[str, tuple[Mode, ...]] = {
 }  # fmt: skip
 _MOST_MICRO_BATCHES = 4
 """Micro-batch sizes tried per mesh: the largest that the batch allows, and halves of it."""
-
+_NEAREST = 5
+"""So many that do not fit are shown."""
 _LEAST_PART = 4096
 """Tokens of a sequence below which context parallelism is not considered: its ring would outlast its attention."""
 
@@ -93,6 +97,8 @@ class SearchResult:
     played: int
     bound_s: float
     notes: tuple[str, ...] = ()
+    asked: Options = field(default_factory=Options, compare=False)
+    """The options that the search was given."""
 
     @property
     def best(self) -> Candidate:
@@ -106,17 +112,35 @@ class SearchResult:
                 return candidate
         raise NoFeasiblePlanError(f"no plan fits on {self.gpus} x {self.hardware}; {self.verdict.text[0]}")
 
+    def options(self, candidate: Candidate | None = None) -> Options:
+        """What `autopar.plan` takes to plan a candidate (the best) on its `mesh` as it was priced."""
+        setup = (candidate or self.best).setup
+        asked = self.asked
+        recompute: Recompute = "auto" if setup.recompute == "pointwise" else setup.recompute
+        optimizer = _OPTIMIZERS.get(asked.optimizer, asked.optimizer)
+        return replace(asked, accumulate=setup.accumulate, recompute=recompute, optimizer=optimizer)
+
+    def frontier(self, plan: Plan | None = None) -> tuple[FrontierPoint, ...]:
+        """What fits and the nearest that does not, for `plan.report(path, frontier=...)`.
+
+        plan: the best, planned (`options`): it stands there with its own figures, which the search only approached.
+        """
+        best = next((c for c in self.candidates if not c.priced_only), None)
+        found = (*self.candidates, *self.too_large[:_NEAREST])
+        points = [_point(c, chosen=c is best and plan is None) for c in found]
+        if plan is None:
+            return tuple(points)
+        label = " ".join(f"{name}={size}" for name, size in plan.axes)
+        made = FrontierPoint(label, plan.step_time_s, plan.peak_memory_bytes, plan.fits, chosen=True)
+        return (made, *points)
+
     def table(self, top: int | None = None) -> str:
         """The ranking as people read it."""
-        shown = self.candidates[:top]
-        rows = [_row(i + 1, c, self) for i, c in enumerate(shown)]
-        text = tabulate(rows, headers=_HEADERS, colalign=_ALIGN, disable_numparse=True) if rows else "nothing fits"
-        large = self.too_large[: max(3, (top or 10) // 2)]
-        if large:
-            rows = [_row(0, c, self) for c in large]
-            text += "\n\nDoes not fit, nearest first:\n"
-            text += tabulate(rows, headers=("", *_HEADERS[1:]), colalign=_ALIGN, disable_numparse=True)
-        return text
+        rows = [_row(i + 1, c, self) for i, c in enumerate(self.candidates[:top])]
+        counted = "tokens" if self.sequence else "samples"
+        text = _table(rows, counted) if rows else "nothing fits"
+        large = [_row(0, c, self) for c in self.too_large[:_NEAREST]]
+        return f"{text}\n\nDoes not fit, nearest first:\n{_table(large, counted)}" if large else text
 
     def __str__(self) -> str:
         return self.text()
@@ -143,6 +167,7 @@ class SearchResult:
     def to_json(self) -> str:
         """All of it, for scripts."""
         content = {
+            "format": "autopar-search", "version": 1,
             "model": self.model, "gpus": self.gpus, "hardware": self.hardware, "global_batch": self.global_batch,
             "sequence": self.sequence, "budget_bytes": self.budget_bytes, "counted": self.counted,
             "played": self.played, "bound_s": self.bound_s if self.bound_s < math.inf else None,
@@ -153,14 +178,33 @@ class SearchResult:
         return json.dumps(content, indent=1)
 
 
-_HEADERS = ("", "dp_replicate x dp_shard x tp", "pp", "cp", "micro-batch", "recompute", "step", "tokens/s/GPU",
-            "memory", "fits", "priced only")  # fmt: skip
+def _point(candidate: Candidate, chosen: bool) -> FrontierPoint:
+    setup = candidate.setup
+    parts = [f"{name}={size}" for name, size in candidate.mesh.items()]
+    parts += [f"{setup.micro_batch} x {setup.accumulate}", setup.recompute]
+    return FrontierPoint(
+        " ".join(parts), candidate.step_time_s, candidate.peak_memory_bytes, candidate.fits, chosen,
+        ", ".join(candidate.priced_only),
+    )  # fmt: skip
+
+
+_HEADERS = ("", "replicate x shard x tp", "pp", "cp", "batch", "recompute", "step", "{}/s/GPU", "memory", "over budget",
+            "priced only")  # fmt: skip
 _ALIGN = ("right", "left", "right", "right", "left", "left", "right", "right", "right", "left", "left")
+
+
+def _table(rows: Sequence[Sequence[str]], counted: str) -> str:
+    """Without columns that say nothing."""
+    said = [i for i in range(len(_HEADERS)) if any(row[i] for row in rows)]
+    kept = [[row[i] for i in said] for row in rows]
+    align = [_ALIGN[i] for i in said]
+    headers = [_HEADERS[i].format(counted) for i in said]
+    return tabulate(kept, headers, colalign=align, disable_numparse=True)
 
 
 def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
     setup = candidate.setup
-    samples = result.global_batch / candidate.step_time_s / result.gpus
+    speed = result.global_batch * (result.sequence or 1) / candidate.step_time_s / result.gpus
     return [
         str(rank) if rank else "",
         f"{setup.dp_replicate} x {setup.dp_shard} x {setup.tp}",
@@ -169,15 +213,15 @@ def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
         f"{setup.micro_batch} x {setup.accumulate}",
         setup.recompute,
         _time(candidate.step_time_s),
-        f"{samples * (result.sequence or 1):.0f}",
+        f"{speed:.0f}",
         gib(candidate.peak_memory_bytes),
-        "yes" if candidate.fits else f"{gib(candidate.over_bytes)} over",
+        "" if candidate.fits else gib(candidate.over_bytes),
         ", ".join(candidate.priced_only),
     ]
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+    return seconds_text(seconds) if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _as_json(candidate: Candidate) -> dict[str, Any]:
@@ -258,6 +302,7 @@ class _State:
         self.gpus = gpus
         self.batch = batch
         self.budget = budget
+        self.options = options
         self.recompute = _RECOMPUTE[options.recompute]
         self.top = top
         self.length = splits
@@ -284,12 +329,12 @@ class _State:
         large = sorted((c for c in everything if not c.fits), key=lambda c: c.over_bytes)
         device = machine.device
         if not self.profiler.layers:
-            self.notes.append("no repeated layers were found: captured whole, no pipeline priced")
+            self.notes.append("no repeated layers were found, or too few to cut: captured whole, no pipeline priced")
         return SearchResult(
             getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__,
             self.gpus, device.name, self.batch, length, self.budget, tuple(_distinct(fitting)),
             tuple(_distinct(large)), verdict(everything, self.profiler, self.gpus, self.batch, self.budget),
-            len(plans) + len(priced), len(plans) - unplayed, bound_s, tuple(self.notes),
+            len(plans) + len(priced), len(plans) - unplayed, bound_s, tuple(self.notes), self.options,
         )  # fmt: skip
 
     # -- what there is to try ------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Shallow:
-    """Prefixes of a model with `layers` repeated layers (0: none found; then the only prefix is the model itself)."""
+    """Prefixes of a model with `layers` repeated layers (0: none, or too few to cut: the model is the only one)."""
 
     prefixes: tuple[Prefix, ...]
     layers: int
@@ -56,7 +56,7 @@ def shallow(model: nn.Module) -> Shallow:
     kinds = _kinds(layers)
     chosen = _depths(kinds)
     if chosen is None:
-        return Shallow((Prefix(model, len(layers), 1.0, 0.0),), 0)
+        return whole
     depths, weights, outside = chosen
     prefixes = tuple(
         Prefix(_cut(model, name, depth), depth, weight, share)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 from autopar.profiling import Profiler
 from costmodel.memory import gib
 from passes.candidate import Setup
+from passes.report_text import seconds_text
 
 Answer = Literal["state", "computation", "pipeline", "offload", "nothing"]
 
@@ -114,7 +115,7 @@ def verdict(found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, 
 
 
 def _s(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+    return f"{seconds:.2f} s" if seconds >= 1 else seconds_text(seconds)
 
 
 def _share(candidate: Priced, name: str) -> str:
@@ -123,7 +124,8 @@ def _share(candidate: Priced, name: str) -> str:
 
 def _beside(candidate: Priced, fastest: float) -> str:
     more = candidate.step_time_s / fastest - 1
-    return f", {more:.0%} more than the fastest of all" if more > 0.005 else ", and nothing is faster"
+    others = "tensor parallelism or a pipeline"
+    return f", {more:.0%} more than with {others}" if more > 0.005 else f", and no faster with {others}"
 
 
 def _against(other: Priced | None, chosen: Priced) -> str:

@@ -27,7 +27,7 @@ def measured_depth(layers: int, strategy: str, steps: int) -> dict[str, Any]:
         # What the ranks' processes read; this process compiles nothing.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
         cold, warm = (
-            measured("llama", f"autopar {strategy}", steps, layers, Path(folder) / "plan.json") for _ in range(2)
+            measured("llama", f"autopar {strategy}", steps, layers, saved=Path(folder) / "plan.json") for _ in range(2)
         )
     return {"layers": layers, "cold": cold, "warm": warm}
 

@@ -3,13 +3,16 @@
     ddp, ddp compiled            DistributedDataParallel
     fsdp2, fsdp2 compiled        fully_shard on every layer and the whole; each layer compiled
     fsdp2+tp                     parallelize_module on (dp, tp), then fully_shard; LLaMA only (Conv1D is no Linear)
-    autopar ddp|fsdp|megatron|auto
+    autopar ddp|fsdp|megatron    on (4,), (4,) and (2, 2)
+    autopar auto                 on the mesh that autopar.search chooses
+    ... kept                     gathered parameters stay from forward to backward (reshard_after_forward=False)
 
 Each contender has processes of its own, one after the other, and trains the same steps. Reported are the median step
 after two to warm up, the first step with all that is planned and compiled before it, the growth of resident memory of
 the largest rank from the bare model to the highest point of the timed steps, and the last loss, which must be equal.
 
     python benchmarks/step_time.py                                     # writes benchmarks/step_time.md and .json
+    python benchmarks/step_time.py --hardware FILE   # plans by the figures of `autopar calibrate --ranks 4 -o FILE`
     python benchmarks/step_time.py --model llama --steps 5 --only fsdp2 "autopar fsdp"
 """
 
@@ -22,6 +25,8 @@ import os
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +37,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 MODELS = ("llama", "gpt2")
-HAND_MADE = ("ddp", "ddp compiled", "fsdp2", "fsdp2 compiled", "fsdp2+tp")
-OURS = ("autopar ddp", "autopar fsdp", "autopar megatron", "autopar auto")
-SAME = {"autopar ddp": HAND_MADE[:2], "autopar fsdp": HAND_MADE[2:4], "autopar megatron": HAND_MADE[4:]}
+HAND_MADE = ("ddp", "ddp compiled", "fsdp2", "fsdp2 compiled", "fsdp2 compiled kept", "fsdp2+tp")
+OURS = ("autopar ddp", "autopar fsdp", "autopar fsdp kept", "autopar megatron", "autopar auto")
+SAME = {
+    "autopar ddp": HAND_MADE[:2], "autopar fsdp": HAND_MADE[2:4], "autopar fsdp kept": HAND_MADE[4:5],
+    "autopar megatron": HAND_MADE[5:],
+}  # fmt: skip
 RANKS, ROWS, LENGTH, WARM = 4, 2, 128, 2
 
 
@@ -90,24 +98,50 @@ def by_hand(how: str, model: nn.Module) -> tuple[nn.Module, DeviceMesh]:
             wrapped = torch.compile(wrapped)  # type: ignore[assignment]
         return wrapped, mesh
     for layer in layers_of(model):
-        if how == "fsdp2 compiled":
+        if "compiled" in how:
             layer.compile()
-        fully_shard(layer, mesh=mesh["dp"])
+        fully_shard(layer, mesh=mesh["dp"], reshard_after_forward="kept" not in how)
     fully_shard(model, mesh=mesh["dp"])
     return model, mesh
 
 
-def planned(how: str, model: nn.Module, saved: Path | None = None) -> tuple[nn.Module, DeviceMesh]:
+@dataclass(frozen=True)
+class Setting:
+    """What autopar is told beside the strategy: figures of `autopar calibrate`, and the mesh for `auto`."""
+
+    hardware: str | None = None
+    auto: Mapping[str, int] = field(default_factory=lambda: {"dp": 2, "tp": 2})
+
+
+def searched(name: str, layers: int, hardware: str | None) -> dict[str, int]:
+    """The mesh that a search finds best for the model and the global batch of all ranks."""
+    import autopar
+
+    found = autopar.search(
+        new_model(name, layers), RANKS, hardware, global_batch=ROWS * RANKS, example_inputs=batch(0, 0, 1)
+    )
+    best = next(each for each in found.candidates if each.setup.accumulate == 1 and not each.setup.priced_only)
+    return dict(best.mesh)
+
+
+def planned(how: str, model: nn.Module, setting: Setting, saved: Path | None = None) -> tuple[nn.Module, DeviceMesh]:
     """`model` as autopar distributes it; by the plan in the file `saved` where there is one, else it is saved there."""
     import autopar
 
-    shape = (2, 2) if how.endswith(("megatron", "auto")) else (RANKS,)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
-    rows = ROWS * RANKS // shape[0]
+    sizes = {"dp": RANKS}
+    if how.endswith("megatron"):
+        sizes = {"dp": 2, "tp": 2}
+    elif how.endswith("auto"):
+        sizes = dict(setting.auto)
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    rows = ROWS * RANKS // next(iter(sizes.values()))
     if saved is not None and saved.exists():
         plan = autopar.Plan.load(saved)
     else:
-        plan = autopar.plan(model, mesh, batch(0, 0, rows), strategy=how.split()[1])
+        options = autopar.Options(reshard_after_forward=False if how.endswith("kept") else None)
+        plan = autopar.plan(
+            model, mesh, batch(0, 0, rows), strategy=how.split()[1], options=options, hardware=setting.hardware
+        )
         if saved is not None and dist.get_rank() == 0:
             plan.save(saved)
     return autopar.apply(model, plan, mesh), mesh
@@ -120,7 +154,15 @@ def resident_bytes(field: str = "VmRSS") -> int:
 
 
 def trained(
-    rank: int, store: str, name: str, how: str, steps: int, layers: int, saved: Path | None, queue: Any
+    rank: int,
+    store: str,
+    name: str,
+    how: str,
+    steps: int,
+    layers: int,
+    setting: Setting,
+    saved: Path | None,
+    queue: Any,
 ) -> None:
     """One rank of one contender."""
     torch.set_num_threads(1)
@@ -130,7 +172,7 @@ def trained(
         before = resident_bytes()
         dist.barrier()
         start = time.perf_counter()
-        model, mesh = planned(how, model, saved) if how.startswith("autopar") else by_hand(how, model)
+        model, mesh = planned(how, model, setting, saved) if how.startswith("autopar") else by_hand(how, model)
         ways, row_rank = mesh.shape[0], mesh.get_coordinate()[0]  # type: ignore[index]
         optim = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
         seconds, loss = [], torch.zeros(())
@@ -158,12 +200,14 @@ def trained(
         raise
 
 
-def measured(name: str, how: str, steps: int, layers: int = 4, saved: Path | None = None) -> dict[str, Any]:
+def measured(
+    name: str, how: str, steps: int, layers: int = 4, setting: Setting = Setting(), saved: Path | None = None
+) -> dict[str, Any]:
     """What a contender took: seconds of rank 0, memory of the largest rank."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        work = (f"{folder}/store", name, how, steps, layers, saved, queue)
+        work = (f"{folder}/store", name, how, steps, layers, setting, saved, queue)
         processes = [context.Process(target=trained, args=(rank, *work), daemon=True) for rank in range(RANKS)]
         for process in processes:
             process.start()
@@ -214,16 +258,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=(*HAND_MADE, *OURS), default=(*HAND_MADE, *OURS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hardware", help="a file of `autopar calibrate --ranks 4 -o FILE`")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     results = []
     for name in arguments.model:
+        mesh = searched(name, arguments.layers, arguments.hardware) if "autopar auto" in arguments.only else {}
+        setting = Setting(arguments.hardware, mesh)
+        if mesh:
+            print(f"{name}: auto on {mesh}", flush=True)
         for how in arguments.only:
             if name == "gpt2" and how == "fsdp2+tp":
                 continue
-            results.append(measured(name, how, arguments.steps, arguments.layers))
+            results.append(measured(name, how, arguments.steps, arguments.layers, setting))
             print(json.dumps(results[-1]), flush=True)
     command = f"python benchmarks/step_time.py --steps {arguments.steps} --layers {arguments.layers}"
+    if arguments.hardware:
+        command += f" --hardware {Path(arguments.hardware).name}"
     arguments.out.write_text(as_markdown(results, command))
     arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     print(arguments.out.read_text())

@@ -1,20 +1,22 @@
 """Every architecture of `transformers`, tiny, trained a step on four ranks beside one device.
 
-    python benchmarks/zoo.py                              all of zoo.csv: a while
+    python benchmarks/zoo.py                              all of zoo.csv: 75 CPU minutes
     python benchmarks/zoo.py --resume                     those that the result file lacks
     python benchmarks/zoo.py --only llama,t5@s2s          some, by name
     python benchmarks/zoo.py --failed                     those that failed, again
     python benchmarks/zoo.py --simulate                   all ranks played in one process: a fifth of the time
 
-Mesh dp=2 x tp=2, float32, not compiled, real gloo ranks, through `autopar.plan` and `autopar.apply`, under `megatron`,
-`fsdp` and `auto`. A step is right where the loss is eager's on one device with the whole batch to 1e-4 and every
-gradient to 2e-3 of its norm. (A gradient whose norm is under 1e-6 of all gradients' is zero but for rounding, and is
-held against that.)
+Mesh dp=2 x tp=2, float32, not compiled, real gloo ranks, by the stages of `autopar.plan` and `autopar.apply`, under
+`megatron`, `fsdp` and `auto`. Each rank captures a model once. A step is right where the loss is eager's on one device
+with the whole batch to 1e-4 and every gradient to 2e-3 of its norm. (A gradient whose norm is under 1e-6 of all
+gradients' is zero but for rounding, and is held against that.)
 
 With `--simulate` the same plans and programs run in one process per architecture, collectives being plain arithmetic.
 
 Four processes stay alive over many models, so that imports are paid once. One that crashes, hangs or fails has all
 four started again. Each finished row goes to `zoo_results.csv` at once; `zoo_results.md` is made from it.
+
+A step is run once per plan: where `auto` finds the plan of a named strategy, its row says whose run it is (`same_as`).
 
 Columns: `split` is the share of a rank's multiply-adds (products, attention, convolutions) that the tp axis splits,
 counted in the emitted program: 1 where each of two ranks does half, 0 where both do all.
@@ -29,15 +31,17 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +75,8 @@ class Row:
     seconds: float = 0.0
     ranks: str = "real"
     """Or "simulated"."""
+    same_as: str = ""
+    """The strategy whose plan this one's is; it ran once for both."""
     error: str = ""
 
 
@@ -91,7 +97,7 @@ def serve(rank: int, folder: str, jobs: Any, threads: int) -> None:
     while (job := jobs.recv()) is not None:
         name, family, strategies = job
         rows = _rows(name, family, strategies, mesh, rank)
-        jobs.send((rows, any(row.error for row in rows)))
+        jobs.send((rows, _are_apart(rows)))
     dist.destroy_process_group()
 
 
@@ -111,10 +117,16 @@ def _rows(name: str, family: str, strategies: tuple[str, ...], mesh: Any, rank: 
             if os.environ.get("ZOO_TRACEBACK"):
                 traceback.print_exc()
             row.error = _told(error)
+            row.seconds = time.monotonic() - start
+            break
         row.seconds = time.monotonic() - start
-        if row.error:
-            break  # the ranks may be apart now
     return rows
+
+
+def _are_apart(rows: list[Row]) -> bool:
+    """Whether an error may have left this rank elsewhere than others: what planning finds wrong, all ranks raise."""
+    raised = next((row for row in rows if row.error and not row.right and not math.isfinite(row.loss_error)), None)
+    return raised is not None and (raised.planned or raised.error.startswith("eager"))
 
 
 @dataclass
@@ -126,11 +138,18 @@ class _Step:
     whole: dict[str, Any]
     loss: float
     gradients: dict[str, Any]
+    pipeline: Any
+    """autopar's own, but that this rank captures the step once, not twice for each strategy, and that what is solved
+    for one strategy is there for the next."""
+    ran: list[tuple[Any, Row]] = field(default_factory=list)
+    """Plans that were run, and how that went."""
 
     @staticmethod
     def of(name: str, part: int, whole: bool) -> _Step:
         import torch
         import zoo_models
+
+        from autopar import PIPELINE
 
         model, inputs = zoo_models.build(name)
         loss, gradients = math.nan, {}
@@ -143,19 +162,43 @@ class _Step:
             gradients = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
         parts = dict(MESH)["dp"]
         local = {k: v.chunk(parts)[part] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        return _Step(model, local, inputs, loss, gradients)
+        pipeline = replace(
+            PIPELINE, capture=_once(PIPELINE.capture), compile_plan=partial(PIPELINE.compile_plan, known={})
+        )
+        return _Step(model, local, inputs, loss, gradients, pipeline)
+
+
+def _once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make` of one call of the model; a program of one kind, once made, is given again."""
+    made: dict[tuple[Any, Any], Any] = {}
+
+    def first(*args: Any, tangents: Any = "loss", backward: bool = True, **kwargs: Any) -> Any:
+        kind = tangents, backward
+        if kind not in made:
+            made[kind] = make(*args, tangents=tangents, backward=backward, **kwargs)
+        return made[kind]
+
+    return first
 
 
 def _run(row: Row, step: _Step, mesh: Any, rank: int) -> None:
     import zoo_models
 
     import autopar
+    from autopar.api import apply_with, plan_with
 
-    options = autopar.Options(compile=False)
-    plan = autopar.plan(step.model, mesh, step.inputs, strategy=row.strategy, options=options)
+    options = autopar.Options(compile=False, progress=False)
+    plan = plan_with(step.pipeline, step.model, mesh, step.inputs, strategy=row.strategy, options=options)
     row.captured = row.planned = True
     _note(row, plan.notes)
-    module = autopar.apply(step.model, plan, mesh)
+    for other, earlier in step.ran:
+        if replace(plan, bound=other.bound) == other:
+            row.ran, row.right, row.error, row.same_as = earlier.ran, earlier.right, earlier.error, earlier.strategy
+            row.loss_error, row.gradient_error, row.worst = earlier.loss_error, earlier.gradient_error, earlier.worst
+            row.split = earlier.split
+            return
+    step.ran.append((plan, row))
+    module = apply_with(step.pipeline, step.model, plan, mesh)
     loss = zoo_models.loss_of(module(**step.inputs))
     loss.backward()
     row.ran = True
@@ -243,7 +286,8 @@ def _of_node(node: Any, experts: int) -> float:
 
 
 def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:600]
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return re.sub(r"[^ ]*/site-packages/", "", words)[:600]
 
 
 # ------------------------------------------------------------------------------------------------- ranks in one process
@@ -272,12 +316,14 @@ def simulated(name: str, family: str, strategies: tuple[str, ...], answer: Any, 
         values = {name: step.whole[name] for name in whole.kwargs}
         tensors = [leaf for leaf in pytree.tree_leaves(((), values)) if isinstance(leaf, torch.Tensor)]
         parameters = {n: p.detach() for n, p in step.model.named_parameters()}
+        known: dict[str, Any] = {}
         for row in rows:
             start = time.monotonic()
             row.captured = True
             plan = planning.planned(
-                program, MESH, batch_axes=(0,), hardware=None, strategy=row.strategy, options=Options(), example=""
-            )
+                program, MESH, batch_axes=(0,), hardware=None, strategy=row.strategy, options=Options(compile=False),
+                example="", known=known,
+            )  # fmt: skip
             row.planned = True
             _note(row, plan.notes)
             local = planning.rewritten(program, plan)
@@ -355,7 +401,7 @@ class Ranks:
                     deadline = min(deadline, time.monotonic() + 30)  # the others may wait for it for ever
         good = len(said) == RANKS and not any(answer is None or answer[1] for answer in said.values())
         rows = said[0][0] if said.get(0) else [Row(name, family, strategy) for strategy in strategies]
-        if not good:
+        if not good or any(row.error for row in rows):
             self._explain(rows, said, time.monotonic() - start)
         return rows, good
 
@@ -399,9 +445,8 @@ def read(path: Path) -> dict[tuple[str, str], Row]:
     with path.open() as file:
         for record in csv.DictReader(file):
             values: dict[str, Any] = {}
-            for field in fields(Row):
-                text = record[field.name]
-                values[field.name] = _value(str(field.type), text)
+            for column in fields(Row):
+                values[column.name] = _value(str(column.type), record.get(column.name, ""))
             rows[record["architecture"], record["strategy"]] = Row(**values)
     return rows
 
@@ -416,7 +461,7 @@ def write(path: Path, rows: dict[tuple[str, str], Row]) -> None:
     """All rows, sorted."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(Row)])
+        writer.writerow([column.name for column in fields(Row)])
         for _, row in sorted(rows.items()):
             writer.writerow([_cell(value) for value in asdict(row).values()])
 
@@ -474,9 +519,10 @@ def summary(rows: dict[tuple[str, str], Row], asked: int) -> str:
         "",
         f"Made by `{COMMAND}`; torch {torch.__version__}, transformers {transformers.__version__}. {len(names)} of "
         f"{asked} architectures have been run ({_kinds(rows)}) on mesh {' x '.join(f'{n}={s}' for n, s in MESH)}, "
-        "float32, not compiled: on four gloo ranks through `autopar.plan` and `autopar.apply`, or the same programs "
-        "with all ranks simulated in one process (`--simulate`). Errors are relative to eager on one device with the "
-        f"whole batch: right is a loss to {LOSS_LIMIT:g} and every gradient to {GRADIENT_LIMIT:g} of its norm. "
+        "float32, not compiled: real steps on four gloo ranks by the stages of `autopar.plan` and `autopar.apply` "
+        "(each rank captures a model once; where `auto` finds the plan of a named strategy, one run counts for both), "
+        "simulated ones with all ranks in one process (`--simulate`). Errors are relative to eager on one device with "
+        f"the whole batch: right is a loss to {LOSS_LIMIT:g} and every gradient to {GRADIENT_LIMIT:g} of its norm. "
         "`split` is the share of a rank's multiply-adds that the tp axis splits. `zoo_results.csv` has all columns.",
         "",
         tabulate(counts, head, "github"),
@@ -516,7 +562,8 @@ def _chosen(
     for name in names:
         strategies = tuple(arguments.strategies.split(","))
         if arguments.resume:
-            strategies = tuple(s for s in strategies if (name, s) not in rows)
+            known = {key for key, row in rows.items() if arguments.simulate or row.ranks == "real"}
+            strategies = tuple(s for s in strategies if (name, s) not in known)
         if arguments.failed:
             strategies = tuple(s for s in strategies if (name, s) in rows and not rows[name, s].right)
         if strategies:
@@ -547,8 +594,8 @@ def main() -> int:
             else:
                 ranks = ranks or Ranks(arguments.threads)
                 found, good = ranks.run(name, family, left, arguments.limit_s)
-            end = next((i for i, row in enumerate(found) if row.error), len(found) - 1)
-            for row in found[: end + 1]:
+            done_with = sum(1 for row in found if row.error or row.ran)
+            for row in found[:done_with]:
                 rows[name, row.strategy] = row
                 told = row.error or f"loss {row.loss_error:.0e}, gradient {row.gradient_error:.0e}"
                 print(
@@ -557,7 +604,7 @@ def main() -> int:
                     flush=True,
                 )
             write(arguments.out, rows)
-            left = left[end + 1 :]
+            left = left[done_with:]
             if not good and ranks is not None:
                 ranks.stop()
                 ranks = None

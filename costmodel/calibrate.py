@@ -219,10 +219,17 @@ def _collective(
     first = dist.get_global_rank(group, 0) if group is not None else 0
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    ranks = full.numel() // part.numel()
+
+    def exchange() -> None:
+        """A reduce-scatter as programs for CPU ranks do it."""
+        dist.all_to_all_single(out, full, group=group)
+        torch.sum(out.view(ranks, -1), 0, out=part)
+
     runs: dict[str, Callable[[], Any]] = {
         "all_reduce": lambda: dist.all_reduce(full, group=group),
         "all_gather": lambda: gather(out, part, group=group),
-        "reduce_scatter": lambda: scatter(part, full, group=group),
+        "reduce_scatter": exchange if full.is_cpu else lambda: scatter(part, full, group=group),
         "all_to_all": lambda: dist.all_to_all_single(out, full, group=group),
         "broadcast": lambda: dist.broadcast(full, first, group=group),
     }

@@ -117,6 +117,11 @@ class Device:
         return hash((self.name, self.memory_bytes_per_s, self.matmul_efficiency))
 
     @property
+    def is_cpu(self) -> bool:
+        """Whether it is a machine's CPU, or a rank's share of one."""
+        return self.name == "cpu"
+
+    @property
     def usable_bytes(self) -> int:
         """Memory that tensors may take."""
         return self.memory_bytes - self.reserve_bytes

@@ -129,7 +129,7 @@ class Gradients:
     def is_late(self, item: Run | Move) -> bool:
         """Whether an item works on finished gradients alone."""
         if isinstance(item, Move):
-            return item.stores or (item.reader is not None and self.of(item.value) is not None)
+            return (item.stores or item.reader is not None) and self.of(item.value) is not None
         operands = item.node.all_input_nodes
         return bool(operands) and all(self.of(operand) is not None for operand in operands)
 

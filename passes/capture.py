@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import CaptureError
+from passes.graphs import graph_module
 from passes.guards import guards_of
 from passes.inputs import flatten_inputs, path_name
 from passes.normalize import normalize
@@ -156,7 +157,7 @@ def _capture(
 
     tangent_inputs = [Input("tangent", t.name, False, _batch_dim(t.output, batch_size)) for t in given]
     program = Program(
-        graph=fx.GraphModule(tracer.root, tracer.graph, class_name="Step"),
+        graph=graph_module(tracer.root, tracer.graph, class_name="Step"),
         inputs=(*(differentiated(slot) for slot in [*slots, *filter(None, user)]), *tangent_inputs),
         outputs=tuple(outputs),
         in_spec=in_spec,

@@ -116,12 +116,12 @@ def _alive(found: dict[str, float], schedule: Schedule) -> None:
         for i, (phase, layer, start) in enumerate(schedule.layers)
         if phase == "backward" and layer and (i == 0 or schedule.layers[i - 1][1] != layer)
     ]
-    if not backward or len(entered) < 3:
-        bounds = [math.inf, math.inf, math.inf]
-    else:
-        after = [s for phase, layer, s in schedule.layers if phase == "backward" and not layer and s > backward[-1]]
-        bounds = [entered[0], entered[2], min(after, default=math.inf)]
-        first = entered[-2]
+    if len(entered) < 3:  # too few layers to tell places apart
+        found |= dict.fromkeys([f"alive.{place}" for place in PLACES[:2]], max(a for _, a in schedule.memory.timeline))
+        return
+    after = [s for phase, layer, s in schedule.layers if phase == "backward" and not layer and s > backward[-1]]
+    bounds = [entered[0], entered[2], min(after, default=math.inf)]
+    first = entered[-2]
     for moment, alive in schedule.memory.timeline:
         if moment < bounds[0]:
             place = PLACES[0]

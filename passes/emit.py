@@ -139,8 +139,9 @@ class Emitter:
 
 def relax_views(graph: fx.Graph) -> None:
     """Make views reshapes, where tensors may lie otherwise in memory than when the graph was captured."""
-    for node in graph.find_nodes(op="call_function", target=aten.view.default):
-        node.target = aten.reshape.default
+    for view in (aten.view.default, aten._unsafe_view.default):
+        for node in graph.find_nodes(op="call_function", target=view):
+            node.target = aten.reshape.default
 
 
 def _key(value: Any) -> str:

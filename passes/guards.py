@@ -16,12 +16,18 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from passes.graphs import graph_module
 from passes.program import Fixed, Guards, Input
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Read:
-    """A read as the tracer saw it: `target(*args)` on nodes of its graph, or a node's own result."""
+    """A read as the tracer saw it: `target(*args)` on nodes of its graph, or a node's own result.
+
+    A meta tensor among `args` stands for one whose values do not matter.
+    """
 
     node: fx.Node | None
     target: Any
@@ -54,11 +60,16 @@ def guards_of(
         if read.node is not None:
             results.append(copies[read.node])
         else:
-            args, kwargs = fx.map_arg((read.args, read.kwargs), copies.__getitem__)
+            given = pytree.tree_map_only(Tensor, lambda meta: _zeros(graph, meta), (read.args, read.kwargs))
+            args, kwargs = fx.map_arg(given, lambda node: copies.get(node, node))
             results.append(graph.call_function(read.target, args, kwargs))
     graph.output(tuple(results))
     graph.eliminate_dead_code()
-    return Guards(fx.GraphModule(root, graph), tuple(names), tuple(read.fixed for read, _ in kept))
+    return Guards(graph_module(root, graph), tuple(names), tuple(read.fixed for read, _ in kept))
+
+
+def _zeros(graph: fx.Graph, meta: Tensor) -> fx.Node:
+    return graph.call_function(aten.zeros.default, (list(meta.shape),), {"dtype": meta.dtype})
 
 
 def _nodes(value: Any) -> list[fx.Node]:

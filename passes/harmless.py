@@ -113,6 +113,13 @@ _INDEX_OPERANDS: dict[Any, tuple[int, ...]] = {
 }
 _INDEXED = {aten.index.Tensor, aten._unsafe_index.Tensor}
 _ACCUMULATES = {aten.index_put.default, aten._unsafe_index_put.default}
+_QUOTIENTS = {
+    aten.floor_divide.default,
+    aten.div.Tensor_mode,
+    aten.remainder.Tensor,
+    aten.remainder.Scalar_Tensor,
+    aten.fmod.Tensor,
+}
 _LOOKUPS = {aten.gather.default, aten.index_select.default, *_INDEXED}
 _ADDS_AT = {aten.index_add.default: 2, aten.scatter_add.default: 2}
 
@@ -135,6 +142,8 @@ def _needs(reading: Reading, key: Key) -> tuple[Need, ...] | None:
         return _times_gradient(reading) if target is _FLASH_BACKWARD else ()
     if key[0] in form.whole or (key[1] and key[0] in form.leading):
         return None
+    if target in _QUOTIENTS and 1 in have and not reading.call.operands[1].dtype.is_floating_point:
+        return None  # a whole number is not divided by an added zero
     if not lost and (is_pointwise(target) or target in _MOVES or target in _MOVES_AMONG_ZEROS or target in FILLS):
         return ()
     indices = tuple(Need(k, "zero") for k in _indices(reading) if k in have)
@@ -143,7 +152,10 @@ def _needs(reading: Reading, key: Key) -> tuple[Need, ...] | None:
             return None  # an index from the end would mean another row
         if target in _INDEXED:
             return indices
-        return (*indices, Need(len(reading.at_operands) - 1, "zero")) if reading.call.get("accumulate") else None
+        values = len(reading.at_operands) - 1
+        if not reading.call.get("accumulate") or not {0, values} & set(have):
+            return None  # added rows would not be zeros
+        return (*indices, Need(values, "zero"))
     if target in _PRODUCTS and lost:
         a, b = _PRODUCTS[target]
         return (Need(a, "product", b),)

@@ -75,6 +75,14 @@ def smaller_inputs(
     return new_args, new_kwargs
 
 
+def one_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first sample of what one data-parallel rank feeds."""
+    whole = global_inputs(args, kwargs, 1)
+    found = smaller_inputs(whole.args, whole.kwargs, whole.batch_size, whole.batch_dims)
+    assert found is not None  # the batch divides itself
+    return found
+
+
 def flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec, list[str]]:
     """Pytree leaves of `(args, kwargs)`, their spec, and a name for each: `args.0`, `input_ids`, `batch.mask`."""
     paths, spec = pytree.tree_flatten_with_path((args, kwargs))

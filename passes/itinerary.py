@@ -79,7 +79,7 @@ class _Walk:
     ) -> Iterator[Move]:
         node = self.source_of.get(node, node)
         source = self._given(node)
-        era = phase if isinstance(source, StoredOption) else ""
+        era = phase if isinstance(source, StoredOption) and self.space.recomputed.reshard else ""
         if phase == "backward" and _op_of(node) in self.again:
             era = phase
         if source == target or (node, era, target) in self.seen or (node, "", target) in self.seen:

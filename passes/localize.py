@@ -7,6 +7,7 @@ index: an embedding whose rows are split looks up the rows it has and gives zero
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -504,8 +505,13 @@ def _slice(op: LocalOp) -> fx.Node:
     return op.as_is()
 
 
+@localizer(aten.slice_backward.default)
+def _slice_backward(op: LocalOp) -> fx.Node:
+    end, whole = op.call.get("end"), op.call.get("input_sizes")[op.call.get("dim")]
+    return op.as_is(input_sizes=list(op.result_shapes[0]), end=sys.maxsize if end >= whole else end)
+
+
 @localizer(
-    aten.slice_backward.default,
     aten.select_backward.default,
     aten.diagonal_backward.default,
     aten.unfold_backward.default,

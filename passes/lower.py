@@ -1,6 +1,6 @@
 """One rank's step, ready to run: two callables, forward and backward, compiled or not.
 
-    LocalProgram -retarget-> graph for the mesh's device -split-> forward, backward
+    LocalProgram -retarget-> graph for the mesh's device -for_gloo-> its collectives -split-> forward, backward
         -cut-> regions and what is between -Inductor, once per distinct region-> callables -arranged-> outer programs
 
 A step is captured on fake CPU tensors. For another device, constants that the graph makes move there and attention
@@ -21,7 +21,10 @@ import torch
 from torch import fx
 from torch._inductor import compile as inductor_compile
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from passes.gloo import for_gloo
+from passes.graphs import graph_module
 from passes.layers import layer_patterns
 from passes.local import LocalProgram
 from passes.outer import Boxed, Outer, Planned, assembled, op_step
@@ -128,14 +131,18 @@ class Lowered:
 
 
 def lower(
-    local: LocalProgram, *, device: torch.device | str = "cpu", compile: bool, recompute: Recompute = "auto"
-) -> Lowered:
+    local: LocalProgram, *, device: torch.device | str = "cpu", compile: bool, recompute: Recompute = "auto",
+    rank: int = 0,
+) -> Lowered:  # fmt: skip
     """Forward and backward of `local` on `device`, through Inductor where `compile`.
 
-    Collectives must already name process groups (`bind_groups`). Every rank makes the same graphs.
+    Collectives must already name process groups (`bind_groups`). Every rank makes the same graphs; by its `rank` each
+    compiles them in another order, and finds in Inductor's cache what others on its machine have done by then.
     """
     device = torch.device(device)
     local = replace(local, graph=retarget(local.graph, device))
+    if device.type == "cpu":
+        for_gloo(local.graph)
     halves = split(local, recompute)
     placeholders = {node.name: node for node in local.graph.graph.find_nodes(op="placeholder")}
     tangents = [n for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind == "tangent"]
@@ -144,6 +151,7 @@ def lower(
     layer_of = _layers(local)
     constant = {n.name for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind in CONSTANT_KINDS}
     run = _Runner(device, compile, layer_of, constant)
+    run.compile_all(halves, rank)
     forward = run(halves.forward, backward=False)
     backward = None if halves.backward is None else run(halves.backward, backward=True)
     make_apart = None if halves.backward is None else functools.cache(functools.partial(run.apart, halves.backward))
@@ -175,6 +183,17 @@ class _Runner:
         self.layer_of = layer_of
         self.constants = constants
         self.bodies: dict[fx.GraphModule, Boxed] = {}
+
+    def compile_all(self, halves: Halves, rank: int) -> None:
+        """Every body that the two halves call, from another one on every rank, odd ranks backwards."""
+        bodies: dict[fx.GraphModule, None] = {}
+        for gm, backward in ((halves.forward, False), (halves.backward, True)):
+            if gm is not None:
+                _, each = self._parts(gm, backward)
+                bodies |= dict.fromkeys([call.body for call in each.values()] if _repeats(each) else [gm])
+        order = list(bodies)
+        for index in range(len(order)):
+            self._body(order[(rank + (index if rank % 2 == 0 else -index)) % len(order)])
 
     def __call__(self, gm: fx.GraphModule, backward: bool) -> Boxed:
         parts, each = self._parts(gm, backward)
@@ -251,7 +270,7 @@ def _compiled(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
     """`gm` through Inductor, for inputs like its placeholders' fake values."""
     if not any(node.op == "call_function" for node in gm.graph.nodes):
         return _interpreted(gm)
-    with FakeTensorMode():
+    with FakeTensorMode(shape_env=ShapeEnv()):  # Inductor's cache of compiled graphs asks for one
         examples = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
         return inductor_compile(_of_a_list(gm), [examples])  # type: ignore[list-item, no-any-return]
@@ -267,7 +286,7 @@ def _of_a_list(gm: fx.GraphModule) -> fx.GraphModule:
         copies[node] = graph.call_function(operator.getitem, (values, index))
         copies[node].meta = dict(node.meta)
     graph.output(graph.graph_copy(gm.graph, copies))
-    return fx.GraphModule(gm, graph)
+    return graph_module(gm, graph)
 
 
 def _fake_like(value: torch.Tensor) -> torch.Tensor:
@@ -284,7 +303,7 @@ def retarget(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    moved = fx.GraphModule(gm, graph)
+    moved = graph_module(gm, graph)
     for node, original in zip(graph.nodes, gm.graph.nodes, strict=True):
         node.meta = dict(original.meta)
     if device.type == "cpu":

@@ -35,7 +35,7 @@ class Run:
 class Move:
     """`value` goes through `steps` to `target`; later readers in the same `era` find it there.
 
-    `era` is the phase for stored tensors, which are gathered for forward and again for backward, "backward" for what is
+    `era` is the phase for stored tensors that are gathered for forward and again for backward, "backward" for what is
     computed again, and "" for others.
     `reader` is the op it is needed by, or None where it is an output; `stores` marks a gradient on its way to how its
     parameter is stored. Moves that follow one another with one `bucket` (-1: none) go through their steps together.

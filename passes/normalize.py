@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes.order import settle_order
 from passes.program import Program
 
 aten = torch.ops.aten
@@ -19,15 +20,24 @@ _VIEWS = {aten.view.default, aten.expand.default, aten.permute.default, aten._un
 
 
 def normalize(program: Program) -> Program:
-    """Drop ops that change nothing, equal ops and unused ops from the graph; set the fingerprint."""
+    """Drop ops that change nothing, equal ops and unused ops from the graph, settle its order; set the fingerprint."""
     graph = program.graph.graph
     drop_no_ops(graph)
     drop_written_slices(graph)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     merge_equal(graph)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
+    _settle(program)
     program.graph.recompile()
     return dataclasses.replace(program, fingerprint=fingerprint(program))
+
+
+def _settle(program: Program) -> None:
+    """Put what follows from inputs and buffers alone in an order that is the same in every process."""
+    placeholders = program.graph.graph.find_nodes(op="placeholder")
+    kinds = {node: entry.kind for node, entry in zip(placeholders, program.inputs, strict=True)}
+    free = {node for node, kind in kinds.items() if kind in ("input", "buffer")}
+    settle_order(program.graph.graph, free, lambda node, known: _line(program, node, known))
 
 
 def drop_no_ops(graph: fx.Graph) -> None:
@@ -146,33 +156,38 @@ def fingerprint(program: Program) -> str:
 
 
 def _structure(program: Program) -> Iterator[str]:
-    numbers: dict[fx.Node, int] = {}
+    names: dict[fx.Node, str] = {}
     yield from (f"{i.kind} {i.name} {i.requires_grad} {i.batch_dim} {i.dtypes or ''}" for i in program.inputs)
     yield from (f"{o.kind} {o.name} {o.requires_grad} {o.batch_dim}" for o in program.outputs)
     for number, node in enumerate(program.graph.graph.nodes):
-        numbers[node] = number
-        if node.op == "placeholder":
-            what = "placeholder"
-        elif node.op == "get_attr":
-            what = f"constant {_content(program.graph.get_buffer(str(node.target)))}"
-        elif node.op == "output":
-            what = f"output {_text(node.args[0], numbers)}"
-        else:
-            what = f"{_name(node.target)} {_text(node.args, numbers)} {_text(node.kwargs, numbers)}"
-        yield f"{what} {_facts(node.meta.get('val'))}"
+        names[node] = f"%{number}"
+        yield _line(program, node, names)
+
+
+def _line(program: Program, node: fx.Node, names: dict[fx.Node, str]) -> str:
+    """What a node computes, from operands with these names."""
+    if node.op == "placeholder":
+        what = "placeholder"
+    elif node.op == "get_attr":
+        what = f"constant {_content(program.graph.get_buffer(str(node.target)))}"
+    elif node.op == "output":
+        what = f"output {_text(node.args[0], names)}"
+    else:
+        what = f"{_name(node.target)} {_text(node.args, names)} {_text(node.kwargs, names)}"
+    return f"{what} {_facts(node.meta.get('val'))}"
 
 
 def _name(target: Any) -> str:
     return "getitem" if target is operator.getitem else str(target)
 
 
-def _text(value: Any, numbers: dict[fx.Node, int]) -> str:
+def _text(value: Any, names: dict[fx.Node, str]) -> str:
     if isinstance(value, fx.Node):
-        return f"%{numbers[value]}"
+        return names[value]
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(_text(v, numbers) for v in value) + "]"
+        return "[" + ",".join(_text(v, names) for v in value) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{_text(v, numbers)}" for k, v in sorted(value.items())) + "}"
+        return "{" + ",".join(f"{k}:{_text(v, names)}" for k, v in sorted(value.items())) + "}"
     return repr(value)
 
 

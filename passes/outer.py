@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+_REDUCE = torch.ops._c10d_functional.all_reduce.default
 Boxed = Callable[[list[Any]], Any]
 """Takes its values as one list, which it may empty."""
 
@@ -111,6 +112,8 @@ def op_step(node: fx.Node) -> Planned:
     reads = tuple(node.all_input_nodes)
     place = {operand: index for index, operand in enumerate(reads)}
     target: Any = node.target
+    if target is _REDUCE and reads[0].target is torch.ops.aten.cat.default and len(reads[0].users) == 1:
+        target = torch.ops._c10d_functional.all_reduce_.default  # what was packed for it alone is its own to write to
 
     def filled(argument: Any, given: Sequence[Any]) -> Any:
         return fx.map_arg(argument, lambda operand: given[place[operand]])

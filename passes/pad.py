@@ -30,13 +30,14 @@ from torch import fx
 from passes.analysis import Analysis
 from passes.dims import Atom, atoms_of, is_getitem, outputs_of, value_of
 from passes.emit import Emitter, relax_views
+from passes.graphs import graph_module
 from passes.harmless import Key, Need, Place, Reading, fill_of, keeps_values, needs_of, result_zone
 from passes.localize import LocalOp, run_locally
 from passes.program import Input, Output, Program
 from passes.randomness import UNIFORM
 from passes.rules.call import is_tensor, operand_nodes
 from passes.rules.create import FILLS, IOTAS
-from passes.zones import Zone, is_finite, is_number, is_zero, join
+from passes.zones import Zone, is_finite, is_number, is_pointwise, is_zero, join
 
 aten = torch.ops.aten
 
@@ -136,6 +137,7 @@ class _Padding:
         self.results: dict[fx.Node, list[_Known]] = {}
         self.copies: dict[fx.Node, fx.Node] = {}
         self.masks: dict[tuple[Any, ...], fx.Node] = {}
+        self.dense: dict[fx.Node, fx.Node] = {}
         self.seen: dict[Pad, tuple[fx.Node, Place]] = {}
 
     def padded(self) -> Padded:
@@ -153,7 +155,7 @@ class _Padding:
                 self._run(node)
         outputs, values = self._outputs(inputs)
         self.emit.graph.output(tuple(values))
-        module = fx.GraphModule(self.program.graph, self.emit.graph)
+        module = graph_module(self.program.graph, self.emit.graph)
         relax_views(module.graph)
         module.graph.eliminate_dead_code()
         module.graph.lint()
@@ -180,6 +182,7 @@ class _Padding:
         value = node.meta["val"]
         with self.emit.mode:
             new.meta["val"] = torch.empty(self._shape(known.atoms, known.base), dtype=value.dtype)
+        known.versions.clear()  # the placeholder is no exact version any more
         self._put(known, _Version(new, dict.fromkeys(known.base, 0)), known.base)
         return replace(given, shape=tuple(int(n) for n in value.shape))
 
@@ -217,9 +220,13 @@ class _Padding:
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        """The node as it is, on exact operands."""
+        """The node as it is, on exact operands; cut ones are made contiguous where an op may need that."""
         phase = node.meta.get("phase", "forward")
-        new = self.emit.graph.node_copy(node, lambda old: self._exact(old, phase))
+        any_strides = node.op != "call_function" or is_pointwise(node.target) or keeps_values(node.target)
+        exact = {old: self._exact(old, phase) for old in node.all_input_nodes}
+        if not any_strides:
+            exact = {old: self._dense(old, new) for old, new in exact.items()}
+        new = self.emit.graph.node_copy(node, exact.__getitem__)
         new.meta = dict(node.meta)
         self.copies[node] = new
         return new
@@ -228,6 +235,15 @@ class _Padding:
         if node in self.known:
             return self._version(node, frozenset(), phase).node
         return self.copies[node]
+
+    def _dense(self, old: fx.Node, new: fx.Node) -> fx.Node:
+        """`new` as contiguous as `old` was before it was padded and cut."""
+        if not is_tensor(old) or not old.meta["val"].is_contiguous() or new.meta["val"].is_contiguous():
+            return new
+        if new not in self.dense:
+            self.emit.meta = _meta(new)
+            self.dense[new] = self.emit.call(aten.clone.default, new, memory_format=torch.contiguous_format)
+        return self.dense[new]
 
     def _whole(self, node: fx.Node, new: fx.Node) -> _Known:
         """`new` as the exact version of `node`."""

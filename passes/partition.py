@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from passes.cut import UNBOUNDED, Values, cheapest_cut
+from passes.graphs import graph_module
 from passes.local import COLLECTIVES, TOGETHER, WAIT, LocalProgram
 from passes.recompute import ATTENTION, block_of, is_cheap_op, is_view_op
 
@@ -84,8 +85,9 @@ def split(local: LocalProgram, recompute: Recompute = "auto") -> Halves:
     wanted = _needed(gradients, stop=lambda node: node not in backward)
     demands = [node for node in wanted if node not in backward and node not in twins]
     allowed = _recomputable(graph, backward, of_parameters, recompute)
-    # Where the program gathers for backward by itself, what it does not gather again is kept: it is small.
-    fixed = frozenset(n for n in of_parameters if n.target is WAIT and n not in twins) if twins else frozenset()
+    # Where the program says what is gathered again (or nothing may be computed again), the rest is kept.
+    decided = bool(twins) or recompute == "none"
+    fixed = frozenset(n for n in of_parameters if n.target is WAIT and n not in twins) if decided else frozenset()
     kept = _cheapest_cut(demands, allowed - fixed, of_parameters - fixed, twins.keys())
     saved_inputs = [p for p in inputs if p in kept]
     saved = [node for node in graph.nodes if node in kept and node.op != "placeholder"]
@@ -271,4 +273,4 @@ def _extract(
                 stack.pop()
     graph.output(tuple(copies[node] if isinstance(node, fx.Node) else node for node in outputs))
     graph.lint()
-    return fx.GraphModule(owner, graph)
+    return graph_module(owner, graph)

@@ -23,10 +23,21 @@ from passes.errors import NoFeasiblePlanError
 from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
 from passes.local import LocalProgram
 from passes.masks import use_causal_flag
-from passes.named import STRATEGIES, check_strategy
+from passes.named import check_strategy
 from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
 from passes.program import Program
-from passes.proposals import SIMPLEST_FIRST, Candidate, PaddingsOf, Progress, Request, Search, best, smallest
+from passes.proposals import (
+    BY_HAND,
+    SIMPLEST_FIRST,
+    Candidate,
+    PaddingsOf,
+    Progress,
+    Request,
+    Search,
+    best,
+    smallest,
+    with_parameters_kept,
+)
 from passes.randomness import own_randomness
 from passes.rewrite import rewrite
 from passes.routing import one_form
@@ -62,12 +73,14 @@ def compile_plan(
     diagnose: bool = True,
     progress: Progress = lambda stage: None,
     keep_timeline: bool = False,
+    known: dict[str, list[Candidate]] | None = None,
 ) -> Plan:
     """The best plan found for `program` (as `prepare` left it).
 
     `options` and `example` are kept in the plan as they are. `smaller` gives the program of a smaller batch, to say
     whether that would fit; `diagnose`: where nothing fits, plan what would, too. `keep_timeline`: the plan has its
-    step's timeline.
+    step's timeline. `known`: candidates by strategy that earlier calls found, which differed in the strategy asked for
+    alone; what this one finds is added.
 
     Raises:
         NoFeasiblePlanError: nothing fits; says by how much, what is largest, what conflicts, and what would fit.
@@ -77,7 +90,7 @@ def compile_plan(
     progress("analysing the graph")
 
     def made(of: Program) -> tuple[Plan, Candidate]:
-        return _compiled(of, topology_, batch_axes, request, options, example, smaller, diagnose, progress)
+        return _compiled(of, topology_, batch_axes, request, options, example, smaller, diagnose, progress, known)
 
     try:
         # a pin may name one layer alone
@@ -102,27 +115,32 @@ def _compiled(
     smaller: Smaller | None,
     diagnose: bool,
     progress: Progress,
+    known: dict[str, list[Candidate]] | None,
 ) -> tuple[Plan, Candidate]:
     """The plan, and the candidate that it is."""
     paddings = PaddingsOf(program, topology_.sizes, tuple(batch_axes), fused=request.compiled)
     budget = request.budget_on(topology_)
     search = Search(paddings, topology_, tuple(batch_axes), request, budget, progress)
-    found: dict[str, list[Candidate]] = {}
+    found = {} if known is None else known
     reasons: dict[str, str] = {}
-    names = SIMPLEST_FIRST if request.stored is None else (request.strategy,)
-    for name in names:
+    asked = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
+    beside = BY_HAND if request.stored is None else ()
+    for name in (*beside, *(name for name in asked if name not in beside)):
+        if name in found:
+            continue
         try:
             found[name] = search.candidates(name)
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
-    asked = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
     competing = [candidate for name in asked for candidate in found.get(name, [])]
+    if request.strategy == "auto" and request.reshard is None:
+        competing += with_parameters_kept(competing, budget, request)
     chosen = best(competing, budget)
     if chosen is None:
         if not diagnose:
             raise NoFeasiblePlanError(what_is_needed(search, competing, reasons))
         raise why_nothing_fits(search, competing, reasons, smaller)
-    baselines = {name: _as_baseline(found.get(name, []), reasons.get(name, ""), budget) for name in STRATEGIES[1:]}
+    baselines = {name: _as_baseline(found.get(name, []), reasons.get(name, ""), budget) for name in BY_HAND}
     bound = Bound(
         chosen.solution.seconds,
         chosen.solution.bound_s,
@@ -181,6 +199,7 @@ def space_of(
         strategy=strategy,
         pins=pins,
         recompute=plan.recompute,
+        reshard=plan.reshard,
         analysis=analysis,
     )
 

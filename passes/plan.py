@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from costmodel.layout import Partial, layout_text
+from costmodel.memory import gib
 from passes.errors import NoFeasiblePlanError, PlanMismatchError
 from passes.footprint import TopTensor
 from passes.pad import Pad
@@ -150,6 +151,8 @@ class Plan:
     """Dims that the program is padded along before it is laid out."""
     repeated_keys: bool = False
     """Whether keys and values of grouped attention are repeated before that."""
+    reshard: bool = True
+    """Whether gathered parameters are freed after forward and gathered again (FSDP2's `reshard_after_forward`)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the caller asked for, as JSON values."""
     example: str = ""
@@ -271,6 +274,7 @@ def make_plan(
         aliases=dict(space.program.aliases),
         padded=padded,
         repeated_keys=repeated_keys,
+        reshard=space.recomputed.reshard,
         options=dict(options or {}),
         example=example,
     )
@@ -279,7 +283,7 @@ def make_plan(
 def baseline(schedule: Schedule, budget_bytes: int | None = None) -> Baseline:
     """A played step as a baseline."""
     over = schedule.peak_memory_bytes - budget_bytes if budget_bytes is not None else 0
-    reason = f"{over / 2**30:.1f} GiB over the budget, at {schedule.peak_moment}" if over > 0 else ""
+    reason = f"{gib(over)} over the budget, at {schedule.peak_moment}" if over > 0 else ""
     return Baseline(schedule.step_time_s, schedule.peak_memory_bytes, over <= 0, reason)
 
 

@@ -49,13 +49,14 @@ _LINK = "{http://www.w3.org/1999/xlink}href"
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """A plan that a search found: `label` says which (mesh and strategy)."""
+    """What a search priced: `label` says which (mesh, micro-batches); `priced_only`, what of it no plan does yet."""
 
     label: str
     step_time_s: float
     memory_bytes: int
     fits: bool = True
     chosen: bool = False
+    priced_only: str = ""
 
 
 def available() -> bool:
@@ -140,23 +141,32 @@ def tensors_drawing(timeline: Timeline, most: int = 8) -> str:
 
 def frontier_drawing(points: Sequence[FrontierPoint], budget_bytes: int | None) -> str:
     """Step time against memory of the plans that a search found; the line joins those that none beats in both."""
+    most_bytes, most_s = max(p.memory_bytes for p in points), max(p.step_time_s for p in points)
+    memory_unit, bytes_each = ("GiB", 2**30) if most_bytes >= 2**30 else ("MiB", 2**20)
+    time_unit, per_s = ("ms", 1e3) if most_s >= 1e-3 else ("us", 1e6)
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure((_WIDTH, 3.6), layout="constrained")
         axes = figure.subplots()
         axes.margins(0.06, 0.12)
         best = frontier(points)
-        axes.plot([p.memory_bytes / 2**30 for p in best], [1e3 * p.step_time_s for p in best], color=_COLOR["k0"],
-                  linewidth=1.2, drawstyle="steps-post")  # fmt: skip
-        for point in points:
+        axes.plot([p.memory_bytes / bytes_each for p in best], [per_s * p.step_time_s for p in best],
+                  color=_COLOR["k0"], linewidth=1.2, drawstyle="steps-post")  # fmt: skip
+        labelled: list[float] = []
+        for point in sorted(points, key=lambda p: not p.chosen):
             color = _COLOR["k2"] if not point.fits else _COLOR["k0"] if point in best else _COLOR["rest"]
-            x, y = point.memory_bytes / 2**30, 1e3 * point.step_time_s
-            axes.plot(x, y, marker="D" if point.chosen else "o", markersize=8 if point.chosen else 5, color=color)
-            if point in best or point.chosen:
+            x, y = point.memory_bytes / bytes_each, per_s * point.step_time_s
+            marker, size = ("D", 8) if point.chosen else ("o", 5)
+            fill = "none" if point.priced_only else color
+            axes.plot(x, y, marker=marker, markersize=size, color=color, markerfacecolor=fill, linestyle="none")
+            crowded = any(abs(y - other) < 0.06 * per_s * most_s for other in labelled)
+            if point.chosen or (point in best and not crowded):
                 axes.annotate(f" {point.label}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=8)
-        if budget_bytes is not None:
-            axes.axvline(budget_bytes / 2**30, color=_COLOR["fg"], linewidth=1.5)
-        axes.set_xlabel("GiB per rank")
-        axes.set_ylabel("ms per step")
+                labelled.append(y)
+        if budget_bytes is not None and budget_bytes < 3 * most_bytes:
+            axes.axvline(budget_bytes / bytes_each, color=_COLOR["fg"], linewidth=1.5)
+            axes.text(budget_bytes / bytes_each, 1.0, " budget", va="top", transform=axes.get_xaxis_transform())
+        axes.set_xlabel(f"{memory_unit} per rank")
+        axes.set_ylabel(f"{time_unit} per step")
         return _svg(figure, "frontier", "Step time against memory per rank of the plans that the search found")
 
 

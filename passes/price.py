@@ -342,8 +342,8 @@ def _flows(
     table: Sequence[Sequence[tuple[int, ...]]],
     state_share: float,
 ) -> list[Flow]:
-    """Stored tensors are gathered for forward and again for backward; other values are converted once and kept."""
-    stored = space.sites[wire.value.op].kind == "stored"
+    """Stored tensors are gathered for each phase, unless they stay gathered; other values are converted once."""
+    stored = space.sites[wire.value.op].kind == "stored" and space.recomputed.reshard
     phases = ("forward", "backward") if stored else ("",)
     flows = []
     for phase in phases:

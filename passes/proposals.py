@@ -27,7 +27,8 @@ from passes.space import Pin, Space, search_space
 from passes.uneven import Padding, Paddings, stored_pads, uneven_dims, used_pads
 
 Progress = Callable[[str], None]
-SIMPLEST_FIRST = ("ddp", "fsdp", "megatron", "auto")
+BY_HAND = ("ddp", "fsdp", "megatron")
+SIMPLEST_FIRST = (*BY_HAND, "auto")
 _TIE = 1e-3
 """Relative step time within which the simpler plan is taken."""
 _HIDDEN_SHARES = (1.0, 0.3, 0.05)
@@ -44,7 +45,8 @@ class Request:
 
     `budget_bytes`: per device; None: what the hardware has, less its reserve.
     `recompute`: a mode of `passes/recompute.py`, or "auto": the least that fits. `compiled`: whether the step runs
-    compiled, which takes less memory. `stored`: parameters that already lie somewhere.
+    compiled, which takes less memory. `stored`: parameters that already lie somewhere. `reshard`: see `Recomputation`;
+    None: "auto" decides.
     """
 
     strategy: str = "auto"
@@ -52,6 +54,7 @@ class Request:
     optimizer: str = "adamw"
     accumulate: int = 1
     recompute: Mode | Literal["auto"] = "auto"
+    reshard: bool | None = None
     compiled: bool = True
     pins: Mapping[str, Pin] = field(default_factory=dict)
     stored: Mapping[str, Storage] | None = None
@@ -199,6 +202,7 @@ class Search:
             strategy=name,
             pins=request.pins,
             recompute=modes[0],
+            reshard=request.reshard is not False,
             analysis=padding.analysis,
         )
         space = without(space, request.without)
@@ -206,7 +210,8 @@ class Search:
         unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
         for mode in modes:
             if mode != modes[0]:
-                space = replace(space, recomputed=recomputation(padding.analysis, mode))
+                recomputed = recomputation(padding.analysis, mode)
+                space = replace(space, recomputed=replace(recomputed, reshard=space.recomputed.reshard))
             found = [_solved_within(space, name, request, self.budget, share, padding) for share in shares]
             for candidate in found:
                 unique.setdefault((mode, candidate.assignment), candidate)
@@ -254,6 +259,31 @@ def best(found: Sequence[Candidate], budget: float) -> Candidate | None:
         if chosen is None or candidate.schedule.step_time_s < chosen.schedule.step_time_s * (1 - _TIE):
             chosen = candidate
     return chosen
+
+
+def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Request) -> list[Candidate]:
+    """Candidates whose gathered parameters stay from forward to backward, where that can be the fastest that fits.
+
+    A candidate gains no more by it than its backward waits for parameters, and the fewer bytes alive are those at rest
+    and every gathered parameter.
+    """
+    spec = OPTIMIZERS[request.optimizer]
+    kept: list[Candidate] = []
+    for candidate in found:
+        fastest = best([*found, *kept], budget)
+        gathers = [c for c in candidate.schedule.collectives if c.role == "parameter" and c.phase == "backward"]
+        least_s = candidate.schedule.step_time_s - request.accumulate * sum(c.exposed_s for c in gathers)
+        at_rest = sum(candidate.schedule.memory.by_kind.get(kind, 0) for kind in ("parameters", "optimizer"))
+        may_fit = at_rest + sum(c.bytes for c in gathers) <= budget
+        may_win = fastest is None or least_s < fastest.schedule.step_time_s * (1 - _TIE)
+        if not gathers or not may_fit or not may_win:
+            continue
+        space = replace(candidate.space, recomputed=replace(candidate.space.recomputed, reshard=False))
+        schedule = play(
+            space, candidate.assignment, optimizer=spec, accumulate=request.accumulate, compiled=request.compiled
+        )
+        kept.append(replace(candidate, space=space, schedule=schedule))
+    return kept
 
 
 def smallest(found: Sequence[Candidate]) -> Candidate:

@@ -9,7 +9,7 @@
 The choice is a minimum cut over the values of one batch, whole tensors, alike layers as one. It depends on the graph
 alone, not on the mesh, so one decision holds for prices, schedule and emitted program: `itinerary` runs the sites of
 `again` once more in backward. What a collective of forward brought is kept as it came, and never sent again; parameters
-are gathered for each phase anyway.
+are gathered for each phase, unless a plan keeps them gathered.
 """
 
 from __future__ import annotations
@@ -75,11 +75,16 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What `mode` makes of one graph: forward values that are kept, and forward sites that run again in backward."""
+    """What `mode` makes of one graph: forward values that are kept, and forward sites that run again in backward.
+
+    `reshard`: parameters gathered for forward are freed there and gathered again for backward, as FSDP2 does by
+    default; else they stay from their forward gather to their last reader in backward (ZeRO-2's time, more memory).
+    """
 
     mode: Mode
     held: frozenset[Value]
     again: frozenset[int]
+    reshard: bool = True
 
 
 def is_view_op(target: object) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.graphs import graph_module
 from passes.local import COLLECTIVES, WAIT
 from passes.partition import is_view, parameter_chain
 
@@ -341,4 +342,4 @@ def _body(owner: fx.GraphModule, outline: _Outline, lifted: set[tuple[int, int]]
                 copies[node].update_arg(place[1], scalar)
     graph.output(tuple(copies[node] for node in outline.region.gives))
     graph.lint()
-    return fx.GraphModule(owner, graph)
+    return graph_module(owner, graph)

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from passes.emit import Emitter, relax_views
+from passes.graphs import graph_module
 from passes.program import Program
 
 aten = torch.ops.aten
@@ -60,7 +61,7 @@ def repeat_keys(program: Program) -> Program:
             continue
         emit.meta = {key: node.meta.get(key, "") for key in ("phase", "module", "source")}
         new[node] = _forward(emit, node, new) if node.target is _FORWARD else _backward(emit, node, new)
-    module = fx.GraphModule(program.graph, emit.graph)
+    module = graph_module(program.graph, emit.graph)
     relax_views(module.graph)
     module.graph.eliminate_dead_code()
     module.graph.lint()

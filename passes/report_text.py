@@ -229,6 +229,8 @@ def _memory(plan: Plan, width: int) -> list[str]:
     ]
     lines = [_title(title, width), *_wrap(f"at {parts.peak_moment}", width, "  ")]
     lines += _wrap(f"backward computes again: {RECOMPUTED[plan.recompute]}", width, "  ")
+    if not plan.reshard:
+        lines += _wrap("gathered parameters stay from forward to backward (reshard_after_forward=False)", width, "  ")
     lines += _table(rows, ["kind", "bytes", "share"], width, shrink=0, right=[1, 2])
     rows = [
         [top.name, f"x{top.count}" if top.count > 1 else "", top.kind, gib(top.bytes)]

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from costmodel.layout import Layout
 from passes.dims import is_getitem, value_of
 from passes.emit import Emitter, emit_steps, emit_together
+from passes.graphs import graph_module
 from passes.itinerary import Returned, itinerary, returned
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
 from passes.localize import LocalOp, run_locally
@@ -67,7 +68,7 @@ class _Rewriter:
                     self._run(item)
         outputs, values = self._outputs()
         self.emit.graph.output(tuple(values))
-        graph = fx.GraphModule(self.root, self.emit.graph)
+        graph = graph_module(self.root, self.emit.graph)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         axes = tuple((axis.name, axis.size) for axis in space.topology.axes)

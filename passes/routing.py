@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes.graphs import graph_module
 from passes.program import Program
 from passes.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
 from passes.rules.call import call_of, operand_nodes
@@ -174,7 +175,7 @@ def route_by_blocks(program: Program, blocks: int) -> Program:
         if region.products:
             _cut(region, blocks)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    module = fx.GraphModule(program.graph, graph, class_name="Step")
+    module = graph_module(program.graph, graph, class_name="Step")
     return replace(program, graph=module, notes=(*program.notes, *notes))
 
 

@@ -109,9 +109,12 @@ def search_space(
     strategy: str = "auto",
     pins: Mapping[str, Layout | Pin] | None = None,
     recompute: Mode = "pointwise",
+    reshard: bool = True,
     analysis: Analysis | None = None,
 ) -> Space:
     """All ways to lay `program` out over `topology` under `strategy`, with what `recompute` computes again.
+
+    `reshard`: as in `Recomputation`.
 
     `stored`: parameters (by name) that already lie somewhere; only the rest is chosen. `pins`: parameter-name pattern
     (fnmatch) -> layout that compute uses it in, or a `Pin`. `analysis`: `analyse(program)`, where it is at hand.
@@ -159,7 +162,8 @@ def search_space(
         )
     for index, (pattern, _) in pinned.items():
         _hold_readers(analysis, sites, index, pattern, sizes, tuple(batch_axes))
-    return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites), recomputation(analysis, recompute))
+    recomputed = replace(recomputation(analysis, recompute), reshard=reshard)
+    return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites), recomputed)
 
 
 def _hold_readers(

@@ -285,9 +285,9 @@ class Tracer(TorchDispatchMode):
         from_values = run_real(func, real_args, real_kwargs)
         out = _map_tensors(from_values, self._fake_like)
         made = self._emit(func, node_args, node_kwargs, out)
-        node = next(reversed(self.graph.find_nodes(op="call_function", target=func)))
         fixed = Fixed(self._location(), what, shapes(from_values), is_shape=True)
-        self.reads.append(Read(node, None, (), {}, fixed))
+        shaping_args, shaping_kwargs = _map_tensors((args, kwargs), lambda t: self._shaping_node(func, t))
+        self.reads.append(Read(None, func, shaping_args, shaping_kwargs, fixed))
         return made
 
     def _shaping_value(self, func: Any, tensor: Tensor, what: str) -> Any:
@@ -296,6 +296,13 @@ class Tracer(TorchDispatchMode):
             with off_the_record():
                 return torch.zeros(tensor.shape, dtype=tensor.dtype)
         return self.value(tensor, what)
+
+    def _shaping_node(self, func: Any, tensor: Tensor) -> Any:
+        """The node of an operand, or a meta tensor where the shape of `func`'s result does not depend on its values."""
+        if func in _SHAPED_BY_INTEGERS and tensor.is_floating_point():
+            with off_the_record():
+                return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return self._map(tensor)[0]
 
     def _fake_like(self, tensor: Tensor) -> Tensor:
         """An unrecorded fake CPU tensor of the same shape, strides and dtype."""

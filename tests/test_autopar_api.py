@@ -255,3 +255,39 @@ def _leaves_the_model(rank: int, ranks: int) -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and not isinstance(p, DTensor) for p in model.parameters())
     assert torch.get_rng_state().equal(torch.get_rng_state())
+
+
+class Twice(nn.Module):
+    """A model that returns its loss under two names, as some masked language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = self.linear(x).square().mean()
+        return {"loss": loss, "masked_loss": loss}
+
+
+def _differentiates_either(rank: int, ranks: int) -> None:
+    torch.manual_seed(3)
+    eager, x = Twice(), torch.randn(4, 6)
+    kinds: list[str] = []
+    stages = pipeline()
+
+    def capture(*args: Any, **kwargs: Any) -> Any:
+        kinds.append(kwargs["tangents"])
+        return stages.capture(*args, **kwargs)
+
+    parallel = parallelize_with(replace(stages, capture=capture), eager, mesh_of((1,)), (x,), options=EAGER)
+    for names in (("loss",), ("masked_loss",), ("loss", "masked_loss")):
+        for model in (eager, parallel):
+            model.zero_grad()
+            out = model(x)
+            sum(out[name] for name in names).backward()
+        compare_gradients(parallel, eager)
+    assert kinds == ["loss"], "the step was captured again"
+
+
+def test_a_loss_with_two_names_is_one_loss() -> None:
+    run_ranks(_differentiates_either, 1)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import forked
 from schemas import conforms
 
 from autopar.cli import main
@@ -86,11 +89,30 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 
-def autopar(*arguments: object) -> Ran:
-    """`python -m autopar ...` as a process."""
+def started(*arguments: object) -> Ran:
+    """`python -m autopar ...`, from the start of Python on."""
     command = [sys.executable, "-m", "autopar", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
     return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def autopar(*arguments: object) -> Ran:
+    """The same in a process that has imported everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        code = forked(command, [str(each) for each in arguments], str(out), str(err), environment())
+        return Ran(code, out.read_text("utf-8"), err.read_text("utf-8"))
+
+
+def command(words: list[str], out: str, err: str, environment: dict[str, str]) -> int:
+    """Exit code of the command, whose standard output and error go to these files."""
+    os.environ.update(environment)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    code = main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 @dataclass(frozen=True)
@@ -176,7 +198,7 @@ def test_inspect_counts_what_the_step_computes(here: Here) -> None:
 
 
 def test_verify_passes_and_its_tolerance_decides(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
-    ran = autopar("verify", here.model, "--plan", here.plan)
+    ran = started("verify", here.model, "--plan", here.plan)
     assert ran.code == 0, ran.err
     assert ran.out.startswith("Parity certificate: PASSED")
     on = ("--mesh", "dp=2,tp=2", "--strategy", "megatron", "--hardware", "h100")
@@ -327,6 +349,33 @@ def test_explain_says_when_memory_decided(here: Here, capsys: pytest.CaptureFixt
     assert found["decided_by"].startswith("the memory budget: without it")
 
 
+def test_search_draws_the_best_plan_among_all_that_it_priced(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    page = here.folder / "search.html"
+    on = ("search", here.model, "--gpus", "2", "--hardware", "h100", "--global-batch", "2", "--recompute", "full")
+    assert main([*on, "--html", str(page), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    conforms(found)
+    text = page.read_text(encoding="utf-8")
+    section = text.partition('<section id="frontier">')[2].partition("</section>")[0]
+    (this,) = re.findall(r'scope="row">([\w=]+), this plan</th><td class="num">([^<]+)</td>', section)
+    best = next(each for each in found["candidates"] if not each["priced_only"])
+    assert this[0] == " ".join(f"{name}={size}" for name, size in best["mesh"].items())
+    assert f"<dt>per step</dt><dd>{this[1]}</dd>" in text
+    shown = re.findall(r'scope="row">([^<,]+)</th><td class="num">', section)
+    assert len(shown) == len(found["candidates"]) + min(5, len(found["too_large"]))
+    assert section.count("<td>ZeRO-1</td>") == sum(each["priced_only"] == ["ZeRO-1"] for each in found["candidates"])
+
+
+def test_a_search_where_nothing_fits_writes_no_page(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    page = here.folder / "nothing.html"
+    on = ("search", here.model, "--gpus", "1", "--hardware", "h100", "--global-batch", "1", "--recompute", "full")
+    assert main([*on, "--memory-budget", "10KiB", "--html", str(page)]) == 1
+    out = capsys.readouterr().out
+    assert "nothing fits" in out
+    assert f"{page} was not written" in out
+    assert not page.exists()
+
+
 def test_calibrate_writes_what_hardware_takes(here: Here) -> None:
     file = here.folder / "hardware.json"
     ran = autopar("calibrate", "--device", "cpu", "--seconds", "0.5", "-o", file, "--json")
@@ -345,7 +394,7 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_help_of_a_process_goes_to_standard_output() -> None:
-    ran = autopar("--help")
+    ran = started("--help")
     assert (ran.code, ran.err) == (0, "")
     assert "calibrate" in ran.out
 
@@ -419,7 +468,7 @@ MISTAKES = [
     ("plan HERE --mesh dp=2", "without a config.json"),
     ("plan HERE/plan.json --mesh dp=2", "no 'model_type'"),
     ("plan gpt3-175b --mesh dp=2 --seq 4096", "the model has 2048 positions"),
-    ("plan MODEL --mesh dp=2 --hardware h100 -o HERE/none/plan.json", "No such file or directory"),
+    ("plan MODEL --mesh dp=2 --hardware h100 -o HERE/none/plan.json", "none/plan.json: no folder"),
     ("diff HERE/plan.json HERE/none.json", "none.json: No such file"),
     ("diff HERE/plan.json HERE/models.py", "not JSON"),
     ("diff HERE/plan.json HERE/plan.json --max-regression lots", "is no share"),
@@ -429,11 +478,15 @@ MISTAKES = [
     ("verify MODEL", "pass --mesh"),
     ("verify MODEL --mesh dp=4 --plan HERE/plan.json", "the plan is for the mesh"),
     ("verify HERE/models.py:wider --plan HERE/plan.json", "the plan is for the graph"),
+    ("search MODEL --gpus 12 --global-batch 12 --hardware h100", "12 GPUs fill no whole number of nodes"),
+    ("search MODEL --global-batch 8", "required: --gpus"),
+    ("search MODEL --gpus 8 --global-batch 1 --hardware h100 --html HERE/none/x.html", "none/x.html: no folder"),
     ("calibrate --seconds 0", "--seconds 0"),
     ("calibrate --from-trace HERE/step.json", "needs --plan PLAN"),
     ("calibrate --plan HERE/plan.json", "go with --from-trace"),
     ("diff HERE/plan.json", "give two plans, or one plan and --measured TRACE"),
     ("diff HERE/plan.json --measured HERE/plan.json", "no traceEvents"),
+    ("plan MODEL --mesh dp=2 --html HERE", "a folder; name a file"),
     ("calibrate --seconds 1 -o HERE/none/hardware.json", "no folder"),
 ]
 
@@ -453,7 +506,7 @@ def test_a_mistake_is_one_line_on_standard_error(
 
 
 def test_a_mistake_in_a_process_is_no_traceback(here: Here) -> None:
-    ran = autopar("plan", f"{here.folder}/models.py:fails", "--mesh", "dp=2")
+    ran = started("plan", f"{here.folder}/models.py:fails", "--mesh", "dp=2")
     assert ran.code == 2
     assert ran.out == ""
     line = next(i for i, text in enumerate(MODELS.splitlines(), 1) if ".nothing" in text)

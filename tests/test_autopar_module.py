@@ -193,7 +193,7 @@ def _clear_errors(rank: int, ranks: int) -> None:
     ids, labels = mine(batches(1, ranks)[0], rank)
     with pytest.raises(ValueError, match=r"labels is on meta but the mesh is on cpu"):
         model(ids, labels=labels.to("meta"))
-    with pytest.raises(ValueError, match=r"args\[0\] is a DTensor"):
+    with pytest.raises(ValueError, match=r"ids is a DTensor"):
         model(DTensor.from_local(ids, mesh, [Replicate()] * mesh.ndim))
     model.up.weight.requires_grad_(False)
     with pytest.raises(PlanMismatchError, match=r"up.weight.requires_grad is False but was True"):
@@ -325,4 +325,8 @@ def _preloaded(rank: int, ranks: int) -> None:
     local = local_step(Net(), (ids,), {"labels": labels}, (("dp", 1),))
     preload(model, (ids,), {"labels": labels}, Executable(local, lower(local, compile=False)))
     model(ids, labels=labels).loss.backward()
+    model(ids=ids, labels=labels)
+    model(ids, labels)
     assert calls == []
+    with pytest.raises(TypeError, match="multiple values"):
+        model(ids, ids=ids)

@@ -62,8 +62,17 @@ def test_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
     eager, planned = results["train"]
     assert (eager["how"], planned["how"]) == ("eager", "autopar")
     assert planned["losses"] == pytest.approx(eager["losses"], rel=1e-5)
-    assert [(r["mesh"], r["strategy"]) for r in results["rank0"]] == [("dp=8", "fsdp"), ("dp=2,tp=4", "megatron")]
-    assert all(r["step_s"] > 0 and r["predicted_peak_bytes"] > 0 for r in results["rank0"])
+    layouts = [("dp=8", "fsdp"), ("dp=2,tp=4", "megatron")]
+    hows = ("by hand", "autopar")
+    assert [(r["mesh"], r["strategy"], r["how"]) for r in results["rank0"]] == [
+        (*x, how) for x in layouts for how in hows
+    ]
+    assert all(r["step_s"] > 0 and r["kernels"] > 0 for r in results["rank0"])
+    for r in results["rank0"][1::2]:
+        assert r["predicted_peak_bytes"] > 0
+        assert {"step", "matmul", "optimizer"} <= {kind for kind, _, _ in r["kinds"]}
+        # 7 products a layer and the head, each with two in backward; the plan makes some of them again.
+        assert sum(count for _, count, _, _ in r["products"]) >= 3 * (2 * 7 + 1)
     assert "| dp=2,tp=4 |" in (tmp_path / "results.md").read_text()
 
 

@@ -351,3 +351,28 @@ def test_outputs_of_any_kind(kind: str) -> None:
     leaves = torch.utils._pytree.tree_leaves(model(x))
     assert program.out_spec.num_leaves == len(leaves)
     assert sum(one.kind == "output" for one in program.outputs) == sum(isinstance(one, Tensor) for one in leaves)
+
+
+class SharedGradient(nn.Module):
+    """A class token and its position, whose gradients are one sum: the one is read to make the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.position = nn.Parameter(torch.randn(1, 8))
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = (self.token + self.position.unsqueeze(0)).expand(x.shape[0], -1, -1)
+        return self.linear(torch.cat([first, x], 1)).square().mean()
+
+
+def test_a_gradient_that_another_is_made_from() -> None:
+    model, inputs = SharedGradient(), {"x": torch.randn(4, 6, 8)}
+    program = captured(model, inputs)
+    for strategy in ("megatron", "fsdp", "ddp"):
+        _, _, local = planned(program, MESH, strategy)
+        found = errors(model, local, inputs)
+        assert found.output < 1e-5, (strategy, found)
+        assert found.gradient < 1e-4, (strategy, found)

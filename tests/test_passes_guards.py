@@ -83,3 +83,27 @@ def test_a_counter_in_a_buffer_is_guarded() -> None:
     assert program.guards.inputs == ("calls",)  # `scale` never changes
     assert not broken(program.guards, {"calls": torch.tensor(0)})
     assert broken(program.guards, {"calls": torch.tensor(7)})
+
+
+class Spoken(nn.Module):
+    """A connectionist loss, whose state is as long as the longest target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        lengths = (targets >= 0).sum(-1)
+        scores = self.linear(x).log_softmax(-1).transpose(0, 1)
+        return nn.functional.ctc_loss(scores, targets[targets >= 0], torch.full((2,), 8), lengths)
+
+
+def test_a_shape_is_guarded_without_what_it_does_not_follow_from() -> None:
+    """Parameters lie in parts where guards run, and the whole forward would run again on every rank."""
+    x = torch.randn(2, 8, 4)
+    targets, shorter = torch.tensor([[1, 2, 3], [1, 2, -1]]), torch.tensor([[1, 2, -1], [1, 2, -1]])
+    guards = capture(Spoken(), (x, targets), batch_dims=[0, 0], batch_size=2).guards
+    assert guards is not None
+    assert guards.inputs == ("args.1",)
+    assert not broken(guards, {"args.1": targets})
+    assert broken(guards, {"args.1": shorter})

@@ -11,9 +11,11 @@ import re
 import shutil
 import struct
 import subprocess
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_passes_report_html import with_timeline
@@ -119,3 +121,90 @@ def test_it_is_drawn_in_both_themes_on_a_laptops_screen(page: Path, tmp_path: Pa
     assert len(common) > 10  # text, bars, lines
     if folder := os.environ.get("AUTOPAR_SCREENSHOTS"):
         shutil.copy(picture, folder)
+
+
+# -- by keyboard -------------------------------------------------------------------------------------------------------
+
+
+class Browser:
+    """Chromium with a page open, told what to do over its debugging pipe: JSON messages that end in a zero byte."""
+
+    def __init__(self, page: Path, folder: Path) -> None:
+        theirs_in, self.to = os.pipe()
+        self.back, theirs_out = os.pipe()
+        flags = f"--headless --no-sandbox --disable-gpu --no-first-run --user-data-dir={folder / 'profile'}"
+        shell = f"exec {CHROMIUM} {flags} --remote-debugging-pipe 3<&{theirs_in} 4>&{theirs_out}"
+        self.process = subprocess.Popen(
+            ["bash", "-c", shell], pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.count, self.session, self.rest = 0, "", b""
+        target = self.call("Target.createTarget", url=page.as_uri())["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        while self.js("document.readyState + (document.title ? '' : ', blank')") != "complete":
+            time.sleep(0.05)
+
+    def call(self, method: str, **parameters: object) -> dict[str, Any]:
+        """What the browser answers."""
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": parameters}
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.to, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                self.rest += os.read(self.back, 1 << 16)
+            answer, _, self.rest = self.rest.partition(b"\0")
+            found = json.loads(answer)
+            if found.get("id") == self.count:
+                assert "error" not in found, found
+                return dict(found["result"])
+
+    def js(self, expression: str) -> Any:
+        """Its value in the page."""
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """A key down and up."""
+        for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
+            said = {"text": text} if text and kind == "keyDown" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **said)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.to)
+        os.close(self.back)
+
+
+ORDER = "[...document.querySelectorAll('a[href], summary, [tabindex]')].filter(e => e.checkVisibility()).length"
+PLACE = (
+    "[...document.querySelectorAll('a[href], summary, [tabindex]')].filter(e => e.checkVisibility())"
+    ".indexOf(document.activeElement)"
+)
+OUTLINE = "(s => s.outlineStyle != 'none' && parseFloat(s.outlineWidth))(getComputedStyle(document.activeElement))"
+OPEN = "document.activeElement.parentElement.open"
+
+
+def test_everything_is_reached_and_opened_by_keyboard(page: Path, tmp_path: Path) -> None:
+    browser = Browser(page, tmp_path)
+    try:
+        reached, opened = [], 0
+        for _ in range(browser.js(ORDER)):
+            browser.press("Tab", 9)
+            reached.append(browser.js(PLACE))
+            assert browser.js(OUTLINE) >= 2, browser.js("document.activeElement.outerHTML")
+            if browser.js("document.activeElement.tagName") == "SUMMARY":
+                before = browser.js(OPEN)
+                browser.press("Enter", 13, "\r")
+                assert browser.js(OPEN) != before
+                browser.press(" ", 32, " ")
+                assert browser.js(OPEN) == before
+                opened += 1
+        assert reached == sorted(reached) == list(range(len(reached)))  # as one reads, and nothing is left out
+        assert len(reached) > 10
+        assert opened >= 2
+    finally:
+        browser.close()

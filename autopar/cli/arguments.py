@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -59,6 +60,15 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
+
+
+def output(text: str) -> str:
+    """A file to be written: its folder is there, which is said before the work is done and not after."""
+    folder = Path(text).resolve().parent
+    if not folder.is_dir() or Path(text).is_dir():
+        found = f"no folder {folder}" if not folder.is_dir() else "a folder"
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {found}; name a file in a folder that is there")
+    return text
 
 
 def pin(text: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from autopar import planning
-from autopar.cli.arguments import add_json, count
+from autopar.cli.arguments import add_json, count, output
 from autopar.cli.comparing import print_measured
 from autopar.cli.terminal import clean_output, painted, progress, table
 from autopar.measured import beside, corrected, measured
@@ -35,7 +35,7 @@ HELP = "measure this machine"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `autopar calibrate`."""
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the figures to this file")
+    parser.add_argument("-o", "--output", type=output, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda (default: cuda where there is one)")
     parser.add_argument("--ranks", type=count, default=1, metavar="N", help="processes that measure together (1)")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="about how long to measure (10)")
@@ -54,8 +54,6 @@ def run(given: argparse.Namespace) -> int:
     if given.seconds <= 0:
         raise ValueError(f"--seconds {given.seconds:g}: measuring takes some time; 10 is usual")
     with clean_output(), progress() as tell, tempfile.TemporaryDirectory() as folder:
-        if given.output and not Path(given.output).resolve().parent.is_dir():
-            raise ValueError(f"-o {given.output}: no folder {Path(given.output).resolve().parent}")
         tell(f"measuring for about {given.seconds:g} s")
         path = given.output or str(Path(folder) / "hardware.json")
         found, errors = save_calibration(path, device=given.device, ranks=given.ranks, budget_s=given.seconds)

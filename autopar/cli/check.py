@@ -13,7 +13,7 @@ import argparse
 import json
 
 from autopar import examples, planning
-from autopar.cli.arguments import add_json, count, share, stored_dtype
+from autopar.cli.arguments import add_json, count, output, share, stored_dtype
 from autopar.cli.comparing import compare_plans, comparison_json, print_comparison
 from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, progress
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategy", choices=STRATEGIES, help="default: the plan's")
     parser.add_argument("--max-regression", type=share, default=0.05, metavar="SHARE", help="5%% or 0.05 (5%%)")
     parser.add_argument("--decisions", action="store_true", help="list every decision that differs")
-    parser.add_argument("-o", "--output", metavar="PLAN", help="write the new plan to this file")
+    parser.add_argument("-o", "--output", type=output, metavar="PLAN", help="write the new plan to this file")
     add_json(parser)
 
 

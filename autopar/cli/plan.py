@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from autopar import examples, planning
-from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of
+from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of, output
 from autopar.cli.compiling import planned
 from autopar.cli.terminal import clean_output, painted, progress, width, wrapped
 from autopar.eject import eject
@@ -35,10 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mesh(parser, required=False)
     add_planning(parser)
     parser.add_argument("--from", dest="kept", metavar="PLAN", help="solve this plan again with its pinned lines kept")
-    parser.add_argument("-o", "--output", metavar="PLAN", help="write the plan to this file (JSON)")
-    parser.add_argument("--html", metavar="FILE", help="write the report as one page that needs no network")
-    parser.add_argument("--trace", metavar="FILE", help="write the predicted step as a trace for ui.perfetto.dev")
-    parser.add_argument("--eject", metavar="FILE", help="write the plan as a parallelize_module + fully_shard script")
+    parser.add_argument("-o", "--output", type=output, metavar="PLAN", help="write the plan to this file (JSON)")
+    parser.add_argument(
+        "--html", type=output, metavar="FILE", help="write the report as one page that needs no network"
+    )
+    parser.add_argument(
+        "--trace", type=output, metavar="FILE", help="write the predicted step as a trace for ui.perfetto.dev"
+    )
+    parser.add_argument(
+        "--eject", type=output, metavar="FILE", help="write the plan as a parallelize_module + fully_shard script"
+    )
     add_json(parser)
 
 

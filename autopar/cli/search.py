@@ -2,20 +2,28 @@
 
 Needs no GPU, no weights and no process group. Exits 1 where nothing fits in memory.
 
+--html plans the fastest that plans can do and draws its report, with all that was priced by time and memory.
+
 example:
   autopar search llama3-70b --gpus 512 --hardware h100 --global-batch 512 --seq 4096
+  autopar search examples/model.py:build --gpus 8 --hardware h100 --global-batch 16 --html report.html
 """
 
 from __future__ import annotations
 
 import argparse
 
-from autopar.cli.arguments import add_json, count, size
+from torch import nn
+
+from autopar import examples
+from autopar.cli.arguments import add_json, count, output, size
+from autopar.cli.compiling import Progress, planned
 from autopar.cli.terminal import clean_output, progress
 from autopar.model_argument import Wanted, load_model
 from autopar.options import Options
-from autopar.search import search
+from autopar.search import SearchResult, search
 from costmodel.hardware import hardware_names
+from passes.inputs import global_inputs, one_sample
 
 HELP = "rank mesh shapes by predicted step time and memory"
 
@@ -34,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=("adamw", "sgd", "momentum", "none"), default="adamw")
     parser.add_argument("--recompute", choices=("auto", "none", "selective", "full"), default="auto")
     parser.add_argument("--top", type=count, default=10, metavar="N", help="so many rows (10)")
+    parser.add_argument(
+        "--html", type=output, metavar="FILE", help="write the best plan's report, with what the search found"
+    )
     add_json(parser)
 
 
@@ -42,14 +53,33 @@ def run(given: argparse.Namespace) -> int:
     options = Options(memory_budget=given.memory_budget, optimizer=given.optimizer, recompute=given.recompute)
     with clean_output(), progress() as tell:
         named = load_model(given.model, Wanted(1, given.seq))
-        own = named.inputs if ":" in given.model else None
-        length = None if own is not None else int(next(iter(named.inputs.values())).shape[1])
+        sample = one_sample(*examples.call_of(named.model, named.inputs))
+        told = ":" not in given.model
+        length = int(next(iter(named.inputs.values())).shape[1]) if told else None
         found = search(
-            named.model, given.gpus, given.hardware, given.global_batch, own, sequence=length, options=options,
-            top=given.top, progress=tell,
+            named.model, given.gpus, given.hardware, given.global_batch, None if told else sample[0] or sample[1],
+            sequence=length, options=options, top=given.top, progress=tell,
         )  # fmt: skip
+        fits = any(not candidate.priced_only for candidate in found.candidates)
+        if given.html and fits:
+            _report(given, named.model, sample, found, tell)
     if given.json:
         print(found.to_json())
     else:
         print(found.text(given.model, given.top))
-    return 0 if any(not candidate.priced_only for candidate in found.candidates) else 1
+        if given.html:
+            print(f"\nWritten to {given.html}" if fits else f"\nNo plan fits, so {given.html} was not written")
+    return 0 if fits else 1
+
+
+def _report(
+    given: argparse.Namespace, model: nn.Module, sample: examples.Call, found: SearchResult, tell: Progress
+) -> None:
+    """The best, planned on its mesh with its micro-batch, beside all that was found."""
+    batch = global_inputs(*sample, found.best.setup.micro_batch)
+    plan = planned(
+        model, (batch.args, dict(batch.kwargs)), found.best.mesh, hardware=given.hardware, strategy="auto",
+        options=found.options(), progress=tell, keep_timeline=True,
+    )  # fmt: skip
+    tell("drawing the report")
+    plan.report(given.html, found.frontier(plan))

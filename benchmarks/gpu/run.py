@@ -3,7 +3,8 @@
     train   a small LLaMA on a one-GPU mesh through autopar (NCCL, Inductor) beside the same model in eager mode, from
             the same weights on the same batches, in fp32 and bf16: losses, seconds per step, peak memory
     rank0   rank 0 of a plan for eight GPUs, LLaMA-3-8B's layers, with a fake process group that moves no bytes:
-            seconds and peak memory of what this rank computes, beside what the plan predicts
+            seconds, peak memory and kernels of what this rank computes, beside the same layout by hand, eager and
+            compiled, and beside what the plan predicts, kind by kind and product by product
 
 Each measurement has a process of its own. Without a CUDA device there is nothing to measure and the exit code is 0;
 `--device cpu --small` goes through the same steps with a tiny model.
@@ -16,111 +17,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from common import SMALL, TRAINED, batch, median, new_model, peak_bytes, peak_reset, trained
+from rank0 import HOWS, measure_rank0, rank0_tables
 from tabulate import tabulate
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import autopar
-
-SMALL = LlamaConfig(
-    vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=8,
-    num_key_value_heads=8,
-)  # fmt: skip
-TRAINED = LlamaConfig(
-    vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
-    num_key_value_heads=8, max_position_embeddings=2048,
-)  # fmt: skip
-LLAMA3_8B_LAYERS = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32,
-    num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0,
-)  # fmt: skip
-"""The 8B model's dimensions with 4 of its 32 layers."""
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
-def peak_reset(device: str) -> None:
-    """Forget the peak so far."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_bytes(device: str) -> int:
-    """Peak since the last reset; on the CPU the process's."""
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def timed_s(device: str, work: Callable[[], object]) -> float:
-    """Seconds of `work`, all kernels done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def median(values: list[float]) -> float:
-    """The middle one."""
-    return sorted(values)[len(values) // 2]
-
-
-def new_model(config: LlamaConfig, device: str, dtype: torch.dtype) -> nn.Module:
-    """The same weights every time."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def batch(config: LlamaConfig, rows: int, length: int, step: int, device: str) -> dict[str, torch.Tensor]:
-    """Ids that a model can learn: a walk whose steps are small."""
-    generator = torch.Generator().manual_seed(step)
-    walk = torch.randint(0, 8, (rows, length), generator=generator).cumsum(1)
-    ids = (walk % min(config.vocab_size, 512)).to(device)
-    return {"input_ids": ids, "labels": ids}
-
-
-def trained(
-    model: nn.Module, config: LlamaConfig, rows: int, length: int, steps: int, device: str
-) -> tuple[list[float], list[float]]:
-    """Losses and seconds of every step."""
-    optim = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    losses: list[float] = []
-    seconds: list[float] = []
-
-    def step(index: int) -> None:
-        loss = model(**batch(config, rows, length, index, device)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optim.step()
-        optim.zero_grad()
-        losses.append(float(loss.detach()))
-
-    for index in range(steps):
-        seconds.append(timed_s(device, lambda index=index: step(index)))
-    return losses, seconds
-
-
-# --- the two parts ----------------------------------------------------------------------------------------------------
 
 
 def measure_train(device: str, small: bool, how: str, dtype: str) -> dict[str, Any]:
@@ -153,43 +66,6 @@ def measure_train(device: str, small: bool, how: str, dtype: str) -> dict[str, A
     }  # fmt: skip
 
 
-def measure_rank0(device: str, small: bool, strategy: str, mesh_text: str) -> dict[str, Any]:
-    """Rank 0's own work under `strategy` on a mesh such as "dp=2,tp=4"; collectives move nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # also registers the "fake" backend
-
-    config = SMALL if small else LLAMA3_8B_LAYERS
-    rows, length, steps = (4, 16, 2) if small else (1, 4096, 12)
-    sizes = {name: int(size) for name, size in (part.split("=") for part in mesh_text.split(","))}
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(sizes.values()))
-    mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if small else torch.bfloat16)
-    example = batch(config, rows, length, 0, device)
-    start = time.perf_counter()
-    plan = autopar.plan(
-        model, mesh, example, strategy=strategy, hardware="cpu" if device == "cpu" else None,
-        options=autopar.Options(compile=not small),
-    )  # fmt: skip
-    parallel = autopar.apply(model, plan, mesh)
-    prepared_s = time.perf_counter() - start
-    parallel.to_empty(device=device)
-    with torch.no_grad():
-        for parameter in parallel.parameters():
-            local = parameter.to_local()
-            local.normal_(0, 0.02)
-    peak_reset(device)
-    _, seconds = trained(parallel, config, rows, length, steps, device)
-    peak = peak_bytes(device)
-    communication_s = sum(collective.seconds for collective in plan.collectives)
-    dist.destroy_process_group()
-    return {
-        "strategy": plan.strategy, "asked": strategy, "mesh": mesh_text, "step_s": median(seconds[steps // 2 :]),
-        "peak_bytes": peak, "predicted_step_s": plan.step_time_s, "predicted_peak_bytes": plan.peak_memory_bytes,
-        "predicted_communication_s": communication_s,
-        "predicted_compute_s": plan.breakdown.compute_s + plan.breakdown.optimizer_s, "prepared_s": prepared_s,
-    }  # fmt: skip
-
-
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
@@ -208,23 +84,18 @@ def as_markdown(results: dict[str, Any]) -> str:
         rows, ("dtype", "how", "first loss", "last loss", "largest relative difference to eager", "ms per step",
                "tokens/s", "peak GiB", "seconds before the first step"), tablefmt="github", disable_numparse=True,
     )  # fmt: skip
-    rows = [
-        (r["mesh"], r["asked"], f"{r['step_s'] * 1e3:.1f}", f"{r['predicted_compute_s'] * 1e3:.1f}",
-         f"{r['predicted_communication_s'] * 1e3:.1f}", f"{r['predicted_step_s'] * 1e3:.1f}",
-         f"{r['peak_bytes'] / 2**30:.2f}", f"{r['predicted_peak_bytes'] / 2**30:.2f}", f"{r['prepared_s']:.0f}")
-        for r in results["rank0"]
-    ]  # fmt: skip
-    rank0 = tabulate(
-        rows, ("mesh", "strategy", "measured ms per step, no communication", "predicted compute ms",
-               "predicted communication ms, hidden or not", "predicted ms per step", "measured peak GiB",
-               "predicted peak GiB", "seconds to plan and compile"), tablefmt="github", disable_numparse=True,
-    )  # fmt: skip
     return (
         f"# Measured on {results['device']}\n\ntorch {results['torch']}, by `{results['command']}`.\n\n"
         f"## Training on a one-GPU mesh\n\n{results['train_model']}\n\n{train}\n\n"
         f"## Rank 0 of a plan for eight\n\n{results['rank0_model']} Collectives are fake: they move nothing and take "
-        f"no time, so the step is what the rank computes.\n\n{rank0}\n"
+        f"no time, so the step is what the rank computes.\n\n{rank0_tables(results['rank0'])}\n"
     )
+
+
+def _exists(how: str, strategy: str, mesh_text: str) -> bool:
+    """Whether people write that layout: `auto` is nobody's."""
+    del mesh_text
+    return how == "autopar" or strategy != "auto"
 
 
 def measured(arguments: argparse.Namespace, *part: str) -> dict[str, Any] | None:
@@ -261,7 +132,10 @@ def main() -> int:
     dtypes = ("float32",) if arguments.small else ("float32", "bfloat16")
     train = [measured(arguments, "train", how, dtype) for dtype in dtypes for how in hows]
     plans = [("fsdp", "dp=8"), ("megatron", "dp=2,tp=4"), ("megatron", "dp=1,tp=8"), ("auto", "dp=2,tp=4")]
-    rank0 = [measured(arguments, "rank0", *plan) for plan in (plans[:2] if arguments.small else plans)]
+    programs = HOWS
+    if arguments.small:
+        plans, programs = plans[:2], HOWS[::2]  # nothing small is compiled
+    rank0 = [measured(arguments, "rank0", how, *plan) for plan in plans for how in programs if _exists(how, *plan)]
     failed = [*train, *rank0].count(None)
     good_train = [r for r in train if r is not None]
     # Losses are held against eager's; without it a dtype has nothing to say.

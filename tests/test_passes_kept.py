@@ -1,0 +1,74 @@
+"""Parameters that stay gathered from forward to backward: the numbers, what is gathered, and when a plan does it."""
+
+from __future__ import annotations
+
+import torch
+from parity import captured, errors
+from stacks import Stack
+
+from costmodel.hardware import hardware, topology
+from passes.lower import lower
+from passes.pipeline import Request, compile_plan, local_program
+from passes.plan import Plan
+from passes.simulate import ledger
+
+IDS = {"ids": torch.randint(0, 16, (16, 6), generator=torch.Generator().manual_seed(0))}
+ONE_NODE = topology(hardware("a100-80gb"), {"dp": 8})
+
+
+def _stack() -> Stack:
+    torch.manual_seed(0)
+    return Stack(4)
+
+
+def _plan(request: Request) -> Plan:
+    return compile_plan(captured(_stack(), IDS), ONE_NODE, [0], request)
+
+
+def test_kept_parameters_are_gathered_once_and_the_numbers_stay() -> None:
+    where = topology(hardware("h100"), {"dp": 4})
+    model = _stack()
+    program = captured(model, IDS)
+    bytes_of = {}
+    for reshard in (True, False):
+        plan = compile_plan(program, where, [0], Request(strategy="fsdp", reshard=reshard))
+        assert plan.reshard is reshard
+        local = local_program(program, plan, where, {})
+        found = errors(model, local, IDS)
+        assert found.output < 1e-6
+        assert found.gradient < 1e-5
+        for phase in ("forward", "backward"):
+            bytes_of[reshard, phase] = sum(
+                c.full_bytes for c in ledger(local) if c.kind == "all_gather" and c.phase == phase
+            )
+        assert Plan.from_json(plan.to_json()).reshard is reshard
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    assert bytes_of[False, "forward"] == bytes_of[True, "forward"] == parameters
+    assert bytes_of[False, "backward"] == 0 < bytes_of[True, "backward"]
+
+
+def test_the_compiled_halves_hand_gathered_parameters_on() -> None:
+    where = topology(hardware("h100"), {"dp": 4})
+    program = captured(_stack(), IDS)
+    plan = compile_plan(program, where, [0], Request(strategy="fsdp", reshard=False))
+    halves = lower(local_program(program, plan, where, {}), compile=False, recompute="none").halves
+    kept = [node for node in halves.saved if "wait" in node.name]
+    assert sum(node.meta["val"].numel() for node in kept) >= sum(
+        p.numel() for name, p in _stack().named_parameters() if name.endswith("down.weight")
+    )
+    assert halves.backward is not None
+    gathers = [n for n in halves.backward.graph.nodes if "all_gather" in str(n.target)]
+    assert not gathers
+
+
+def test_auto_keeps_them_where_that_is_faster_and_fits() -> None:
+    played = {r: _plan(Request(strategy="fsdp", reshard=r)) for r in (True, False)}
+    assert played[False].step_time_s < 0.95 * played[True].step_time_s
+    assert played[False].peak_memory_bytes > played[True].peak_memory_bytes
+    free = _plan(Request())
+    assert not free.reshard
+    assert free.step_time_s <= played[False].step_time_s
+    assert _plan(Request(reshard=True)).reshard
+    tight = _plan(Request(budget_bytes=played[True].peak_memory_bytes))
+    assert tight.peak_memory_bytes <= played[True].peak_memory_bytes
+    assert tight.step_time_s <= played[True].step_time_s

@@ -1,0 +1,53 @@
+"""The names of dims, against what the models' own configurations say each parameter's dims are."""
+
+from __future__ import annotations
+
+import pytest
+from moe_models import MOE, build_moe
+from parity import captured
+from small_models import build
+
+from costmodel.hardware import hardware, topology
+from passes.routing import route_by_blocks
+from passes.space import search_space
+from passes.words import Words
+
+ATTENTION = "model.layers.*.self_attn"
+EXPERTS = {
+    "model.embed_tokens.weight": ("vocab", "hidden"),
+    "lm_head.weight": ("vocab", "hidden"),
+    "model.layers.*.mlp.experts.gate_up_proj": ("experts", "ffn", "hidden"),
+    "model.layers.*.mlp.experts.down_proj": ("experts", "hidden", "ffn"),
+}
+NAMES = {
+    # gate and up together are as wide as the vocabulary here (2 x 48): a name must not follow from the size alone
+    "mixtral": EXPERTS | {"model.layers.*.mlp.gate.weight": ("experts", "hidden")},
+    "deepseek_v3": EXPERTS
+    | {
+        "model.layers.*.mlp.gate.weight": ("groups*experts", "hidden"),
+        f"{ATTENTION}.q_a_proj.weight": ("latent", "hidden"),
+        f"{ATTENTION}.q_b_proj.weight": ("heads*head_size", "latent"),
+        f"{ATTENTION}.o_proj.weight": ("hidden", "heads*head_size"),
+        "model.layers.*.mlp.up_proj.weight": ("ffn", "hidden"),
+        "model.layers.*.mlp.shared_experts.up_proj.weight": ("ffn", "hidden"),
+    },
+    "t5": {
+        "shared.weight": ("vocab", "hidden"),
+        "encoder.block.*.layer.*.SelfAttention.q.weight": ("heads*head_size", "hidden"),
+        "encoder.block.*.layer.*.DenseReluDense.wi.weight": ("ffn", "hidden"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dims_are_called_what_they_are(name: str) -> None:
+    model, kwargs = build_moe(name) if name in MOE else build(name)[::2]
+    program = route_by_blocks(captured(model, kwargs), 2)
+    space = search_space(program, topology(hardware("h100"), {"dp": 2, "tp": 2}), (0,), strategy="auto")
+    words = Words(space)
+    found = {
+        words.pattern(site.given.name): words.tensor_dims(index)
+        for index, site in enumerate(space.sites)
+        if site.given is not None and site.given.kind == "parameter" and site.kind != "returned"
+    }
+    assert {parameter: found[parameter] for parameter in NAMES[name]} == NAMES[name]

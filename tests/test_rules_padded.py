@@ -1,0 +1,108 @@
+"""Ops on dims that were made larger for an axis to divide them: every op of the tables, every dim, the same results.
+
+The oracle is the op itself on tensors of the real size.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from rule_check import Sample, run
+from rule_samples import SAMPLES
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from passes.analysis import Analysis, analyse
+from passes.dims import value_of
+from passes.pad import Pad, pad
+from passes.program import Input, Output, Program
+
+aten = torch.ops.aten
+STEADY = [s for s in SAMPLES if torch.Tag.nondeterministic_seeded not in getattr(s.target, "tags", ())]
+
+
+def one_op(sample: Sample) -> Program:
+    """A program of the op alone, whose operands are inputs."""
+    graph, mode = fx.Graph(), FakeTensorMode()
+    inputs: list[Input] = []
+
+    def known(node: fx.Node, value: Any) -> fx.Node:
+        fake = pytree.tree_map_only(Tensor, mode.from_tensor, value)
+        node.meta.update(val=fake, phase="forward", module="", source="")
+        return node
+
+    def operand(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        node = graph.placeholder(f"x{len(inputs)}")
+        inputs.append(Input("input", node.name))
+        return known(node, value)
+
+    operand(torch.zeros(()))  # a program has inputs, if its op has none
+    whole = run(sample.target, sample.args, sample.kwargs)
+    made = known(graph.call_function(sample.target, *pytree.tree_map(operand, (sample.args, sample.kwargs))), whole)
+    several = isinstance(whole, list | tuple)
+    results = [
+        known(graph.call_function(operator.getitem, (made, number)), value) if several else made
+        for number, value in enumerate(whole if several else [whole])
+        if isinstance(value, Tensor) and number not in sample.skip
+    ]
+    graph.output(tuple(results))
+    outputs = tuple(Output("output", str(number)) for number in range(len(results)))
+    return Program(fx.GraphModule(torch.nn.Module(), graph), tuple(inputs), outputs, None, {}, None, {})
+
+
+def pads(analysis: Analysis) -> Iterator[Pad]:
+    """Each logical dim of the program, one larger than it is."""
+    seen = set()
+    for node in analysis.program.graph.graph.nodes:
+        if node.op == "output" or not isinstance(node.meta["val"], Tensor):
+            continue
+        for dim, parts in enumerate(analysis.unified.dims(value_of(node, analysis.folding))):
+            for part, atom in enumerate(parts):
+                if atom.size > 1 and id(atom) not in seen:
+                    seen.add(id(atom))
+                    yield Pad(node.name, dim, part, atom.size, atom.size + 1)
+
+
+def computed(program: Program, operands: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs, cut to what they are outside; operands get what padding puts behind them: zeros."""
+    env: dict[fx.Node, Any] = {}
+    values = iter(operands)
+    for node in program.graph.graph.nodes:
+        if node.op == "placeholder":
+            value = next(values)
+            env[node] = torch.zeros(node.meta["val"].shape, dtype=value.dtype)
+            env[node][tuple(map(slice, value.shape))] = value
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = run(node.target, args, kwargs)
+    found = [env[node] for node in program.graph.graph.output_node().args[0]]
+    return [
+        value if out.shape is None else value[tuple(map(slice, out.shape))]
+        for value, out in zip(found, program.outputs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("sample", STEADY, ids=str)
+def test_an_op_gives_the_same_on_padded_dims(sample: Sample) -> None:
+    analysis = analyse(one_op(sample))
+    operands = [leaf for leaf in pytree.tree_leaves((sample.args, sample.kwargs)) if isinstance(leaf, Tensor)]
+    whole = run(sample.target, sample.args, sample.kwargs)
+    wanted = [
+        value
+        for number, value in enumerate(whole if isinstance(whole, list | tuple) else [whole])
+        if isinstance(value, Tensor) and number not in sample.skip
+    ]
+    for each in pads(analysis):
+        found = computed(pad(analysis, [each]).program, [torch.zeros(()), *operands])
+        for value, right in zip(found, wanted, strict=True):
+            rtol, atol = (0.05, 0.1) if right.dtype == torch.bfloat16 else (None, None)
+            torch.testing.assert_close(
+                value, right, equal_nan=True, rtol=rtol, atol=atol, msg=lambda said, each=each: f"{each}: {said}"
+            )
