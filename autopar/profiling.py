@@ -14,56 +14,40 @@ from torch import nn
 from autopar import examples, planning
 from autopar.api import skeleton
 from autopar.shallow import Shallow, shallow
-from costmodel.hardware import Hardware, topology
+from costmodel.hardware import Hardware, Topology, topology
 from costmodel.memory import OptimizerSpec
-from passes.analysis import Analysis, analyse
+from passes.analysis import Analysis
 from passes.candidate import Setup
 from passes.depth import Profile, profile, sample
 from passes.fusion import Fused
 from passes.inputs import global_inputs
+from passes.pad import Pad
 from passes.price import Budgeted, price
 from passes.program import Program
+from passes.proposals import PaddingsOf
 from passes.recompute import Mode, Recomputation, recomputation
-from passes.routing import has_routed, route_by_blocks, token_parts
 from passes.schedule import play
 from passes.solve import solve
 from passes.space import Space, search_space
 from passes.strategies import StoredOption
+from passes.uneven import Padding, Paddings, uneven_dims, used_pads
 
 Call = Callable[[int], Any]
 """Context-parallel parts -> example inputs of one sample's part of the sequence."""
 
 
-class Profiler:
-    """Profiles of one model on one kind of hardware, each made once.
-
-    `fused`: which ops run compiled, where that is not all or none; `recomputation`: what a recompute mode means.
-    """
+class Captures:
+    """Programs of one model and their analyses, each made once: what hardware and setups have in common."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        inputs: Call,
-        hardware: Hardware,
-        optimizer: OptimizerSpec,
-        *,
-        compiled: bool = True,
-        fused: Fused | None = None,
-        recomputation: Callable[[Analysis, Mode], Recomputation] = recomputation,
-        progress: Callable[[str], None] = lambda stage: None,
-    ) -> None:
+        self, model: nn.Module, inputs: Call, *, progress: Callable[[str], None] = lambda stage: None
+    ) -> None:  # fmt: skip
         self.model = model
         self.inputs = inputs
-        self.hardware = hardware
-        self.optimizer = optimizer
-        self.compiled = compiled
-        self.fused: Fused = compiled if fused is None else fused
-        self.recomputation = recomputation
         self.progress = progress
         self.shallow: Shallow = shallow(skeleton(model))
         self._programs: dict[tuple[int, int, int], Program] = {}
-        self._analyses: dict[tuple[int, int], Analysis] = {}
-        self._profiles: dict[object, Profile] = {}
+        self._paddings: dict[tuple[int, int, int, Fused], PaddingsOf] = {}
 
     def program(self, prefix: int, batch: int, parts: int) -> Program:
         """The prefix of the model fed `batch` samples, cut into `parts` along the sequence."""
@@ -78,13 +62,44 @@ class Profiler:
             )
         return self._programs[key]
 
-    def analysis(self, program: Program, strategy: str, sizes: Sequence[int], batch_axes: Sequence[int]) -> Analysis:
-        """Of a program of `program`, under a strategy: routed experts depend on how many parts the tokens have."""
-        parts = token_parts(program, strategy, sizes, batch_axes) if has_routed(program) else 1
-        key = (id(program), parts)
-        if key not in self._analyses:
-            self._analyses[key] = analyse(route_by_blocks(program, parts), fused=self.fused)
-        return self._analyses[key]
+    def paddings(
+        self, prefix: int, batch: int, parts: int, fused: Fused, sizes: Sequence[int], batch_axes: tuple[int, ...]
+    ) -> PaddingsOf:
+        """Of that program on a mesh, with all ops compiled, none, or those that `fused` says."""
+        key = (prefix, batch, parts, fused)
+        if key not in self._paddings:
+            self._paddings[key] = PaddingsOf(self.program(prefix, batch, parts), sizes, batch_axes, fused=fused)
+        return self._paddings[key].on(sizes, batch_axes)
+
+
+class Profiler:
+    """Profiles of one model on one kind of hardware, each made once.
+
+    `fused`: which ops run compiled, where that is not all or none; `recomputation`: what a recompute mode means.
+    """
+
+    def __init__(
+        self,
+        captures: Captures,
+        hardware: Hardware,
+        optimizer: OptimizerSpec,
+        *,
+        compiled: bool = True,
+        fused: Fused | None = None,
+        recomputation: Callable[[Analysis, Mode], Recomputation] = recomputation,
+    ) -> None:
+        self.captures = captures
+        self.hardware = hardware
+        self.optimizer = optimizer
+        self.compiled = compiled
+        self.fused: Fused = compiled if fused is None else fused
+        self.recomputation = recomputation
+        self._profiles: dict[object, Profile] = {}
+
+    @property
+    def layers(self) -> int:
+        """Repeated layers of the model; 0 where there are none."""
+        return self.captures.shallow.layers
 
     def profile(self, setup: Setup, *, replica: bool) -> Profile:
         """See `candidate.Profiler`."""
@@ -95,12 +110,12 @@ class Profiler:
         key = (tuple(axes.items()), parts, batch, setup.recompute, setup.fp8, accumulates)
         if key not in self._profiles:
             hardware = _fp8(self.hardware) if setup.fp8 else self.hardware
-            prefixes = self.shallow.prefixes
+            prefixes = self.captures.shallow.prefixes
             samples = [
                 self._sample(i, batch, parts, axes, setup, hardware, whole=replica) for i in range(len(prefixes))
             ]
             self._profiles[key] = profile(
-                samples, [p.weight for p in prefixes], [p.outside for p in prefixes], self.shallow.layers
+                samples, [p.weight for p in prefixes], [p.outside for p in prefixes], self.layers
             )
         return self._profiles[key]
 
@@ -111,14 +126,9 @@ class Profiler:
         mesh = topology(hardware, axes)
         batch_axes = tuple(i for i, name in enumerate(axes) if name.startswith("dp"))
         strategy = "megatron" if axes.get("tp", 1) > 1 else "ddp" if whole else "fsdp"
-        analysis = self.analysis(self.program(prefix, batch, parts), strategy, mesh.sizes, batch_axes)
-        space = search_space(analysis.program, mesh, batch_axes, strategy=strategy, analysis=analysis)
-        if "dp_replicate" in axes:
-            space = _replicating(space, analysis, strategy)
-        space = replace(space, recomputed=self.recomputation(analysis, setup.recompute))
+        paddings = self.captures.paddings(prefix, batch, parts, self.fused, mesh.sizes, batch_axes)
+        space, assignment = self._solved(paddings, mesh, batch_axes, strategy, setup.recompute)
         spec = self.optimizer
-        priced = price(space, optimizer=Budgeted(int(spec.state_bytes_per_param + spec.master_bytes_per_param)))
-        assignment = priced.assignment(solve(priced.problem).picks, len(space.sites))
         schedule = play(
             space,
             assignment,
@@ -127,6 +137,30 @@ class Profiler:
             compiled=self.compiled,
         )
         return sample(space, assignment, schedule)
+
+    def _solved(
+        self, of: PaddingsOf, mesh: Topology, batch_axes: tuple[int, ...], strategy: str, mode: Mode
+    ) -> tuple[Space, tuple[int, ...]]:
+        """A strategy's space, padded where it wants to split what its axes do not divide, and what it picks there."""
+        spec = self.optimizer
+        budgeted = Budgeted(int(spec.state_bytes_per_param + spec.master_bytes_per_param))
+
+        def within(paddings: Paddings, pads: tuple[Pad, ...]) -> tuple[Padding, Space, tuple[int, ...]]:
+            padding = paddings.of(pads)
+            analysis = padding.analysis
+            space = search_space(analysis.program, mesh, batch_axes, strategy=strategy, analysis=analysis)
+            if any(axis.name == "dp_replicate" for axis in mesh.axes):
+                space = _replicating(space, analysis, strategy)
+            space = replace(space, recomputed=self.recomputation(analysis, mode))
+            priced = price(space, optimizer=budgeted)
+            return padding, space, priced.assignment(solve(priced.problem).picks, len(space.sites))
+
+        paddings = of.under(strategy, of.may_repeat_keys(strategy))
+        wanted = uneven_dims(paddings.whole, mesh.sizes, batch_axes, strategy)
+        padding, space, assignment = within(paddings, wanted)
+        if wanted and (used := used_pads(padding, space, assignment)) != wanted:
+            _, space, assignment = within(paddings, used)
+        return space, assignment
 
 
 def _axes(setup: Setup) -> dict[str, int]:

@@ -23,7 +23,7 @@ from torch import nn
 
 from autopar import examples
 from autopar.options import Options, Recompute
-from autopar.profiling import Profiler
+from autopar.profiling import Captures, Profiler
 from autopar.verdict import Verdict, verdict
 from costmodel.hardware import Hardware
 from costmodel.hardware import hardware as hardware_of
@@ -268,7 +268,7 @@ def search(
         return default_inputs(model, 1, length // parts) if length else default_inputs(model, 1)
 
     spec = OPTIMIZERS[_OPTIMIZERS.get(options.optimizer, options.optimizer)]
-    profiler = Profiler(model, inputs, machine, spec, progress=progress)
+    profiler = Profiler(Captures(model, inputs, progress=progress), machine, spec)
     budget = options.memory_budget or int(machine.device.usable_bytes)
     splits = length if example_inputs is None else None
     return _State(profiler, gpus, global_batch, budget, options, top, splits, progress).result(model, length)
@@ -327,8 +327,8 @@ class _State:
         everything += [self.candidate(estimate(setup, self.profiler)) for setup in self.variants(everything)]
         fitting = sorted((c for c in everything if c.fits), key=lambda c: c.step_time_s)
         large = sorted((c for c in everything if not c.fits), key=lambda c: c.over_bytes)
-        device, layers = machine.device, self.profiler.shallow
-        if not layers.layers:
+        device = machine.device
+        if not self.profiler.layers:
             self.notes.append("no repeated layers were found, or too few to cut: captured whole, no pipeline priced")
         return SearchResult(
             getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__,
@@ -369,7 +369,7 @@ class _State:
 
     def formulas(self) -> Iterator[Setup]:
         """What is priced only."""
-        layers = self.profiler.shallow.layers
+        layers = self.profiler.layers
         if self.profiler.hardware.shared_host:
             self.notes.append("ranks share one host: pipelines, ZeRO-1/2 and offload are not priced there")
             return

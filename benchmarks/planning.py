@@ -2,7 +2,8 @@
 
 Prints, for each model, the seconds of each stage, their ratio to a bare capture of the same graph (`make_fx` over the
 training step on fake tensors, measured in the same process unless `--no-bare`), and the peak memory of the process.
-`--depth` adds the same model at a quarter of its layers, for what planning costs by depth. `-o` writes the table too.
+`--depth` adds the same model at a quarter of its layers, and what planning costs by depth: CPU seconds after capture at
+all layers over those at a quarter of them. `-o` writes the table too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from passes.analysis import analyse
 from passes.capture import capture
 from passes.pipeline import on_mesh, prepare
+from passes.plan import choices
 from passes.price import price
+from passes.program import Program
 from passes.rewrite import rewrite
 from passes.routing import route_by_blocks
 from passes.schedule import play
+from passes.shorten import shorten
 from passes.solve import solve
-from passes.space import search_space
+from passes.space import Space, search_space
 
 
 @dataclass(frozen=True)
@@ -111,28 +115,36 @@ def measure(job: Job, layers: int, *, bare: bool) -> dict[str, float]:
     call = {"input_ids": ids, "labels": ids}
     program = timed(found, "capture", lambda: capture(model, (), call, batch_dims=[0, 0], batch_size=len(ids)))
     program = timed(found, "prepare", lambda: route_by_blocks(prepare(program), ways))
-    analysis = timed(found, "analyse", lambda: analyse(program))
+    few = timed(found, "shorten", lambda: shorten(program))
+    analysis = timed(found, "analyse", lambda: analyse(few))
     played = []
     for strategy in ("ddp", "fsdp", "megatron", "auto"):
         space = timed(
             found,
             "options",
-            lambda s=strategy: search_space(program, topology, batch_axes, strategy=s, analysis=analysis),
+            lambda s=strategy: search_space(few, topology, batch_axes, strategy=s, analysis=analysis),
         )
         priced = timed(found, "price", lambda sp=space: price(sp))
         solution = timed(found, "solve", lambda p=priced: solve(p.problem))
         assignment = priced.assignment(solution.picks, len(space.sites))
         schedule = timed(found, "schedule", lambda sp=space, a=assignment: play(sp, a))
-        played.append((schedule.step_time_s, space, assignment, solution.gap))
+        played.append((schedule.step_time_s, strategy, space, assignment, solution.gap))
     found["largest gap"] = max(gap for *_, gap in played)
     planning = sum(s for stage, s in found.items() if stage not in ("bare capture", "largest gap"))
     found["planning, all in"] = planning
     found["of it after capture"] = planning - found["capture"] - found["prepare"]
     if bare:
         found["ratio to bare capture"] = planning / found["bare capture"]
-    _, space, assignment, _ = min(played, key=lambda item: item[0])
-    timed(found, "rewrite (at apply)", lambda: rewrite(space, assignment))
+    _, strategy, space, assignment, _ = min(played, key=lambda item: item[0])
+    timed(found, "rewrite (at apply)", lambda: rewrite(*_in_full(program, strategy, space, assignment)))
     return found
+
+
+def _in_full(program: Program, strategy: str, few: Space, assignment: Sequence[int]) -> tuple[Space, tuple[int, ...]]:
+    """The plan for a few layers as one for all of them: alike places decide alike."""
+    space = search_space(program, few.topology, few.batch_axes, strategy=strategy)
+    texts = {key: of[pick] for (key, of), pick in zip(choices(few), assignment, strict=True)}
+    return space, tuple(of.index(texts[key]) for key, of in choices(space))
 
 
 def main() -> None:
@@ -150,6 +162,11 @@ def main() -> None:
         if options.depth:
             columns[f"{name}/4"] = measure(job, job.layers // 4, bare=not options.no_bare)
         columns[name] = measure(job, job.layers, bare=not options.no_bare)
+        if options.depth:
+            deep, shallow = columns[name], columns[f"{name}/4"]
+            deep["after capture, to a quarter of the layers"] = (
+                deep["of it after capture"] / shallow["of it after capture"]
+            )
     stages = list(dict.fromkeys(stage for column in columns.values() for stage in column))
     rows = [[stage, *(column.get(stage) for column in columns.values())] for stage in stages]
     print(tabulate(rows, headers=["CPU seconds", *columns], floatfmt=".3f"))
@@ -157,7 +174,8 @@ def main() -> None:
     print(peak)
     if options.output is not None:
         table = tabulate(rows, headers=["CPU seconds", *columns], floatfmt=".2f", tablefmt="github")
-        command = f"python benchmarks/planning.py {' '.join(options.models)}{' --depth' if options.depth else ''}"
+        flags = [flag for flag, given in (("--depth", options.depth), ("--no-bare", options.no_bare)) if given]
+        command = f"python benchmarks/planning.py {' '.join([*options.models, *flags])}"
         options.output.write_text(f"# What planning costs\n\nPrinted by `{command}`. {peak}\n\n{table}\n")
 
 

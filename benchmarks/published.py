@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import fx, nn
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from autopar.profiling import Profiler
+from autopar.profiling import Captures, Profiler
 from costmodel.hardware import fitted, hardware, with_attention
 from costmodel.memory import OPTIMIZERS
 from passes.analysis import Analysis
@@ -158,40 +157,56 @@ def model_of(run: Run) -> nn.Module:
     return made.train()
 
 
-_MODEL = ("family", "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "tied", "seq", "attention", "hardware",
-          "compiled", "recompute")  # fmt: skip
+_MODEL = ("family", "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "tied", "seq")
 
 
 def _key(run: Run) -> tuple[str, ...]:
-    return tuple(run.line[name] for name in _MODEL)
+    """What runs of one captured model have in common."""
+    return *(run.line[name] for name in _MODEL), str(run.line["attention"] == "unfused")
 
 
-@lru_cache(maxsize=1)
-def _profiler(key: tuple[str, ...]) -> Profiler:
-    run = Run(dict(zip(_MODEL, key, strict=True)))
-    machine = hardware(run.line["hardware"])
-    if run.line["attention"] in ("fa1", "fa2", "cudnn"):
-        machine = with_attention(machine, run.line["attention"])
+class Prices:
+    """Prices of one model's runs, which share captures, analyses and schedules."""
 
-    def inputs(parts: int) -> dict[str, torch.Tensor]:
-        ids = torch.empty(1, run.number("seq") // parts, dtype=torch.long, device="meta")
-        return {"input_ids": ids, "labels": ids}
+    def __init__(self, run: Run) -> None:
+        def inputs(parts: int) -> dict[str, torch.Tensor]:
+            ids = torch.empty(1, run.number("seq") // parts, dtype=torch.long, device="meta")
+            return {"input_ids": ids, "labels": ids}
 
-    every_other = run.line["recompute"] == "selective"
-    return Profiler(
-        model_of(run), inputs, machine, OPTIMIZERS["adamw-master"], compiled=run.compiled, fused=_fused(run),
-        recomputation=_every_other_product if every_other else recomputation,
-    )  # fmt: skip
+        self.captures = Captures(model_of(run), inputs)
+        self.profilers: dict[tuple[str, ...], Profiler] = {}
+
+    def of(self, run: Run) -> Estimate:
+        """The run as the product prices it."""
+        key = tuple(run.line[name] for name in ("hardware", "attention", "compiled", "recompute"))
+        if key not in self.profilers:
+            machine = hardware(run.line["hardware"])
+            if run.line["attention"] in ("fa1", "fa2", "cudnn"):
+                machine = with_attention(machine, run.line["attention"])
+            every_other = run.line["recompute"] == "selective"
+            self.profilers[key] = Profiler(
+                self.captures, machine, OPTIMIZERS["adamw-master"], compiled=run.compiled, fused=_fused(run),
+                recomputation=_every_other_product if every_other else recomputation,
+            )  # fmt: skip
+        return estimate(run.setup, self.profilers[key])
 
 
 def _fused(run: Run) -> bool | Callable[[fx.Node], bool]:
     """What ran as fused kernels: all of a compiled step; what follows the layers, where only the loss is fused; the
     layers, where the loss is not (Megatron-LM)."""
     if run.line["compiled"] == "loss":
-        return lambda node: "." not in str(node.meta.get("module", ""))
+        return _is_outside_layers
     if run.line["compiled"] == "layers":
-        return lambda node: "." in str(node.meta.get("module", ""))
+        return _is_in_layers
     return run.compiled
+
+
+def _is_in_layers(node: fx.Node) -> bool:
+    return "." in str(node.meta.get("module", ""))
+
+
+def _is_outside_layers(node: fx.Node) -> bool:
+    return not _is_in_layers(node)
 
 
 def _every_other_product(analysis: Analysis, mode: Mode) -> Recomputation:
@@ -203,11 +218,6 @@ def _every_other_product(analysis: Analysis, mode: Mode) -> Recomputation:
         and place.count > 1
     ]  # fmt: skip
     return recomputation(analysis, mode, frozenset(products[1::2]))
-
-
-def predicted(run: Run) -> Estimate:
-    """The run as the product prices it."""
-    return estimate(run.setup, _profiler(_key(run)))
 
 
 def kendall(pairs: Sequence[tuple[float, float]]) -> float:
@@ -242,7 +252,16 @@ class Result:
 
 
 def results(chosen: Sequence[Run], jobs: int) -> Iterator[Result]:
-    """Each run priced, those of one model in one process."""
+    """Each run priced, those of one model in one process.
+
+    Raises:
+        ValueError: a row that tells too little, before any is priced.
+    """
+    for run in chosen:
+        try:
+            _ = run.setup, run.measured_s
+        except ValueError as error:
+            raise ValueError(f"{run.line['source']}, {run.line['model']}: {error}") from error
     groups = [list(group) for _, group in groupby(sorted(chosen, key=_key), key=_key)]
     with (
         tqdm(total=len(chosen), disable=not sys.stderr.isatty()) as bar,
@@ -255,7 +274,8 @@ def results(chosen: Sequence[Run], jobs: int) -> Iterator[Result]:
 
 def _priced(group: Sequence[Run]) -> list[Result]:
     torch.set_num_threads(1)
-    return [Result(run, predicted(run)) for run in group]
+    prices = Prices(group[0])
+    return [Result(run, prices.of(run)) for run in group]
 
 
 def errors_text(groups: dict[str, list[Result]]) -> str:
@@ -328,11 +348,17 @@ def report(found: Sequence[Result]) -> str:
     """Errors, then every row."""
     fitted_text = "\n".join(f"- {name}: {text}" for name, text in fitted().items())
     rows = tabulate([row_text(r) for r in found], headers=HEADERS, tablefmt="github", disable_numparse=True)
-    return (
-        "# Published training runs: predicted and measured\n\nWritten by `python benchmarks/published.py -o "
-        f"benchmarks/published.md`.\n\n{errors_text(grouped(found))}\n\n{memory_text(found)}\n\n## Fitted parameters"
-        f"\n\n{fitted_text}\n\n## Rows\n\n{rows}\n"
-    )
+    parts = [
+        "# Published training runs: predicted and measured",
+        "Written by `python benchmarks/published.py -o benchmarks/published_results.md`.",
+        errors_text(grouped(found)),
+        memory_text(found),
+        "## Fitted parameters",
+        fitted_text,
+        "## Rows",
+        rows,
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -341,7 +367,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="another file of the same columns")
     parser.add_argument("--source", default="", help="only rows whose source or model contains this")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth of them")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (2)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
     parser.add_argument("--fitted", action="store_true", help="print the fitted parameters and nothing else")
     parser.add_argument("-o", "--output", type=Path, help="write the result as Markdown")
     given = parser.parse_args()
@@ -349,7 +375,10 @@ def main() -> None:
         print("\n".join(f"{name}: {text}" for name, text in fitted().items()))
         return
     chosen = [run for run in runs(given.data) if given.source in run.line["source"] + run.line["model"]]
-    found = list(results(chosen[:: given.every], given.jobs))
+    try:
+        found = list(results(chosen[:: given.every], given.jobs))
+    except ValueError as error:
+        parser.error(str(error))
     text = report(found)
     if given.output:
         given.output.write_text(text, encoding="utf-8")

@@ -3,7 +3,9 @@
 A tensor computed with as one part of n rows is stored over `axes` in chunks, as `torch.chunk` cuts them along each axis
 in mesh order, zero-padded to equal size, so that one collective over the flattened group moves it: `state_gather` for
 compute, `state_scatter` for a gradient that is a partial sum on all these axes, `state_slice` where the ranks of an
-axis already hold the same gradient. Where what travels has another dtype than what is stored, a `cast` stands between.
+axis already hold the same gradient. A gradient that is a partial sum on other axes too (the replicas of HSDP) is
+scattered first, and an all-reduce adds up the chunks. Where what travels has another dtype than what is stored, a
+`cast` stands between.
 """
 
 from __future__ import annotations
@@ -93,8 +95,17 @@ def state_scatter(
     gathered first. None where there is no way.
     """
     partial = [axis for axis in axes if given[axis] == Partial()]
+    later = tuple(  # HSDP: the replicas' sums are added when each rank is left with its chunk of them
+        axis
+        for axis, placement in enumerate(layout)
+        if axes
+        and len(partial) == len(axes)
+        and axis not in axes
+        and given[axis] == Partial()
+        and placement == Replicate()
+    )
     target = tuple(
-        (Partial() if axis in partial else Replicate()) if axis in axes else placement
+        (Partial() if axis in partial else Replicate()) if axis in axes else Partial() if axis in later else placement
         for axis, placement in enumerate(layout)
     )
     path = steps(shape, itemsize, given, target, topology)
@@ -108,7 +119,13 @@ def state_scatter(
         full = _full_bytes(local, itemsize, axes, topology, dim)
         seconds = collective_s("reduce_scatter", full, axes, topology) + (_copy_s(full, topology) if dim else 0.0)
         ranks = _ranks(axes, topology)
-        return (*path, Step("state_scatter", axes, None, None, "sum", full, seconds, target, layout, ranks))
+        scattered = tuple(Partial() if axis in later else placement for axis, placement in enumerate(layout))
+        path = (*path, Step("state_scatter", axes, None, None, "sum", full, seconds, target, scattered, ranks))
+        if not later:
+            return path
+        chunk = full // ranks
+        seconds, ranks = collective_s("all_reduce", chunk, later, topology), _ranks(later, topology)
+        return (*path, Step("all_reduce", later, None, None, "sum", chunk, seconds, scattered, layout, ranks))
     parts = chunks(local[dim], [topology.sizes[axis] for axis in axes])
     if parts[0] != parts[-1] and partial:  # uneven chunks of several axes cannot be cut axis by axis
         whole = tuple(Replicate() if axis in axes else placement for axis, placement in enumerate(layout))

@@ -161,9 +161,10 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
     ops = expand(atoms)
     inputs = dict(zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     places: list[Place] = []
-    moved = traffic(program.graph.graph, folding, calls, fused)
+    weights = program.weights()
+    moved = traffic(program.graph.graph, folding, calls, fused, weights)
     for members, made, op, moves in zip(folding.members, calls, ops, moved, strict=True):
-        node, count = members[0], len(members)
+        node, count = members[0], sum(weights.get(member, 1) for member in members)
         if made is not None:
             phase = node.meta.get("phase", "forward")
             places.append(Place("op", str(made.target), count, made, op, phase, traffic=moves))
@@ -191,7 +192,7 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
             Place("returned", out.name, 1, dims=ops[value.op].results[value.result], itemsize=itemsize, out=out)
         )
         returned.append((node_or_none, out))
-    wires = _wires(program, folding, returned, len(folding.members))
+    wires = _wires(program, folding, returned, len(folding.members), weights)
     batch, sequence = _data_atoms(program, folding, ops)
     from_parameters = _from_parameters(places, wires)
     from_data = _from_data(places, wires)
@@ -278,7 +279,11 @@ def _data_atoms(program: Program, folding: Folding, ops: Sequence[ExpandedOp]) -
 
 
 def _wires(
-    program: Program, folding: Folding, returned: Sequence[tuple[fx.Node, Output]], first_output: int
+    program: Program,
+    folding: Folding,
+    returned: Sequence[tuple[fx.Node, Output]],
+    first_output: int,
+    weights: Mapping[fx.Node, int],
 ) -> tuple[Wire, ...]:
     """Values grouped by class and by who reads them."""
     ports: dict[fx.Node, dict[Port, None]] = defaultdict(dict)
@@ -303,7 +308,7 @@ def _wires(
     order: dict[tuple[Value, frozenset[Port]], tuple[Port, ...]] = {}
     for node, read_by in ports.items():
         key = (value_of(node, folding), frozenset(read_by))
-        grouped[key] += 1
+        grouped[key] += weights.get(node, 1)
         order.setdefault(key, tuple(read_by))
     return tuple(Wire(key[0], order[key], count) for key, count in grouped.items())
 

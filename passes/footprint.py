@@ -15,11 +15,12 @@ backward is an op of the schedule like any other.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from costmodel.memory import AtRest, Buffer, OptimizerSpec, at_rest, peak, timeline
 from costmodel.reshard import Step
+from passes.blocks import Block
 from passes.dims import Value, value_of
 from passes.moves import Move, Run
 from passes.space import Space
@@ -62,6 +63,8 @@ class Times:
     steps: dict[int, list[tuple[Step, float, float]]]
     forward_end_s: float
     end_s: float
+    runs: Mapping[Block, Sequence[float]] = field(default_factory=dict)
+    """When each run through layers that stand for others began."""
 
 
 def footprint(
@@ -238,8 +241,49 @@ class _Lives:
             value = (value_of(slot.node, self.space.folding), again)
             if value not in names:
                 names[value] = self.words.value(slot.node) + (", computed again" if again else "")
-            found.append(Buffer(names[value], slot.bytes, birth, death, self._kind(index, birth, death, gradients)))
+            kind = self._kind(index, birth, death, gradients)
+            buffer = Buffer(names[value], slot.bytes, birth, death, kind)
+            found += self._in_all_layers(buffer, slot.producer, reader[index])
         return found
+
+    def _in_all_layers(self, buffer: Buffer, producer: int, reader: int) -> Iterator[Buffer]:
+        """A buffer, and where it is of a layer that stands for others those that they keep for backward or to the end.
+
+        What lives and dies inside one of them is there for the first and the last: memory changes by as much from layer
+        to layer, so that the most lies at one end.
+        """
+        runs, birth, death = self.times.runs, buffer.birth, buffer.death
+        made = next((block for block in runs if producer in block.unit), None)
+        for block, starts in runs.items():
+            span_s = starts[-1] - starts[0]
+            giving, taking = (block.unit, block.behind) if block.phase == "forward" else (block.before, block.unit)
+            if producer in giving and reader in taking and death is not None:  # handed on from layer to layer
+                yield replace(buffer, death=max(birth, death - span_s))
+                yield replace(buffer, birth=min(death, birth + span_s))
+                return
+        if made is None:
+            yield buffer
+            return
+        starts = runs[made]
+        if death is None and made.phase == "backward":  # the last run is that of the layer in the graph
+            for start_s in starts:
+                yield replace(buffer, birth=birth + start_s - starts[-1])
+            return
+        back = next((block for block in runs if reader in block.unit or reader in block.before), None)
+        if death is None or back is None or back is made or back.phase != "backward" or made.phase != "forward":
+            other_s = starts[-1] - starts[0] if made.phase == "forward" else starts[0] - starts[-1]
+            yield buffer
+            yield replace(buffer, birth=birth + other_s, death=None if death is None else death + other_s)
+            return
+        ends = runs[back]
+        for run, start_s in enumerate(starts):
+            if reader in back.unit:
+                died_s = death + ends[-1 - run] - ends[-1]
+            elif run < made.more:  # read in the layer above
+                died_s = death + ends[-2 - run] - ends[0] + ends[1] - ends[0]
+            else:
+                died_s = death
+            yield replace(buffer, birth=birth + start_s - starts[0], death=died_s)
 
     def _kind(self, index: int, birth: float, death: float | None, gradients: set[int]) -> str:
         slot = self.tracks.slots[index]

@@ -12,7 +12,7 @@ written: they compute it again (see `recompute`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,17 @@ Fused = bool | Callable[[fx.Node], bool]
 """Whether ops run compiled: all or none, or which."""
 
 
-def traffic(graph: fx.Graph, folding: Folding, calls: Sequence[Call | None], fused: Fused) -> list[Traffic | None]:
-    """Per class of alike nodes, the mean of its members; None for what is no pointwise op, copy or reduction."""
+def traffic(
+    graph: fx.Graph,
+    folding: Folding,
+    calls: Sequence[Call | None],
+    fused: Fused,
+    weights: Mapping[fx.Node, int] | None = None,
+) -> list[Traffic | None]:
+    """Per class of alike nodes, the mean of its members; None for what is no pointwise op, copy or reduction.
+
+    `weights`: nodes that stand for several.
+    """
     kinds = [_kind(call) if call is not None else "" for call in calls]
     eager = [
         Traffic((1.0,) * len(call.operands), (1.0,) * len(call.results)) if call and kind in _FUSIBLE else None
@@ -48,7 +57,7 @@ def traffic(graph: fx.Graph, folding: Folding, calls: Sequence[Call | None], fus
     ]
     if fused is False:
         return eager
-    compiled = _Kernels(graph, folding, kinds).traffic()
+    compiled = _Kernels(graph, folding, kinds).traffic(weights or {})
     if fused is True:
         return compiled
     chosen = [fused(members[0]) for members in folding.members]
@@ -150,7 +159,7 @@ class _Kernels:
                 found.add(one)
         return found
 
-    def traffic(self) -> list[Traffic | None]:
+    def traffic(self, weights: Mapping[fx.Node, int]) -> list[Traffic | None]:
         sums: dict[int, list[list[float]]] = {}
         counts: dict[int, int] = defaultdict(int)
         read: set[tuple[fx.Node, fx.Node]] = set()
@@ -176,10 +185,11 @@ class _Kernels:
                 count = len(node.meta["val"]) if isinstance(node.meta["val"], list | tuple) else 1
                 mine = [reads, [1.0 if node in self.written else 0.0] * count, [0.0 if group in led else 1.0]]
                 led.add(group)
-            counts[site] += 1
+            weight = weights.get(node, 1)
+            counts[site] += weight
             total = sums.setdefault(site, [[0.0] * len(part) for part in mine])
             for part, add in zip(total, mine, strict=True):
-                part[:] = [a + b for a, b in zip(part, add, strict=True)]
+                part[:] = [a + weight * b for a, b in zip(part, add, strict=True)]
         found: list[Traffic | None] = []
         for site in range(len(self.folding.members)):
             if site not in sums:

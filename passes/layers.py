@@ -8,6 +8,7 @@ of a plain `nn.Sequential` stay apart. Folding restricts plans (layers are laid 
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -39,7 +40,6 @@ def fold(program: Program) -> Folding:
     classes: dict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
     seen: dict[tuple[object, ...], int] = defaultdict(int)
     placeholders = iter(program.inputs)
-    keys: dict[fx.Node, str] = {}
     for node in program.graph.graph.nodes:
         if node.op == "output":
             continue
@@ -51,13 +51,22 @@ def fold(program: Program) -> Folding:
             classes[key].append(node)
             continue
         module = node.meta.get("module", "")
-        call = keys.setdefault(node, _SALT.sub("", call_key(node)) if node.op == "call_function" else f"{node.target}")
+        call = _key(node)
         place = (node.meta.get("phase"), module, call)
         ordinal = seen[place]
         seen[place] += 1
         classes[(node.meta.get("phase"), pattern(module), call, ordinal)].append(node)
     members = tuple(tuple(nodes) for nodes in classes.values())
     return Folding(members, {node: c for c, nodes in enumerate(members) for node in nodes}, layers)
+
+
+def _key(node: fx.Node) -> str:
+    """Equal for nodes that make equal calls."""
+    if node.op != "call_function":
+        return f"{node.target}"
+    if node.target is operator.getitem:  # of an op with several results: its operand is no tensor with facts
+        return f"getitem {node.args[1]} {call_key(node.all_input_nodes[0])}"
+    return _SALT.sub("", call_key(node))
 
 
 class _Pattern:

@@ -1,6 +1,7 @@
 """The compiler from a captured program to a plan: solve each candidate, play its step, keep the best that fits.
 
-    program -analyse-> Analysis -search_space, per strategy-> Space -price-> Problem -solve-> picks -play-> Schedule
+    program -shorten-> a few layers -analyse-> Analysis
+    Analysis -search_space, per strategy-> Space -price-> Problem -solve-> picks -play-> Schedule
 
 Where an axis does not divide a dim that it might split, the program with that dim padded competes too.
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from costmodel.hardware import Hardware, Topology, hardware, topology
 from costmodel.memory import ALLOCATION_BYTES
+from passes.blocks import NotPeriodicError
 from passes.errors import NoFeasiblePlanError
 from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
 from passes.local import LocalProgram
@@ -40,6 +42,7 @@ from passes.randomness import own_randomness
 from passes.rewrite import rewrite
 from passes.routing import one_form
 from passes.schedule import play
+from passes.shorten import shorten
 from passes.space import Pin, Space, search_space
 from passes.timeline import Timeline, timeline_of
 from passes.uneven import padding_notes
@@ -85,6 +88,36 @@ def compile_plan(
     """
     check_strategy(request.strategy)
     progress("analysing the graph")
+
+    def made(of: Program) -> tuple[Plan, Candidate]:
+        return _compiled(of, topology_, batch_axes, request, options, example, smaller, diagnose, progress, known)
+
+    try:
+        # a pin may name one layer alone
+        plan, chosen = made(program if request.pins else shorten(program))
+    except NotPeriodicError:
+        plan, chosen = made(program)
+    if not keep_timeline:
+        return plan
+    if chosen.space.program.repeated:
+        space = space_of(program, plan, topology_, request.pins)
+        chosen = replace(chosen, space=space, assignment=assignment_of(plan, space))
+    return replace(plan, timeline=_timeline(chosen, request))
+
+
+def _compiled(
+    program: Program,
+    topology_: Topology,
+    batch_axes: Sequence[int],
+    request: Request,
+    options: Mapping[str, Any] | None,
+    example: str,
+    smaller: Smaller | None,
+    diagnose: bool,
+    progress: Progress,
+    known: dict[str, list[Candidate]] | None,
+) -> tuple[Plan, Candidate]:
+    """The plan, and the candidate that it is."""
     paddings = PaddingsOf(program, topology_.sizes, tuple(batch_axes), fused=request.compiled)
     budget = request.budget_on(topology_)
     search = Search(paddings, topology_, tuple(batch_axes), request, budget, progress)
@@ -127,7 +160,7 @@ def compile_plan(
         options=dict(options or {}),
         example=example,
     )
-    return replace(plan, timeline=_timeline(chosen, request)) if keep_timeline else plan
+    return plan, chosen
 
 
 def _timeline(chosen: Candidate, request: Request) -> Timeline:

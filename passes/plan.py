@@ -24,6 +24,7 @@ from passes.recompute import Mode
 from passes.report_html import frame_html, plan_html
 from passes.report_text import plan_text
 from passes.schedule import Collective, Schedule
+from passes.shorten import all_names
 from passes.space import Site, Space
 from passes.strategies import Option, StoredOption
 from passes.timeline import Timeline
@@ -267,7 +268,7 @@ def make_plan(
         bound=bound,
         baselines=dict(baselines or {}),
         notes=tuple(dict.fromkeys([*notes, *_notes(space, assignment)])),
-        decisions={key: texts[pick] for (key, texts), pick in zip(_choices(space), assignment, strict=True)},
+        decisions={key: texts[pick] for (key, texts), pick in zip(choices(space), assignment, strict=True)},
         solved={key: str(placed) for key, placed in parameters.items()},
         rules=dict(space.analysis.found),
         aliases=dict(space.program.aliases),
@@ -329,7 +330,7 @@ def _parameters(space: Space, assignment: Sequence[int], words: Words) -> dict[s
             continue
         option = site.options[assignment[index]]
         assert isinstance(option, StoredOption)
-        names = [inputs[node].name for node in members]
+        names = [name for node in members for name in all_names(inputs[node].name, space.program.repeated)]
         stored = math.prod(option.storage.padded_shape(space.topology.sizes)) * site.stored_itemsize
         layout = read_as.get(index, option.layout)
         found[_unique(words.pattern(site.name), found)] = Placements(
@@ -434,7 +435,7 @@ def option_text(site: Site, option: Option | StoredOption) -> str:
     return f"{operands} -> {', '.join(map(layout_text, option.results))}"
 
 
-def _choices(space: Space) -> list[tuple[str, list[str]]]:
+def choices(space: Space) -> list[tuple[str, list[str]]]:
     """Per site, its key in a plan's file and the text of each of its options."""
     words = Words(space)
     taken: dict[str, None] = {}
@@ -470,7 +471,7 @@ class Place:
 def places(space: Space) -> list[Place]:
     """All places of a space, in program order."""
     found = []
-    for index, (key, texts) in enumerate(_choices(space)):
+    for index, (key, texts) in enumerate(choices(space)):
         members = space.folding.members[index] if index < len(space.folding.members) else ()
         call = space.sites[index].call
         moves = call is None or call.target not in VIEWS
@@ -485,7 +486,7 @@ def without(space: Space, ruled_out: Sequence[tuple[str, str]]) -> Space:
         NoFeasiblePlanError: a place has no other option.
     """
     sites = list(space.sites)
-    keys = {key: (index, texts) for index, (key, texts) in enumerate(_choices(space))} if ruled_out else {}
+    keys = {key: (index, texts) for index, (key, texts) in enumerate(choices(space))} if ruled_out else {}
     for key, text in ruled_out:
         if key not in keys:
             continue
@@ -546,8 +547,8 @@ def assignment_of(plan: Plan, space: Space) -> tuple[int, ...]:
             f"the plan splits the batch over {plan.batch_axes} but was given batch axes {names}; set batch_axes alike"
         )
     picks = []
-    choices = _choices(space)
-    for key, texts in choices:
+    open_to = choices(space)
+    for key, texts in open_to:
         wanted = plan.decisions.get(key)
         if wanted is None:
             raise PlanMismatchError(f"the plan decides nothing about {key!r}; make the plan anew")
@@ -558,7 +559,7 @@ def assignment_of(plan: Plan, space: Space) -> tuple[int, ...]:
                 f"{space.strategy!r}: {shown}"
             )
         picks.append(texts.index(wanted))
-    unknown = next((key for key in plan.decisions if key not in {key for key, _ in choices}), None)
+    unknown = next((key for key in plan.decisions if key not in {key for key, _ in open_to}), None)
     if unknown is not None:
         raise PlanMismatchError(f"the plan lays out {unknown!r}, which is no place of this graph; remove that line")
     return tuple(picks)

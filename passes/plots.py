@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from costmodel.memory import Buffer
-from passes.schedule import Event
+from passes.player import Event
 from passes.timeline import Timeline, layer_span, memory_over_time, merged, moments, top_names
 
 matplotlib: Any

@@ -14,6 +14,7 @@ Node metadata that later stages may rely on (set by `capture`, kept by every pas
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,6 +86,28 @@ class Guards:
     fixed: tuple[Fixed, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """Layers `first` to `first + length` of the list `stack` stand for `more` copies of theirs that come right behind
+    them and are not in the graph (`passes/shorten.py`)."""
+
+    stack: str
+    first: int
+    length: int
+    more: int
+
+    @property
+    def unit(self) -> range:
+        """Numbers of the layers that stand for others."""
+        return range(self.first, self.first + self.length)
+
+    def layer(self, module: str) -> int:
+        """Number of the layer that a module or parameter is of; -1 where it is of none."""
+        head, _, rest = module.partition(f"{self.stack}.")
+        number = rest.partition(".")[0]
+        return int(number) if not head and number.isdigit() else -1
+
+
 @dataclass(frozen=True)
 class Program:
     """One training step (or one forward, where nothing asks for a gradient)."""
@@ -111,3 +134,18 @@ class Program:
     """Hash of the graph's structure, shapes and dtypes; equal for equal captures in any process."""
     guards: Guards | None = None
     """What the graph takes for granted about its inputs' values; None: nothing."""
+    repeated: tuple[Repeated, ...] = ()
+    """Layers that stand for others, where some were left out."""
+
+    def weights(self) -> Mapping[fx.Node, int]:
+        """Node -> how many alike ones it stands for, itself included; those that stand for themselves are left out."""
+        found: dict[fx.Node, int] = {}
+        if not self.repeated:
+            return found
+        given = iter(self.inputs)
+        for node in self.graph.graph.nodes:
+            name = next(given).name if node.op == "placeholder" else node.meta.get("module", "")
+            for each in self.repeated:
+                if each.layer(name) in each.unit:
+                    found[node] = each.more + 1
+        return found

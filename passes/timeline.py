@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from costmodel.memory import Buffer, rounded
-from passes.schedule import Event, Schedule
+from passes.player import Event
+from passes.schedule import Schedule
 
 _LAYER = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import autopar
 from autopar.cli.main import main
-from autopar.profiling import Profiler
+from autopar.profiling import Captures, Profiler
 from autopar.search import SearchResult
 from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
@@ -47,7 +47,7 @@ def test_nothing_that_plans_can_do_is_faster(found: SearchResult) -> None:
         ids = torch.empty(1, 512 // parts, dtype=torch.long, device="meta")
         return {"input_ids": ids, "labels": ids}
 
-    profiler = Profiler(small(), inputs, hardware("h100"), OPTIMIZERS["adamw-master"])
+    profiler = Profiler(Captures(small(), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
     best = min(
         estimate(
             Setup(dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=2 * tp // micro, recompute="full"), profiler
@@ -140,7 +140,7 @@ def test_zero3_loses_ground_to_pipelines_as_gpus_grow() -> None:
         ids = torch.empty(1, 2048 // parts, dtype=torch.long, device="meta")
         return {"input_ids": ids, "labels": ids}
 
-    profiler = Profiler(gpt(12288, 96, 96), inputs, hardware("a100-80gb"), OPTIMIZERS["adamw-master"])
+    profiler = Profiler(Captures(gpt(12288, 96, 96), inputs), hardware("a100-80gb"), OPTIMIZERS["adamw-master"])
 
     def zero3(gpus: int) -> float:
         setup = Setup(dp_shard=gpus, micro_batch=1536 // gpus, recompute="full")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autopar.profiling import Profiler
+from autopar.profiling import Captures, Profiler
 from autopar.shallow import Shallow, _depths, shallow
 from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
@@ -16,10 +16,10 @@ from passes.candidate import Setup
 LAYERS = 9
 
 
-def llama(layers: int = LAYERS) -> nn.Module:
+def llama(layers: int = LAYERS, vocabulary: int = 512) -> nn.Module:
     config = LlamaConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
-        vocab_size=512, use_cache=False,
+        vocab_size=vocabulary, use_cache=False,
     )  # fmt: skip
     with torch.device("meta"):
         return LlamaForCausalLM(config).to(torch.bfloat16)
@@ -31,11 +31,11 @@ def inputs(parts: int) -> dict[str, torch.Tensor]:
 
 
 def profiler(*, whole: bool) -> Profiler:
-    made = Profiler(llama(), inputs, hardware("h100"), OPTIMIZERS["adamw-master"])
+    captures = Captures(llama(), inputs)
     if whole:
-        prefix = made.shallow.prefixes[0]
-        made.shallow = Shallow((type(prefix)(llama(), LAYERS, 1.0, 0.0),), LAYERS)
-    return made
+        prefix = captures.shallow.prefixes[0]
+        captures.shallow = Shallow((type(prefix)(llama(), LAYERS, 1.0, 0.0),), LAYERS)
+    return Profiler(captures, hardware("h100"), OPTIMIZERS["adamw-master"])
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,10 @@ def test_a_model_without_layers_is_taken_whole() -> None:
     found = shallow(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
     assert found.layers == 0
     assert len(found.prefixes) == 1
+
+
+def test_a_vocabulary_that_no_axis_divides_is_padded() -> None:
+    """As in a plan: each of 4 ranks has 128 of the 509 rows of the embedding and of the head, and all of the norm."""
+    found = Profiler(Captures(llama(vocabulary=509), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
+    outside = found.profile(Setup(tp=4, micro_batch=2), replica=True).outside
+    assert outside["elements"] == pytest.approx(2 * 128 * 256 + 256)

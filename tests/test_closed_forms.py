@@ -1,7 +1,8 @@
 """Published closed forms against the graph of a real model, captured and laid out; where one differs, a test says why.
 
-Of `costmodel/symbolic.py`: data parallelism's and FSDP's volume, full recompute's activations, logits, model FLOPs. The
-volume of tensor parallelism is held in `test_passes_schedule.py`. Pipelines have no plan. The forms for activations
+Of `costmodel/symbolic.py`: data parallelism's and FSDP's volume, state bytes, full recompute's activations, logits,
+model and hardware FLOPs. The volume of tensor parallelism is held in `test_passes_schedule.py`. Pipelines have no plan,
+and experts' tokens are gathered instead of sent all to all. The forms for activations
 without recompute (34 + 5as/h) count byte-sized dropout masks and kept scores: here masks are computed again from
 counters and attention is fused, so a layer keeps less.
 """
@@ -18,6 +19,8 @@ from parity import captured
 from costmodel import symbolic as sym
 from costmodel.hardware import hardware, topology
 from passes.analysis import Analysis, analyse
+from passes.itinerary import itinerary
+from passes.moves import Run
 from passes.price import option_local_shapes, price
 from passes.program import Program
 from passes.recompute import recomputation
@@ -134,3 +137,35 @@ def test_model_flops() -> None:
     form = sym.number(sym.model_flops(), CASE)
     attention = 12 * CASE["B"] * CASE["L"] * CASE["s"] ** 2 * CASE["h"]
     assert 4 * flops == pytest.approx(form - attention)
+
+
+def test_state_bytes() -> None:
+    """14 of the 18 bytes per parameter are at rest: gradients come and go, in bf16. A distributed optimizer keeps
+    6 + 12 / d; FSDP shards parameters too: 14 / d. Each allocation is rounded up to 512 bytes, hence the 1%."""
+    space, picks, _ = planned("ddp", dp=4)
+    kinds = play(space, picks, optimizer="adamw-master").memory.by_kind
+    whole = sym.number(sym.state_bytes_per_parameter(), {}) * parameters()
+    assert kinds["parameters"] + kinds["optimizer"] == pytest.approx(whole - 4 * parameters(), rel=0.01)
+    space, picks, _ = planned("fsdp", dp=4)
+    kinds = play(space, picks, optimizer="adamw-master").memory.by_kind
+    assert 4 * (kinds["parameters"] + kinds["optimizer"]) == pytest.approx(whole - 4 * parameters(), rel=0.01)
+
+
+def test_hardware_flops() -> None:
+    """96·B·L·s·h²·(1 + V / (16·L·h)) with full recompute, where layers run again to their end. Here a layer's last
+    product (8·B·s·h²) does not: backward reads nothing that follows it. Attention is left out on both sides."""
+    space = search_space(
+        program(), topology(hardware("h100"), {"dp": 4}), (0,), strategy="ddp", recompute="full", analysis=analysis()
+    )
+    priced = price(space)
+    picks = priced.assignment(solve(priced.problem, gap=1e-3).picks, len(space.sites))
+    flops = 0.0
+    for item in itinerary(space, picks):
+        site = space.sites[item.site] if isinstance(item, Run) else None
+        if isinstance(item, Run) and site is not None and site.call is not None:
+            work = work_of(site.call, *option_local_shapes(site, item.option, space.topology.sizes))
+            flops += work.flops if work.kind == "matmul" else 0.0
+    form = sym.number(sym.hardware_flops(), CASE)
+    attention = 16 * CASE["B"] * CASE["L"] * CASE["s"] ** 2 * CASE["h"]
+    last = 8 * CASE["B"] * CASE["L"] * CASE["s"] * CASE["h"] ** 2
+    assert 4 * flops == pytest.approx(form - attention - last)

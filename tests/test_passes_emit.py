@@ -137,6 +137,29 @@ def test_stored_chunks_are_gathered_and_scattered_whole(rows: int, mesh: dict[st
         assert all(torch.equal(one, other) for one, other in zip(found, padded, strict=True)), given
 
 
+@pytest.mark.parametrize("rows", [1, 8, 10])
+def test_gradients_of_replicas_are_added_chunk_by_chunk(rows: int) -> None:
+    """HSDP on 2 replicas of 4 shards: whole gradients over the shards, a quarter of them over the replicas."""
+    mesh = {"dp_replicate": 2, "dp_shard": 4}
+    topo = topology(hardware("h100"), mesh)
+    whole: Layout = (Replicate(), Replicate())
+    given: Layout = (Partial(), Partial())
+    path = state_scatter((rows, 3), 8, (rows, 3), given, whole, (1,), topo)
+    assert path is not None
+    padded_rows = -(-rows // 4) * 4
+    assert [(step.kind, step.axes, step.full_bytes) for step in path] == [
+        ("state_scatter", (1,), padded_rows * 3 * 8),
+        ("all_reduce", (0,), padded_rows // 4 * 3 * 8),
+    ]
+    full = torch.arange(rows * 3, dtype=torch.float64).reshape(rows, 3)
+    of = Storage((rows, 3), (None, None), (1,))
+    parts = parts_of(full, given, mesh)
+    found = play(lambda emit, x: emit_steps(emit, x, path, ((rows,), (3,)), of), (rows, 3), parts, mesh)
+    for rank, one in enumerate(found):
+        part = _chunked(full, 4)[rank % 4]
+        assert torch.allclose(one, torch.cat([part, part.new_zeros(padded_rows // 4 - len(part), 3)]))
+
+
 def _chunked(part: torch.Tensor, size: int) -> list[torch.Tensor]:
     """`torch.chunk` with empty chunks for the ranks it gives none."""
     if not len(part):

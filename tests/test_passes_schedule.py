@@ -20,9 +20,10 @@ from costmodel.layout import Replicate
 from costmodel.reshard import Step
 from passes.moves import Move, Run
 from passes.plan import option_text
+from passes.player import Player
 from passes.price import price
 from passes.program import Program
-from passes.schedule import Schedule, _Player, play
+from passes.schedule import Schedule, play
 from passes.simulate import ledger
 from passes.solve import solve
 from passes.space import Space, search_space
@@ -119,7 +120,8 @@ class Tape:
             instance=lambda name: name,
             gradient=lambda node: None,
         )
-        player = _Player(SimpleNamespace(topology=self.topology), words, tracks, False)  # type: ignore[arg-type]
+        space = SimpleNamespace(topology=self.topology, program=SimpleNamespace(repeated=()))
+        player = Player(space, words, tracks, False)  # type: ignore[arg-type]
         player.play()
         return player
 

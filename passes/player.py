@@ -1,0 +1,535 @@
+"""The clocks of a step: what runs when on the compute stream and on the communication stream of each mesh axis.
+
+See `schedule` for what is played. Layers that stand for others (`Program.repeated`) are played as often as there are
+layers, until the streams stand as they did a layer before; from there on each layer takes as long as the last one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from torch import fx
+
+from costmodel.collectives import collective_s
+from costmodel.reshard import Step
+from passes.blocks import Block, blocks
+from passes.moves import Move, Run
+from passes.space import Space
+from passes.tracks import Tracks
+from passes.words import Words, op_text
+
+KINDS = {"state_gather": "all_gather", "state_scatter": "reduce_scatter"}
+"""Steps of stored state -> the collective that does them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that runs on a stream ("compute", or an axis), for a timeline."""
+
+    stream: str
+    start_s: float
+    end_s: float
+    name: str
+    kind: str
+    phase: str = "forward"
+    module: str = ""
+    source: str = ""
+    bytes: int = 0
+    """Of a collective: the full buffer on one rank."""
+
+
+# -- when a move is issued ---------------------------------------------------------------------------------------------
+
+
+def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
+    """Per item, the moves to issue right before it (by item), in program order; the last entry is the step's end.
+
+    A bucket is issued as one, where its first gather or its last gradient is. A parameter's gather is issued where the
+    gathers of the layer before begin (what lies between repeated layers counts as one layer, and each module as one
+    where no layer repeats). An activation is sent where its layer's ops begin or right after it was made, whichever is
+    later; one that was kept from forward, where its reader's module begins. A gradient is sent as soon as it is there.
+    """
+    items = found.items
+    issue: list[list[int]] = [[] for _ in range(len(items) + 1)]
+    ends = {x.bucket: index for index, x in enumerate(items) if isinstance(x, Move) and x.bucket >= 0}
+    layer_start = module_start = 0
+    layer: object = None
+    module: object = None
+    unit: object = None
+    unit_start, unit_before = 0, 0
+    for index, item in enumerate(items):
+        node = item.node if isinstance(item, Run) else item.reader
+        if node is not None:
+            name, phase = node.meta.get("module", ""), item.phase
+            here = (phase, words.instance(name))
+            if here != layer:
+                layer, layer_start = here, index
+            if (phase, name) != module:
+                module, module_start = (phase, name), index
+        if isinstance(item, Run):
+            continue
+        gathered = found.slots[found.writes[index][0]].gathered
+        if item.reader is None or (item.bucket >= 0 and not gathered):
+            issue[ends.get(item.bucket, index)].append(index)
+            continue
+        producer = found.slots[found.reads[index][0]].producer
+        if gathered:
+            assert isinstance(layer, tuple)
+            outside = words.layers and "*" not in words.pattern(name)
+            if (here := (layer[0], "" if outside else layer[1])) != unit:
+                unit, unit_before, unit_start = here, unit_start, index
+            first = unit_before
+        elif producer >= 0 and items[producer].phase == item.phase:
+            first = layer_start
+        else:
+            first = module_start
+        issue[max(first, producer + 1)].append(index)
+    return issue
+
+
+# -- playing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Played:
+    """A step of a move, or one of several moves together, as it ran.
+
+    `own` is the move's own share of it. `after` is the collective it had to wait for last, if any. `also`: the other
+    moves that take part, whose entries are no collectives of their own.
+    """
+
+    item: int
+    step: Step
+    own: Step
+    start_s: float
+    end_s: float
+    after: int | None
+    exposed_s: float = 0.0
+    also: tuple[int, ...] = ()
+    counts: bool = True
+
+
+Brought = tuple[float, int | None, float]
+"""What a move brings: when it is there, its last collective, seconds of local slices still to do."""
+
+_SETTLED = 3
+"""Runs through layers that have to be alike, before those that follow count as copies."""
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Where the clocks stand as a run through a block begins; the last three as seen from `now_s`."""
+
+    now_s: float
+    played: int
+    compute_s: float
+    contention_s: float
+    by_kind: dict[str, float]
+    busy_s: tuple[float, ...]
+    free_s: tuple[float, ...]
+    running: tuple[tuple[float, float, float], ...]
+    brought: dict[int, tuple[float, float]]
+
+    def is_like(self, other: _Mark) -> bool:
+        """Whether what follows takes as long."""
+        if self.brought.keys() != other.brought.keys() or len(self.running) != len(other.running):
+            return False
+        return all(
+            math.isclose(mine, theirs, rel_tol=1e-9, abs_tol=1e-13)
+            for mine, theirs in zip(self._figures(), other._figures(), strict=True)
+        )
+
+    def _figures(self) -> list[float]:
+        brought = [figure for slot in sorted(self.brought) for figure in self.brought[slot]]
+        return [*self.free_s, *(figure for run in self.running for figure in run), *brought]
+
+
+class Player:
+    """The clocks: `now_s` is where compute stands, `free_s` when each axis' stream is free again."""
+
+    def __init__(self, space: Space, words: Words, found: Tracks, keep_events: bool) -> None:
+        self.space = space
+        self.words = words
+        self.tracks = found
+        self.issue = issue_points(space, words, found)
+        self.fused = found.fused_again()
+        self.blocks = blocks(found, space.program.repeated, self.issue, self.fused)
+        self.passes: dict[Block, list[float]] = {}
+        """When each run through a block began."""
+        self.ahead: dict[Block, int] = {}
+        """How many steps had been issued when the first began."""
+        self.left: dict[Block, list[dict[int, Brought]]] = {}
+        """What each run but the last brought to the step's end."""
+        axes = len(space.topology.axes)
+        self.now_s = 0.0
+        self.free_s = [0.0] * axes
+        self.last_on: list[int | None] = [None] * axes
+        self.busy_s = [0.0] * axes
+        self.compute_s = 0.0
+        self.contention_s = 0.0
+        self.by_kind: dict[str, float] = {"matmul": 0.0, "attention": 0.0, "other": 0.0}
+        self.played: list[Played] = []
+        self.of_item: dict[int, list[int]] = {}
+        self.brought: dict[int, Brought] = {}
+        """By slot."""
+        self.running: list[tuple[float, float, float]] = []
+        """Collectives that may still run: start, end, share of the device that they keep busy."""
+        self.op_start_s = [0.0] * (len(found.items) + 1)
+        self.in_backward = False
+        self.forward_end_s = 0.0
+        self.events: list[Event] = []
+        self.keep_events = keep_events
+        device, machine = space.topology.device, space.topology.hardware
+        self.shares = [
+            min(0.9, (machine.inter_node if axis.crosses_nodes else machine.intra_node).sms / device.sm_count)
+            for axis in space.topology.axes
+        ]
+
+    def play(self) -> None:
+        items = self.tracks.items
+        index = 0
+        for block in self.blocks:
+            self._play(index, block.start)
+            self._repeat(block)
+            index = block.end
+        self._play(index, len(items))
+        self._send_all(self.issue[len(items)])
+        for slot, kept in self._leaving():
+            if kept is not None:
+                self.brought[slot] = kept
+            if slot in self.brought:
+                self._await(slot)
+        for axis, free_s in enumerate(self.free_s):
+            self._wait(free_s, self.last_on[axis])
+        self.op_start_s[len(items)] = self.now_s
+        if not self.in_backward:
+            self.forward_end_s = self.now_s
+
+    def _play(self, start: int, end: int) -> None:
+        """Run some items."""
+        items, found = self.tracks.items, self.tracks
+        for index in range(start, end):
+            item = items[index]
+            self._send_all(self.issue[index])
+            if isinstance(item, Move):
+                self.op_start_s[index] = self.now_s
+                continue
+            if not self.in_backward and item.phase == "backward":
+                self.in_backward, self.forward_end_s = True, self.now_s
+            cost = found.costs[item.site]
+            seconds = 0.0 if index in self.fused else cost.seconds
+            late = [slot for slot in found.reads[index] if slot in self.brought]
+            if late and (cost.fusing == "view" or self._only_gradients(item.node)):
+                self._put_off(index, late, seconds)
+                continue
+            for slot in late:
+                self._await(slot)
+            self.op_start_s[index] = self.now_s
+            if seconds:
+                self._compute(seconds, cost.kind)
+                if self.keep_events:
+                    self._note(item, self.op_start_s[index], cost.kind)
+
+    # -- layers that stand for others ----------------------------------------------------------------------------------
+
+    def _repeat(self, block: Block) -> None:
+        """Run through a block as often as there are layers; once runs are alike, the rest are copies of the last."""
+        unit = {slot for i in range(block.start, block.end) for slot in self.tracks.writes[i]}
+        leaving = [slot for slot, _, _ in self.tracks.leaving if slot in unit]
+        earlier = set(block.back.values()) - unit
+        read = {slot for i in range(block.start, block.end) for slot in self.tracks.reads[i]} - unit - earlier
+        outside = {slot: self.brought[slot] for slot in read if slot in self.brought}
+        left = self.left.setdefault(block, [])
+        times_s: list[float] = []
+        marks: list[_Mark] = []
+        alike = 0
+        for run in range(block.more + 1):
+            mark = self._mark(block)
+            alike = alike + 1 if marks and mark.is_like(marks[-1]) else 0
+            marks.append(mark)
+            self._play(block.start, block.end)
+            if run == 0:
+                times_s = self.op_start_s[block.start : block.end]
+            if run == block.more:
+                break
+            left.append({slot: self.brought[slot] for slot in leaving if slot in self.brought})
+            if alike >= _SETTLED:
+                self._copy(block, marks, block.more - run)
+                break
+            self._step_back(block, leaving)
+            self.brought |= outside
+        self.passes[block], self.ahead[block] = [mark.now_s for mark in marks], marks[0].played
+        if block.phase == "forward":  # the first run is that of the unit itself, the last is backward's
+            self.op_start_s[block.start : block.end] = times_s
+
+    def _step_back(self, block: Block, leaving: Sequence[int]) -> None:
+        """What the unit brought is now what the layers before it brought, and what lies behind it is the unit's."""
+        moved = {slot: self.brought.pop(slot) for slot in block.back if slot in self.brought}
+        for slot, value in moved.items():
+            if slot not in leaving:
+                self.brought[block.back[slot]] = value
+
+    def _mark(self, block: Block) -> _Mark:
+        """Where the clocks stand."""
+        now = self.now_s
+        slots = {*block.back, *block.back.values()}
+        return _Mark(
+            now,
+            len(self.played),
+            self.compute_s,
+            self.contention_s,
+            dict(self.by_kind),
+            tuple(self.busy_s),
+            tuple(max(0.0, free_s - now) for free_s in self.free_s),
+            tuple((max(0.0, start - now), end - now, share) for start, end, share in self.running if end > now),
+            {s: (max(0.0, b[0] - now), b[2]) for s, b in self.brought.items() if s in slots},
+        )
+
+    def _copy(self, block: Block, marks: list[_Mark], runs: int) -> None:
+        """Go on as if the last run had been made `runs` times more."""
+        last, settled = marks[-1], marks[-1 - _SETTLED]
+        period_s, size = self.now_s - last.now_s, len(self.played) - last.played
+        oldest = marks[1].played
+        done = [each.exposed_s for each in self.played[settled.played : settled.played + size]]
+        pattern = self.played[last.played :]
+        since = marks[-_SETTLED].played
+        open_s = [each.exposed_s for each in self.played[since:]]  # what comes may still wait for these
+        for run in range(1, runs + 1):
+            later_s = run * period_s
+            for each in pattern:
+                after = each.after
+                if after is not None and after >= oldest:
+                    after += run * size
+                self.of_item[each.item].append(len(self.played))
+                self.played.append(
+                    replace(each, start_s=each.start_s + later_s, end_s=each.end_s + later_s, after=after)
+                )
+            marks.append(replace(last, now_s=last.now_s + later_s))
+        for i, each in enumerate(self.played[since:]):
+            each.exposed_s = done[i % size]
+        for each, exposed_s in zip(self.played[len(self.played) - len(open_s) :], open_s, strict=True):
+            each.exposed_s = exposed_s
+
+        def moved(brought: Brought, run: int) -> Brought:
+            ready_s, after, slices_s = brought
+            after = after + run * size if after is not None and after >= oldest else after
+            return (ready_s + run * period_s if ready_s >= marks[1].now_s else ready_s), after, slices_s
+
+        left = self.left[block]
+        left += [{slot: moved(value, run) for slot, value in left[-1].items()} for run in range(1, runs)]
+        for slot in block.back:
+            if slot in self.brought:
+                self.brought[slot] = moved(self.brought[slot], runs)
+        later_s = runs * period_s
+        self.now_s += later_s
+        self.op_start_s[block.start : block.end] = [at_s + later_s for at_s in self.op_start_s[block.start : block.end]]
+        self.free_s = [free_s + later_s for free_s in self.free_s]
+        self.last_on = [i + runs * size if i is not None and i >= oldest else i for i in self.last_on]
+        self.running = [(start + later_s, end + later_s, share) for start, end, share in self.running]
+        self.compute_s += runs * (self.compute_s - last.compute_s)
+        self.contention_s += runs * (self.contention_s - last.contention_s)
+        for kind, seconds in last.by_kind.items():
+            self.by_kind[kind] += runs * (self.by_kind[kind] - seconds)
+        self.busy_s = [now + runs * (now - then) for now, then in zip(self.busy_s, last.busy_s, strict=True)]
+
+    def _leaving(self) -> Iterator[tuple[int, Brought | None]]:
+        """What the step gives, in order; layers that others stand for behind those."""
+        ends: dict[int, Block] = {}
+        for slot, _, _ in self.tracks.leaving:
+            for block in self.left:
+                if block.start <= self.tracks.slots[slot].producer < block.end:
+                    ends[slot] = block
+        last = {block: slot for slot, block in ends.items()}
+        for slot, _, _ in self.tracks.leaving:
+            yield slot, None
+            if slot in ends and last[ends[slot]] == slot:
+                for run in reversed(self.left[ends[slot]]):
+                    yield from run.items()
+
+    def layers(self) -> tuple[tuple[str, str, float], ...]:
+        """When compute enters another layer."""
+        found: list[tuple[str, str, float]] = []
+        for index, item in enumerate(self.tracks.items):
+            if isinstance(item, Run) and self.tracks.costs[item.site].seconds:
+                here = item.phase, self.words.layer(item.node.meta.get("module", ""))
+                if not found or found[-1][:2] != here:
+                    found.append((*here, self.op_start_s[index]))
+        return tuple(found)
+
+    def _note(self, item: Run, start_s: float, kind: str) -> None:
+        """Keep that an op ran from `start_s` to now."""
+        node = item.node
+        module, source = node.meta.get("module", ""), node.meta.get("source", "")
+        name = f"{module}: {op_text(node.target)}" if module else op_text(node.target)
+        again = ", computed again" if item.again else ""
+        self.events.append(Event("compute", start_s, self.now_s, name + again, kind, item.phase, module, source))
+
+    def steps_of(self) -> dict[int, list[tuple[Step, float, float]]]:
+        """(step, start, end) of the steps of each move, by item: of the layers in the graph."""
+        found = {}
+        for index, steps in self.of_item.items():
+            item = self.tracks.items[index]
+            assert isinstance(item, Move)
+            block = next((b for b in self.blocks if b.start <= index < b.end), None)
+            forward = block is not None and block.phase == "forward"
+            own = steps[: len(item.steps)] if forward else steps[-len(item.steps) :]
+            later_s = 0.0
+            if block is not None and not forward:
+                runs_s = self.passes[block]
+                if own[0] < self.ahead[block]:  # issued before the first run, for that one
+                    later_s = runs_s[-1] - runs_s[0]
+            found[index] = [
+                (self.played[i].own, self.played[i].start_s + later_s, self.played[i].end_s + later_s) for i in own
+            ]
+        return found
+
+    def _compute(self, seconds: float, kind: str) -> None:
+        """Compute runs for `seconds`, longer beside collectives."""
+        self.compute_s += seconds
+        self.by_kind[kind] += seconds
+        start = now = self.now_s
+        if not self.running:
+            self.now_s = start + seconds
+            return
+        left = seconds
+        self.running = [run for run in self.running if run[1] > now]
+        while left > 0.0:
+            share = sum(run[2] for run in self.running if run[0] <= now < run[1])
+            bounds = [bound for run in self.running for bound in run[:2] if bound > now]
+            rate = 1.0 - min(0.9, share)
+            until = min(bounds, default=math.inf)
+            if left <= rate * (until - now):
+                now += left / rate
+                break
+            left -= rate * (until - now)
+            now = until
+        self.now_s = now
+        self.contention_s += now - start - seconds
+
+    def _send_all(self, moves: Sequence[int]) -> None:
+        """Issue moves, those of a bucket together."""
+        for _, group in groupby(moves, key=self._bucket):
+            self._send(list(group))
+
+    def _bucket(self, index: int) -> int:
+        """What tells moves apart that do not go together."""
+        move = self.tracks.items[index]
+        assert isinstance(move, Move)
+        return move.bucket if move.bucket >= 0 else -1 - index
+
+    def _send(self, indices: Sequence[int]) -> None:
+        """Issue the steps of moves that go together, now."""
+        moves: list[Move] = [self.tracks.items[index] for index in indices]  # type: ignore[misc]
+        ready_s, last, slices_s = self.now_s, None, 0.0
+        for index in indices:
+            (source,) = self.tracks.reads[index]
+            if source in self.brought:
+                came_s, after, sliced_s = self.brought[source]
+                slices_s += sliced_s
+                if came_s > ready_s or last is None:
+                    ready_s, last = max(came_s, ready_s), after
+        for together in zip(*(move.steps for move in moves), strict=True):
+            step = self._merged(together)
+            if not step.is_collective:
+                if last is None:
+                    start_s = self.now_s
+                    self._compute(step.seconds, "other")
+                    ready_s = self.now_s
+                else:  # done by whoever waits for what is brought
+                    start_s, slices_s = ready_s, slices_s + step.seconds
+                self._record(indices, step, together, start_s, ready_s, last)
+                continue
+            start_s = ready_s
+            for axis in step.axes:
+                if self.free_s[axis] > start_s:
+                    start_s, last = self.free_s[axis], self.last_on[axis]
+            ready_s = start_s + step.seconds
+            last = self._record(indices, step, together, start_s, ready_s, last)
+            for axis in step.axes:
+                self.free_s[axis], self.last_on[axis] = ready_s, last
+                self.busy_s[axis] += step.seconds
+            share = max(self.shares[axis] for axis in step.axes)
+            if share:
+                self.running.append((start_s, ready_s, share))
+        for position, index in enumerate(indices):
+            (target,) = self.tracks.writes[index]
+            self.brought[target] = (ready_s, last, slices_s if position == 0 else 0.0)
+
+    def _merged(self, steps: Sequence[Step]) -> Step:
+        """Steps that go together as one."""
+        first = steps[0]
+        if len(steps) == 1:
+            return first
+        size = sum(step.full_bytes for step in steps)
+        if not first.is_collective:
+            return replace(first, full_bytes=size, seconds=sum(step.seconds for step in steps))
+        kind = KINDS.get(first.kind, first.kind)
+        return replace(first, full_bytes=size, seconds=collective_s(kind, size, first.axes, self.space.topology))
+
+    def _record(
+        self, indices: Sequence[int], step: Step, own: Sequence[Step], start_s: float, end_s: float, after: int | None
+    ) -> int:
+        """Notes a step of moves that go together; the number of the first one's entry."""
+        number = len(self.played)
+        for index, mine in zip(indices, own, strict=True):
+            first = index == indices[0]
+            also = tuple(indices[1:]) if first else ()
+            self.of_item.setdefault(index, []).append(len(self.played))
+            self.played.append(Played(index, step, mine, start_s, end_s, after, also=also, counts=first))
+        return number
+
+    def _only_gradients(self, node: fx.Node) -> bool:
+        """Whether an op works on a finished gradient on its way out, and on nothing else."""
+        operands = node.all_input_nodes
+        return bool(operands) and all(self.words.gradient(operand) is not None for operand in operands)
+
+    def _put_off(self, index: int, late: Sequence[int], seconds: float) -> None:
+        """A view, or what is still to do to a gradient: nothing waits for it now; whoever reads its result does."""
+        ready_s, last, slices_s = max((self.brought[slot] for slot in late), key=lambda brought: brought[0])
+        self.op_start_s[index] = max(self.now_s, ready_s)
+        for slot in self.tracks.writes[index]:
+            self.brought[slot] = (ready_s, last, slices_s + seconds)
+
+    def _await(self, slot: int) -> None:
+        """Compute goes on when `slot` is there."""
+        ready_s, last, slices_s = self.brought.pop(slot)
+        self._wait(ready_s, last)
+        if slices_s:
+            start_s = self.now_s
+            self._compute(slices_s, "other")
+            if self.keep_events:
+                phase = "backward" if self.forward_end_s else "forward"
+                what = "local work on what was brought"
+                self.events.append(Event("compute", start_s, self.now_s, what, "other", phase))
+        self.brought[slot] = (0.0, None, 0.0)
+
+    def _wait(self, until_s: float, collective: int | None) -> None:
+        """Idle until `until_s`; each moment is laid to the collective that runs then."""
+        end_s = until_s
+        while end_s > self.now_s and collective is not None:
+            each = self.played[collective]
+            start_s = max(each.start_s, self.now_s)
+            if end_s > start_s and each.step.is_collective:
+                each.exposed_s += min(end_s, each.end_s) - start_s
+                end_s = start_s
+            collective = each.after
+        self.now_s = max(self.now_s, until_s)
+
+    def moment_text(self, at_s: float) -> str:
+        """What runs at a moment."""
+        if at_s >= self.now_s:
+            return "the optimizer's update"
+        costs = self.tracks.costs
+        runs = [i for i, x in enumerate(self.tracks.items) if isinstance(x, Run) and costs[x.site].seconds]
+        runs.sort(key=lambda i: self.op_start_s[i])
+        starts = [self.op_start_s[i] for i in runs]
+        item = self.tracks.items[runs[max(0, bisect.bisect_right(starts, at_s) - 1)]]
+        assert isinstance(item, Run)
+        meta = item.node.meta
+        where = f" in {meta['module']}" if meta.get("module") else ""
+        again = " again" if item.again else ""
+        return f"{item.phase}: {op_text(item.node.target)}{again}{where}"

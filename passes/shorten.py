@@ -1,0 +1,222 @@
+"""A program with the middle of its repeated layers left out: planning looks at a few layers, however deep the model is.
+
+    layers      0 1 2 3 4 5 ... 60 61 62 63
+    kept        0 1 2 3 4             62 63        layer 3 stands for itself and for 5 ... 61, say
+
+Layers are left out only where they are copies of their neighbours: the same calls on the same positions of the layer
+itself, the layer before (forward) or behind (backward), or on one value that all share. A run of such layers keeps
+three copies: what comes before settles, the one in the middle *stands for* those left out, and the one behind reads it.
+`Repeated` says which and how many, and everything that counts, adds up or plays the step goes by it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import fx
+
+from passes.layers import layer_patterns
+from passes.program import Program, Repeated
+from passes.rules.call import facts_of
+
+_LONGEST_UNIT = 8
+"""Layers that repeat together (five with a window and one without): more are not looked for."""
+
+Phase = str
+Position = tuple[Phase, int, int]
+"""(phase, layer, number among the layer's nodes of the phase); placeholders are a phase of their own."""
+
+
+def shorten(program: Program) -> Program:
+    """`program` with as few layers as tell its costs; itself, where too few repeat for that to pay."""
+    names = [given.name for given in program.inputs if given.kind in ("parameter", "buffer")]
+    _, found = layer_patterns(names)
+    for pattern, count in found.items():
+        stack = pattern.removesuffix(".*")
+        if "*" not in stack and count > 5:
+            program = _shortened(program, stack)
+    return program
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The nodes of one stack's layers; `of[node]` is a node's place."""
+
+    of: Mapping[fx.Node, Position]
+    nodes: Mapping[tuple[Phase, int], Sequence[fx.Node]]
+    inputs: Mapping[fx.Node, Any]
+    """Placeholder -> what it is, but for its layer's number."""
+    stored: Mapping[fx.Node, tuple[Position, ...]]
+    """Node -> the parameters whose gradient it is."""
+    layers: int
+
+
+def _shortened(program: Program, name: str) -> Program:
+    stack = _stack(program, name)
+    if stack is None:
+        return program
+    for unit in range(1, _LONGEST_UNIT + 1):
+        start, end = _longest_run(stack, unit)
+        more = (end - start) // unit - 3
+        if more > 0:
+            made = _without(program, stack, Repeated(name, start + unit, unit, more))
+            return made if made is not None else program
+    return program
+
+
+def _stack(program: Program, name: str) -> _Stack | None:
+    """None where layers are not numbered from 0 on."""
+    numbers: dict[str, int] = {}
+
+    def layer(module: str) -> int:
+        if module not in numbers:
+            rest = module.removeprefix(f"{name}.").partition(".")[0]
+            numbers[module] = int(rest) if module.startswith(f"{name}.") and rest.isdigit() else -1
+        return numbers[module]
+
+    of: dict[fx.Node, Position] = {}
+    nodes: dict[tuple[Phase, int], list[fx.Node]] = defaultdict(list)
+    inputs: dict[fx.Node, Any] = {}
+    by_name: dict[str, Position] = {}
+    given = iter(program.inputs)
+    for node in program.graph.graph.nodes:
+        if node.op == "output":
+            continue
+        if node.op == "placeholder":
+            one, phase = next(given), "given"
+            number = layer(one.name)
+            inputs[node] = replace(one, name=one.name.removeprefix(f"{name}.{number}.")), facts_of(node.meta.get("val"))
+        else:
+            number, phase = layer(node.meta.get("module", "")), node.meta.get("phase", "forward")
+        if number >= 0:
+            members = nodes[phase, number]
+            of[node] = (phase, number, len(members))
+            members.append(node)
+            if node.op == "placeholder":
+                by_name[one.name] = of[node]
+    layers = max((number for _, number, _ in of.values()), default=-1) + 1
+    if {number for _, number, _ in of.values()} != set(range(layers)):
+        return None
+    stored: dict[fx.Node, list[Position]] = defaultdict(list)
+    for out, node in zip(program.outputs, _results(program), strict=True):
+        if out.kind == "gradient" and out.name in by_name and isinstance(node, fx.Node):
+            stored[node].append(by_name[out.name])
+    return _Stack(of, nodes, inputs, {node: tuple(places) for node, places in stored.items()}, layers)
+
+
+def _results(program: Program) -> Sequence[Any]:
+    (output,) = program.graph.graph.find_nodes(op="output")
+    found: Sequence[Any] = output.args[0]
+    return found
+
+
+def _longest_run(stack: _Stack, unit: int) -> tuple[int, int]:
+    """The longest run of layers in which every layer is like the one `unit` before it: first, and one past the last."""
+    told = [_signature(stack, layer, unit) for layer in range(stack.layers)]
+    best, start = (0, 0), 0
+    for layer in range(1, stack.layers + 1):
+        if layer == stack.layers or (layer - unit >= start and told[layer] != told[layer - unit]):
+            best = max(best, (start, layer), key=lambda run: run[1] - run[0])
+            start = max(start, layer - unit + 1) if layer < stack.layers else layer
+    return best
+
+
+def _signature(stack: _Stack, layer: int, unit: int) -> tuple[object, ...]:
+    """Equal for layers that do the same with what lies alike around them, up to `unit` layers away."""
+
+    def told(value: Any) -> object:
+        if isinstance(value, fx.Node):
+            place = stack.of.get(value)
+            if place is None or abs(place[1] - layer) > unit:
+                return value
+            return place[0], place[1] - layer, place[2]
+        if isinstance(value, list | tuple):
+            return tuple([told(item) for item in value])
+        if isinstance(value, slice):
+            return told((value.start, value.stop, value.step))
+        return value if isinstance(value, int | float | str | None) else str(value)
+
+    found: list[object] = []
+    for phase in ("given", "forward", "backward"):
+        for node in stack.nodes.get((phase, layer), ()):
+            if node.op == "placeholder":
+                found.append((phase, stack.inputs[node]))
+                continue
+            module = node.meta["module"].split(".")
+            inner = tuple(part for part in module if part != str(layer))
+            options = tuple((key, told(value)) for key, value in node.kwargs.items() if key != "salt")
+            gradients = [(place[0], place[1] - layer, place[2]) for place in stack.stored.get(node, ())]
+            # a random op's number is its name
+            arguments = node.args[:1] + node.args[2:] if "uniform" in str(node.target) else node.args
+            found.append((phase, node.op, node.target, inner, told(arguments), options, tuple(gradients)))
+    return tuple(found)
+
+
+def _without(program: Program, stack: _Stack, repeated: Repeated) -> Program | None:
+    """`program` without the layers that `repeated` stands for; None where something else reads them."""
+    first = repeated.first + repeated.length
+    cut = repeated.length * repeated.more
+    gone = range(first, first + cut)
+
+    def is_gone(node: fx.Node) -> bool:
+        return node in stack.of and stack.of[node][1] in gone
+
+    def stand_in(node: fx.Node, reader: fx.Node) -> fx.Node | None:
+        """What the reader has from now on in the place of a node that is left out."""
+        if reader not in stack.of:
+            return None
+        phase, layer, number = stack.of[node]
+        layer += cut if stack.of[reader][1] < first else -cut
+        return None if layer in gone or layer < 0 else stack.nodes[phase, layer][number]
+
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    kept = [i for i, node in enumerate(program.graph.graph.find_nodes(op="placeholder")) if not is_gone(node)]
+    results = _results(program)
+    leaving = [i for i, node in enumerate(results) if not (isinstance(node, fx.Node) and is_gone(node))]
+    names = {program.inputs[i].name for i in kept}
+    for i in set(range(len(results))) - set(leaving):
+        if program.outputs[i].kind != "gradient" or program.outputs[i].name in names:
+            return None
+    for node in program.graph.graph.nodes:
+        if is_gone(node):
+            continue
+        if node.op == "output":
+            made = graph.output(tuple(new[results[i]] if results[i] is not None else None for i in leaving))
+            made.meta = copy.copy(node.meta)
+            continue
+        swapped: dict[fx.Node, fx.Node] = {}
+        for operand in node.all_input_nodes:
+            if is_gone(operand):
+                other = stand_in(operand, node)
+                if other is None or other not in new:
+                    return None
+                swapped[operand] = other
+        new[node] = graph.node_copy(node, partial(_stand_in_for, new, swapped))
+    return replace(
+        program,
+        graph=fx.GraphModule(program.graph, graph),
+        inputs=tuple(program.inputs[i] for i in kept),
+        outputs=tuple(program.outputs[i] for i in leaving),
+        repeated=(*program.repeated, repeated),
+    )
+
+
+def _stand_in_for(new: Mapping[fx.Node, fx.Node], swapped: Mapping[fx.Node, fx.Node], old: fx.Node) -> fx.Node:
+    return new[swapped.get(old, old)]
+
+
+def all_names(name: str, repeated: Sequence[Repeated]) -> Iterator[str]:
+    """A parameter's name, and those of the parameters it stands for."""
+    for each in repeated:
+        number = each.layer(name)
+        if number in each.unit:
+            rest = name.removeprefix(f"{each.stack}.{number}")
+            yield from (f"{each.stack}.{number + i * each.length}{rest}" for i in range(each.more + 1))
+            return
+    yield name

@@ -1,0 +1,132 @@
+"""Layers left out: against the whole model played node by node, and names and counts by hand."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import nn
+
+from passes.capture import capture
+from passes.pipeline import compile_plan, on_mesh, prepare, space_of
+from passes.plan import Plan, assignment_of
+from passes.program import Program
+from passes.proposals import Request
+from passes.schedule import Schedule, play
+from passes.shorten import all_names, shorten
+from passes.words import unfold_names
+
+LAYERS = 11
+
+
+class Block(nn.Module):
+    """A residual MLP; every other one of `kinds` is wider."""
+
+    def __init__(self, hidden: int, ffn: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        self.up = nn.Linear(hidden, ffn)
+        self.down = nn.Linear(ffn, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    """Blocks between an embedding and a head."""
+
+    def __init__(self, ffns: list[int], *, collects: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(512, 256)
+        self.layers = nn.ModuleList(Block(256, ffn) for ffn in ffns)
+        self.head = nn.Linear(256, 512)
+        self.collects = collects
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x, seen = self.embed(ids), []
+        for layer in self.layers:
+            x = layer(x)
+            seen.append(x.mean())
+        loss = torch.nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), labels.flatten())
+        return loss + torch.stack(seen).sum() if self.collects else loss
+
+
+@lru_cache(maxsize=8)
+def program(*ffns: int, collects: bool = False) -> Program:
+    with torch.device("meta"):
+        model = Stack(list(ffns), collects=collects).to(torch.bfloat16)
+        ids = torch.empty(16, 128, dtype=torch.long)
+    return prepare(capture(model, (ids, ids), {}, batch_dims=[0, 0], batch_size=16))
+
+
+def layer_by_layer(whole: Program, plan: Plan, request: Request) -> Schedule:
+    """The plan's step with every layer's nodes in the graph."""
+    space = space_of(whole, plan, on_mesh(plan.hardware, plan.axes), request.pins)
+    return play(space, assignment_of(plan, space), accumulate=plan.accumulate)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "hardware", "recompute"),
+    [("fsdp", "h100", "pointwise"), ("megatron", "h100", "full"), ("ddp", "a100-40gb", "none"),
+     ("auto", "h100", "selective")],
+)  # fmt: skip
+def test_a_few_layers_take_what_all_take(strategy: str, hardware: str, recompute: str) -> None:
+    """Step time, its parts, every stream and the peak, as played with all layers; gradients that pile up (ddp over a
+    slow network) too."""
+    whole = program(*[1024] * LAYERS)
+    request = Request(strategy=strategy, recompute=recompute)  # type: ignore[arg-type]
+    plan = compile_plan(whole, on_mesh(hardware, (("dp", 16), ("tp", 2))), (0,), request)
+    assert shorten(whole).repeated
+    played = layer_by_layer(whole, plan, request)
+    assert plan.step_time_s == pytest.approx(played.step_time_s, rel=1e-9)
+    assert plan.peak_memory_bytes == played.peak_memory_bytes
+    assert plan.breakdown.compute_s == pytest.approx(played.compute_s, rel=1e-9)
+    assert plan.breakdown.contention_s == pytest.approx(played.contention_s, rel=1e-9)
+    for group, seconds in played.exposed_s.items():
+        assert plan.breakdown.exposed_s[group] == pytest.approx(seconds, rel=1e-9, abs=1e-12)
+    assert sum(c.count for c in plan.collectives) == len(played.collectives)
+    assert sum(c.count * c.bytes for c in plan.collectives) == sum(c.bytes for c in played.collectives)
+
+
+def test_layers_that_alternate_repeat_in_pairs() -> None:
+    whole = program(*[512, 1024] * 6)
+    (repeated,) = shorten(whole).repeated
+    assert (repeated.length, repeated.more) == (2, 2)
+    request = Request(strategy="fsdp")
+    plan = compile_plan(whole, on_mesh("h100", (("dp", 16), ("tp", 2))), (0,), request)
+    played = layer_by_layer(whole, plan, request)
+    assert plan.step_time_s == pytest.approx(played.step_time_s, rel=1e-9)
+    assert plan.peak_memory_bytes == played.peak_memory_bytes
+
+
+def test_a_plan_names_the_layers_that_are_not_in_its_graph() -> None:
+    whole = program(*[1024] * LAYERS)
+    plan = compile_plan(whole, on_mesh("h100", (("dp", 4),)), (0,), Request(strategy="fsdp"))
+    placed = plan.parameters["layers.*.up.weight"]
+    assert sorted(unfold_names(placed.names)) == sorted(f"layers.{i}.up.weight" for i in range(LAYERS))
+    assert placed.count == LAYERS
+    assert set(plan.placements) == {given.name for given in whole.inputs if given.kind == "parameter"}
+    (repeated,) = shorten(whole).repeated
+    names = [name for i in repeated.unit for name in all_names(f"layers.{i}.norm.bias", (repeated,))]
+    assert names == [f"layers.{i}.norm.bias" for i in range(repeated.first, repeated.first + 1 + repeated.more)]
+
+
+@pytest.mark.parametrize("ffns", [[1024] * 5, [512, 640, 768, 896, 1024, 1152, 1280, 1408], [512] * 3 + [1024] * 3])
+def test_nothing_is_left_out_where_layers_do_not_repeat(ffns: list[int]) -> None:
+    whole = program(*ffns)
+    assert shorten(whole) is whole
+
+
+def test_nothing_is_left_out_where_a_result_of_every_layer_is_read() -> None:
+    whole = program(*[1024] * LAYERS, collects=True)
+    assert shorten(whole) is whole
+
+
+def test_a_timeline_has_every_layer() -> None:
+    whole = program(*[1024] * LAYERS)
+    plan = compile_plan(whole, on_mesh("h100", (("dp", 4),)), (0,), Request(strategy="fsdp"), keep_timeline=True)
+    assert plan.timeline is not None
+    modules = {event.module for event in plan.timeline.events}
+    assert {f"layers.{i}.up" for i in range(LAYERS)} <= modules
+    assert plan.timeline.end_s + plan.timeline.optimizer_s == pytest.approx(plan.step_time_s, rel=1e-9)
