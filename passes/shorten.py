@@ -22,6 +22,7 @@ from torch import fx
 
 from passes.layers import layer_patterns
 from passes.program import Program, Repeated
+from passes.randomness import UNIFORM
 from passes.rules.call import facts_of
 
 _LONGEST_UNIT = 8
@@ -142,18 +143,20 @@ def _signature(stack: _Stack, layer: int, unit: int) -> tuple[object, ...]:
         return value if isinstance(value, int | float | str | None) else str(value)
 
     found: list[object] = []
+    inside: dict[str, str] = {}
     for phase in ("given", "forward", "backward"):
         for node in stack.nodes.get((phase, layer), ()):
             if node.op == "placeholder":
                 found.append((phase, stack.inputs[node]))
                 continue
-            module = node.meta["module"].split(".")
-            inner = tuple(part for part in module if part != str(layer))
+            module = node.meta["module"]
+            if module not in inside:
+                inside[module] = ".".join(part for part in module.split(".") if part != str(layer))
             options = tuple((key, told(value)) for key, value in node.kwargs.items() if key != "salt")
             gradients = [(place[0], place[1] - layer, place[2]) for place in stack.stored.get(node, ())]
             # a random op's number is its name
-            arguments = node.args[:1] + node.args[2:] if "uniform" in str(node.target) else node.args
-            found.append((phase, node.op, node.target, inner, told(arguments), options, tuple(gradients)))
+            arguments = node.args[:1] + node.args[2:] if node.target is UNIFORM else node.args
+            found.append((phase, node.op, node.target, inside[module], told(arguments), options, tuple(gradients)))
     return tuple(found)
 
 
