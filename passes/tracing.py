@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -408,6 +409,10 @@ def _stacked(data: Any) -> Tensor:
     return data.detach() if isinstance(data, Tensor) else torch.tensor(data)
 
 
+_ASKS = re.compile("compiling|tracing")
+"""Names of functions that libraries wrap `torch.compiler.is_compiling` in."""
+
+
 @contextmanager
 def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
     """Record what is run inside. Random state and global settings are as before afterwards.
@@ -417,8 +422,20 @@ def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
     """
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    compiling = torch.compiler._is_compiling_flag
+    compiling, is_compiling = torch.compiler._is_compiling_flag, torch.compiler.is_compiling
     torch.compiler._is_compiling_flag = tracer.may_read_inputs
+    asking: dict[str, None] = {}
+
+    def answered() -> bool:
+        """`torch.compiler.is_compiling`, with a look at who asks: some models compute something else when told so."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and _ASKS.search(frame.f_code.co_name):
+            frame = frame.f_back
+        if place := short_location(*model_line(frame)):
+            asking[place] = None
+        return is_compiling()
+
+    torch.compiler.is_compiling = answered
     torch.backends.mha.set_fastpath_enabled(False)
     torch._enable_functionalization(reapply_views=True)
     try:
@@ -427,7 +444,10 @@ def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
     finally:
         torch._disable_functionalization()
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        torch.compiler._is_compiling_flag = compiling
+        torch.compiler._is_compiling_flag, torch.compiler.is_compiling = compiling, is_compiling
+        if asking and tracer.may_read_inputs:
+            places = ", ".join(list(asking)[:3]) + (", ..." if len(asking) > 3 else "")
+            tracer.notes.append(f"the model asks whether it is compiled, and is told that it is, at {places}")
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])

@@ -107,3 +107,23 @@ def test_a_shape_is_guarded_without_what_it_does_not_follow_from() -> None:
     assert guards.inputs == ("args.1",)
     assert not broken(guards, {"args.1": targets})
     assert broken(guards, {"args.1": shorter})
+
+
+class AsksWhetherItIsCompiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and x.sum().item() > 0:
+            return x * self.scale
+        if x.max().item() > 0:
+            return x + self.scale
+        return x - self.scale
+
+
+def test_a_model_that_asks_whether_it_is_compiled_is_told_in_the_report() -> None:
+    program = capture(AsksWhetherItIsCompiled(), (torch.ones(2, 3),), {}, batch_dims=[0], batch_size=2)
+    (note,) = [note for note in program.notes if "whether it is compiled" in note]
+    assert "test_passes_guards.py:" in note
+    assert torch.compiler.is_compiling.__module__ == "torch.compiler"

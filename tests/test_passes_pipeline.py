@@ -36,7 +36,8 @@ def test_the_plan_chosen_is_never_behind_a_plan_made_by_hand() -> None:
         assert set(chosen.baselines) == {"ddp", "fsdp", "megatron"}
         for name, baseline in chosen.baselines.items():
             assert chosen.step_time_s <= baseline.step_time_s * 1.002, name
-            assert chosen.step_time_s == pytest.approx(baseline.step_time_s) or chosen.strategy != name
+            same = chosen.strategy == name and chosen.reshard  # baselines free gathered parameters
+            assert chosen.step_time_s == pytest.approx(baseline.step_time_s) or not same
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "megatron"])
