@@ -114,6 +114,6 @@ def test_a_value_that_is_never_the_same_is_an_error_that_names_the_line() -> Non
 def test_a_plan_keeps_the_values_that_its_graph_follows_from() -> None:
     ids, mask = BATCHES[0]
     call: Any = examples.call_of(Branches(), (ids, mask))
-    (kept_ids, kept_mask), _ = examples.restored(examples.described(call, ("args.1",)))
-    assert kept_ids.is_meta
-    assert torch.equal(kept_mask, mask)
+    _, kept = examples.restored(examples.described(call, ("mask",)))
+    assert kept["ids"].is_meta
+    assert torch.equal(kept["mask"], mask)
