@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
 from autopar import examples
@@ -34,7 +33,7 @@ from passes.inputs import default_inputs, global_inputs
 from passes.plan import Plan
 from passes.plots import FrontierPoint
 from passes.recompute import Mode
-from passes.report_text import seconds_text
+from passes.report_text import seconds_text, terminal_width, text_table
 
 _OPTIMIZERS = {"adamw": "adamw-master", "none": "sgd"}
 """Options' optimizers -> with an fp32 copy of parameters that compute holds in a lower precision."""
@@ -190,16 +189,17 @@ def _point(candidate: Candidate, chosen: bool) -> FrontierPoint:
 
 _HEADERS = ("", "replicate x shard x tp", "pp", "cp", "batch", "recompute", "step", "{}/s/GPU", "memory", "over budget",
             "priced only")  # fmt: skip
-_ALIGN = ("right", "left", "right", "right", "left", "left", "right", "right", "right", "left", "left")
+_NUMBERS = (0, 2, 3, 6, 7, 8)
 
 
 def _table(rows: Sequence[Sequence[str]], counted: str) -> str:
-    """Without columns that say nothing."""
+    """As wide as the terminal, without columns that say nothing."""
     said = [i for i in range(len(_HEADERS)) if any(row[i] for row in rows)]
     kept = [[row[i] for i in said] for row in rows]
-    align = [_ALIGN[i] for i in said]
+    right = [place for place, i in enumerate(said) if i in _NUMBERS]
     headers = [_HEADERS[i].format(counted) for i in said]
-    return tabulate(kept, headers, colalign=align, disable_numparse=True)
+    longest = max(range(len(said)), key=lambda place: max(len(row[place]) for row in kept))
+    return "\n".join(text_table(kept, headers, terminal_width(), shrink=longest, right=right))
 
 
 def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:

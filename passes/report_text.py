@@ -32,7 +32,7 @@ _TOP_TENSORS = 8
 
 def plan_text(plan: Plan, width: int | None = None) -> str:
     """The report on `plan`, at most `width` columns wide (default: the terminal's, at least 80 and at most 140)."""
-    width = width or min(140, max(80, shutil.get_terminal_size((100, 24)).columns))
+    width = width or terminal_width()
     sections = [
         _head(plan, width),
         _decided(plan, width),
@@ -60,6 +60,11 @@ def seconds_text(seconds: float) -> str:
     raise AssertionError(seconds)
 
 
+def terminal_width() -> int:
+    """Columns that a report may take: the terminal's, at least 80 and at most 140."""
+    return min(140, max(80, shutil.get_terminal_size((100, 24)).columns))
+
+
 def cut(text: str, width: int) -> str:
     """`text`, its middle left out where it is wider than `width`."""
     if len(text) <= width:
@@ -80,7 +85,7 @@ def _title(text: str, width: int) -> str:
     return f"-- {text} " + "-" * max(0, min(width, 100) - len(text) - 4)
 
 
-def _table(
+def text_table(
     rows: Sequence[Sequence[str]], headers: Sequence[str], width: int, *, shrink: int, right: Iterable[int] = ()
 ) -> list[str]:
     """Lines of a table; column `shrink` gives way where the table is wider than `width`."""
@@ -144,7 +149,7 @@ def _decided(plan: Plan, width: int) -> list[str]:
     headers = ["parameter", "dims", "at rest -> compute", "per rank"]
     needed = sum(max(len(row[c]) for row in [headers, *rows]) for c in range(4)) + 2 * 4
     rows = rows if needed <= width else _by_layer(rows)
-    lines += _table(rows, headers, width, shrink=0, right=[3])
+    lines += text_table(rows, headers, width, shrink=0, right=[3])
     for other, name in plan.aliases.items():
         lines.append(f"  {other} is tied to {name}")
     return lines
@@ -212,7 +217,7 @@ def _time(plan: Plan, width: int) -> list[str]:
     row("optimizer", parts.optimizer_s, "once per step" if plan.accumulate > 1 else "")
     return [
         _title(f"Time per {each}", width),
-        *_table(rows, ["", "time", "share", ""], width, shrink=3, right=[1, 2]),
+        *text_table(rows, ["", "time", "share", ""], width, shrink=3, right=[1, 2]),
     ]
 
 
@@ -231,12 +236,12 @@ def _memory(plan: Plan, width: int) -> list[str]:
     lines += _wrap(f"backward computes again: {RECOMPUTED[plan.recompute]}", width, "  ")
     if not plan.reshard:
         lines += _wrap("gathered parameters stay from forward to backward (reshard_after_forward=False)", width, "  ")
-    lines += _table(rows, ["kind", "bytes", "share"], width, shrink=0, right=[1, 2])
+    lines += text_table(rows, ["kind", "bytes", "share"], width, shrink=0, right=[1, 2])
     rows = [
         [top.name, f"x{top.count}" if top.count > 1 else "", top.kind, gib(top.bytes)]
         for top in parts.top_tensors[:_TOP_TENSORS]
     ]
-    lines += ["", *_table(rows, ["largest tensors then", "", "kind", "bytes"], width, shrink=0, right=[3])]
+    lines += ["", *text_table(rows, ["largest tensors then", "", "kind", "bytes"], width, shrink=0, right=[3])]
     return lines
 
 
@@ -265,7 +270,10 @@ def _baselines(plan: Plan, width: int) -> list[str]:
             ]
         )
     headers = ["plan", "step", "", "memory", "fits"]
-    return [_title("Beside the plans made by hand", width), *_table(rows, headers, width, shrink=4, right=[1, 2, 3])]
+    return [
+        _title("Beside the plans made by hand", width),
+        *text_table(rows, headers, width, shrink=4, right=[1, 2, 3]),
+    ]
 
 
 def _fits(fits: bool, reason: str) -> str:
@@ -288,11 +296,11 @@ def _ledger(plan: Plan, width: int) -> list[str]:
             what = "weights" if each.role == "parameter" else "gradients"
             groups[each.kind, each.group, each.phase, f"{what} {where}".removesuffix(".weight")].append(each)
         rows = [_row(kind, group, phase, what, alike) for (kind, group, phase, what), alike in groups.items()]
-        lines += ["  State:", *_table(rows, headers, width, shrink=3, right=right)]
+        lines += ["  State:", *text_table(rows, headers, width, shrink=3, right=right)]
     if rest:
         lines += [*([""] if state else []), "  Activations, with the reason and the line of the model:"]
         rows = [_row(e.kind, e.group, e.phase, e.module or "(model)", [e]) for e in rest[:_LEDGER_LINES]]
-        table = _table(rows, headers, width, shrink=3, right=right)
+        table = text_table(rows, headers, width, shrink=3, right=right)
         lines += table[:2]
         for line, each in zip(table[2:], rest, strict=False):
             why = f"{each.reason}  ({each.source})" if each.source else each.reason
