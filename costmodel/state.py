@@ -3,9 +3,9 @@
 A tensor computed with as one part of n rows is stored over `axes` in chunks, as `torch.chunk` cuts them along each axis
 in mesh order, zero-padded to equal size, so that one collective over the flattened group moves it: `state_gather` for
 compute, `state_scatter` for a gradient that is a partial sum on all these axes, `state_slice` where the ranks of an
-axis already hold the same gradient. A gradient that is a partial sum on other axes too (the replicas of HSDP) is
-scattered first, and an all-reduce adds up the chunks. Where what travels has another dtype than what is stored, a
-`cast` stands between.
+axis already hold the same gradient. A gradient that is a partial sum on outer axes too (the replicas of HSDP) is
+scattered first, and an all-reduce adds up the chunks; on inner, fast axes (tp) it is added up before. Where what
+travels has another dtype than what is stored, a `cast` stands between.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def state_scatter(
         for axis, placement in enumerate(layout)
         if axes
         and len(partial) == len(axes)
-        and axis not in axes
+        and axis < min(axes)
         and given[axis] == Partial()
         and placement == Replicate()
     )

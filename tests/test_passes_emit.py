@@ -160,6 +160,14 @@ def test_gradients_of_replicas_are_added_chunk_by_chunk(rows: int) -> None:
         assert torch.allclose(one, torch.cat([part, part.new_zeros(padded_rows // 4 - len(part), 3)]))
 
 
+def test_gradients_are_added_over_inner_axes_before_they_are_scattered() -> None:
+    """A norm under tensor parallelism: the stream of tp carries activations, and must not wait for dp."""
+    topo = topology(hardware("h100"), {"dp": 4, "tp": 2})
+    path = state_scatter((8, 3), 8, (8, 3), (Partial(), Partial()), (Replicate(), Replicate()), (0,), topo)
+    assert path is not None
+    assert [(step.kind, step.axes) for step in path] == [("all_reduce", (1,)), ("state_scatter", (0,))]
+
+
 def _chunked(part: torch.Tensor, size: int) -> list[torch.Tensor]:
     """`torch.chunk` with empty chunks for the ranks it gives none."""
     if not len(part):
