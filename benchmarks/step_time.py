@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from by_hand import sharded
 from tabulate import tabulate
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -79,30 +80,14 @@ def batch(step: int, row_rank: int, rows: int = ROWS) -> dict[str, torch.Tensor]
 
 def by_hand(how: str, model: nn.Module) -> tuple[nn.Module, DeviceMesh]:
     """`model` as people distribute it."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
     from torch.nn.parallel import DistributedDataParallel
 
-    if how == "fsdp2+tp":
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        column = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-        styles: dict[str, Any] = {name: ColwiseParallel() for name in column}
-        styles |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
-        for layer in layers_of(model):
-            parallelize_module(layer, mesh["tp"], styles)
-    else:
-        mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("dp",))
+    shape = (2, 2) if how == "fsdp2+tp" else (RANKS,)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
     if how.startswith("ddp"):
         wrapped: nn.Module = DistributedDataParallel(model)
-        if how == "ddp compiled":
-            wrapped = torch.compile(wrapped)  # type: ignore[assignment]
-        return wrapped, mesh
-    for layer in layers_of(model):
-        if "compiled" in how:
-            layer.compile()
-        fully_shard(layer, mesh=mesh["dp"], reshard_after_forward="kept" not in how)
-    fully_shard(model, mesh=mesh["dp"])
-    return model, mesh
+        return (torch.compile(wrapped) if how == "ddp compiled" else wrapped), mesh  # type: ignore[return-value]
+    return sharded(model, layers_of(model), mesh, compiled="compiled" in how, reshard="kept" not in how), mesh
 
 
 @dataclass(frozen=True)

@@ -89,14 +89,14 @@ def compile_plan(
     check_strategy(request.strategy)
     progress("analysing the graph")
 
-    def made(of: Program) -> tuple[Plan, Candidate]:
+    def made(of: Program, known: dict[str, list[Candidate]] | None) -> tuple[Plan, Candidate]:
         return _compiled(of, topology_, batch_axes, request, options, example, smaller, diagnose, progress, known)
 
     try:
         # a pin may name one layer alone
-        plan, chosen = made(program if request.pins else shorten(program))
+        plan, chosen = made(program if request.pins else shorten(program), known)
     except NotPeriodicError:
-        plan, chosen = made(program)
+        plan, chosen = made(program, None)  # what is known is of the shorter program
     if not keep_timeline:
         return plan
     if chosen.space.program.repeated:

@@ -61,7 +61,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def terminal_width() -> int:
-    """Columns that a report may take: the terminal's, at least 80 and at most 140."""
+    """Columns to write in: the terminal's, at least 80; 100 where there is none; at most 140."""
     return min(140, max(80, shutil.get_terminal_size((100, 24)).columns))
 
 
@@ -86,19 +86,20 @@ def _title(text: str, width: int) -> str:
 
 
 def text_table(
-    rows: Sequence[Sequence[str]], headers: Sequence[str], width: int, *, shrink: int, right: Iterable[int] = ()
-) -> list[str]:
+    rows: Sequence[Sequence[str]], headers: Sequence[str], width: int, *, shrink: int, right: Iterable[int] = (),
+    indent: int = 2,
+) -> list[str]:  # fmt: skip
     """Lines of a table; column `shrink` gives way where the table is wider than `width`."""
     numbers = set(right)
     align = ["right" if column in numbers else "left" for column in range(len(headers))]
     columns = [max(len(row[c]) for row in [headers, *rows]) for c in range(len(headers))]
-    room = max(12, width - 2 - sum(columns) + columns[shrink] - 2 * (len(headers) - 1))
+    room = max(12, width - indent - sum(columns) + columns[shrink] - 2 * (len(headers) - 1))
     columns[shrink] = min(columns[shrink], room)
     short = [[cut(cell, room) if c == shrink else cell for c, cell in enumerate(row)] for row in rows]
     # The header is a row like others: tabulate makes columns with real headers wider than they need to be.
     body = [headers, ["-" * columns[c] for c in range(len(headers))], *short]
     text = tabulate(body, tablefmt="plain", colalign=align, disable_numparse=True)
-    return [f"  {line}".rstrip() for line in text.splitlines()]
+    return [f"{' ' * indent}{line}".rstrip() for line in text.splitlines()]
 
 
 def _wrap(text: str, width: int, indent: str) -> list[str]:

@@ -19,12 +19,13 @@ from pathlib import Path
 from autopar import examples, planning
 from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of, output
 from autopar.cli.compiling import planned
-from autopar.cli.terminal import clean_output, painted, progress, width, wrapped
+from autopar.cli.terminal import clean_output, painted, progress, wrapped
 from autopar.eject import eject
 from autopar.options import Options
 from autopar.report import terminal_report
 from autopar.trace import trace_json
 from passes.plan import Plan
+from passes.report_text import terminal_width
 
 HELP = "plan a model on a mesh; print the sharding report"
 
@@ -82,7 +83,7 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print(made.to_json())
         return 0 if made.fits else 1
-    print(terminal_report(made, width()), end="")
+    print(terminal_report(made, terminal_width()), end="")
     for note in named.notes:
         print(f"  - {note}")
     if ejected is not None and ejected.notes:

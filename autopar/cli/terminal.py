@@ -7,23 +7,15 @@ are kept off it (`clean_output`), so that `--json` is JSON and nothing else.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from tabulate import tabulate
-
 from autopar.stages import Stages
-from passes.report_text import cut
+from passes.report_text import terminal_width, text_table
 
 _STYLES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
-
-
-def width() -> int:
-    """Columns to write in: the terminal's, at least 80; 100 where there is none; at most 140."""
-    return min(140, max(80, shutil.get_terminal_size((100, 24)).columns))
 
 
 def coloured() -> bool:
@@ -45,19 +37,13 @@ def table(
     indent: int = 0,
 ) -> str:
     """A table that fits the width: cells of column `shrink` are cut where it would not."""
-    columns = [max(len(row[c]) for row in [headers, *rows]) for c in range(len(headers))]
-    room = max(12, width() - indent - sum(columns) + columns[shrink] - 2 * (len(headers) - 1))
-    short = [[cut(cell, room) if c == shrink else cell for c, cell in enumerate(row)] for row in rows]
-    rule = ["-" * min(size, room) if c == shrink else "-" * size for c, size in enumerate(columns)]
-    align = ["right" if c in right else "left" for c in range(len(headers))]
-    text = tabulate([headers, rule, *short], tablefmt="plain", colalign=align, disable_numparse=True)
-    return "\n".join(" " * indent + line.rstrip() for line in text.splitlines())
+    return "\n".join(text_table(rows, headers, terminal_width(), shrink=shrink, right=right, indent=indent))
 
 
 def wrapped(text: str, indent: int = 0) -> str:
     """`text` in lines that fit the width, each indented."""
     edge = " " * indent
-    return textwrap.fill(text, width(), initial_indent=edge, subsequent_indent=edge, break_on_hyphens=False)
+    return textwrap.fill(text, terminal_width(), initial_indent=edge, subsequent_indent=edge, break_on_hyphens=False)
 
 
 @contextmanager

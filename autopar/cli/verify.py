@@ -15,9 +15,10 @@ from dataclasses import replace
 
 from autopar.certificate import Tolerances, parity_text
 from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of
-from autopar.cli.terminal import clean_output, painted, progress, width
+from autopar.cli.terminal import clean_output, painted, progress
 from autopar.verify import verify
 from passes.plan import Plan
+from passes.report_text import terminal_width
 
 HELP = "check on a CPU that a plan computes what one device does"
 
@@ -49,7 +50,7 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print(found.to_json())
     else:
-        head, _, rest = parity_text(found, width()).partition("\n")
+        head, _, rest = parity_text(found, terminal_width()).partition("\n")
         print(painted(head, "green" if found.ok else "red"))
         print(rest, end="")
     return 0 if found.ok else 1

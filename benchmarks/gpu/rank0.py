@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from common import LLAMA3_8B_LAYERS, SMALL, batch, median, peak_bytes, peak_reset, timed_s, trained
 from tabulate import tabulate
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -24,26 +25,10 @@ from autopar.measured import measured as measured_kinds
 from costmodel.compute import matmul, op_s
 from costmodel.hardware import Device, hardware
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from by_hand import sharded
+
 HOWS = ("by hand", "by hand, compiled", "autopar")
-
-
-def by_hand(model: nn.Module, mesh: DeviceMesh, compiled: bool) -> nn.Module:
-    """`parallelize_module` over tp where the mesh has it, then `fully_shard` over dp, layer by layer."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    names = mesh.mesh_dim_names or ()
-    column = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-    styles: dict[str, Any] = {name: ColwiseParallel() for name in column}
-    styles |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        if "tp" in names:
-            parallelize_module(layer, mesh["tp"], styles)  # type: ignore[arg-type]
-        if compiled:
-            layer.compile()  # type: ignore[operator]
-        fully_shard(layer, mesh=mesh["dp"])
-    fully_shard(model, mesh=mesh["dp"])
-    return model
 
 
 def measure_rank0(device: str, small: bool, how: str, strategy: str, mesh_text: str) -> dict[str, Any]:
@@ -68,7 +53,7 @@ def measure_rank0(device: str, small: bool, how: str, strategy: str, mesh_text: 
     if how == "autopar":
         model = autopar.apply(model, plan, mesh)
     else:
-        model = by_hand(model, mesh, compiled=how.endswith("compiled") and not small)
+        model = sharded(model, model.model.layers, mesh, compiled=how.endswith("compiled") and not small)  # type: ignore[union-attr, arg-type]
     prepared_s = time.perf_counter() - start
     model.to_empty(device=device)
     with torch.no_grad():
