@@ -46,6 +46,20 @@ class Emitter:
         self.meta: Mapping[str, Any] = {}
         self._values: dict[str, Any] = {}
 
+    def last(self) -> fx.Node:
+        """The node that was added last."""
+        node: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return node
+
+    def since(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that were added after `node`."""
+        found = []
+        for each in reversed(self.graph.nodes):
+            if each is node:
+                break
+            found.append(each)
+        return found[::-1]
+
     def placeholder(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
         """A new input."""
         node: fx.Node = self.graph.placeholder(name)

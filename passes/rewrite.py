@@ -24,8 +24,10 @@ from passes.localize import LocalOp, run_locally
 from passes.moves import Move, Run
 from passes.price import option_local_shapes, read_state
 from passes.rules.call import operand_nodes
+from passes.sending import send_early
 from passes.space import Space
 from passes.strategies import Option, StoredOption
+from passes.words import Words
 
 aten = torch.ops.aten
 
@@ -52,6 +54,8 @@ class _Rewriter:
         self.env: dict[tuple[fx.Node, str, Where], fx.Node] = {}
         self.source_of: dict[fx.Node, fx.Node] = {}
         self.picked: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.sent: list[list[fx.Node]] = []
+        """The nodes of each move of an activation."""
 
     def program(self) -> LocalProgram:
         space = self.space
@@ -68,6 +72,7 @@ class _Rewriter:
                     self._run(item)
         outputs, values = self._outputs()
         self.emit.graph.output(tuple(values))
+        send_early(Words(space), self.sent)
         graph = graph_module(self.root, self.emit.graph)
         graph.graph.eliminate_dead_code()
         graph.recompile()
@@ -151,7 +156,10 @@ class _Rewriter:
         dims = site.op.results[value.result] if site.op is not None else site.dims
         stored = next((x for x in (move.source, move.target) if isinstance(x, StoredOption)), None)
         of_stored = (stored.storage, stored.padding) if stored else (None, ())
+        before = self.emit.last()
         moved = emit_steps(self.emit, local, move.steps, dims, *of_stored)
+        if stored is None:
+            self.sent.append(self.emit.since(before))
         self._put(move.value, move.target, moved, move.era)
 
     def _move_together(self, moves: Sequence[Move]) -> None:
