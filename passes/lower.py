@@ -181,7 +181,7 @@ class _Runner:
         self, device: torch.device, compile: bool, layer_of: Callable[[str], str], constants: AbstractSet[str]
     ) -> None:
         self.device = device
-        self.run = _compiled if compile else _interpreted
+        self.run = compiled if compile else _interpreted
         self.layer_of = layer_of
         self.constants = constants
         self.bodies: dict[fx.GraphModule, Boxed] = {}
@@ -268,7 +268,7 @@ def _interpreted(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
     return lambda values: fx.Interpreter(gm).boxed_run(values)
 
 
-def _compiled(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
+def compiled(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
     """`gm` through Inductor, for inputs like its placeholders' fake values."""
     if not any(node.op == "call_function" for node in gm.graph.nodes):
         return _interpreted(gm)
