@@ -320,9 +320,6 @@ def retarget(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
         for node in list(graph.nodes):
             if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
                 _retarget_attention(graph, node)
-        # Kernels differ in the strides of what they give; a view that was one may need a copy.
-        for node in graph.find_nodes(op="call_function", target=aten.view.default):
-            node.target = aten.reshape.default
     graph.lint()
     moved.recompile()
     _renew_values(moved, device)

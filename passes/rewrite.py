@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from costmodel.layout import Layout
 from passes.dims import is_getitem, value_of
-from passes.emit import Emitter, emit_steps, emit_together
+from passes.emit import Emitter, emit_steps, emit_together, relax_views
 from passes.graphs import graph_module
 from passes.itinerary import Returned, itinerary, returned
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
@@ -75,6 +75,7 @@ class _Rewriter:
         send_early(Words(space), self.sent)
         graph = graph_module(self.root, self.emit.graph)
         graph.graph.eliminate_dead_code()
+        relax_views(graph.graph)
         graph.recompile()
         axes = tuple((axis.name, axis.size) for axis in space.topology.axes)
         return LocalProgram(graph, inputs, outputs, axes, space.program)
