@@ -81,7 +81,8 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule) -> dict[
                 in backward); exposed.ROLE.PHASE.GROUP, hidden.ROLE.PHASE.GROUP
     bytes       alive.PLACE, rest (all step long), boundary (what one layer passes to the next), keys (attention's keys
                 and values)
-    counts      elements (of parameters on this rank in compute), stored (at rest), operands (of matrix products)
+    counts      elements (of parameters on this rank in compute; `bytes`: theirs), stored (at rest; `stored bytes`:
+                theirs), operands (of matrix products)
     """
     found: dict[str, float] = defaultdict(float)
     words, laid = Words(space), tracks(space, assignment)
@@ -145,7 +146,9 @@ def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) ->
                 computed = math.prod(option.storage.computed_shape(sizes)) * site.count
                 found["elements"] += computed
                 found["bytes"] += computed * site.itemsize
-                found["stored"] += math.prod(option.storage.padded_shape(sizes)) * site.count
+                stored = math.prod(option.storage.padded_shape(sizes)) * site.count
+                found["stored"] += stored
+                found["stored bytes"] += stored * site.stored_itemsize
             continue
         assert site.call is not None
         operands, results = option_local_shapes(site, option, sizes)

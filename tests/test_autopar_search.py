@@ -16,7 +16,8 @@ from autopar.profiling import Captures, Profiler
 from autopar.search import SearchResult
 from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
-from passes.candidate import Setup, estimate
+from passes.candidate import estimate
+from passes.setup import Setup
 
 
 def llama(hidden: int, layers: int, heads: int, ffn: int, vocab: int = 32000) -> nn.Module:
