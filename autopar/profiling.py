@@ -85,7 +85,8 @@ class Captures:
 class Profiler:
     """Profiles of one model on one kind of hardware, each made once.
 
-    `fused`: whether ops run compiled, or which; `recomputation`: what a recompute mode means.
+    `fused`: whether ops run compiled, or which; `in_place`: which leave no tensors behind, where those are others;
+    `recomputation`: what a recompute mode means.
     """
 
     def __init__(
@@ -95,12 +96,14 @@ class Profiler:
         optimizer: OptimizerSpec,
         *,
         fused: Fused = True,
+        in_place: Fused | None = None,
         recomputation: Callable[[Analysis, Mode], Recomputation] = recomputation,
     ) -> None:
         self.captures = captures
         self.hardware = hardware
         self.optimizer = optimizer
         self.fused = fused
+        self.in_place = fused if in_place is None else in_place
         self.recomputation = recomputation
         self._profiles: dict[object, Profile] = {}
 
@@ -145,7 +148,7 @@ class Profiler:
             assignment,
             optimizer=spec,
             accumulate=1 if whole else min(2, setup.accumulate),
-            compiled=self.fused,
+            compiled=self.in_place,
         )
         return sample(space, assignment, schedule)
 

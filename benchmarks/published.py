@@ -206,6 +206,7 @@ class Prices:
                 machine = with_attention(machine, run.line["attention"])
             self.profilers[key] = Profiler(
                 self.captures, machine, self.optimizer, fused=_fused(run),
+                in_place=True if run.line["compiled"] == "layers" else None,  # Megatron-LM's loss, op by op in place
                 recomputation=_recomputation(run),
             )  # fmt: skip
         return estimate(run.setup, self.profilers[key])
@@ -220,7 +221,9 @@ def _fused(run: Run) -> bool | Callable[[fx.Node], bool]:
         return True
     if compiled == "loss":
         return _is_outside_layers
-    return _is_in_layers_or_one_op if compiled in ("layers", "blocks") else _is_part_of_one_op
+    if compiled == "layers":
+        return _is_in_layers
+    return _is_in_layers_or_one_op if compiled == "blocks" else _is_part_of_one_op
 
 
 def _is_in_layers(node: fx.Node) -> bool:
