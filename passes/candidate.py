@@ -80,6 +80,14 @@ def _rest_again_s(setup: Setup, found: Profile) -> float:
     return max(0.0, rest) + found.layer_total("exposed.activation.forward.")
 
 
+def _waited_s(setup: Setup, found: Profile) -> float:
+    """Gathers and reductions of a micro-batch one after another: parameters come for forward, for backward, and for
+    forward once more where layers are run again as a whole."""
+    passes = 3 if setup.whole_blocks and setup.recompute == "full" else 2
+    reduced_s = found.total("exposed.gradient.") + found.total("hidden.gradient.")
+    return passes * found.whole["bytes"] / setup.gather_bytes_per_s + reduced_s
+
+
 def _hidden_by_parts_s(setup: Setup, found: Profile) -> float:
     """Per layer, what is hidden of its activations' collectives where each goes in `tp` parts around the ring, and all
     but the first run beside a product of the part before."""
@@ -97,12 +105,17 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     micro_s = whole["micro_s"] + again_s
     casts_s = _casts_s(setup, found, profiler.hardware) if setup.fp8 else 0.0
     update_s = whole["optimizer_s"]
+    state_s = found.total("exposed.parameter.") + found.total("exposed.gradient.")
+    if setup.gather_bytes_per_s:
+        micro_s -= state_s
+        state_s = _waited_s(setup, found)
+        micro_s += state_s
     seconds = {
         "compute": found.total("compute.forward.") + found.total("compute.backward."),
         "recompute": found.total("compute.again.") + again_s,
         "slowed": whole["slowed_s"],
         "casts": casts_s,
-        "exposed state": found.total("exposed.parameter.") + found.total("exposed.gradient."),
+        "exposed state": state_s,
         "exposed activations": found.total("exposed.activation."),
     }
     seconds = {name: setup.accumulate * value for name, value in seconds.items()}

@@ -36,6 +36,9 @@ class Setup:
     offload: bool = False
     tp_overlap: bool = False
     """Tensor parallelism's collectives run in parts beside the products they feed (`_hidden_by_parts`)."""
+    gather_bytes_per_s: float = 0.0
+    """Where a framework's zero3 stops compute for each gather and each reduction: the rate at which it gathers. 0: they
+    run beside compute, as fast as the wires are."""
     gradient_bytes: int = 2
     overlap: bool = True
     """Whether a replica's gradient reduction runs behind backward, where the state is not zero3."""
