@@ -206,7 +206,7 @@ def test_experts() -> None:
     """2·b·s·k·h elements, (e - 1) / e of which leave a rank: as many travel here, where experts are split over 4 ranks,
     as a gather of the rows and a sum over ranks of what each made of its experts' rows.
 
-    A token all-to-all sends nothing more; here every rank has all rows, and gate and up (2f wide) are summed before what
+    A token all-to-all sends no more; here every rank has all rows, and gate and up (2f wide) are summed before what
     is not linear, its result (f wide) gathered after it.
     """
     from transformers import MixtralConfig, MixtralForCausalLM
