@@ -46,6 +46,8 @@ from passes.setup import Setup
 aten = torch.ops.aten
 
 DATA = Path(__file__).parent / "data" / "published.csv"
+HELD_OUT = DATA.with_name("held_out.csv")
+"""Runs that were found and priced after every parameter and rule was set; nothing was changed for them since."""
 
 
 _WAITED_BYTES_PER_S = 10.2e9 / (0.48 - 0.06)
@@ -59,6 +61,7 @@ class Run:
     """A published run: its line in the file."""
 
     line: dict[str, str]
+    held_out: bool = False
 
     def number(self, name: str) -> int:
         return int(float(self.line[name]))
@@ -143,9 +146,10 @@ def _forward_flops(run: Run, *, causal: bool = False) -> float:
 
 
 def runs(path: Path = DATA) -> list[Run]:
-    """Every row of the file."""
+    """Every row of the file; of the project's own also those held out."""
     with path.open(encoding="utf-8") as file:
-        return [Run(line) for line in csv.DictReader(file)]
+        found = [Run(line, path == HELD_OUT) for line in csv.DictReader(file)]
+    return found + runs(HELD_OUT) if path == DATA else found
 
 
 def model_of(run: Run) -> nn.Module:
@@ -404,7 +408,7 @@ def grouped(found: Sequence[Result]) -> dict[str, list[Result]]:
         for several, text in ((False, ""), (True, ", pp or cp")):
             put(name + text, [r for r in mine if r.run.pipelined == several])
     put("fitted on: MPT-30b, H100", [r for r in found if r.run.fitted])
-    put("held out, without pp or cp", [r for r in found if not r.run.fitted and not r.run.pipelined])
+    put("not fitted on, without pp or cp", [r for r in found if not r.run.fitted and not r.run.pipelined])
     return groups
 
 
@@ -465,19 +469,21 @@ def waited_text(found: Sequence[Result]) -> str:
 def report(found: Sequence[Result]) -> str:
     """Errors, then every row."""
     fitted_text = "\n".join(f"- {name}: {text}" for name, text in fitted().items())
-    rows = tabulate([row_text(r) for r in found], headers=HEADERS, tablefmt="github", disable_numparse=True)
+    known, held_out = [r for r in found if not r.run.held_out], [r for r in found if r.run.held_out]
     parts = [
         "# Published training runs: predicted and measured",
         "Written by `python benchmarks/published.py -o benchmarks/published_results.md`.",
-        errors_text(grouped(found)),
-        memory_text(found),
-        waited_text(found),
-        "## Fitted parameters",
-        fitted_text,
-        "## Rows",
-        rows,
+        *([errors_text(grouped(known)), memory_text(known), waited_text(known)] if known else []),
     ]
-    return "\n\n".join(parts) + "\n"
+    if held_out:
+        parts += ["## Held out: never looked at while parameters were set", errors_text(grouped(held_out))]
+        parts += [memory_text(held_out), rows_text(held_out)]
+    return "\n\n".join([*parts, "## Fitted parameters", fitted_text, "## Rows", rows_text(known)]) + "\n"
+
+
+def rows_text(found: Sequence[Result]) -> str:
+    """Every run's line."""
+    return tabulate([row_text(r) for r in found], headers=HEADERS, tablefmt="github", disable_numparse=True)
 
 
 def main() -> None:

@@ -100,3 +100,9 @@ def test_context_parallelism_shards_state_over_its_ranks_too() -> None:
     outside = V * H + 2 * H
     held = found["parameters"] + found["gradients"] + found["optimizer"]
     assert held == pytest.approx(16 * (12 * LAYER + outside) / 4 + 2 * (2 * LAYER + outside), rel=0.02)
+
+
+def test_a_stage_has_one_layers_backward_at_a_time_however_deep() -> None:
+    """Gradients of a layer (24 h^2 bytes) outweigh what it keeps (2sbh); they count with the stage's, not again."""
+    setup = Setup(pp=2, micro_batch=1, accumulate=4, state="zero0", recompute="full")
+    assert priced(24, setup).bytes["working"] == pytest.approx(priced(12, setup).bytes["working"], rel=0.01)
