@@ -47,7 +47,7 @@ aten = torch.ops.aten
 
 DATA = Path(__file__).parent / "data" / "published.csv"
 HELD_OUT = DATA.with_name("held_out.csv")
-"""Runs that were found and priced after every parameter and rule was set; nothing was changed for them since."""
+"""Runs that no parameter or rule was set by; the data's notes say what was seen of them before."""
 
 
 _WAITED_BYTES_PER_S = 10.2e9 / (0.48 - 0.06)
@@ -476,7 +476,7 @@ def report(found: Sequence[Result]) -> str:
         *([errors_text(grouped(known)), memory_text(known), waited_text(known)] if known else []),
     ]
     if held_out:
-        parts += ["## Held out: never looked at while parameters were set", errors_text(grouped(held_out))]
+        parts += ["## Held out: no parameter was set by them", errors_text(grouped(held_out))]
         parts += [memory_text(held_out), rows_text(held_out)]
     return "\n\n".join([*parts, "## Fitted parameters", fitted_text, "## Rows", rows_text(known)]) + "\n"
 
