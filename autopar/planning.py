@@ -13,6 +13,7 @@ from autopar.options import Options
 from costmodel.hardware import Hardware, Topology, hardware_of, topology
 from costmodel.layout import parse_layout
 from passes.capture import capture
+from passes.collector import settled
 from passes.infeasible import Smaller
 from passes.local import LocalProgram, Storage
 from passes.pipeline import Progress, Request, compile_plan, local_program, on_mesh, prepare
@@ -46,6 +47,7 @@ def options_of(plan: Plan) -> Options:
     return Options(**kept)
 
 
+@settled()
 def captured(
     model: Any,
     args: tuple[Any, ...],
@@ -66,6 +68,7 @@ def captured(
     )  # fmt: skip
 
 
+@settled()
 def planned(
     program: Program,
     axes: Sequence[tuple[str, int]],

@@ -17,19 +17,22 @@ from autopar.shallow import Shallow, shallow
 from costmodel.hardware import Hardware, Topology, topology
 from costmodel.memory import OptimizerSpec
 from passes.analysis import Analysis
-from passes.candidate import Setup
 from passes.depth import Profile, profile, sample
 from passes.fusion import Fused
 from passes.inputs import global_inputs
 from passes.pad import Pad
+from passes.precision import Precision
 from passes.price import Budgeted, price
 from passes.program import Program
 from passes.proposals import PaddingsOf
 from passes.recompute import Mode, Recomputation, recomputation
+from passes.rules.index import EMBEDDINGS
+from passes.rules.matmul import PRODUCTS
 from passes.schedule import play
+from passes.setup import Setup
 from passes.solve import solve
-from passes.space import Space, search_space
-from passes.strategies import StoredOption
+from passes.space import Site, Space, search_space
+from passes.strategies import Option, StoredOption
 from passes.uneven import Padding, Paddings, uneven_dims, used_pads
 
 Call = Callable[[int], Any]
@@ -40,10 +43,16 @@ class Captures:
     """Programs of one model and their analyses, each made once: what hardware and setups have in common."""
 
     def __init__(
-        self, model: nn.Module, inputs: Call, *, progress: Callable[[str], None] = lambda stage: None
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        inputs: Call,
+        *,
+        precision: Precision | None = None,
+        progress: Callable[[str], None] = lambda stage: None,
+    ) -> None:
         self.model = model
         self.inputs = inputs
+        self.precision = precision
         self.progress = progress
         self.shallow: Shallow = shallow(skeleton(model))
         self._programs: dict[tuple[int, int, int], Program] = {}
@@ -58,8 +67,9 @@ class Captures:
             args, kwargs = examples.on_cpu(examples.call_of(model, self.inputs(parts)))
             whole = global_inputs(args, kwargs, batch)
             self._programs[key] = planning.captured(
-                model, whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size
-            )
+                model, whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size,
+                precision=self.precision,
+            )  # fmt: skip
         return self._programs[key]
 
     def paddings(
@@ -75,7 +85,8 @@ class Captures:
 class Profiler:
     """Profiles of one model on one kind of hardware, each made once.
 
-    `fused`: which ops run compiled, where that is not all or none; `recomputation`: what a recompute mode means.
+    `fused`: whether ops run compiled, or which; `in_place`: which leave no tensors behind, where those are others;
+    `recomputation`: what a recompute mode means.
     """
 
     def __init__(
@@ -84,15 +95,15 @@ class Profiler:
         hardware: Hardware,
         optimizer: OptimizerSpec,
         *,
-        compiled: bool = True,
-        fused: Fused | None = None,
+        fused: Fused = True,
+        in_place: Fused | None = None,
         recomputation: Callable[[Analysis, Mode], Recomputation] = recomputation,
     ) -> None:
         self.captures = captures
         self.hardware = hardware
         self.optimizer = optimizer
-        self.compiled = compiled
-        self.fused: Fused = compiled if fused is None else fused
+        self.fused = fused
+        self.in_place = fused if in_place is None else in_place
         self.recomputation = recomputation
         self._profiles: dict[object, Profile] = {}
 
@@ -107,7 +118,8 @@ class Profiler:
         parts = setup.cp if replica else 1
         batch = setup.micro_batch * (1 if replica else setup.data_ranks)
         accumulates = setup.accumulate > 1 and not replica
-        key = (tuple(axes.items()), parts, batch, setup.recompute, setup.fp8, accumulates)
+        split = setup.sequence_parallel or setup.tp == 1
+        key = (tuple(axes.items()), parts, batch, setup.recompute, setup.fp8, accumulates, split)
         if key not in self._profiles:
             hardware = _fp8(self.hardware) if setup.fp8 else self.hardware
             prefixes = self.captures.shallow.prefixes
@@ -127,21 +139,27 @@ class Profiler:
         batch_axes = tuple(i for i, name in enumerate(axes) if name.startswith("dp"))
         strategy = "megatron" if axes.get("tp", 1) > 1 else "ddp" if whole else "fsdp"
         paddings = self.captures.paddings(prefix, batch, parts, self.fused, mesh.sizes, batch_axes)
-        space, assignment = self._solved(paddings, mesh, batch_axes, strategy, setup.recompute)
+        space, assignment = self._solved(
+            paddings, mesh, batch_axes, strategy, setup.recompute, split=setup.sequence_parallel
+        )
         spec = self.optimizer
         schedule = play(
             space,
             assignment,
             optimizer=spec,
             accumulate=1 if whole else min(2, setup.accumulate),
-            compiled=self.compiled,
+            compiled=self.in_place,
         )
         return sample(space, assignment, schedule)
 
     def _solved(
-        self, of: PaddingsOf, mesh: Topology, batch_axes: tuple[int, ...], strategy: str, mode: Mode
-    ) -> tuple[Space, tuple[int, ...]]:
-        """A strategy's space, padded where it wants to split what its axes do not divide, and what it picks there."""
+        self, of: PaddingsOf, mesh: Topology, batch_axes: tuple[int, ...], strategy: str, mode: Mode,
+        *, split: bool,
+    ) -> tuple[Space, tuple[int, ...]]:  # fmt: skip
+        """A strategy's space, padded where it wants to split what its axes do not divide, and what it picks there.
+
+        `split`: whether tensor axes may split the sequence.
+        """
         spec = self.optimizer
         budgeted = Budgeted(int(spec.state_bytes_per_param + spec.master_bytes_per_param))
 
@@ -151,6 +169,8 @@ class Profiler:
             space = search_space(analysis.program, mesh, batch_axes, strategy=strategy, analysis=analysis)
             if any(axis.name == "dp_replicate" for axis in mesh.axes):
                 space = _replicating(space, analysis, strategy)
+            if not split:
+                space = _residual_whole(space, analysis)
             space = replace(space, recomputed=self.recomputation(analysis, mode))
             priced = price(space, optimizer=budgeted)
             return padding, space, priced.assignment(solve(priced.problem).picks, len(space.sites))
@@ -189,6 +209,34 @@ def _replicating(space: Space, analysis: Analysis, strategy: str) -> Space:
             )
             site = replace(site, options=kept or site.options)
         sites.append(site)
+    return replace(space, sites=tuple(sites))
+
+
+def _residual_whole(space: Space, analysis: Analysis) -> Space:
+    """`space` where no tensor axis splits the sequence, or the hidden dim of what is no operand of a product."""
+    tensor_axes = [axis for axis in range(len(space.topology.sizes)) if axis not in space.batch_axes]
+    every = search_space(analysis.program, space.topology, space.batch_axes, strategy="auto", analysis=analysis)
+    forward = [place for place in analysis.places if place.phase == "forward" and place.call and place.op]
+    embedded = [
+        place.op.result_atoms for place in forward if place.call and place.op and place.call.target in EMBEDDINGS
+    ]
+    hidden = {atom for results in embedded for dims in results for dim in dims for atom in dim}
+    whole = (hidden - analysis.batch_atoms) | analysis.sequence_atoms
+
+    def is_whole(site: Site, option: Option | StoredOption) -> bool:
+        if not isinstance(option, Option) or site.op is None:
+            return False
+        atoms = analysis.sequence_atoms if site.call and site.call.target in PRODUCTS else whole
+        leaves = [option.splits[axis] for axis in tensor_axes]
+        return not any(leaf is not None and site.op.leaves[leaf].atom in atoms for leaf in leaves)
+
+    sites = []
+    for index, (site, free) in enumerate(zip(space.sites, every.sites, strict=True)):
+        kept = [o for o in site.options if is_whole(site, o)]
+        split = any(isinstance(o, Option) and any(o.splits[axis] is not None for axis in tensor_axes) for o in kept)
+        if index in analysis.from_data and not split:
+            kept += [o for o in free.options if is_whole(site, o) and o not in kept]  # the op on every rank
+        sites.append(replace(site, options=tuple(kept) or site.options))  # type: ignore[arg-type]
     return replace(space, sites=tuple(sites))
 
 

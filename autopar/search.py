@@ -27,13 +27,14 @@ from autopar.verdict import Verdict, verdict
 from costmodel.hardware import Hardware
 from costmodel.hardware import hardware as hardware_of
 from costmodel.memory import OPTIMIZERS, gib
-from passes.candidate import Estimate, Setup, estimate, lower_bound
+from passes.candidate import Estimate, estimate, lower_bound
 from passes.errors import NoFeasiblePlanError
 from passes.inputs import default_inputs, global_inputs
 from passes.plan import Plan
 from passes.plots import FrontierPoint
 from passes.recompute import Mode
 from passes.report_text import seconds_text, terminal_width, text_table
+from passes.setup import Setup
 
 _OPTIMIZERS = {"adamw": "adamw-master", "none": "sgd"}
 """Options' optimizers -> with an fp32 copy of parameters that compute holds in a lower precision."""

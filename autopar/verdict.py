@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol
 
 from autopar.profiling import Profiler
 from costmodel.memory import gib
-from passes.candidate import Setup
 from passes.report_text import seconds_text
+from passes.setup import Setup
 
 Answer = Literal["state", "computation", "pipeline", "offload", "nothing"]
 

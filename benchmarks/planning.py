@@ -23,8 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from costmodel.hardware import Topology
 from passes.analysis import analyse
 from passes.capture import capture
+from passes.collector import settled
 from passes.pipeline import on_mesh, prepare
 from passes.plan import choices
 from passes.price import price
@@ -113,8 +115,16 @@ def measure(job: Job, layers: int, *, bare: bool) -> dict[str, float]:
     if bare:
         timed(found, "bare capture", lambda: bare_capture(model, ids))
     call = {"input_ids": ids, "labels": ids}
-    program = timed(found, "capture", lambda: capture(model, (), call, batch_dims=[0, 0], batch_size=len(ids)))
-    program = timed(found, "prepare", lambda: route_by_blocks(prepare(program), ways))
+    with settled():
+        program = timed(found, "capture", lambda: capture(model, (), call, batch_dims=[0, 0], batch_size=len(ids)))
+        program = timed(found, "prepare", lambda: route_by_blocks(prepare(program), ways))
+    with settled():
+        return _planned(job, program, found, topology, batch_axes, bare=bare)
+
+
+def _planned(
+    job: Job, program: Program, found: dict[str, float], topology: Topology, batch_axes: tuple[int, ...], *, bare: bool
+) -> dict[str, float]:
     few = timed(found, "shorten", lambda: shorten(program))
     analysis = timed(found, "analyse", lambda: analyse(few))
     played = []

@@ -23,17 +23,37 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
 
 from autopar.profiling import Captures, Profiler
 from costmodel.hardware import fitted, hardware, with_attention
 from costmodel.memory import OPTIMIZERS
 from passes.analysis import Analysis
-from passes.candidate import Estimate, Setup, estimate
-from passes.recompute import Mode, Recomputation, recomputation
+from passes.candidate import Estimate, estimate
+from passes.precision import Precision
+from passes.recompute import Mode, Recomputation, is_cheap_op, is_view_op, recomputation
+from passes.rules.call import Call
 from passes.rules.matmul import PRODUCTS
+from passes.setup import Setup
+
+aten = torch.ops.aten
 
 DATA = Path(__file__).parent / "data" / "published.csv"
+HELD_OUT = DATA.with_name("held_out.csv")
+"""Runs that no parameter or rule was set by; the data's notes say what was seen of them before."""
+
+
+_WAITED_BYTES_PER_S = 10.2e9 / (0.48 - 0.06)
+"""What DeepSpeed's ZeRO-3 of early 2021 gathered at, whatever the wires: 5.1e9 fp16 parameters inside one node of
+A100s, in a forward of 0.48 s that takes 0.06 s under ZeRO-2 (DeepSpeed issue 1174). Each parameter went alone and was
+copied once more, and compute waited for it (its pull request 1188)."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,7 @@ class Run:
     """A published run: its line in the file."""
 
     line: dict[str, str]
+    held_out: bool = False
 
     def number(self, name: str) -> int:
         return int(float(self.line[name]))
@@ -57,9 +78,12 @@ class Run:
         return Setup(
             dp_shard=data, tp=number("tp"), pp=number("pp"), cp=number("cp"), virtual=number("virtual"),
             micro_batch=number("micro_batch"), accumulate=accumulate,
-            recompute=self.recompute, whole_blocks=True, tp_overlap=self.line["tp_overlap"] == "yes",
+            recompute=self.recompute, whole_blocks=True,
+            in_block="none" if self.line["compiled"] == "no" else "pointwise",
+            sequence_parallel=self.line["sequence_parallel"] == "yes", tp_overlap=self.line["tp_overlap"] == "yes",
             state=cast(Any, state), fp8=self.line["precision"] == "fp8", offload="offload" in self.line["state"],
-            gradient_bytes=4 if self.line["family"] == "llama" else 2,
+            gather_bytes_per_s=_WAITED_BYTES_PER_S if self.line["gathers"] == "waited" else 0.0,
+            gradient_bytes=4 if self.line["gradients"] == "fp32" else 2,
         )  # fmt: skip
 
     @property
@@ -70,12 +94,7 @@ class Run:
             return "selective"
         if told == "full":
             return "full"
-        return "pointwise" if self.compiled or told == "selective" else "none"
-
-    @property
-    def compiled(self) -> bool:
-        """Whether pointwise chains ran as one kernel."""
-        return self.line["compiled"] in ("yes", "layers")
+        return "pointwise" if self.line["compiled"] != "no" or told == "selective" else "none"
 
     @property
     def measured_s(self) -> float:
@@ -127,13 +146,14 @@ def _forward_flops(run: Run, *, causal: bool = False) -> float:
 
 
 def runs(path: Path = DATA) -> list[Run]:
-    """Every row of the file."""
+    """Every row of the file; of the project's own also those held out."""
     with path.open(encoding="utf-8") as file:
-        return [Run(line) for line in csv.DictReader(file)]
+        found = [Run(line, path == HELD_OUT) for line in csv.DictReader(file)]
+    return found + runs(HELD_OUT) if path == DATA else found
 
 
 def model_of(run: Run) -> nn.Module:
-    """The run's model on the meta device, in bf16."""
+    """The run's model on the meta device, in the dtype that its parameters are stored in."""
     number = run.number
     attention = "eager" if run.line["attention"] == "unfused" else "sdpa"
     if run.line["family"] == "llama":
@@ -144,6 +164,14 @@ def model_of(run: Run) -> nn.Module:
             attn_implementation=attention,
         )  # fmt: skip
         build: Any = LlamaForCausalLM
+    elif number("tp") > 1 or number("kv_heads") != number("heads"):  # a projection each for queries, keys and values
+        config = Starcoder2Config(
+            hidden_size=number("hidden"), intermediate_size=number("ffn"), num_hidden_layers=number("layers"),
+            num_attention_heads=number("heads"), num_key_value_heads=number("kv_heads"), vocab_size=number("vocab"),
+            max_position_embeddings=number("seq"), tie_word_embeddings=run.line["tied"] == "yes", use_cache=False,
+            sliding_window=None, attn_implementation=attention,
+        )  # fmt: skip
+        build = Starcoder2ForCausalLM
     else:
         config = GPT2Config(
             n_embd=number("hidden"), n_inner=number("ffn"), n_layer=number("layers"), n_head=number("heads"),
@@ -153,16 +181,16 @@ def model_of(run: Run) -> nn.Module:
         )  # fmt: skip
         build = GPT2LMHeadModel
     with torch.device("meta"):
-        made: nn.Module = build(config).to(torch.bfloat16)
+        made: nn.Module = build(config).to(torch.float32 if run.line["stored"] == "fp32" else torch.bfloat16)
     return made.train()
 
 
-_MODEL = ("family", "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "tied", "seq")
+_MODEL = ("family", "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "tied", "seq", "stored", "gradients")
 
 
 def _key(run: Run) -> tuple[str, ...]:
     """What runs of one captured model have in common."""
-    return *(run.line[name] for name in _MODEL), str(run.line["attention"] == "unfused")
+    return *(run.line[name] for name in _MODEL), str(run.line["attention"] == "unfused"), str(run.number("tp") > 1)
 
 
 class Prices:
@@ -173,7 +201,11 @@ class Prices:
             ids = torch.empty(1, run.number("seq") // parts, dtype=torch.long, device="meta")
             return {"input_ids": ids, "labels": ids}
 
-        self.captures = Captures(model_of(run), inputs)
+        reduced = torch.float32 if run.line["gradients"] == "fp32" else torch.bfloat16
+        fp32 = run.line["stored"] == "fp32"
+        precision = Precision(torch.bfloat16, reduced) if fp32 else None
+        self.captures = Captures(model_of(run), inputs, precision=precision)
+        self.optimizer = OPTIMIZERS["adamw" if fp32 else "adamw-master"]
         self.profilers: dict[tuple[str, ...], Profiler] = {}
 
     def of(self, run: Run) -> Estimate:
@@ -183,22 +215,26 @@ class Prices:
             machine = hardware(run.line["hardware"])
             if run.line["attention"] in ("fa1", "fa2", "cudnn"):
                 machine = with_attention(machine, run.line["attention"])
-            every_other = run.line["recompute"] == "selective"
             self.profilers[key] = Profiler(
-                self.captures, machine, OPTIMIZERS["adamw-master"], compiled=run.compiled, fused=_fused(run),
-                recomputation=_every_other_product if every_other else recomputation,
+                self.captures, machine, self.optimizer, fused=_fused(run),
+                in_place=True if run.line["compiled"] == "layers" else None,  # Megatron-LM's loss, op by op in place
+                recomputation=_recomputation(run),
             )  # fmt: skip
         return estimate(run.setup, self.profilers[key])
 
 
 def _fused(run: Run) -> bool | Callable[[fx.Node], bool]:
-    """What ran as fused kernels: all of a compiled step; what follows the layers, where only the loss is fused; the
-    layers, where the loss is not (Megatron-LM)."""
-    if run.line["compiled"] == "loss":
+    """What ran as fused kernels: all of a compiled step; what follows the layers, where only the loss is compiled; the
+    layers, where the loss is not (Megatron-LM's own kernels, or each block compiled); of torch's own ops those that
+    the captured graph has in parts."""
+    compiled = run.line["compiled"]
+    if compiled == "yes":
+        return True
+    if compiled == "loss":
         return _is_outside_layers
-    if run.line["compiled"] == "layers":
+    if compiled == "layers":
         return _is_in_layers
-    return run.compiled
+    return _is_in_layers_or_one_op if compiled == "blocks" else _is_part_of_one_op
 
 
 def _is_in_layers(node: fx.Node) -> bool:
@@ -209,15 +245,75 @@ def _is_outside_layers(node: fx.Node) -> bool:
     return not _is_in_layers(node)
 
 
-def _every_other_product(analysis: Analysis, mode: Mode) -> Recomputation:
+def _is_part_of_one_op(node: fx.Node) -> bool:
+    """What torch runs as one kernel of the loss: log_softmax, its backward, the sum over targets. Casts, and the
+    gradient with one entry per row, are written out."""
+    if _is_in_layers(node) or node.target == aten._to_copy.default:
+        return False
+    return not (node.target == aten.where.self and node.meta.get("phase") == "backward")
+
+
+def _is_in_layers_or_one_op(node: fx.Node) -> bool:
+    return _is_in_layers(node) or _is_part_of_one_op(node)
+
+
+def _recomputation(run: Run) -> Callable[[Analysis, Mode], Recomputation]:
+    """What a recompute mode means there: where a part of the step is compiled or checkpointed, that part alone."""
+    compiled, told = run.line["compiled"], run.line["recompute"]
+    if compiled == "yes" and told != "selective":
+        return recomputation
+
+    def of(analysis: Analysis, mode: Mode) -> Recomputation:
+        if mode == "full" or (mode == "selective" and told == "attention"):
+            return recomputation(analysis, mode)
+        also: set[int] = set()
+        if mode == "pointwise":
+            also |= _cheap(analysis, _is_outside_layers if compiled == "loss" else _is_in_layers)
+        if compiled == "layers":
+            also -= _read_by_products(analysis)
+        if compiled == "yes":
+            also |= _cheap(analysis, lambda node: True)
+        if told == "selective":
+            also |= set(_every_other_product(analysis))
+        return recomputation(analysis, "none", frozenset(also))
+
+    return of
+
+
+def _forward(analysis: Analysis) -> list[tuple[int, Call]]:
+    """Sites of forward ops with their calls."""
+    places = enumerate(analysis.places)
+    return [(i, place.call) for i, place in places if place.phase == "forward" and place.kind == "op" and place.call]
+
+
+def _cheap(analysis: Analysis, where: Callable[[fx.Node], bool]) -> set[int]:
+    """Forward sites there that compiled code computes again within the kernels that read them."""
+    members = analysis.folding.members
+    return {i for i, call in _forward(analysis) if is_cheap_op(call.target) and where(members[i][0])}
+
+
+def _read_by_products(analysis: Analysis) -> set[int]:
+    """Sites whose results matrix products read, views between: a product keeps its operands, where kernels are fused
+    by hand, and a kernel what it reads."""
+    places = analysis.places
+    edges = [(wire.value.op, port.site) for wire in analysis.wires for port in wire.ports]
+    found: set[int] = set()
+    while True:
+        more = {
+            op
+            for op, reader in edges
+            if (call := places[reader].call) is not None
+            and (call.target in PRODUCTS or (reader in found and is_view_op(call.target)))
+        }
+        if more == found:
+            return found
+        found = more
+
+
+def _every_other_product(analysis: Analysis) -> list[int]:
     """torchtitan's selective recompute: of the layers' matrix products every second result is kept."""
-    products = [
-        i
-        for i, place in enumerate(analysis.places)
-        if place.kind == "op" and place.phase == "forward" and place.call and place.call.target in PRODUCTS
-        and place.count > 1
-    ]  # fmt: skip
-    return recomputation(analysis, mode, frozenset(products[1::2]))
+    products = [i for i, call in _forward(analysis) if call.target in PRODUCTS and analysis.places[i].count > 1]
+    return products[1::2]
 
 
 def kendall(pairs: Sequence[tuple[float, float]]) -> float:
@@ -237,6 +333,11 @@ class Result:
     def error(self) -> float:
         """Predicted over measured step time, less 1."""
         return self.estimate.step_s / self.run.measured_s - 1.0
+
+    @property
+    def memory_error(self) -> float:
+        """Predicted over measured peak, less 1."""
+        return self.estimate.peak_bytes / 2**30 / float(self.run.line["peak_gib"]) - 1.0
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -307,7 +408,7 @@ def grouped(found: Sequence[Result]) -> dict[str, list[Result]]:
         for several, text in ((False, ""), (True, ", pp or cp")):
             put(name + text, [r for r in mine if r.run.pipelined == several])
     put("fitted on: MPT-30b, H100", [r for r in found if r.run.fitted])
-    put("held out, without pp or cp", [r for r in found if not r.run.fitted and not r.run.pipelined])
+    put("not fitted on, without pp or cp", [r for r in found if not r.run.fitted and not r.run.pipelined])
     return groups
 
 
@@ -321,7 +422,8 @@ def row_text(result: Result) -> list[str]:
     return [
         run.source, line["model"], line["hardware"], line["precision"], line["seq"], line["gpus"], axes, line["state"],
         f"{setup.micro_batch} x {setup.accumulate}", line["recompute"], f"{run.measured_s:.3f}",
-        f"{price.step_s:.3f}", f"{result.error:+.1%}", line["peak_gib"], f"{price.peak_bytes / 2**30:.1f}",
+        f"{price.step_s:.3f}", f"{result.error:+.1%}", f"{line['peak_gib']} {line['peak_of']}".strip(),
+        f"{price.peak_bytes / 2**30:.1f}",
         ", ".join(told), line["assumed"],
     ]  # fmt: skip
 
@@ -331,34 +433,57 @@ HEADERS = ["source", "model", "GPU", "precision", "seq", "GPUs", "dp x tp x pp x
            "assumed"]  # fmt: skip
 
 
+_PEAKS = {
+    "allocated": "tensors, as the prediction counts",
+    "reserved": "what torch's allocator holds: tensors, and blocks it cut and cannot use; a bound from above",
+}
+
+
 def memory_text(found: Sequence[Result]) -> str:
-    """Errors of the peak where it was measured."""
-    errors = [
-        r.estimate.peak_bytes / 2**30 / float(r.run.line["peak_gib"]) - 1 for r in found if r.run.line["peak_gib"]
-    ]
-    if not errors:
-        return ""
-    return (
-        f"Peak memory, where given ({len(errors)} rows): mean error {statistics.mean(map(abs, errors)):.1%}, median "
-        f"{statistics.median(map(abs, errors)):.1%}, bias {statistics.mean(errors):+.1%}"
-    )
+    """Errors of the peak where it was measured, by what was measured."""
+    rows = []
+    for kind, told in _PEAKS.items():
+        errors = [r.memory_error for r in found if r.run.line["peak_of"] == kind]
+        if errors:
+            rows.append([
+                kind, len(errors), f"{statistics.mean(map(abs, errors)):.1%}",
+                f"{statistics.median(map(abs, errors)):.1%}", f"{statistics.mean(errors):+.1%}",
+                f"{max(errors, key=abs):+.1%}", told,
+            ])  # fmt: skip
+    headers = ["peak memory", "n", "mean error", "median", "bias", "worst", "what was measured"]
+    return tabulate(rows, headers=headers, tablefmt="github") if rows else ""
+
+
+def waited_text(found: Sequence[Result]) -> str:
+    """Runs of a ZeRO-3 that stopped for its gathers, and what the same setup takes a plan of ours."""
+    waited = [r for r in found if r.run.line["gathers"] == "waited"]
+    rows = [
+        [r.run.line["model"], r.run.line["gpus"], f"{r.run.measured_s:.1f}", f"{r.estimate.step_s:.1f}",
+         f"{r.estimate.step_s - r.estimate.seconds['exposed state']:.1f}"]
+        for r in waited
+    ]  # fmt: skip
+    headers = ["ZeRO-3 of 2021", "GPUs", "measured s", "predicted s, gathers waited for", "of it without them"]
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True) if rows else ""
 
 
 def report(found: Sequence[Result]) -> str:
     """Errors, then every row."""
     fitted_text = "\n".join(f"- {name}: {text}" for name, text in fitted().items())
-    rows = tabulate([row_text(r) for r in found], headers=HEADERS, tablefmt="github", disable_numparse=True)
+    known, held_out = [r for r in found if not r.run.held_out], [r for r in found if r.run.held_out]
     parts = [
         "# Published training runs: predicted and measured",
         "Written by `python benchmarks/published.py -o benchmarks/published_results.md`.",
-        errors_text(grouped(found)),
-        memory_text(found),
-        "## Fitted parameters",
-        fitted_text,
-        "## Rows",
-        rows,
+        *([errors_text(grouped(known)), memory_text(known), waited_text(known)] if known else []),
     ]
-    return "\n\n".join(parts) + "\n"
+    if held_out:
+        parts += ["## Held out: no parameter was set by them", errors_text(grouped(held_out))]
+        parts += [memory_text(held_out), rows_text(held_out)]
+    return "\n\n".join([*parts, "## Fitted parameters", fitted_text, "## Rows", rows_text(known)]) + "\n"
+
+
+def rows_text(found: Sequence[Result]) -> str:
+    """Every run's line."""
+    return tabulate([row_text(r) for r in found], headers=HEADERS, tablefmt="github", disable_numparse=True)
 
 
 def main() -> None:

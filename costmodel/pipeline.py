@@ -24,11 +24,16 @@ def bubble_share(stages: int, micro_batches: int, virtual: int = 1) -> float:
     return (stages - 1) / (virtual * micro_batches)
 
 
-def in_flight(stages: int, micro_batches: int, virtual: int = 1) -> float:
-    """Micro-batches whose activations the first stage holds at once."""
+def in_flight(stages: int, micro_batches: int, virtual: int = 1, stage: int = 0) -> float:
+    """Micro-batches whose activations a stage holds at once, the first where not said.
+
+    Plain 1F1B runs as many forward as there are stages from here to the end before its first backward; interleaved, in
+    chunks: 2 per stage behind it, all stages once for each chunk but its last, and one.
+    """
     if virtual == 1 or stages == 1:
-        return float(min(stages, micro_batches))
-    return min(float(micro_batches), stages * (1 + (stages - 1) / (stages * virtual)))
+        return float(min(stages - stage, micro_batches))
+    chunks = 2 * (stages - 1 - stage) + (virtual - 1) * stages + 1
+    return min(float(micro_batches), chunks / virtual)
 
 
 def slowest_stage_s(layers: int, layer_s: float, outside_s: float, stages: int) -> float:

@@ -12,78 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 from costmodel import offload, pipeline
 from costmodel.collectives import collective_s
 from costmodel.hardware import Hardware, topology
 from costmodel.memory import OptimizerSpec
+from passes.candidate_memory import at_rest, replicated_bytes, sharded_peak_bytes
 from passes.depth import Profile
-from passes.recompute import Mode
-
-State = Literal["zero0", "zero1", "zero2", "zero3"]
+from passes.setup import Setup
 
 _CAST_BYTES = 2.0
 """Each tensor that layers multiply is an operand of two products: it is read in 2 bytes, and written in 1 as it is and
 in 1 transposed, 4 for both."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """Ranks per kind of parallelism, and how a step runs. `state`: what the data-parallel ranks shard: nothing, the
-    optimizer (zero1), gradients too (zero2), parameters too (zero3, FSDP)."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    virtual: int = 1
-    micro_batch: int = 1
-    accumulate: int = 1
-    recompute: Mode = "pointwise"
-    whole_blocks: bool = False
-    """With full recompute: layers are run again to their end, collectives too, as activation checkpointing does. Plans
-    run again only what backward reads."""
-    state: State = "zero3"
-    fp8: bool = False
-    offload: bool = False
-    tp_overlap: bool = False
-    """Tensor parallelism's collectives run in parts beside the products they feed (`_hidden_by_parts`)."""
-    gradient_bytes: int = 2
-    overlap: bool = True
-    """Whether a replica's gradient reduction runs behind backward, where the state is not zero3."""
-
-    @property
-    def ranks(self) -> int:
-        return self.dp_replicate * self.dp_shard * self.tp * self.pp * self.cp
-
-    @property
-    def data_ranks(self) -> int:
-        """Ranks that see different samples."""
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def global_batch(self) -> int:
-        return self.data_ranks * self.micro_batch * self.accumulate
-
-    @property
-    def priced_only(self) -> tuple[str, ...]:
-        """What of it no plan does yet."""
-        found = []
-        if self.pp > 1:
-            found.append("pipeline")
-        if self.cp > 1:
-            found.append("context parallelism")
-        if self.state in ("zero1", "zero2"):
-            found.append(f"ZeRO-{self.state[-1]}")
-        if self.fp8:
-            found.append("fp8")
-        if self.offload:
-            found.append("offload")
-        if self.tp_overlap:
-            found.append("overlapped tensor parallelism")
-        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -139,6 +80,14 @@ def _rest_again_s(setup: Setup, found: Profile) -> float:
     return max(0.0, rest) + found.layer_total("exposed.activation.forward.")
 
 
+def _waited_s(setup: Setup, found: Profile) -> float:
+    """Gathers and reductions of a micro-batch one after another: parameters come for forward, for backward, and for
+    forward once more where layers are run again as a whole."""
+    passes = 3 if setup.whole_blocks and setup.recompute == "full" else 2
+    reduced_s = found.total("exposed.gradient.") + found.total("hidden.gradient.")
+    return passes * found.whole["bytes"] / setup.gather_bytes_per_s + reduced_s
+
+
 def _hidden_by_parts_s(setup: Setup, found: Profile) -> float:
     """Per layer, what is hidden of its activations' collectives where each goes in `tp` parts around the ring, and all
     but the first run beside a product of the part before."""
@@ -156,18 +105,23 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     micro_s = whole["micro_s"] + again_s
     casts_s = _casts_s(setup, found, profiler.hardware) if setup.fp8 else 0.0
     update_s = whole["optimizer_s"]
+    state_s = found.total("exposed.parameter.") + found.total("exposed.gradient.")
+    if setup.gather_bytes_per_s:
+        micro_s -= state_s
+        state_s = _waited_s(setup, found)
+        micro_s += state_s
     seconds = {
         "compute": found.total("compute.forward.") + found.total("compute.backward."),
         "recompute": found.total("compute.again.") + again_s,
         "slowed": whole["slowed_s"],
         "casts": casts_s,
-        "exposed state": found.total("exposed.parameter.") + found.total("exposed.gradient."),
+        "exposed state": state_s,
         "exposed activations": found.total("exposed.activation."),
     }
     seconds = {name: setup.accumulate * value for name, value in seconds.items()}
     seconds["optimizer"] = update_s
-    bytes_ = _at_rest(whole, setup, 1, profiler.optimizer)
-    peak = found.peak_bytes
+    bytes_ = at_rest(found, setup, profiler.optimizer)
+    peak = sharded_peak_bytes(found, _layer(setup, profiler, replica=False))
     rest_now = whole["rest"]
     if setup.offload:
         seconds["optimizer"] = offload.host_update_s(whole["stored"], profiler.hardware)
@@ -179,13 +133,11 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     return Estimate(setup, step, peak, seconds, bytes_)
 
 
-def _at_rest(whole: Mapping[str, float], setup: Setup, stages: int, spec: OptimizerSpec) -> dict[str, float]:
-    per_param = spec.state_bytes_per_param + spec.master_bytes_per_param
-    found = {"parameters": whole["bytes"] / whole["elements"] * whole["stored"] / stages}
-    found["optimizer"] = whole["stored"] * per_param / stages
-    if setup.accumulate > 1:
-        found["gradients"] = found["parameters"]
-    return found
+def _layer(setup: Setup, profiler: Profiler, *, replica: bool) -> Profile | None:
+    """Where layers are run again as a whole, the profile of the setup without that."""
+    if not setup.whole_blocks or setup.recompute != "full":
+        return None
+    return profiler.profile(replace(setup, recompute=setup.in_block), replica=replica)
 
 
 def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
@@ -219,7 +171,7 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
         "exposed state": reduce_s + gather_s,
         "optimizer": update_s,
     }
-    bytes_ = _replica_bytes(setup, found, elements, spec, stages)
+    bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), elements, spec)
     return Estimate(setup, step, sum(bytes_.values()), seconds, bytes_)
 
 
@@ -278,24 +230,3 @@ def _state(
         max(gather_s - forward_s, gather_s / layers),
         update_s,
     )
-
-
-def _replica_bytes(setup: Setup, found: Profile, elements: float, spec: OptimizerSpec, stages: int) -> dict[str, float]:
-    whole, layers = found.whole, max(1, found.layers)
-    item = whole["bytes"] / whole["elements"]
-    ranks = setup.data_ranks * setup.cp
-    sharded = ranks if setup.state != "zero0" else 1
-    states = elements * (spec.state_bytes_per_param + spec.master_bytes_per_param) / sharded
-    gradients = elements * setup.gradient_bytes / (ranks if setup.state == "zero2" else 1)
-    saved = found.layer("boundary") if setup.whole_blocks and setup.recompute == "full" else found.saved_bytes
-    flight = pipeline.in_flight(stages, setup.accumulate, setup.virtual)
-    kept = saved * -(-layers // stages) * flight
-    head = found.outside["alive.forward"] - found.outside["rest"]
-    working = max(0.0, found.whole["alive.last layers"] - whole["rest"] - layers * saved)
-    return {
-        "parameters": elements * item,
-        "gradients": gradients,
-        "optimizer": 0.0 if setup.offload else states,
-        "activations": kept,
-        "working": max(working, head) if stages == 1 else max(0.0, min(working, head) if head > 0 else working),
-    }

@@ -24,7 +24,7 @@ from passes.words import Words
 from passes.work import work_of
 
 PLACES = ("forward", "last layers", "first layers", "end")
-"""Where memory may peak: until backward reaches a repeated layer; in the last two of them; in the first two; after."""
+"""Where memory may peak: until backward reaches a repeated layer; in the last one or two; in the first two; after."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule) -> dict[
                 in backward); exposed.ROLE.PHASE.GROUP, hidden.ROLE.PHASE.GROUP
     bytes       alive.PLACE, rest (all step long), boundary (what one layer passes to the next), keys (attention's keys
                 and values)
-    counts      elements (of parameters on this rank in compute), stored (at rest), operands (of matrix products)
+    counts      elements (of parameters on this rank in compute; `bytes`: theirs), stored (at rest; `stored bytes`:
+                theirs), operands (of matrix products)
     """
     found: dict[str, float] = defaultdict(float)
     words, laid = Words(space), tracks(space, assignment)
@@ -120,20 +121,21 @@ def _alive(found: dict[str, float], schedule: Schedule) -> None:
         found |= dict.fromkeys([f"alive.{place}" for place in PLACES[:2]], max(a for _, a in schedule.memory.timeline))
         return
     after = [s for phase, layer, s in schedule.layers if phase == "backward" and not layer and s > backward[-1]]
-    bounds = [entered[0], entered[2], min(after, default=math.inf)]
-    first = entered[-2]
+    end, first = min(after, default=math.inf), entered[-2]
+    # As many layers whatever the depth; between the ends memory changes by as much from layer to layer.
+    last_end = entered[1 if len(entered) <= 4 else 2]
     for moment, alive in schedule.memory.timeline:
-        if moment < bounds[0]:
+        if moment < entered[0]:
             place = PLACES[0]
-        elif moment >= bounds[2] or moment >= schedule.micro_batch_s:
+        elif moment >= end or moment >= schedule.micro_batch_s:
             place = PLACES[3]
         elif moment >= first:
             place = PLACES[2]
-        else:
+        elif moment < last_end:
             place = PLACES[1]
+        else:
+            continue
         found[f"alive.{place}"] = max(found[f"alive.{place}"], alive)
-        if place == PLACES[1] and moment >= first:
-            found[f"alive.{PLACES[2]}"] = max(found[f"alive.{PLACES[2]}"], alive)
 
 
 def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) -> None:
@@ -145,7 +147,9 @@ def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) ->
                 computed = math.prod(option.storage.computed_shape(sizes)) * site.count
                 found["elements"] += computed
                 found["bytes"] += computed * site.itemsize
-                found["stored"] += math.prod(option.storage.padded_shape(sizes)) * site.count
+                stored = math.prod(option.storage.padded_shape(sizes)) * site.count
+                found["stored"] += stored
+                found["stored bytes"] += stored * site.stored_itemsize
             continue
         assert site.call is not None
         operands, results = option_local_shapes(site, option, sizes)

@@ -18,10 +18,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from costmodel.memory import AtRest, Buffer, OptimizerSpec, at_rest, peak, timeline
+from costmodel.memory import ALLOCATION_BYTES, AtRest, Buffer, OptimizerSpec, at_rest, peak, timeline
 from costmodel.reshard import Step
 from passes.blocks import Block
 from passes.dims import Value, value_of
+from passes.fusion import Fused
 from passes.moves import Move, Run
 from passes.space import Space
 from passes.strategies import StoredOption
@@ -76,13 +77,14 @@ def footprint(
     spec: OptimizerSpec,
     *,
     accumulate: int = 1,
-    fused: bool = True,
+    fused: Fused = True,
     keep_buffers: bool = False,
 ) -> Footprint:
-    """Memory of one rank while a step runs at `times`; `fused`: compiled, so that pointwise chains write their ends."""
+    """Memory of one rank while a step runs at `times`; `fused`: what is compiled, so that its pointwise chains write
+    their ends alone."""
     buffers = _at_rest(space, assignment, words, spec, accumulate, times.end_s)
     buffers += _Lives(space, tracks, times, words, fused).buffers()
-    granularity = 1 if space.topology.hardware.shared_host else 512
+    granularity = 1 if space.topology.device.is_cpu else ALLOCATION_BYTES
     top = peak(buffers, top=len(buffers), granularity_bytes=granularity)
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for buffer in top.top:
@@ -141,7 +143,7 @@ def _at_rest(
                 buffers.append(Buffer(name, kept.gradients, 0.0, None, "gradients"))
         if trainable:
             scratch += kept.parameters * site.count
-    if scratch and spec.name.startswith("adam") and not space.topology.hardware.shared_host:
+    if scratch and spec.name.startswith("adam") and not space.topology.device.is_cpu:
         # torch's multi-tensor update on GPUs computes one temporary per parameter, all of them at once.
         buffers.append(Buffer("temporaries of the update", scratch, end_s, None, "working"))
     return buffers
@@ -150,7 +152,7 @@ def _at_rest(
 class _Lives:
     """Births and deaths of what comes and goes."""
 
-    def __init__(self, space: Space, tracks: Tracks, times: Times, words: Words, fused: bool) -> None:
+    def __init__(self, space: Space, tracks: Tracks, times: Times, words: Words, fused: Fused) -> None:
         self.space = space
         self.tracks = tracks
         self.times = times
@@ -166,19 +168,27 @@ class _Lives:
         """How the op that makes a slot treats memory; None for what is there or moved."""
         producer = self.tracks.slots[slot].producer
         item = self.tracks.items[producer] if producer >= 0 else None
-        return self.tracks.costs[item.site].fusing if isinstance(item, Run) else None
+        return self._treats(item) if isinstance(item, Run) else None
+
+    def _treats(self, item: Run | Move) -> Fusing:
+        """How an item treats memory: what is not compiled reads and writes all that it names, views apart."""
+        if isinstance(item, Move):
+            return "kernel"
+        fusing = self.tracks.costs[item.site].fusing
+        alone = fusing != "view" and not isinstance(self.fused, bool) and not self.fused(item.node)
+        return "kernel" if alone else fusing
 
     def _written(self) -> list[bool]:
         """Whether a slot is a buffer of its own in memory, leaving aside that views name another's."""
         tracks = self.tracks
-        if not self.fused:
+        if self.fused is False:
             return [True] * len(tracks.slots)
         needed = [False] * len(tracks.slots)
         for slot, _, _ in tracks.leaving:
             needed[slot] = True
         for index in range(len(tracks.items) - 1, -1, -1):
             item = tracks.items[index]
-            fusing = "kernel" if isinstance(item, Move) else tracks.costs[item.site].fusing
+            fusing = self._treats(item)
             through = any(needed[slot] for slot in tracks.writes[index]) if fusing == "view" else fusing == "kernel"
             for slot in tracks.reads[index]:
                 if through or self._crosses(slot, index):

@@ -19,6 +19,7 @@ from passes.rules.call import Call, Operand
 from passes.rules.create import FILLS
 from passes.rules.form import Form
 from passes.rules.table import rule_of
+from passes.work import VIEWS
 from passes.zones import Zone, is_finite, is_number, is_pointwise, is_zero, join, pointwise_zone, unknown
 
 aten = torch.ops.aten
@@ -74,20 +75,7 @@ _TIMES_GRADIENT = {
 }
 """Linear in their first operand, the gradient; all else in them is finite where their operands are."""
 _SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
-_MOVES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
+_MOVES = VIEWS | {
     aten.cat.default,
     aten.stack.default,
     aten.repeat.default,

@@ -169,7 +169,7 @@ def _timeline(chosen: Candidate, request: Request) -> Timeline:
         chosen.space, chosen.assignment, optimizer=request.optimizer, accumulate=request.accumulate, events=True,
         compiled=request.compiled,
     )  # fmt: skip
-    return timeline_of(schedule, 1 if chosen.space.topology.hardware.shared_host else ALLOCATION_BYTES)
+    return timeline_of(schedule, 1 if chosen.space.topology.device.is_cpu else ALLOCATION_BYTES)
 
 
 def local_program(program: Program, plan: Plan, topology_: Topology, pins: Mapping[str, Pin]) -> LocalProgram:

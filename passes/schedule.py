@@ -28,6 +28,7 @@ from torch import fx
 from costmodel.memory import OptimizerSpec
 from costmodel.memory import optimizer as optimizer_of
 from passes.footprint import Footprint, Times, footprint
+from passes.fusion import Fused
 from passes.moves import Move
 from passes.player import KINDS, Event, Player
 from passes.space import Space
@@ -115,12 +116,12 @@ def play(
     *,
     optimizer: str | OptimizerSpec = "adamw",
     accumulate: int = 1,
-    compiled: bool = True,
+    compiled: Fused = True,
     events: bool = False,
 ) -> Schedule:
     """The step of the plan that gives site i option `assignment[i]`: `accumulate` micro-batches and an update.
 
-    `compiled`: chains of pointwise ops are one kernel. `events`: keep the timeline.
+    `compiled`: chains of pointwise ops are one kernel, all or those of some nodes. `events`: keep the timeline.
 
     Raises:
         ValueError: an unknown optimizer, or no micro-batch.

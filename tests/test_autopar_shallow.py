@@ -11,7 +11,7 @@ from autopar.profiling import Captures, Profiler
 from autopar.shallow import Shallow, _depths, shallow
 from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
-from passes.candidate import Setup
+from passes.setup import Setup
 
 LAYERS = 9
 

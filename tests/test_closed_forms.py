@@ -1,10 +1,14 @@
 """Published closed forms against the graph of a real model, captured and laid out; where one differs, a test says why.
 
-Of `costmodel/symbolic.py`: data parallelism's and FSDP's volume, state bytes, full recompute's activations, logits,
-model and hardware FLOPs. The volume of tensor parallelism is held in `test_passes_schedule.py`. Pipelines have no plan,
-and experts' tokens are gathered instead of sent all to all. The forms for activations
-without recompute (34 + 5as/h) count byte-sized dropout masks and kept scores: here masks are computed again from
-counters and attention is fused, so a layer keeps less.
+tensor parallelism, with and without SP     test_passes_schedule.py, test_passes_candidate_memory.py (what is kept)
+DDP, ZeRO-1, ZeRO-2, FSDP                   here: test_data_parallelism_and_fsdp
+pipeline messages, bubble                   test_costmodel_symbolic.py, test_costmodel_pipeline.py (no plan has any)
+experts' all-to-all                         here: test_experts
+state bytes                                 here: test_state_bytes; stages: test_passes_candidate_memory.py
+activations, Eq 1, 2, 4, 6                  here: test_activations; Eq 2 and 4 also: test_passes_candidate_memory.py
+full recompute                              here: test_full_recompute_keeps_the_layers_inputs
+first stage, Eq 5                           test_passes_candidate_memory.py; interleaved: test_costmodel_pipeline.py
+logits, model and hardware FLOPs            here
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from parity import captured
 
 from costmodel import symbolic as sym
 from costmodel.hardware import hardware, topology
+from costmodel.layout import Shard
 from passes.analysis import Analysis, analyse
 from passes.itinerary import itinerary
 from passes.moves import Run
@@ -169,3 +174,63 @@ def test_hardware_flops() -> None:
     attention = 16 * CASE["B"] * CASE["L"] * CASE["s"] ** 2 * CASE["h"]
     last = 8 * CASE["B"] * CASE["L"] * CASE["s"] * CASE["h"] ** 2
     assert 4 * flops == pytest.approx(form - attention - last)
+
+
+def kept_per_layer(analysis_: Analysis) -> int:
+    """Bytes that a layer keeps with nothing computed again, of the whole batch on one device."""
+    found = 0
+    for value in recomputation(analysis_, "none").held:
+        place = analysis_.places[value.op]
+        if place.call is not None and analysis_.folding.members[value.op][0].meta["module"].startswith(
+            "transformer.h."
+        ):
+            found += torch.Size(analysis_.shape_of(value)).numel() * analysis_.itemsize_of(value) * place.count
+    return found // CASE["L"]
+
+
+def test_activations() -> None:
+    """s·b·h·(34 + 5·a·s/h) less what this graph has not, as fused attention computes scores again (Eq 6: 34 s·b·h):
+
+    2 bytes of masks (dropout is off; else they are made again from counters), and attention's scores. On top, what
+    `gelu_new` keeps, as it is written out in Python: three tensors of 4h beside its input and result.
+    """
+    batch = {**CASE, "b": CASE["B"], "t": 1}
+    selective = sym.number(sym.activation_bytes_per_layer("selective"), batch)
+    whole = sym.number(sym.activation_bytes_per_layer("none"), batch)
+    sbh = CASE["s"] * CASE["B"] * CASE["h"]
+    assert whole - selective == 5 * CASE["a"] * CASE["s"] / CASE["h"] * sbh
+    assert kept_per_layer(analysis()) == pytest.approx(selective - 2 * sbh + 3 * 2 * 4 * sbh, rel=0.01)
+
+
+def test_experts() -> None:
+    """2·b·s·k·h elements, (e - 1) / e of which leave a rank: as many travel here, where experts are split over 4 ranks,
+    as a gather of the rows and a sum over ranks of what each made of its experts' rows.
+
+    A token all-to-all sends no more; here every rank has all rows, and gate and up (2f wide) are summed before what
+    is not linear, its result (f wide) gathered after it.
+    """
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    batch, length, hidden, width, ranks, chosen = 4, 512, 512, 1024, 4, 2
+    config = MixtralConfig(
+        hidden_size=hidden, intermediate_size=width, num_hidden_layers=1, num_attention_heads=8, vocab_size=1024,
+        num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=chosen, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model, ids = MixtralForCausalLM(config).to(torch.bfloat16), torch.empty(batch, length, dtype=torch.long)
+    mesh = topology(hardware("h100"), {"ep": ranks})
+    space = search_space(
+        captured(model, {"input_ids": ids, "labels": ids}), mesh, (), strategy="megatron",
+        pins={"*.experts.*": (Shard(0),)},
+    )  # fmt: skip
+    priced = price(space)
+    schedule = play(space, priced.assignment(solve(priced.problem, gap=1e-3).picks, len(space.sites)))
+    rows = batch * length * chosen
+    sent = [
+        (c.bytes // 2 // rows, float(sym.ring_elements(c.kind, c.bytes // 2, ranks)))
+        for c in schedule.collectives
+        if c.role == "activation" and c.phase == "forward" and c.module.endswith("mlp.experts")
+    ]
+    assert sorted(wide for wide, _ in sent) == [hidden, hidden, width, 2 * width]
+    form = sym.number(sym.moe_elements_sent(), {"b": batch, "s": length, "k": chosen, "h": hidden, "e": ranks})
+    assert sum(elements for wide, elements in sent if wide == hidden) == form

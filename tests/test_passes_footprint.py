@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from live_bytes import step_peak
 from parity import captured, planned
+from torch import fx, nn
 
 from passes.program import Program
 from passes.recompute import Mode, recomputation
@@ -38,3 +40,37 @@ def test_the_peak_is_that_of_the_emitted_program(strategy: str, mode: Mode) -> N
     schedule = play(space, assignment, optimizer="sgd", compiled=False)
     emitted, _ = step_peak(rewrite(space, assignment))
     assert schedule.peak_memory_bytes == pytest.approx(emitted, rel=0.08)
+
+
+def test_a_step_may_be_compiled_in_part() -> None:
+    """No op or every op chosen is the uncompiled or the compiled step; without the loss, its fp32 copies of the logits
+    are written: 4 bytes for each of 4 x 512 x 2048 on a rank, the logits and their gradient at least."""
+    space, assignment, _ = planned(program(), {"dp": 2, "tp": 2}, "megatron", name="cpu")
+
+    def peak(compiled: bool | Callable[[fx.Node], bool]) -> int:
+        return play(space, assignment, optimizer="sgd", compiled=compiled).peak_memory_bytes
+
+    assert peak(lambda node: False) == peak(False)
+    assert peak(lambda node: True) == peak(True)
+    layers_alone = peak(lambda node: "layers" in str(node.meta.get("module", "")))
+    assert peak(True) + 4 * 4 * 512 * 2048 <= layers_alone <= peak(False)
+
+
+class Loss(nn.Module):
+    """Two small products and a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).square().mean()
+
+
+@pytest.mark.parametrize(("machine", "held"), [("cpu", 7 * 5 + 5 + 5 * 3 + 3), ("h100", 4 * 512 // 4)])
+def test_a_cpu_has_no_allocator_that_rounds_up(machine: str, held: int) -> None:
+    """4 bytes for each of 58 elements in four parameters, and 8 of Adam's states; on a GPU multiples of 512 bytes."""
+    space, assignment, _ = planned(captured(Loss(), {"x": torch.empty(4, 7)}), {"dp": 1}, "ddp", name=machine)
+    found = play(space, assignment, optimizer="adamw").memory
+    assert found.by_kind["parameters"] == 4 * held
+    assert machine == "h100" or found.by_kind["optimizer"] == 8 * held

@@ -1,0 +1,80 @@
+"""Bytes of the busiest rank of a setup: the played peak, or what formulas make of a played replica.
+
+    at rest       parameters, gradients and optimizer states, whole or a share of the data ranks'
+    activations   what layers keep for backward: of each layer of the stage, of each micro-batch in flight
+    working       on top of that, the more of two moments: the loss, or a layer's backward
+
+A layer that is run again as a whole keeps its input alone (2sbh bytes in bf16, arXiv 2205.05198 Table 2), but for the
+one that backward is in, which has all its activations back.
+"""
+
+from __future__ import annotations
+
+from costmodel.memory import OptimizerSpec
+from costmodel.pipeline import in_flight
+from passes.depth import PLACES, Profile
+from passes.setup import Setup
+
+
+def sharded_peak_bytes(found: Profile, layer: Profile | None) -> float:
+    """The peak of a played schedule; `layer`: where layers are run again as a whole, the schedule without that."""
+    if layer is None:
+        return found.peak_bytes
+    spared = layer.saved_bytes - layer.layer("boundary")
+    inputs_alone = {"forward": layer.layers, "last layers": layer.layers - 1, "first layers": 1, "end": 0}
+    """Layers that have their input and nothing else when most is alive there."""
+    return max(layer.whole.get(f"alive.{place}", 0.0) - inputs_alone[place] * spared for place in PLACES)
+
+
+def at_rest(found: Profile, setup: Setup, spec: OptimizerSpec) -> dict[str, float]:
+    """What a rank with sharded state holds all step long."""
+    held = {"parameters": found.whole["stored bytes"], "optimizer": found.whole["stored"] * _states(spec)}
+    if setup.accumulate > 1:
+        held["gradients"] = held["parameters"]
+    return held
+
+
+def replicated_bytes(
+    setup: Setup, found: Profile, layer: Profile | None, elements: float, spec: OptimizerSpec
+) -> dict[str, float]:
+    """Of the busiest stage with `elements` parameters, from a replica's schedule; `layer`: as above."""
+    ranks = setup.data_ranks * setup.cp
+    states = elements * _states(spec) / (ranks if setup.state != "zero0" else 1)
+    kept, working = _activations(setup, layer or found, whole_blocks=layer is not None)
+    return {
+        "parameters": _parameters(setup, found, elements),
+        "gradients": elements * setup.gradient_bytes / (ranks if setup.state in ("zero2", "zero3") else 1),
+        "optimizer": 0.0 if setup.offload else states,
+        "activations": kept,
+        "working": working,
+    }
+
+
+def _states(spec: OptimizerSpec) -> float:
+    return spec.state_bytes_per_param + spec.master_bytes_per_param
+
+
+def _parameters(setup: Setup, found: Profile, elements: float) -> float:
+    """Whole in the dtype of compute, with a share in that of storage where it is another; under zero3 the share, and
+    gathered what is of no layer and two layers."""
+    whole = found.whole
+    item, stored_item = whole["bytes"] / whole["elements"], whole["stored bytes"] / whole["stored"]
+    share = elements * stored_item / (setup.data_ranks * setup.cp)
+    if setup.state == "zero3":
+        return share + item * min(elements, found.outside["elements"] + 2 * found.layer("elements"))
+    return elements * item + (share if stored_item != item else 0.0)
+
+
+def _activations(setup: Setup, found: Profile, *, whole_blocks: bool) -> tuple[float, float]:
+    """What layers keep for backward, and what is on top, of the first or the last stage: the one with more."""
+    saved, rest, stages = found.saved_bytes, found.whole["rest"], setup.pp
+    input_bytes = found.layer("boundary") if whole_blocks else saved
+    backward = max(0.0, found.whole["alive.last layers"] - rest - found.layers * saved) + saved - input_bytes
+    head = found.outside["alive.forward"] - found.outside["rest"]
+    layers = -(-max(1, found.layers) // stages)
+
+    def of(stage: int) -> tuple[float, float]:
+        kept = input_bytes * layers * in_flight(stages, setup.accumulate, setup.virtual, stage)
+        return kept, max(backward, head) if stage == stages - 1 else backward
+
+    return max(of(0), of(stages - 1), key=sum)

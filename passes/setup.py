@@ -1,0 +1,75 @@
+"""A training run's setup: ranks per kind of parallelism, and how a step runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from passes.recompute import Mode
+
+State = Literal["zero0", "zero1", "zero2", "zero3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Ranks per kind of parallelism, and how a step runs. `state`: what the data-parallel ranks shard: nothing, the
+    optimizer (zero1), gradients too (zero2), parameters too (zero3, FSDP)."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    virtual: int = 1
+    micro_batch: int = 1
+    accumulate: int = 1
+    recompute: Mode = "pointwise"
+    whole_blocks: bool = False
+    """With full recompute: layers are run again to their end, collectives too, as activation checkpointing does. Plans
+    run again only what backward reads."""
+    in_block: Mode = "pointwise"
+    """With whole blocks: what is computed again within the one that backward is in."""
+    sequence_parallel: bool = True
+    """Whether tensor-parallel ranks may split the residual stream (along the sequence), as arXiv 2205.05198 does."""
+    state: State = "zero3"
+    fp8: bool = False
+    offload: bool = False
+    tp_overlap: bool = False
+    """Tensor parallelism's collectives run in parts beside the products they feed (`_hidden_by_parts`)."""
+    gather_bytes_per_s: float = 0.0
+    """Where a framework's zero3 stops compute for each gather and each reduction: the rate at which it gathers. 0: they
+    run beside compute, as fast as the wires are."""
+    gradient_bytes: int = 2
+    overlap: bool = True
+    """Whether a replica's gradient reduction runs behind backward, where the state is not zero3."""
+
+    @property
+    def ranks(self) -> int:
+        return self.dp_replicate * self.dp_shard * self.tp * self.pp * self.cp
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that see different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def global_batch(self) -> int:
+        return self.data_ranks * self.micro_batch * self.accumulate
+
+    @property
+    def priced_only(self) -> tuple[str, ...]:
+        """What of it no plan does yet."""
+        found = []
+        if self.pp > 1:
+            found.append("pipeline")
+        if self.cp > 1:
+            found.append("context parallelism")
+        if self.state in ("zero1", "zero2"):
+            found.append(f"ZeRO-{self.state[-1]}")
+        if self.fp8:
+            found.append("fp8")
+        if self.offload:
+            found.append("offload")
+        if self.tp_overlap:
+            found.append("overlapped tensor parallelism")
+        return tuple(found)

@@ -1,0 +1,48 @@
+"""The garbage collector while planning: what is left out of collections, and that it is as it was afterwards."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+
+from passes.collector import settled
+
+
+class Ring:
+    """An object that only a collection frees."""
+
+    def __init__(self) -> None:
+        self.mine = self
+
+
+def test_what_is_there_is_not_collected_meanwhile_and_what_is_new_is() -> None:
+    gc.collect()
+    old = weakref.ref(Ring())
+    before = gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()
+    with settled():
+        new = weakref.ref(Ring())
+        gc.collect()
+        assert old() is not None
+        assert new() is None
+    gc.collect()
+    assert old() is None
+    assert (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()) == before
+
+
+def test_an_error_ends_it_and_it_nests() -> None:
+    with pytest.raises(KeyError), settled(), settled():
+        raise KeyError
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_the_user_froze_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        with settled():
+            pass
+        assert gc.get_freeze_count() == count
+    finally:
+        gc.unfreeze()
