@@ -19,8 +19,10 @@ from passes.precision import dtype_named
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_DTYPES = ("bfloat16", "float16", "float32")
 _UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def mesh(text: str) -> dict[str, int]:
@@ -38,8 +40,8 @@ def mesh(text: str) -> dict[str, int]:
 
 def size(text: str) -> int:
     """`80GiB`, `40GB`, `500000` in bytes."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
-    if not match or match[1].count(".") > 1 or match[2].lower() not in _UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].lower() not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or 80GiB, 40GB, 512MiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
@@ -83,10 +85,22 @@ def pin(text: str) -> tuple[str, str]:
 
 
 def dtype(text: str) -> torch.dtype:
-    """`bfloat16`."""
-    if text not in _DTYPES:
+    """`bfloat16`, or `bf16` for short."""
+    name = _SHORT.get(text, text)
+    if name not in _DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(_DTYPES)}")
-    return dtype_named(text)
+    return dtype_named(name)
+
+
+def tolerance(text: str) -> float:
+    """A relative error: `1e-5`."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no relative error; write 1e-5")
+    return found
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +173,7 @@ def named_model(given: argparse.Namespace, *, on_cpu: bool = False, options: Opt
     """The model that the arguments of `add_model` mean, stored as `options` (default: those of `given`) has it."""
     if options is None:
         options = options_of(given) if hasattr(given, "param_dtype") else Options()
-    wanted = Wanted(given.batch or 1, given.seq, given.layers, dtype=stored_dtype(options), on_cpu=on_cpu)
+    wanted = Wanted(given.batch, given.seq, given.layers, dtype=stored_dtype(options), on_cpu=on_cpu)
     return load_model(given.model, wanted)
 
 

@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from autopar import examples, planning
-from autopar.cli.arguments import add_json, count
+from autopar.cli.arguments import add_json, count, stored_dtype
 from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, painted, progress, table, wrapped
 from autopar.deciding import Alternative, Decision, Question, ops_decided, parameter_decided
@@ -79,8 +79,8 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _question(given: argparse.Namespace, plan: Plan, tell: Callable[[str], None]) -> Question:
-    named = load_model(given.model, Wanted(layers=given.layers))
     options = planning.options_of(plan)
+    named = load_model(given.model, Wanted(layers=given.layers, dtype=stored_dtype(options)))
     program = captured(named.model, examples.restored(plan.example), plan.mesh, options, tell)
     if program.fingerprint != plan.fingerprint:
         raise ValueError(

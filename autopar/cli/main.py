@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
 from autopar.cli import calibrate, check, diff, explain, inspect, plan, search, verify
+from autopar.cli.terminal import quiet_libraries
 from passes.errors import AutoparError, NoFeasiblePlanError
 
 COMMANDS = (inspect, plan, search, explain, diff, check, verify, calibrate)
@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_libraries():
         return _run(given)
 
 

@@ -52,7 +52,7 @@ def run(given: argparse.Namespace) -> int:
     """Search and print."""
     options = Options(memory_budget=given.memory_budget, optimizer=given.optimizer, recompute=given.recompute)
     with clean_output(), progress() as tell:
-        named = load_model(given.model, Wanted(1, given.seq))
+        named = load_model(given.model, Wanted(sequence=given.seq))
         sample = one_sample(*examples.call_of(named.model, named.inputs))
         told = ":" not in given.model
         length = int(next(iter(named.inputs.values())).shape[1]) if told else None
