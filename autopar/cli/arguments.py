@@ -130,7 +130,7 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(hardware_names())}, or a file that calibrate wrote (default: this machine)",
     )
-    parser.add_argument("--strategy", choices=STRATEGIES, default="auto", help="default: auto")
+    parser.add_argument("--strategy", choices=STRATEGIES, help="default: auto")
     parser.add_argument("--memory-budget", type=size, metavar="SIZE", help="per device: 80GiB (what the device has)")
     parser.add_argument("--accumulate", type=count, metavar="N", help="micro-batches per step (1)")
     parser.add_argument(

@@ -43,7 +43,7 @@ def run(given: argparse.Namespace) -> int:
             raise ValueError("no mesh; pass --mesh dp=2,tp=2, or --plan PLAN, which has one")
         named = named_model(given, on_cpu=True)
         found = verify(
-            named.model, mesh, named.inputs, plan=plan, strategy=given.strategy, options=options_of(given),
+            named.model, mesh, named.inputs, plan=plan, strategy=given.strategy or "auto", options=options_of(given),
             hardware=given.hardware, tolerances=Tolerances(given.loss_tolerance, given.tolerance), progress=tell,
         )  # fmt: skip
     found = replace(found, notes=(*named.notes, *found.notes))
