@@ -181,7 +181,7 @@ def edit(plan: Path, to: Path, parameter: str, **changed: object) -> None:
 def test_plan_prints_the_report_and_writes_the_plan(here: Here) -> None:
     ran = here.planned
     assert ran.code == 0, ran.err
-    assert "on dp=2 x tp=2 (4 x h100)" in ran.out
+    assert "on dp=2 x tp=2 (4 x h100, 4 ranks per node)" in ran.out
     for section in ("What was decided", "Time per step", "Memory per rank", "made by hand", "Collectives"):
         assert section in ran.out
     assert json.loads(here.plan.read_text())["axes"] == [["dp", 2], ["tp", 2]]

@@ -71,6 +71,7 @@ def run(given: argparse.Namespace) -> int:
             progress=tell,
             keep_timeline=bool(given.html or given.trace),
         )
+        made = replace(made, notes=(*named.notes, *made.notes))
         if given.output:
             made.save(given.output)
         if given.html:
@@ -85,8 +86,6 @@ def run(given: argparse.Namespace) -> int:
         print(made.to_json())
         return 0 if made.fits else 1
     print(terminal_report(made, terminal_width()), end="")
-    for note in named.notes:
-        print(f"  - {note}")
     if ejected is not None and ejected.notes:
         print("\n" + painted("What the script does not say", "bold"))
         for note in ejected.notes:
