@@ -22,10 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from autopar import examples, meshes, tree
 from autopar.groups import Groups
 from autopar.mixed import precision_of
-from autopar.module import Executable, ParallelModule, Tangents, parallel_module, preload
+from autopar.module import ParallelModule, parallel_module, preload
 from autopar.options import Options
 from autopar.pipeline import Pipeline, PlanLike
 from autopar.reading import captured_together, gatherer, inputs_read, with_values
+from autopar.runtime import Executable, Tangents
 from autopar.stages import Stages
 from autopar.together import Together, together, watch
 from costmodel.memory import OPTIMIZERS as KNOWN

@@ -134,14 +134,16 @@ class Gradients:
         return bool(operands) and all(self.of(operand) is not None for operand in operands)
 
 
-def _levels(items: Sequence[T]) -> Iterable[list[T]]:
-    """Items in as few groups as their order allows: what brings or makes a value comes before what reads it."""
+def _levels(items: Sequence[Run | Move]) -> Iterable[list[Run | Move]]:
+    """Items in few groups, ops and moves in turn: a move waits for all ops that need no move, to go with the others."""
     made: dict[fx.Node, int] = {}
-    levels: dict[int, list[T]] = {}
+    levels: dict[int, list[Run | Move]] = {}
     for item in items:
-        reads = item.node.all_input_nodes if isinstance(item, Run) else [item.value]  # type: ignore[attr-defined]
-        level = max((made[node] + 1 for node in reads if node in made), default=0)
-        made[item.node if isinstance(item, Run) else item.value] = level  # type: ignore[attr-defined]
+        is_run = isinstance(item, Run)
+        reads = item.node.all_input_nodes if isinstance(item, Run) else [item.value]
+        level = max((made[node] for node in reads if node in made), default=0)
+        level += level % 2 if is_run else 1 + level % 2  # ops on even levels, moves on odd ones
+        made[item.node if isinstance(item, Run) else item.value] = level
         levels.setdefault(level, []).append(item)
     return [levels[level] for level in sorted(levels)]
 

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from passes.normalize import normalize
 from passes.precision import Precision
 from passes.program import Input, InputKind, Output, Program
 from passes.provenance import Provenance, error_line
-from passes.tracing import Tracer, fake_mode, tracing, unwrapped, wrapped
+from passes.tracing import Branches, ReadsInputsError, Tracer, fake_mode, tracing, unwrapped, wrapped
 
 Tangents = Literal["loss", "all"]
 
@@ -62,19 +62,24 @@ def capture(
 
     Under `torch.autocast` the forward is captured as it is cast, and the backward as autograd makes it outside.
     """
-    # A model may branch on what its inputs hold (is there any padding?) unless it is being compiled. So the branches
-    # of eager are taken first, as far as they follow from the model alone, and only then those of a compiled model.
     backward = backward and torch.is_grad_enabled()
     precision = precision or Precision()
     dtype = autocast_dtype()
     with autocast_as(None), torch.inference_mode(False), torch.set_grad_enabled(backward):
-        casts = precision, dtype
+
+        def taken(branches: Branches) -> Program:
+            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, precision, dtype, branches)
+
+        # Eager's numbers are the ones to give, so its branches come first, though a compiled model's read less.
         try:
-            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, *casts, False)
+            return taken(Branches())
+        except ReadsInputsError:
+            with suppress(CaptureError):
+                return taken(Branches(may_read_inputs=True))
         except CaptureError:
             pass
         try:
-            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, *casts, True)
+            return taken(Branches(may_read_inputs=True, as_compiled=True))
         except CaptureError as error:
             if not _loops_over_experts(model):
                 raise
@@ -100,7 +105,7 @@ def _capture(
     backward: bool,
     precision: Precision,
     autocast: torch.dtype | None,
-    may_read_inputs: bool,
+    branches: Branches,
 ) -> Program:
     call_args, call_kwargs = tuple(args), dict(kwargs or {})
     leaves, in_spec, names = flatten_inputs(call_args, call_kwargs)
@@ -108,7 +113,7 @@ def _capture(
     if len(dims) != len(leaves):
         raise ValueError(f"batch_dims has {len(dims)} entries, but the inputs have {len(leaves)} leaves: {names}")
     provenance, mode = Provenance(), fake_mode()
-    tracer = Tracer(mode, provenance, may_read_inputs)
+    tracer = Tracer(mode, provenance, branches)
 
     slots = _slots(model, precision)
     for slot in slots:

@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -55,12 +56,29 @@ _INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
 _MAX_INLINE_ELEMENTS = 2**24
 
 
+class ReadsInputsError(CaptureError):
+    """The model reads a value that follows from its inputs, where it may not."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Which branches a model takes while it is traced.
+
+    `may_read_inputs`: those that follow from what its inputs hold (is there any padding?), for inputs that hold the
+    same. `as_compiled`: those of a model that is told, by `torch.compiler.is_compiling`, that it is being compiled:
+    fewer values are read there, but some models compute something else.
+    """
+
+    may_read_inputs: bool = False
+    as_compiled: bool = False
+
+
 class Tracer(TorchDispatchMode):
     """Records ops on fake tensors into `graph`; `root` holds constants that are not inputs."""
 
-    def __init__(self, fake_mode: FakeTensorMode, provenance: Provenance, may_read_inputs: bool) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, provenance: Provenance, branches: Branches) -> None:
         super().__init__()
-        self.may_read_inputs = may_read_inputs
+        self.branches = branches
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.values = ExampleValues()
@@ -251,8 +269,8 @@ class Tracer(TorchDispatchMode):
             ) from None
         if not self.values.depends_on_inputs(node):
             return value
-        if not self.may_read_inputs:
-            raise CaptureError(f"{self._location()}: {what}, which depends on the inputs")
+        if not self.branches.may_read_inputs:
+            raise ReadsInputsError(f"{self._location()}: {what}, which depends on the inputs")
         note = f"{self._location(short=True)}: {what}; the graph is that of inputs which give the same"
         if note not in self.notes:
             self.notes.append(note)
@@ -415,15 +433,11 @@ _ASKS = re.compile("compiling|tracing")
 
 @contextmanager
 def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
-    """Record what is run inside. Random state and global settings are as before afterwards.
-
-    Where the tracer may read inputs, the model is told that it is being compiled, so that one which knows of that takes
-    branches that look at no values.
-    """
+    """Record what is run inside. Random state and global settings are as before afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     compiling, is_compiling = torch.compiler._is_compiling_flag, torch.compiler.is_compiling
-    torch.compiler._is_compiling_flag = tracer.may_read_inputs
+    torch.compiler._is_compiling_flag = tracer.branches.as_compiled
     asking: dict[str, None] = {}
 
     def answered() -> bool:
@@ -445,7 +459,7 @@ def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
         torch._disable_functionalization()
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.compiler._is_compiling_flag, torch.compiler.is_compiling = compiling, is_compiling
-        if asking and tracer.may_read_inputs:
+        if asking and tracer.branches.as_compiled:
             places = ", ".join(list(asking)[:3]) + (", ..." if len(asking) > 3 else "")
             tracer.notes.append(f"the model asks whether it is compiled, and is told that it is, at {places}")
         torch.set_rng_state(states[0])

@@ -20,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from autopar.groups import Groups
-from autopar.module import Executable, ParallelModule, parallel_module, preload
+from autopar.module import ParallelModule, parallel_module, preload
+from autopar.runtime import Executable
 from passes.errors import PlanMismatchError
 from passes.local import Storage, bind_groups, groups_used
 from passes.lower import lower

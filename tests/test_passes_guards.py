@@ -110,20 +110,32 @@ def test_a_shape_is_guarded_without_what_it_does_not_follow_from() -> None:
 
 
 class AsksWhetherItIsCompiled(nn.Module):
-    def __init__(self) -> None:
+    """Scales its input where a value is positive, and shifts it where it is told that it is being compiled."""
+
+    def __init__(self, follows_from: str) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(3))
+        self.follows_from = follows_from
+        self.scale = nn.Parameter(torch.full((3,), 3.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and x.sum().item() > 0:
-            return x * self.scale
-        if x.max().item() > 0:
+        if torch.compiler.is_compiling():
             return x + self.scale
-        return x - self.scale
+        read = {"input": x, "parameter": self.scale}[self.follows_from]
+        return x * self.scale if read.sum().item() > 0 else x
 
 
-def test_a_model_that_asks_whether_it_is_compiled_is_told_in_the_report() -> None:
-    program = capture(AsksWhetherItIsCompiled(), (torch.ones(2, 3),), {}, batch_dims=[0], batch_size=2)
+def test_numbers_are_those_of_eager_where_they_follow_from_the_inputs() -> None:
+    x = torch.ones(2, 3)
+    program = capture(AsksWhetherItIsCompiled("input"), (x,), {}, batch_dims=[0], batch_size=2)
+    placeholders = {"args.0": x, "scale": torch.full((3,), 3.0)}
+    out, *_ = program.graph(*(placeholders.get(i.name, torch.ones(2, 3)) for i in program.inputs))
+    assert torch.equal(out, torch.full((2, 3), 3.0))
+    assert not any("whether it is compiled" in note for note in program.notes)
+
+
+def test_a_model_that_is_told_that_it_is_compiled_is_named_in_the_report() -> None:
+    model = AsksWhetherItIsCompiled("parameter")
+    program = capture(model, (torch.ones(2, 3),), {}, batch_dims=[0], batch_size=2)
     (note,) = [note for note in program.notes if "whether it is compiled" in note]
     assert "test_passes_guards.py:" in note
     assert torch.compiler.is_compiling.__module__ == "torch.compiler"

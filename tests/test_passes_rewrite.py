@@ -142,3 +142,17 @@ def test_ddp_reduces_every_gradient_once(mesh: dict[str, int]) -> None:
     psi = 2 * 8192 * 128 + 3 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256 + 2 * 128) + 128
     assert {c.kind for c in issued} == {"all_reduce"}
     assert sum(c.full_bytes for c in issued if c.phase == "backward" and "dp" in c.group) == 4 * psi
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_all_gradients_of_a_layer_go_in_one_collective(name: str) -> None:
+    """Weights', which may be transposed on their way out, with those of norms and biases, which are viewed."""
+    model, _, _ = build(name)
+    _, _, local = planned(program_of(name), {"dp": 4}, "fsdp")
+    layers = model.model.layers if name == "llama" else model.transformer.h
+    of_layers = [sum(p.numel() * 4 for p in layer.parameters()) for layer in layers]
+    scattered = [c.full_bytes for c in ledger(local) if c.kind == "reduce_scatter"]
+    assert sorted(b for b in scattered if b in of_layers) == sorted(of_layers)
+    embeddings = sum(p.numel() * 4 for p in model.parameters()) - sum(of_layers)
+    assert all(b in of_layers or b <= embeddings for b in scattered)
+    assert len(scattered) <= len(of_layers) + 3  # what lies before, between and behind the layers

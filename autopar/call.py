@@ -1,0 +1,160 @@
+"""A call of a parallel module: its inputs and parameters are checked, and what runs such calls is found or made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from autopar import stored
+from autopar.examples import by_name
+from autopar.reading import MOST_GRAPHS, Values, too_many
+from autopar.runtime import Executable, Runtime, device_of, plain_module, runtime_of
+from autopar.step import Differentiable, bound
+from autopar.together import watch
+from passes.autocast import autocast_dtype
+from passes.errors import PlanMismatchError
+
+
+def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with watch().watching():
+        return _forward(runtime_of(module), module, args, kwargs)
+
+
+def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = by_name(runtime.original.forward, args, kwargs)
+    leaves, in_spec = pytree.tree_flatten((args, kwargs))
+    device = device_of(runtime.mesh)
+    _check_inputs(args, kwargs, device)
+    parameters = _parameters(runtime, device)
+    inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    trains = torch.is_grad_enabled() and (any(runtime.trained.values()) or any(leaf.requires_grad for leaf in inputs))
+    key = call_key(runtime, leaves, in_spec, trains)
+    executable = _fitting(runtime, key, inputs)
+    if executable is None:
+        with torch.inference_mode(False), torch.set_grad_enabled(trains):
+            executable = runtime.remake(plain_module(module), args, kwargs, "loss", trains)
+        runtime.executables.setdefault(key, []).insert(0, executable)
+    step = bound(runtime, executable, parameters, inputs, device)
+
+    def with_all() -> Executable:
+        if id(executable) not in runtime.with_all:
+            with torch.enable_grad():
+                runtime.with_all[id(executable)] = runtime.remake(plain_module(module), args, kwargs, "all", True)
+        return runtime.with_all[id(executable)]
+
+    step.with_all = with_all
+    outputs = Differentiable.apply(step, *step.differentiable) if trains else tuple(step.run()[0])
+    program = executable.local.program
+    result: list[Any] = [program.out_constants.get(i) for i in range(program.out_spec.num_leaves)]
+    for index, value in zip((i for i in range(len(result)) if i not in program.out_constants), outputs, strict=True):
+        result[index] = value
+    return pytree.tree_unflatten(result, program.out_spec)
+
+
+def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Executable | None:
+    """What runs calls of this kind with the values that `inputs` hold; None where it must be made.
+
+    Raises:
+        CaptureError: the model reads another value at every call.
+    """
+    known = runtime.executables.get(key, [])
+    values: Values | None = None
+    for executable in known:
+        program = executable.local.program
+        if program.guards is None:
+            return executable
+        if values is None:
+            values = Values(program, inputs, lambda name: _buffer(runtime, name), runtime.gather)
+        fixed = values.broken(program.guards)
+        if not fixed:
+            known.remove(executable)
+            known.insert(0, executable)
+            return executable
+        if len(known) >= MOST_GRAPHS and executable is known[-1]:
+            raise too_many(fixed)
+    return None
+
+
+def _buffer(runtime: Runtime, name: str) -> torch.Tensor:
+    table, key = runtime.slots[name]
+    return cast(torch.Tensor, table[key])
+
+
+def _check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> None:
+    paths, _ = pytree.tree_flatten_with_path((args, kwargs))
+    for path, leaf in paths:
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if isinstance(leaf, DTensor):
+            raise ValueError(f"{_path(path)} is a DTensor; pass this data-parallel rank's own batch as a plain tensor")
+        if leaf.device != device:
+            raise ValueError(
+                f"{_path(path)} is on {leaf.device} but the mesh is on {device}; move it with .to({str(device)!r})"
+            )
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    """`input_ids` or `args[0]` for a leaf of `(args, kwargs)`."""
+    side, *rest = path
+    text = pytree.keystr(tuple(rest))
+    if getattr(side, "idx", 0) == 0:
+        return f"args{text}"
+    first, *deeper = rest
+    return f"{getattr(first, 'key', first)}{pytree.keystr(tuple(deeper))}"
+
+
+def _parameters(runtime: Runtime, device: torch.device) -> dict[str, Any]:
+    """The parameters by name, checked to be what the plan was made for."""
+    found = {}
+    for name, of in runtime.specs.items():
+        table, key = runtime.slots[name]
+        parameter = table[key]
+        if not stored.is_stored_as(parameter, of):
+            layout = getattr(parameter, "placements", "a plain tensor")
+            raise PlanMismatchError(
+                f"{name} is no longer stored as planned ({tuple(of.shape)}, {of.placements}): found "
+                f"{tuple(parameter.shape)}, {layout}; call parallelize again"
+            )
+        if parameter.dtype != of.tensor_meta.dtype:
+            raise PlanMismatchError(
+                f"{name} is {parameter.dtype} but the plan was made for {of.tensor_meta.dtype}; convert the model "
+                "before parallelize, or use Options(mp_policy=...)"
+            )
+        if parameter.requires_grad != runtime.trained[name]:
+            raise PlanMismatchError(
+                f"{name}.requires_grad is {parameter.requires_grad} but was {runtime.trained[name]} when the plan was "
+                "made; set it before parallelize"
+            )
+        part = stored.local_part(parameter)
+        if part.device != device:
+            hint = "call to_empty(device=...) and load or initialise it" if part.is_meta else f"move it to {device}"
+            raise PlanMismatchError(f"{name} is on {part.device} but the mesh is on {device}; {hint}")
+        found[name] = parameter
+    for alias, name in runtime.aliases.items():
+        table, key = runtime.slots[alias]
+        target, target_key = runtime.slots[name]
+        if table[key] is not target[target_key]:
+            raise PlanMismatchError(f"{alias} was tied to {name} when the plan was made and no longer is")
+    return found
+
+
+def _constant(leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError:
+        return type(leaf), repr(leaf)
+    return type(leaf), leaf
+
+
+def call_key(runtime: Runtime, leaves: Sequence[Any], in_spec: Any, trains: bool) -> Any:
+    """What tells calls apart that need different graphs."""
+    what = tuple(
+        (leaf.shape, leaf.dtype, leaf.requires_grad and trains) if isinstance(leaf, torch.Tensor) else _constant(leaf)
+        for leaf in leaves
+    )
+    return str(in_spec), what, trains, tuple(module.training for module in runtime.modules), autocast_dtype()

@@ -1,0 +1,100 @@
+"""What a parallel module knows beside its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autopar import tree
+from autopar.reading import Gather
+from passes.local import LocalProgram, Storage
+from passes.lower import Lowered, Unreduced
+
+Tangents = Literal["loss", "all"]
+
+
+@dataclass(frozen=True)
+class Executable:
+    """One rank's step for one kind of call."""
+
+    local: LocalProgram
+    lowered: Lowered
+
+
+Remake = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Tangents, bool], Executable]
+"""(plain module on the meta device, args, kwargs, tangents, whether gradients are wanted) -> what runs such calls."""
+
+
+@dataclass
+class Runtime:
+    """What the parallel module knows beside its tensors.
+
+    `syncs`: whether a backward exchanges gradients; `unreduced`: what backwards that did not have left, by program.
+
+    `specs`: how each parameter is stored, by the first of its names. `batch_ranks`: how many parts the batch has.
+    `steps` counts training calls, for random ops. `executables` has, per kind of call, one for each kind of values
+    that the model reads of its inputs, the last used first. `gather` makes inputs whole; None: they are.
+    """
+
+    mesh: DeviceMesh
+    storages: Mapping[str, Storage]
+    specs: Mapping[str, Any]
+    trained: Mapping[str, bool]
+    aliases: Mapping[str, str]
+    slots: Mapping[str, tree.Slot]
+    modules: Sequence[nn.Module]
+    original: type[nn.Module]
+    remake: Remake
+    seed: int = 0
+    batch_ranks: int = 1
+    steps: int = 0
+    gather: Gather | None = None
+    syncs: bool = True
+    unreduced: dict[int, tuple[Executable, Unreduced, list[torch.dtype]]] = field(default_factory=dict)
+    executables: dict[Any, list[Executable]] = field(default_factory=dict)
+    with_all: dict[int, Executable] = field(default_factory=dict)
+
+    @property
+    def axis_sizes(self) -> tuple[int, ...]:
+        """Ranks per mesh axis."""
+        return tuple(self.mesh.shape)
+
+    @property
+    def coordinate(self) -> tuple[int, ...]:
+        """This rank's place on the mesh."""
+        return tuple(self.mesh.get_coordinate() or ())
+
+
+def runtime_of(module: nn.Module) -> Runtime:
+    return cast(Runtime, module.__dict__["_autopar"])
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
+
+
+def has_gradients(local: LocalProgram) -> bool:
+    return any(output.kind == "gradient" for output in local.outputs)
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """The model of a parallel module as it was before: its own class, whole parameters on the meta device."""
+    runtime = runtime_of(module)
+
+    def parameter(name: str, old: nn.Parameter) -> nn.Parameter:
+        whole = torch.empty(runtime.specs[name].shape, dtype=old.dtype, device="meta")
+        new = nn.Parameter(whole, requires_grad=old.requires_grad)
+        new.__dict__.update(old.__dict__)
+        return new
+
+    plain = tree.copied(module, parameter, lambda _, old: old)
+    plain.__class__ = runtime.original
+    del plain.__dict__["_autopar"]
+    return plain
