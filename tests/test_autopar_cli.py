@@ -18,6 +18,7 @@ from ranks import forked
 from schemas import conforms
 
 from autopar.cli import main
+from autopar.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 MODELS = """
@@ -408,10 +409,15 @@ def test_calibrate_writes_what_hardware_takes(here: Here) -> None:
     assert main(["plan", here.model, "--mesh", "dp=2", "--hardware", str(file)]) == 0
 
 
-@pytest.mark.parametrize("command", ["", "inspect", "plan", "explain", "diff", "check", "verify", "calibrate"])
-def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["", *(module.__name__.rpartition(".")[2] for module in COMMANDS)])
+def test_help_fits_the_terminal_and_has_an_example(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert main([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
+    text, _, _ = out.partition("\nexample:")
+    assert max(map(len, text.splitlines())) <= 80
     assert "example" in out
     assert f"autopar {command}" in out
     assert "%(" not in out
@@ -472,6 +478,9 @@ MISTAKES = [
     ("plan MODEL --mesh dp=2,tp", "write name=ranks, as in dp=4,tp=2"),
     ("plan MODEL --mesh dp=2,dp=2", "stands twice"),
     ("plan MODEL --mesh dp=0", "is no axis"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --batch-axes ep", "ep"),
+    ("plan MODEL --mesh dp=2 --batch-axes 2", "names no axes; write dp or dp,ep"),
+    ("plan MODEL --mesh dp=2 --recompute some", "choose from"),
     ("plan MODEL --mesh a=1,b=1,c=1,d=1,e=1,f=1", "6 axes"),
     ("plan MODEL --mesh dp=2 --hardware h9", "unknown hardware 'h9'; known are a100-40gb"),
     ("plan MODEL --mesh dp=2 --strategy zero", "choose from"),

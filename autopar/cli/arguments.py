@@ -38,6 +38,14 @@ def mesh(text: str) -> dict[str, int]:
     return found
 
 
+def axes_named(text: str) -> tuple[str, ...]:
+    """`dp,ep` as names of axes."""
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(name.isidentifier() for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r} names no axes; write dp or dp,ep")
+    return names
+
+
 def size(text: str) -> int:
     """`80GiB`, `40GB`, `500000` in bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
@@ -123,19 +131,43 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
-def add_planning(parser: argparse.ArgumentParser) -> None:
-    """What decides a plan."""
+def add_hardware(parser: argparse.ArgumentParser) -> None:
+    """--hardware."""
     parser.add_argument(
         "--hardware",
         metavar="NAME",
         help=f"{', '.join(hardware_names())}, or a file that calibrate wrote (default: this machine)",
     )
-    parser.add_argument("--strategy", choices=STRATEGIES, help="default: auto")
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """What there is, and what the optimizer takes of it."""
     parser.add_argument("--memory-budget", type=size, metavar="SIZE", help="per device: 80GiB (what the device has)")
-    parser.add_argument("--accumulate", type=count, metavar="N", help="micro-batches per step (1)")
     parser.add_argument(
         "--optimizer", choices=(*OPTIMIZERS, "none"), metavar="NAME",
         help=f"whose states to budget for: {', '.join(OPTIMIZERS)}, none (adamw)",
+    )  # fmt: skip
+
+
+def add_recompute(parser: argparse.ArgumentParser) -> None:
+    """--recompute."""
+    parser.add_argument(
+        "--recompute", choices=("auto", "none", "selective", "full"),
+        help="what backward computes again: the least that fits (auto, the default), nothing, the attention core, or "
+        "all of a layer",
+    )  # fmt: skip
+
+
+def add_planning(parser: argparse.ArgumentParser) -> None:
+    """What decides a plan."""
+    add_hardware(parser)
+    parser.add_argument("--strategy", choices=STRATEGIES, help="default: auto")
+    add_memory(parser)
+    parser.add_argument("--accumulate", type=count, metavar="N", help="micro-batches per step (1)")
+    add_recompute(parser)
+    parser.add_argument(
+        "--batch-axes", type=axes_named, metavar="AXES",
+        help="axes that split the batch, as in dp,ep (dp, dp_replicate, dp_shard, fsdp, data and batch do)",
     )  # fmt: skip
     parser.add_argument(
         "--param-dtype", type=dtype, metavar="DTYPE",
@@ -156,6 +188,8 @@ def options_of(given: argparse.Namespace, kept: Options | None = None) -> Option
         "memory_budget": given.memory_budget,
         "accumulate": given.accumulate,
         "optimizer": given.optimizer,
+        "recompute": given.recompute,
+        "batch_axes": given.batch_axes,
         "mp_policy": _policy(given),
     }
     kept = kept or Options()
