@@ -20,11 +20,14 @@ from torch import Tensor, fx
 from costmodel.layout import Layout, Partial, Shard, layout_text, local_shape
 from passes.analysis import Analysis, analyse
 from passes.dims import expanded_shape, is_getitem, value_of
+from passes.emit import SAME_STRIDES
 from passes.local import LocalProgram
 from passes.program import Program
 from passes.rules.call import is_tensor
 from passes.rules.matmul import PRODUCTS
 from passes.simulate import SimulationError, gather, simulate
+
+aten = torch.ops.aten
 
 How = Literal["op", "move", "input", "output", "replicas", "crash"]
 
@@ -74,6 +77,13 @@ class Divergence:
         return text + (f" [{'; '.join(facts)}]" if facts else "") + (f": {self.detail}" if self.detail else "")
 
 
+class _Reshaping(fx.Interpreter):
+    """Runs a graph whose tensors may lie otherwise in memory than when it was captured."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(aten.reshape.default if target in SAME_STRIDES else target, args, kwargs)
+
+
 def run_program(program: Program, values: Sequence[Any]) -> list[Any]:
     """What the program's outputs are on one device; `values` has one per placeholder.
 
@@ -81,7 +91,7 @@ def run_program(program: Program, values: Sequence[Any]) -> list[Any]:
     """
     outside = {given.name: given.shape for given in program.inputs if given.shape is not None}
     with torch.no_grad():
-        found = list(fx.Interpreter(program.graph).run(*_padded(program, values), enable_io_processing=False))
+        found = list(_Reshaping(program.graph).run(*_padded(program, values), enable_io_processing=False))
     return [
         value if shape is None else value[tuple(map(slice, shape))]
         for out, value in zip(program.outputs, found, strict=True)

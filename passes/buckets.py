@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 def bucketed(program: Program, items: Sequence[Run | Move]) -> list[Run | Move]:
     """`items` reordered, moves that go together numbered alike."""
-    labels = _labels(program, items)
+    labels = layer_labels(program, items)
     gradients = Gradients(program)
     gathers: dict[object, list[int]] = {}
     late: dict[object, list[int]] = {}
@@ -66,7 +66,7 @@ def bucketed(program: Program, items: Sequence[Run | Move]) -> list[Run | Move]:
     return found
 
 
-def _labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
+def layer_labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
     """Per item, the layer it belongs to: (phase, layer), or what it lies in between layers."""
     pattern, layers = layer_patterns([x.name for x in program.inputs if x.kind in ("parameter", "buffer")])
     found: list[object] = []

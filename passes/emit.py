@@ -25,6 +25,8 @@ from passes.precision import dtype_named
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
+SAME_STRIDES = (aten.view.default, aten._unsafe_view.default)
+"""Ops that fail where their operand lies otherwise in memory than when the graph was captured; `reshape` copies."""
 
 
 class Parts:
@@ -45,6 +47,20 @@ class Emitter:
         self.coordinates: tuple[fx.Node, ...] = ()
         self.meta: Mapping[str, Any] = {}
         self._values: dict[str, Any] = {}
+
+    def last(self) -> fx.Node:
+        """The node that was added last."""
+        node: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return node
+
+    def since(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that were added after `node`."""
+        found = []
+        for each in reversed(self.graph.nodes):
+            if each is node:
+                break
+            found.append(each)
+        return found[::-1]
 
     def placeholder(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
         """A new input."""
@@ -139,7 +155,7 @@ class Emitter:
 
 def relax_views(graph: fx.Graph) -> None:
     """Make views reshapes, where tensors may lie otherwise in memory than when the graph was captured."""
-    for view in (aten.view.default, aten._unsafe_view.default):
+    for view in SAME_STRIDES:
         for node in graph.find_nodes(op="call_function", target=view):
             node.target = aten.reshape.default
 

@@ -139,7 +139,9 @@ def _needs(reading: Reading, key: Key) -> tuple[Need, ...] | None:
     have = [k for k, positions in enumerate(reading.at_operands) if key in positions]
     lost = any(key not in positions for positions in reading.at_results)
     if target in (_FLASH, _FLASH_BACKWARD) and _runs_causal(reading, key):
-        return _times_gradient(reading) if target is _FLASH_BACKWARD else ()
+        if target is _FLASH_BACKWARD:
+            return _times_gradient(reading)
+        return (Need(1, "finite"), Need(2, "finite"))  # a key that is not looked at counts zero times its value
     if key[0] in form.whole or (key[1] and key[0] in form.leading):
         return None
     if target in _QUOTIENTS and 1 in have and not reading.call.operands[1].dtype.is_floating_point:

@@ -17,6 +17,7 @@ from costmodel.reshard import Step
 from passes.buckets import bucketed
 from passes.dims import is_getitem, outputs_of, value_of
 from passes.moves import Move, Run
+from passes.postpone import postponed
 from passes.price import conversion, given_state, stored_state
 from passes.rules.call import operand_nodes
 from passes.space import Space
@@ -25,7 +26,8 @@ from passes.strategies import Option, StoredOption
 
 def itinerary(space: Space, assignment: Sequence[int]) -> list[Run | Move]:
     """Everything a rank does, in order, when site i takes option `assignment[i]`; buckets stand side by side."""
-    return bucketed(space.program, list(_Walk(space, assignment).items()))
+    items = bucketed(space.program, list(_Walk(space, assignment).items()))
+    return postponed(space.program, items)
 
 
 class _Walk:

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from passes.gloo import for_gloo
 from passes.graphs import graph_module
 from passes.layers import layer_patterns
-from passes.local import LocalProgram
+from passes.local import COLLECTIVES, LocalProgram
 from passes.outer import Boxed, Outer, Planned, assembled, op_step
 from passes.overlap import arranged
 from passes.partition import Halves, Recompute, split
@@ -37,6 +37,8 @@ Tensors = Sequence[torch.Tensor]
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 # Attention kernels want the mask's rows and the heads' dims to start at multiples of 16 bytes.
 ALIGNED_ELEMENTS = 8
+# Inductor moves ops to where results are read or memory is freed: what is to run beside a collective ends up behind it.
+_AS_ORDERED = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
 CONSTANT_KINDS = ("parameter", "buffer", "coordinate")
 
 
@@ -179,7 +181,7 @@ class _Runner:
         self, device: torch.device, compile: bool, layer_of: Callable[[str], str], constants: AbstractSet[str]
     ) -> None:
         self.device = device
-        self.run = _compiled if compile else _interpreted
+        self.run = compiled if compile else _interpreted
         self.layer_of = layer_of
         self.constants = constants
         self.bodies: dict[fx.GraphModule, Boxed] = {}
@@ -266,14 +268,15 @@ def _interpreted(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
     return lambda values: fx.Interpreter(gm).boxed_run(values)
 
 
-def _compiled(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
+def compiled(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
     """`gm` through Inductor, for inputs like its placeholders' fake values."""
     if not any(node.op == "call_function" for node in gm.graph.nodes):
         return _interpreted(gm)
     with FakeTensorMode(shape_env=ShapeEnv()):  # Inductor's cache of compiled graphs asks for one
         examples = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
+    sends = any(node.target in COLLECTIVES for node in gm.graph.nodes)
     with torch.no_grad():
-        return inductor_compile(_of_a_list(gm), [examples])  # type: ignore[list-item, no-any-return]
+        return inductor_compile(_of_a_list(gm), [examples], _AS_ORDERED if sends else None)  # type: ignore[list-item, no-any-return]
 
 
 def _of_a_list(gm: fx.GraphModule) -> fx.GraphModule:
@@ -317,9 +320,6 @@ def retarget(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
         for node in list(graph.nodes):
             if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
                 _retarget_attention(graph, node)
-        # Kernels differ in the strides of what they give; a view that was one may need a copy.
-        for node in graph.find_nodes(op="call_function", target=aten.view.default):
-            node.target = aten.reshape.default
     graph.lint()
     moved.recompile()
     _renew_values(moved, device)

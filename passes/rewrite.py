@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from costmodel.layout import Layout
 from passes.dims import is_getitem, value_of
-from passes.emit import Emitter, emit_steps, emit_together
+from passes.emit import Emitter, emit_steps, emit_together, relax_views
 from passes.graphs import graph_module
 from passes.itinerary import Returned, itinerary, returned
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
@@ -24,8 +24,10 @@ from passes.localize import LocalOp, run_locally
 from passes.moves import Move, Run
 from passes.price import option_local_shapes, read_state
 from passes.rules.call import operand_nodes
+from passes.sending import send_early
 from passes.space import Space
 from passes.strategies import Option, StoredOption
+from passes.words import Words
 
 aten = torch.ops.aten
 
@@ -52,6 +54,8 @@ class _Rewriter:
         self.env: dict[tuple[fx.Node, str, Where], fx.Node] = {}
         self.source_of: dict[fx.Node, fx.Node] = {}
         self.picked: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.sent: list[list[fx.Node]] = []
+        """The nodes of each move of an activation."""
 
     def program(self) -> LocalProgram:
         space = self.space
@@ -68,8 +72,10 @@ class _Rewriter:
                     self._run(item)
         outputs, values = self._outputs()
         self.emit.graph.output(tuple(values))
+        send_early(Words(space), self.sent)
         graph = graph_module(self.root, self.emit.graph)
         graph.graph.eliminate_dead_code()
+        relax_views(graph.graph)
         graph.recompile()
         axes = tuple((axis.name, axis.size) for axis in space.topology.axes)
         return LocalProgram(graph, inputs, outputs, axes, space.program)
@@ -151,7 +157,10 @@ class _Rewriter:
         dims = site.op.results[value.result] if site.op is not None else site.dims
         stored = next((x for x in (move.source, move.target) if isinstance(x, StoredOption)), None)
         of_stored = (stored.storage, stored.padding) if stored else (None, ())
+        before = self.emit.last()
         moved = emit_steps(self.emit, local, move.steps, dims, *of_stored)
+        if stored is None:
+            self.sent.append(self.emit.since(before))
         self._put(move.value, move.target, moved, move.era)
 
     def _move_together(self, moves: Sequence[Move]) -> None:

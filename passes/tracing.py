@@ -376,7 +376,7 @@ def _map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
 
 
 class _Calls(TorchFunctionMode):
-    """Handles what must be caught above aten: `tolist`, `numpy`, `torch.tensor([scalar_tensor, ...])`, batch norm."""
+    """Handles what is caught above aten: reads of values, `torch.tensor([scalar, ...])`, `batch_norm`, `one_hot`."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -393,7 +393,16 @@ class _Calls(TorchFunctionMode):
             return made.to(kwargs["dtype"]) if kwargs.get("dtype") else made
         if func is nn.functional.batch_norm:
             return _batch_norm(*args, **kwargs)
+        if func is nn.functional.one_hot:
+            return _one_hot(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _one_hot(classes: Tensor, num_classes: int = -1) -> Tensor:
+    """`F.one_hot`, which looks whether all classes are below `num_classes`."""
+    if num_classes <= 0:
+        return nn.functional.one_hot(classes, num_classes)
+    return (classes.unsqueeze(-1) == torch.arange(num_classes, device=classes.device)).to(torch.int64)
 
 
 def _batch_norm(

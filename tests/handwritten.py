@@ -346,6 +346,31 @@ class Experts(nn.Module):
         return x + out.view_as(x)
 
 
+class Dispatch(nn.Module):
+    """Top-1 experts with a capacity, tokens sent by products with one-hot tensors; a batch norm over channels."""
+
+    def __init__(self, capacity: int = 4) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.norm = nn.BatchNorm1d(HIDDEN)
+        self.router = nn.Linear(HIDDEN, 4, bias=False)
+        self.up, self.down = (
+            nn.Parameter(torch.randn(4, HIDDEN, FFN) / 4),
+            nn.Parameter(torch.randn(4, FFN, HIDDEN) / 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        gate, chosen = self.router(y).softmax(-1).max(-1)
+        expert = F.one_hot(chosen, 4).float()
+        place = (expert.cumsum(1) * expert).sum(-1).long() - 1
+        slot = F.one_hot(place.clamp(max=self.capacity - 1), self.capacity) * (place < self.capacity)[..., None]
+        sent = torch.einsum("ble,blc->blec", expert, slot.float())
+        given = torch.einsum("blec,bld->becd", sent, y)
+        out = torch.einsum("becf,efd->becd", torch.einsum("becd,edf->becf", given, self.up).relu(), self.down)
+        return x + torch.einsum("blec,becd->bld", sent * gate[..., None, None], out)
+
+
 def _tokens(random: torch.Generator) -> dict[str, Tensor]:
     ids = torch.randint(1, VOCAB, (4, SEQ), generator=random)
     return {"ids": ids, "labels": ids.roll(-1, 1)}
@@ -379,6 +404,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], dic
     "conv stem, nn.TransformerEncoder": (Images, _pixels),
     "nn.Transformer": (Translation, _pairs),
     "experts in a loop": (lambda: Decoder(Experts), _tokens),
+    "experts by one-hot products": (lambda: Decoder(Dispatch), _tokens),
 }
 
 

@@ -85,6 +85,8 @@ def _views() -> list[Sample]:
         s(aten.slice_backward.default, f(4, 6), [4, 6], 1, 0, 6, 1, splits=1),
         s(aten.constant_pad_nd.default, f(4, 6), [1, 2], splits=1),
         s(aten.constant_pad_nd.default, f(4, 6), [0, 0, 1, 0], 3.0, splits=1),
+        s(aten.constant_pad_nd.default, f(4, 6), [1, -1], splits=1),
+        s(aten.constant_pad_nd.default, f(4, 6), [0, 0, -1, 1], splits=1),
         s(aten.select.int, f(4, 6), -1, 2, splits=1),
         s(aten.select_backward.default, f(4), [4, 6], 1, 2, splits=1),
         s(aten.cat.default, [f(4, 6), f(4, 2), f(4, 1)], 1, splits=1),

@@ -314,3 +314,27 @@ def test_dropout_draws_the_same_numbers_padded() -> None:
     found = simulate_step(local, dict(model.named_parameters()), {}, [x], seed=(7, 0))
     assert relative(found.outputs["loss"], wanted[0]) < 1e-5
     assert topology(hardware("cpu"), {"tp": 4}).sizes == (4,)
+
+
+class ScaledByPosition(nn.Module):
+    """Two attentions, their queries scaled by a logarithm of the position: of an added position, it is no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 24) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        scale = 1 + torch.log(1 + torch.floor(torch.arange(x.shape[1]) / 4))
+        for layer in self.layers:
+            q, k, v = layer(x).unsqueeze(1).chunk(3, -1)
+            x = x + F.scaled_dot_product_attention(q * scale[:, None], k, v, is_causal=True).squeeze(1)
+        return {"loss": x.square().mean()}
+
+
+def test_an_added_key_that_is_no_number_is_not_looked_at() -> None:
+    torch.manual_seed(0)
+    model, kwargs = ScaledByPosition(), {"x": torch.randn(4, 33, 8)}
+    analysis = analyse(captured(model, kwargs))
+    pads = uneven_dims(analysis, (2,), ())
+    assert [(each.size, each.padded) for each in pads] == [(33, 34)]
+    same_on_one_device(model, pad(analysis, pads).program, kwargs)

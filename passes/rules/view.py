@@ -90,7 +90,14 @@ def _slice(call: Call) -> Form:
 
 @rule(aten.constant_pad_nd.default)
 def _pad(call: Call) -> Form:
-    form = _cut(call)
+    """Dims with a pad are whole, also where one end takes what the other gives: their entries move."""
+    source, target = _shapes(call)
+    pads = call.get("pad")
+    moved = {len(source) - 1 - i // 2 for i, pad in enumerate(pads) if pad}
+    build = FormBuilder()
+    dims = tuple(build.factor(size, whole=d in moved) for d, size in enumerate(source))
+    made = tuple(build.factor(target[d], whole=True) if d in moved else dim for d, dim in enumerate(dims))
+    form = build.form([dims], [made], [[0]])
     return form if not call.get("value", 0) else Form(form.operands, form.results, form.sizes, form.whole)
 
 
