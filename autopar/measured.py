@@ -40,11 +40,12 @@ _ISSUES = re.compile(r"^(_c10d_functional::(?!wait)|c10d::)")
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of one step by kind; `steps` is how many the trace has."""
+    """Seconds of one step by kind; `steps` is how many the trace has, 1 where it does not mark them."""
 
     step_time_s: float
     seconds: Mapping[str, float]
     steps: int
+    marked: bool
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def measured(path: str | Path) -> Measured:
     inside = [s for s in work if s.start_s < end and s.end_s > start]
     kernels = [s for s in inside if s.category == "kernel"]
     total = _of_kernels(inside, kernels) if kernels else _of_ops(inside)
-    return Measured(step_s, {kind: total.get(kind, 0.0) / steps for kind in KINDS}, steps)
+    return Measured(step_s, {kind: total.get(kind, 0.0) / steps for kind in KINDS}, steps, bool(marks))
 
 
 def _of_kernels(inside: Sequence[Slice], kernels: Sequence[Slice]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -31,11 +32,11 @@ _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 class Wanted:
     """How the model named on the command line is built.
 
-    `batch` and `sequence` are what one data-parallel rank feeds it. `layers`: so many instead of its own.
+    `batch` (1) and `sequence` are what one data-parallel rank feeds it. `layers`: so many instead of its own.
     `on_cpu`: with random values in float32 (a preset scaled down), to be run; else on the meta device in `dtype`.
     """
 
-    batch: int = 1
+    batch: int | None = None
     sequence: int | None = None
     layers: int | None = None
     dtype: str = "bfloat16"
@@ -68,13 +69,15 @@ def load_model(argument: str, wanted: Wanted | None = None) -> Named:
     if argument.endswith(".py"):
         raise ValueError(f"{argument}: name the function that makes the model, as in {argument}:build")
     found = Path(argument)
-    if found.is_dir():
+    if argument and found.is_dir():
         found = found / "config.json"
         if not found.exists():
             raise ValueError(f"{argument}: a folder without a config.json")
-    if found.exists():
+    if found.is_file():
         return _from_config(found, wanted)
-    near = difflib.get_close_matches(argument, presets(), n=3, cutoff=0.4)
+    if argument.endswith(".json"):
+        raise ValueError(f"{argument}: no such file; pass a Hugging Face config.json")
+    near = difflib.get_close_matches(argument.lower(), presets(), n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ValueError(
         f"no model {argument!r}{hint} A model is a preset ({', '.join(presets())}), a Hugging Face config.json or its "
@@ -115,11 +118,14 @@ def _from_config(path: Path, wanted: Wanted) -> Named:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no JSON ({error}); pass a Hugging Face config.json") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{path}: no 'model_type' in it; pass a Hugging Face config.json")
     kind = config.pop("model_type")
     classes = config.pop("architectures", None) or [""]
-    return _built(str(path), kind, classes[0], config, wanted, [])
+    notes = []
+    if classes[0] and not hasattr(_transformers(), classes[0]):
+        notes.append(f"transformers has no {classes[0]} ('architectures'); its causal language model is used instead")
+    return _built(str(path), kind, classes[0], config, wanted, notes)
 
 
 def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wanted: Wanted, notes: list[str]) -> Named:
@@ -139,7 +145,7 @@ def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wante
         made = transformers.CONFIG_MAPPING[kind](**config)
         build = getattr(transformers, model_class, None) or transformers.AutoModelForCausalLM.from_config
         model = _empty(build, made, wanted)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except Exception as error:  # whatever a config's values make of a library's code
         raise ValueError(f"{name}: transformers cannot build it: {type(error).__name__}: {error}") from None
     if wanted.on_cpu:
         count = sum(p.numel() for p in model.parameters())
@@ -150,7 +156,7 @@ def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wante
             )
         torch.manual_seed(wanted.seed)
         model = build(made).train()
-    inputs = default_inputs(model, wanted.batch, sequence)
+    inputs = default_inputs(model, wanted.batch or 1, sequence)
     return Named(model, inputs, name, tuple(notes))
 
 
@@ -203,7 +209,32 @@ def _sizes(config: Mapping[str, Any]) -> str:
 
 
 def _from_file(path: Path, function: str, wanted: Wanted) -> Named:
-    if not path.exists():
+    name = f"{path}:{function}"
+    if wanted.layers is not None:
+        raise ValueError(f"--layers is for presets and config.json files; {name} makes its own layers")
+    torch.manual_seed(wanted.seed)
+    with contextlib.redirect_stdout(sys.stderr):  # what a user's code prints is no part of a report
+        found = _returned(path, function)
+    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{name} returned {_a(model)}; return a torch.nn.Module, or a module and its inputs: a tuple of positional "
+            "or a mapping of keyword arguments"
+        )
+    if inputs is None:
+        inputs = default_inputs(model, wanted.batch or 1, wanted.sequence or 128)
+    elif wanted.batch is not None or wanted.sequence is not None:
+        raise ValueError(f"--batch and --seq: {name} returns its inputs; set them there, or return the module alone")
+    return Named(model, inputs, function)
+
+
+def _returned(path: Path, function: str) -> Any:
+    """What a function of a user's file returns.
+
+    Raises:
+        ValueError: no such file or function, or the user's own error with the line it came from.
+    """
+    if not path.is_file():
         raise ValueError(f"{path}: no such file; a model is file.py:function")
     name = f"_autopar_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -212,34 +243,27 @@ def _from_file(path: Path, function: str, wanted: Wanted) -> Named:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     sys.path.insert(0, str(path.parent.resolve()))
-    torch.manual_seed(wanted.seed)
     try:
         spec.loader.exec_module(module)
         make = getattr(module, function, None)
-        if not callable(make):
-            known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            raise ValueError(f"{path} has no function {function!r}; it has {', '.join(known) or 'none'}")
-        found = make()
-    except ValueError as error:
-        if error.__traceback__ is not None and error.__traceback__.tb_next is None:
-            raise
-        raise ValueError(_its_error(path, error)) from None
-    except Exception as error:
+        if callable(make):
+            return make()
+    except (Exception, SystemExit) as error:
         raise ValueError(_its_error(path, error)) from None
     finally:
         sys.path.remove(str(path.parent.resolve()))
-    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"{path}:{function} returned a {type(model).__name__}; return a torch.nn.Module, or a module and its inputs"
-        )
-    return Named(
-        model, default_inputs(model, wanted.batch, wanted.sequence or 128) if inputs is None else inputs, function
-    )
+    own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == name and callable(value)]
+    raise ValueError(f"{path} has no function {function!r}; it has {', '.join(own) or 'none'}")
 
 
-def _its_error(path: Path, error: Exception) -> str:
+def _a(found: object) -> str:
+    """`None`, or what it is: `a dict`."""
+    return "None" if found is None else f"a {type(found).__name__}"
+
+
+def _its_error(path: Path, error: BaseException) -> str:
     """The user's own error, with the line of the user's file it came from."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 0
-    return f"{path}:{line}: {type(error).__name__}: {error}"
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    where = f"{path}:{line}" if line else str(path)
+    return f"{where}: {type(error).__name__}: {error}"

@@ -26,6 +26,8 @@ from passes.words import unfold_names
 
 _FIGURES = "hardware_figures"
 """Where a plan's options keep the figures it was priced with: they decide the steps of a reshard, on any machine."""
+_ASKED = "strategy"
+"""Where they keep the strategy that was asked for: a plan made under `auto` bears the name of the one that won."""
 
 
 def options_json(options: Options) -> dict[str, Any]:
@@ -40,11 +42,16 @@ def options_json(options: Options) -> dict[str, Any]:
 
 def options_of(plan: Plan) -> Options:
     """The options a plan was made with."""
-    kept = {name: value for name, value in plan.options.items() if name != _FIGURES}
+    kept = {name: value for name, value in plan.options.items() if name not in (_FIGURES, _ASKED)}
     if kept.get("batch_axes") is not None:
         kept["batch_axes"] = tuple(kept["batch_axes"])
     kept["mp_policy"] = policy_from(kept.get("mp_policy"))
     return Options(**kept)
+
+
+def asked_of(plan: Plan) -> str:
+    """The strategy that a plan was asked for."""
+    return str(plan.options.get(_ASKED, plan.strategy))
 
 
 @settled()
@@ -109,7 +116,7 @@ def planned(
         mesh,
         batch_axes,
         request,
-        options=options_json(options) | {_FIGURES: figures},
+        options=options_json(options) | {_ASKED: strategy, _FIGURES: figures},
         example=example,
         smaller=smaller,
         diagnose=diagnose,

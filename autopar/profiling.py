@@ -63,7 +63,7 @@ class Captures:
         key = (prefix, batch, parts)
         if key not in self._programs:
             model = self.shallow.prefixes[prefix].model
-            self.progress(f"capturing {self.shallow.prefixes[prefix].layers} layers, batch {batch}")
+            self.progress(f"capturing: {self.shallow.prefixes[prefix].layers} layers, batch {batch}")
             args, kwargs = examples.on_cpu(examples.call_of(model, self.inputs(parts)))
             whole = global_inputs(args, kwargs, batch)
             self._programs[key] = planning.captured(

@@ -23,17 +23,17 @@ from torch import nn
 from autopar import examples
 from autopar.options import Options, Recompute
 from autopar.profiling import Captures, Profiler
+from autopar.ranking import NEAREST, ranking_table, ranking_text
 from autopar.verdict import Verdict, verdict
 from costmodel.hardware import Hardware
 from costmodel.hardware import hardware as hardware_of
-from costmodel.memory import OPTIMIZERS, gib
+from costmodel.memory import OPTIMIZERS
 from passes.candidate import Estimate, estimate, lower_bound
 from passes.errors import NoFeasiblePlanError
 from passes.inputs import default_inputs, global_inputs
 from passes.plan import Plan
 from passes.plots import FrontierPoint
 from passes.recompute import Mode
-from passes.report_text import seconds_text, terminal_width, text_table
 from passes.setup import Setup
 
 _OPTIMIZERS = {"adamw": "adamw-master", "none": "sgd"}
@@ -43,8 +43,6 @@ _RECOMPUTE: Mapping[str, tuple[Mode, ...]] = {
 }  # fmt: skip
 _MOST_MICRO_BATCHES = 4
 """Micro-batch sizes tried per mesh: the largest that the batch allows, and halves of it."""
-_NEAREST = 5
-"""So many that do not fit are shown."""
 _LEAST_PART = 4096
 """Tokens of a sequence below which context parallelism is not considered: its ring would outlast its attention."""
 
@@ -126,7 +124,7 @@ class SearchResult:
         plan: the best, planned (`options`): it stands there with its own figures, which the search only approached.
         """
         best = next((c for c in self.candidates if not c.priced_only), None)
-        found = (*self.candidates, *self.too_large[:_NEAREST])
+        found = (*self.candidates, *self.too_large[:NEAREST])
         points = [_point(c, chosen=c is best and plan is None) for c in found]
         if plan is None:
             return tuple(points)
@@ -136,33 +134,14 @@ class SearchResult:
 
     def table(self, top: int | None = None) -> str:
         """The ranking as people read it."""
-        rows = [_row(i + 1, c, self) for i, c in enumerate(self.candidates[:top])]
-        counted = "tokens" if self.sequence else "samples"
-        text = _table(rows, counted) if rows else "nothing fits"
-        large = [_row(0, c, self) for c in self.too_large[:_NEAREST]]
-        return f"{text}\n\nDoes not fit, nearest first:\n{_table(large, counted)}" if large else text
+        return ranking_table(self, top)
 
     def __str__(self) -> str:
         return self.text()
 
     def text(self, name: str | None = None, top: int = 10) -> str:
         """The verdict and the ranking; `name` is what the model is called."""
-        where = f", sequence {self.sequence}" if self.sequence else ""
-        rest = "no other plan fits"
-        if self.bound_s < math.inf:
-            rest = f"no plan that was not takes less than {_time(self.bound_s)}"
-        lines = [
-            f"{name or self.model} on {self.gpus} x {self.hardware}, global batch {self.global_batch}{where}; "
-            f"{gib(self.budget_bytes)} per GPU",
-            "",
-            *self.verdict.text,
-            "",
-            self.table(top),
-            "",
-            f"{self.counted} candidates, {self.played} schedules played; {rest}",
-            *(f"- {note}" for note in self.notes),
-        ]
-        return "\n".join(lines)
+        return ranking_text(self, name, top)
 
     def to_json(self) -> str:
         """All of it, for scripts."""
@@ -186,43 +165,6 @@ def _point(candidate: Candidate, chosen: bool) -> FrontierPoint:
         " ".join(parts), candidate.step_time_s, candidate.peak_memory_bytes, candidate.fits, chosen,
         ", ".join(candidate.priced_only),
     )  # fmt: skip
-
-
-_HEADERS = ("", "replicate x shard x tp", "pp", "cp", "batch", "recompute", "step", "{}/s/GPU", "memory", "over budget",
-            "priced only")  # fmt: skip
-_NUMBERS = (0, 2, 3, 6, 7, 8)
-
-
-def _table(rows: Sequence[Sequence[str]], counted: str) -> str:
-    """As wide as the terminal, without columns that say nothing."""
-    said = [i for i in range(len(_HEADERS)) if any(row[i] for row in rows)]
-    kept = [[row[i] for i in said] for row in rows]
-    right = [place for place, i in enumerate(said) if i in _NUMBERS]
-    headers = [_HEADERS[i].format(counted) for i in said]
-    longest = max(range(len(said)), key=lambda place: max(len(row[place]) for row in kept))
-    return "\n".join(text_table(kept, headers, terminal_width(), shrink=longest, right=right))
-
-
-def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
-    setup = candidate.setup
-    speed = result.global_batch * (result.sequence or 1) / candidate.step_time_s / result.gpus
-    return [
-        str(rank) if rank else "",
-        f"{setup.dp_replicate} x {setup.dp_shard} x {setup.tp}",
-        (f"{setup.pp}" + (f"/{setup.virtual}" if setup.virtual > 1 else "")) if setup.pp > 1 else "",
-        str(setup.cp) if setup.cp > 1 else "",
-        f"{setup.micro_batch} x {setup.accumulate}",
-        setup.recompute,
-        _time(candidate.step_time_s),
-        f"{speed:.0f}",
-        gib(candidate.peak_memory_bytes),
-        "" if candidate.fits else gib(candidate.over_bytes),
-        ", ".join(candidate.priced_only),
-    ]
-
-
-def _time(seconds: float) -> str:
-    return seconds_text(seconds) if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _as_json(candidate: Candidate) -> dict[str, Any]:
@@ -438,8 +380,12 @@ class _State:
             if bytes_ > self.budget and len(found) - len(fitting) >= self.top:
                 left += 1
                 continue
-            self.progress(f"playing {plans[index].dp_replicate} x {plans[index].dp_shard} x {plans[index].tp}")
-            found.append(self.candidate(estimate(plans[index], self.profiler)))
+            setup = plans[index]
+            self.progress(
+                f"playing: {setup.dp_replicate} x {setup.dp_shard} x {setup.tp}, micro-batches {setup.micro_batch} x "
+                f"{setup.accumulate}, recompute {setup.recompute}"
+            )
+            found.append(self.candidate(estimate(setup, self.profiler)))
         return found, left, reached
 
 

@@ -8,6 +8,7 @@ rank 0 says anything.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -17,10 +18,16 @@ from torch._logging._internal import trace_structured
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
+_PART = re.compile(r"(\w+): ")
+_SILENCE_S = 10.0
+"""After so many seconds without a line a part of a stage is told again."""
 
 
 class Stages:
     """Says which stage begins, when called with its name; a context that can be entered again.
+
+    A stage of many parts (`playing: 1 x 8 x 4`) is told part by part by the bar; among lines it is told once, and again
+    where nothing was told for a while.
 
     shown: whether to print; logging happens anyway. speaks: whether this rank says anything at all. prefix: of a line.
     """
@@ -30,10 +37,13 @@ class Stages:
         self._speaks = speaks
         self._prefix = prefix
         self._start_s = time.monotonic()
+        self._told_s = self._start_s
+        self._known: set[str] = set()
         self._bar: tqdm | None = None
 
     def __enter__(self) -> Stages:
-        self._start_s = time.monotonic()
+        self._start_s = self._told_s = time.monotonic()
+        self._known.clear()
         if self._shown and sys.stderr.isatty():
             self._bar = tqdm(bar_format=self._prefix + "{desc} [{elapsed}]", leave=False, file=sys.stderr)
         return self
@@ -45,9 +55,18 @@ class Stages:
         if self._bar is not None:
             self._bar.set_description_str(stage)
             self._bar.refresh()
-        elif self._shown:
+        elif self._shown and self._is_news(stage):
             passed_s = time.monotonic() - self._start_s
             print(f"{self._prefix}[{passed_s:6.1f} s] {stage}", file=sys.stderr, flush=True)
+            self._told_s = time.monotonic()
+
+    def _is_news(self, stage: str) -> bool:
+        part = _PART.match(stage)
+        if part is None:
+            return True
+        known = part[1] in self._known
+        self._known.add(part[1])
+        return not known or time.monotonic() - self._told_s > _SILENCE_S
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

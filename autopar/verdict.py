@@ -87,9 +87,9 @@ def verdict(found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, 
     elif state and state.step_time_s <= fastest * (1 + _ENOUGH):
         answer = "state"
         text.append(
-            f"Sharding the state (FSDP2) is enough: {_s(state.step_time_s)} a step{_beside(state, fastest)}, with "
-            f"{gib(state.peak_memory_bytes)} of {gib(budget)}; {_share(state, 'exposed state')} of it waits for "
-            "parameters and gradients."
+            f"Sharding the state (FSDP2) is enough: {_s(state.step_time_s)} a step{_beside(state, fastest)} in "
+            f"{gib(state.peak_memory_bytes)} of {gib(budget)}; {_share(state, 'exposed state')} of the step waits "
+            "for parameters and gradients."
         )
     elif computation and (pipeline is None or computation.step_time_s <= pipeline.step_time_s * (1 + _PAYS)):
         answer = "computation"
@@ -125,7 +125,7 @@ def _share(candidate: Priced, name: str) -> str:
 def _beside(candidate: Priced, fastest: float) -> str:
     more = candidate.step_time_s / fastest - 1
     others = "tensor parallelism or a pipeline"
-    return f", {more:.0%} more than with {others}" if more > 0.005 else f", and no faster with {others}"
+    return f", {more:.0%} more than with {others}" if more > 0.005 else f" (no faster with {others})"
 
 
 def _against(other: Priced | None, chosen: Priced) -> str:

@@ -193,7 +193,7 @@ class _Check:
             divergence=divergence,
             failure=failure,
             captured_error=captured_error,
-            notes=(*notes, *program.notes),
+            notes=(*_doubts(reference), *notes, *program.notes),
             without_randomness=without,
         )
 
@@ -388,6 +388,15 @@ def _named_outputs(out: Any) -> dict[str, Tensor]:
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def _doubts(reference: StepValues) -> tuple[str, ...]:
+    """What makes a certificate say less than it seems to."""
+    if reference.gradients and not any(bool(gradient.any()) for gradient in reference.gradients.values()):
+        return (
+            "every gradient of the reference is zero, which proves nothing about them; give other inputs or weights",
+        )
+    return ()
 
 
 def _is_low(program: Program, autocast: torch.dtype | None) -> bool:

@@ -144,7 +144,7 @@ def _compiled(
     bound = Bound(
         chosen.solution.seconds,
         chosen.solution.bound_s,
-        f"of the summed costs under {chosen.strategy!r}; the schedule chose among {len(competing)} solutions",
+        f"it is the fastest that fits of the {len(competing)} solutions that were played as schedules",
     )
     plan = make_plan(
         chosen.space,

@@ -213,7 +213,11 @@ class Plan:
             ValueError: not a plan's file; says what was found.
             OSError: the file cannot be read.
         """
-        return Plan.from_json(Path(path).read_text(encoding="utf-8"), str(path))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not a text; pass a file that Plan.save wrote") from None
+        return Plan.from_json(text, str(path))
 
     def __str__(self) -> str:
         return plan_text(self)

@@ -36,6 +36,8 @@ _OF_KIND = {
 }  # fmt: skip
 _STACK = ("k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "rest")
 _WIDTH, _ROW = 10.6, 0.42
+_NEAR, _SEEN = 2.0, 0.005
+"""A budget is drawn where it is less than so many times the peak, and a kind of memory that is such a share of it."""
 _SETTINGS = {
     "svg.fonttype": "none", "svg.hashsalt": "autopar", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": _COLOR["line"], "axes.labelcolor": _COLOR["dim"],
@@ -69,7 +71,7 @@ def step_drawing(timeline: Timeline, budget_bytes: int | None) -> str:
     with matplotlib.rc_context(_SETTINGS):
         streams = timeline.streams
         height = 0.9 + _ROW * len(streams)
-        figure = Figure((_WIDTH, height + 2.6), layout="constrained")
+        figure = Figure((_WIDTH, height + 3.0), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(height, 2.4))
         end_ms = 1e3 * (timeline.end_s + timeline.optimizer_s)
         events = (*timeline.events, _update(timeline))
@@ -81,13 +83,15 @@ def step_drawing(timeline: Timeline, budget_bytes: int | None) -> str:
             above.text(1e3 * min(backward), len(streams) - 0.45, " backward", color=_COLOR["dim"], va="bottom")
             above.text(0, len(streams) - 0.45, " forward", color=_COLOR["dim"], va="bottom")
         at_s = [*moments(timeline), timeline.end_s + timeline.optimizer_s]
-        _stack(below, at_s, memory_over_time(timeline, at_s), _STACK)
-        if budget_bytes is not None and budget_bytes < 3 * max(
-            map(sum, zip(*memory_over_time(timeline, at_s).values(), strict=True))
-        ):
-            below.axhline(budget_bytes / 2**30, color=_COLOR["fg"], linewidth=1.5)
-            below.text(0, budget_bytes / 2**30, " budget", va="bottom")
-        below.set_ylabel("GiB in memory")
+        series = memory_over_time(timeline, at_s)
+        peak_bytes = max(map(sum, zip(*series.values(), strict=True)), default=0)
+        unit, bytes_each = _memory_unit(peak_bytes)
+        _stack(below, at_s, _worth_naming(series, peak_bytes), bytes_each)
+        if budget_bytes is not None and budget_bytes < _NEAR * peak_bytes:
+            below.axhline(budget_bytes / bytes_each, color=_COLOR["fg"], linewidth=1.5)
+            below.text(0, budget_bytes / bytes_each, " budget", va="bottom")
+            below.set_ylim(0, 1.12 * max(budget_bytes, peak_bytes) / bytes_each)
+        below.set_ylabel(f"{unit} in memory")
         below.set_xlabel("ms")
         below.set_xlim(0, end_ms)
         return _svg(figure, "step", "What runs on each stream of one rank, and memory by kind, over one micro-batch")
@@ -133,8 +137,9 @@ def tensors_drawing(timeline: Timeline, most: int = 8) -> str:
         figure = Figure((_WIDTH, 2.2 + 0.17 * len(series)), layout="constrained")
         axes = figure.subplots()
         largest = dict(list(series.items())[:most])
-        _stack(axes, at_s, largest, _STACK, below=True)
-        axes.set_ylabel("GiB")
+        unit, bytes_each = _memory_unit(max(map(sum, zip(*largest.values(), strict=True)), default=0))
+        _stack(axes, at_s, largest, bytes_each, below=True)
+        axes.set_ylabel(unit)
         axes.set_xlabel("ms")
         return _svg(figure, "tensors", "Memory of the largest tensors over one micro-batch")
 
@@ -142,7 +147,7 @@ def tensors_drawing(timeline: Timeline, most: int = 8) -> str:
 def frontier_drawing(points: Sequence[FrontierPoint], budget_bytes: int | None) -> str:
     """Step time against memory of the plans that a search found; the line joins those that none beats in both."""
     most_bytes, most_s = max(p.memory_bytes for p in points), max(p.step_time_s for p in points)
-    memory_unit, bytes_each = ("GiB", 2**30) if most_bytes >= 2**30 else ("MiB", 2**20)
+    memory_unit, bytes_each = _memory_unit(most_bytes)
     time_unit, per_s = ("ms", 1e3) if most_s >= 1e-3 else ("us", 1e6)
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure((_WIDTH, 3.6), layout="constrained")
@@ -205,7 +210,7 @@ def _draw_streams(
     axes.tick_params(axis="y", length=0)
     axes.autoscale_view(scaley=False)
     handles = [PathPatch(_boxes([(0, 1)], 0, 1), facecolor=color, linewidth=0) for color in drawn.values()]
-    axes.legend(handles, list(drawn), loc="lower left", bbox_to_anchor=(0.0, 1.1), ncols=8, borderpad=0, fontsize=8)
+    axes.legend(handles, list(drawn), loc="lower left", bbox_to_anchor=(0.0, 1.12), ncols=8, borderpad=0, fontsize=8)
 
 
 def _boxes(spans: Sequence[tuple[float, float]], low: float, high: float) -> Any:
@@ -217,13 +222,27 @@ def _boxes(spans: Sequence[tuple[float, float]], low: float, high: float) -> Any
     return Path(corners, codes)
 
 
+def _memory_unit(most_bytes: float) -> tuple[str, int]:
+    """A unit for an axis that goes up to so many bytes, and what it is."""
+    units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+    return next((unit for unit in units if most_bytes >= unit[1]), units[-1])
+
+
+def _worth_naming(series: dict[str, list[int]], peak_bytes: int) -> dict[str, list[int]]:
+    """Kinds of memory that can be seen beside the peak; all others as one."""
+    seen = {kind: sizes for kind, sizes in series.items() if max(sizes, default=0) >= _SEEN * peak_bytes}
+    others = [sizes for kind, sizes in series.items() if kind not in seen]
+    return seen | {"others": [sum(sizes) for sizes in zip(*others, strict=True)]} if others else seen
+
+
 def _stack(
-    axes: Any, at_s: Sequence[float], series: dict[str, list[int]], colors: Sequence[str], *, below: bool = False
+    axes: Any, at_s: Sequence[float], series: dict[str, list[int]], bytes_each: int, *, below: bool = False
 ) -> None:
+    """Series of bytes on one another, with a legend above or `below`."""
     times = [1e3 * at for at in at_s]
-    shares = [[size / 2**30 for size in sizes] for sizes in series.values()]
-    fills = [_COLOR[colors[index % len(colors)]] for index in range(len(series))]
-    axes.stackplot(times, *shares, labels=list(series), colors=fills, linewidth=0, step="post")
+    amounts = [[size / bytes_each for size in sizes] for sizes in series.values()]
+    fills = [_COLOR[_STACK[index % len(_STACK)]] for index in range(len(series))]
+    axes.stackplot(times, *amounts, labels=list(series), colors=fills, linewidth=0, step="post")
     axes.set_ylim(bottom=0)
     where = (
         {"loc": "upper left", "bbox_to_anchor": (0.0, -0.18)}

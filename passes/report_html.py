@@ -21,9 +21,7 @@ from passes import plots
 from passes.formulas import link_figures, published_formulas, ring_formulas
 from passes.mesh_drawing import MeshDrawing, mesh_drawing
 from passes.plots import FrontierPoint
-from passes.report_text import _percent as percent_text
-from passes.report_text import _role_text as role_text
-from passes.report_text import seconds_text
+from passes.report_text import MEMORY_KINDS, bound_text, percent_text, role_text, seconds_text, title_text
 
 if TYPE_CHECKING:
     from passes.plan import Placements, Plan
@@ -103,11 +101,14 @@ def plan_html(plan: Plan, frontier: Sequence[FrontierPoint] = ()) -> str:
     parts = plan.breakdown
     time, hidden, scale_s = time_bars(plan)
     room = max(plan.peak_memory_bytes, plan.memory_budget_bytes or 0)
-    kinds = [(kind, size, _COLORS[i % len(_COLORS)], "") for i, (kind, size) in enumerate(parts.memory_bytes.items())]
+    kinds = [
+        (kind, size, _COLORS[i % len(_COLORS)], MEMORY_KINDS.get(kind, ""))
+        for i, (kind, size) in enumerate(parts.memory_bytes.items())
+    ]
     return _template().render(
         plan=plan,
-        mesh=" x ".join(f"{name}={size}" for name, size in plan.axes) or "one device",
-        ranks=math.prod(size for _, size in plan.axes),
+        title=title_text(plan),
+        bound=bound_text(plan),
         roles=[(name, size, role_text(plan.roles[name])) for name, size in plan.axes],
         time=time,
         hidden=hidden,
@@ -136,7 +137,7 @@ def plan_html(plan: Plan, frontier: Sequence[FrontierPoint] = ()) -> str:
 
 def frame_html(plan: Plan) -> str:
     """The report in a frame of its own, for a notebook: neither page's style reaches the other."""
-    title = f"Plan {plan.strategy}"
+    title = title_text(plan)
     style = "width:100%;height:640px;border:1px solid #8888"
     return f'<iframe title="{escape(title)}" sandbox style="{style}" srcdoc="{escape(plan_html(plan))}"></iframe>'
 
@@ -204,7 +205,7 @@ def time_bars(plan: Plan) -> tuple[tuple[Piece, ...], tuple[Piece, ...], float]:
     if parts.contention_s:
         rows.append(("compute slowed", parts.contention_s * times, "k1", "by collectives that run beside it"))
     rows += [(f"exposed {group}", s * times, colors[group], "") for group, s in parts.exposed_s.items()]
-    rows.append(("optimizer", parts.optimizer_s, "rest", "once per step"))
+    rows.append(("optimizer", parts.optimizer_s, "rest", "once per step" if times > 1 else ""))
     concealed = [(f"hidden {group}", s * times, colors[group], "") for group, s in parts.hidden_s.items()]
     scale_s = max(sum(row[1] for row in rows), sum(row[1] for row in concealed))
     return stacked(rows, scale_s), stacked(concealed, scale_s), scale_s

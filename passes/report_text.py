@@ -26,6 +26,18 @@ RECOMPUTED = {
     "full": "all of a layer but its collectives, from the layer's input (recompute 'full')",
 }
 """A plan's `recompute` in words."""
+MEMORY_KINDS = {
+    "parameters": "as they are stored between steps",
+    "optimizer": "the optimizer's states",
+    "gathered": "parameters whole for compute",
+    "gradients": "of the parameters",
+    "activations": "kept from forward for backward",
+    "working": "temporary results",
+    "communication": "what collectives read and write",
+    "inputs": "what the step is given",
+    "buffers": "the model's own",
+}
+"""What a kind of memory is, in words."""
 _LEDGER_LINES = 24
 _TOP_TENSORS = 8
 
@@ -73,12 +85,13 @@ def cut(text: str, width: int) -> str:
     return f"{text[:left]}~{text[len(text) - (width - 1 - left) :]}"
 
 
-def _percent(share: float) -> str:
+def percent_text(share: float) -> str:
+    """`12%`; `<1%` for what would read 0%."""
     return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def _part(share: float) -> str:
-    return "all parameters" if share > 0.995 else f"{_percent(share)} of the parameters"
+    return "all parameters" if share > 0.995 else f"{percent_text(share)} of the parameters"
 
 
 def _title(text: str, width: int) -> str:
@@ -116,21 +129,43 @@ def _wrap(text: str, width: int, indent: str) -> list[str]:
 # -- sections ----------------------------------------------------------------------------------------------------------
 
 
-def _head(plan: Plan, width: int) -> list[str]:
+def title_text(plan: Plan) -> str:
+    """`Plan 'ddp', chosen by 'auto', on dp=2 x tp=2`."""
     mesh = " x ".join(f"{name}={size}" for name, size in plan.axes) or "one device"
-    ranks = 1
-    for _, size in plan.axes:
-        ranks *= size
+    asked = plan.options.get("strategy", plan.strategy)
+    chosen = f", chosen by {asked!r}," if asked != plan.strategy else ""
+    return f"Plan {plan.strategy!r}{chosen} on {mesh}"
+
+
+def bound_text(plan: Plan) -> str:
+    """What the solver proved, and what it did not; "" where it was not asked."""
+    bound = plan.bound
+    if not bound.seconds:
+        return ""
+    each = " of a micro-batch" if plan.accumulate > 1 else ""
+    lowest = "is the lowest there is" if bound.gap < 1e-9 else f"is within {bound.gap:.2%} of the lowest there is"
+    return (
+        f"Proved: the sum of all costs{each}, {seconds_text(bound.seconds)} with no overlap counted, {lowest} under "
+        f"{plan.strategy!r}. Not proved: that no layout is faster with overlap"
+        + (f"; {bound.note}." if bound.note else ".")
+    )
+
+
+def _head(plan: Plan, width: int) -> list[str]:
+    machine, *axes = plan.machine or ("",)
+    where = f" ({machine})" if machine else ""
     batch = f", batch over {', '.join(plan.batch_axes)}" if plan.batch_axes else ""
     budget = f" of {gib(plan.memory_budget_bytes)}" if plan.memory_budget_bytes is not None else ""
     fits = "" if plan.fits else "  DOES NOT FIT"
     step = f"{seconds_text(plan.step_time_s)} per step"
     if plan.accumulate > 1:
         step += f" of {plan.accumulate} micro-batches"
+    first, *more = _wrap(f"{title_text(plan)}{where}{batch}", width - 2, "")
     return [
-        f"Plan {plan.strategy!r} on {mesh} ({ranks} x {plan.hardware}){batch}",
+        first,
+        *(f"  {line}" for line in more),
         f"  {step}, {gib(plan.peak_memory_bytes)}{budget} per rank{fits}",
-        *(line for text in plan.machine for line in _wrap(text, width, "  ")),
+        *(line for text in axes for line in _wrap(text, width, "  ")),
     ]
 
 
@@ -138,7 +173,7 @@ def _decided(plan: Plan, width: int) -> list[str]:
     lines = [_title("What was decided", width)]
     for name, size in plan.axes:
         label = f"  {name} ({size}) "
-        first, *rest = _wrap(_role_text(plan.roles[name]), width - len(label), "") or [""]
+        first, *rest = _wrap(role_text(plan.roles[name]), width - len(label), "") or [""]
         lines += [f"{label}{first}", *(" " * len(label) + line for line in rest)]
     rows = []
     for placed in plan.parameters.values():
@@ -149,15 +184,17 @@ def _decided(plan: Plan, width: int) -> list[str]:
     lines.append("")
     headers = ["parameter", "dims", "at rest -> compute", "per rank"]
     needed = sum(max(len(row[c]) for row in [headers, *rows]) for c in range(4)) + 2 * 4
-    rows = rows if needed <= width else _by_layer(rows)
+    if needed > width:
+        others = sum(max(len(row[c]) for row in [headers, *rows]) for c in range(1, 4))
+        rows = _by_layer(rows, width - 2 * 4 - others)
     lines += text_table(rows, headers, width, shrink=0, right=[3])
     for other, name in plan.aliases.items():
         lines.append(f"  {other} is tied to {name}")
     return lines
 
 
-def _by_layer(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The rows with what repeated layers share of their names on a line of its own, for a narrow terminal."""
+def _by_layer(rows: Sequence[Sequence[str]], room: int) -> list[list[str]]:
+    """The rows with what repeated layers share of their names on a line of its own, as are names longer than `room`."""
     found: list[list[str]] = []
     last = ""
     for name, *cells in rows:
@@ -166,11 +203,16 @@ def _by_layer(rows: Sequence[Sequence[str]]) -> list[list[str]]:
         if layers and layers != last:
             found.append([layers, "", "", ""])
         last = layers
+        while len(rest) > room and "." in rest[1:room]:
+            cut_at = rest.rindex(".", 1, room)
+            found.append([rest[:cut_at], "", "", ""])
+            rest = rest[cut_at:]
         found.append([rest, *cells])
     return found
 
 
-def _role_text(role: AxisRole) -> str:
+def role_text(role: AxisRole) -> str:
+    """What an axis does, in a sentence."""
     products, others = _shares_text(role.products), _shares_text(role.others)
     parts = []
     if products == others:
@@ -195,29 +237,28 @@ def _shares_text(shares: Mapping[str, float]) -> str:
         return "whole on every rank" if not word else f"on {word}" if word == "partial sums" else f"split along {word}"
     texts = []
     for word, share in named:
-        texts.append(f"{word or 'whole on every rank'} {_percent(share)}")
+        texts.append(f"{word or 'whole on every rank'} {percent_text(share)}")
     return "split along " + ", ".join(texts) if texts else "nothing"
 
 
 def _time(plan: Plan, width: int) -> list[str]:
-    parts = plan.breakdown
-    each = "micro-batch" if plan.accumulate > 1 else "step"
+    parts, times = plan.breakdown, plan.accumulate
     rows = []
-    micro_s = (plan.step_time_s - parts.optimizer_s) / plan.accumulate
-    kinds = ", ".join(f"{kind} {seconds_text(s)}" for kind, s in parts.compute_by_kind.items() if s)
+    kinds = ", ".join(f"{kind} {seconds_text(s * times)}" for kind, s in parts.compute_by_kind.items() if s)
 
     def row(name: str, seconds: float, note: str = "") -> None:
-        rows.append([name, seconds_text(seconds), _percent(seconds / micro_s if micro_s else 0.0), note])
+        share = seconds / plan.step_time_s if plan.step_time_s else 0.0
+        rows.append([name, seconds_text(seconds), percent_text(share), note])
 
-    row("compute", parts.compute_s, kinds)
+    row("compute", parts.compute_s * times, kinds)
     if parts.contention_s:
-        row("compute slowed", parts.contention_s, "by collectives that run beside it")
+        row("compute slowed", parts.contention_s * times, "by collectives that run beside it")
     for group in parts.exposed_s:
-        exposed, hidden = parts.exposed_s[group], parts.hidden_s[group]
+        exposed, hidden = parts.exposed_s[group] * times, parts.hidden_s[group] * times
         row(f"exposed {group}", exposed, f"and {seconds_text(hidden)} hidden behind compute")
-    row("optimizer", parts.optimizer_s, "once per step" if plan.accumulate > 1 else "")
+    row("optimizer", parts.optimizer_s, "once per step" if times > 1 else "")
     return [
-        _title(f"Time per {each}", width),
+        _title("Time per step" + (f" of {times} micro-batches" if times > 1 else ""), width),
         *text_table(rows, ["", "time", "share", ""], width, shrink=3, right=[1, 2]),
     ]
 
@@ -229,15 +270,15 @@ def _memory(plan: Plan, width: int) -> list[str]:
     if budget is not None:
         title += f" of {gib(budget)}"
     rows = [
-        [kind, gib(size), _percent(size / (plan.peak_memory_bytes or 1))]
+        [kind, gib(size), percent_text(size / (plan.peak_memory_bytes or 1)), MEMORY_KINDS.get(kind, "")]
         for kind, size in parts.memory_bytes.items()
         if size >= 0.001 * plan.peak_memory_bytes
     ]
-    lines = [_title(title, width), *_wrap(f"at {parts.peak_moment}", width, "  ")]
+    lines = [_title(title, width), *_wrap(f"the peak is at {parts.peak_moment}", width, "  ")]
     lines += _wrap(f"backward computes again: {RECOMPUTED[plan.recompute]}", width, "  ")
     if not plan.reshard:
         lines += _wrap("gathered parameters stay from forward to backward (reshard_after_forward=False)", width, "  ")
-    lines += text_table(rows, ["kind", "bytes", "share"], width, shrink=0, right=[1, 2])
+    lines += text_table(rows, ["kind", "bytes", "share", ""], width, shrink=0, right=[1, 2])
     rows = [
         [top.name, f"x{top.count}" if top.count > 1 else "", top.kind, gib(top.bytes)]
         for top in parts.top_tensors[:_TOP_TENSORS]
@@ -293,9 +334,7 @@ def _ledger(plan: Plan, width: int) -> list[str]:
     if state:
         groups: dict[tuple[str, str, str, str], list[Collective]] = defaultdict(list)
         for each in state:
-            where = _layer(each.value if each.role == "parameter" else each.module)
-            what = "weights" if each.role == "parameter" else "gradients"
-            groups[each.kind, each.group, each.phase, f"{what} {where}".removesuffix(".weight")].append(each)
+            groups[each.kind, each.group, each.phase, _state_text(each)].append(each)
         rows = [_row(kind, group, phase, what, alike) for (kind, group, phase, what), alike in groups.items()]
         lines += ["  State:", *text_table(rows, headers, width, shrink=3, right=right)]
     if rest:
@@ -326,6 +365,15 @@ def _row(kind: str, group: str, phase: str, what: str, alike: Sequence[Collectiv
     ]
 
 
+def _state_text(each: Collective) -> str:
+    """Whose weights are gathered or gradients reduced: the repeated layer, else the first and how many more."""
+    first, *others = each.value.removeprefix("gradient of ").split(", ")
+    what = "weights" if each.role == "parameter" else "gradients"
+    layer = _layer(first)
+    more = f" and {len(others)} more" if others and layer == first else ""
+    return f"{what} {layer.removesuffix('.weight')}{more}"
+
+
 def _layer(name: str) -> str:
     """The repeated layer a name is in, or the name itself."""
     found = re.match(r".*?\.\*", name)
@@ -333,13 +381,7 @@ def _layer(name: str) -> str:
 
 
 def _open_ends(plan: Plan, width: int) -> list[str]:
-    bound = plan.bound
-    lines = [_title("What was replicated, padded or not proved", width)]
-    if bound.seconds:
-        proved = "the optimum" if bound.gap < 1e-9 else f"within {bound.gap:.2%} of the optimum"
-        note = f" ({bound.note})" if bound.note else ""
-        text = f"By the solver's summed costs this is {proved}: {seconds_text(bound.seconds)}{note}."
-        lines += _wrap(text, width, "  ")
+    lines = [_title("What was replicated, padded or not proved", width), *_wrap(bound_text(plan), width, "  ")]
     for note in plan.notes:
         first, *more = _wrap(note, width - 4, "") or [""]
         lines += [f"  - {first}", *(f"    {line}" for line in more)]

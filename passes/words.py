@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -273,17 +274,18 @@ def _is_weight(space: Space, site: int) -> bool:
 
 
 def fold_names(names: Sequence[str]) -> str:
-    """`layers.0-31.w` for `layers.0.w` ... `layers.31.w`; names that differ in more than one index are listed."""
+    """`layers.0-31.w` for `layers.0.w` ... `layers.31.w`; names that are no such ranges are listed."""
     if len(names) == 1:
         return names[0]
-    split = [re.split(r"(?<![^.])(\d+)(?![^.])", name) for name in names]
-    varying = [i for i in range(1, len(split[0]), 2) if len({tuple(s)[i] if i < len(s) else "" for s in split}) > 1]
-    alike = len({(len(s), tuple(p for i, p in enumerate(s) if i not in varying)) for s in split}) == 1
-    if not alike or len(varying) != 1:
+    split = [tuple(re.split(r"(?<![^.])(\d+)(?![^.])", name)) for name in names]
+    if len({(len(parts), parts[::2]) for parts in split}) > 1:
         return ", ".join(names)
-    numbers = sorted(int(s[varying[0]]) for s in split)
     first = list(split[0])
-    first[varying[0]] = ranges(numbers)
+    numbers = {i: sorted({int(parts[i]) for parts in split}) for i in range(1, len(first), 2)}
+    if math.prod(map(len, numbers.values())) != len(set(names)):
+        return ", ".join(names)
+    for i, found in numbers.items():
+        first[i] = ranges(found)
     return "".join(first)
 
 
@@ -291,11 +293,10 @@ def unfold_names(text: str) -> list[str]:
     """The names that `fold_names` folded."""
     if ", " in text:
         return text.split(", ")
-    parts = text.split(".")
-    for place, part in enumerate(parts):
-        if _RANGES.fullmatch(part) and not part.isdigit():
-            return [".".join([*parts[:place], str(number), *parts[place + 1 :]]) for number in _numbers(part)]
-    return [text]
+    parts = [
+        [str(number) for number in _numbers(part)] if _RANGES.fullmatch(part) else [part] for part in text.split(".")
+    ]
+    return [".".join(chosen) for chosen in itertools.product(*parts)]
 
 
 def ranges(numbers: Sequence[int]) -> str:

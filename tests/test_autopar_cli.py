@@ -18,6 +18,7 @@ from ranks import forked
 from schemas import conforms
 
 from autopar.cli import main
+from autopar.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 MODELS = """
@@ -60,6 +61,27 @@ def fails():
 
 def no_inputs():
     return Tiny()
+
+
+def nothing():
+    pass
+
+
+def leaves():
+    raise SystemExit(0)
+
+
+def wants(size):
+    return build()
+
+
+def too_long():
+    return build()[0], {"ids": torch.zeros(4, 16, dtype=torch.long), "labels": torch.zeros(4, 8, dtype=torch.long)}
+
+
+def talks():
+    print("made by hand")
+    return build()
 
 
 def branches():
@@ -137,6 +159,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Here:
     planned = autopar(*on, "-o", plan, "--html", folder / "report.html", "--trace", folder / "step.json")
     as_json = autopar(*on, "--strategy", "fsdp", "--json", "-o", other)
     edit(plan, folder / "edited.json", "up.weight", at_rest="RS(0)", in_compute="RS(0)")
+    (folder / "bytes.json").write_bytes(b"\xd8\x00\xff")
+    (folder / "heads").mkdir()
+    (folder / "heads" / "config.json").write_text('{"model_type": "llama", "hidden_size": 30}', encoding="utf-8")
     edit(plan, folder / "edited-badly.json", "up.bias", at_rest="RR", in_compute="RS(1)")
     return Here(folder, model, plan, other, planned, as_json)
 
@@ -157,7 +182,7 @@ def edit(plan: Path, to: Path, parameter: str, **changed: object) -> None:
 def test_plan_prints_the_report_and_writes_the_plan(here: Here) -> None:
     ran = here.planned
     assert ran.code == 0, ran.err
-    assert "on dp=2 x tp=2 (4 x h100)" in ran.out
+    assert "on dp=2 x tp=2 (4 x h100, 4 ranks per node)" in ran.out
     for section in ("What was decided", "Time per step", "Memory per rank", "made by hand", "Collectives"):
         assert section in ran.out
     assert json.loads(here.plan.read_text())["axes"] == [["dp", 2], ["tp", 2]]
@@ -384,10 +409,15 @@ def test_calibrate_writes_what_hardware_takes(here: Here) -> None:
     assert main(["plan", here.model, "--mesh", "dp=2", "--hardware", str(file)]) == 0
 
 
-@pytest.mark.parametrize("command", ["", "inspect", "plan", "explain", "diff", "check", "verify", "calibrate"])
-def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["", *(module.__name__.rpartition(".")[2] for module in COMMANDS)])
+def test_help_fits_the_terminal_and_has_an_example(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert main([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
+    text, _, _ = out.partition("\nexample:")
+    assert max(map(len, text.splitlines())) <= 80
     assert "example" in out
     assert f"autopar {command}" in out
     assert "%(" not in out
@@ -448,6 +478,9 @@ MISTAKES = [
     ("plan MODEL --mesh dp=2,tp", "write name=ranks, as in dp=4,tp=2"),
     ("plan MODEL --mesh dp=2,dp=2", "stands twice"),
     ("plan MODEL --mesh dp=0", "is no axis"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --batch-axes ep", "ep"),
+    ("plan MODEL --mesh dp=2 --batch-axes 2", "names no axes; write dp or dp,ep"),
+    ("plan MODEL --mesh dp=2 --recompute some", "choose from"),
     ("plan MODEL --mesh a=1,b=1,c=1,d=1,e=1,f=1", "6 axes"),
     ("plan MODEL --mesh dp=2 --hardware h9", "unknown hardware 'h9'; known are a100-40gb"),
     ("plan MODEL --mesh dp=2 --strategy zero", "choose from"),
@@ -465,6 +498,20 @@ MISTAKES = [
     ("plan HERE/models.py:fails --mesh dp=2", "AttributeError: 'Tiny' object has no attribute 'nothing'"),
     ("plan HERE/models.py:no_inputs --mesh dp=2", "its forward takes ids, labels"),
     ("plan HERE/models.py:branches --mesh dp=2 --hardware h100", "models.py:"),
+    ("plan HERE/models.py:nothing --mesh dp=2", "returned None; return a torch.nn.Module"),
+    ("plan HERE/models.py:leaves --mesh dp=2", "SystemExit: 0"),
+    ("plan HERE/models.py:wants --mesh dp=2", "models.py: TypeError: wants() missing 1 required"),
+    ("plan HERE/models.py:too_long --mesh dp=2 --hardware h100", "the model's forward raised"),
+    ("plan MODEL --mesh dp=2 --batch 8", "models.py:build returns its inputs; set them there"),
+    ("search MODEL --gpus 2 --global-batch 8 --seq 8", "models.py:build returns its inputs; set them there"),
+    ("plan MODEL --mesh dp=2 --layers 2", "models.py:build makes its own layers"),
+    ("plan LLAMA3-8B --mesh dp=2", "did you mean llama3-8b"),
+    ("plan HERE/none/config.json --mesh dp=2", "none/config.json: no such file"),
+    ("plan HERE/heads --mesh dp=2", "not a multiple of the number of attention heads"),
+    ("plan MODEL --mesh dp=2 --memory-budget .", "is no size"),
+    ("plan MODEL --mesh dp=2 --param-dtype int8", "is none of bfloat16"),
+    ("plan MODEL --from HERE/bytes.json", "bytes.json: not a text"),
+    ("verify MODEL --mesh dp=2 --tolerance -1", "is no relative error"),
     ("plan HERE --mesh dp=2", "without a config.json"),
     ("plan HERE/plan.json --mesh dp=2", "no 'model_type'"),
     ("plan gpt3-175b --mesh dp=2 --seq 4096", "the model has 2048 positions"),
@@ -503,6 +550,21 @@ def test_a_mistake_is_one_line_on_standard_error(
     assert len(lines) == 1, err
     assert lines[0].startswith("autopar")
     assert told in lines[0]
+
+
+def test_what_a_users_function_prints_is_no_part_of_the_output(here: Here) -> None:
+    ran = autopar("inspect", f"{here.folder}/models.py:talks", "--mesh", "dp=2", "--json")
+    assert ran.code == 0
+    assert ran.json["parameters"] > 0
+    assert "made by hand" in ran.err
+
+
+def test_a_class_that_transformers_lacks_is_told(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 64}
+    file = here.folder / "own.json"
+    file.write_text(json.dumps({"model_type": "llama", "architectures": ["MyLlama"], **sizes}), encoding="utf-8")
+    assert main(["inspect", str(file), "--mesh", "dp=2", "--seq", "16"]) == 0
+    assert "transformers has no MyLlama" in capsys.readouterr().out
 
 
 def test_a_mistake_in_a_process_is_no_traceback(here: Here) -> None:

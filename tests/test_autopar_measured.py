@@ -72,6 +72,16 @@ def test_a_gpus_kernels_count_by_name(tmp_path: Path) -> None:
     assert {k: round(1e6 * s, 3) for k, s in found.seconds.items() if s} == wanted
 
 
+def test_a_trace_without_marks_is_told_as_one_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = autopar.plan(nn.Linear(16, 16), {"dp": 2}, (torch.randn(4, 16),), hardware="h100")
+    plan.save(tmp_path / "plan.json")
+    trace = write(tmp_path / "trace.json", [each for each in CPU if "Step#" not in each[0]])
+    assert main(["diff", "--measured", str(trace), str(tmp_path / "plan.json")]) == 0
+    assert "The trace marks no steps" in capsys.readouterr().out
+    assert main(["diff", "--measured", str(write(trace, CPU)), str(tmp_path / "plan.json")]) == 0
+    assert "marks no steps" not in capsys.readouterr().out
+
+
 def test_hardware_is_corrected_by_what_was_measured() -> None:
     h100 = hardware("h100")
     rows = [Beside("step", 1, 9), Beside("matmul", 1, 2), Beside("other", 2, 1), Beside("all_gather", 1, 4)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from functools import lru_cache
 
@@ -56,7 +57,9 @@ def test_the_decision_comes_first_and_doubts_last() -> None:
     ]
     places = [text.index(title) for title in titles]
     assert places == sorted(places)
-    assert text.startswith("Plan 'megatron' on dp=2 x tp=2 (4 x h100), batch over dp\n")
+    assert text.startswith("Plan 'megatron' on dp=2 x tp=2 (4 x h100, 4 ranks per node), batch over dp\n")
+    chosen = terminal_report(replace(made(), options={"strategy": "auto"}), 140)
+    assert chosen.startswith("Plan 'megatron', chosen by 'auto', on dp=2 x tp=2 (4 x h100")
 
 
 def test_parameters_are_folded_over_layers_with_their_dims() -> None:
@@ -107,15 +110,34 @@ def test_a_plan_that_does_not_fit_says_so() -> None:
 def test_notes_and_the_bound_are_shown() -> None:
     text = terminal_report(replace(made(), notes=("no rule for odd: it runs whole on every rank",)), 100)
     assert "  - no rule for odd: it runs whole on every rank" in text
-    assert "this is the optimum: 1.00 s (of summed costs)" in text
-    gap = replace(made(), bound=Bound(1.0, 0.98))
-    assert "within 2.00% of the optimum" in terminal_report(gap, 100)
+    words = " ".join(text.split())
+    assert "the sum of all costs, 1.00 s with no overlap counted, is the lowest there is under 'megatron'" in words
+    assert "Not proved: that no layout is faster with overlap; of summed costs." in words
+    gap = " ".join(terminal_report(replace(made(), bound=Bound(1.0, 0.98)), 100).split())
+    assert "is within 2.00% of the lowest there is" in gap
 
 
 def test_micro_batches_are_named() -> None:
     text = terminal_report(made("fsdp", accumulate=4), 100)
     assert "per step of 4 micro-batches" in text
-    assert "-- Time per micro-batch" in text
+    assert "-- Time per step of 4 micro-batches" in text
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_shares_of_the_steps_time_add_up(accumulate: int) -> None:
+    lines = section(terminal_report(made("fsdp", accumulate=accumulate), 140), "Time per step").splitlines()[3:]
+    shares = [re.search(r" (<?\d+)%", line) for line in lines]
+    assert len(shares) >= 3
+    assert sum(float(found[1].lstrip("<")) for found in shares if found) == pytest.approx(100, abs=3)
+
+
+def test_names_are_never_cut_in_the_parameters() -> None:
+    plan = made()
+    long = "encoder.block.0.layer.0.SelfAttention.with_a_very_long_name.relative_attention_bias"
+    (key, placed), *_ = plan.parameters.items()
+    text = terminal_report(replace(plan, parameters={key: replace(placed, names=long)}), 80)
+    rows = [row.split("  ")[1] for row in section(text, "What was decided").splitlines() if row.startswith("  ")]
+    assert long in "".join(rows)
 
 
 def test_tied_parameters_are_named() -> None:

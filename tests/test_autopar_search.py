@@ -74,6 +74,18 @@ def test_a_ranking_is_sorted_and_says_what_plans_cannot_do(found: SearchResult) 
     assert "priced only" in str(found)
 
 
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_ranking_fits_the_terminal_and_explains_its_columns(
+    found: SearchResult, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = found.text().splitlines()
+    assert max(map(len, lines)) <= width
+    assert any(line.startswith("batch: samples per micro-batch") for line in lines)
+    assert any(line.startswith("pp: pipeline stages") for line in lines)
+    assert not any(line.startswith("cp: ") for line in lines)
+
+
 def test_what_does_not_fit_says_by_how_much() -> None:
     options = autopar.Options(recompute="full", memory_budget=64 << 20)
     result = autopar.search(small(), 2, "h100", 2, sequence=512, options=options, top=1)

@@ -53,6 +53,14 @@ def test_torchs_own_switches_show_stages_and_artefacts(tmp_path: Path) -> None:
     assert {"name": "autopar_plan", "encoding": "json"} in [head["artifact"] for head in heads]
 
 
+def test_a_stage_of_many_parts_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with Stages() as tell:
+        for stage in ("pricing", "playing: 1 x 4 x 1", "playing: 2 x 2 x 1", "drawing", "playing: 4 x 1 x 1"):
+            tell(stage)
+    told = [line.partition("s] ")[2] for line in capfd.readouterr().err.splitlines()]
+    assert told == ["pricing", "playing: 1 x 4 x 1", "drawing"]
+
+
 def test_a_quiet_call_logs_and_prints_nothing(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,6 +109,20 @@ def mlp_on(mesh: dict[str, int], dropout: float = 0.0) -> tuple[nn.Module, dict[
     return model, mesh, inputs
 
 
+def test_gradients_that_are_all_zero_prove_nothing() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(x).relu().mul(0).mean()
+
+    found = verify(Flat(), {"dp": 2}, (torch.randn(4, 16),), hardware="h100")
+    assert any("every gradient of the reference is zero" in note for note in found.notes)
+    assert not any("every gradient" in note for note in check("llama").notes)
+
+
 def test_dropout_is_held_against_the_captured_graph_and_eval_mode_against_eager() -> None:
     found = verify(*mlp_on(MESH, dropout=0.5), strategy="megatron", hardware="h100", options=Options(seed=3))
     assert found.ok, str(found)

@@ -123,7 +123,8 @@ def test_the_script_example_trains_on_two_ranks() -> None:
 
 # -- pages that a reader follows ---------------------------------------------------------------------------------------
 
-PAGES = ("getting-started.md", "strategies.md", "reading-a-report.md", "adding-a-rule.md")
+PAGES = sorted({document for document, _ in blocks("bash")} - {"README.md"})
+"""All that have commands; the README's are those of a whole cluster and of `make`, and are checked by name above."""
 
 
 def steps(page: str) -> list[tuple[str, int]]:

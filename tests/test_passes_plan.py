@@ -240,3 +240,6 @@ def test_folded_names_unfold(indices: set[int], shape: str) -> None:
 def test_names_are_folded_over_runs() -> None:
     assert fold_names(["l.0.w", "l.1.w", "l.2.w", "l.5.w"]) == "l.0-2,5.w"
     assert fold_names(["l.0.a.1.w", "l.1.a.2.w"]) == "l.0.a.1.w, l.1.a.2.w"
+    both = [f"l.{i}.a.{j}.w" for i in range(3) for j in range(2)]
+    assert fold_names(both) == "l.0-2.a.0-1.w"
+    assert unfold_names("l.0-2.a.0-1.w") == both

@@ -116,6 +116,20 @@ def test_every_link_and_id_meets_once() -> None:
     assert set(links) <= ids.keys()
 
 
+def test_no_word_of_a_drawing_is_cut_off() -> None:
+    page = plan_html(with_timeline())
+    drawings = re.findall(r'<svg[^>]*class="plot".*?</svg>', page, re.DOTALL)
+    assert len(drawings) >= 2
+    for drawing in drawings:
+        box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing)
+        assert box is not None
+        places = re.findall(r'<text style="[^"]*font-size: ([\d.]+)px" x="([\d.-]+)" y="([\d.-]+)"', drawing)
+        assert places
+        for size, x, y in (map(float, place) for place in places):
+            assert 0 <= x <= float(box[1])
+            assert 0.7 * size <= y <= float(box[2])
+
+
 def test_names_are_escaped() -> None:
     plan = made()[0]
     placed = next(iter(plan.parameters.values()))

@@ -19,8 +19,10 @@ from passes.precision import dtype_named
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_DTYPES = ("bfloat16", "float16", "float32")
 _UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def mesh(text: str) -> dict[str, int]:
@@ -36,10 +38,18 @@ def mesh(text: str) -> dict[str, int]:
     return found
 
 
+def axes_named(text: str) -> tuple[str, ...]:
+    """`dp,ep` as names of axes."""
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(name.isidentifier() for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r} names no axes; write dp or dp,ep")
+    return names
+
+
 def size(text: str) -> int:
     """`80GiB`, `40GB`, `500000` in bytes."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
-    if not match or match[1].count(".") > 1 or match[2].lower() not in _UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].lower() not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or 80GiB, 40GB, 512MiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
@@ -83,10 +93,22 @@ def pin(text: str) -> tuple[str, str]:
 
 
 def dtype(text: str) -> torch.dtype:
-    """`bfloat16`."""
-    if text not in _DTYPES:
+    """`bfloat16`, or `bf16` for short."""
+    name = _SHORT.get(text, text)
+    if name not in _DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(_DTYPES)}")
-    return dtype_named(text)
+    return dtype_named(name)
+
+
+def tolerance(text: str) -> float:
+    """A relative error: `1e-5`."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no relative error; write 1e-5")
+    return found
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -109,19 +131,43 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
-def add_planning(parser: argparse.ArgumentParser) -> None:
-    """What decides a plan."""
+def add_hardware(parser: argparse.ArgumentParser) -> None:
+    """--hardware."""
     parser.add_argument(
         "--hardware",
         metavar="NAME",
         help=f"{', '.join(hardware_names())}, or a file that calibrate wrote (default: this machine)",
     )
-    parser.add_argument("--strategy", choices=STRATEGIES, default="auto", help="default: auto")
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """What there is, and what the optimizer takes of it."""
     parser.add_argument("--memory-budget", type=size, metavar="SIZE", help="per device: 80GiB (what the device has)")
-    parser.add_argument("--accumulate", type=count, metavar="N", help="micro-batches per step (1)")
     parser.add_argument(
         "--optimizer", choices=(*OPTIMIZERS, "none"), metavar="NAME",
         help=f"whose states to budget for: {', '.join(OPTIMIZERS)}, none (adamw)",
+    )  # fmt: skip
+
+
+def add_recompute(parser: argparse.ArgumentParser) -> None:
+    """--recompute."""
+    parser.add_argument(
+        "--recompute", choices=("auto", "none", "selective", "full"),
+        help="what backward computes again: the least that fits (auto, the default), nothing, the attention core, or "
+        "all of a layer",
+    )  # fmt: skip
+
+
+def add_planning(parser: argparse.ArgumentParser) -> None:
+    """What decides a plan."""
+    add_hardware(parser)
+    parser.add_argument("--strategy", choices=STRATEGIES, help="default: auto")
+    add_memory(parser)
+    parser.add_argument("--accumulate", type=count, metavar="N", help="micro-batches per step (1)")
+    add_recompute(parser)
+    parser.add_argument(
+        "--batch-axes", type=axes_named, metavar="AXES",
+        help="axes that split the batch, as in dp,ep (dp, dp_replicate, dp_shard, fsdp, data and batch do)",
     )  # fmt: skip
     parser.add_argument(
         "--param-dtype", type=dtype, metavar="DTYPE",
@@ -142,6 +188,8 @@ def options_of(given: argparse.Namespace, kept: Options | None = None) -> Option
         "memory_budget": given.memory_budget,
         "accumulate": given.accumulate,
         "optimizer": given.optimizer,
+        "recompute": given.recompute,
+        "batch_axes": given.batch_axes,
         "mp_policy": _policy(given),
     }
     kept = kept or Options()
@@ -159,7 +207,7 @@ def named_model(given: argparse.Namespace, *, on_cpu: bool = False, options: Opt
     """The model that the arguments of `add_model` mean, stored as `options` (default: those of `given`) has it."""
     if options is None:
         options = options_of(given) if hasattr(given, "param_dtype") else Options()
-    wanted = Wanted(given.batch or 1, given.seq, given.layers, dtype=stored_dtype(options), on_cpu=on_cpu)
+    wanted = Wanted(given.batch, given.seq, given.layers, dtype=stored_dtype(options), on_cpu=on_cpu)
     return load_model(given.model, wanted)
 
 

@@ -22,7 +22,7 @@ from statistics import median
 from autopar import planning
 from autopar.cli.arguments import add_json, count, output
 from autopar.cli.comparing import print_measured
-from autopar.cli.terminal import clean_output, painted, progress, table
+from autopar.cli.terminal import clean_output, painted, progress, table, wrapped
 from autopar.measured import beside, corrected, measured
 from costmodel.calibrate import save_calibration
 from costmodel.hardware import Hardware, hardware, save_hardware
@@ -90,6 +90,9 @@ def _from_trace(given: argparse.Namespace) -> int:
     return 0
 
 
+_POOR = 0.5
+
+
 def _print(found: Hardware, off: dict[str, float]) -> None:
     device = found.device
     rows = [
@@ -115,3 +118,5 @@ def _print(found: Hardware, off: dict[str, float]) -> None:
             [[kind, f"{error:.0%}"] for kind, error in off.items()], ["the model against it", "median error"], right=[1]
         )
     )
+    if poor := [kind for kind, error in off.items() if error > _POOR]:
+        print(wrapped(f"\nThe figures explain {', '.join(poor)} badly: measure again where nothing else runs."))

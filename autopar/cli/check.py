@@ -50,7 +50,7 @@ def run(given: argparse.Namespace) -> int:
             kept.axes,
             batch_axes=[[name for name, _ in kept.axes].index(name) for name in kept.batch_axes],
             hardware=planning.topology_of(kept).hardware,
-            strategy=given.strategy or kept.strategy,
+            strategy=given.strategy or planning.asked_of(kept),
             options=options,
             example=kept.example,
             progress=tell,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autopar.cli.terminal import painted, table
+from autopar.cli.terminal import painted, table, wrapped
 from autopar.measured import Beside, Measured
 from costmodel.memory import gib
 from passes.plan import Plan
@@ -189,13 +189,21 @@ def print_measured(rows: Sequence[Beside], step: Measured) -> None:
     plural = "s" if step.steps != 1 else ""
     print(painted(f"A step as predicted, and as measured over {step.steps} step{plural}", "bold"))
     cells = [
-        [row.kind, seconds_text(row.predicted_s), seconds_text(row.measured_s),
-         f"{row.ratio:.2f}x" if math.isfinite(row.ratio) else "not predicted"]
+        [row.kind, seconds_text(row.predicted_s), seconds_text(row.measured_s), _ratio(row)]
         for row in rows
         if row.predicted_s or row.measured_s
-    ]  # fmt: skip
+    ]
     print(table(cells, ["", "predicted", "measured", "ratio"], right=[1, 2, 3]))
-    print("\n`autopar calibrate --from-trace TRACE --plan PLAN -o FILE` corrects the hardware by it.")
+    if not step.marked:
+        print(wrapped("The trace marks no steps, so all of it counts as one: record it with a schedule and step()."))
+
+
+def _ratio(row: Beside) -> str:
+    if not row.measured_s:
+        return "not measured"
+    if not math.isfinite(row.ratio):
+        return "not predicted"
+    return f"{row.ratio:,.0f}x" if row.ratio >= 100 else f"{row.ratio:.2f}x"
 
 
 def _percent(change: float) -> str:

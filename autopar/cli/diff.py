@@ -43,6 +43,7 @@ def run(given: argparse.Namespace) -> int:
             print(json.dumps(measured_json(rows, step), indent=2))
         else:
             print_measured(rows, step)
+            print("\n`autopar calibrate --from-trace TRACE --plan PLAN -o FILE` corrects the hardware by it.")
         return 0
     found = compare_plans(plan, Plan.load(given.after))
     if given.json:

@@ -1,9 +1,9 @@
 """Print why a plan has what it has: placements, the decisions around them, the collectives they cost.
 
-PATTERN is a parameter's name, a pattern (`*.q_proj.weight`), a part of a name, an op's place, or a source line
-(`modeling_llama.py:243`). With --model, everything is solved again with the choice ruled out: for a parameter each
-layout that differs on one mesh axis, for an op the best plan that lays it out otherwise; and a sentence says what
-decided.
+PATTERN is a parameter's name, a pattern (`*.q_proj.weight`), a part of a name, an op's place, a kind of collective
+(`all_to_all`), or a source line (`modeling_llama.py:243`). With --model, everything is solved again with the choice
+ruled out: for a parameter each layout that differs on one mesh axis, for an op the best plan that lays it out
+otherwise; and a sentence says what decided.
 
 example:
   autopar explain plan.json '*.gate_proj.weight' --model llama3-8b
@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from autopar import examples, planning
-from autopar.cli.arguments import add_json, count
+from autopar.cli.arguments import add_json, count, stored_dtype
 from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, painted, progress, table, wrapped
-from autopar.deciding import Alternative, Decision, Question, ops_decided, parameter_decided
+from autopar.deciding import Alternative, Decision, Question, leading, ops_decided, parameter_decided
+from autopar.looking_up import Found, look_up
 from autopar.model_argument import Wanted, load_model
+from costmodel.layout import Shard, parse_layout
 from costmodel.memory import gib
 from passes.plan import Place, Placements, Plan, check_solved
 from passes.report_text import seconds_text
@@ -46,41 +47,32 @@ def run(given: argparse.Namespace) -> int:
     """Look up, solve and print."""
     plan = Plan.load(given.plan)
     check_solved(plan)
-    placed = {key: p for key, p in plan.parameters.items() if _matches(given.pattern, key, p.names)}
-    issued = [
-        c for c in plan.collectives if _matches(given.pattern, c.value, c.module, c.source) or _touches(c, placed)
-    ]
     decisions: dict[str, Decision] = {}
-    ops: list[Place] = []
     if given.model:
         with clean_output(), progress() as tell:
             question = _question(given, plan, tell)
-            everything = question.places()
-            ops = [p for p in everything if _is_op(p.key) and _matches(given.pattern, p.key, p.source)]
-            decisions = _decided(question, placed, _worth(ops)[: given.most], tell)
+            found = look_up(plan, given.pattern, question.places())
+            decisions = _decided(question, found.parameters, _worth(found.ops)[: given.most], tell)
     else:
-        ops = [Place(key, "", 0, True) for key in plan.decisions if _is_op(key) and _matches(given.pattern, key)]
-    if not placed and not ops and not issued:
-        names = ", ".join(plan.parameters)
-        raise ValueError(f"{given.plan}: nothing in the plan matches {given.pattern!r}; its parameters are {names}")
+        found = look_up(plan, given.pattern)
     if given.json:
-        print(json.dumps(_as_json(plan, placed, ops, issued, decisions), indent=2))
+        print(json.dumps(_as_json(plan, found, decisions), indent=2))
         return 0
-    for key, one in placed.items():
-        _print_parameter(plan, key, one, decisions.get(f"parameter {key}"))
-    _print_ops(plan, ops, decisions)
-    _print_collectives(issued)
-    left = len(_worth(ops)) - given.most
+    for key, one in found.parameters.items():
+        _print_parameter(plan, one, decisions.get(f"parameter {key}"))
+    _print_ops(plan, found.ops, decisions)
+    _print_collectives(found.collectives)
+    left = len(_worth(found.ops)) - given.most
     if given.model and left > 0:
-        print(f"\n{left} more ops match; --most {len(_worth(ops))} solves their runners-up too.")
+        print(f"\n{left} more ops match; --most {len(_worth(found.ops))} solves their runners-up too.")
     if not given.model:
-        print("\nWith --model MODEL the runners-up are solved and priced.")
+        print("\nWith --model MODEL the runners-up are solved and priced, and every source line is known.")
     return 0
 
 
 def _question(given: argparse.Namespace, plan: Plan, tell: Callable[[str], None]) -> Question:
-    named = load_model(given.model, Wanted(layers=given.layers))
     options = planning.options_of(plan)
+    named = load_model(given.model, Wanted(layers=given.layers, dtype=stored_dtype(options)))
     program = captured(named.model, examples.restored(plan.example), plan.mesh, options, tell)
     if program.fingerprint != plan.fingerprint:
         raise ValueError(
@@ -91,43 +83,47 @@ def _question(given: argparse.Namespace, plan: Plan, tell: Callable[[str], None]
 
 
 def _decided(
-    question: Question, placed: Mapping[str, Placements], ops: list[Place], tell: Callable[[str], None]
+    question: Question, placed: Mapping[str, Placements], ops: Sequence[Place], tell: Callable[[str], None]
 ) -> dict[str, Decision]:
     found = [parameter_decided(question, key, one, tell) for key, one in placed.items()]
     found += ops_decided(question, ops, tell)
     return {decision.place: decision for decision in found}
 
 
-def _is_op(key: str) -> bool:
-    return key.startswith(("forward ", "backward "))
-
-
-def _worth(ops: list[Place]) -> list[Place]:
+def _worth(ops: Sequence[Place]) -> list[Place]:
     """The ops that do something and had a choice."""
     return [op for op in ops if op.moves and op.layouts > 1]
-
-
-def _matches(pattern: str, *texts: str) -> bool:
-    return any(pattern in text or fnmatchcase(text, pattern) for text in texts)
-
-
-def _touches(collective: Collective, placed: Mapping[str, Placements]) -> bool:
-    return any(collective.value == key for key in placed)
 
 
 # -- printing ----------------------------------------------------------------------------------------------------------
 
 
-def _print_parameter(plan: Plan, key: str, one: Placements, decision: Decision | None) -> None:
+def _print_parameter(plan: Plan, one: Placements, decision: Decision | None) -> None:
     axes = ", ".join(f"{name}={size}" for name, size in plan.axes)
     print(painted(one.names, "bold"))
     print(f"  [{', '.join(one.dims)}] of shape {list(one.shape)}, {gib(one.bytes)} per rank")
     print(f"  at rest {one.at_rest}, in compute {one.in_compute} (a placement per axis: {axes})")
+    print(wrapped(_what_it_means(plan, one), indent=2))
     if one.pinned:
         print("  pinned by a person")
     if decision is not None and decision.alternatives:
         _print_alternatives(plan, one.in_compute, decision, "in compute")
     print()
+
+
+def _what_it_means(plan: Plan, one: Placements) -> str:
+    """The two layouts in words, an axis at a time."""
+    rest, compute = parse_layout(leading(one.at_rest)), parse_layout(leading(one.in_compute))
+    parts = []
+    for (axis, _), stored, read in zip(plan.axes, rest, compute, strict=True):
+        if isinstance(read, Shard):
+            parts.append(f"over {axis} it is split along {one.dims[read.dim]} in compute too")
+        elif isinstance(stored, Shard):
+            kept = "once for forward and backward" if not plan.reshard else "before each use"
+            parts.append(f"over {axis} it is stored in parts and gathered {kept}")
+        else:
+            parts.append(f"over {axis} every rank has all of it")
+    return "; ".join(parts)
 
 
 def _print_alternatives(plan: Plan, chosen: str, decision: Decision, what: str) -> None:
@@ -145,7 +141,7 @@ def _row(plan: Plan, other: Alternative) -> list[str]:
     return [other.layout, seconds_text(other.step_time_s), slower, gib(other.peak_memory_bytes), ""]
 
 
-def _print_ops(plan: Plan, ops: list[Place], decisions: Mapping[str, Decision]) -> None:
+def _print_ops(plan: Plan, ops: Sequence[Place], decisions: Mapping[str, Decision]) -> None:
     solved = [op for op in ops if op.key in decisions]
     for op in solved:
         print(painted(op.key, "bold") + (f"  ({op.source})" if op.source else ""))
@@ -155,14 +151,18 @@ def _print_ops(plan: Plan, ops: list[Place], decisions: Mapping[str, Decision]) 
         else:
             print(f"  {decision.chosen}: {decision.decided_by}")
         print()
-    if rest := [op for op in ops if op.key not in decisions and op.key in plan.decisions]:
-        print(painted("Decisions: operands -> results, a placement per mesh axis, on logical dims", "bold"))
-        print(table([[op.key, plan.decisions[op.key]] for op in rest], ["place", "layout"]) + "\n")
+    rest = [op for op in ops if op.key not in decisions and op.key in plan.decisions]
+    if shown := [op for op in rest if op.moves]:
+        print(painted("Ops: operands -> results, a placement per mesh axis, on logical dims", "bold"))
+        print(table([[op.key, plan.decisions[op.key]] for op in shown], ["place", "layout"]))
+        if views := len(rest) - len(shown):
+            print(f"and {views} view{'s' if views > 1 else ''}")
+        print()
 
 
-def _print_collectives(issued: list[Collective]) -> None:
+def _print_collectives(issued: Sequence[Collective]) -> None:
     if not issued:
-        print("No collectives.")
+        print("No collective moves it.")
         return
     print(painted("Collectives", "bold"))
     rows = [
@@ -178,10 +178,7 @@ def _print_collectives(issued: list[Collective]) -> None:
         print(wrapped(f"{c.reason}{f'  ({c.source})' if c.source else ''}", indent=4))
 
 
-def _as_json(
-    plan: Plan, placed: Mapping[str, Placements], ops: list[Place], issued: list[Collective],
-    decisions: Mapping[str, Decision],
-) -> dict[str, Any]:  # fmt: skip
+def _as_json(plan: Plan, found: Found, decisions: Mapping[str, Decision]) -> dict[str, Any]:
     def alternatives(place: str) -> list[dict[str, Any]]:
         return [
             {"layout": o.layout, "step_time_s": None if o.why_not else o.step_time_s,
@@ -202,19 +199,19 @@ def _as_json(
                 "in_compute": one.in_compute, "bytes": one.bytes, "pinned": one.pinned,
                 "alternatives": alternatives(f"parameter {key}"), "decided_by": decided_by(f"parameter {key}"),
             }
-            for key, one in placed.items()
+            for key, one in found.parameters.items()
         },
         "ops": {
             op.key: {
                 "layout": plan.decisions[op.key], "source": op.source, "alternatives": alternatives(op.key),
                 "decided_by": decided_by(op.key),
             }
-            for op in ops if op.key in plan.decisions
+            for op in found.ops if op.key in plan.decisions
         },
         "collectives": [
             {"kind": c.kind, "axes": list(c.axes), "phase": c.phase, "count": c.count, "bytes": c.bytes,
              "seconds": c.seconds, "exposed_s": c.exposed_s, "reason": c.reason, "source": c.source,
              "module": c.module, "value": c.value}
-            for c in issued
+            for c in found.collectives
         ],
     }  # fmt: skip

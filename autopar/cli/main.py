@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
 from autopar.cli import calibrate, check, diff, explain, inspect, plan, search, verify
+from autopar.cli.terminal import quiet_libraries, wrapped
 from passes.errors import AutoparError, NoFeasiblePlanError
 
 COMMANDS = (inspect, plan, search, explain, diff, check, verify, calibrate)
@@ -31,17 +31,22 @@ exit code: 0 success; 1 a plan that does not fit, or a check that fails; 2 a mis
 
 def parser() -> argparse.ArgumentParser:
     """All commands."""
-    top = _Parser("autopar", description=_ABOUT, epilog=_EPILOG, formatter_class=_Formatter)
+    top = _Parser("autopar", description=_ABOUT, epilog=_filled(_EPILOG), formatter_class=_Formatter)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
     for module in COMMANDS:
         about, _, rest = (module.__doc__ or "").partition("\n\n")
         name = module.__name__.rpartition(".")[2]
         one = commands.add_parser(
-            name, help=module.HELP, description=about, epilog=rest.strip(), formatter_class=_Formatter
+            name, help=module.HELP, description=_filled(about), epilog=_filled(rest.strip()), formatter_class=_Formatter
         )
         module.add_arguments(one)
         one.set_defaults(run=module.run)
     return top
+
+
+def _filled(text: str) -> str:
+    """Paragraphs as wide as the terminal; an example is left as it is, since its lines are to be copied."""
+    return "\n\n".join(each if each.startswith("example:") else wrapped(each) for each in text.split("\n\n"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_libraries():
         return _run(given)
 
 

@@ -2,8 +2,9 @@
 
 Needs no GPU and no weights. Exits 1 where nothing fits in memory.
 
---from solves a kept plan again: mesh, hardware, options and inputs are the plan's where nothing else is said. Lines of
-its `parameters` that a person edited, or marked "pinned": true, are kept; everything else is decided anew.
+--from solves a kept plan again: mesh, hardware, strategy, options and inputs are the plan's where nothing else is
+said. Lines of its `parameters` that a person edited, or marked "pinned": true, are kept; everything else is decided
+anew.
 
 example:
   autopar plan llama3-8b --mesh dp=8,tp=8 --hardware h100 --batch 2 --seq 4096 -o plan.json --html report.html
@@ -65,11 +66,12 @@ def run(given: argparse.Namespace) -> int:
             else examples.restored(kept.example),
             mesh,
             hardware=given.hardware or (planning.hardware_in(kept) if kept is not None else None),
-            strategy=given.strategy,
+            strategy=given.strategy or (planning.asked_of(kept) if kept is not None else "auto"),
             options=options,
             progress=tell,
             keep_timeline=bool(given.html or given.trace),
         )
+        made = replace(made, notes=(*named.notes, *made.notes))
         if given.output:
             made.save(given.output)
         if given.html:
@@ -84,8 +86,6 @@ def run(given: argparse.Namespace) -> int:
         print(made.to_json())
         return 0 if made.fits else 1
     print(terminal_report(made, terminal_width()), end="")
-    for note in named.notes:
-        print(f"  - {note}")
     if ejected is not None and ejected.notes:
         print("\n" + painted("What the script does not say", "bold"))
         for note in ejected.notes:

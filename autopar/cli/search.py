@@ -16,13 +16,12 @@ import argparse
 from torch import nn
 
 from autopar import examples
-from autopar.cli.arguments import add_json, count, output, size
+from autopar.cli.arguments import add_hardware, add_json, add_memory, add_recompute, count, output
 from autopar.cli.compiling import Progress, planned
 from autopar.cli.terminal import clean_output, progress
 from autopar.model_argument import Wanted, load_model
 from autopar.options import Options
 from autopar.search import SearchResult, search
-from costmodel.hardware import hardware_names
 from passes.inputs import global_inputs, one_sample
 
 HELP = "rank mesh shapes by predicted step time and memory"
@@ -34,13 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=count, required=True, metavar="N", help="devices in all")
     parser.add_argument("--global-batch", type=count, required=True, metavar="N", help="sequences per step, over all")
     parser.add_argument("--seq", type=count, metavar="N", help="sequence length (2048, or the model's most)")
-    parser.add_argument(
-        "--hardware", metavar="NAME",
-        help=f"{', '.join(hardware_names())}, or a file that calibrate wrote (default: this machine)",
-    )  # fmt: skip
-    parser.add_argument("--memory-budget", type=size, metavar="SIZE", help="per device: 80GiB (what the device has)")
-    parser.add_argument("--optimizer", choices=("adamw", "sgd", "momentum", "none"), default="adamw")
-    parser.add_argument("--recompute", choices=("auto", "none", "selective", "full"), default="auto")
+    add_hardware(parser)
+    add_memory(parser)
+    add_recompute(parser)
     parser.add_argument("--top", type=count, default=10, metavar="N", help="so many rows (10)")
     parser.add_argument(
         "--html", type=output, metavar="FILE", help="write the best plan's report, with what the search found"
@@ -50,9 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Search and print."""
-    options = Options(memory_budget=given.memory_budget, optimizer=given.optimizer, recompute=given.recompute)
+    options = Options(
+        memory_budget=given.memory_budget, optimizer=given.optimizer or "adamw", recompute=given.recompute or "auto"
+    )
     with clean_output(), progress() as tell:
-        named = load_model(given.model, Wanted(1, given.seq))
+        named = load_model(given.model, Wanted(sequence=given.seq))
         sample = one_sample(*examples.call_of(named.model, named.inputs))
         told = ":" not in given.model
         length = int(next(iter(named.inputs.values())).shape[1]) if told else None

@@ -6,15 +6,19 @@ are kept off it (`clean_output`), so that `--json` is JSON and nothing else.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from autopar.stages import Stages
 from passes.report_text import terminal_width, text_table
 
+_LIBRARY_LOGGERS = ("torch._subclasses.fake_tensor",)
+"""What logs a stack for an error that is raised anyway, and then told in one line."""
 _STYLES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
 
 
@@ -44,6 +48,22 @@ def wrapped(text: str, indent: int = 0) -> str:
     """`text` in lines that fit the width, each indented."""
     edge = " " * indent
     return textwrap.fill(text, terminal_width(), initial_indent=edge, subsequent_indent=edge, break_on_hyphens=False)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No warnings and no stacks from libraries inside, unless TORCH_LOGS asks for them."""
+    loggers = [] if os.environ.get("TORCH_LOGS") else [logging.getLogger(name) for name in _LIBRARY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @contextmanager

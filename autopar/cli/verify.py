@@ -14,7 +14,7 @@ import argparse
 from dataclasses import replace
 
 from autopar.certificate import Tolerances, parity_text
-from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of
+from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of, tolerance
 from autopar.cli.terminal import clean_output, painted, progress
 from autopar.verify import verify
 from passes.plan import Plan
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mesh(parser, required=False)
     add_planning(parser)
     parser.add_argument("--plan", metavar="PLAN", help="check this plan's file instead of making one")
-    parser.add_argument("--loss-tolerance", type=float, metavar="X", help="relative error allowed in a loss (1e-5)")
-    parser.add_argument("--tolerance", type=float, metavar="X", help="and in every other tensor, of its norm (1e-4)")
+    parser.add_argument("--loss-tolerance", type=tolerance, metavar="X", help="relative error allowed in a loss (1e-5)")
+    parser.add_argument("--tolerance", type=tolerance, metavar="X", help="and in any other tensor, of its norm (1e-4)")
     add_json(parser)
 
 
@@ -43,7 +43,7 @@ def run(given: argparse.Namespace) -> int:
             raise ValueError("no mesh; pass --mesh dp=2,tp=2, or --plan PLAN, which has one")
         named = named_model(given, on_cpu=True)
         found = verify(
-            named.model, mesh, named.inputs, plan=plan, strategy=given.strategy, options=options_of(given),
+            named.model, mesh, named.inputs, plan=plan, strategy=given.strategy or "auto", options=options_of(given),
             hardware=given.hardware, tolerances=Tolerances(given.loss_tolerance, given.tolerance), progress=tell,
         )  # fmt: skip
     found = replace(found, notes=(*named.notes, *found.notes))
