@@ -259,9 +259,9 @@ def _worst(
             error = 0.0 if float((b if a is None else a).norm()) == 0 else math.inf
         else:
             apart = float((a.double() - b.double()).norm())
-            error = max(0.0, apart - TIMES_ROUNDING * rounding.get(key, 0.0)) / max(
-                float(b.double().norm()), ZERO * total
-            )
+            allowed = TIMES_ROUNDING * rounding.get(key, 0.0)
+            over = 0.0 if apart <= allowed else apart - allowed
+            error = over / max(float(b.double().norm()), ZERO * total)
         if math.isnan(error):
             return error, key
         if error > worst:

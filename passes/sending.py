@@ -14,7 +14,8 @@ from passes.words import Words
 
 
 def send_early(words: Words, moves: Iterable[Sequence[fx.Node]]) -> None:
-    """Moves the first collective of each of `moves` up to where its operand is made, within its layer.
+    """Moves the first collective of each of `moves` up to where its operand is made, within its layer; collectives keep
+    their order.
 
     `moves`: what brings one activation from layout to layout, in the order of the graph, before whatever reads it. An
     operand that was kept from forward is there all along: it is sent where its reader's module begins.
@@ -32,7 +33,7 @@ def send_early(words: Words, moves: Iterable[Sequence[fx.Node]]) -> None:
         kept = all(operand.meta["phase"] != part[0].meta["phase"] for operand in operands)
         end = part[0].prev
         while end.op == "call_function" and end not in operands and layer(end) == layer(part[0]):
-            if kept and end.meta["module"] != part[0].meta["module"]:
+            if end.target in COLLECTIVES or (kept and end.meta["module"] != part[0].meta["module"]):
                 break
             end = end.prev
         for node in part:

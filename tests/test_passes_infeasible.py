@@ -78,13 +78,14 @@ def test_a_budget_below_the_parameters_conflicts_alone() -> None:
 
 
 def test_a_fixed_recompute_conflicts_with_the_budget() -> None:
-    none, full = peak("fsdp", "none"), min(peak(s, "full") for s in ("fsdp", "megatron"))
+    """Under `megatron` gathered activations are what is large; computed again, they are not kept."""
+    none, full = peak("megatron", "none"), peak("megatron", "full")
     assert full < none
-    budget = (min(none, peak("megatron", "none"), peak("auto", "none")) + full) // 2
-    error = refused(Request(recompute="none", budget_bytes=budget))
-    assert [name.split(" of ")[0] for name in error.conflict] == ["the memory budget", "recompute='none'"]
+    budget = (none + full) // 2
+    error = refused(Request(strategy="megatron", recompute="none", budget_bytes=budget))
+    assert {"the memory budget", "recompute='none'"} <= {name.split(" of ")[0] for name in error.conflict}
     (way,) = [way for way in error.ways if way.startswith("without recompute='none'")]
-    assert planned(Request(budget_bytes=budget)).peak_memory_bytes <= budget
+    assert planned(Request(strategy="megatron", budget_bytes=budget)).peak_memory_bytes <= budget
     assert "any one less would do" in str(error)
     assert re.search(r"MiB, [\d.]+ ms per step", way)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from parity import captured, errors
 from stacks import Stack
+from torch import nn
 
 from costmodel.hardware import hardware, topology
 from passes.lower import lower
@@ -61,7 +62,26 @@ def test_the_compiled_halves_hand_gathered_parameters_on() -> None:
     assert not gathers
 
 
+class Wide(nn.Module):
+    """Layers of many parameters for few tokens: whole optimizer states on every rank would take long to update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return {"loss": x.square().mean()}
+
+
 def test_auto_keeps_them_where_that_is_faster_and_fits() -> None:
+    with torch.device("meta"):
+        program = captured(Wide(), {"x": torch.empty(64, 8, 2048)})
+
+    def _plan(request: Request) -> Plan:
+        return compile_plan(program, ONE_NODE, [0], request)
+
     played = {r: _plan(Request(strategy="fsdp", reshard=r)) for r in (True, False)}
     assert played[False].step_time_s < 0.95 * played[True].step_time_s
     assert played[False].peak_memory_bytes > played[True].peak_memory_bytes
