@@ -192,7 +192,7 @@ def space_of(
     batch_axes = [names.index(name) for name in plan.batch_axes]
     paddings = PaddingsOf(program, topology_.sizes, tuple(batch_axes), plan.rules)
     analysis = paddings.under(strategy, plan.repeated_keys).of(plan.padded).analysis
-    return search_space(
+    space = search_space(
         analysis.program,
         topology_,
         batch_axes,
@@ -202,6 +202,7 @@ def space_of(
         reshard=plan.reshard,
         analysis=analysis,
     )
+    return replace(space, recomputed=replace(space.recomputed, postpone=plan.postpone))
 
 
 def _as_baseline(found: Sequence[Candidate], reason: str, budget: int) -> Baseline | None:

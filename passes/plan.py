@@ -153,6 +153,8 @@ class Plan:
     """Whether keys and values of grouped attention are repeated before that."""
     reshard: bool = True
     """Whether gathered parameters are freed after forward and gathered again (FSDP2's `reshard_after_forward`)."""
+    postpone: bool = True
+    """Whether weight gradients wait until something is sent that they can run beside."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the caller asked for, as JSON values."""
     example: str = ""
@@ -279,6 +281,7 @@ def make_plan(
         padded=padded,
         repeated_keys=repeated_keys,
         reshard=space.recomputed.reshard,
+        postpone=space.recomputed.postpone,
         options=dict(options or {}),
         example=example,
     )

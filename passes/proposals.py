@@ -237,11 +237,14 @@ def _solved_within(
         assignment = priced.assignment(solution.picks, len(space.sites))
         if last is not None and assignment == last.assignment:
             break
-        schedule = play(space, assignment, optimizer=spec, accumulate=request.accumulate, compiled=request.compiled)
-        over = schedule.peak_memory_bytes - budget
-        last = Candidate(name, space, assignment, solution, schedule, over <= 0 and math.isinf(limit), padding)
-        if over <= 0:
-            return last
+        for postpone in (True, False):  # at once, where what waits would not fit
+            space = replace(space, recomputed=replace(space.recomputed, postpone=postpone))
+            schedule = play(space, assignment, optimizer=spec, accumulate=request.accumulate, compiled=request.compiled)
+            over = schedule.peak_memory_bytes - budget
+            unbound = postpone and over <= 0 and math.isinf(limit)
+            last = Candidate(name, space, assignment, solution, schedule, unbound, padding)
+            if over <= 0:
+                return last
         limit = min(limit, solution.bytes) - over
         if limit <= 0:
             break

@@ -79,12 +79,14 @@ class Recomputation:
 
     `reshard`: parameters gathered for forward are freed there and gathered again for backward, as FSDP2 does by
     default; else they stay from their forward gather to their last reader in backward (ZeRO-2's time, more memory).
+    `postpone`: weight gradients wait until something is sent (`passes/postpone.py`): less time, more memory.
     """
 
     mode: Mode
     held: frozenset[Value]
     again: frozenset[int]
     reshard: bool = True
+    postpone: bool = True
 
 
 def is_view_op(target: object) -> bool:

@@ -278,6 +278,8 @@ def _memory(plan: Plan, width: int) -> list[str]:
     lines += _wrap(f"backward computes again: {RECOMPUTED[plan.recompute]}", width, "  ")
     if not plan.reshard:
         lines += _wrap("gathered parameters stay from forward to backward (reshard_after_forward=False)", width, "  ")
+    if not plan.postpone:
+        lines += _wrap("weight gradients run at once, not beside what is sent next, for memory's sake", width, "  ")
     lines += text_table(rows, ["kind", "bytes", "share", ""], width, shrink=0, right=[1, 2])
     rows = [
         [top.name, f"x{top.count}" if top.count > 1 else "", top.kind, gib(top.bytes)]

@@ -15,7 +15,7 @@ from autopar import plan as plan_of
 from costmodel.layout import parse_layout
 from passes.capture import capture
 from passes.errors import NoFeasiblePlanError
-from passes.pipeline import Request, compile_plan, on_mesh, prepare
+from passes.pipeline import Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Plan
 from passes.program import Program
 
@@ -78,16 +78,45 @@ def test_a_budget_below_the_parameters_conflicts_alone() -> None:
 
 
 def test_a_fixed_recompute_conflicts_with_the_budget() -> None:
-    """Under `megatron` gathered activations are what is large; computed again, they are not kept."""
-    none, full = peak("megatron", "none"), peak("megatron", "full")
+    def least(strategy: str, recompute: str) -> int:
+        """The peak where weight gradients run at once."""
+        free = peak(strategy, recompute)
+        try:
+            tight = Request(strategy=strategy, recompute=recompute, budget_bytes=free - 1)  # type: ignore[arg-type]
+            return planned(tight).peak_memory_bytes
+        except NoFeasiblePlanError:
+            return free
+
+    none, full = (min(least(s, mode) for s in ("fsdp", "megatron")) for mode in ("none", "full"))
     assert full < none
-    budget = (none + full) // 2
-    error = refused(Request(strategy="megatron", recompute="none", budget_bytes=budget))
-    assert {"the memory budget", "recompute='none'"} <= {name.split(" of ")[0] for name in error.conflict}
+    budget = (min(none, peak("auto", "none")) + full) // 2
+    error = refused(Request(recompute="none", budget_bytes=budget))
+    assert [name.split(" of ")[0] for name in error.conflict] == ["the memory budget", "recompute='none'"]
     (way,) = [way for way in error.ways if way.startswith("without recompute='none'")]
-    assert planned(Request(strategy="megatron", budget_bytes=budget)).peak_memory_bytes <= budget
+    assert planned(Request(budget_bytes=budget)).peak_memory_bytes <= budget
     assert "any one less would do" in str(error)
     assert re.search(r"MiB, [\d.]+ ms per step", way)
+
+
+def test_weight_gradients_run_at_once_where_what_they_read_would_not_fit() -> None:
+    def under(budget: int) -> Plan:
+        return planned(Request(strategy="megatron", recompute="full", budget_bytes=budget))
+
+    free = under(1 << 40)
+    tight = under(free.peak_memory_bytes - 1)
+    assert free.postpone
+    assert not tight.postpone
+    assert Plan.from_json(tight.to_json()).postpone is False
+    assert tight.peak_memory_bytes < free.peak_memory_bytes
+    assert tight.step_time_s > free.step_time_s
+
+    def sends(plan: Plan) -> list[str]:
+        """The targets of products, and of collectives and waits, in the order of the emitted backward."""
+        graph = local_program(program(), plan, on_mesh("h100", MESH), {}).graph.graph
+        return [str(n.target) for n in graph.nodes if n.meta.get("phase") == "backward" and n.op == "call_function"]
+
+    assert sorted(sends(free)) == sorted(sends(tight))
+    assert sends(free) != sends(tight)
 
 
 def test_a_strategy_conflicts_with_the_budget_and_a_pin_does_not() -> None:
