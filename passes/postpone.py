@@ -27,6 +27,8 @@ _PRODUCTS = {aten.mm.default, aten.bmm.default, ROUTED_MM_WEIGHT}
 
 def postponed(program: Program, items: Sequence[Run | Move]) -> list[Run | Move]:
     """`items` with weight gradients of a layer put behind what is sent next in it."""
+    if not any(map(_is_sent, items)):
+        return list(items)
     labels = layer_labels(program, items)
     ends = {label: index for index, label in enumerate(labels)}
     gradients = Gradients(program)

@@ -72,7 +72,8 @@ class _Rewriter:
                     self._run(item)
         outputs, values = self._outputs()
         self.emit.graph.output(tuple(values))
-        send_early(Words(space), self.sent)
+        if self.sent:
+            send_early(Words(space), self.sent)
         graph = graph_module(self.root, self.emit.graph)
         graph.graph.eliminate_dead_code()
         relax_views(graph.graph)

@@ -22,10 +22,6 @@ def _stack() -> Stack:
     return Stack(4)
 
 
-def _plan(request: Request) -> Plan:
-    return compile_plan(captured(_stack(), IDS), ONE_NODE, [0], request)
-
-
 def test_kept_parameters_are_gathered_once_and_the_numbers_stay() -> None:
     where = topology(hardware("h100"), {"dp": 4})
     model = _stack()
