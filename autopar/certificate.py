@@ -7,9 +7,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tabulate import tabulate
-
 from passes.bisect import Divergence
+from passes.tables import text_table
 
 Kind = Literal["output", "gradient", "parameter", "buffer"]
 
@@ -145,13 +144,12 @@ def parity_text(parity: Parity, width: int = 100) -> str:
                 all_of = [t for t in parity.tensors if t.kind == kind]
                 near = f"{sum(t.ok for t in all_of)} of {len(all_of)}"
                 rows.append([title, near, f"{worst.error:.1e}", f"{worst.tolerance:.0e}", worst.name or "(the output)"])
-        table = tabulate(rows, ["", "equal", "worst error", "allowed", "worst tensor"], disable_numparse=True)
-        lines += ["", *(f"  {line}".rstrip() for line in table.splitlines())]
+        headers = ["", "equal", "worst error", "allowed", "worst tensor"]
+        lines += ["", *text_table(rows, headers, width, shrink=[4, 0])]
     failed = [t for t in parity.tensors if not t.ok]
     if failed:
         rows = [[t.kind, t.name, str(list(t.shape)), f"{t.error:.2e}", t.note] for t in failed[:10]]
-        table = tabulate(rows, ["not equal", "", "shape", "error", ""], disable_numparse=True)
-        lines += ["", *(f"  {line}".rstrip() for line in table.splitlines())]
+        lines += ["", *text_table(rows, ["not equal", "", "shape", "error", ""], width, shrink=[1, 4])]
         if len(failed) > 10:
             lines.append(f"  ... and {len(failed) - 10} more")
     if parity.failure:

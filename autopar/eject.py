@@ -1,18 +1,16 @@
 """A plan as a plain script, `parallelize_module` and `fully_shard`, and what of it cannot be said that way.
 
-The script must compute what the model computes; it may move more than the plan does. So a product whose result stays
-split is joined to the product that reads it only where the module between them was tried on local shapes; elsewhere
-its result is gathered. What the plan splits beyond weights of `nn.Linear` and `nn.Embedding` is listed.
+The script must compute what the model computes; it may move more than the plan does (see `styles`). What the plan
+splits beyond weights of `nn.Linear` and `nn.Embedding` is listed.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import pprint
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +19,13 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 
-from autopar import examples, planning
-from autopar.api import skeleton
+from autopar import examples
+from autopar.styles import container_of, imported, loop_code, pattern_of, styles_of
 from costmodel.memory import gib
-from passes.inputs import global_inputs
-from passes.plan import Placements, Plan
+from passes.plan import Plan
 from passes.report_text import seconds_text
-from passes.words import unfold_names
 
-COLWISE, COLWISE_GATHERED = "ColwiseParallel()", "ColwiseParallel(output_layouts=Replicate())"
-ROWWISE, ROWWISE_CUT = "RowwiseParallel()", "RowwiseParallel(input_layouts=Replicate())"
 _NOT_DIMENSIONS = ("transformers_version", "architectures", "dtype", "model_type")
-_COLUMNS = (COLWISE, COLWISE_GATHERED)
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,7 @@ class Layers:
     """What is done to every child of `container`: module in the layer -> style."""
 
     container: str
+    loop: str
     items: tuple[tuple[str, str], ...]
 
 
@@ -59,18 +53,22 @@ def eject(plan: Plan, model: nn.Module, argument: str, file: str) -> Ejected:
     """
     notes: list[str] = []
     axis = _tensor_axis(plan, notes)
-    styles = _styles(plan, model, axis, notes) if axis is not None else {}
-    containers = sorted({_container(name) for p in plan.parameters.values() if "*" in (name := _pattern(p))})
+    styles = styles_of(plan, model, axis, notes) if axis is not None else {}
+    repeated = [pattern for placed in plan.parameters.values() if "*" in (pattern := pattern_of(placed))]
+    containers = sorted({container_of(model, pattern) for pattern in repeated} - {""})
     inside: dict[str, list[tuple[str, str]]] = defaultdict(list)
     outside = []
     for pattern, style in styles.items():
-        container, star, module = pattern.partition(".*.")
-        if star:
-            inside[container].append((module, style))
+        container = container_of(model, pattern)
+        if container:
+            inside[container].append((pattern.removeprefix(f"{container}.*."), style))
         else:
             outside.append((pattern, style))
-    layers = [(f"LAYER{index or ''}", Layers(name, tuple(items))) for index, (name, items) in enumerate(inside.items())]
-    state_axes = _state_axes(plan, notes)
+    layers = [
+        (f"LAYER{index or ''}", Layers(name, loop_code(name), tuple(items)))
+        for index, (name, items) in enumerate(inside.items())
+    ]
+    state_axes = _state_axes(plan, axis if styles else None, notes)
     notes += _left_out(plan, axis)
     script = _template().render(
         title=f"{argument} on {' x '.join(f'{name}={size}' for name, size in plan.axes)}, planned as {plan.strategy}.",
@@ -89,7 +87,8 @@ def eject(plan: Plan, model: nn.Module, argument: str, file: str) -> Ejected:
         tensor_axis=axis,
         layers=layers,
         outside=outside,
-        containers=containers,
+        imported=imported(styles.values()),
+        loops=[loop_code(container) for container in containers],
         batch_code=_batch_code(plan, model, argument),
         dtype=str(next(iter(model.parameters())).dtype).removeprefix("torch."),
     )
@@ -115,87 +114,19 @@ def _tensor_axis(plan: Plan, notes: list[str]) -> str | None:
     return used[0] if used else None
 
 
-def _state_axes(plan: Plan, notes: list[str]) -> tuple[str, ...]:
-    """Axes that fully_shard works over: those that split most parameters at rest alone, and those of the batch."""
-    held = tuple(name for name, _ in plan.axes if plan.roles[name].stored > 0.5)
+def _state_axes(plan: Plan, tensor: str | None, notes: list[str]) -> tuple[str, ...]:
+    """Axes that fully_shard works over: those that split most parameters at rest alone, and those of the batch.
+
+    `tensor`: the axis that parallelize_module works over; both cannot be one.
+    """
+    held = [name for name, _ in plan.axes if plan.roles[name].stored > 0.5]
     whole = [name for name in plan.batch_axes if name not in held]
     notes += [
         f"parameters whole on {name} between steps: the script shards them, which takes less memory" for name in whole
     ]
-    wanted = {*held, *plan.batch_axes}
-    return tuple(name for name, _ in plan.axes if name in wanted)
-
-
-def _styles(plan: Plan, model: nn.Module, axis: str, notes: list[str]) -> dict[str, str]:
-    """Module pattern -> style."""
-    index = [name for name, _ in plan.axes].index(axis)
-    tied = {name for pair in plan.aliases.items() for name in pair}
-    wanted: dict[str, str] = {}
-    for placed in plan.parameters.values():
-        name = unfold_names(placed.names)[0]
-        module_name, _, leaf = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        split = _placements(placed.in_compute)[index]
-        if not split.startswith("S") or (leaf == "bias" and isinstance(module, nn.Linear)):
-            continue
-        pattern = _pattern(placed).rpartition(".")[0]
-        if name in tied:
-            notes.append(f"{_pattern(placed)} is split over {axis}: tied weights would part, so it stays whole there")
-        elif isinstance(module, nn.Linear) and leaf == "weight":
-            wanted[pattern] = COLWISE_GATHERED if split == "S(0)" else ROWWISE_CUT
-        elif isinstance(module, nn.Embedding) and leaf == "weight":
-            wanted[pattern] = ROWWISE_CUT if split == "S(0)" else COLWISE_GATHERED
-        else:
-            kind = type(module).__name__
-            notes.append(f"{_pattern(placed)} is split over {axis} as {placed.in_compute}: no style splits a {kind}")
-    return _joined(plan, model, wanted, dict(plan.axes)[axis], notes)
-
-
-def _joined(plan: Plan, model: nn.Module, wanted: Mapping[str, str], ranks: int, notes: list[str]) -> dict[str, str]:
-    """Keep results split between the products of one module where it runs on local shapes."""
-    styles = dict(wanted)
-    parents: dict[str, list[str]] = defaultdict(list)
-    for pattern in styles:
-        parents[pattern.rpartition(".")[0]].append(pattern)
-    for parent, children in parents.items():
-        instance = model.get_submodule(_instance(model, parent)) if parent else model
-        linears = [name for name, child in instance.named_children() if isinstance(child, nn.Linear)]
-        here = {child.rpartition(".")[2]: child for child in children}
-        rows = [child for child in children if styles[child] == ROWWISE_CUT]
-        columns = [child for child in children if styles[child] == COLWISE_GATHERED]
-        if len(rows) != 1 or not columns or set(linears) != set(here):
-            continue
-        trial = {child: COLWISE if child in columns else ROWWISE for child in children}
-        if _runs_on_a_part(plan, model, trial, ranks):
-            styles |= trial
-        else:
-            notes.append(f"{parent}: does not run on a rank's own part, so the script gathers what its products give")
-    gathered = [pattern for pattern, style in styles.items() if style == COLWISE_GATHERED]
-    notes += [f"{pattern}: what it gives stays split in the plan; the script gathers it" for pattern in gathered]
-    return styles
-
-
-def _runs_on_a_part(plan: Plan, model: nn.Module, styles: Mapping[str, str], ranks: int) -> bool:
-    """Whether the model can be captured where these products have a rank's share of rows or columns."""
-    part = copy.deepcopy(skeleton(model))
-    for pattern, style in styles.items():
-        for name in _instances(part, pattern):
-            whole = part.get_submodule(name)
-            assert isinstance(whole, nn.Linear)
-            columns = style in _COLUMNS
-            rows_in = whole.in_features if columns else whole.in_features // ranks
-            rows_out = whole.out_features // ranks if columns else whole.out_features
-            bias = whole.bias is not None
-            part.set_submodule(name, nn.Linear(rows_in, rows_out, bias, device="meta", dtype=whole.weight.dtype))
-    args, kwargs = examples.restored(plan.example)
-    given = global_inputs(args, kwargs, 1, None)
-    try:
-        planning.captured(
-            part, given.args, given.kwargs, batch_dims=given.batch_dims, batch_size=given.batch_size, backward=False
-        )
-    except Exception:  # whatever the model's own code raises
-        return False
-    return True
+    if tensor in held:
+        notes.append(f"parameters gathered over {tensor} before use: the script keeps them whole on its ranks")
+    return tuple(name for name, _ in plan.axes if name != tensor and (name in held or name in plan.batch_axes))
 
 
 def _left_out(plan: Plan, axis: str | None) -> list[str]:
@@ -215,45 +146,6 @@ def _left_out(plan: Plan, axis: str | None) -> list[str]:
     return notes
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-def _pattern(placed: Placements) -> str:
-    """`model.layers.*.mlp.up_proj.weight`."""
-    first = unfold_names(placed.names)
-    if len(first) == 1:
-        return first[0]
-    parts = list(zip(*(name.split(".") for name in first), strict=True))
-    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
-
-
-def _container(pattern: str) -> str:
-    return pattern.partition(".*")[0]
-
-
-def _instances(model: nn.Module, pattern: str) -> list[str]:
-    """Names of the modules that a pattern stands for."""
-    container, star, module = pattern.partition(".*.")
-    if not star:
-        return [pattern]
-    return [f"{container}.{name}.{module}" for name, _ in model.get_submodule(container).named_children()]
-
-
-def _instance(model: nn.Module, pattern: str) -> str:
-    return _instances(model, pattern)[0] if ".*." in pattern else pattern.replace(".*", ".0")
-
-
-def _placements(layout: str) -> list[str]:
-    """`RS(0)` as ["R", "S(0)"]."""
-    found: list[str] = []
-    for letter in layout:
-        if letter in "RSP":
-            found.append(letter)
-        else:
-            found[-1] += letter
-    return found
-
-
 # -- the model and its inputs ------------------------------------------------------------------------------------------
 
 
@@ -265,11 +157,7 @@ def _recipe(model: nn.Module, argument: str) -> dict[str, Any]:
     config = getattr(model, "config", None)
     if config is None or not type(model).__module__.startswith("transformers."):
         raise ValueError(f"{argument}: the script can build transformers' models and file.py:function, not this one")
-    kept = {
-        k: v
-        for k, v in config.to_diff_dict().items()
-        if k not in ("transformers_version", "architectures", "dtype", "model_type")
-    }
+    kept = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_DIMENSIONS}
     text = pprint.pformat(kept, width=100, sort_dicts=False)
     return {"file": None, "name": type(model).__name__, "config_name": type(config).__name__, "config": text}
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from passes.plan import Place, Placements, Plan
+from passes.rules.call import op_text
 from passes.rules.matmul import PRODUCTS
 from passes.schedule import Collective
-from passes.words import op_text, unfold_names
+from passes.words import unfold_names
 from passes.work import VIEWS
 
 _VIEWS = {op_text(target) for target in VIEWS}

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from costmodel.memory import gib
-from passes.report_text import seconds_text, terminal_width, text_table
+from passes.report_text import seconds_text
+from passes.tables import terminal_width, text_table
 
 if TYPE_CHECKING:
     from autopar.search import Candidate, SearchResult
@@ -82,7 +83,7 @@ def _table(rows: Sequence[Sequence[str]], counted: str) -> str:
         headers = [_HEADERS[i].format(counted) for i in kept]
         widths = [max(len(row[place]) for row in cells) for place in range(len(kept))]
         longest = widths.index(max(widths))
-        lines = text_table(cells, headers, terminal_width(), shrink=longest, right=right)
+        lines = text_table(cells, headers, terminal_width(), shrink=[longest], right=right)
         if max(map(len, lines)) <= terminal_width():
             break
     return "\n".join(lines)

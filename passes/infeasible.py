@@ -63,7 +63,7 @@ def why_nothing_fits(
     changes = [str(way) for way in ways]
     if found and _BUDGET in conflict:
         needed = smallest(found).schedule.peak_memory_bytes
-        changes.append(f"Options(memory_budget={needed}), if the device has that much")
+        changes.append(f"a memory budget of {gib(needed)} ({needed} bytes), if the device has that much")
     if changes:
         parts.append(f"What would fit: {'; '.join(changes)}.")
     return NoFeasiblePlanError(" ".join(parts), tuple(names), tuple(changes))
@@ -73,9 +73,9 @@ def _constraints(request: Request) -> dict[str, Callable[[Request], Request]]:
     """What was asked for, by name, with what lets go of it; the budget last."""
     found: dict[str, Callable[[Request], Request]] = {}
     if request.recompute != "auto":
-        found[f"recompute={request.recompute!r}"] = lambda r: replace(r, recompute="auto")
+        found[f"recompute {request.recompute!r}"] = lambda r: replace(r, recompute="auto")
     if request.strategy != "auto":
-        found[f"strategy={request.strategy!r}"] = lambda r: replace(r, strategy="auto")
+        found[f"strategy {request.strategy!r}"] = lambda r: replace(r, strategy="auto")
     for pattern, pin in request.pins.items():
         wanted = pin if isinstance(pin, Pin) else Pin(pin)
         name = f"the pin {pattern!r}: {wanted}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from costmodel.layout import Layout, layout_text
+from costmodel.layout import Layout, Partial, layout_text
 from passes.analysis import Analysis
 
 
@@ -26,8 +27,8 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
     """Site -> (pattern, pin) for every parameter that a pin names.
 
     Raises:
-        ValueError: a pin that names nothing, some of the parameters that repeated layers share, or has not one
-            placement per axis.
+        ValueError: a pin that names nothing, some of the parameters that repeated layers share, or one that another pin
+            fixes otherwise; that has not one placement per axis, or asks for a partial sum.
     """
     given = dict(zip(analysis.program.graph.graph.find_nodes(op="placeholder"), analysis.program.inputs, strict=True))
     found: dict[int, tuple[str, Pin]] = {}
@@ -36,7 +37,12 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
         for layout in (pin.in_compute, pin.at_rest):
             if layout is not None and len(layout) != axes:
                 raise ValueError(
-                    f"pin {pattern!r}: {layout_text(layout)} has {len(layout)} placements, the mesh {axes} axes"
+                    f"pin {pattern!r}: {layout_text(layout)} has {_counted(len(layout), 'placement')}, but the mesh "
+                    f"has {_counted(axes, 'axis', 'axes')}; write one placement per axis"
+                )
+            if layout is not None and any(isinstance(placement, Partial) for placement in layout):
+                raise ValueError(
+                    f"pin {pattern!r}: {layout_text(layout)}, but a parameter is no partial sum; write R or S(dim)"
                 )
         named = False
         for index, members in enumerate(analysis.folding.members):
@@ -51,7 +57,22 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
                     "all of them, as in 'layers.*'"
                 )
             named = True
-            found[index] = (pattern, pin)
+            other_pattern, other_pin = found.setdefault(index, (pattern, pin))
+            if other_pin != pin:
+                raise ValueError(
+                    f"pins {other_pattern!r} and {pattern!r} both name {matching[0]}, and ask for {other_pin} and "
+                    f"{pin}; give one"
+                )
         if not named:
-            raise ValueError(f"pin {pattern!r} names no parameter of the model")
+            known = [entry.name for entry in given.values() if entry.kind == "parameter"]
+            near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.3)
+            raise ValueError(
+                f"pin {pattern!r} names no parameter of the model; "
+                + (f"the nearest name is {near[0]}" if near else f"its parameters are {', '.join(known[:5])}, ...")
+            )
     return found
+
+
+def _counted(number: int, one: str, many: str = "") -> str:
+    """`1 axis`, `2 axes`."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"

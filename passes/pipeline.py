@@ -144,7 +144,9 @@ def _compiled(
     bound = Bound(
         chosen.solution.seconds,
         chosen.solution.bound_s,
-        f"it is the fastest that fits of the {len(competing)} solutions that were played as schedules",
+        f"it is the fastest that fits of the {len(competing)} solutions that were played as schedules"
+        if len(competing) > 1
+        else "it is the only solution that was played as a schedule",
     )
     plan = make_plan(
         chosen.space,

@@ -23,13 +23,14 @@ from passes.plots import FrontierPoint
 from passes.recompute import Mode
 from passes.report_html import frame_html, plan_html
 from passes.report_text import plan_text
+from passes.rules.call import op_text
 from passes.schedule import Collective, Schedule
 from passes.shorten import all_names
 from passes.space import Site, Space
 from passes.strategies import Option, StoredOption
 from passes.timeline import Timeline
 from passes.tracks import op_cost
-from passes.words import Words, at_rest_text, fold_names, op_text, tensor_layout_text, unfold_names
+from passes.words import Words, at_rest_text, fold_names, tensor_layout_text, unfold_names
 from passes.work import VIEWS
 
 

@@ -18,9 +18,10 @@ from costmodel.collectives import collective_s
 from costmodel.reshard import Step
 from passes.blocks import Block, blocks
 from passes.moves import Move, Run
+from passes.rules.call import op_text
 from passes.space import Space
 from passes.tracks import Tracks
-from passes.words import Words, op_text
+from passes.words import Words
 
 KINDS = {"state_gather": "all_gather", "state_scatter": "reduce_scatter"}
 """Steps of stored state -> the collective that does them."""

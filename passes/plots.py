@@ -238,11 +238,13 @@ def _worth_naming(series: dict[str, list[int]], peak_bytes: int) -> dict[str, li
 def _stack(
     axes: Any, at_s: Sequence[float], series: dict[str, list[int]], bytes_each: int, *, below: bool = False
 ) -> None:
-    """Series of bytes on one another, with a legend above or `below`."""
+    """Series of bytes on one another, with a legend above or `below` (which leaves out what begins with `_`)."""
     times = [1e3 * at for at in at_s]
     amounts = [[size / bytes_each for size in sizes] for sizes in series.values()]
     fills = [_COLOR[_STACK[index % len(_STACK)]] for index in range(len(series))]
-    axes.stackplot(times, *amounts, labels=list(series), colors=fills, linewidth=0, step="post")
+    axes.stackplot(
+        times, *amounts, labels=[name.lstrip("_") for name in series], colors=fills, linewidth=0, step="post"
+    )
     axes.set_ylim(bottom=0)
     where = (
         {"loc": "upper left", "bbox_to_anchor": (0.0, -0.18)}

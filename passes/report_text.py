@@ -6,15 +6,13 @@ Layers are folded (`layers.0-31`), dims have the names people use, and every tab
 from __future__ import annotations
 
 import re
-import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
-
-from tabulate import tabulate
 
 from costmodel.memory import gib
 from passes.schedule import Collective
+from passes.tables import table_width, terminal_width, text_rows, text_table, wrapped_lines
 
 if TYPE_CHECKING:
     from passes.plan import AxisRole, Plan
@@ -72,19 +70,6 @@ def seconds_text(seconds: float) -> str:
     raise AssertionError(seconds)
 
 
-def terminal_width() -> int:
-    """Columns to write in: the terminal's, at least 80; 100 where there is none; at most 140."""
-    return min(140, max(80, shutil.get_terminal_size((100, 24)).columns))
-
-
-def cut(text: str, width: int) -> str:
-    """`text`, its middle left out where it is wider than `width`."""
-    if len(text) <= width:
-        return text
-    left = max(1, (width - 1) // 3)
-    return f"{text[:left]}~{text[len(text) - (width - 1 - left) :]}"
-
-
 def percent_text(share: float) -> str:
     """`12%`; `<1%` for what would read 0%."""
     return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
@@ -95,35 +80,7 @@ def _part(share: float) -> str:
 
 
 def _title(text: str, width: int) -> str:
-    return f"-- {text} " + "-" * max(0, min(width, 100) - len(text) - 4)
-
-
-def text_table(
-    rows: Sequence[Sequence[str]], headers: Sequence[str], width: int, *, shrink: int, right: Iterable[int] = (),
-    indent: int = 2,
-) -> list[str]:  # fmt: skip
-    """Lines of a table; column `shrink` gives way where the table is wider than `width`."""
-    numbers = set(right)
-    align = ["right" if column in numbers else "left" for column in range(len(headers))]
-    columns = [max(len(row[c]) for row in [headers, *rows]) for c in range(len(headers))]
-    room = max(12, width - indent - sum(columns) + columns[shrink] - 2 * (len(headers) - 1))
-    columns[shrink] = min(columns[shrink], room)
-    short = [[cut(cell, room) if c == shrink else cell for c, cell in enumerate(row)] for row in rows]
-    # The header is a row like others: tabulate makes columns with real headers wider than they need to be.
-    body = [headers, ["-" * columns[c] for c in range(len(headers))], *short]
-    text = tabulate(body, tablefmt="plain", colalign=align, disable_numparse=True)
-    return [f"{' ' * indent}{line}".rstrip() for line in text.splitlines()]
-
-
-def _wrap(text: str, width: int, indent: str) -> list[str]:
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(indent) + len(line) + 1 + len(word) > width:
-            lines.append(indent + line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return [*lines, indent + line] if line else lines
+    return f"-- {text} " + "-" * max(0, width - len(text) - 4)
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------
@@ -160,12 +117,12 @@ def _head(plan: Plan, width: int) -> list[str]:
     step = f"{seconds_text(plan.step_time_s)} per step"
     if plan.accumulate > 1:
         step += f" of {plan.accumulate} micro-batches"
-    first, *more = _wrap(f"{title_text(plan)}{where}{batch}", width - 2, "")
+    first, *more = wrapped_lines(f"{title_text(plan)}{where}{batch}", width - 2, "")
     return [
         first,
         *(f"  {line}" for line in more),
         f"  {step}, {gib(plan.peak_memory_bytes)}{budget} per rank{fits}",
-        *(line for text in axes for line in _wrap(text, width, "  ")),
+        *(line for text in axes for line in wrapped_lines(text, width, "  ")),
     ]
 
 
@@ -173,7 +130,7 @@ def _decided(plan: Plan, width: int) -> list[str]:
     lines = [_title("What was decided", width)]
     for name, size in plan.axes:
         label = f"  {name} ({size}) "
-        first, *rest = _wrap(role_text(plan.roles[name]), width - len(label), "") or [""]
+        first, *rest = wrapped_lines(role_text(plan.roles[name]), width - len(label), "") or [""]
         lines += [f"{label}{first}", *(" " * len(label) + line for line in rest)]
     rows = []
     for placed in plan.parameters.values():
@@ -183,18 +140,16 @@ def _decided(plan: Plan, width: int) -> list[str]:
         )
     lines.append("")
     headers = ["parameter", "dims", "at rest -> compute", "per rank"]
-    needed = sum(max(len(row[c]) for row in [headers, *rows]) for c in range(4)) + 2 * 4
-    if needed > width:
-        others = sum(max(len(row[c]) for row in [headers, *rows]) for c in range(1, 4))
-        rows = _by_layer(rows, width - 2 * 4 - others)
-    lines += text_table(rows, headers, width, shrink=0, right=[3])
+    if table_width([headers, *rows]) > width:
+        rows = _by_layer(rows)
+    lines += text_table(rows, headers, width, shrink=[0, 1], right=[3])
     for other, name in plan.aliases.items():
         lines.append(f"  {other} is tied to {name}")
     return lines
 
 
-def _by_layer(rows: Sequence[Sequence[str]], room: int) -> list[list[str]]:
-    """The rows with what repeated layers share of their names on a line of its own, as are names longer than `room`."""
+def _by_layer(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The rows with what repeated layers share of their names on a line of its own."""
     found: list[list[str]] = []
     last = ""
     for name, *cells in rows:
@@ -203,10 +158,6 @@ def _by_layer(rows: Sequence[Sequence[str]], room: int) -> list[list[str]]:
         if layers and layers != last:
             found.append([layers, "", "", ""])
         last = layers
-        while len(rest) > room and "." in rest[1:room]:
-            cut_at = rest.rindex(".", 1, room)
-            found.append([rest[:cut_at], "", "", ""])
-            rest = rest[cut_at:]
         found.append([rest, *cells])
     return found
 
@@ -232,13 +183,13 @@ def role_text(role: AxisRole) -> str:
 
 def _shares_text(shares: Mapping[str, float]) -> str:
     named = [(word, share) for word, share in shares.items() if share >= 0.01][:5]
+    kinds = {"": "whole on every rank", "partial sums": "on partial sums"}
     if len(named) == 1:
         word = named[0][0]
-        return "whole on every rank" if not word else f"on {word}" if word == "partial sums" else f"split along {word}"
-    texts = []
-    for word, share in named:
-        texts.append(f"{word or 'whole on every rank'} {percent_text(share)}")
-    return "split along " + ", ".join(texts) if texts else "nothing"
+        return kinds.get(word, f"split along {word}")
+    split = [f"{word} {percent_text(share)}" for word, share in named if word not in kinds]
+    others = [f"{kinds[word]} {percent_text(share)}" for word, share in named if word in kinds]
+    return ", ".join(["split along " + ", ".join(split)] * bool(split) + others) or "nothing"
 
 
 def _time(plan: Plan, width: int) -> list[str]:
@@ -259,7 +210,7 @@ def _time(plan: Plan, width: int) -> list[str]:
     row("optimizer", parts.optimizer_s, "once per step" if times > 1 else "")
     return [
         _title("Time per step" + (f" of {times} micro-batches" if times > 1 else ""), width),
-        *text_table(rows, ["", "time", "share", ""], width, shrink=3, right=[1, 2]),
+        *text_table(rows, ["", "time", "share", ""], width, shrink=[3], right=[1, 2]),
     ]
 
 
@@ -274,18 +225,22 @@ def _memory(plan: Plan, width: int) -> list[str]:
         for kind, size in parts.memory_bytes.items()
         if size >= 0.001 * plan.peak_memory_bytes
     ]
-    lines = [_title(title, width), *_wrap(f"the peak is at {parts.peak_moment}", width, "  ")]
-    lines += _wrap(f"backward computes again: {RECOMPUTED[plan.recompute]}", width, "  ")
+    lines = [_title(title, width), *wrapped_lines(f"the peak is at {parts.peak_moment}", width, "  ")]
+    lines += wrapped_lines(f"backward computes again: {RECOMPUTED[plan.recompute]}", width, "  ")
     if not plan.reshard:
-        lines += _wrap("gathered parameters stay from forward to backward (reshard_after_forward=False)", width, "  ")
+        lines += wrapped_lines(
+            "gathered parameters stay from forward to backward (reshard_after_forward=False)", width, "  "
+        )
     if not plan.postpone:
-        lines += _wrap("weight gradients run at once, not beside what is sent next, for memory's sake", width, "  ")
-    lines += text_table(rows, ["kind", "bytes", "share", ""], width, shrink=0, right=[1, 2])
+        lines += wrapped_lines(
+            "weight gradients run at once, not beside what is sent next, for memory's sake", width, "  "
+        )
+    lines += text_table(rows, ["kind", "bytes", "share", ""], width, right=[1, 2])
     rows = [
         [top.name, f"x{top.count}" if top.count > 1 else "", top.kind, gib(top.bytes)]
         for top in parts.top_tensors[:_TOP_TENSORS]
     ]
-    lines += ["", *text_table(rows, ["largest tensors then", "", "kind", "bytes"], width, shrink=0, right=[3])]
+    lines += ["", *text_table(rows, ["largest tensors then", "", "kind", "bytes"], width, right=[3])]
     return lines
 
 
@@ -316,7 +271,7 @@ def _baselines(plan: Plan, width: int) -> list[str]:
     headers = ["plan", "step", "", "memory", "fits"]
     return [
         _title("Beside the plans made by hand", width),
-        *text_table(rows, headers, width, shrink=4, right=[1, 2, 3]),
+        *text_table(rows, headers, width, shrink=[4, 0], right=[1, 2, 3]),
     ]
 
 
@@ -338,15 +293,15 @@ def _ledger(plan: Plan, width: int) -> list[str]:
         for each in state:
             groups[each.kind, each.group, each.phase, _state_text(each)].append(each)
         rows = [_row(kind, group, phase, what, alike) for (kind, group, phase, what), alike in groups.items()]
-        lines += ["  State:", *text_table(rows, headers, width, shrink=3, right=right)]
+        lines += ["  State:", *text_table(rows, headers, width, shrink=[3, 1], right=right)]
     if rest:
         lines += [*([""] if state else []), "  Activations, with the reason and the line of the model:"]
         rows = [_row(e.kind, e.group, e.phase, e.module or "(model)", [e]) for e in rest[:_LEDGER_LINES]]
-        table = text_table(rows, headers, width, shrink=3, right=right)
-        lines += table[:2]
-        for line, each in zip(table[2:], rest, strict=False):
+        head, bodies = text_rows(rows, headers, width, shrink=[3, 1], right=right)
+        lines += head
+        for body, each in zip(bodies, rest, strict=False):
             why = f"{each.reason}  ({each.source})" if each.source else each.reason
-            lines += [line, *_wrap(why, width, "      ")]
+            lines += [*body, *wrapped_lines(why, width, "      ")]
         if len(rest) > _LEDGER_LINES:
             left = rest[_LEDGER_LINES:]
             seconds = sum(each.seconds for each in left)
@@ -383,9 +338,9 @@ def _layer(name: str) -> str:
 
 
 def _open_ends(plan: Plan, width: int) -> list[str]:
-    lines = [_title("What was replicated, padded or not proved", width), *_wrap(bound_text(plan), width, "  ")]
+    lines = [_title("What was replicated, padded or not proved", width), *wrapped_lines(bound_text(plan), width, "  ")]
     for note in plan.notes:
-        first, *more = _wrap(note, width - 4, "") or [""]
+        first, *more = wrapped_lines(note, width - 4, "") or [""]
         lines += [f"  - {first}", *(f"    {line}" for line in more)]
     if not plan.notes:
         lines.append("  Every op has a rule; nothing is replicated for want of one.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from costmodel.hardware import Topology
@@ -17,7 +17,7 @@ from passes.named import axis_choices, stored_choices
 from passes.pins import Pin, pinned_layouts
 from passes.program import Input, Program
 from passes.recompute import Mode, Recomputation, recomputation
-from passes.rules.call import Call
+from passes.rules.call import Call, op_text
 from passes.strategies import Option, StoredOption, op_options, plain_layouts, stored_options
 
 __all__ = ["Pin", "Port", "Site", "Space", "Wire", "search_space"]
@@ -161,13 +161,13 @@ def search_space(
             )
         )
     for index, (pattern, _) in pinned.items():
-        _hold_readers(analysis, sites, index, pattern, sizes, tuple(batch_axes))
+        _hold_readers(analysis, sites, index, pattern, topology, tuple(batch_axes))
     recomputed = replace(recomputation(analysis, recompute), reshard=reshard)
     return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites), recomputed)
 
 
 def _hold_readers(
-    analysis: Analysis, sites: list[Site], index: int, pattern: str, sizes: Sequence[int], batch_axes: tuple[int, ...]
+    analysis: Analysis, sites: list[Site], index: int, pattern: str, topology: Topology, batch_axes: tuple[int, ...]
 ) -> None:
     """Leave the ops that read a pinned parameter, themselves or through ops on it alone, no layout of it but the pin's.
 
@@ -183,17 +183,32 @@ def _hold_readers(
             site, place = sites[port.site], analysis.places[port.site]
             if site.kind != "op" or place.op is None:
                 continue
-            choices = axis_choices(analysis, port.site, "auto", sizes, batch_axes)
-            for options in (site.options, op_options(place.op, sizes, choices)):
+            choices = axis_choices(analysis, port.site, "auto", topology.sizes, batch_axes)
+            for options in (site.options, op_options(place.op, topology.sizes, choices)):
                 kept = tuple(o for o in options if isinstance(o, Option) and o.operands[port.operand] in layouts)
                 if kept:
                     break
             else:
-                wanted = " or ".join(sorted(map(layout_text, layouts)))
-                raise ValueError(f"pin {pattern!r}: {place.name} cannot read it as {wanted}; give R, or another dim")
+                raise ValueError(f"pin {pattern!r}: {_cannot_read(analysis, port, layouts, topology, batch_axes)}")
             sites[port.site] = replace(site, options=kept)
             if port.site in analysis.from_parameters:
                 todo += [(Value(port.site, r), {o.results[r] for o in kept}) for r in range(len(kept[0].results))]
+
+
+def _cannot_read(
+    analysis: Analysis, port: Port, layouts: Set[Layout], topology: Topology, batch_axes: Sequence[int]
+) -> str:
+    """Why an op cannot read a parameter as any of `layouts`, and what would do."""
+    for axis in batch_axes:
+        if all(isinstance(layout[axis], Shard) for layout in layouts):
+            return (
+                f"axis {topology.axes[axis].name!r} splits the batch, so compute needs the parameter whole there; give "
+                "R for it (a layout at rest is written before an arrow: 'S(0)R -> RR')"
+            )
+    node = analysis.folding.members[port.site][0]
+    wanted = " or ".join(sorted(map(layout_text, layouts)))
+    where = node.meta.get("module") or "the model"
+    return f"{op_text(node.target)} in {where} cannot read it as {wanted}; give R, or another dim"
 
 
 def _parameter_options(

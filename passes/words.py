@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
 
 import torch
 from torch import fx
@@ -20,6 +19,7 @@ from passes.dims import Leaf, Value, is_getitem, value_of
 from passes.layers import layer_patterns
 from passes.moves import Move
 from passes.routed_ops import ROUTED_MM
+from passes.rules.call import op_text
 from passes.rules.matmul import PRODUCTS
 from passes.space import Space
 from passes.strategies import StoredOption
@@ -27,13 +27,6 @@ from passes.work import VIEWS
 
 aten = torch.ops.aten
 _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
-
-
-def op_text(target: Any) -> str:
-    """`mm` for `aten.mm.default`; kernels that are one op on different devices have one name."""
-    name = str(target)
-    name = name.split(".")[1] if "." in name else name
-    return "attention" + ("_backward" if name.endswith("_backward") else "") if "dot_product" in name else name
 
 
 class Words:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 
 from autopar.cli import main
@@ -52,16 +55,86 @@ class Model(nn.Module):
 def build():
     ids = torch.randint(0, 64, (2, 8))
     return Model(), {"input_ids": ids, "labels": ids}
+
+
+class Between(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.gain = kind, nn.Parameter(torch.ones(1)) if kind == "gain" else 1.0
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        h = self.up(x).relu() * self.gain
+        if self.kind == "normalized":
+            h = F.normalize(h, dim=-1)
+        if self.kind == "input":
+            h = h * x.mean(-1, keepdim=True)
+        return x + self.down(h)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.blocks = nn.ModuleDict({kind: Between(kind) for kind in ("plain", "normalized", "gain", "input")})
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks.values():
+            x = block(x)
+        return {"loss": (x**2).mean(), "last": x.detach()}
+
+
+def between():
+    return Stack(), {"x": torch.randn(4, 6, 16)}
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return (x[..., :4] ** 2).mean()
+
+
+def encoder():
+    return Encoder(), {"x": torch.randn(4, 6, 16)}
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList(Between("plain") for _ in range(2)) for _ in range(2))
+
+    def forward(self, x):
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return (x**2).mean()
+
+
+def nested():
+    return Nested(), (torch.randn(4, 6, 16),)
 """
 
 
+def run_script(rank: int, ranks: int, script: str) -> str:
+    """What a rank of the script prints."""
+    out = io.StringIO()
+    sys.argv = [script, "--steps", str(STEPS), "--dtype", "float32", "--device", "cpu"]
+    os.environ.pop("PYTHONPATH", None)
+    with contextlib.redirect_stdout(out):
+        runpy.run_path(script, run_name="__main__")
+    return out.getvalue()
+
+
 def losses_of_the_script(script: Path, ranks: int) -> list[float]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
-    command += ["--steps", str(STEPS), "--dtype", "float32", "--device", "cpu"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [float(loss) for loss in re.findall(r"step \d+ loss (\S+)", done.stdout)]
+    printed = run_ranks(run_script, ranks, str(script))
+    assert printed[1:] == [""] * (ranks - 1)
+    return [float(loss) for loss in re.findall(r"step \d+ loss (\S+)", printed[0])]
 
 
 def losses_of_one_device(script: Path, batch_ranks: int) -> list[float]:
@@ -74,8 +147,11 @@ def losses_of_one_device(script: Path, batch_ranks: int) -> list[float]:
     found = []
     for step in range(STEPS):
         parts = [space["batch"](step, rank, "cpu") for rank in range(batch_ranks)]
-        out = model(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        loss = out if isinstance(out, torch.Tensor) else out.loss
+        if isinstance(parts[0], tuple):
+            out = model(*map(torch.cat, zip(*parts, strict=True)))
+        else:
+            out = model(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        loss = out if isinstance(out, torch.Tensor) else out["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -106,15 +182,65 @@ def test_a_llama_is_ejected_as_people_write_it(tmp_path: Path, capsys: pytest.Ca
     assert one[0] != pytest.approx(one[1], abs=1e-4)  # it is training
 
 
-def test_what_cannot_be_said_is_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def ejected(tmp_path: Path, function: str, mesh: str, *more: str) -> Path:
+    """The script for a function of MODELS."""
     (tmp_path / "models.py").write_text(MODELS)
     script = tmp_path / "plan.py"
-    call = ["plan", f"{tmp_path}/models.py:build", "--mesh", "tp=2", "--hardware", "h100", "--strategy", "megatron"]
-    pins = ["--pin", "scale=S(0)"]
-    assert main([*call, *pins, "--eject", str(script)]) == 0
-    told = " ".join(capsys.readouterr().out.split())
+    call = ["plan", f"{tmp_path}/models.py:{function}", "--mesh", mesh, "--hardware", "h100", *more]
+    assert main([*call, "--eject", str(script)]) == 0
+    return script
+
+
+def test_what_cannot_be_said_is_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = ejected(tmp_path, "build", "tp=2", "--strategy", "megatron", "--pin", "scale=S(0)")
+    told = told_in(capsys)
     assert "scale is split over tp as S(0): no style splits a Model" in told
     text = script.read_text()
     assert '"up": ColwiseParallel(output_layouts=Replicate()),' in text  # qkv's heads are fixed: nothing is joined
     assert '"down": RowwiseParallel(input_layouts=Replicate()),' in text
     assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 1), abs=2e-6)
+
+
+def test_norms_between_products_add_up_their_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import Qwen3Config
+
+    Qwen3Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=64, max_position_embeddings=32, tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    script = tmp_path / "plan.py"
+    call = ["plan", str(tmp_path), "--mesh", "tp=2", "--hardware", "h100", "--strategy", "megatron"]
+    assert main([*call, "--batch", "2", "--seq", "16", "--eject", str(script)]) == 0
+    assert '"self_attn.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),' in script.read_text()
+    assert "model.embed_tokens.weight is split over tp: tied weights would part" in told_in(capsys)
+    assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 1), abs=2e-6)
+
+
+def test_products_are_joined_only_where_a_part_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pins = ["--pin", "blocks.*.up.weight=S(0)", "--pin", "blocks.*.down.weight=S(1)"]
+    script = ejected(tmp_path, "between", "tp=2", *pins)
+    text, told = script.read_text(), told_in(capsys)
+    assert '"blocks.plain.up": ColwiseParallel(),' in text
+    for kind in ("normalized", "gain", "input"):
+        assert f'"blocks.{kind}.up": ColwiseParallel(output_layouts=Replicate()),' in text
+    assert "blocks.gain: blocks.gain would get a gradient of a rank's own part alone" in told
+    assert "blocks.input: mul reads a part together with a whole result that has a gradient" in told
+    assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 1), abs=2e-6)
+
+
+def test_what_is_read_without_a_call_stays_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = ejected(tmp_path, "encoder", "tp=2", "--strategy", "megatron")
+    assert "layers.*.self_attn.out_proj is split over tp: it is read without being called" in told_in(capsys)
+    assert '"linear1": ColwiseParallel(),' in script.read_text()
+    assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 1), abs=2e-6)
+
+
+def test_layers_in_nested_containers(tmp_path: Path) -> None:
+    script = ejected(tmp_path, "nested", "dp=2", "--strategy", "fsdp")
+    loop = 'for layer in [layer for part in model.get_submodule("stages").children() for layer in part.children()]:'
+    assert loop in script.read_text()
+    assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 2), abs=2e-6)
+
+
+def told_in(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from autopar.model_argument import Named, Wanted, load_model
 from autopar.options import Options
 from costmodel.hardware import hardware_names
+from costmodel.layout import parse_layout
 from costmodel.memory import OPTIMIZERS
 from passes.named import STRATEGIES
 from passes.precision import dtype_named
@@ -51,7 +53,10 @@ def size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].lower() not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or 80GiB, 40GB, 512MiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    found = int(float(match[1]) * _UNITS[match[2].lower()])
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is nothing; write bytes, or 80GiB, 40GB, 512MiB")
+    return found
 
 
 def share(text: str) -> float:
@@ -89,6 +94,11 @@ def pin(text: str) -> tuple[str, str]:
             f"{text!r} is no pin; write PATTERN=LAYOUT, as in '*.q_proj.weight=RS(0)', or with the layout at rest too: "
             "'*.q_proj.weight=S(0)S(0) -> RS(0)'"
         )
+    for part in layout.split("->"):
+        try:
+            parse_layout(part.strip())
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
     return pattern, layout
 
 
@@ -193,7 +203,10 @@ def options_of(given: argparse.Namespace, kept: Options | None = None) -> Option
         "mp_policy": _policy(given),
     }
     kept = kept or Options()
-    pins = {**kept.pins, **dict(given.pin)}
+    pins = {key: layout for key, layout in kept.pins.items() if not any(fnmatchcase(key, new) for new, _ in given.pin)}
+    for pattern, layout in given.pin:
+        if pins.setdefault(pattern, layout) != layout:
+            raise ValueError(f"--pin names {pattern!r} twice, as {pins[pattern]} and as {layout}; give one")
     return replace(kept, pins=pins, **{name: value for name, value in asked.items() if value is not None})
 
 

@@ -111,7 +111,7 @@ def _print(found: Hardware, off: dict[str, float]) -> None:
     if not found.shared_host:
         rows.append(["ranks per node", str(found.ranks_per_node)])
     print(painted(found.name, "bold"))
-    print(table(rows, ["", "measured"], shrink=1))
+    print(table(rows, ["", "measured"], shrink=[1]))
     print()
     print(
         table(

@@ -158,13 +158,14 @@ def print_comparison(comparison: Comparison, allowed: float, *, decisions: bool 
     if comparison.parameters:
         print()
         rows = [[c.name, c.before or "-", c.after or "-"] for c in comparison.parameters]
-        print(table(rows, ["parameter", "before", "after"]))
-    if comparison.decisions and decisions:
+        print(table(rows, ["parameter", "before", "after"], shrink=[0, 1, 2]))
+    other = [c for c in comparison.decisions if not c.name.startswith("parameter ")]  # those stand above
+    if other and decisions:
         print()
-        rows = [[c.name, c.before or "-", c.after or "-"] for c in comparison.decisions]
-        print(table(rows, ["decision", "before", "after"]))
-    elif comparison.decisions:
-        print(f"\n{len(comparison.decisions)} decisions differ; --decisions lists them.")
+        rows = [[c.name, c.before or "-", c.after or "-"] for c in other]
+        print(table(rows, ["decision", "before", "after"], shrink=[1, 2, 0]))
+    elif other:
+        print(f"\n{len(other)} other decisions differ; --decisions lists them.")
     if not comparison.parameters and not comparison.decisions:
         print("\nThe same decisions.")
     worse = comparison.worse(allowed)

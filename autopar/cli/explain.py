@@ -20,7 +20,7 @@ from typing import Any
 from autopar import examples, planning
 from autopar.cli.arguments import add_json, count, stored_dtype
 from autopar.cli.compiling import captured
-from autopar.cli.terminal import clean_output, painted, progress, table, wrapped
+from autopar.cli.terminal import clean_output, painted, progress, table, table_rows, wrapped
 from autopar.deciding import Alternative, Decision, Question, leading, ops_decided, parameter_decided
 from autopar.looking_up import Found, look_up
 from autopar.model_argument import Wanted, load_model
@@ -129,8 +129,7 @@ def _what_it_means(plan: Plan, one: Placements) -> str:
 def _print_alternatives(plan: Plan, chosen: str, decision: Decision, what: str) -> None:
     rows = [["this plan: " + chosen, seconds_text(plan.step_time_s), "", gib(plan.peak_memory_bytes), ""]]
     rows += [_row(plan, other) for other in decision.alternatives]
-    shrink = 4 if any(other.why_not for other in decision.alternatives) else 0
-    print(table(rows, [what, "step", "", "memory", ""], shrink=shrink, right=[1, 2, 3], indent=2))
+    print(table(rows, [what, "step", "", "memory", ""], shrink=[4, 0], right=[1, 2, 3], indent=2))
     print(wrapped(f"What decided: {decision.decided_by}.", indent=2))
 
 
@@ -154,7 +153,7 @@ def _print_ops(plan: Plan, ops: Sequence[Place], decisions: Mapping[str, Decisio
     rest = [op for op in ops if op.key not in decisions and op.key in plan.decisions]
     if shown := [op for op in rest if op.moves]:
         print(painted("Ops: operands -> results, a placement per mesh axis, on logical dims", "bold"))
-        print(table([[op.key, plan.decisions[op.key]] for op in shown], ["place", "layout"]))
+        print(table([[op.key, plan.decisions[op.key]] for op in shown], ["place", "layout"], shrink=[1, 0]))
         if views := len(rest) - len(shown):
             print(f"and {views} view{'s' if views > 1 else ''}")
         print()
@@ -171,10 +170,10 @@ def _print_collectives(issued: Sequence[Collective]) -> None:
         for c in issued
     ]  # fmt: skip
     headers = ["collective", "axes", "phase", "of", "count", "bytes", "time", "exposed"]
-    lines = table(rows, headers, shrink=3, right=[4, 5, 6, 7]).splitlines()
-    print("\n".join(lines[:2]))
-    for line, c in zip(lines[2:], issued, strict=True):
-        print(line)
+    head, bodies = table_rows(rows, headers, shrink=[3, 1], right=[4, 5, 6, 7])
+    print(head)
+    for body, c in zip(bodies, issued, strict=True):
+        print(body)
         print(wrapped(f"{c.reason}{f'  ({c.source})' if c.source else ''}", indent=4))
 
 

@@ -12,20 +12,22 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 from autopar import examples, meshes
 from autopar.cli.arguments import add_json, add_mesh, add_model, named_model
 from autopar.cli.compiling import captured
-from autopar.cli.terminal import clean_output, painted, progress, table
+from autopar.cli.terminal import clean_output, fits, painted, progress, table_rows, wrapped
 from autopar.options import Options
 from costmodel.memory import gib
 from passes.dims import Value
 from passes.pipeline import on_mesh
 from passes.program import Program
 from passes.routing import route_by_blocks
+from passes.rules.call import op_text
 from passes.space import Space, search_space
-from passes.words import Words, op_text
+from passes.words import Words
 from passes.work import work_of
 
 HELP = "print the captured graph, repeated layers folded"
@@ -76,7 +78,7 @@ def run(given: argparse.Namespace) -> int:
         return 0
     _print(facts, rows, given)
     for note in (*named.notes, *program.notes):
-        print(f"  - {note}")
+        print(wrapped(f"- {note}", indent=2))
     return 0
 
 
@@ -133,7 +135,7 @@ def graph_facts(program: Program, space: Space, rows: list[OpRow]) -> dict[str, 
 def _print(facts: dict[str, Any], rows: list[OpRow], given: argparse.Namespace) -> None:
     layers = ", ".join(f"{count} x {name}" for name, count in facts["layers"].items()) or "none"
     inputs = ", ".join(f"{name} {shape}" for name, shape in facts["inputs"].items())
-    print(painted(f"{given.model}: a step of the whole batch ({inputs})", "bold"))
+    print(painted(wrapped(f"{given.model}: a step of the whole batch ({inputs})"), "bold"))
     print(f"  {facts['nodes']} ops, {facts['distinct']} distinct; repeated layers: {layers}")
     print(f"  {facts['parameters']:,} parameters, {gib(facts['parameter_bytes'])}")
     total = facts["forward_flops"], facts["backward_flops"]
@@ -145,32 +147,41 @@ def _print(facts: dict[str, Any], rows: list[OpRow], given: argparse.Namespace) 
             str(row.count),
             str(list(row.shape)),
             ", ".join(row.dims),
-            _flops(row.flops) if row.flops else "-",
+            _scaled(row.flops).strip() if row.flops else "-",
             gib(row.bytes),
             str(row.layouts),
+            PurePath(row.source).name,
         ]
         for row in shown
     ]
-    headers = ["op", "count", "shape", "dims", "FLOPs", "bytes", "layouts"]
-    lines = table(cells, headers, shrink=3, right=[1, 4, 5, 6], indent=2).splitlines()
-    print("\n".join(lines[:2]))
+    headers = ["op", "count", "shape", "dims", "FLOPs", "bytes", "layouts", "line"]
+    if not fits([headers, *cells], indent=2):  # lines are the first to go: `--json` has them
+        headers, cells = headers[:-1], [row[:-1] for row in cells]
+    head, bodies = table_rows(cells, headers, shrink=[3, 0, 2], right=[1, 4, 5, 6], indent=2)
+    print(head)
     place = None
-    for line, row in zip(lines[2:], shown, strict=True):
+    for body, row in zip(bodies, shown, strict=True):
         if (row.phase, row.module) != place:
             place = row.phase, row.module
             print(painted((row.module or "(model)") + (", backward" if row.phase == "backward" else ""), "bold"))
-        print(line)
+        print(body)
     left = sum(row.view for row in rows if given.phase in (row.phase, "both"))
     if left and not given.all:
         print(f"\n  {left} kinds of views are left out; --all shows them.")
     if facts["without_rule"]:
-        print(f"\n  Without a rule, whole on every rank: {', '.join(map(op_text, facts['without_rule']))}")
+        missing = ", ".join(map(op_text, facts["without_rule"]))
+        print("\n" + wrapped(f"Without a rule, whole on every rank: {missing}", indent=2))
     else:
         print("\n  Every op has a rule.")
 
 
 def _flops(flops: float) -> str:
-    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
-        if flops >= scale:
-            return f"{flops / scale:.2f} {unit}"
-    return f"{flops:.0f} FLOP"
+    return f"{_scaled(flops)}FLOP"
+
+
+def _scaled(number: float) -> str:
+    """`8.39 M`."""
+    for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return f"{number:.0f} "

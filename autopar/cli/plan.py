@@ -26,7 +26,7 @@ from autopar.options import Options
 from autopar.report import terminal_report
 from autopar.trace import trace_json
 from passes.plan import Plan
-from passes.report_text import terminal_width
+from passes.tables import terminal_width
 
 HELP = "plan a model on a mesh; print the sharding report"
 

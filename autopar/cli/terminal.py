@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from autopar.stages import Stages
-from passes.report_text import terminal_width, text_table
+from passes.tables import Row, table_width, terminal_width, text_rows, text_table
 
 _LIBRARY_LOGGERS = ("torch._subclasses.fake_tensor",)
 """What logs a stack for an error that is raised anyway, and then told in one line."""
@@ -33,15 +33,23 @@ def painted(text: str, style: str) -> str:
 
 
 def table(
-    rows: Sequence[Sequence[str]],
-    headers: Sequence[str],
-    *,
-    shrink: int = 0,
-    right: Sequence[int] = (),
-    indent: int = 0,
+    rows: Sequence[Row], headers: Row, *, shrink: Sequence[int] = (0,), right: Sequence[int] = (), indent: int = 0
 ) -> str:
-    """A table that fits the width: cells of column `shrink` are cut where it would not."""
+    """A table that fits the width: where it would not, columns `shrink` give way."""
     return "\n".join(text_table(rows, headers, terminal_width(), shrink=shrink, right=right, indent=indent))
+
+
+def table_rows(
+    rows: Sequence[Row], headers: Row, *, shrink: Sequence[int] = (0,), right: Sequence[int] = (), indent: int = 0
+) -> tuple[str, list[str]]:
+    """The head of such a table, and each of its rows, which may be several lines."""
+    head, bodies = text_rows(rows, headers, terminal_width(), shrink=shrink, right=right, indent=indent)
+    return "\n".join(head), ["\n".join(body) for body in bodies]
+
+
+def fits(rows: Sequence[Row], indent: int = 0) -> bool:
+    """Whether a table of these rows is no wider than the terminal."""
+    return table_width(rows, indent) <= terminal_width()
 
 
 def wrapped(text: str, indent: int = 0) -> str:

@@ -18,7 +18,7 @@ from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, n
 from autopar.cli.terminal import clean_output, painted, progress
 from autopar.verify import verify
 from passes.plan import Plan
-from passes.report_text import terminal_width
+from passes.tables import terminal_width
 
 HELP = "check on a CPU that a plan computes what one device does"
 

@@ -123,3 +123,10 @@ def call_key(node: fx.Node) -> str:
     """Equal for nodes that make equal calls."""
     call = call_of(node)
     return f"{call.target}{call.arguments}{call.operands}{call.results}"
+
+
+def op_text(target: Any) -> str:
+    """`mm` for `aten.mm.default`; kernels that are one op on different devices have one name."""
+    name = str(target)
+    name = name.split(".")[1] if "." in name else name
+    return "attention" + ("_backward" if name.endswith("_backward") else "") if "dot_product" in name else name

@@ -1,0 +1,146 @@
+"""Whether what lies between split products gives the right numbers on a rank's own part, with nothing sent.
+
+The hand-written pattern: weights of some products are split along rows (their results are split), those of a later one
+along columns (its result is a sum over ranks), and all ops between run on what the rank has. Shapes alone don't tell
+whether that is right: a norm over the split dim runs on any shape, and a parameter between the products gets a gradient
+of this rank's part alone. So the split is followed through the rules that plans are made of.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from costmodel.layout import Layout, Replicate, Shard, layout_text
+from passes.analysis import Analysis, Place
+from passes.dims import Value
+from passes.local import DimShard
+from passes.rules.call import op_text
+from passes.strategies import op_options, stored_options
+
+_WHOLE: Layout = (Replicate(),)
+
+
+@dataclass(frozen=True)
+class Followed:
+    """`problem`: what is in the way, "" where nothing is. `shared`: whole parameters that are read together with a
+    rank's part, so that each rank's gradient is one term of theirs."""
+
+    problem: str
+    shared: frozenset[str] = frozenset()
+
+
+def followed(analysis: Analysis, rows: Collection[str], columns: Collection[str], ranks: int) -> Followed:
+    """What becomes of values where parameters `rows` are split along dim 0 over `ranks`, and `columns` along dim 1.
+
+    A value that `columns` make a sum over ranks is taken as summed, and whole from there on.
+    """
+    names = _parameters(analysis)
+    split: dict[Value, Layout] = {}
+    for site, own in names.items():
+        for wanted, dim in ((rows, 0), (columns, 1)):
+            if not own.isdisjoint(wanted):
+                layout = _stored(analysis.places[site], dim, ranks)
+                if layout is None:
+                    return Followed(f"{min(own)} cannot be split along dim {dim} over {ranks} ranks")
+                split[Value(site, 0)] = layout
+    reads: dict[tuple[int, int], set[Value]] = defaultdict(set)
+    readers: dict[Value, set[int]] = defaultdict(set)
+    for wire in analysis.wires:
+        for port in wire.ports:
+            if analysis.places[port.site].op is not None and not port.stores:
+                reads[port.site, port.operand].add(wire.value)
+                readers[wire.value].add(port.site)
+    trained = _trained(analysis, reads)
+    made_of = _made_of(analysis, reads, names)
+    shared: set[str] = set()
+    todo = sorted({site for value in split for site in readers[value]})
+    done: set[int] = set()
+    while todo:
+        site = heapq.heappop(todo)
+        if site in done:
+            continue
+        done.add(site)
+        place = analysis.places[site]
+        assert place.op is not None
+        given = [reads[site, k] for k in range(len(place.op.operands))]
+        laid = [{split.get(value, _WHOLE) for value in values} or {_WHOLE} for values in given]
+        if any(len(layouts) > 1 for layouts in laid):
+            return Followed(f"{_op(place)} reads a part in one layer and the whole in another")
+        operands = tuple(next(iter(layouts)) for layouts in laid)
+        option = next((o for o in op_options(place.op, (ranks,)) if o.operands == operands), None)
+        if option is None:
+            texts = ", ".join(map(layout_text, operands))
+            return Followed(f"{_op(place)} cannot run on {texts}")
+        own = frozenset[str]().union(*(made_of[value] for values in given for value in values))
+        if site not in analysis.from_parameters and own.isdisjoint({*rows, *columns}):
+            for k, layout in enumerate(operands):
+                if layout != _WHOLE or not any(value in trained for value in given[k]):
+                    continue
+                params = frozenset[str]().union(*(made_of[value] for value in given[k]))
+                if not params:
+                    return Followed(f"{_op(place)} reads a part together with a whole result that has a gradient")
+                shared |= params
+        for r, layout in enumerate(option.results):
+            if isinstance(layout[0], Shard):
+                split[Value(site, r)] = layout
+                for reader in readers[Value(site, r)]:
+                    heapq.heappush(todo, reader)
+            elif layout != _WHOLE and own.isdisjoint(columns):
+                return Followed(f"{_op(place)} adds up over what is split")
+    return Followed("", frozenset(shared))
+
+
+def _parameters(analysis: Analysis) -> dict[int, frozenset[str]]:
+    """Site -> the parameters that it stands for."""
+    nodes = analysis.program.graph.graph.find_nodes(op="placeholder")
+    given = dict(zip(nodes, analysis.program.inputs, strict=True))
+    return {
+        site: frozenset(given[node].name for node in members)
+        for site, members in enumerate(analysis.folding.members)
+        if members[0] in given and given[members[0]].kind == "parameter"
+    }
+
+
+def _stored(place: Place, dim: int, ranks: int) -> Layout | None:
+    """The layout of a stored tensor that is split along a dim."""
+    for option in stored_options(place.dims, (ranks,), place.given.shape if place.given is not None else None):
+        if option.storage.shards == (DimShard(dim),):
+            return option.layout
+    return None
+
+
+def _trained(analysis: Analysis, reads: Mapping[tuple[int, int], set[Value]]) -> set[Value]:
+    """Values that a gradient may flow through: parameters, and what is computed from them."""
+    found: set[Value] = set()
+    for site, place in enumerate(analysis.places[: len(analysis.folding.members)]):
+        if place.given is not None and place.given.kind == "parameter":
+            found.add(Value(site, 0))
+        elif place.op is not None and place.call is not None:
+            reads_some = any(value in found for k in range(len(place.op.operands)) for value in reads[site, k])
+            floating = [facts is not None and facts.dtype.is_floating_point for facts in place.call.results]
+            found |= {Value(site, r) for r, is_float in enumerate(floating) if reads_some and is_float}
+    return found
+
+
+def _made_of(
+    analysis: Analysis, reads: Mapping[tuple[int, int], set[Value]], names: Mapping[int, frozenset[str]]
+) -> dict[Value, frozenset[str]]:
+    """The parameters that a value is computed from, where it is from parameters alone."""
+    found: dict[Value, frozenset[str]] = defaultdict(frozenset)
+    for site, place in enumerate(analysis.places[: len(analysis.folding.members)]):
+        if site in names:
+            found[Value(site, 0)] = names[site]
+        elif place.op is not None and site in analysis.from_parameters:
+            read = (value for k in range(len(place.op.operands)) for value in reads[site, k])
+            all_of = frozenset[str]().union(*(found[value] for value in read))
+            for r in range(len(place.op.results)):
+                found[Value(site, r)] = all_of
+    return found
+
+
+def _op(place: Place) -> str:
+    assert place.call is not None
+    return op_text(place.call.target)
