@@ -45,15 +45,17 @@ class Layers:
     items: tuple[tuple[str, str], ...]
 
 
-def eject(plan: Plan, model: nn.Module, argument: str, file: str) -> Ejected:
+def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file: str) -> Ejected:
     """The script for `plan`, which was made for `model` (named `argument` on the command line), to be kept in `file`.
+
+    `call`: what one data-parallel rank feeds the model.
 
     Raises:
         ValueError: a model that the script could not build again.
     """
     notes: list[str] = []
     axis = _tensor_axis(plan, notes)
-    styles = styles_of(plan, model, axis, notes) if axis is not None else {}
+    styles = styles_of(plan, model, call, axis, notes) if axis is not None else {}
     repeated = [pattern for placed in plan.parameters.values() if "*" in (pattern := pattern_of(placed))]
     containers = sorted({container_of(model, pattern) for pattern in repeated} - {""})
     inside: dict[str, list[tuple[str, str]]] = defaultdict(list)

@@ -40,12 +40,16 @@ _ISSUES = re.compile(r"^(_c10d_functional::(?!wait)|c10d::)")
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of one step by kind; `steps` is how many the trace has, 1 where it does not mark them."""
+    """Seconds of one step by kind; `steps` is how many the trace has, 1 where it does not mark them.
+
+    `gloo`: whether gloo moved things, which is asked for a reduce-scatter as an all-to-all (`passes.gloo`).
+    """
 
     step_time_s: float
     seconds: Mapping[str, float]
     steps: int
     marked: bool
+    gloo: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,25 +73,24 @@ def read_trace(path: str | Path) -> list[Slice]:
     raw = Path(path).read_bytes()
     try:
         content = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: not JSON ({error}); pass what torch.profiler's export_chrome_trace wrote") from None
     events = content.get("traceEvents") if isinstance(content, dict) else content
     if not isinstance(events, list):
         raise ValueError(f"{path}: no traceEvents in it; pass what torch.profiler's export_chrome_trace wrote")
-    found = [
-        Slice(
-            str(event.get("name", "")),
-            str(event.get("cat", "")).lower(),
-            (event.get("pid"), event.get("tid")),
-            float(event["ts"]) * 1e-6,
-            (float(event["ts"]) + float(event["dur"])) * 1e-6,
-        )
-        for event in events
-        if event.get("ph") == "X" and "dur" in event
-    ]
+    try:
+        found = [_slice(event) for event in events if event.get("ph") == "X" and "dur" in event]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: an event that torch.profiler does not write; pass a trace of its own") from None
     if not any(each.category in ("cpu_op", "kernel") for each in found):
         raise ValueError(f"{path}: a trace without ops or kernels; record a step with torch.profiler and export it")
     return found
+
+
+def _slice(event: Mapping[str, Any]) -> Slice:
+    start_us, duration_us = float(event["ts"]), float(event["dur"])
+    category, thread = str(event.get("cat", "")).lower(), (event.get("pid"), event.get("tid"))
+    return Slice(str(event.get("name", "")), category, thread, start_us * 1e-6, (start_us + duration_us) * 1e-6)
 
 
 def measured(path: str | Path) -> Measured:
@@ -109,7 +112,8 @@ def measured(path: str | Path) -> Measured:
     inside = [s for s in work if s.start_s < end and s.end_s > start]
     kernels = [s for s in inside if s.category == "kernel"]
     total = _of_kernels(inside, kernels) if kernels else _of_ops(inside)
-    return Measured(step_s, {kind: total.get(kind, 0.0) / steps for kind in KINDS}, steps, bool(marks))
+    gloo = any(s.name.startswith("gloo:") for s in inside)
+    return Measured(step_s, {kind: total.get(kind, 0.0) / steps for kind in KINDS}, steps, bool(marks), gloo)
 
 
 def _of_kernels(inside: Sequence[Slice], kernels: Sequence[Slice]) -> dict[str, float]:
@@ -212,8 +216,13 @@ def beside(plan: Plan, found: Measured) -> tuple[Beside, ...]:
     predicted["optimizer"] = plan.breakdown.optimizer_s
     for each in plan.collectives:
         predicted[each.kind] = predicted.get(each.kind, 0.0) + plan.accumulate * each.seconds
+    seconds = dict(found.seconds)
+    scattered, exchanged = predicted.get("reduce_scatter", 0.0), predicted.get("all_to_all", 0.0)
+    if found.gloo and scattered and not seconds["reduce_scatter"]:
+        seconds["reduce_scatter"] = seconds["all_to_all"] * scattered / (scattered + exchanged)
+        seconds["all_to_all"] -= seconds["reduce_scatter"]
     rows = [Beside("step", plan.step_time_s, found.step_time_s)]
-    return (*rows, *(Beside(kind, predicted.get(kind, 0.0), found.seconds[kind]) for kind in KINDS))
+    return (*rows, *(Beside(kind, predicted.get(kind, 0.0), seconds[kind]) for kind in KINDS))
 
 
 def corrected(hardware: Hardware, rows: Sequence[Beside], source: str) -> Hardware:

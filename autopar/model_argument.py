@@ -146,6 +146,11 @@ def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wante
         build = getattr(transformers, model_class, None) or transformers.AutoModelForCausalLM.from_config
         model = _empty(build, made, wanted)
     except Exception as error:  # whatever a config's values make of a library's code
+        if "Unrecognized configuration class" in str(error):
+            raise ValueError(
+                f"{name}: a {kind!r} is no causal language model, and 'architectures' names no class of transformers; "
+                "name one there, or make the model in a function, file.py:function"
+            ) from None
         raise ValueError(f"{name}: transformers cannot build it: {type(error).__name__}: {error}") from None
     if wanted.on_cpu:
         count = sum(p.numel() for p in model.parameters())
@@ -257,8 +262,11 @@ def _returned(path: Path, function: str) -> Any:
 
 
 def _a(found: object) -> str:
-    """`None`, or what it is: `a dict`."""
-    return "None" if found is None else f"a {type(found).__name__}"
+    """`None`, or what it is: `a dict`, `a tuple of 3`, `the class Model, not a module of it`."""
+    if isinstance(found, type):
+        return f"the class {found.__name__}, not a module of it"
+    name = f"a {type(found).__name__}"
+    return "None" if found is None else f"{name} of {len(found)}" if isinstance(found, tuple | list) else name
 
 
 def _its_error(path: Path, error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -41,8 +41,14 @@ def options_json(options: Options) -> dict[str, Any]:
 
 
 def options_of(plan: Plan) -> Options:
-    """The options a plan was made with."""
+    """The options a plan was made with.
+
+    Raises:
+        ValueError: options that this autopar does not know.
+    """
     kept = {name: value for name, value in plan.options.items() if name not in (_FIGURES, _ASKED)}
+    if unknown := kept.keys() - {field.name for field in fields(Options)}:
+        raise ValueError(f"the plan's options have an unknown field {min(unknown)!r}; make the plan again")
     if kept.get("batch_axes") is not None:
         kept["batch_axes"] = tuple(kept["batch_axes"])
     kept["mp_policy"] = policy_from(kept.get("mp_policy"))
@@ -146,6 +152,8 @@ def rewritten(program: Program, plan: Plan) -> LocalProgram:
 
 def hardware_in(plan: Plan) -> Hardware:
     """The hardware a plan was priced on, by the figures in the plan."""
+    if _FIGURES not in plan.options:
+        raise ValueError(f"the plan's options have no {_FIGURES!r}; make the plan again")
     return hardware_of(plan.options[_FIGURES], "plan")
 
 
@@ -166,5 +174,5 @@ def pins_of(options: Options) -> dict[str, Pin]:
             at_rest, arrow, in_compute = text.rpartition("->")
             found[pattern] = Pin(parse_layout(in_compute.strip()), parse_layout(at_rest.strip()) if arrow else None)
         except ValueError as error:
-            raise ValueError(f"Options(pins={{{pattern!r}: {text!r}}}): {error}") from None
+            raise ValueError(f"pin {pattern!r}: {error}") from None
     return found

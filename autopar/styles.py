@@ -10,8 +10,10 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from autopar import examples, planning
@@ -20,7 +22,6 @@ from passes.analysis import Analysis, analyse
 from passes.inputs import global_inputs
 from passes.parts import followed
 from passes.plan import Placements, Plan
-from passes.program import Program
 from passes.words import unfold_names
 
 COLWISE, COLWISE_GATHERED = "ColwiseParallel()", "ColwiseParallel(output_layouts=Replicate())"
@@ -34,6 +35,15 @@ Shapes = dict[str, tuple[int, ...]]
 """Of the first argument that modules are given, by name."""
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A forward as it ran: its graph, what modules were given, and whose results were written in place later."""
+
+    analysis: Analysis
+    shapes: Shapes
+    written: frozenset[str]
+
+
 def imported(styles: Iterable[str]) -> dict[str, list[str]]:
     """Names that these styles need from torch: `layouts` and `styles`."""
     names = {name for style in styles for name in re.findall(r"\b[A-Z]\w+(?=\()", style)}
@@ -43,8 +53,11 @@ def imported(styles: Iterable[str]) -> dict[str, list[str]]:
     }
 
 
-def styles_of(plan: Plan, model: nn.Module, axis: str, notes: list[str]) -> dict[str, str]:
-    """Module pattern -> style; what no style says goes to `notes`."""
+def styles_of(plan: Plan, model: nn.Module, call: examples.Call, axis: str, notes: list[str]) -> dict[str, str]:
+    """Module pattern -> style; what no style says goes to `notes`.
+
+    `call`: what one data-parallel rank feeds the model.
+    """
     index = [name for name, _ in plan.axes].index(axis)
     tied = {name for pair in plan.aliases.items() for name in pair}
     wanted: dict[str, str] = {}
@@ -61,7 +74,7 @@ def styles_of(plan: Plan, model: nn.Module, axis: str, notes: list[str]) -> dict
         if name in tied:
             told = f"{pattern_of(placed)} is split over {axis}: tied weights would part, so it stays whole there"
             notes.append(told)
-        elif isinstance(module, nn.Linear | nn.Embedding) and leaf == "weight":
+        elif leaf == "weight" and type(module).forward in (nn.Linear.forward, nn.Embedding.forward):
             columns = (split == "S(0)") == isinstance(module, nn.Linear)
             style = COLWISE_GATHERED if columns else ROWWISE_CUT
             if wanted.setdefault(pattern, style) != style:
@@ -77,16 +90,34 @@ def styles_of(plan: Plan, model: nn.Module, axis: str, notes: list[str]) -> dict
         )
     if not wanted:
         return {}
-    program, shapes = _captured(plan, skeleton(model))
-    for pattern in [pattern for pattern in wanted if not shapes.keys() >= set(instances[pattern])]:
-        del wanted[pattern]
-        notes.append(f"{pattern} is split over {axis}: it is read without being called, so it stays whole there")
-    return _joined(plan, model, wanted, instances, dict(plan.axes)[axis], (analyse(program), shapes), notes)
+    ran = _captured(call, skeleton(model))
+    for pattern in list(wanted):
+        why = ""
+        if not ran.shapes.keys() >= set(instances[pattern]):
+            why = "it is read without being called"
+        elif not ran.written.isdisjoint(instances[pattern]):
+            why = "its result is written in place, which torch does not allow there"
+        if why:
+            del wanted[pattern]
+            notes.append(f"{pattern} is split over {axis}: {why}, so it stays whole there")
+    styles = _joined(model, call, wanted, instances, dict(plan.axes)[axis], ran, notes)
+    return _spelled(model, styles, instances)
+
+
+def _spelled(model: nn.Module, styles: Mapping[str, str], instances: Instances) -> dict[str, str]:
+    """Patterns that other modules match too, which lie otherwise, are replaced by the names of those they stand for."""
+    found: dict[str, str] = {}
+    names = [name for name, _ in model.named_modules()]
+    for pattern, style in styles.items():
+        matching = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
+        alike = {name for name in names if matching.fullmatch(name)} == set(instances[pattern])
+        found |= {pattern: style} if alike else dict.fromkeys(instances[pattern], style)
+    return found
 
 
 def _joined(
-    plan: Plan, model: nn.Module, wanted: Mapping[str, str], instances: Instances, ranks: int,
-    whole: tuple[Analysis, Shapes], notes: list[str],
+    model: nn.Module, call: examples.Call, wanted: Mapping[str, str], instances: dict[str, list[str]], ranks: int,
+    ran: Ran, notes: list[str],
 ) -> dict[str, str]:  # fmt: skip
     """Keep results split between the products of one module where a rank's own part is enough."""
     styles = dict(wanted)
@@ -103,7 +134,7 @@ def _joined(
             continue
         trial: dict[str, str] = dict.fromkeys(columns, COLWISE) | dict.fromkeys(rows, ROWWISE)
         try:
-            styles |= _kept_split(plan, model, parent, trial, instances, ranks, *whole)
+            styles |= _kept_split(model, call, parent, trial, instances, ranks, ran)
         except _CannotJoinError as why:
             notes.append(f"{parent or 'the model'}: {why}, so the script gathers what its products give")
     gathered = [pattern for pattern, style in styles.items() if style == COLWISE_GATHERED]
@@ -116,8 +147,8 @@ class _CannotJoinError(Exception):
 
 
 def _kept_split(
-    plan: Plan, model: nn.Module, parent: str, trial: Mapping[str, str], instances: Instances, ranks: int,
-    analysis: Analysis, shapes: Shapes,
+    model: nn.Module, call: examples.Call, parent: str, trial: Mapping[str, str], instances: dict[str, list[str]],
+    ranks: int, ran: Ran,
 ) -> dict[str, str]:  # fmt: skip
     """`trial`, the styles of products in `parent`, and a style for every norm between them.
 
@@ -129,7 +160,7 @@ def _kept_split(
         for style in (COLWISE, ROWWISE)
     }
     rows = {f"{each}.{leaf}" for each in names[COLWISE] for leaf, _ in model.get_submodule(each).named_parameters()}
-    found = followed(analysis, rows, {f"{each}.weight" for each in names[ROWWISE]}, ranks)
+    found = followed(ran.analysis, rows, {f"{each}.weight" for each in names[ROWWISE]}, ranks)
     if found.problem:
         raise _CannotJoinError(found.problem)
     part = copy.deepcopy(skeleton(model))
@@ -142,45 +173,49 @@ def _kept_split(
             bias = whole.bias is not None
             part.set_submodule(name, nn.Linear(rows_in, rows_out, bias, device="meta", dtype=whole.weight.dtype))
     try:
-        _, here = _captured(plan, part)
+        here = _captured(call, part).shapes
     except Exception:  # whatever the model's own code raises
         raise _CannotJoinError("does not run on a rank's own part") from None
-    own = instances[next(iter(trial))][0].rpartition(".")[0]
-    return {**trial, **_norms(model, (own, parent), found.shared, shapes, here)}
+    parents = [name.rpartition(".")[0] for name in instances[next(iter(trial))]]
+    norms = _norms(model, parents, found.shared, ran.shapes, here)
+    for inside in norms:
+        instances[f"{parent}.{inside}"] = [f"{each}.{inside}" for each in parents]
+    return {**trial, **{f"{parent}.{inside}": style for inside, style in norms.items()}}
 
 
 def _norms(
-    model: nn.Module, where: tuple[str, str], shared: Iterable[str], whole: Shapes, part: Shapes
+    model: nn.Module, parents: Sequence[str], shared: Iterable[str], whole: Shapes, part: Shapes
 ) -> dict[str, str]:
-    """Styles for the modules of parameters whose gradients are sums over ranks; `where`: a module, and its pattern."""
-    own, parent = where
+    """Styles for the modules, inside of `parents`, of parameters whose gradients are sums over ranks."""
     found = {}
     for name in sorted({parameter.rpartition(".")[0] for parameter in shared}):
         module = model.get_submodule(name)
         split = [d for d, (a, b) in enumerate(zip(whole.get(name, ()), part.get(name, ()), strict=False)) if a != b]
-        if not type(module).__name__.endswith(_NORMS) or len(split) != 1:
-            raise _CannotJoinError(f"{name} would get a gradient of a rank's own part alone")
-        if name.startswith(f"{own}."):
-            found[parent + name.removeprefix(own)] = f"SequenceParallel(sequence_dim={split[0]}, use_local_output=True)"
-        elif own == parent:
-            raise _CannotJoinError(f"{name}, outside of it, would get a gradient of a rank's own part alone")
+        inside = next((name.removeprefix(f"{each}.") for each in parents if name.startswith(f"{each}.")), "")
+        if not type(module).__name__.endswith(_NORMS) or len(split) != 1 or not inside:
+            raise _CannotJoinError(f"{name or 'the model'} would get a gradient of a rank's own part alone")
+        found[inside] = f"SequenceParallel(sequence_dim={split[0]}, use_local_output=True)"
     return found
 
 
-def _captured(plan: Plan, model: nn.Module) -> tuple[Program, Shapes]:
-    """The graph of a plan's forward, and what its modules are given."""
-    args, kwargs = examples.restored(plan.example)
-    given = global_inputs(args, kwargs, 1, None)
+def _captured(call: examples.Call, model: nn.Module) -> Ran:
+    """A forward, captured."""
+    given = global_inputs(*call, 1, None)
     shapes: Shapes = {}
+    results: dict[str, tuple[torch.Tensor, int]] = {}
 
-    def told(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if inputs and hasattr(inputs[0], "shape"):
-                shapes[name] = tuple(inputs[0].shape)
+    def before(name: str, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], torch.Tensor):
+            shapes[name] = tuple(inputs[0].shape)
 
-        return hook
+    def after(name: str, result: Any) -> None:
+        if isinstance(result, torch.Tensor):
+            results[name] = result, result._version
 
-    hooks = [module.register_forward_pre_hook(told(name)) for name, module in model.named_modules()]
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda _, inputs, name=name: before(name, inputs)))
+        hooks.append(module.register_forward_hook(lambda _, inputs, result, name=name: after(name, result)))
     try:
         program = planning.captured(
             model, given.args, given.kwargs, batch_dims=given.batch_dims, batch_size=given.batch_size, backward=False
@@ -188,7 +223,8 @@ def _captured(plan: Plan, model: nn.Module) -> tuple[Program, Shapes]:
     finally:
         for hook in hooks:
             hook.remove()
-    return program, shapes
+    written = frozenset(name for name, (result, version) in results.items() if result._version != version)
+    return Ran(analyse(program), shapes, written)
 
 
 # -- names -------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ model, and written as DTensor's placements are (`S(0)S(0) -> RS(0)`). `assignmen
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from costmodel.layout import Partial, layout_text
+from costmodel.layout import Partial, layout_text, parse_layout
 from costmodel.memory import gib
 from passes.errors import NoFeasiblePlanError, PlanMismatchError
 from passes.footprint import TopTensor
@@ -193,9 +194,12 @@ class Plan:
         """The plan that `to_json` wrote; `where` names the text in errors.
 
         Raises:
-            ValueError: not a plan's JSON, another version, or a missing or wrong field.
+            ValueError: not a plan's JSON, another version, a missing or wrong field, or a line of `parameters` that was
+                renamed, taken out or edited to what is no layout.
         """
-        return parse(Plan, text, where)
+        plan = parse(Plan, text, where)
+        _check_lines(plan, where)
+        return plan
 
     def save(self, path: str | Path) -> None:
         """Write its file."""
@@ -508,6 +512,29 @@ def without(space: Space, ruled_out: Sequence[tuple[str, str]]) -> Space:
 
 def _kind(site: Site) -> str:
     return site.given.kind if site.given is not None else "constant"
+
+
+def _check_lines(plan: Plan, where: str) -> None:
+    """Refuse lines of `parameters` that nothing could be made of."""
+    for key in plan.parameters.keys() - plan.solved.keys() if plan.solved else ():
+        near = difflib.get_close_matches(key, plan.solved, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else f"; its lines are {', '.join(plan.solved)}"
+        raise ValueError(f"{where}: parameters: the plan has no line {key!r}{meant}")
+    for key in plan.solved:
+        if key not in plan.parameters:
+            raise ValueError(f"{where}: parameters: the line of {key!r} is missing; every parameter has one")
+    for key in plan.edited:
+        for name in ("at_rest", "in_compute"):
+            text = getattr(plan.parameters[key], name)
+            try:
+                given = len(parse_layout(text))
+            except ValueError as error:
+                raise ValueError(f"{where}: parameters[{key!r}]: {name}: {error}") from None
+            if given != len(plan.axes):
+                axes = ", ".join(axis for axis, _ in plan.axes)
+                raise ValueError(
+                    f"{where}: parameters[{key!r}]: {name}: {text!r} has not one placement for each axis of {axes}"
+                )
 
 
 def check_solved(plan: Plan) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import MODELS, Here, autopar
 from schemas import conforms
 
 from autopar.cli import main
@@ -100,3 +101,63 @@ def test_what_is_not_there_is_answered_with_what_is(
     capsys.readouterr()
     assert main(["explain", str(folder / "plan.json"), pattern]) == 2
     assert told in capsys.readouterr().err
+
+
+# -- the runners-up of a small model -----------------------------------------------------------------------------------
+
+
+def test_explain_prices_the_runners_up(here: Here) -> None:
+    ran = autopar("explain", here.other, "up.weight", "--model", here.model, "--json")
+    assert ran.code == 0, ran.err
+    (one,) = ran.json["parameters"].values()
+    assert one["shape"] == [64, 32]
+    layouts = {other["layout"]: other for other in one["alternatives"]}
+    assert set(layouts) == {"S(0)R", "S(1)R", "RS(0)", "RS(1)"}
+    times = [other["step_time_s"] for other in one["alternatives"] if other["step_time_s"] is not None]
+    assert times == sorted(times)
+    assert len(times) >= 2
+    assert all(c["value"].startswith("up.") or "up" in c["module"] for c in ran.json["collectives"])
+    assert {c["kind"] for c in ran.json["collectives"]} >= {"all_gather", "reduce_scatter"}
+
+
+def test_explain_finds_by_source_line(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    line = next(i for i, text in enumerate(MODELS.splitlines(), 1) if "F.cross_entropy" in text)
+    assert main(["explain", str(here.plan), f"models.py:{line}"]) == 0
+    assert f"models.py:{line}" in capsys.readouterr().out
+
+
+def test_explain_solves_an_ops_runner_up(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    line = next(i for i, text in enumerate(MODELS.splitlines(), 1) if "self.down(F.gelu" in text)
+    call = ["explain", str(here.other), f"models.py:{line}", "--model", here.model, "--most", "1"]
+    assert main([*call, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    conforms(found)
+    solved = {place: op for place, op in found["ops"].items() if op["decided_by"]}
+    ((place, op),) = solved.items()
+    assert op["source"].endswith(f"models.py:{line}")
+    (other,) = op["alternatives"]
+    assert other["layout"] != op["layout"]
+    # That plan can be had: without the choice, and it takes what explain says.
+    assert other["step_time_s"] > 0
+    assert main(call) == 0
+    out = capsys.readouterr().out
+    assert place in out
+    assert "What decided: " in out
+
+
+def test_explain_says_when_memory_decided(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    tight = here.folder / "tight.json"
+    plan = json.loads(here.plan.read_text())
+    fsdp = plan["baselines"]["fsdp"]["peak_memory_bytes"]
+    assert fsdp < plan["peak_memory_bytes"]
+    call = ["plan", here.model, "--mesh", "dp=2,tp=2", "--hardware", "h100", "--memory-budget", str(fsdp + 2048)]
+    assert main([*call, "-o", str(tight)]) == 0
+    made = json.loads(tight.read_text())
+    moved = [
+        key for key, line in made["parameters"].items() if line != plan["parameters"][key] and len(line["shape"]) > 1
+    ]
+    assert moved
+    capsys.readouterr()
+    assert main(["explain", str(tight), moved[0], "--model", here.model, "--most", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["parameters"][moved[0]]
+    assert found["decided_by"].startswith("the memory budget: without it")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 import autopar
 from autopar.cli import main
-from autopar.measured import Beside, corrected, measured
+from autopar.measured import KINDS, Beside, Measured, beside, corrected, measured
 from autopar.planning import hardware_in
 from costmodel.hardware import hardware
 
@@ -95,12 +97,33 @@ def test_hardware_is_corrected_by_what_was_measured() -> None:
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("{", "not JSON"), ('{"a": 1}', "no traceEvents"), ('{"traceEvents": []}', "without ops or kernels")],
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (gzip.compress(b"[]" * 1000)[:-9], "not JSON"),
+        (b'{"a": 1}', "no traceEvents"),
+        (b'{"traceEvents": []}', "without ops or kernels"),
+        (b'{"traceEvents": [3]}', "an event that torch.profiler does not write"),
+        (b'[{"ph": "X", "cat": "cpu_op", "ts": "now", "dur": 1}]', "an event that torch.profiler does not write"),
+    ],
 )
-def test_what_is_no_trace_is_refused(text: str, told: str, tmp_path: Path) -> None:
-    (tmp_path / "trace.json").write_text(text)
+def test_what_is_no_trace_is_refused(text: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "trace.json").write_bytes(text)
     with pytest.raises(ValueError, match=told):
         measured(tmp_path / "trace.json")
+
+
+def test_what_gloo_is_asked_for_as_an_exchange_counts_as_what_the_plan_has() -> None:
+    def moves(kind: str, seconds: float) -> Any:
+        return SimpleNamespace(kind=kind, seconds=seconds)
+
+    breakdown = SimpleNamespace(compute_by_kind={}, optimizer_s=0.0)
+    moved = [moves("reduce_scatter", 3.0), moves("all_to_all", 1.0)]
+    plan: Any = SimpleNamespace(accumulate=1, breakdown=breakdown, collectives=moved, step_time_s=4.0)
+    seconds = dict.fromkeys(KINDS, 0.0) | {"all_to_all": 8.0}
+    for gloo, expected in ((True, (6.0, 2.0)), (False, (0.0, 8.0))):
+        rows = {row.kind: row.measured_s for row in beside(plan, Measured(9.0, seconds, 1, True, gloo))}
+        assert (rows["reduce_scatter"], rows["all_to_all"]) == expected
 
 
 # -- a real step -------------------------------------------------------------------------------------------------------

@@ -59,11 +59,11 @@ def run(given: argparse.Namespace) -> int:
             raise ValueError("no mesh; pass --mesh dp=2,tp=2, or --from PLAN, which has one")
         options = options_of(given, _options(kept))
         named = named_model(given, options=options)
+        same = kept is not None and not given.batch and not given.seq
+        call = examples.restored(kept.example) if kept and same else examples.call_of(named.model, named.inputs)
         made = planned(
             named.model,
-            examples.call_of(named.model, named.inputs)
-            if kept is None or given.batch or given.seq
-            else examples.restored(kept.example),
+            call,
             mesh,
             hardware=given.hardware or (planning.hardware_in(kept) if kept is not None else None),
             strategy=given.strategy or (planning.asked_of(kept) if kept is not None else "auto"),
@@ -71,7 +71,10 @@ def run(given: argparse.Namespace) -> int:
             progress=tell,
             keep_timeline=bool(given.html or given.trace),
         )
-        made = replace(made, notes=(*named.notes, *made.notes))
+        other: tuple[str, ...] = ()
+        if kept is not None and made.fingerprint != kept.fingerprint:
+            other = (f"{given.kept} was made for another graph, {kept.fingerprint[:12]}: what it fixed was kept",)
+        made = replace(made, notes=(*named.notes, *other, *made.notes))
         if given.output:
             made.save(given.output)
         if given.html:
@@ -79,7 +82,7 @@ def run(given: argparse.Namespace) -> int:
             made.report(given.html)
         if given.trace:
             Path(given.trace).write_text(trace_json(made), encoding="utf-8")
-        ejected = eject(made, named.model, given.model, given.eject) if given.eject else None
+        ejected = eject(made, named.model, call, given.model, given.eject) if given.eject else None
         if ejected is not None:
             Path(given.eject).write_text(ejected.script, encoding="utf-8")
     if given.json:

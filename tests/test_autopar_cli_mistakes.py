@@ -1,0 +1,118 @@
+"""Each mistake in a call: exit code 2, one line on standard error that says what would do, and no traceback."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from commands import MODELS, Here, autopar, started
+
+from autopar.cli import main
+
+MISTAKES = [
+    ("frob", "invalid choice: 'frob'"),
+    ("plan", "required: MODEL"),
+    ("plan MODEL", "pass --mesh dp=2,tp=2, or --from PLAN"),
+    ("plan MODEL --from HERE/edited-badly.json", "cannot be RR -> RS(1) over axes of (2, 2) ranks"),
+    ("explain HERE/edited.json up.weight", "was edited after it was solved"),
+    ("check HERE/edited.json MODEL", "was edited after it was solved"),
+    ("verify MODEL --plan HERE/edited.json", "was edited after it was solved"),
+    ("plan MODEL --mesh dp=2,tp", "write name=ranks, as in dp=4,tp=2"),
+    ("plan MODEL --mesh dp=2,dp=2", "stands twice"),
+    ("plan MODEL --mesh dp=0", "is no axis"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --batch-axes ep", "ep"),
+    ("plan MODEL --mesh dp=2 --batch-axes 2", "names no axes; write dp or dp,ep"),
+    ("plan MODEL --mesh dp=2 --recompute some", "choose from"),
+    ("plan MODEL --mesh a=1,b=1,c=1,d=1,e=1,f=1", "6 axes"),
+    ("plan MODEL --mesh dp=2 --hardware h9", "unknown hardware 'h9'; known are a100-40gb"),
+    ("plan MODEL --mesh dp=2 --strategy zero", "choose from"),
+    ("plan MODEL --mesh dp=2 --batch none", "positive whole number"),
+    ("plan MODEL --mesh dp=2 --memory-budget much", "is no size; write bytes, or 80GiB"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --pin up.weight", "write PATTERN=LAYOUT"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --pin up.weight=Q", "'Q' is no layout"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --pin nothing=R", "names no parameter"),
+    ("plan llama3-8 --mesh dp=2", "did you mean llama3-8b"),
+    ("plan nope --mesh dp=2", "A model is a preset"),
+    ("plan HERE/nope.py:build --mesh dp=2", "no such file"),
+    ("plan HERE/models.py --mesh dp=2", "name the function"),
+    ("plan HERE/models.py:nope --mesh dp=2", "no function 'nope'; it has Tiny, build"),
+    ("plan HERE/models.py:number --mesh dp=2", "returned a int; return a torch.nn.Module"),
+    ("plan HERE/models.py:fails --mesh dp=2", "AttributeError: 'Tiny' object has no attribute 'nothing'"),
+    ("plan HERE/models.py:no_inputs --mesh dp=2", "its forward takes ids, labels"),
+    ("plan HERE/models.py:branches --mesh dp=2 --hardware h100", "models.py:"),
+    ("plan HERE/models.py:nothing --mesh dp=2", "returned None; return a torch.nn.Module"),
+    ("plan HERE/models.py:leaves --mesh dp=2", "SystemExit: 0"),
+    ("plan HERE/models.py:wants --mesh dp=2", "models.py: TypeError: wants() missing 1 required"),
+    ("plan HERE/models.py:too_long --mesh dp=2 --hardware h100", "the model's forward raised"),
+    ("plan MODEL --mesh dp=2 --batch 8", "models.py:build returns its inputs; set them there"),
+    ("search MODEL --gpus 2 --global-batch 8 --seq 8", "models.py:build returns its inputs; set them there"),
+    ("plan MODEL --mesh dp=2 --layers 2", "models.py:build makes its own layers"),
+    ("plan LLAMA3-8B --mesh dp=2", "did you mean llama3-8b"),
+    ("plan HERE/none/config.json --mesh dp=2", "none/config.json: no such file"),
+    ("plan HERE/heads --mesh dp=2", "not a multiple of the number of attention heads"),
+    ("plan MODEL --mesh dp=2 --memory-budget .", "is no size"),
+    ("plan MODEL --mesh dp=2 --param-dtype int8", "is none of bfloat16"),
+    ("plan MODEL --from HERE/bytes.json", "bytes.json: not a text"),
+    ("verify MODEL --mesh dp=2 --tolerance -1", "is no relative error"),
+    ("plan HERE --mesh dp=2", "without a config.json"),
+    ("plan HERE/plan.json --mesh dp=2", "no 'model_type'"),
+    ("plan gpt3-175b --mesh dp=2 --seq 4096", "the model has 2048 positions"),
+    ("plan MODEL --mesh dp=2 --hardware h100 -o HERE/none/plan.json", "none/plan.json: no folder"),
+    ("diff HERE/plan.json HERE/none.json", "none.json: No such file"),
+    ("diff HERE/plan.json HERE/models.py", "not JSON"),
+    ("diff HERE/plan.json HERE/plan.json --max-regression lots", "is no share"),
+    ("check HERE/plan.json nope", "no model 'nope'"),
+    ("explain HERE/plan.json zzz", "nothing in the plan matches 'zzz'; its parameters are embed.weight"),
+    ("explain HERE/plan.json up.weight --model HERE/models.py:wider", "name the model that it was made for"),
+    ("verify MODEL", "pass --mesh"),
+    ("verify MODEL --mesh dp=4 --plan HERE/plan.json", "the plan is for the mesh"),
+    ("verify HERE/models.py:wider --plan HERE/plan.json", "the plan is for the graph"),
+    ("search MODEL --gpus 12 --global-batch 12 --hardware h100", "12 GPUs fill no whole number of nodes"),
+    ("search MODEL --global-batch 8", "required: --gpus"),
+    ("search MODEL --gpus 8 --global-batch 1 --hardware h100 --html HERE/none/x.html", "none/x.html: no folder"),
+    ("calibrate --seconds 0", "--seconds 0"),
+    ("calibrate --from-trace HERE/step.json", "needs --plan PLAN"),
+    ("calibrate --plan HERE/plan.json", "go with --from-trace"),
+    ("diff HERE/plan.json", "give two plans, or one plan and --measured TRACE"),
+    ("diff HERE/plan.json --measured HERE/plan.json", "no traceEvents"),
+    ("plan MODEL --mesh dp=2 --html HERE", "a folder; name a file"),
+    ("calibrate --seconds 1 -o HERE/none/hardware.json", "no folder"),
+]
+
+
+@pytest.mark.parametrize(("call", "told"), MISTAKES, ids=[call for call, _ in MISTAKES])
+def test_a_mistake_is_one_line_on_standard_error(
+    here: Here, call: str, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = call.replace("MODEL", here.model).replace("HERE", str(here.folder)).split()
+    assert main(words) == 2
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("[")]
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].startswith("autopar")
+    assert told in lines[0]
+
+
+def test_what_a_users_function_prints_is_no_part_of_the_output(here: Here) -> None:
+    ran = autopar("inspect", f"{here.folder}/models.py:talks", "--mesh", "dp=2", "--json")
+    assert ran.code == 0
+    assert ran.json["parameters"] > 0
+    assert "made by hand" in ran.err
+
+
+def test_a_class_that_transformers_lacks_is_told(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 64}
+    file = here.folder / "own.json"
+    file.write_text(json.dumps({"model_type": "llama", "architectures": ["MyLlama"], **sizes}), encoding="utf-8")
+    assert main(["inspect", str(file), "--mesh", "dp=2", "--seq", "16"]) == 0
+    assert "transformers has no MyLlama" in capsys.readouterr().out
+
+
+def test_a_mistake_in_a_process_is_no_traceback(here: Here) -> None:
+    ran = started("plan", f"{here.folder}/models.py:fails", "--mesh", "dp=2")
+    assert ran.code == 2
+    assert ran.out == ""
+    line = next(i for i, text in enumerate(MODELS.splitlines(), 1) if ".nothing" in text)
+    assert f"models.py:{line}: AttributeError" in ran.err
+    assert "Traceback" not in ran.err

@@ -1,0 +1,76 @@
+"""Plans in a repository: edited lines, what changed, and a check that fails."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from commands import Here, autopar, edit
+
+from autopar.cli import main
+
+
+def test_diff_says_what_changed_and_exits_1_where_it_got_worse(here: Here) -> None:
+    assert main(["diff", str(here.plan), str(here.plan)]) == 0
+    ran = autopar("diff", here.plan, here.other, "--json")
+    assert ran.code == 1
+    found = ran.json
+    assert "step" in found["worse"]
+    figures = {figure["name"]: figure for figure in found["figures"]}
+    plans = [json.loads(path.read_text()) for path in (here.plan, here.other)]
+    assert figures["step"]["before"] == plans[0]["step_time_s"]
+    assert figures["peak memory"]["after"] == plans[1]["peak_memory_bytes"]
+    assert {"name": "strategy", "before": plans[0]["strategy"], "after": "fsdp"} in found["made_for"]
+    assert any(change["name"] == "up.weight" for change in found["parameters"])
+    assert main(["diff", str(here.plan), str(here.other), "--max-regression", "1000%"]) == 0
+
+
+def test_check_plans_again_and_fails_on_a_plan_that_got_worse(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(here.plan), here.model]) == 0
+    assert "The same decisions" in capsys.readouterr().out
+    better = json.loads(here.plan.read_text())
+    better["step_time_s"] /= 2
+    kept = here.folder / "better.json"
+    kept.write_text(json.dumps(better), encoding="utf-8")
+    ran = autopar("check", kept, here.model, "--json")
+    assert ran.code == 1
+    assert ran.json["worse"] == ["step"]
+    assert main(["check", str(kept), here.model, "--max-regression", "150%"]) == 0
+
+
+def test_an_edited_line_is_kept_when_the_plan_is_solved_again(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    again, unpinned = here.folder / "again.json", here.folder / "unpinned.json"
+    assert main(["plan", here.model, "--from", str(here.folder / "edited.json"), "-o", str(again)]) == 0
+    report = capsys.readouterr().out
+    kept, made = json.loads(here.plan.read_text()), json.loads(again.read_text())
+    before, after = kept["parameters"]["up.weight"], made["parameters"]["up.weight"]
+    assert before["in_compute"] != "RS(0)"  # else the edit asks for nothing
+    assert (after["in_compute"], after["pinned"]) == ("RS(0)", True)
+    assert [key for key, line in made["parameters"].items() if line["pinned"]] == ["up.weight"]
+    assert made["axes"] == kept["axes"]
+    assert made["example"] == kept["example"]
+    assert made["options"]["hardware_figures"] == kept["options"]["hardware_figures"]
+    assert "pinned" in report
+    # The line stays when the plan is solved once more, and is free again when the mark goes.
+    assert main(["plan", here.model, "--from", str(again), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["up.weight"]["in_compute"] == "RS(0)"
+    edit(again, unpinned, "up.weight", pinned=False)
+    assert main(["plan", here.model, "--from", str(unpinned), "--json"]) == 0
+    free = json.loads(capsys.readouterr().out)
+    assert free["parameters"] == kept["parameters"]
+    assert free["step_time_s"] == kept["step_time_s"] <= made["step_time_s"]
+
+
+def test_a_line_can_be_edited_at_rest(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    edited = here.folder / "at-rest.json"
+    edit(here.plan, edited, "head.weight", at_rest="S(0)S(0)", in_compute="RS(0)")
+    assert main(["plan", here.model, "--from", str(edited), "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)["parameters"]["head.weight"]
+    assert (line["at_rest"], line["in_compute"]) == ("S(0)S(0)", "RS(0)")
+
+
+def test_check_of_a_model_that_grew_says_the_graph_changed(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(here.plan), here.model.replace("build", "wider")]) == 1
+    out = capsys.readouterr().out
+    assert "graph: " in out
+    assert "WORSE: peak memory" in out
