@@ -82,6 +82,9 @@ def said(rank: int, ranks: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     sys.stderr = open(f"{folder}/{rank}", "w", buffering=1)  # noqa: SIM115
+    for name in ("autopar", "passes", "costmodel", "torch.__trace"):
+        logging.getLogger(name).addHandler(logging.FileHandler(f"{folder}/{rank}.{name}"))
+        logging.getLogger(name).setLevel(logging.DEBUG)
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
     autopar.parallelize(Square(), mesh, (torch.randn(4, 16),), options=autopar.Options(compile=False))
 
@@ -93,3 +96,7 @@ def test_parallelize_tells_each_stage_on_rank_0(tmp_path: Path) -> None:
     assert stages[0] == "capturing the model"
     assert stages[-2:] == ["rewriting the graph for a rank", "splitting forward and backward"]
     assert "autopar" not in (tmp_path / "1").read_text()
+    assert (tmp_path / "0.autopar").read_text().splitlines() == stages
+    assert (tmp_path / "0.torch.__trace").read_text()
+    for name in ("autopar", "passes", "costmodel", "torch.__trace"):
+        assert (tmp_path / f"1.{name}").read_text() == ""
