@@ -67,6 +67,10 @@ def leaves():
     raise SystemExit(0)
 
 
+def three():
+    return Tiny(), {}, {}
+
+
 def wants(size):
     return build()
 
@@ -157,6 +161,17 @@ def made_here(folder: Path) -> Here:
     (folder / "bytes.json").write_bytes(b"\xd8\x00\xff")
     (folder / "heads").mkdir()
     (folder / "heads" / "config.json").write_text('{"model_type": "llama", "hidden_size": 30}', encoding="utf-8")
+    (folder / "clip.json").write_text('{"model_type": "clip"}', encoding="utf-8")
+    edit(plan, folder / "misspelt.json", "up.weight", in_compute="RQ")
+    edit(plan, folder / "short.json", "up.weight", in_compute="R")
+    text = plan.read_text(encoding="utf-8")
+    for name, old, new in (
+        ("renamed", '"up.weight": {', '"up.wieght": {'),
+        ("unknown", '"seed":', '"seeds":'),
+        ("newer", '"version": 1', '"version": 2'),
+    ):
+        assert old in text
+        (folder / f"{name}.json").write_text(text.replace(old, new, 1), encoding="utf-8")
     edit(plan, folder / "edited-badly.json", "up.bias", at_rest="RR", in_compute="RS(1)")
     return Here(folder, model, plan, other, planned, as_json)
 
