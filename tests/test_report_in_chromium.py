@@ -123,6 +123,18 @@ def test_it_is_drawn_in_both_themes_on_a_laptops_screen(page: Path, tmp_path: Pa
         shutil.copy(picture, folder)
 
 
+def test_a_notebooks_cell_shows_it(page: Path, tmp_path: Path) -> None:
+    notebook, picture = tmp_path / "notebook.html", tmp_path / "notebook.png"
+    cell = f'<!doctype html><body style="margin:0">{with_timeline()._repr_html_()}</body>'
+    notebook.write_text(cell, encoding="utf-8")
+    drawn = []
+    for each in (page, notebook):
+        browse(each, tmp_path, f"--screenshot={picture}", "--window-size=640,640")
+        drawn.append([color for color, _ in Counter(pixels(picture)[2]).most_common()])
+    assert len(drawn[1]) > 10
+    assert set(drawn[0][:5]) <= set(drawn[1][:12])  # the page's own colours, inside of the frame
+
+
 # -- by keyboard -------------------------------------------------------------------------------------------------------
 
 
