@@ -143,7 +143,9 @@ def _ordered(leaf: Tensor) -> bool:
 def real_copy(model: nn.Module, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
     """A copy of `model` on the CPU that shares no tensor with it, and notes; what was on the meta device has values."""
     if not any(tensor.is_meta for _, tensor in _tensors(model)):
-        copied = copy.deepcopy(model).cpu()
+        memo: dict[int, Any] = {}
+        copied = copy.deepcopy(model, memo).cpu()
+        tree.rebind(copied, {key: new for key, new in memo.items() if isinstance(new, (nn.Module, Tensor))})
         copied.zero_grad()
         return copied, ()
     invented: list[str] = []

@@ -368,18 +368,37 @@ def gradients(given: list[_Tangent], slots: list[_Slot]) -> list[tuple[_Slot, Te
     wanted = [slot for slot in slots if slot.differentiate]
     if not given or not wanted:
         return []
+    outputs, views, tangents = [t.output for t in given], [slot.view for slot in wanted], [t.tangent for t in given]
+    found: Sequence[Tensor | None]
     try:
-        found = torch.autograd.grad(
-            [t.output for t in given],
-            [slot.view for slot in wanted],
-            [t.tangent for t in given],
-            allow_unused=True,
-        )
+        if _has_own_functions(outputs):
+            torch.autograd.backward(outputs, tangents)
+            found = [view.grad for view in views]
+        else:
+            found = torch.autograd.grad(outputs, views, tangents, allow_unused=True)
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(f"the backward of {', '.join(t.name for t in given)} raised {error}") from error
     return [(slot, grad) for slot, grad in zip(wanted, found, strict=True) if grad is not None]
+
+
+def _has_own_functions(outputs: list[Tensor]) -> bool:
+    """Whether a `torch.autograd.Function` made some of it.
+
+    Its backward may run one of its own, as checkpointing with `use_reentrant=True` does: that leaves gradients in `.grad`
+    alone, and `torch.autograd.grad` refuses it, or does not reach it where nothing it was given needs a gradient.
+    """
+    stack: list[Any] = [output.grad_fn for output in outputs]
+    seen = set(stack)
+    while stack:
+        function = stack.pop()
+        if isinstance(function, torch.autograd.function.BackwardCFunction):
+            return True
+        new = {following for following, _ in function.next_functions if following is not None} - seen
+        seen |= new
+        stack.extend(new)
+    return False
 
 
 def _mutated_notes(slots: list[_Slot], user: list[_Slot | None], tracer: Tracer) -> list[str]:
