@@ -29,6 +29,7 @@ from passes.normalize import normalize
 from passes.precision import Precision
 from passes.program import Input, InputKind, Output, Program
 from passes.provenance import Provenance, error_line
+from passes.rebind import rebind
 from passes.tracing import Branches, ReadsInputsError, Tracer, fake_mode, tracing, unwrapped, wrapped
 
 Tangents = Literal["loss", "all"]
@@ -129,6 +130,7 @@ def _capture(
             slot.wrap()
         for slot in slots:
             slot.swap_in()
+        rebind(model, {id(slot.tensor): slot.view for slot in slots})
         values = [
             leaf if slot is None else precision.cast_input(slot.view) for slot, leaf in zip(user, leaves, strict=True)
         ]
@@ -386,11 +388,11 @@ def gradients(given: list[_Tangent], slots: list[_Slot]) -> list[tuple[_Slot, Te
 def _has_own_functions(outputs: list[Tensor]) -> bool:
     """Whether a `torch.autograd.Function` made some of it.
 
-    Its backward may run one of its own, as checkpointing with `use_reentrant=True` does: that leaves gradients in `.grad`
-    alone, and `torch.autograd.grad` refuses it, or does not reach it where nothing it was given needs a gradient.
+    Its backward may run one of its own, as checkpointing with `use_reentrant=True` does: that leaves gradients in
+    `.grad` alone, and `torch.autograd.grad` refuses it, or does not reach it where its inputs lead to no parameter.
     """
-    stack: list[Any] = [output.grad_fn for output in outputs]
-    seen = set(stack)
+    seen: set[Any] = {output.grad_fn for output in outputs} - {None}
+    stack = list(seen)
     while stack:
         function = stack.pop()
         if isinstance(function, torch.autograd.function.BackwardCFunction):

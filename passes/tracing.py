@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from passes.bounds import positions_below
 from passes.decompositions import DECOMPOSITIONS
 from passes.errors import CaptureError
 from passes.guards import Read, shapes
@@ -232,6 +233,12 @@ class Tracer(TorchDispatchMode):
         known = self._constants.get(id(tensor))
         if known is not None:
             return known
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and torch.is_grad_enabled():
+            raise CaptureError(
+                f"{self._location()}: uses a {tuple(tensor.shape)} parameter that is none of the model's, so that its "
+                "gradient would be lost; register it (nn.ModuleList and nn.ParameterList do so for a list), or set "
+                "requires_grad=False"
+            )
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             raise CaptureError(
                 f"{self._location()}: uses a {tuple(tensor.shape)} tensor without values (meta or fake) that is no "
@@ -297,6 +304,8 @@ class Tracer(TorchDispatchMode):
             x, mask = torch.broadcast_tensors(*args) if args[0].shape != args[1].shape else args
             with self:
                 return aten.index.Tensor(x, [mask])
+        if func is aten.bincount.default and (counts := self._counts(*args, **kwargs)) is not None:
+            return counts
         what = f"the shape of {func} depends on the value of a tensor"
         node_args, _ = self._map(args)
         node_kwargs, _ = self._map(kwargs)
@@ -308,6 +317,19 @@ class Tracer(TorchDispatchMode):
         shaping_args, shaping_kwargs = _map_tensors((args, kwargs), lambda t: self._shaping_node(func, t))
         self.reads.append(Read(None, func, shaping_args, shaping_kwargs, fixed))
         return made
+
+    def _counts(self, x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Any:
+        """`bincount` where all values are known to be below `minlength`; None where they are not."""
+        below = positions_below(self.node_of(x))
+        if below is None or below > minlength:
+            return None
+        with self:
+            hit = aten.eq.Tensor(aten.unsqueeze.default(x, 1), aten.arange.default(minlength, device=x.device))
+            if weights is None:
+                return aten.sum.dim_IntList(hit, [0])
+            if weights.dtype is not torch.float32:
+                weights = aten._to_copy.default(weights, dtype=torch.float64)
+            return aten.sum.dim_IntList(aten.mul.Tensor(hit, aten.unsqueeze.default(weights, 1)), [0])
 
     def _shaping_value(self, func: Any, tensor: Tensor, what: str) -> Any:
         """The value of an operand, or zeros where the shape of `func`'s result does not depend on it."""
@@ -460,6 +482,9 @@ def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
 
     torch.compiler.is_compiling = answered
     torch.backends.mha.set_fastpath_enabled(False)
+    # oneDNN has LSTMs and GRUs as one op, for the CPU alone; without it they are products and pointwise ops.
+    one_dnn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
     torch._enable_functionalization(reapply_views=True)
     try:
         with fake_mode, tracer, _Calls(tracer):
@@ -467,6 +492,7 @@ def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
     finally:
         torch._disable_functionalization()
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch._C._set_mkldnn_enabled(one_dnn)
         torch.compiler._is_compiling_flag, torch.compiler.is_compiling = compiling, is_compiling
         if asking and tracer.branches.as_compiled:
             places = ", ".join(list(asking)[:3]) + (", ..." if len(asking) > 3 else "")
