@@ -55,6 +55,11 @@ _PYTHON_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 _SHAPED_BY_INTEGERS = {aten._ctc_loss.Tensor}
 _INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
 _MAX_INLINE_ELEMENTS = 2**24
+_BRANCHES_INSTEAD = "Use tensor ops (torch.where, masks) instead, or make it a constant of the model"
+_PICKS_INSTEAD = (
+    "Compute every row and multiply what was not picked by zero, or sort rows by where they go (torch.argsort): shapes "
+    "then depend on no values"
+)
 
 
 class ReadsInputsError(CaptureError):
@@ -264,15 +269,14 @@ class Tracer(TorchDispatchMode):
         return fake
 
     # -------------------------------------------------------------------------------- values that the model reads
-    def value(self, tensor: Tensor, what: str) -> Any:
+    def value(self, tensor: Tensor, what: str, instead: str = _BRANCHES_INSTEAD) -> Any:
         """The real value of `tensor`, which the model reads as `what` says; noted where it depends on inputs."""
         node = self.node_of(tensor)
         try:
             value = self.values.of(node)
         except UnknownValueError as unknown:
             raise CaptureError(
-                f"{self._location()}: {what}, which depends on {unknown.what}, so the step is not one graph. Use "
-                "tensor ops (torch.where, masks) instead, or make it a constant of the model"
+                f"{self._location()}: {what}, which depends on {unknown.what}, so the step is not one graph. {instead}"
             ) from None
         if not self.values.depends_on_inputs(node):
             return value
@@ -336,7 +340,7 @@ class Tracer(TorchDispatchMode):
         if func in _SHAPED_BY_INTEGERS and tensor.is_floating_point():
             with off_the_record():
                 return torch.zeros(tensor.shape, dtype=tensor.dtype)
-        return self.value(tensor, what)
+        return self.value(tensor, what, _PICKS_INSTEAD)
 
     def _shaping_node(self, func: Any, tensor: Tensor) -> Any:
         """The node of an operand, or a meta tensor where the shape of `func`'s result does not depend on its values."""

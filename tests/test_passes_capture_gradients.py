@@ -148,3 +148,20 @@ def test_counts_are_added_over_ranks_and_not_gathered() -> None:
 def test_counts_of_unknown_length_are_refused() -> None:
     with pytest.raises(CaptureError, match=r"the shape of aten\.bincount"):
         capture(Counting(3), (torch.randn(5, 3, 8),))
+
+
+def test_rows_picked_by_a_parameter_are_refused_with_what_would_do() -> None:
+    class Loop(nn.Module):
+        """Runs an expert on the rows that chose it, as many hand-written mixtures do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.expert = nn.Linear(8, 4), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.where(self.router(x).argmax(-1) == 1)[0]
+            return torch.zeros_like(x).index_add(0, rows, self.expert(x[rows])).sum()
+
+    wanted = r"capture_gradients.py:\d+: .*nonzero.* the parameter router.*Compute every row and multiply .* by zero"
+    with pytest.raises(CaptureError, match=wanted):
+        capture(Loop(), (torch.randn(6, 8),))
