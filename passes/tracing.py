@@ -33,7 +33,6 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from passes.bounds import positions_below
 from passes.decompositions import DECOMPOSITIONS
 from passes.errors import CaptureError
 from passes.guards import Read, shapes
@@ -146,6 +145,11 @@ class Tracer(TorchDispatchMode):
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             # Inductor refuses it too; a model that is being compiled takes another way.
             raise CaptureError(f"{self._location()}: grouped_mm of {args[0].dtype} cannot be compiled; use bfloat16")
+        if func is aten.native_batch_norm.default and args[3] is not None and args[5]:
+            raise CaptureError(
+                f"{self._location()}: a batch norm whose running statistics would be lost; call "
+                "torch.nn.functional.batch_norm or torch.nn.BatchNorm"
+            )
         if func._schema.is_mutable:
             raise CaptureError(
                 f"{self._location()}: {func} writes to its operands; use an op that returns what it wrote"
@@ -308,8 +312,6 @@ class Tracer(TorchDispatchMode):
             x, mask = torch.broadcast_tensors(*args) if args[0].shape != args[1].shape else args
             with self:
                 return aten.index.Tensor(x, [mask])
-        if func is aten.bincount.default and (counts := self._counts(*args, **kwargs)) is not None:
-            return counts
         what = f"the shape of {func} depends on the value of a tensor"
         node_args, _ = self._map(args)
         node_kwargs, _ = self._map(kwargs)
@@ -321,19 +323,6 @@ class Tracer(TorchDispatchMode):
         shaping_args, shaping_kwargs = _map_tensors((args, kwargs), lambda t: self._shaping_node(func, t))
         self.reads.append(Read(None, func, shaping_args, shaping_kwargs, fixed))
         return made
-
-    def _counts(self, x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Any:
-        """`bincount` where all values are known to be below `minlength`; None where they are not."""
-        below = positions_below(self.node_of(x))
-        if below is None or below > minlength:
-            return None
-        with self:
-            hit = aten.eq.Tensor(aten.unsqueeze.default(x, 1), aten.arange.default(minlength, device=x.device))
-            if weights is None:
-                return aten.sum.dim_IntList(hit, [0])
-            if weights.dtype is not torch.float32:
-                weights = aten._to_copy.default(weights, dtype=torch.float64)
-            return aten.sum.dim_IntList(aten.mul.Tensor(hit, aten.unsqueeze.default(weights, 1)), [0])
 
     def _shaping_value(self, func: Any, tensor: Tensor, what: str) -> Any:
         """The value of an operand, or zeros where the shape of `func`'s result does not depend on it."""
@@ -402,7 +391,7 @@ def _map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
 
 
 class _Calls(TorchFunctionMode):
-    """Handles what is caught above aten: reads of values, `torch.tensor([scalar, ...])`, `batch_norm`, `one_hot`."""
+    """Handles what is caught above aten: reads of values, `torch.tensor([scalar, ...])`, batch norms, `one_hot`."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -419,6 +408,8 @@ class _Calls(TorchFunctionMode):
             return made.to(kwargs["dtype"]) if kwargs.get("dtype") else made
         if func is nn.functional.batch_norm:
             return _batch_norm(*args, **kwargs)
+        if func is nn.functional.instance_norm:
+            return _instance_norm(*args, **kwargs)
         if func is nn.functional.one_hot:
             return _one_hot(*args, **kwargs)
         return func(*args, **kwargs)
@@ -450,6 +441,30 @@ def _batch_norm(
     mean.copy_(new_mean.detach())
     var.copy_(new_var.detach())
     return out
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """`F.instance_norm`: a batch norm of every sample's channels; the running statistics are their means."""
+    if not use_input_stats or running_mean is None or running_var is None:
+        return nn.functional.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    samples, channels = x.shape[:2]
+    means, variances = running_mean.repeat(samples), running_var.repeat(samples)
+    weight, bias = (None if t is None else t.repeat(samples) for t in (weight, bias))
+    out = _batch_norm(
+        x.reshape(1, samples * channels, *x.shape[2:]), means, variances, weight, bias, True, momentum, eps
+    )
+    running_mean.copy_(means.detach().view(samples, channels).mean(0))
+    running_var.copy_(variances.detach().view(samples, channels).mean(0))
+    return out.view(x.shape)
 
 
 def _holds_tensor(data: Any) -> bool:

@@ -145,11 +145,6 @@ def test_counts_are_added_over_ranks_and_not_gathered() -> None:
     assert not [kind for kind in kinds if re.search("all_gather|all_to_all", kind)]
 
 
-def test_counts_of_unknown_length_are_refused() -> None:
-    with pytest.raises(CaptureError, match=r"the shape of aten\.bincount"):
-        capture(Counting(3), (torch.randn(5, 3, 8),))
-
-
 def test_rows_picked_by_a_parameter_are_refused_with_what_would_do() -> None:
     class Loop(nn.Module):
         """Runs an expert on the rows that chose it, as many hand-written mixtures do."""
@@ -165,3 +160,31 @@ def test_rows_picked_by_a_parameter_are_refused_with_what_would_do() -> None:
     wanted = r"capture_gradients.py:\d+: .*nonzero.* the parameter router.*Compute every row and multiply .* by zero"
     with pytest.raises(CaptureError, match=wanted):
         capture(Loop(), (torch.randn(6, 8),))
+
+
+class Running(nn.Module):
+    """Norms with running statistics, of a batch and of each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.sample = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+        self.batch = nn.BatchNorm1d(3, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.batch(self.sample(x)).cumsum(-1) ** 2).mean()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_of_batches_and_samples(training: bool) -> None:
+    _assert_eagers(Running().train(training), torch.randn(4, 3, 5) + 1)
+
+
+def test_running_statistics_that_would_be_lost_are_an_error() -> None:
+    class Raw(Running):
+        def forward(self, x: Tensor) -> Tensor:
+            b = self.batch
+            return torch.batch_norm(x, b.weight, b.bias, b.running_mean, b.running_var, True, 0.1, 1e-5, False).sum()
+
+    with pytest.raises(CaptureError, match=r"capture_gradients.py:\d+: .*running statistics would be lost"):
+        capture(Raw(), (torch.randn(4, 3, 5),))
