@@ -50,7 +50,7 @@ def measure_rank0(device: str, small: bool, how: str, strategy: str, mesh_text: 
     start = time.perf_counter()
     plan = autopar.plan(
         model, mesh, example, strategy=strategy, hardware="cpu" if device == "cpu" else None,
-        options=autopar.Options(compile=not small),
+        options=autopar.Options(compile=not small, optimizer="adamw" if small else "adamw-bf16"),
     )  # fmt: skip
     if how == "autopar":
         model = autopar.apply(model, plan, mesh)
