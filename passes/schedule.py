@@ -33,7 +33,7 @@ from passes.moves import Move
 from passes.player import KINDS, Event, Player
 from passes.space import Space
 from passes.strategies import StoredOption
-from passes.tracks import tracks
+from passes.tracks import Tracks, tracks
 from passes.words import Words
 
 _OP_BY_OP = 80 / 28
@@ -118,10 +118,12 @@ def play(
     accumulate: int = 1,
     compiled: Fused = True,
     events: bool = False,
+    laid: Tracks | None = None,
 ) -> Schedule:
     """The step of the plan that gives site i option `assignment[i]`: `accumulate` micro-batches and an update.
 
     `compiled`: chains of pointwise ops are one kernel, all or those of some nodes. `events`: keep the timeline.
+    `laid`: `tracks(space, assignment)`, where it is at hand.
 
     Raises:
         ValueError: an unknown optimizer, or no micro-batch.
@@ -130,7 +132,7 @@ def play(
         raise ValueError(f"accumulate is {accumulate}; a step has at least 1 micro-batch")
     spec = optimizer_of(optimizer)
     words = Words(space)
-    found = tracks(space, assignment)
+    found = tracks(space, assignment) if laid is None else laid
     player = Player(space, words, found, events)
     player.play()
     update_s = _update_s(space, assignment, spec)
