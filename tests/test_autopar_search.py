@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -16,7 +17,7 @@ from autopar.profiling import Captures, Profiler
 from autopar.search import SearchResult
 from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
-from passes.candidate import estimate
+from passes.candidate import estimate, lower_bound
 from passes.setup import Setup
 
 
@@ -41,14 +42,18 @@ def found() -> SearchResult:
     return autopar.search(small(), 4, "h100", 8, sequence=512, options=OPTIONS, top=2)
 
 
-def test_nothing_that_plans_can_do_is_faster(found: SearchResult) -> None:
+def inputs(parts: int) -> dict[str, torch.Tensor]:
+    ids = torch.empty(1, 512 // parts, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.fixture(scope="module")
+def profiler() -> Profiler:
+    return Profiler(Captures(small(), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
+
+
+def test_nothing_that_plans_can_do_is_faster(found: SearchResult, profiler: Profiler) -> None:
     """Every mesh, micro-batch and storage by hand."""
-
-    def inputs(parts: int) -> dict[str, torch.Tensor]:
-        ids = torch.empty(1, 512 // parts, dtype=torch.long, device="meta")
-        return {"input_ids": ids, "labels": ids}
-
-    profiler = Profiler(Captures(small(), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
     best = min(
         estimate(
             Setup(dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=2 * tp // micro, recompute="full"), profiler
@@ -108,6 +113,28 @@ def test_what_does_not_fit_says_by_how_much() -> None:
 def test_mistakes_are_named(gpus: int, batch: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         autopar.search(small(), gpus, "h100", batch, sequence=64)
+
+
+def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
+    """Every plan of the search priced by hand: the fastest of each mesh that fits, and bounds that are below it."""
+    budget = 170 << 20
+    options = autopar.Options(memory_budget=budget)
+    result = autopar.search(small(), 4, "h100", 4, sequence=512, options=options, top=2)
+    fastest: dict[int, float] = {}
+    for tp, micro, recompute in itertools.product((1, 2, 4), (1, 2, 4), ("pointwise", "full")):
+        if tp % micro == 0:
+            setup = Setup(dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=tp // micro, recompute=recompute)
+            played = estimate(setup, profiler)
+            bound_s, bound_bytes = lower_bound(setup, profiler)
+            assert bound_s <= played.step_s * (1 + 1e-9)
+            assert bound_bytes <= played.peak_bytes
+            if played.peak_bytes <= budget:
+                fastest[tp] = min(fastest.get(tp, played.step_s), played.step_s)
+    listed = {c.setup.tp: c.step_time_s for c in result.candidates if not c.priced_only}
+    best = dict(sorted(fastest.items(), key=lambda item: item[1])[:2])
+    assert len(best) == 2
+    assert {tp: listed[tp] for tp in best} == pytest.approx(best)
+    assert result.played < 12
 
 
 def test_inputs_are_of_one_sample() -> None:
