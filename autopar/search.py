@@ -58,6 +58,8 @@ class Candidate:
     """By how much it does not fit; 0 where it does."""
     seconds: Mapping[str, float]
     bytes: Mapping[str, float]
+    hidden_s: float = 0.0
+    """What a plan's gathers of parameters and reductions of gradients take behind compute."""
 
     @property
     def fits(self) -> bool:
@@ -174,6 +176,7 @@ def _as_json(candidate: Candidate) -> dict[str, Any]:
         "mesh": candidate.mesh, "setup": setup, "step_time_s": candidate.step_time_s,
         "peak_memory_bytes": candidate.peak_memory_bytes, "over_bytes": candidate.over_bytes,
         "priced_only": list(candidate.priced_only), "seconds": dict(candidate.seconds), "bytes": dict(candidate.bytes),
+        "hidden_s": candidate.hidden_s,
     }  # fmt: skip
 
 
@@ -364,7 +367,9 @@ class _State:
 
     def candidate(self, found: Estimate) -> Candidate:
         over = max(0, math.ceil(found.peak_bytes - self.budget))
-        return Candidate(found.setup, found.step_s, int(found.peak_bytes), over, found.seconds, found.bytes)
+        return Candidate(
+            found.setup, found.step_s, int(found.peak_bytes), over, found.seconds, found.bytes, found.hidden_s
+        )  # fmt: skip
 
     def play(self, plans: Sequence[Setup], others: Sequence[Candidate]) -> tuple[list[Candidate], int, float]:
         """Plans that can be listed beside `others`, played; how many were not, and what those take at least."""

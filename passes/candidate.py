@@ -36,6 +36,8 @@ class Estimate:
     peak_bytes: float
     seconds: Mapping[str, float]
     bytes: Mapping[str, float]
+    hidden_s: float = 0.0
+    """What gathers of parameters and reductions of gradients take behind compute, in a plan's setup."""
 
 
 class Profiler(Protocol):
@@ -130,7 +132,10 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     step = setup.accumulate * (micro_s + casts_s) + seconds["optimizer"]
     seconds["between"] = max(0.0, step - sum(seconds.values()))
     bytes_["activations and working"] = max(0.0, peak - rest_now)
-    return Estimate(setup, step, peak, seconds, bytes_)
+    hidden_s = 0.0
+    if not setup.gather_bytes_per_s:
+        hidden_s = setup.accumulate * (found.total("hidden.parameter.") + found.total("hidden.gradient."))
+    return Estimate(setup, step, peak, seconds, bytes_, hidden_s)
 
 
 def _layer(setup: Setup, profiler: Profiler, *, replica: bool) -> Profile | None:

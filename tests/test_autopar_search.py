@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import autopar
 from autopar.cli.main import main
 from autopar.profiling import Captures, Profiler
-from autopar.search import SearchResult
+from autopar.search import Candidate, SearchResult
+from autopar.verdict import verdict
 from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
 from passes.candidate import estimate, lower_bound
@@ -200,3 +202,30 @@ def test_zero3_that_waits_for_its_gathers_falls_behind_pipelines_as_gpus_grow() 
     assert waited[2] == pytest.approx(3.2, rel=0.1)
     hidden = [times_as_long(gpus, 0.0) for gpus in (384, 1536)]
     assert hidden[0] < hidden[1] < 1.0
+
+    # By hand, at a sample per GPU: 349 GB of bf16 parameters come into a node of 8 over 8 x 25 GB/s for forward and for
+    # backward, and as much of gradients leaves; 6 FLOPs per parameter and token at up to A100's 312 TFLOP/s.
+    found = profiler.profile(Setup(dp_shard=1536), replica=False)
+    wire_s = 2 * 174.6e9 / (8 * 25e9)
+    sent_s = [found.total(f"exposed.{which}") + found.total(f"hidden.{which}")
+              for which in ("parameter.forward", "parameter.backward", "gradient")]  # fmt: skip
+    assert all(wire_s < each < wire_s / 0.6 for each in sent_s)
+    compute_s = 6 * 174.6e9 * 2048 / 312e12
+    assert compute_s / 0.85 < found.whole["micro_s"] < compute_s / 0.6
+    assert found.total("exposed.parameter") + found.total("exposed.gradient") < 0.05 * found.whole["micro_s"]
+
+
+def test_the_verdict_says_what_it_rests_on() -> None:
+    """Sharded state that is enough because its gathers hide; and where a pipeline is slower even if none did."""
+
+    def told(hidden_s: float) -> str:
+        state = Candidate(Setup(dp_shard=64), 10.0, 1, 0, {"compute": 9.0, "slowed": 1.0}, {}, hidden_s)
+        stages = Candidate(Setup(dp_shard=8, pp=8, state="zero1"), 12.0, 1, 0, {"bubble": 1.2}, {})
+        unused: Any = None
+        found = verdict([state, stages], unused, 64, 64, 1)
+        assert found.answer == "state"
+        return " ".join(found.text)
+
+    assert "take 8.00 s behind 10.00 s of compute, 80% of it" in told(8.0)
+    assert "would take 18.00 s, and that pipeline would be 1.50 times faster" in told(8.0)
+    assert "rests on overlap" not in told(1.0)
