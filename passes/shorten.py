@@ -44,6 +44,10 @@ def shorten(program: Program) -> Program:
     return program
 
 
+_PLAIN = (int, float, str)
+_LISTS = (list, tuple)
+
+
 @dataclass(frozen=True)
 class _Stack:
     """The nodes of one stack's layers; `of[node]` is a node's place."""
@@ -136,11 +140,13 @@ def _signature(stack: _Stack, layer: int, unit: int) -> tuple[object, ...]:
             if place is None or abs(place[1] - layer) > unit:
                 return value
             return place[0], place[1] - layer, place[2]
-        if isinstance(value, list | tuple):
+        if value is None or isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, _LISTS):
             return tuple([told(item) for item in value])
         if isinstance(value, slice):
             return told((value.start, value.stop, value.step))
-        return value if isinstance(value, int | float | str | None) else str(value)
+        return str(value)
 
     found: list[object] = []
     inside: dict[str, str] = {}
