@@ -6,6 +6,7 @@ bound -> Step.run -> outputs, saved
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,14 +111,25 @@ def bound(
                 names.append(entry.name)
                 differentiable.append(value)
         elif entry.kind == "seed":
-            values.append(torch.tensor([runtime.seed, runtime.steps], dtype=torch.int64, device=device))
+            values.append(torch.stack([_number(runtime.seed, device), _number(runtime.steps, device)]))
             runtime.steps += 1
         elif entry.kind == "coordinate":
             coordinate = runtime.mesh.get_coordinate()
             assert coordinate is not None
             index = coordinate[[name for name, _ in local.axes].index(entry.name)]
-            values.append(torch.tensor(index, dtype=torch.int64, device=device))
+            values.append(_constant(index, device))
     return Step(runtime, executable, values, differentiable, names, _returned(runtime, local))
+
+
+def _number(value: int, device: torch.device) -> torch.Tensor:
+    """`value` on `device`, written there: a copy of one made here would wait for all that the device has to do."""
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+@functools.cache
+def _constant(value: int, device: torch.device) -> torch.Tensor:
+    """`_number`, made once: for what no program writes to."""
+    return _number(value, device)
 
 
 def _returned(runtime: Runtime, local: LocalProgram) -> list[Any]:
@@ -226,5 +238,8 @@ def _as_stored(runtime: Runtime, name: str, gradient: torch.Tensor | None) -> to
     if gradient is None or name not in runtime.specs:
         return gradient
     table, key = runtime.slots[name]
-    mine = stored.local_part(table[key]).shape
-    return stored.distributed(stored.unpad(gradient, mine), runtime.specs[name])
+    mine = stored.local_part(table[key])
+    gradient = stored.unpad(gradient, mine.shape)
+    if gradient.stride() != mine.stride():  # fused optimizers take both as they lie
+        gradient = torch.empty_like(mine, dtype=gradient.dtype).copy_(gradient)
+    return stored.distributed(gradient, runtime.specs[name])

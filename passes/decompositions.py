@@ -221,6 +221,16 @@ def _to_copy(x: Tensor, **options: Any) -> Recorded:
     return NotImplemented if kept == options else aten._to_copy.default(x, **kept)
 
 
+def _bincount(x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Recorded:
+    """As long as the caller says; a larger value, which would make the result longer, is an index out of range."""
+    if minlength == 0:
+        return NotImplemented
+    dtype = torch.int64 if weights is None else torch.float32 if weights.dtype == torch.float32 else torch.float64
+    each = aten.full.default(x.shape, 1, dtype=dtype, device=x.device) if weights is None else _cast(weights, dtype)
+    zeros = aten.full.default([minlength], 0, dtype=dtype, device=x.device)
+    return aten.scatter_add.default(zeros, 0, _cast(x, torch.int64), each)
+
+
 def _unsafe_view(x: Tensor, shape: Sequence[int]) -> Recorded:
     return aten.view.default(x, list(shape))
 
@@ -319,6 +329,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.fill.Tensor: _fill,
     aten.copy.default: _copy,
     aten._to_copy.default: _to_copy,
+    aten.bincount.default: _bincount,
     aten._unsafe_view.default: _unsafe_view,
     aten._reshape_alias.default: lambda x, shape, stride: aten.view.default(x, list(shape)),
     aten.bernoulli.p: _bernoulli_p,

@@ -30,7 +30,7 @@ from passes.tracks import Fusing, Tracks
 from passes.words import Words
 
 _MOST_SOURCES = 4
-"""A fused chain that reads more buffers than this is cut: its result is written out."""
+"""A fused chain that reads more buffers than this is cut where several read it: its result is written out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,7 @@ class _Lives:
         self.words = words
         self.fused = fused
         self.written = self._written()
+        self.readers = self._readers()
         self.bases: list[tuple[int, ...]] = []
         """Of each slot, the buffers that reading it reads."""
         for index in range(len(tracks.slots)):
@@ -195,6 +196,16 @@ class _Lives:
                     needed[slot] = True
         return [need or self._fusing(slot) != "pointwise" for slot, need in enumerate(needed)]
 
+    def _readers(self) -> list[int]:
+        """How many ops and moves read a slot, itself or as a view."""
+        found = [0] * len(self.tracks.slots)
+        for index in range(len(self.tracks.items) - 1, -1, -1):
+            viewed = self._treats(self.tracks.items[index]) == "view"
+            count = sum(found[slot] for slot in self.tracks.writes[index]) if viewed else 1
+            for slot in set(self.tracks.reads[index]):
+                found[slot] += count
+        return found
+
     def _crosses(self, slot: int, reader: int) -> bool:
         """Whether a slot is kept from forward for a backward reader."""
         items, producer = self.tracks.items, self.tracks.slots[slot].producer
@@ -213,7 +224,7 @@ class _Lives:
         if self.written[index]:
             return (index,)
         bases = tuple(dict.fromkeys(base for operand in operands for base in self.bases[operand]))
-        if len(bases) > _MOST_SOURCES:
+        if len(bases) > _MOST_SOURCES and self.readers[index] > 1:
             self.written[index] = True
             return (index,)
         return bases

@@ -3,9 +3,8 @@
     LocalProgram -retarget-> graph for the mesh's device -for_gloo-> its collectives -split-> forward, backward
         -cut-> regions and what is between -Inductor, once per distinct region-> callables -arranged-> outer programs
 
-A step is captured on fake CPU tensors. For another device, constants that the graph makes move there and attention
-takes that device's kernels. Where no layer repeats, forward and backward are one region each, collectives and all. This
-is the one file that calls Inductor.
+A step is captured on fake CPU tensors; `retarget` makes it one of another device. Where no layer repeats, forward and
+backward are one region each, collectives and all. This is the one file that calls Inductor.
 """
 
 from __future__ import annotations
@@ -31,12 +30,10 @@ from passes.outer import Boxed, Outer, Planned, assembled, op_step
 from passes.overlap import arranged
 from passes.partition import Halves, Recompute, split
 from passes.regions import Call, Cut, Region, calls, cut
+from passes.retarget import retarget
 
 aten = torch.ops.aten
 Tensors = Sequence[torch.Tensor]
-FLASH_DTYPES = (torch.float16, torch.bfloat16)
-# Attention kernels want the mask's rows and the heads' dims to start at multiples of 16 bytes.
-ALIGNED_ELEMENTS = 8
 # Inductor moves ops to where results are read or memory is freed: what is to run beside a collective ends up behind it.
 _AS_ORDERED = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
 CONSTANT_KINDS = ("parameter", "buffer", "coordinate")
@@ -294,165 +291,3 @@ def _of_a_list(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _fake_like(value: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-
-
-# --- another device ---------------------------------------------------------------------------------------------------
-
-
-def retarget(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """A copy of `gm` that runs on `device`: constants made there, attention by its kernels, fake values renewed.
-
-    On the CPU, a copy as it is.
-    """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    moved = graph_module(gm, graph)
-    for node, original in zip(graph.nodes, gm.graph.nodes, strict=True):
-        node.meta = dict(original.meta)
-    if device.type == "cpu":
-        return moved
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            setattr(moved, node.target, getattr(moved, node.target).to(device))
-        elif node.op == "call_function":
-            _move_constants(node, device)
-    if device.type == "cuda":
-        for node in list(graph.nodes):
-            if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
-                _retarget_attention(graph, node)
-    graph.lint()
-    moved.recompile()
-    _renew_values(moved, device)
-    return moved
-
-
-def _move_constants(node: fx.Node, device: torch.device) -> None:
-    """Makes on `device` what `node` would make on the CPU."""
-
-    def moved(argument: Any) -> Any:
-        return device if isinstance(argument, torch.device) and argument.type == "cpu" else argument
-
-    node.args = fx.node.map_aggregate(node.args, moved)
-    node.kwargs = fx.node.map_aggregate(dict(node.kwargs), moved)
-    makes = isinstance(node.target, torch._ops.OpOverload) and not node.all_input_nodes
-    if makes and any(argument.name == "device" for argument in node.target._schema.arguments):  # type: ignore[union-attr]
-        node.kwargs = {**node.kwargs, "device": device}
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """The argument `name` of an op's call, or its default."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for index, argument in enumerate(node.target._schema.arguments):
-        if argument.name == name:
-            if index < len(node.args):
-                return node.args[index]
-            return node.kwargs.get(name, argument.default_value)
-    raise AssertionError(f"{node.target} has no argument {name}")
-
-
-def _retarget_attention(graph: fx.Graph, node: fx.Node) -> None:
-    """Replaces the CPU's flash attention, and its backward, by CUDA's: flash for half precision without a mask, else
-    the memory-efficient kernel."""
-    query, key, value = node.args[:3]
-    mask = _argument(node, "attn_mask")
-    shapes = [operand.meta["val"].shape for operand in (query, key, value)]  # type: ignore[union-attr]
-    dtype = query.meta["val"].dtype  # type: ignore[union-attr]
-    head_dim, value_dim = shapes[0][-1], shapes[2][-1]
-    options = {"scale": _argument(node, "scale")}
-    if options["scale"] is None:
-        options["scale"] = head_dim**-0.5
-    dropout, causal = _argument(node, "dropout_p"), _argument(node, "is_causal")
-    flash = mask is None and dtype in FLASH_DTYPES and head_dim == value_dim and head_dim <= 256
-    backward = [u for u in node.users if u.target is aten._scaled_dot_product_flash_attention_for_cpu_backward.default]
-    if backward:
-        raise AssertionError(f"{node.name}: its backward takes it whole")
-    items = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-    backward = [u for u in items[1].users if u is not None] if 1 in items else []
-
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        made = graph.call_function(target, args, kwargs)
-        made.meta = {key: value for key, value in position.meta.items() if key != "val"}
-        return made
-
-    def aligned(operand: Any, width: int) -> Any:
-        short = -width % ALIGNED_ELEMENTS
-        return operand if not short else call(aten.constant_pad_nd.default, operand, [0, short], 0.0)
-
-    def narrowed(result: fx.Node, width: int) -> fx.Node:
-        return result if width % ALIGNED_ELEMENTS == 0 else call(aten.slice.Tensor, result, -1, 0, width)
-
-    position = node
-    with graph.inserting_before(node):
-        operands = [aligned(operand, shape[-1]) for operand, shape in zip((query, key, value), shapes, strict=True)]
-        if flash:
-            forward = call(
-                aten._scaled_dot_product_flash_attention.default, *operands, dropout, causal, False, **options
-            )
-            picks = (0, 1, 6, 7)
-        else:
-            if mask is not None:
-                mask = _mask(call, mask, (*shapes[0][:3], shapes[1][2]), dtype)
-            forward = call(
-                aten._scaled_dot_product_efficient_attention.default,
-                *operands, mask, bool(backward), dropout, causal, **options,
-            )  # fmt: skip
-            picks = (0, 1, 2, 3)
-        output, logsumexp, seed, offset = (call(operator.getitem, forward, pick) for pick in picks)
-        result = narrowed(output, value_dim)
-    items[0].replace_all_uses_with(result)
-    for position in backward:
-        with graph.inserting_before(position):
-            gradient = aligned(position.args[0], value_dim)
-            if flash:
-                made = call(
-                    aten._scaled_dot_product_flash_attention_backward.default,
-                    gradient, *operands, output, logsumexp, None, None, shapes[0][2], shapes[1][2],
-                    dropout, causal, seed, offset, **options,
-                )  # fmt: skip
-            else:
-                made = call(
-                    aten._scaled_dot_product_efficient_attention_backward.default,
-                    gradient, *operands, mask, output, logsumexp, seed, offset,
-                    dropout, [True, True, True, False], causal, **options,
-                )  # fmt: skip
-            for user in list(position.users):
-                index: Any = user.args[1]
-                with graph.inserting_before(user):
-                    user.replace_all_uses_with(narrowed(call(operator.getitem, made, index), shapes[index][-1]))
-                graph.erase_node(user)
-        graph.erase_node(position)
-    for item in items.values():
-        graph.erase_node(item)
-    graph.erase_node(node)
-
-
-def _mask(call: Callable[..., fx.Node], mask: Any, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
-    """`mask` as the memory-efficient kernel takes it: added to the scores, its rows aligned, of the scores' `shape`."""
-    keys = mask.meta["val"].shape[-1]
-    if mask.meta["val"].dtype == torch.bool:
-        zero = call(aten.scalar_tensor.default, 0.0, dtype=dtype, device=mask.meta["val"].device)
-        never = call(aten.scalar_tensor.default, float("-inf"), dtype=dtype, device=mask.meta["val"].device)
-        mask = call(aten.where.self, mask, zero, never)
-    if short := -keys % ALIGNED_ELEMENTS:
-        mask = call(aten.constant_pad_nd.default, mask, [0, short], 0.0)
-        mask = call(aten.slice.Tensor, mask, -1, 0, keys)
-    return call(aten.expand.default, mask, list(shape))
-
-
-def _renew_values(gm: fx.GraphModule, device: torch.device) -> None:
-    """Computes the nodes' fake values again, on `device`."""
-
-    class Renew(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if n.op != "output":
-                n.meta["val"] = result
-            return result
-
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        inputs = [
-            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-            for value in (node.meta["val"] for node in gm.graph.find_nodes(op="placeholder"))
-        ]
-        del mode
-        Renew(gm).run(*inputs)

@@ -482,6 +482,7 @@ def local_inputs(
     columns: list[list[Tensor]] = []
     nodes = local.graph.graph.find_nodes(op="placeholder")
     for described, node in zip(local.inputs, nodes, strict=True):
+        device = node.meta["val"].device
         match described.kind:
             case "parameter" | "buffer":
                 known = parameters if described.kind == "parameter" else buffers
@@ -494,11 +495,11 @@ def local_inputs(
                 full = _one(described, node) if tangents is None else next(left_tangents)
                 full = full * _batch_ranks(local, described, batch_dims.get(("tangent", described.name)))
             case "seed":
-                columns.append([torch.tensor(seed, dtype=torch.int64)] * len(where))
+                columns.append([torch.tensor(seed, dtype=torch.int64, device=device)] * len(where))
                 continue
             case "coordinate":
                 axis = [name for name, _ in local.axes].index(described.name)
-                each = [torch.tensor(position) for position in range(local.axes[axis][1])]
+                each = [torch.tensor(position, device=device) for position in range(local.axes[axis][1])]
                 columns.append([each[coordinate[axis]] for coordinate in where])
                 continue
         columns.append(scatter(full, described.storage, local.axes))
@@ -508,7 +509,7 @@ def local_inputs(
 def _one(tangent: LocalInput, node: fx.Node) -> Tensor:
     if tangent.storage.shape:
         raise ValueError(f"tangent {tangent.name} has shape {tangent.storage.shape}; only that of a scalar is known")
-    return torch.ones((), dtype=node.meta["val"].dtype)
+    return torch.ones((), dtype=node.meta["val"].dtype, device=node.meta["val"].device)
 
 
 def _batch_ranks(local: LocalProgram, tangent: LocalInput, batch_dim: int | None) -> int:

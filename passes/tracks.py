@@ -23,7 +23,7 @@ from passes.price import given_state, option_local_shapes
 from passes.rules.call import operand_nodes
 from passes.space import Space
 from passes.strategies import Option, StoredOption
-from passes.work import VIEWS, work_of
+from passes.work import INLINED, VIEWS, work_of
 
 Fusing = Literal["view", "pointwise", "reduction", "kernel"]
 """How an op treats memory: names a buffer anew, fuses with its readers, fuses what it reads, or neither."""
@@ -190,7 +190,7 @@ def op_cost(space: Space, site_index: int, option: Option) -> OpCost:
     fusing: Fusing = "kernel"
     if call.target in VIEWS:
         fusing = "view"
-    elif torch.Tag.pointwise in getattr(call.target, "tags", ()) or not call.operands:
+    elif torch.Tag.pointwise in getattr(call.target, "tags", ()) or call.target in INLINED or not call.operands:
         fusing = "pointwise"
     elif work.kind == "reduction":
         fusing = "reduction"

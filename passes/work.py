@@ -48,6 +48,8 @@ COPIED = {
     aten._to_copy.default,
 }
 """Ops that copy, and fuse as pointwise ops do."""
+INLINED = {aten.clone.default, aten._to_copy.default}
+"""Those of them that a compiled reader computes as it reads."""
 
 Shape = tuple[int, ...]
 

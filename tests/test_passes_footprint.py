@@ -74,3 +74,25 @@ def test_a_cpu_has_no_allocator_that_rounds_up(machine: str, held: int) -> None:
     found = play(space, assignment, optimizer="adamw").memory
     assert found.by_kind["parameters"] == 4 * held
     assert machine == "h100" or found.by_kind["optimizer"] == 8 * held
+
+
+class Head(nn.Module):
+    """bf16 logits of many classes, and their loss in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4096, 64, dtype=torch.bfloat16, device="meta"))
+
+    def forward(self, x: torch.Tensor, classes: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = x @ self.weight.T
+        return {"loss": nn.functional.cross_entropy(logits.float(), classes)}
+
+
+def test_casts_and_the_loss_are_computed_by_what_reads_them() -> None:
+    """Compiled, 2048 x 4096 logits are in memory in bf16, and so is their gradient; the fp32 values of neither are."""
+    x = torch.empty(2048, 64, dtype=torch.bfloat16, device="meta")
+    batch = {"x": x, "classes": torch.empty(2048, dtype=torch.long, device="meta")}
+    space, assignment, _ = planned(captured(Head(), batch), {"dp": 1}, "ddp", name="cpu")
+    logits = 2048 * 4096 * 2
+    assert play(space, assignment, optimizer="sgd").peak_memory_bytes == pytest.approx(2 * logits, rel=0.1)
+    assert play(space, assignment, optimizer="sgd", compiled=False).peak_memory_bytes > 6 * logits

@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from by_hand import sharded
 
 HOWS = ("by hand", "by hand, compiled", "autopar")
+LONGEST = 12
+"""So many of a step's kernels are listed."""
 
 
 def measure_rank0(device: str, small: bool, how: str, strategy: str, mesh_text: str) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def measure_rank0(device: str, small: bool, how: str, strategy: str, mesh_text: 
     start = time.perf_counter()
     plan = autopar.plan(
         model, mesh, example, strategy=strategy, hardware="cpu" if device == "cpu" else None,
-        options=autopar.Options(compile=not small),
+        options=autopar.Options(compile=not small, optimizer="adamw" if small else "adamw-bf16"),
     )  # fmt: skip
     if how == "autopar":
         model = autopar.apply(model, plan, mesh)
@@ -93,18 +95,25 @@ def model_flops(config: LlamaConfig, rows: int, length: int) -> float:
 def traced(
     model: nn.Module, config: LlamaConfig, rows: int, length: int, device: str, plan: autopar.Plan | None
 ) -> dict[str, Any]:
-    """How many kernels one step launches (ops, on a CPU), and seconds by kind beside the plan's."""
+    """What one step launches (kernels; ops, on a CPU): how many, seconds by kind, also the plan's, and the longest."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as recorded:
         trained(model, config, rows, length, 1, device, clip=False)
+    category = "kernel" if device == "cuda" else "cpu_op"
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "trace.json")
         recorded.export_chrome_trace(path)
-        counts = Counter(each.category for each in read_trace(path))
-        found: dict[str, Any] = {"kernels": counts["kernel"] if device == "cuda" else counts["cpu_op"]}
-        if plan is not None:
-            rows_ = beside(plan, measured_kinds(path))
-            found["kinds"] = [[row.kind, row.predicted_s, row.measured_s] for row in rows_ if row.predicted_s]
+        counts: Counter[str] = Counter()
+        seconds: Counter[str] = Counter()
+        for each in read_trace(path):
+            if each.category == category:
+                counts[each.name] += 1
+                seconds[each.name] += each.end_s - each.start_s  # type: ignore[assignment]
+        by_kind = measured_kinds(path)
+    found: dict[str, Any] = {"kernels": counts.total(), "seconds": dict(by_kind.seconds)}
+    found["longest"] = [[name, counts[name], total_s] for name, total_s in seconds.most_common(LONGEST)]
+    if plan is not None:
+        found["kinds"] = [[row.kind, row.predicted_s, row.measured_s] for row in beside(plan, by_kind)]
     return found
 
 
@@ -152,17 +161,31 @@ def rank0_tables(results: list[dict[str, Any]]) -> str:
             "kernels per step", "peak GiB", "seconds to prepare", "predicted compute ms",
             "predicted communication ms, hidden or not", "predicted peak GiB")  # fmt: skip
     text = [tabulate(rows, head, tablefmt="github", disable_numparse=True)]
+    kinds = ("matmul", "attention", "other", "optimizer")
+    busy = [
+        (r["mesh"], r["strategy"], r["how"], *(f"{r['seconds'][kind] * 1e3:.2f}" for kind in kinds),
+         f"{sum(r['seconds'].values()) * 1e3:.2f}", f"{r['step_s'] * 1e3:.2f}")
+        for r in results
+    ]  # fmt: skip
+    head = ("mesh", "strategy", "program", *(f"{kind} ms" for kind in kinds), "all kernels ms", "step ms")
+    text += ["\n### Kernels of one step, by kind\n", tabulate(busy, head, tablefmt="github", disable_numparse=True)]
     for r in results:
         if "kinds" not in r:
             continue
-        kinds = [(kind, f"{p * 1e3:.2f}", f"{m * 1e3:.2f}", f"{m / p:.2f}") for kind, p, m in r["kinds"]]
+        beside_ = [(kind, f"{p * 1e3:.2f}", f"{m * 1e3:.2f}", f"{m / p:.2f}") for kind, p, m in r["kinds"] if p]
         text.append(f"\n### {r['mesh']}, {r['strategy']}: predicted and measured\n")
         text.append(
-            tabulate(kinds, ("kind", "predicted ms", "measured ms", "ratio"), tablefmt="github", disable_numparse=True)
+            tabulate(
+                beside_, ("kind", "predicted ms", "measured ms", "ratio"), tablefmt="github", disable_numparse=True
+            )
         )
         shapes = [
             (shape, count, f"{p * 1e6:.1f}", f"{m * 1e6:.1f}", f"{m / p:.2f}") for shape, count, p, m in r["products"]
         ]
         head = ("product, m x k x n", "in a step", "predicted us", "measured us", "ratio")
         text += ["", tabulate(shapes, head, tablefmt="github", disable_numparse=True)]
+    for r in results:
+        longest = [(f"`{name[:90]}`", count, f"{total_s * 1e3:.2f}") for name, count, total_s in r["longest"]]
+        text.append(f"\n### {r['mesh']}, {r['strategy']}, {r['how']}: the longest kernels of a step\n")
+        text.append(tabulate(longest, ("kernel", "times", "ms"), tablefmt="github", disable_numparse=True))
     return "\n".join(text)

@@ -10,6 +10,7 @@ Each measurement has a process of its own. Without a CUDA device there is nothin
 `--device cpu --small` goes through the same steps with a tiny model.
 
     python benchmarks/gpu/run.py                       # writes benchmarks/gpu/results.md and results.json
+    python benchmarks/gpu/run.py --only rank0          # one half; the other stays as it is in results.json
     python benchmarks/gpu/run.py --device cpu --small --out out/gpu
 """
 
@@ -87,8 +88,9 @@ def as_markdown(results: dict[str, Any]) -> str:
     return (
         f"# Measured on {results['device']}\n\ntorch {results['torch']}, by `{results['command']}`.\n\n"
         f"## Training on a one-GPU mesh\n\n{results['train_model']}\n\n{train}\n\n"
-        f"## Rank 0 of a plan for eight\n\n{results['rank0_model']} Collectives are fake: they move nothing and take "
-        f"no time, so the step is what the rank computes.\n\n{rank0_tables(results['rank0'])}\n"
+        f"## Rank 0 of a plan for eight\n\n{results['rank0_model']} Collectives are fake: they take next to no time, "
+        f"and what a reduction gives is whatever memory held, so the step is what the rank computes, not its numbers."
+        f"\n\n{rank0_tables(results['rank0'])}\n"
     )
 
 
@@ -115,6 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny models, uncompiled: a check of this script")
+    parser.add_argument("--only", choices=("train", "rank0"), help="measure this half; keep the other's last results")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the results")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -128,14 +131,21 @@ def main() -> int:
         arguments.result.write_text(json.dumps(result))
         return 0
 
+    previous = {"train": [], "rank0": []}
+    if arguments.only and (arguments.out / "results.json").exists():
+        previous = json.loads((arguments.out / "results.json").read_text())
     hows = ("eager", "autopar") if arguments.small else ("eager", "torch.compile", "autopar")
     dtypes = ("float32",) if arguments.small else ("float32", "bfloat16")
-    train = [measured(arguments, "train", how, dtype) for dtype in dtypes for how in hows]
+    train = previous["train"]
+    if arguments.only != "rank0":
+        train = [measured(arguments, "train", how, dtype) for dtype in dtypes for how in hows]
     plans = [("fsdp", "dp=8"), ("megatron", "dp=2,tp=4"), ("megatron", "dp=1,tp=8"), ("auto", "dp=2,tp=4")]
     programs = HOWS
     if arguments.small:
         plans, programs = plans[:2], HOWS[::2]  # nothing small is compiled
-    rank0 = [measured(arguments, "rank0", how, *plan) for plan in plans for how in programs if _exists(how, *plan)]
+    rank0 = previous["rank0"]
+    if arguments.only != "train":
+        rank0 = [measured(arguments, "rank0", how, *plan) for plan in plans for how in programs if _exists(how, *plan)]
     failed = [*train, *rank0].count(None)
     good_train = [r for r in train if r is not None]
     # Losses are held against eager's; without it a dtype has nothing to say.
