@@ -242,6 +242,12 @@ def _shared_plan(
 ) -> Any:  # fmt: skip
     """Rank 0's plan on every rank, after checking that all captured one graph."""
     if not ours.same(program.fingerprint):
+        given = _shapes_given(job, program)
+        if not ours.same(given):
+            raise ValueError(
+                f"ranks were given inputs of different shapes (this one {given}); give every rank as many samples: "
+                "drop the last short batch (DataLoader(drop_last=True)), or add samples that the loss ignores"
+            )
         raise ValueError(
             "ranks captured different graphs of the model; give every rank the same model, modes and inputs' shapes "
             "(a branch on an input's values that differ between ranks does this too)"
@@ -249,6 +255,18 @@ def _shared_plan(
     text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, stored, smaller).to_json()))
     with ours.agreeing():
         return job.pipeline.load(text)
+
+
+def _shapes_given(job: _Job, program: Program) -> str:
+    """What this rank was given: `input_ids [2, 128]`."""
+    found = []
+    for node, given in zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
+        if given.kind == "input":
+            shape = list(node.meta["val"].shape)
+            if given.batch_dim is not None:
+                shape[given.batch_dim] //= job.batch_ranks
+            found.append(f"{given.name} {shape}")
+    return ", ".join(found)
 
 
 def _check_fingerprint(plan: PlanLike, program: Program) -> None:

@@ -6,7 +6,7 @@ One capture per global micro-batch serves every mesh; one analysis per capture, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -33,7 +33,8 @@ from passes.setup import Setup
 from passes.solve import solve
 from passes.space import Site, Space, search_space
 from passes.strategies import Option, StoredOption
-from passes.uneven import Padding, Paddings, uneven_dims, used_pads
+from passes.tracks import tracks
+from passes.uneven import uneven_dims, used_pads
 
 Call = Callable[[int], Any]
 """Context-parallel parts -> example inputs of one sample's part of the sequence."""
@@ -106,6 +107,7 @@ class Profiler:
         self.in_place = fused if in_place is None else in_place
         self.recomputation = recomputation
         self._profiles: dict[object, Profile] = {}
+        self._spaces: dict[object, Space] = {}
 
     @property
     def layers(self) -> int:
@@ -123,64 +125,86 @@ class Profiler:
         if key not in self._profiles:
             hardware = _fp8(self.hardware) if setup.fp8 else self.hardware
             prefixes = self.captures.shallow.prefixes
-            samples = [
-                self._sample(i, batch, parts, axes, setup, hardware, whole=replica) for i in range(len(prefixes))
-            ]
+            samples: list[dict[str, float]] = []
+            like: _Picked | None = None
+            for prefix in reversed(range(len(prefixes))):  # what the deepest picks, the others do too
+                like = self._picked(prefix, batch, parts, axes, setup, hardware, like, whole=replica)
+                samples.insert(0, self._sample(like, setup, whole=replica))
             self._profiles[key] = profile(
                 samples, [p.weight for p in prefixes], [p.outside for p in prefixes], self.layers
             )
         return self._profiles[key]
 
-    def _sample(
-        self, prefix: int, batch: int, parts: int, axes: dict[str, int], setup: Setup, hardware: Hardware, *,
-        whole: bool,
-    ) -> dict[str, float]:  # fmt: skip
-        mesh = topology(hardware, axes)
-        batch_axes = tuple(i for i, name in enumerate(axes) if name.startswith("dp"))
-        strategy = "megatron" if axes.get("tp", 1) > 1 else "ddp" if whole else "fsdp"
-        paddings = self.captures.paddings(prefix, batch, parts, self.fused, mesh.sizes, batch_axes)
-        space, assignment = self._solved(
-            paddings, mesh, batch_axes, strategy, setup.recompute, split=setup.sequence_parallel
-        )
-        spec = self.optimizer
+    def _sample(self, picked: _Picked, setup: Setup, *, whole: bool) -> dict[str, float]:
+        space, assignment = picked.space, picked.assignment
+        laid = tracks(space, assignment)
         schedule = play(
             space,
             assignment,
-            optimizer=spec,
+            optimizer=self.optimizer,
             accumulate=1 if whole else min(2, setup.accumulate),
             compiled=self.in_place,
+            laid=laid,
         )
-        return sample(space, assignment, schedule)
+        return sample(space, assignment, schedule, laid)
 
-    def _solved(
-        self, of: PaddingsOf, mesh: Topology, batch_axes: tuple[int, ...], strategy: str, mode: Mode,
-        *, split: bool,
-    ) -> tuple[Space, tuple[int, ...]]:  # fmt: skip
-        """A strategy's space, padded where it wants to split what its axes do not divide, and what it picks there.
+    def _picked(
+        self, prefix: int, batch: int, parts: int, axes: dict[str, int], setup: Setup, hardware: Hardware,
+        like: _Picked | None, *, whole: bool,
+    ) -> _Picked:  # fmt: skip
+        """What the setup's strategy picks for a prefix, padded where it wants to split what its axes do not divide:
+        the same as for a deeper one (`like`) where both decide among the same options, or what the solver finds."""
+        mesh = topology(hardware, axes)
+        batch_axes = tuple(i for i, name in enumerate(axes) if name.startswith("dp"))
+        strategy = "megatron" if axes.get("tp", 1) > 1 else "ddp" if whole else "fsdp"
+        of = self.captures.paddings(prefix, batch, parts, self.fused, mesh.sizes, batch_axes)
+        paddings = of.under(strategy, of.may_repeat_keys(strategy))
+        wanted = uneven_dims(paddings.whole, mesh.sizes, batch_axes, strategy)
+        split = setup.sequence_parallel
 
-        `split`: whether tensor axes may split the sequence.
-        """
+        def space_of(pads: tuple[Pad, ...]) -> Space:
+            analysis = paddings.of(pads).analysis
+            space = self._space(analysis, mesh, batch_axes, strategy, split=split)
+            return replace(space, recomputed=self.recomputation(analysis, setup.recompute))
+
+        if like is not None and [(p.size, p.padded) for p in wanted] == [(p.size, p.padded) for p in like.wanted]:
+            space = space_of(tuple(pad for pad, kept in zip(wanted, like.kept, strict=True) if kept))
+            if [(s.name, s.options) for s in space.sites] == [(s.name, s.options) for s in like.space.sites]:
+                return replace(like, space=space, wanted=wanted)
+        space = space_of(wanted)
+        assignment = self._solved(space)
+        used = used_pads(paddings.of(wanted), space, assignment)
+        if used != wanted:
+            space = space_of(used)
+            assignment = self._solved(space)
+        return _Picked(space, assignment, wanted, tuple(pad in used for pad in wanted))
+
+    def _solved(self, space: Space) -> tuple[int, ...]:
         spec = self.optimizer
-        budgeted = Budgeted(int(spec.state_bytes_per_param + spec.master_bytes_per_param))
+        priced = price(space, optimizer=Budgeted(int(spec.state_bytes_per_param + spec.master_bytes_per_param)))
+        return priced.assignment(solve(priced.problem).picks, len(space.sites))
 
-        def within(paddings: Paddings, pads: tuple[Pad, ...]) -> tuple[Padding, Space, tuple[int, ...]]:
-            padding = paddings.of(pads)
-            analysis = padding.analysis
+    def _space(
+        self, analysis: Analysis, mesh: Topology, batch_axes: tuple[int, ...], strategy: str, *, split: bool
+    ) -> Space:
+        """A strategy's space; `split`: whether tensor axes may split the sequence."""
+        key = (id(analysis), mesh, strategy, split)
+        if key not in self._spaces:
             space = search_space(analysis.program, mesh, batch_axes, strategy=strategy, analysis=analysis)
             if any(axis.name == "dp_replicate" for axis in mesh.axes):
                 space = _replicating(space, analysis, strategy)
-            if not split:
-                space = _residual_whole(space, analysis)
-            space = replace(space, recomputed=self.recomputation(analysis, mode))
-            priced = price(space, optimizer=budgeted)
-            return padding, space, priced.assignment(solve(priced.problem).picks, len(space.sites))
+            self._spaces[key] = space if split else _residual_whole(space, analysis)
+        return self._spaces[key]
 
-        paddings = of.under(strategy, of.may_repeat_keys(strategy))
-        wanted = uneven_dims(paddings.whole, mesh.sizes, batch_axes, strategy)
-        padding, space, assignment = within(paddings, wanted)
-        if wanted and (used := used_pads(padding, space, assignment)) != wanted:
-            _, space, assignment = within(paddings, used)
-        return space, assignment
+
+@dataclass(frozen=True)
+class _Picked:
+    """An option per site, and which of the dims that the strategy `wanted` padded are padded."""
+
+    space: Space
+    assignment: tuple[int, ...]
+    wanted: tuple[Pad, ...]
+    kept: tuple[bool, ...]
 
 
 def _axes(setup: Setup) -> dict[str, int]:

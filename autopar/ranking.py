@@ -35,7 +35,7 @@ def ranking_text(result: SearchResult, name: str | None, top: int) -> str:
     where = f", sequence {result.sequence}" if result.sequence else ""
     rest = "no other plan fits"
     if result.bound_s < math.inf:
-        rest = f"none of the others takes less than {_time(result.bound_s)}"
+        rest = f"none of the others takes less than {_time(result.bound_s)}, or less than one of its mesh that was"
     table = ranking_table(result, top)
     lines = [
         f"{name or result.model} on {result.gpus} x {result.hardware}, global batch {result.global_batch}{where}; "

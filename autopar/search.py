@@ -6,7 +6,7 @@
     played       plans' candidates in the order of their lower bounds, until no other can come among the best
 
 The lower bound of a plan's candidate is its replica's step, to which state sharding only adds. What is not played has a
-bound above the slowest that is listed, so nothing that could be listed is left out.
+bound above the slowest that is listed, or above another of its mesh, so nothing that could be listed is left out.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Candidate:
     """By how much it does not fit; 0 where it does."""
     seconds: Mapping[str, float]
     bytes: Mapping[str, float]
+    hidden_s: float = 0.0
+    """What a plan's gathers of parameters and reductions of gradients take behind compute."""
 
     @property
     def fits(self) -> bool:
@@ -79,7 +81,8 @@ class Candidate:
 class SearchResult:
     """What was found: `candidates` fit, fastest first; `too_large` do not, the nearest first.
 
-    `bound_s`: no plan's candidate whose schedule was not played takes less; infinity where none of them would fit.
+    `bound_s`: no plan's candidate whose schedule was not played takes less, but for those that another of their mesh
+    beats; infinity where none of them would fit.
     """
 
     model: str
@@ -173,6 +176,7 @@ def _as_json(candidate: Candidate) -> dict[str, Any]:
         "mesh": candidate.mesh, "setup": setup, "step_time_s": candidate.step_time_s,
         "peak_memory_bytes": candidate.peak_memory_bytes, "over_bytes": candidate.over_bytes,
         "priced_only": list(candidate.priced_only), "seconds": dict(candidate.seconds), "bytes": dict(candidate.bytes),
+        "hidden_s": candidate.hidden_s,
     }  # fmt: skip
 
 
@@ -264,7 +268,7 @@ class _State:
         priced = list(self.formulas())
         self.progress(f"pricing {len(priced)} setups by formula")
         others = [self.candidate(estimate(setup, self.profiler)) for setup in priced]
-        found, unplayed, bound_s = self.play(plans)
+        found, unplayed, bound_s = self.play(plans, others)
         everything = [*found, *others]
         self.progress("pricing fp8 and offload")
         everything += [self.candidate(estimate(setup, self.profiler)) for setup in self.variants(everything)]
@@ -363,38 +367,63 @@ class _State:
 
     def candidate(self, found: Estimate) -> Candidate:
         over = max(0, math.ceil(found.peak_bytes - self.budget))
-        return Candidate(found.setup, found.step_s, int(found.peak_bytes), over, found.seconds, found.bytes)
+        return Candidate(
+            found.setup, found.step_s, int(found.peak_bytes), over, found.seconds, found.bytes, found.hidden_s
+        )  # fmt: skip
 
-    def play(self, plans: Sequence[Setup]) -> tuple[list[Candidate], int, float]:
-        """Plans in the order of their bounds, until `top` fit and no other can be faster; then what is left over."""
+    def play(self, plans: Sequence[Setup], others: Sequence[Candidate]) -> tuple[list[Candidate], int, float]:
+        """Plans that can be listed beside `others`, played; how many were not, and what those take at least."""
         self.progress(f"bounding {len(plans)} plans")
-        bounded = sorted(((*lower_bound(setup, self.profiler), i) for i, setup in enumerate(plans)))
+        bounded = [(lower_bound(setup, self.profiler), setup) for setup in plans]
+        fastest: dict[Setup, float] = {}
+        nearest: dict[Setup, int] = {}
+
+        def note(candidate: Candidate) -> None:
+            kind, best = _parallelism(candidate.setup), fastest if candidate.fits else nearest
+            value = candidate.step_time_s if candidate.fits else candidate.over_bytes
+            best[kind] = min(best.get(kind, math.inf), value)  # type: ignore[assignment]
+
         found: list[Candidate] = []
-        left, reached = 0, math.inf
-        for seconds, bytes_, index in bounded:
-            fitting = sorted(c.step_time_s for c in found if c.fits)
-            if len(fitting) >= self.top and seconds >= fitting[self.top - 1]:
-                left += 1
+        reached = math.inf
+        fitting = sorted((seconds, i) for i, ((seconds, size), _) in enumerate(bounded) if size <= self.budget)
+        for seconds, index in fitting:
+            setup = bounded[index][1]
+            if seconds >= fastest.get(_parallelism(setup), math.inf):
+                continue  # its mesh is listed with what was played
+            if len(fastest) >= self.top and seconds >= sorted(fastest.values())[self.top - 1]:
                 reached = min(reached, seconds)
                 continue
-            if bytes_ > self.budget and len(found) - len(fitting) >= self.top:
-                left += 1
-                continue
-            setup = plans[index]
-            self.progress(
-                f"playing: {setup.dp_replicate} x {setup.dp_shard} x {setup.tp}, micro-batches {setup.micro_batch} x "
-                f"{setup.accumulate}, recompute {setup.recompute}"
-            )
-            found.append(self.candidate(estimate(setup, self.profiler)))
-        return found, left, reached
+            found.append(self.played(setup))
+            note(found[-1])
+        for candidate in others:
+            if not candidate.fits:
+                note(candidate)
+        large = sorted((size - self.budget, i) for i, ((_, size), _) in enumerate(bounded) if size > self.budget)
+        for over, index in large:
+            setup = bounded[index][1]
+            nearer = sum(each <= over for each in nearest.values())
+            if nearer < NEAREST and over < nearest.get(_parallelism(setup), math.inf):
+                found.append(self.played(setup))
+                note(found[-1])
+        return found, len(plans) - len(found), reached
+
+    def played(self, setup: Setup) -> Candidate:
+        self.progress(
+            f"playing: {setup.dp_replicate} x {setup.dp_shard} x {setup.tp}, micro-batches {setup.micro_batch} x "
+            f"{setup.accumulate}, recompute {setup.recompute}"
+        )
+        return self.candidate(estimate(setup, self.profiler))
+
+
+def _parallelism(setup: Setup) -> Setup:
+    """What is listed once: the setup without micro-batch, virtual stages and recompute."""
+    return replace(setup, micro_batch=1, accumulate=1, recompute="pointwise", virtual=1)
 
 
 def _distinct(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-    """Without those that another of the same parallelism beats: by micro-batch, virtual stages, recompute."""
-    seen: set[object] = set()
+    """Without those that another of the same parallelism beats."""
+    seen: set[Setup] = set()
     for candidate in candidates:
-        setup = candidate.setup
-        key = replace(setup, micro_batch=1, accumulate=1, recompute="pointwise", virtual=1)
-        if key not in seen:
-            seen.add(key)
+        if (kind := _parallelism(candidate.setup)) not in seen:
+            seen.add(kind)
             yield candidate

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from passes.rebind import rebind
+
 Slot = tuple[dict[str, Any], str]
 """Where a parameter or buffer hangs: a module's `_parameters` or `_buffers`, and the key."""
 
@@ -22,7 +24,8 @@ TABLES = (
 def copied(root: nn.Module, parameter: Callable[[str, Any], Any], buffer: Callable[[str, Any], Any]) -> nn.Module:
     """A copy of `root`'s tree with `parameter(name, old)` and `buffer(name, old)` in the place of what it holds.
 
-    Names are the first of each tensor's; what is shared (a tied weight, a module used twice) stays shared.
+    Names are the first of each tensor's; what is shared (a tied weight, a module used twice) stays shared. What modules
+    hold beside (lists of modules, bound methods, lambdas) belongs to the copy, and what was compiled is plain there.
     """
     modules: dict[int, nn.Module] = {}
     tensors: dict[int, Any] = {}
@@ -49,7 +52,9 @@ def copied(root: nn.Module, parameter: Callable[[str, Any], Any], buffer: Callab
             new._modules[key] = None if child is None else visit(child, f"{prefix}{key}.")
         return new
 
-    return visit(root, "")
+    new = visit(root, "")
+    rebind(new, {**modules, **tensors})
+    return new
 
 
 def slots(root: nn.Module) -> Iterator[tuple[str, Slot]]:

@@ -9,7 +9,7 @@ something) are exchanged for one another too: every 7 becomes a 12. Masks and po
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from autopar import tree
 from passes.inputs import flatten_inputs, global_inputs
+from passes.rebind import rebind
 
 _TOKENS = frozenset({"input_ids", "decoder_input_ids", "labels"})
 
@@ -143,7 +144,9 @@ def _ordered(leaf: Tensor) -> bool:
 def real_copy(model: nn.Module, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
     """A copy of `model` on the CPU that shares no tensor with it, and notes; what was on the meta device has values."""
     if not any(tensor.is_meta for _, tensor in _tensors(model)):
-        copied = copy.deepcopy(model).cpu()
+        memo: dict[int, Any] = dict(_computed(model))
+        copied = copy.deepcopy(model, memo).cpu()
+        rebind(copied, {key: new for key, new in memo.items() if isinstance(new, (nn.Module, Tensor))})
         copied.zero_grad()
         return copied, ()
     invented: list[str] = []
@@ -164,6 +167,14 @@ def real_copy(model: nn.Module, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
         torch.manual_seed(seed)
         _fill(copied, frozenset(invented))
     return copied, (f"{len(invented)} tensors of the model are on the meta device: random values stand for them",)
+
+
+def _computed(model: nn.Module) -> Iterator[tuple[int, Tensor]]:
+    """Copies of tensors that modules hold and autograd made, by id (`weight` under `torch.nn.utils.weight_norm`)."""
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield id(value), value.detach().clone()
 
 
 def _fill(model: nn.Module, names: frozenset[str]) -> None:

@@ -37,6 +37,8 @@ class Priced(Protocol):
     def fits(self) -> bool: ...
     @property
     def seconds(self) -> Any: ...
+    @property
+    def hidden_s(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def verdict(found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, 
         text += _why_not_state(state, plain, profiler, gpus, batch, budget)
     if answer in ("state", "computation") and fastest is not None:
         text.append(_pipeline_text(pipeline, min(c.step_time_s for c in (state, computation) if c is not None)))
+    if answer == "state" and state is not None and pipeline is not None:
+        text += _rests_on_overlap(state, pipeline)
     state_s, computation_s, pipeline_s, offload_s = (
         c.step_time_s if c else None for c in (state, computation, pipeline, offloaded)
     )
@@ -179,6 +183,19 @@ def _why_not_state(
             f"{batch / gpus:g} samples per GPU and step are too little compute to hide them behind."
         )
     return text
+
+
+def _rests_on_overlap(state: Priced, pipeline: Priced) -> list[str]:
+    """Where a pipeline would be faster if sharded state waited for what it sends, as ZeRO-3 once did: by how much."""
+    waiting_s = state.step_time_s + state.hidden_s
+    if waiting_s <= pipeline.step_time_s * (1 + _PAYS):
+        return []
+    compute_s = sum(state.seconds.get(name, 0.0) for name in ("compute", "recompute", "slowed"))
+    return [
+        f"This rests on overlap: gathers and reductions take {_s(state.hidden_s)} behind {_s(compute_s)} of compute, "
+        f"{state.hidden_s / compute_s:.0%} of it. Were none hidden, a step would take {_s(waiting_s)}, and that "
+        f"pipeline would be {waiting_s / pipeline.step_time_s:.2f} times faster."
+    ]
 
 
 def _pipeline_text(pipeline: Priced | None, today_s: float) -> str:

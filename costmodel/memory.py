@@ -144,6 +144,8 @@ class Peak:
     by_kind: Mapping[str, int]
     top: tuple[Buffer, ...]
     """The largest buffers alive then, largest first."""
+    timeline: tuple[tuple[float, int], ...]
+    """(moment, bytes alive) at every birth."""
 
     def describe(self) -> tuple[str, ...]:
         """The peak, its kinds and its largest tensors, one line each."""
@@ -196,9 +198,11 @@ def timeline(buffers: Iterable[Buffer], granularity_bytes: int = 1) -> list[tupl
 def peak(buffers: Iterable[Buffer], *, top: int = 10, granularity_bytes: int = 1) -> Peak:
     """The largest sum of bytes alive at one moment, the first where several are equal."""
     found = list(buffers)
-    moment, most = max(timeline(found, granularity_bytes), key=lambda entry: entry[1], default=(0.0, 0))
+    alive_at = timeline(found, granularity_bytes)
+    moment, most = max(alive_at, key=lambda entry: entry[1], default=(0.0, 0))
     alive = [buffer for buffer in found if buffer.birth <= moment and (buffer.death is None or buffer.death >= moment)]
     by_kind: dict[str, int] = defaultdict(int)
     for buffer in alive:
         by_kind[buffer.kind] += rounded(buffer.bytes, granularity_bytes)
-    return Peak(most, moment, dict(by_kind), tuple(heapq.nlargest(top, alive, key=lambda buffer: buffer.bytes)))
+    largest = tuple(heapq.nlargest(top, alive, key=lambda buffer: buffer.bytes))
+    return Peak(most, moment, dict(by_kind), largest, tuple(alive_at))

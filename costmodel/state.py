@@ -34,13 +34,31 @@ def chunks(rows: int, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(parts)
 
 
+def largest_chunk(rows: int, sizes: Sequence[int]) -> int:
+    """The first rank's rows, which every rank's chunk is padded to; nothing is listed per rank."""
+    for size in sizes:
+        rows = -(-rows // size)
+    return rows
+
+
+def cut_evenly(rows: int, each: int, sizes: Sequence[int]) -> bool:
+    """Whether rank after rank's chunk is the next `each` rows, as long as there are any."""
+    if not sizes:
+        return rows <= each
+    block = each * math.prod(sizes[1:])
+    chunk = -(-rows // sizes[0])
+    if chunk != block and rows > min(chunk, block):
+        return False
+    return all(cut_evenly(part, each, sizes[1:]) for part in {min(block, rows), rows % block if block else 0})
+
+
 def _ranks(axes: Sequence[int], topology: Topology) -> int:
     return math.prod(topology.sizes[axis] for axis in axes)
 
 
 def _full_bytes(local: tuple[int, ...], itemsize: int, axes: Sequence[int], topology: Topology, dim: int) -> int:
-    parts = chunks(local[dim], [topology.sizes[axis] for axis in axes])
-    return parts[0] * len(parts) * math.prod((*local[:dim], *local[dim + 1 :])) * itemsize
+    chunk = largest_chunk(local[dim], [topology.sizes[axis] for axis in axes])
+    return chunk * _ranks(axes, topology) * math.prod((*local[:dim], *local[dim + 1 :])) * itemsize
 
 
 def _copy_s(copied_bytes: float, topology: Topology) -> float:
@@ -126,8 +144,7 @@ def state_scatter(
         chunk = full // ranks
         seconds, ranks = collective_s("all_reduce", chunk, later, topology), _ranks(later, topology)
         return (*path, Step("all_reduce", later, None, None, "sum", chunk, seconds, scattered, layout, ranks))
-    parts = chunks(local[dim], [topology.sizes[axis] for axis in axes])
-    if parts[0] != parts[-1] and partial:  # uneven chunks of several axes cannot be cut axis by axis
+    if local[dim] % _ranks(axes, topology) and partial:  # uneven chunks of several axes cannot be cut axis by axis
         whole = tuple(Replicate() if axis in axes else placement for axis, placement in enumerate(layout))
         path = steps(shape, itemsize, given, whole, topology)
         assert path is not None

@@ -36,6 +36,8 @@ class Estimate:
     peak_bytes: float
     seconds: Mapping[str, float]
     bytes: Mapping[str, float]
+    hidden_s: float = 0.0
+    """What gathers of parameters and reductions of gradients take behind compute, in a plan's setup."""
 
 
 class Profiler(Protocol):
@@ -61,14 +63,14 @@ def estimate(setup: Setup, profiler: Profiler) -> Estimate:
 
 
 def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
-    """Seconds and bytes that a plan's setup cannot go below: its replica's step with nothing computed again and state
-    that costs no communication; its share of the state at rest, and what the layers keep."""
-    found = profiler.profile(replace(setup, recompute="pointwise"), replica=True)
+    """Seconds and bytes that a plan's setup cannot go below: its replica's step with state that costs no communication;
+    its share of the state at rest, and what the layers keep."""
+    found = profiler.profile(setup, replica=True)
     whole, spec = found.whole, profiler.optimizer
     update_s = whole["optimizer_s"] / setup.dp_shard
     per_param = whole["bytes"] / whole["elements"] + spec.state_bytes_per_param + spec.master_bytes_per_param
-    kept = found.layers * (found.layer("boundary") if setup.recompute == "full" else found.saved_bytes)
-    return setup.accumulate * whole["micro_s"] + update_s, whole["elements"] * per_param / setup.dp_shard + kept
+    at_rest_bytes = whole["elements"] * per_param / setup.dp_shard
+    return setup.accumulate * whole["micro_s"] + update_s, at_rest_bytes + found.layers * found.saved_bytes
 
 
 def _rest_again_s(setup: Setup, found: Profile) -> float:
@@ -130,7 +132,10 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     step = setup.accumulate * (micro_s + casts_s) + seconds["optimizer"]
     seconds["between"] = max(0.0, step - sum(seconds.values()))
     bytes_["activations and working"] = max(0.0, peak - rest_now)
-    return Estimate(setup, step, peak, seconds, bytes_)
+    hidden_s = 0.0
+    if not setup.gather_bytes_per_s:
+        hidden_s = setup.accumulate * (found.total("hidden.parameter.") + found.total("hidden.gradient."))
+    return Estimate(setup, step, peak, seconds, bytes_, hidden_s)
 
 
 def _layer(setup: Setup, profiler: Profiler, *, replica: bool) -> Profile | None:

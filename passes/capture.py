@@ -29,6 +29,7 @@ from passes.normalize import normalize
 from passes.precision import Precision
 from passes.program import Input, InputKind, Output, Program
 from passes.provenance import Provenance, error_line
+from passes.rebind import rebind
 from passes.tracing import Branches, ReadsInputsError, Tracer, fake_mode, tracing, unwrapped, wrapped
 
 Tangents = Literal["loss", "all"]
@@ -129,6 +130,7 @@ def _capture(
             slot.wrap()
         for slot in slots:
             slot.swap_in()
+        rebind(model, {id(slot.tensor): slot.view for slot in slots})
         values = [
             leaf if slot is None else precision.cast_input(slot.view) for slot, leaf in zip(user, leaves, strict=True)
         ]
@@ -368,18 +370,37 @@ def gradients(given: list[_Tangent], slots: list[_Slot]) -> list[tuple[_Slot, Te
     wanted = [slot for slot in slots if slot.differentiate]
     if not given or not wanted:
         return []
+    outputs, views, tangents = [t.output for t in given], [slot.view for slot in wanted], [t.tangent for t in given]
+    found: Sequence[Tensor | None]
     try:
-        found = torch.autograd.grad(
-            [t.output for t in given],
-            [slot.view for slot in wanted],
-            [t.tangent for t in given],
-            allow_unused=True,
-        )
+        if _has_own_functions(outputs):
+            torch.autograd.backward(outputs, tangents)
+            found = [view.grad for view in views]
+        else:
+            found = torch.autograd.grad(outputs, views, tangents, allow_unused=True)
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(f"the backward of {', '.join(t.name for t in given)} raised {error}") from error
     return [(slot, grad) for slot, grad in zip(wanted, found, strict=True) if grad is not None]
+
+
+def _has_own_functions(outputs: list[Tensor]) -> bool:
+    """Whether a `torch.autograd.Function` made some of it.
+
+    Its backward may run one of its own, as checkpointing with `use_reentrant=True` does: that leaves gradients in
+    `.grad` alone, and `torch.autograd.grad` refuses it, or does not reach it where its inputs lead to no parameter.
+    """
+    seen: set[Any] = {output.grad_fn for output in outputs} - {None}
+    stack = list(seen)
+    while stack:
+        function = stack.pop()
+        if isinstance(function, torch.autograd.function.BackwardCFunction):
+            return True
+        new = {following for following, _ in function.next_functions if following is not None} - seen
+        seen |= new
+        stack.extend(new)
+    return False
 
 
 def _mutated_notes(slots: list[_Slot], user: list[_Slot | None], tracer: Tracer) -> list[str]:

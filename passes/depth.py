@@ -1,6 +1,6 @@
 """Costs of a deep model from a few shallow ones: everything a schedule tells, as numbers that are linear in depth.
 
-    sample(space, assignment, schedule)     numbers of one depth, by name
+    sample(space, assignment, schedule, laid)   numbers of one depth, by name
     Profile                                 numbers of the whole model, and of what no repeated layer is part of
 
 The peak of memory is not linear in depth, but the bytes alive at a given place of the step are: each place is a number
@@ -19,7 +19,7 @@ from passes.price import option_local_shapes
 from passes.schedule import Schedule
 from passes.space import Space
 from passes.strategies import StoredOption
-from passes.tracks import Tracks, tracks
+from passes.tracks import Tracks
 from passes.words import Words
 from passes.work import work_of
 
@@ -74,8 +74,8 @@ def profile(samples: Sequence[Mapping[str, float]], weights: Sequence[float], ou
     return Profile(layers, combined(weights), combined(outside))
 
 
-def sample(space: Space, assignment: Sequence[int], schedule: Schedule) -> dict[str, float]:
-    """The numbers of one played plan, of one micro-batch but for `optimizer_s` and what is alive.
+def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tracks) -> dict[str, float]:
+    """The numbers of one played plan with its tracks, of one micro-batch but for `optimizer_s` and what is alive.
 
     seconds     micro_s, forward_s, optimizer_s, slowed_s; compute.PHASE.KIND (PHASE "again": forward ops that run again
                 in backward); exposed.ROLE.PHASE.GROUP, hidden.ROLE.PHASE.GROUP
@@ -85,7 +85,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule) -> dict[
                 theirs), operands (of matrix products)
     """
     found: dict[str, float] = defaultdict(float)
-    words, laid = Words(space), tracks(space, assignment)
+    words = Words(space)
     found["micro_s"], found["forward_s"] = schedule.micro_batch_s, schedule.forward_s
     found["optimizer_s"], found["slowed_s"] = schedule.optimizer_s, schedule.contention_s
     for index, item in enumerate(laid.items):

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from costmodel.memory import ALLOCATION_BYTES, AtRest, Buffer, OptimizerSpec, at_rest, peak, timeline
+from costmodel.memory import ALLOCATION_BYTES, AtRest, Buffer, OptimizerSpec, at_rest, peak
 from costmodel.reshard import Step
 from passes.blocks import Block
 from passes.dims import Value, value_of
@@ -95,7 +95,7 @@ def footprint(
         top.moment,
         dict(sorted(top.by_kind.items(), key=lambda item: -item[1])),
         tuple(TopTensor(name, kind, sum(sizes), len(sizes)) for (name, kind), sizes in largest[:12]),
-        tuple(timeline(buffers, granularity)),
+        top.timeline,
         tuple(buffers) if keep_buffers else (),
     )
 
@@ -288,7 +288,7 @@ class _Lives:
         starts = runs[made]
         if death is None and made.phase == "backward":  # the last run is that of the layer in the graph
             for start_s in starts:
-                yield replace(buffer, birth=birth + start_s - starts[-1])
+                yield Buffer(buffer.name, buffer.bytes, birth + start_s - starts[-1], None, buffer.kind)
             return
         back = next((block for block in runs if reader in block.unit or reader in block.before), None)
         if death is None or back is None or back is made or back.phase != "backward" or made.phase != "forward":
@@ -297,6 +297,7 @@ class _Lives:
             yield replace(buffer, birth=birth + other_s, death=None if death is None else death + other_s)
             return
         ends = runs[back]
+        name, size, kind = buffer.name, buffer.bytes, buffer.kind
         for run, start_s in enumerate(starts):
             if reader in back.unit:
                 died_s = death + ends[-1 - run] - ends[-1]
@@ -304,7 +305,7 @@ class _Lives:
                 died_s = death + ends[-2 - run] - ends[0] + ends[1] - ends[0]
             else:
                 died_s = death
-            yield replace(buffer, birth=birth + start_s - starts[0], death=died_s)
+            yield Buffer(name, size, birth + start_s - starts[0], died_s, kind)
 
     def _kind(self, index: int, birth: float, death: float | None, gradients: set[int]) -> str:
         slot = self.tracks.slots[index]

@@ -46,7 +46,9 @@ def axis_choices(
     found = []
     for group in groups:
         parts = math.prod(sizes[axis] for axis in group)
-        everything = _open_choices(analysis, place, parts)
+        # one rank: to split is to do nothing, and what was moved by it would be kept for backward
+        alone = parts == 1 and group != batch_axes
+        everything = (None,) if alone else _open_choices(analysis, place, parts)
         fixed = _fixed(analysis, index, strategy, group == batch_axes, parts, used, everything)
         kept = tuple(choice for choice in everything if fixed is None or choice in fixed)
         found.append((group, kept or everything))

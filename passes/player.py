@@ -306,8 +306,11 @@ class Player:
                 if after is not None and after >= oldest:
                     after += run * size
                 self.of_item[each.item].append(len(self.played))
+                start_s, end_s = each.start_s + later_s, each.end_s + later_s
                 self.played.append(
-                    replace(each, start_s=each.start_s + later_s, end_s=each.end_s + later_s, after=after)
+                    Played(
+                        each.item, each.step, each.own, start_s, end_s, after, each.exposed_s, each.also, each.counts
+                    )
                 )
             marks.append(replace(last, now_s=last.now_s + later_s))
         for i, each in enumerate(self.played[since:]):

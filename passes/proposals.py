@@ -160,10 +160,13 @@ class Search:
         wanted = paddings.join(needed, uneven)
         if wanted == needed and paddings is plainly:
             return self._solved(name, plainly, needed)
-        padded = self._tried(name, paddings, wanted)
+        padded = self._tried(name, paddings, wanted, _HIDDEN_SHARES[:1])
         if padded:
             used = paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
-            padded = self._tried(name, paddings, used) if used != wanted else padded
+            if used != wanted:
+                padded = self._tried(name, paddings, used)
+            elif name == "auto" and self.most > 1:
+                padded += self._tried(name, paddings, wanted, _HIDDEN_SHARES[1 : self.most])
         if not padded or (padded[0].padding.pads == needed and paddings is plainly):
             return self._solved(name, plainly, needed)
         if name != "auto":
@@ -245,6 +248,8 @@ def _solved_within(
             last = Candidate(name, space, assignment, solution, schedule, unbound, padding)
             if over <= 0:
                 return last
+            if not any(c.role == "activation" and c.phase == "backward" for c in schedule.collectives):
+                break  # nothing waited
         limit = min(limit, solution.bytes) - over
         if limit <= 0:
             break

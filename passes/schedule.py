@@ -30,10 +30,10 @@ from costmodel.memory import optimizer as optimizer_of
 from passes.footprint import Footprint, Times, footprint
 from passes.fusion import Fused
 from passes.moves import Move
-from passes.player import KINDS, Event, Player
+from passes.player import KINDS, Event, Played, Player
 from passes.space import Space
 from passes.strategies import StoredOption
-from passes.tracks import tracks
+from passes.tracks import Tracks, tracks
 from passes.words import Words
 
 _OP_BY_OP = 80 / 28
@@ -118,10 +118,12 @@ def play(
     accumulate: int = 1,
     compiled: Fused = True,
     events: bool = False,
+    laid: Tracks | None = None,
 ) -> Schedule:
     """The step of the plan that gives site i option `assignment[i]`: `accumulate` micro-batches and an update.
 
     `compiled`: chains of pointwise ops are one kernel, all or those of some nodes. `events`: keep the timeline.
+    `laid`: `tracks(space, assignment)`, where it is at hand.
 
     Raises:
         ValueError: an unknown optimizer, or no micro-batch.
@@ -130,7 +132,7 @@ def play(
         raise ValueError(f"accumulate is {accumulate}; a step has at least 1 micro-batch")
     spec = optimizer_of(optimizer)
     words = Words(space)
-    found = tracks(space, assignment)
+    found = tracks(space, assignment) if laid is None else laid
     player = Player(space, words, found, events)
     player.play()
     update_s = _update_s(space, assignment, spec)
@@ -191,6 +193,23 @@ def _ledger(player: Player, words: Words) -> tuple[Collective, ...]:
     names = [axis.name for axis in player.space.topology.axes]
     groups: dict[tuple[int, ...], tuple[str, ...]] = {}
     texts: dict[object, tuple[str, str]] = {}
+    folding = player.space.folding
+
+    def say(item: Move, played: Played) -> tuple[str, str, tuple[str, ...], str]:
+        """What is moved and why, over which axes, and what it is called."""
+        step = played.step
+        made, reader = folding.of.get(item.value), folding.of.get(item.reader) if item.reader else None
+        key = (made, reader, item.stores, step)
+        if key not in texts:
+            texts[key] = words.moved(item), words.reason(item, step)
+        value, reason = texts[key]
+        others = [words.moved(player.tracks.items[other]) for other in played.also]  # type: ignore[arg-type]
+        values = list(dict.fromkeys([value, *others]))
+        if len(values) > 1:
+            reason = f"{reason}, and {len(values) - 1} more with it"
+        axes = groups.setdefault(step.axes, tuple(names[axis] for axis in step.axes))
+        return ", ".join(values), reason, axes, KINDS.get(step.kind, step.kind)
+
     found = []
     for index, item in enumerate(player.tracks.items):
         if not isinstance(item, Move):
@@ -202,24 +221,17 @@ def _ledger(player: Player, words: Words) -> tuple[Collective, ...]:
         elif player.tracks.slots[player.tracks.writes[index][0]].gathered:
             role = "parameter"
         module, source = node.meta.get("module", ""), node.meta.get("source", "")
+        said: dict[object, tuple[str, str, tuple[str, ...], str]] = {}
         for i in player.of_item[index]:
             played = player.played[i]
             step = played.step
             if not step.is_collective or not played.counts:
                 continue
-            folding = player.space.folding
-            made, reader = folding.of.get(item.value), folding.of.get(item.reader) if item.reader else None
-            key = (made, reader, item.stores, step)
-            if key not in texts:
-                texts[key] = words.moved(item), words.reason(item, step)
-            value, reason = texts[key]
-            others = [words.moved(player.tracks.items[other]) for other in played.also]  # type: ignore[arg-type]
-            values = list(dict.fromkeys([value, *others]))
-            if len(values) > 1:
-                reason = f"{reason}, and {len(values) - 1} more with it"
-            axes = groups.setdefault(step.axes, tuple(names[axis] for axis in step.axes))
+            told = (id(step), played.also)  # copies of a layer share their steps
+            if told not in said:
+                said[told] = say(item, played)
+            value, reason, axes, kind = said[told]
             exposed_s = min(played.exposed_s, step.seconds)
-            kind = KINDS.get(step.kind, step.kind)
             found.append(
                 Collective(
                     kind=kind,
@@ -232,7 +244,7 @@ def _ledger(player: Player, words: Words) -> tuple[Collective, ...]:
                     role=role,
                     source=source,
                     module=module,
-                    value=", ".join(values),
+                    value=value,
                     reason=reason,
                     tensors=1 + len(played.also),
                     start_s=played.start_s,

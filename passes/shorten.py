@@ -44,6 +44,9 @@ def shorten(program: Program) -> Program:
     return program
 
 
+_PLAIN = frozenset({int, float, str, bool, type(None)})
+
+
 @dataclass(frozen=True)
 class _Stack:
     """The nodes of one stack's layers; `of[node]` is a node's place."""
@@ -130,17 +133,20 @@ def _longest_run(stack: _Stack, unit: int) -> tuple[int, int]:
 def _signature(stack: _Stack, layer: int, unit: int) -> tuple[object, ...]:
     """Equal for layers that do the same with what lies alike around them, up to `unit` layers away."""
 
+    of, low, high = stack.of, layer - unit, layer + unit
+
     def told(value: Any) -> object:
-        if isinstance(value, fx.Node):
-            place = stack.of.get(value)
-            if place is None or abs(place[1] - layer) > unit:
-                return value
-            return place[0], place[1] - layer, place[2]
+        kind = type(value)
+        if kind is fx.Node:
+            place = of.get(value)
+            return value if place is None or not low <= place[1] <= high else (place[0], place[1] - layer, place[2])
+        if kind in _PLAIN:
+            return value
         if isinstance(value, list | tuple):
             return tuple([told(item) for item in value])
         if isinstance(value, slice):
             return told((value.start, value.stop, value.step))
-        return value if isinstance(value, int | float | str | None) else str(value)
+        return str(value)
 
     found: list[object] = []
     inside: dict[str, str] = {}
@@ -152,11 +158,14 @@ def _signature(stack: _Stack, layer: int, unit: int) -> tuple[object, ...]:
             module = node.meta["module"]
             if module not in inside:
                 inside[module] = ".".join(part for part in module.split(".") if part != str(layer))
-            options = tuple((key, told(value)) for key, value in node.kwargs.items() if key != "salt")
-            gradients = [(place[0], place[1] - layer, place[2]) for place in stack.stored.get(node, ())]
+            found += (phase, node.op, node.target, inside[module])
             # a random op's number is its name
             arguments = node.args[:1] + node.args[2:] if node.target is UNIFORM else node.args
-            found.append((phase, node.op, node.target, inside[module], told(arguments), options, tuple(gradients)))
+            found.append([told(value) for value in arguments])
+            if kwargs := node.kwargs:
+                found.append([(key, told(value)) for key, value in kwargs.items() if key != "salt"])
+            if (places := stack.stored.get(node)) is not None:
+                found.append([(place[0], place[1] - layer, place[2]) for place in places])
     return tuple(found)
 
 

@@ -18,6 +18,8 @@ import numpy as np
 from passes.errors import NoFeasiblePlanError
 from passes.problem import Flow, Hold, Problem, Reader, evaluate
 
+_INTEGRAL = 1e-6
+"""How far from 0 or 1 a value of the relaxation may be to count as such."""
 _SCALE = 1e6
 """Seconds to the objective's microseconds: HiGHS's tolerances are absolute."""
 
@@ -94,13 +96,20 @@ def solve(problem: Problem, *, gap: float = 1e-4, time_limit_s: float = 120.0) -
     if math.isfinite(problem.budget_bytes):
         _add_budget(model, problem, options)
 
-    solver = highspy.Highs()
-    solver.setOptionValue("output_flag", False)
-    solver.setOptionValue("threads", 1)
-    solver.setOptionValue("random_seed", 0)
-    solver.setOptionValue("mip_rel_gap", gap)
-    solver.setOptionValue("time_limit", time_limit_s)
-    solver.passModel(model.lp())
+    lp, integral = model.lp(), any(model.integral)
+    if integral and not math.isfinite(problem.budget_bytes):
+        # Without a budget the relaxation is nearly always integral: then it is the answer, and proved.
+        relaxed = _solver(gap, time_limit_s)
+        lp.integrality_ = []
+        relaxed.passModel(lp)
+        relaxed.run()
+        values = relaxed.getSolution().col_value
+        done = relaxed.getModelStatus() == highspy.HighsModelStatus.kOptimal
+        if done and all(min(values[c], 1.0 - values[c]) < _INTEGRAL for columns in options for c in columns):
+            return _solution(problem, options, values, relaxed.getInfo().objective_function_value)
+        lp = model.lp()
+    solver = _solver(gap, time_limit_s)
+    solver.passModel(lp)
     solver.run()
     status = solver.getModelStatus()
     info = solver.getInfo()
@@ -108,12 +117,24 @@ def solve(problem: Problem, *, gap: float = 1e-4, time_limit_s: float = 120.0) -
         raise NoFeasiblePlanError("no choice of layouts satisfies the memory budget and the pins")
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         raise NoFeasiblePlanError(f"the solver found no plan in {time_limit_s:.0f} s (status {status.name})")
-    values = solver.getSolution().col_value
+    return _solution(problem, options, solver.getSolution().col_value, info.mip_dual_bound if integral else math.inf)
+
+
+def _solver(gap: float, time_limit_s: float) -> highspy.Highs:
+    solver = highspy.Highs()
+    solver.setOptionValue("output_flag", False)
+    solver.setOptionValue("threads", 1)
+    solver.setOptionValue("random_seed", 0)
+    solver.setOptionValue("mip_rel_gap", gap)
+    solver.setOptionValue("time_limit", time_limit_s)
+    return solver
+
+
+def _solution(problem: Problem, options: Sequence[Sequence[int]], values: Sequence[float], bound: float) -> Solution:
+    """The picks that the columns' `values` name; `bound`: of the objective."""
     picks = tuple(max(range(len(columns)), key=lambda i: values[columns[i]]) for columns in options)
     seconds, size = evaluate(problem, picks)
-    integral = any(model.integral)
-    bound = info.mip_dual_bound / _SCALE if integral else seconds
-    return Solution(picks, seconds, size, min(bound, seconds))
+    return Solution(picks, seconds, size, min(bound / _SCALE, seconds))
 
 
 def _marginal(states: Sequence[int], columns: Sequence[int]) -> dict[int, list[int]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from costmodel.layout import Layout, Partial, Placement, Replicate, Shard
-from costmodel.state import chunks
+from costmodel.state import cut_evenly
 from passes.dims import ExpandedOp, expanded_shape
 from passes.local import DimShard, Storage
 from passes.precision import Dtypes
@@ -175,9 +175,7 @@ def _chunks_alike(rows: int, padded: int, sizes: Sequence[int]) -> bool:
     """Whether even parts of the padded dim hold of its `rows` what `torch.chunk`, axis by axis, gives each rank."""
     if rows == padded:
         return True
-    even = padded // math.prod(sizes)
-    cut = chunks(rows, sizes)
-    return list(cut) == [max(0, min(even, rows - i * even)) for i in range(len(cut))]
+    return cut_evenly(rows, padded // math.prod(sizes), sizes)
 
 
 def plain_layouts(

@@ -54,6 +54,11 @@ _PYTHON_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 _SHAPED_BY_INTEGERS = {aten._ctc_loss.Tensor}
 _INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
 _MAX_INLINE_ELEMENTS = 2**24
+_BRANCHES_INSTEAD = "Use tensor ops (torch.where, masks) instead, or make it a constant of the model"
+_PICKS_INSTEAD = (
+    "Compute every row and multiply what was not picked by zero, or sort rows by where they go (torch.argsort): shapes "
+    "then depend on no values"
+)
 
 
 class ReadsInputsError(CaptureError):
@@ -140,6 +145,11 @@ class Tracer(TorchDispatchMode):
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             # Inductor refuses it too; a model that is being compiled takes another way.
             raise CaptureError(f"{self._location()}: grouped_mm of {args[0].dtype} cannot be compiled; use bfloat16")
+        if func is aten.native_batch_norm.default and args[3] is not None and args[5]:
+            raise CaptureError(
+                f"{self._location()}: a batch norm whose running statistics would be lost; call "
+                "torch.nn.functional.batch_norm or torch.nn.BatchNorm"
+            )
         if func._schema.is_mutable:
             raise CaptureError(
                 f"{self._location()}: {func} writes to its operands; use an op that returns what it wrote"
@@ -232,6 +242,12 @@ class Tracer(TorchDispatchMode):
         known = self._constants.get(id(tensor))
         if known is not None:
             return known
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and torch.is_grad_enabled():
+            raise CaptureError(
+                f"{self._location()}: uses a {tuple(tensor.shape)} parameter that is none of the model's, so that its "
+                "gradient would be lost; register it (nn.ModuleList and nn.ParameterList do so for a list), or set "
+                "requires_grad=False"
+            )
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             raise CaptureError(
                 f"{self._location()}: uses a {tuple(tensor.shape)} tensor without values (meta or fake) that is no "
@@ -257,15 +273,14 @@ class Tracer(TorchDispatchMode):
         return fake
 
     # -------------------------------------------------------------------------------- values that the model reads
-    def value(self, tensor: Tensor, what: str) -> Any:
+    def value(self, tensor: Tensor, what: str, instead: str = _BRANCHES_INSTEAD) -> Any:
         """The real value of `tensor`, which the model reads as `what` says; noted where it depends on inputs."""
         node = self.node_of(tensor)
         try:
             value = self.values.of(node)
         except UnknownValueError as unknown:
             raise CaptureError(
-                f"{self._location()}: {what}, which depends on {unknown.what}, so the step is not one graph. Use "
-                "tensor ops (torch.where, masks) instead, or make it a constant of the model"
+                f"{self._location()}: {what}, which depends on {unknown.what}, so the step is not one graph. {instead}"
             ) from None
         if not self.values.depends_on_inputs(node):
             return value
@@ -314,7 +329,7 @@ class Tracer(TorchDispatchMode):
         if func in _SHAPED_BY_INTEGERS and tensor.is_floating_point():
             with off_the_record():
                 return torch.zeros(tensor.shape, dtype=tensor.dtype)
-        return self.value(tensor, what)
+        return self.value(tensor, what, _PICKS_INSTEAD)
 
     def _shaping_node(self, func: Any, tensor: Tensor) -> Any:
         """The node of an operand, or a meta tensor where the shape of `func`'s result does not depend on its values."""
@@ -376,7 +391,7 @@ def _map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
 
 
 class _Calls(TorchFunctionMode):
-    """Handles what is caught above aten: reads of values, `torch.tensor([scalar, ...])`, `batch_norm`, `one_hot`."""
+    """Handles what is caught above aten: reads of values, `torch.tensor([scalar, ...])`, batch norms, `one_hot`."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -393,6 +408,8 @@ class _Calls(TorchFunctionMode):
             return made.to(kwargs["dtype"]) if kwargs.get("dtype") else made
         if func is nn.functional.batch_norm:
             return _batch_norm(*args, **kwargs)
+        if func is nn.functional.instance_norm:
+            return _instance_norm(*args, **kwargs)
         if func is nn.functional.one_hot:
             return _one_hot(*args, **kwargs)
         return func(*args, **kwargs)
@@ -424,6 +441,30 @@ def _batch_norm(
     mean.copy_(new_mean.detach())
     var.copy_(new_var.detach())
     return out
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """`F.instance_norm`: a batch norm of every sample's channels; the running statistics are their means."""
+    if not use_input_stats or running_mean is None or running_var is None:
+        return nn.functional.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    samples, channels = x.shape[:2]
+    means, variances = running_mean.repeat(samples), running_var.repeat(samples)
+    weight, bias = (None if t is None else t.repeat(samples) for t in (weight, bias))
+    out = _batch_norm(
+        x.reshape(1, samples * channels, *x.shape[2:]), means, variances, weight, bias, True, momentum, eps
+    )
+    running_mean.copy_(means.detach().view(samples, channels).mean(0))
+    running_var.copy_(variances.detach().view(samples, channels).mean(0))
+    return out.view(x.shape)
 
 
 def _holds_tensor(data: Any) -> bool:
@@ -460,6 +501,9 @@ def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
 
     torch.compiler.is_compiling = answered
     torch.backends.mha.set_fastpath_enabled(False)
+    # oneDNN has LSTMs and GRUs as one op, for the CPU alone; without it they are products and pointwise ops.
+    one_dnn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
     torch._enable_functionalization(reapply_views=True)
     try:
         with fake_mode, tracer, _Calls(tracer):
@@ -467,6 +511,7 @@ def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
     finally:
         torch._disable_functionalization()
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch._C._set_mkldnn_enabled(one_dnn)
         torch.compiler._is_compiling_flag, torch.compiler.is_compiling = compiling, is_compiling
         if asking and tracer.branches.as_compiled:
             places = ", ".join(list(asking)[:3]) + (", ..." if len(asking) > 3 else "")

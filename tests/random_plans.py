@@ -33,31 +33,40 @@ def every_option(program: Program, mesh: Mapping[str, int], batch_axes: tuple[in
 
 
 def random_plan(space: Space, seed: int, share_whole: float = 0.15) -> tuple[tuple[int, ...], LocalProgram]:
-    """Any option per site, as long as what it asks for can be made of what the sites before it give."""
+    """Any option per site, as long as what it asks for can be made of what the sites that it reads give."""
     draw = random.Random(seed)
-    sources: dict[int, list[tuple[int, Value]]] = defaultdict(list)
+    # Sites are in the order of the graph, but a folded one may read a later member of an earlier site's class.
+    ends: dict[int, list[tuple[int, int, Value]]] = defaultdict(list)
     for wire in space.wires:
         for port in wire.ports:
             if not port.stores:
-                sources[port.site].append((port.operand, wire.value))
+                ends[max(port.site, wire.value.op)].append((port.site, port.operand, wire.value))
+    while (picks := _drawn(space, ends, draw, share_whole)) is None:
+        pass
+    return tuple(picks), rewrite(space, picks)
+
+
+def _drawn(
+    space: Space, ends: Mapping[int, list[tuple[int, int, Value]]], draw: random.Random, share_whole: float
+) -> list[int] | None:
+    """A pick per site; None where those of earlier sites leave none for one."""
     picks: list[int] = []
-    # Sites are in the order of the graph, but a folded one may read a later member of an earlier site's class.
     for index, site in enumerate(space.sites):
         order = list(range(len(site.options)))
         draw.shuffle(order)
         if draw.random() < share_whole:
             order.sort(key=lambda i: i != 0)
-        picks.append(next(i for i in order if _possible(space, picks, index, i, sources[index])))
-    return tuple(picks), rewrite(space, picks)
+        picks.append(-1)
+        for picks[index] in order:
+            if all(_possible(space, picks, *end) for end in ends[index]):
+                break
+        else:
+            return None
+    return picks
 
 
-def _possible(space: Space, picks: list[int], index: int, pick: int, sources: list[tuple[int, Value]]) -> bool:
-    option = space.sites[index].options[pick]
-    for operand, value in sources:
-        if value.op >= len(picks):
-            continue
-        given = given_state(space.sites[value.op], space.sites[value.op].options[picks[value.op]], value.result)
-        asked = option.operands[operand] if isinstance(option, Option) else stored_state(option)
-        if given != asked and conversion(space, value, given, asked) is None:
-            return False
-    return True
+def _possible(space: Space, picks: list[int], reader: int, operand: int, value: Value) -> bool:
+    option = space.sites[reader].options[picks[reader]]
+    given = given_state(space.sites[value.op], space.sites[value.op].options[picks[value.op]], value.result)
+    asked = option.operands[operand] if isinstance(option, Option) else stored_state(option)
+    return given == asked or conversion(space, value, given, asked) is not None

@@ -213,6 +213,17 @@ def test_one_ranks_error_ends_all(when: str) -> None:
     assert max(outcome.seconds for outcome in outcomes) < 45
 
 
+def _short_on_one_rank(rank: int, ranks: int) -> None:
+    _, mine = batch_of(rank, (2,))
+    parallel = parallelize_with(pipeline("fsdp"), Net(), mesh_of((2,)), mine, options=EAGER)
+    with pytest.raises(ValueError, match=rf"different shapes \(this one ids \[{4 - rank}, 6\].*drop_last=True"):
+        parallel(**{name: torch.cat((value, value))[: 4 - rank] for name, value in mine.items()})
+
+
+def test_a_batch_that_is_short_on_one_rank_is_told() -> None:
+    run_ranks(_short_on_one_rank, 2)
+
+
 def test_calls_are_described_and_restored() -> None:
     call = (
         (torch.zeros(2, 3, dtype=torch.int64), [1, None]),

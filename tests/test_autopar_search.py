@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import autopar
 from autopar.cli.main import main
 from autopar.profiling import Captures, Profiler
-from autopar.search import SearchResult
+from autopar.search import Candidate, SearchResult
+from autopar.verdict import verdict
 from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
-from passes.candidate import estimate
+from passes.candidate import estimate, lower_bound
 from passes.setup import Setup
 
 
@@ -41,14 +44,18 @@ def found() -> SearchResult:
     return autopar.search(small(), 4, "h100", 8, sequence=512, options=OPTIONS, top=2)
 
 
-def test_nothing_that_plans_can_do_is_faster(found: SearchResult) -> None:
+def inputs(parts: int) -> dict[str, torch.Tensor]:
+    ids = torch.empty(1, 512 // parts, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.fixture(scope="module")
+def profiler() -> Profiler:
+    return Profiler(Captures(small(), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
+
+
+def test_nothing_that_plans_can_do_is_faster(found: SearchResult, profiler: Profiler) -> None:
     """Every mesh, micro-batch and storage by hand."""
-
-    def inputs(parts: int) -> dict[str, torch.Tensor]:
-        ids = torch.empty(1, 512 // parts, dtype=torch.long, device="meta")
-        return {"input_ids": ids, "labels": ids}
-
-    profiler = Profiler(Captures(small(), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
     best = min(
         estimate(
             Setup(dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=2 * tp // micro, recompute="full"), profiler
@@ -108,6 +115,28 @@ def test_what_does_not_fit_says_by_how_much() -> None:
 def test_mistakes_are_named(gpus: int, batch: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         autopar.search(small(), gpus, "h100", batch, sequence=64)
+
+
+def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
+    """Every plan of the search priced by hand: the fastest of each mesh that fits, and bounds that are below it."""
+    budget = 170 << 20
+    options = autopar.Options(memory_budget=budget)
+    result = autopar.search(small(), 4, "h100", 4, sequence=512, options=options, top=2)
+    fastest: dict[int, float] = {}
+    for tp, micro, recompute in itertools.product((1, 2, 4), (1, 2, 4), ("pointwise", "full")):
+        if tp % micro == 0:
+            setup = Setup(dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=tp // micro, recompute=recompute)
+            played = estimate(setup, profiler)
+            bound_s, bound_bytes = lower_bound(setup, profiler)
+            assert bound_s <= played.step_s * (1 + 1e-9)
+            assert bound_bytes <= played.peak_bytes
+            if played.peak_bytes <= budget:
+                fastest[tp] = min(fastest.get(tp, played.step_s), played.step_s)
+    listed = {c.setup.tp: c.step_time_s for c in result.candidates if not c.priced_only}
+    best = dict(sorted(fastest.items(), key=lambda item: item[1])[:2])
+    assert len(best) == 2
+    assert {tp: listed[tp] for tp in best} == pytest.approx(best)
+    assert result.played < 12
 
 
 def test_inputs_are_of_one_sample() -> None:
@@ -173,3 +202,30 @@ def test_zero3_that_waits_for_its_gathers_falls_behind_pipelines_as_gpus_grow() 
     assert waited[2] == pytest.approx(3.2, rel=0.1)
     hidden = [times_as_long(gpus, 0.0) for gpus in (384, 1536)]
     assert hidden[0] < hidden[1] < 1.0
+
+    # By hand, at a sample per GPU: 349 GB of bf16 parameters come into a node of 8 over 8 x 25 GB/s for forward and for
+    # backward, and as much of gradients leaves; 6 FLOPs per parameter and token at up to A100's 312 TFLOP/s.
+    found = profiler.profile(Setup(dp_shard=1536), replica=False)
+    wire_s = 2 * 174.6e9 / (8 * 25e9)
+    sent_s = [found.total(f"exposed.{which}") + found.total(f"hidden.{which}")
+              for which in ("parameter.forward", "parameter.backward", "gradient")]  # fmt: skip
+    assert all(wire_s < each < wire_s / 0.6 for each in sent_s)
+    compute_s = 6 * 174.6e9 * 2048 / 312e12
+    assert compute_s / 0.85 < found.whole["micro_s"] < compute_s / 0.6
+    assert found.total("exposed.parameter") + found.total("exposed.gradient") < 0.05 * found.whole["micro_s"]
+
+
+def test_the_verdict_says_what_it_rests_on() -> None:
+    """Sharded state that is enough because its gathers hide; and where a pipeline is slower even if none did."""
+
+    def told(hidden_s: float) -> str:
+        state = Candidate(Setup(dp_shard=64), 10.0, 1, 0, {"compute": 9.0, "slowed": 1.0}, {}, hidden_s)
+        stages = Candidate(Setup(dp_shard=8, pp=8, state="zero1"), 12.0, 1, 0, {"bubble": 1.2}, {})
+        unused: Any = None
+        found = verdict([state, stages], unused, 64, 64, 1)
+        assert found.answer == "state"
+        return " ".join(found.text)
+
+    assert "take 8.00 s behind 10.00 s of compute, 80% of it" in told(8.0)
+    assert "would take 18.00 s, and that pipeline would be 1.50 times faster" in told(8.0)
+    assert "rests on overlap" not in told(1.0)

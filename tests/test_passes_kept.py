@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
 import torch
 from parity import captured, errors
 from stacks import Stack
 from torch import nn
 
 from costmodel.hardware import hardware, topology
+from passes import proposals
+from passes.errors import NoFeasiblePlanError
 from passes.lower import lower
 from passes.pipeline import Request, compile_plan, local_program
 from passes.plan import Plan
+from passes.schedule import Schedule, play
 from passes.simulate import ledger
+from passes.space import Space
 
 IDS = {"ids": torch.randint(0, 16, (16, 6), generator=torch.Generator().manual_seed(0))}
 ONE_NODE = topology(hardware("a100-80gb"), {"dp": 8})
@@ -88,3 +96,20 @@ def test_auto_keeps_them_where_that_is_faster_and_fits() -> None:
     tight = _plan(Request(budget_bytes=played[True].peak_memory_bytes))
     assert tight.peak_memory_bytes <= played[True].peak_memory_bytes
     assert tight.step_time_s <= played[True].step_time_s
+
+
+def test_what_fits_no_better_with_products_at_once_is_not_played_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP's backward sends gathers and gradients alone, and no product waits for those."""
+    played: list[tuple[str, str, tuple[int, ...]]] = []
+
+    def counted(space: Space, assignment: Sequence[int], **how: Any) -> Schedule:
+        played.append((space.strategy, space.recomputed.mode, tuple(assignment)))
+        return play(space, assignment, **how)
+
+    monkeypatch.setattr(proposals, "play", counted)
+    request = Request(strategy="fsdp", budget_bytes=1)
+    with pytest.raises(NoFeasiblePlanError):
+        compile_plan(captured(_stack(), IDS), topology(hardware("h100"), {"dp": 4}), [0], request, diagnose=False)
+    of_fsdp = [each for each in played if each[0] == "fsdp"]
+    assert of_fsdp
+    assert len(of_fsdp) == len(set(of_fsdp))

@@ -24,6 +24,7 @@ from passes.schedule import play
 from passes.simulate import ledger
 from passes.solve import solve
 from passes.space import Space, search_space
+from passes.strategies import Option
 from passes.tracks import tracks
 
 
@@ -161,3 +162,17 @@ def test_a_random_mask_computed_again_is_the_same_mask() -> None:
         assert len(random) == (2 if mode == "none" else 4)
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name])
+
+
+def test_an_axis_of_one_rank_changes_nothing_that_is_kept() -> None:
+    """Nothing moves over it, so nothing that was moved is kept beside what is computed again."""
+    analysis, peaks = analysed("llama"), []
+    for axes in ({"dp": 2}, {"dp": 2, "tp": 1}):
+        mesh = topology(hardware("h100"), axes)
+        space = search_space(analysis.program, mesh, (0,), strategy="ddp", recompute="full", analysis=analysis)
+        splits = [o.splits for site in space.sites for o in site.options if isinstance(o, Option)]
+        assert not any(split is not None for of in splits for split in of[1:])
+        priced = price(space)
+        schedule = play(space, priced.assignment(solve(priced.problem).picks, len(space.sites)))
+        peaks.append(schedule.peak_memory_bytes)
+    assert peaks[0] == peaks[1]

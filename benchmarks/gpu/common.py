@@ -71,9 +71,10 @@ def batch(config: LlamaConfig, rows: int, length: int, step: int, device: str) -
 
 
 def trained(
-    model: nn.Module, config: LlamaConfig, rows: int, length: int, steps: int, device: str, clip: bool = True
-) -> tuple[list[float], list[float]]:
-    """Losses and seconds of every step."""
+    model: nn.Module, config: LlamaConfig, rows: int, length: int, steps: int, device: str, clip: bool = True,
+    before: Callable[[], None] = lambda: None,
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Losses and seconds of every step; `before` each is something that is not in its time."""
     optim = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
     losses: list[float] = []
     seconds: list[float] = []
@@ -88,5 +89,6 @@ def trained(
         losses.append(float(loss.detach()))
 
     for index in range(steps):
+        before()
         seconds.append(timed_s(device, lambda index=index: step(index)))
     return losses, seconds

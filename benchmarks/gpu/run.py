@@ -89,8 +89,8 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"# Measured on {results['device']}\n\ntorch {results['torch']}, by `{results['command']}`.\n\n"
         f"## Training on a one-GPU mesh\n\n{results['train_model']}\n\n{train}\n\n"
         f"## Rank 0 of a plan for eight\n\n{results['rank0_model']} Collectives are fake: they take next to no time, "
-        f"and what a reduction gives is whatever memory held, so the step is what the rank computes, not its numbers."
-        f"\n\n{rank0_tables(results['rank0'])}\n"
+        f"and what a reduction gives is whatever memory held, so the step is what the rank computes, not its numbers. "
+        f"{results.get('note', '')}\n\n{rank0_tables(results['rank0'])}\n"
     )
 
 
