@@ -20,7 +20,7 @@ from autopar import examples, planning
 from autopar.api import skeleton
 from passes.analysis import Analysis, analyse
 from passes.inputs import global_inputs
-from passes.parts import followed
+from passes.parts import as_followed, followed
 from passes.plan import Placements, Plan
 from passes.words import unfold_names
 
@@ -173,11 +173,13 @@ def _kept_split(
             bias = whole.bias is not None
             part.set_submodule(name, nn.Linear(rows_in, rows_out, bias, device="meta", dtype=whole.weight.dtype))
     try:
-        here = _captured(call, part).shapes
+        own = _captured(call, part)
     except Exception:  # whatever the model's own code raises
         raise _CannotJoinError("does not run on a rank's own part") from None
+    if not as_followed(ran.analysis, found, own.analysis.program.graph.graph, ranks):
+        raise _CannotJoinError("takes a rank's own part for something else")
     parents = [name.rpartition(".")[0] for name in instances[next(iter(trial))]]
-    norms = _norms(model, parents, found.shared, ran.shapes, here)
+    norms = _norms(model, parents, found.shared, ran.shapes, own.shapes)
     for inside in norms:
         instances[f"{parent}.{inside}"] = [f"{each}.{inside}" for each in parents]
     return {**trial, **{f"{parent}.{inside}": style for inside, style in norms.items()}}

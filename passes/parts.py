@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
 
 from costmodel.layout import Layout, Replicate, Shard, layout_text
 from passes.analysis import Analysis, Place
-from passes.dims import Value
+from passes.dims import Value, value_of
 from passes.local import DimShard
-from passes.rules.call import op_text
+from passes.rules.call import is_tensor, op_text
 from passes.strategies import op_options, stored_options
 
 _WHOLE: Layout = (Replicate(),)
@@ -30,6 +32,8 @@ class Followed:
 
     problem: str
     shared: frozenset[str] = frozenset()
+    split: Mapping[Value, int] = field(default_factory=dict)
+    """Ops' results that are split -> the dim."""
 
 
 def followed(analysis: Analysis, rows: Collection[str], columns: Collection[str], ranks: int) -> Followed:
@@ -90,7 +94,36 @@ def followed(analysis: Analysis, rows: Collection[str], columns: Collection[str]
                     heapq.heappush(todo, reader)
             elif layout != _WHOLE and own.isdisjoint(columns):
                 return Followed(f"{_op(place)} adds up over what is split")
-    return Followed("", frozenset(shared))
+    dims = {value: _dim(place.op.results[value.result], layout) for value, layout in split.items()
+            if (place := analysis.places[value.op]).op is not None}  # fmt: skip
+    return Followed("", frozenset(shared), dims)
+
+
+def as_followed(analysis: Analysis, found: Followed, part: fx.Graph, ranks: int) -> bool:
+    """Whether a graph of the same model on a rank's part has every value split where it was followed to be.
+
+    A view with an inferred size (`view(b, -1, heads, head_size)`) takes a part's heads for a shorter sequence.
+    """
+    pairs = zip(analysis.program.graph.graph.nodes, part.nodes, strict=False)
+    for whole, own in pairs:
+        if whole.op != own.op or (whole.op == "call_function" and whole.target != own.target):
+            return False
+        if whole.op != "call_function" or not is_tensor(whole) or not is_tensor(own):
+            continue
+        shape = list(whole.meta["val"].shape)
+        dim = found.split.get(value_of(whole, analysis.folding))
+        if dim is not None:
+            shape[dim] //= ranks
+        if shape != list(own.meta["val"].shape):
+            return False
+    return len(analysis.program.graph.graph.nodes) == len(part.nodes)
+
+
+def _dim(dims: Sequence[Sequence[int]], layout: Layout) -> int:
+    """The dim that a layout on atoms splits."""
+    (placement,) = layout
+    assert isinstance(placement, Shard)
+    return [dim for dim, atoms in enumerate(dims) for _ in atoms][placement.dim]
 
 
 def _parameters(analysis: Analysis) -> dict[int, frozenset[str]]:

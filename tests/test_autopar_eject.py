@@ -67,16 +67,21 @@ class Between(nn.Module):
         h = self.up(x).relu() * self.gain
         if self.kind == "normalized":
             h = F.normalize(h, dim=-1)
+        if self.kind == "inferred":  # a part has half a sequence of whole rows, as it seems
+            h = h.view(len(h), -1, 32).flip(1).view(len(h), x.shape[1], -1)
         if self.kind == "input":
             h = h * x.mean(-1, keepdim=True)
         return x + self.down(h)
+
+
+KINDS = ("plain", "normalized", "gain", "input", "inferred")
 
 
 class Stack(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(16, 16)
-        self.blocks = nn.ModuleDict({kind: Between(kind) for kind in ("plain", "normalized", "gain", "input")})
+        self.blocks = nn.ModuleDict({kind: Between(kind) for kind in KINDS})
 
     def forward(self, x):
         x = self.first(x)
@@ -221,8 +226,9 @@ def test_products_are_joined_only_where_a_part_is_enough(tmp_path: Path, capsys:
     script = ejected(tmp_path, "between", "tp=2", *pins)
     text, told = script.read_text(), told_in(capsys)
     assert '"blocks.plain.up": ColwiseParallel(),' in text
-    for kind in ("normalized", "gain", "input"):
+    for kind in ("normalized", "gain", "input", "inferred"):
         assert f'"blocks.{kind}.up": ColwiseParallel(output_layouts=Replicate()),' in text
+    assert "blocks.inferred: takes a rank's own part for something else" in told
     assert "blocks.gain: blocks.gain would get a gradient of a rank's own part alone" in told
     assert "blocks.input: mul reads a part together with a whole result that has a gradient" in told
     assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 1), abs=2e-6)
