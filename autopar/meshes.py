@@ -47,14 +47,14 @@ def axes_of(mesh: DeviceMesh | Mapping[str, int]) -> Axes:
 
 
 def batch_axes_of(axes: Axes, chosen: Sequence[str] | None) -> tuple[int, ...]:
-    """Indices of the axes that split the batch: by name, or those `chosen`.
+    """Indices of the axes that split the batch: by name, in either case, or those `chosen`.
 
     Raises:
         ValueError: `chosen` has an axis that the mesh does not.
     """
     names = [name for name, _ in axes]
     if chosen is None:
-        return tuple(index for index, name in enumerate(names) if name in BATCH_NAMES)
+        return tuple(index for index, name in enumerate(names) if name.lower() in BATCH_NAMES)
     if unknown := [name for name in chosen if name not in names]:
         raise ValueError(f"batch_axes names {unknown}, but the mesh has {names}")
     return tuple(index for index, name in enumerate(names) if name in chosen)

@@ -244,6 +244,7 @@ def test_calls_are_described_and_restored() -> None:
 def test_axes_split_the_batch_by_name() -> None:
     axes = meshes.axes_of({"dp_replicate": 2, "tp": 4, "fsdp": 3})
     assert meshes.batch_axes_of(axes, None) == (0, 2)
+    assert meshes.batch_axes_of([(name.upper(), size) for name, size in axes], None) == (0, 2)
     assert meshes.batch_ranks(axes, (0, 2)) == 6
     assert meshes.batch_axes_of(axes, ("tp",)) == (1,)
     assert meshes.batch_axes_of(axes, ()) == ()
