@@ -97,7 +97,7 @@ def test_a_pin_is_obeyed() -> None:
     [
         ("model.layers.0.mlp.*", "RS(0)", "but not model.layers.1"),
         ("model.layer.*", "RS(0)", "names no parameter"),
-        ("model.norm.weight", "R", "1 placements, the mesh 2 axes"),
+        ("model.norm.weight", "R", "R has 1 placement, but the mesh has 2 axes"),
         ("model.norm.weight", "RS(1)", "cannot be RS(1)"),
     ],
 )
