@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from tabulate import tabulate
@@ -104,11 +105,7 @@ def cut(text: str, width: int) -> str:
 
 def wrapped_lines(text: str, width: int, indent: str) -> list[str]:
     """`text` in lines of at most `width`, each indented; words are not broken."""
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(indent) + len(line) + 1 + len(word) > width:
-            lines.append(indent + line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return [*lines, indent + line] if line else lines
+    return textwrap.wrap(
+        " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
