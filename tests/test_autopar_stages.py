@@ -20,14 +20,8 @@ from autopar.stages import Stages
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import torch, autopar
-from torch import nn
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(16, 16)
-    def forward(self, x):
-        return self.a(x).pow(2).mean()
-autopar.plan(Model(), {"dp": 2}, (torch.randn(4, 16),), hardware="h100")
+from test_autopar_stages import Square
+autopar.plan(Square(), {"dp": 2}, (torch.randn(4, 16),), hardware="h100")
 """
 
 
@@ -41,7 +35,12 @@ class Square(nn.Module):
 
 
 def test_torchs_own_switches_show_stages_and_artefacts(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_LOGS": "+autopar", "TORCH_TRACE": str(tmp_path)}
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "TORCH_LOGS": "+autopar",
+        "TORCH_TRACE": str(tmp_path),
+    }
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=env, timeout=200)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
