@@ -22,6 +22,7 @@ from autopar.together import watch
 from passes.autocast import autocast_as
 from passes.errors import PlanMismatchError
 from passes.local import LocalProgram
+from passes.lower import laid_out
 from passes.program import Program
 
 
@@ -239,7 +240,5 @@ def _as_stored(runtime: Runtime, name: str, gradient: torch.Tensor | None) -> to
         return gradient
     table, key = runtime.slots[name]
     mine = stored.local_part(table[key])
-    gradient = stored.unpad(gradient, mine.shape)
-    if gradient.stride() != mine.stride():  # fused optimizers take both as they lie
-        gradient = torch.empty_like(mine, dtype=gradient.dtype).copy_(gradient)
+    gradient = laid_out(stored.unpad(gradient, mine.shape), mine.stride())  # fused optimizers take both as they lie
     return stored.distributed(gradient, runtime.specs[name])

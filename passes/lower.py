@@ -86,7 +86,7 @@ class Lowered:
 
     def forward(self, values: Tensors) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]:
         """Outputs and new buffers, and what `backward` needs of the step: saved placeholders, then saved values."""
-        values = [_laid_out(value, stride) for value, stride in zip(values, self.strides, strict=False)]
+        values = [laid_out(value, stride) for value, stride in zip(values, self.strides, strict=False)]
         with torch.no_grad():
             inputs = tuple(values[index] for index in self.halves.saved_inputs)
             results = tuple(self.call_forward(values))
@@ -122,7 +122,7 @@ class Lowered:
 
     def _backward_values(self, saved: Tensors, tangents: Tensors) -> list[torch.Tensor]:
         strides = self.strides[len(self.strides) - len(tangents) :]
-        tangents = [_laid_out(value, stride) for value, stride in zip(tangents, strides, strict=True)]
+        tangents = [laid_out(value, stride) for value, stride in zip(tangents, strides, strict=True)]
         values = [*saved, *tangents]
         if isinstance(saved, list):
             saved.clear()
@@ -252,8 +252,8 @@ def _attribute(gm: fx.GraphModule, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), gm)
 
 
-def _laid_out(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    """`value` with the strides that the graph was made for."""
+def laid_out(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """`value` with these strides."""
     if value.stride() == stride or value.numel() <= 1:
         return value
     wanted = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device)

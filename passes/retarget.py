@@ -76,12 +76,13 @@ def _retarget_attention(graph: fx.Graph, node: fx.Node, device: torch.device) ->
     mask = _argument(node, "attn_mask")
     shapes = [operand.meta["val"].shape for operand in (query, key, value)]  # type: ignore[union-attr]
     dtype = query.meta["val"].dtype  # type: ignore[union-attr]
-    value_dim, groups = shapes[2][-1], shapes[0][1] // shapes[1][1]
+    value_dim = shapes[2][-1]
     options = {"scale": _argument(node, "scale")}
     if options["scale"] is None:
         options["scale"] = shapes[0][-1] ** -0.5
     dropout, causal = _argument(node, "dropout_p"), _argument(node, "is_causal")
     kernel = _kernel(shapes, dtype, mask is not None, dropout, causal, device)
+    repeats = shapes[0][1] // shapes[1][1] if kernel == "efficient" else 1  # the others take fewer keys than queries
     backward = [u for u in node.users if u.target is aten._scaled_dot_product_flash_attention_for_cpu_backward.default]
     if backward:
         raise AssertionError(f"{node.name}: its backward takes it whole")
@@ -101,20 +102,20 @@ def _retarget_attention(graph: fx.Graph, node: fx.Node, device: torch.device) ->
         return result if width % ALIGNED_ELEMENTS == 0 else call(aten.slice.Tensor, result, -1, 0, width)
 
     def repeated(operand: Any, shape: Sequence[int]) -> Any:
-        """Keys or values for each query head, for the one kernel that wants as many."""
-        if groups == 1 or kernel != "efficient":
+        """Keys or values for each query head."""
+        if repeats == 1:
             return operand
         rows, heads, length, width = shape[0], shape[1], shape[2], shape[3] + -shape[3] % ALIGNED_ELEMENTS
         operand = call(
-            aten.expand.default, call(aten.unsqueeze.default, operand, 2), [rows, heads, groups, length, width]
+            aten.expand.default, call(aten.unsqueeze.default, operand, 2), [rows, heads, repeats, length, width]
         )
-        return call(aten.reshape.default, operand, [rows, heads * groups, length, width])
+        return call(aten.reshape.default, operand, [rows, heads * repeats, length, width])
 
     def added(result: fx.Node, shape: Sequence[int]) -> fx.Node:
         """Gradients of repeated keys or values, summed over their repetitions."""
-        if groups == 1 or kernel != "efficient":
+        if repeats == 1:
             return result
-        result = call(aten.reshape.default, result, [shape[0], shape[1], groups, shape[2], shape[3]])
+        result = call(aten.reshape.default, result, [shape[0], shape[1], repeats, shape[2], shape[3]])
         return call(aten.sum.dim_IntList, result, [2])
 
     position = node

@@ -100,14 +100,14 @@ def solve(problem: Problem, *, gap: float = 1e-4, time_limit_s: float = 120.0) -
     if integral and not math.isfinite(problem.budget_bytes):
         # Without a budget the relaxation is nearly always integral: then it is the answer, and proved.
         relaxed = _solver(gap, time_limit_s)
-        lp.integrality_ = []
+        kinds, lp.integrality_ = lp.integrality_, []
         relaxed.passModel(lp)
         relaxed.run()
         values = relaxed.getSolution().col_value
         done = relaxed.getModelStatus() == highspy.HighsModelStatus.kOptimal
         if done and all(min(values[c], 1.0 - values[c]) < _INTEGRAL for columns in options for c in columns):
             return _solution(problem, options, values, relaxed.getInfo().objective_function_value)
-        lp = model.lp()
+        lp.integrality_ = kinds
     solver = _solver(gap, time_limit_s)
     solver.passModel(lp)
     solver.run()
