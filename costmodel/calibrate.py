@@ -185,7 +185,7 @@ def measure_launch(device: torch.device, budget_s: float) -> float:
 
 
 def measure_update(device: torch.device, budget_s: float) -> float:
-    """Seconds that AdamW's step takes for each parameter whatever its size: DTensors, where there is a process group."""
+    """Seconds of AdamW's step for each parameter, whatever its size; DTensors, where there is a process group."""
     count = 16
     params = [torch.nn.Parameter(torch.ones(16, 16, device=device)) for _ in range(count)]
     if dist.is_initialized():
