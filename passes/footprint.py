@@ -14,7 +14,7 @@ backward is an op of the schedule like any other.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -322,8 +322,13 @@ class _Lives:
         return done[-1][1] if done else self.times.op_start_s[producer]
 
     def _communication(self) -> list[Buffer]:
-        """Copies beside a collective's input and output: between steps, and where a dim has to go first."""
+        """Copies beside a collective's input and output: between steps, where a dim has to go first, and gloo's own.
+
+        Gloo packs the tensors that it gathers together; what stands for its reduce-scatter receives all its terms.
+        """
         found = []
+        gloo = self.space.topology.device.is_cpu
+        tensors = Counter(item.bucket for item in self.tracks.items if isinstance(item, Move))
         for index, done in self.times.steps.items():
             item = self.tracks.items[index]
             name = self.words.value(item.value) if isinstance(item, Move) else ""
@@ -334,11 +339,14 @@ class _Lives:
                     continue
                 if not step.is_collective:
                     continue
+                scattered = step.kind in ("reduce_scatter", "state_scatter")
+                packed = isinstance(item, Move) and item.bucket >= 0 and tensors[item.bucket] > 1
+                if gloo and (scattered or (packed and step.kind in ("all_gather", "state_gather"))):
+                    found.append(Buffer(name, step.full_bytes, start, end, "communication"))
                 if position + 1 < len(done):
                     ways = 1
                     for axis in step.axes:
                         ways *= self.space.topology.sizes[axis]
-                    scattered = step.kind in ("reduce_scatter", "state_scatter")
                     size = step.full_bytes // ways if scattered else step.full_bytes
                     found.append(Buffer(name, size, start, max(end, done[position + 1][2]), "communication"))
                 if _copies(step):

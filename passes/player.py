@@ -50,7 +50,7 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
     """Per item, the moves to issue right before it (by item), in program order; the last entry is the step's end.
 
     A bucket is issued as one, where its first gather or its last gradient is. A parameter's gather is issued where the
-    gathers of the layer before begin (what lies between repeated layers counts as one layer, and each module as one
+    layer before it that gathers something begins (what lies between repeated layers counts as one layer, and each module
     where no layer repeats). An activation is sent where its layer's ops begin or right after it was made, whichever is
     later; one that was kept from forward, where its reader's module begins. A gradient is sent as soon as it is there.
     """
@@ -61,7 +61,8 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
     layer: object = None
     module: object = None
     unit: object = None
-    unit_start, unit_before = 0, 0
+    gathering: object = None
+    unit_start = gathering_start = gathering_before = 0
     for index, item in enumerate(items):
         node = item.node if isinstance(item, Run) else item.reader
         if node is not None:
@@ -69,6 +70,9 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
             here = (phase, words.instance(name))
             if here != layer:
                 layer, layer_start = here, index
+            outside = words.layers and "*" not in words.pattern(name)
+            if (within := (phase, "" if outside else here[1])) != unit:
+                unit, unit_start = within, index
             if (phase, name) != module:
                 module, module_start = (phase, name), index
         if isinstance(item, Run):
@@ -79,11 +83,9 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
             continue
         producer = found.slots[found.reads[index][0]].producer
         if gathered:
-            assert isinstance(layer, tuple)
-            outside = words.layers and "*" not in words.pattern(name)
-            if (here := (layer[0], "" if outside else layer[1])) != unit:
-                unit, unit_before, unit_start = here, unit_start, index
-            first = unit_before
+            if unit != gathering:
+                gathering, gathering_before, gathering_start = unit, gathering_start, unit_start
+            first = gathering_before
         elif producer >= 0 and items[producer].phase == item.phase:
             first = layer_start
         else:
