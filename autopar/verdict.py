@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from autopar.profiling import Profiler
+from autopar.reach import Reach, Times, reach_down, reach_up
 from costmodel.memory import gib
 from passes.report_text import seconds_text
 from passes.setup import Setup
@@ -53,14 +54,19 @@ class Verdict:
     pipeline_s: float | None
     offload_s: float | None
     text: tuple[str, ...]
+    enough_gpus: int | None = None
+    """The most GPUs, by doubling or halving those asked for, on which sharded state alone is enough at this batch."""
 
     def as_json(self) -> dict[str, Any]:
         """For scripts."""
         return asdict(self)
 
 
-def verdict(found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, budget: int) -> Verdict:
-    """Of all that a search priced."""
+def verdict(
+    found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, budget: int,
+    times_on: Callable[[int], Times] | None = None,
+) -> Verdict:  # fmt: skip
+    """Of all that a search priced. `times_on`: steps on another number of GPUs, to tell how far the answer goes."""
     plain = [c for c in found if not c.setup.fp8]
 
     def best(which: Callable[[Setup], bool]) -> Priced | None:
@@ -112,10 +118,18 @@ def verdict(found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, 
         text.append(_pipeline_text(pipeline, min(c.step_time_s for c in (state, computation) if c is not None)))
     if answer == "state" and state is not None and pipeline is not None:
         text += _rests_on_overlap(state, pipeline)
+    reach = None
+    if times_on is not None and answer == "state":
+        reach = reach_up(gpus, batch, times_on, _ENOUGH)
+    elif times_on is not None and answer in ("computation", "pipeline") and (state or batch % gpus):
+        reach = reach_down(gpus, batch, profiler.hardware.ranks_per_node, times_on, _ENOUGH)
+    if reach is not None:
+        text.append(_reach_text(reach, gpus, batch))
     state_s, computation_s, pipeline_s, offload_s = (
         c.step_time_s if c else None for c in (state, computation, pipeline, offloaded)
     )
-    return Verdict(answer, state_s, computation_s, pipeline_s, offload_s, tuple(text))
+    enough = reach.gpus if reach else None
+    return Verdict(answer, state_s, computation_s, pipeline_s, offload_s, tuple(text), enough)
 
 
 def _s(seconds: float) -> str:
@@ -196,6 +210,25 @@ def _rests_on_overlap(state: Priced, pipeline: Priced) -> list[str]:
         f"{state.hidden_s / compute_s:.0%} of it. Were none hidden, a step would take {_s(waiting_s)}, and that "
         f"pipeline would be {waiting_s / pipeline.step_time_s:.2f} times faster."
     ]
+
+
+def _reach_text(reach: Reach, gpus: int, batch: int) -> str:
+    """Up to how many GPUs it is enough, with both times there, and both where it is not."""
+
+    def told(times: Times | None) -> str:
+        if times is None or times[0] is None:
+            return ""
+        other = f", the fastest other way {_s(times[1])}" if times[1] is not None else ""
+        return f" ({_s(times[0])} a step{other})"
+
+    still = "stays enough" if reach.gpus >= gpus else "is enough"
+    last = f", where each has one sample{told(reach.times)}" if reach.gpus == batch else told(reach.times)
+    text = f"At this global batch sharded state {still} up to {reach.gpus} GPUs{last}"
+    if reach.beyond is not None and reach.times_beyond is not None:
+        text += f", and no longer on {reach.beyond}{told(reach.times_beyond)}"
+    elif reach.gpus == batch:
+        text += "; more it cannot use"
+    return f"{text}."
 
 
 def _pipeline_text(pipeline: Priced | None, today_s: float) -> str:
