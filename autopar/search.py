@@ -42,6 +42,8 @@ _RECOMPUTE: Mapping[str, tuple[Mode, ...]] = {
 }  # fmt: skip
 _MOST_MICRO_BATCHES = 4
 """Micro-batch sizes tried per mesh: the largest that the batch allows, and halves of it."""
+_TRIED = 4
+"""So many that cannot be listed are played, where no other of their kind is known to fit."""
 _ELSEWHERE = 8
 """So many pipelines, the fastest, are priced on other numbers of GPUs too."""
 _LEAST_PART = 4096
@@ -347,15 +349,26 @@ class _State:
                         if local % micro:
                             continue
                         for recompute in self.recompute:
-                            setup = Setup(
+                            yield from self.ways(Setup(
                                 dp_shard=data, tp=tp, pp=pp, cp=cp, micro_batch=micro, accumulate=local // micro,
                                 state="zero1", gradient_bytes=4, recompute=recompute,
-                            )  # fmt: skip
-                            yield setup
-                            if pp == cp == 1:
-                                yield replace(setup, state="zero2")
-                            if pp > 1 and layers % pp == 0 and (each := layers // pp) > 1:
-                                yield replace(setup, virtual=each)
+                            ))  # fmt: skip
+
+    def ways(self, setup: Setup) -> Iterator[Setup]:
+        """ZeRO-1, and ZeRO-2 where gradients need not wait for a pipeline's other micro-batches; plain and interleaved
+        stages, with layers that full recompute runs again to their end, collectives too, or as plans do."""
+        if setup.pp == setup.cp == 1:
+            if setup.data_ranks > 1:
+                yield setup
+                yield replace(setup, state="zero2")
+            return
+        layers = self.profiler.layers
+        staged = [setup]
+        if setup.pp > 1 and layers % setup.pp == 0 and layers > setup.pp:
+            staged.append(replace(setup, virtual=layers // setup.pp))
+        yield from staged
+        if setup.pp > 1 and setup.tp > 1 and setup.recompute == "full":
+            yield from (replace(each, whole_blocks=True) for each in staged)
 
     def contexts(self) -> list[int]:
         """Context-parallel ranks: parts of long sequences that stay at least `_LEAST_PART` tokens long."""
@@ -406,14 +419,19 @@ class _State:
 
         found: list[Candidate] = []
         reached = math.inf
+        tried = {True: 0, False: 0}
+        """Whether state alone is sharded -> how many were played until one fits: the verdict asks for one of each."""
         fitting = sorted((seconds, i) for i, ((seconds, size), _) in enumerate(bounded) if size <= self.budget)
         for seconds, index in fitting:
             setup = bounded[index][1]
             if seconds >= fastest.get(_parallelism(setup), math.inf):
                 continue  # its mesh is listed with what was played
-            if len(fastest) >= self.top and seconds >= sorted(fastest.values())[self.top - 1]:
+            alone = setup.tp == 1
+            known = tried[alone] >= _TRIED or any((c.setup.tp == 1) == alone and c.fits for c in found)
+            if known and len(fastest) >= self.top and seconds >= sorted(fastest.values())[self.top - 1]:
                 reached = min(reached, seconds)
                 continue
+            tried[alone] += 1
             found.append(self.played(setup))
             note(found[-1])
         for candidate in others:
@@ -446,7 +464,7 @@ def _states_text(spec: OptimizerSpec) -> str:
 
 def _parallelism(setup: Setup) -> Setup:
     """What is listed once: the setup without micro-batch, virtual stages and recompute."""
-    return replace(setup, micro_batch=1, accumulate=1, recompute="pointwise", virtual=1)
+    return replace(setup, micro_batch=1, accumulate=1, recompute="pointwise", whole_blocks=False, virtual=1)
 
 
 def _distinct(candidates: Iterable[Candidate]) -> Iterator[Candidate]:

@@ -109,8 +109,8 @@ def verdict(
         answer = "pipeline"
         assert pipeline is not None
         text.append(
-            f"A pipeline pays: {pipeline.setup.pp} stages with tensor parallelism over {pipeline.setup.tp} take "
-            f"{_s(pipeline.step_time_s)} a step (priced only){_against(computation or state, pipeline)}."
+            f"A pipeline pays: {_stages(pipeline.setup)} take {_s(pipeline.step_time_s)} a step (priced only)"
+            f"{_against(computation or state, pipeline)}."
         )
     if answer in ("computation", "pipeline", "nothing"):
         text += _why_not_state(state, plain, profiler, gpus, batch, budget)
@@ -121,7 +121,7 @@ def verdict(
     reach = None
     if times_on is not None and answer == "state":
         reach = reach_up(gpus, batch, times_on, _ENOUGH)
-    elif times_on is not None and answer in ("computation", "pipeline") and (state or batch % gpus):
+    elif times_on is not None and answer in ("computation", "pipeline") and (batch % gpus or (state and _waits(state))):
         reach = reach_down(gpus, batch, profiler.hardware.ranks_per_node, times_on, _ENOUGH)
     if reach is not None:
         text.append(_reach_text(reach, gpus, batch))
@@ -157,6 +157,13 @@ def _name(candidate: Priced) -> str:
     return f"tensor parallelism over {setup.tp} without stages" if setup.tp > 1 else "sharded state alone"
 
 
+def _stages(setup: Setup) -> str:
+    """`8 stages with tensor parallelism over 4 and context parallelism over 2`."""
+    ways = (("tensor", setup.tp), ("context", setup.cp))
+    named = " and ".join(f"{name} parallelism over {size}" for name, size in ways if size > 1)
+    return f"{setup.pp} stages" + (f" with {named}" if named else "")
+
+
 def _nothing_fits(found: Sequence[Priced], budget: int) -> str:
     near = min(found, key=lambda c: c.over_bytes)
     return (
@@ -167,7 +174,8 @@ def _nothing_fits(found: Sequence[Priced], budget: int) -> str:
 
 
 def _mesh(setup: Setup) -> str:
-    return f"dp {setup.data_ranks} x tp {setup.tp}" + (f" x pp {setup.pp}" if setup.pp > 1 else "")
+    more = "".join(f" x {name} {size}" for name, size in (("pp", setup.pp), ("cp", setup.cp)) if size > 1)
+    return f"dp {setup.data_ranks} x tp {setup.tp}{more}"
 
 
 def _why_not_state(
@@ -179,7 +187,8 @@ def _why_not_state(
         per = f"{batch / gpus:.2g} samples per GPU" if batch < gpus else f"{batch} samples, which {gpus} do not divide"
         text.append(f"Sharded state alone cannot use all GPUs: it splits the batch, and there are {per}.")
     elif state is None:
-        mine = [c for c in found if c.setup.tp == c.setup.pp == c.setup.cp == 1 and not c.setup.offload]
+        plans = [c for c in found if c.setup.state == "zero3" and not c.setup.offload]
+        mine = [c for c in plans if c.setup.tp == c.setup.pp == c.setup.cp == 1]
         near = min(mine, key=lambda c: c.over_bytes, default=None)
         layer = profiler.profile(Setup(), replica=True)
         about = (
@@ -191,24 +200,38 @@ def _why_not_state(
                 f"Sharded state alone does not fit: {gib(near.peak_memory_bytes)}, {gib(near.over_bytes)} too much "
                 f"with recompute {near.setup.recompute}; {about}."
             )
-    else:
+    elif _waits(state):
+        per = "1 sample" if batch == gpus else f"{batch // gpus} samples"
         text.append(
             f"Sharded state alone waits {_share(state, 'exposed state')} of its step for parameters and gradients: "
-            f"{batch / gpus:g} samples per GPU and step are too little compute to hide them behind."
+            f"{per} per GPU and step are too little compute to hide them behind."
+        )
+    elif state.setup.recompute == "full":
+        text.append(
+            f"Sharded state alone fits only where backward computes layers again, {_share(state, 'recompute')} of its "
+            f"step: each GPU holds whole samples."
         )
     return text
+
+
+def _waits(state: Priced) -> bool:
+    """Whether what it waits for is more than what is let pass as enough."""
+    return bool(state.seconds.get("exposed state", 0.0) > _ENOUGH * state.step_time_s)
 
 
 def _rests_on_overlap(state: Priced, pipeline: Priced) -> list[str]:
     """Where a pipeline would be faster if sharded state waited for what it sends, as ZeRO-3 once did: by how much."""
     waiting_s = state.step_time_s + state.hidden_s
-    if waiting_s <= pipeline.step_time_s * (1 + _PAYS):
+    if waiting_s <= pipeline.step_time_s * (1 + _ENOUGH):
         return []
     compute_s = sum(state.seconds.get(name, 0.0) for name in ("compute", "recompute", "slowed"))
+    spare_s = pipeline.step_time_s * (1 + _ENOUGH) - state.step_time_s
+    hidden = 1 - spare_s / state.hidden_s
     return [
         f"This rests on overlap: gathers and reductions take {_s(state.hidden_s)} behind {_s(compute_s)} of compute, "
-        f"{state.hidden_s / compute_s:.0%} of it. Were none hidden, a step would take {_s(waiting_s)}, and that "
-        f"pipeline would be {waiting_s / pipeline.step_time_s:.2f} times faster."
+        f"{state.hidden_s / compute_s:.0%} of it. It stays enough as long as {hidden:.0%} of them hide. Were none "
+        f"hidden, a step would take {_s(waiting_s)}, and that pipeline would be "
+        f"{waiting_s / pipeline.step_time_s:.2f} times faster."
     ]
 
 
