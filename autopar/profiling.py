@@ -121,7 +121,7 @@ class Profiler:
         batch = setup.micro_batch * (1 if replica else setup.data_ranks)
         accumulates = setup.accumulate > 1 and not replica
         split = setup.sequence_parallel or setup.tp == 1
-        key = (tuple(axes.items()), parts, batch, setup.recompute, setup.fp8, accumulates, split)
+        key = (tuple(axes.items()), setup.ranks, parts, batch, setup.recompute, setup.fp8, accumulates, split)
         if key not in self._profiles:
             hardware = _fp8(self.hardware) if setup.fp8 else self.hardware
             prefixes = self.captures.shallow.prefixes
@@ -154,7 +154,7 @@ class Profiler:
     ) -> _Picked:  # fmt: skip
         """What the setup's strategy picks for a prefix, padded where it wants to split what its axes do not divide:
         the same as for a deeper one (`like`) where both decide among the same options, or what the solver finds."""
-        mesh = topology(hardware, axes)
+        mesh = topology(hardware, axes, setup.ranks)
         batch_axes = tuple(i for i, name in enumerate(axes) if name.startswith("dp"))
         strategy = "megatron" if axes.get("tp", 1) > 1 else "ddp" if whole else "fsdp"
         of = self.captures.paddings(prefix, batch, parts, self.fused, mesh.sizes, batch_axes)

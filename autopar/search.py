@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,10 +24,11 @@ from autopar import examples
 from autopar.options import Options, Recompute
 from autopar.profiling import Captures, Profiler
 from autopar.ranking import NEAREST, ranking_table, ranking_text
+from autopar.reach import Times, on, times_of
 from autopar.verdict import Verdict, verdict
 from costmodel.hardware import Hardware
 from costmodel.hardware import hardware as hardware_of
-from costmodel.memory import OPTIMIZERS
+from costmodel.memory import OPTIMIZERS, OptimizerSpec
 from passes.candidate import Estimate, estimate, lower_bound
 from passes.errors import NoFeasiblePlanError
 from passes.inputs import default_inputs, global_inputs
@@ -36,13 +37,15 @@ from passes.plots import FrontierPoint
 from passes.recompute import Mode
 from passes.setup import Setup
 
-_OPTIMIZERS = {"adamw": "adamw-master", "none": "sgd"}
-"""Options' optimizers -> with an fp32 copy of parameters that compute holds in a lower precision."""
 _RECOMPUTE: Mapping[str, tuple[Mode, ...]] = {
     "auto": ("pointwise", "full"), "none": ("none",), "selective": ("selective",), "full": ("full",),
 }  # fmt: skip
 _MOST_MICRO_BATCHES = 4
 """Micro-batch sizes tried per mesh: the largest that the batch allows, and halves of it."""
+_TRIED = 4
+"""So many that cannot be listed are played, where no other of their kind is known to fit."""
+_ELSEWHERE = 8
+"""So many pipelines, the fastest, are priced on other numbers of GPUs too."""
 _LEAST_PART = 4096
 """Tokens of a sequence below which context parallelism is not considered: its ring would outlast its attention."""
 
@@ -99,7 +102,7 @@ class SearchResult:
     bound_s: float
     notes: tuple[str, ...] = ()
     asked: Options = field(default_factory=Options, compare=False)
-    """The options that the search was given."""
+    """The options that the search was given, with the optimizer that it budgeted for."""
 
     @property
     def best(self) -> Candidate:
@@ -118,8 +121,7 @@ class SearchResult:
         setup = (candidate or self.best).setup
         asked = self.asked
         recompute: Recompute = "auto" if setup.recompute == "pointwise" else setup.recompute
-        optimizer = _OPTIMIZERS.get(asked.optimizer, asked.optimizer)
-        return replace(asked, accumulate=setup.accumulate, recompute=recompute, optimizer=optimizer)
+        return replace(asked, accumulate=setup.accumulate, recompute=recompute)
 
     def frontier(self, plan: Plan | None = None) -> tuple[FrontierPoint, ...]:
         """What fits and the nearest that does not, for `plan.report(path, frontier=...)`.
@@ -195,7 +197,8 @@ def search(
     """Rank the ways to train `model` on `gpus` devices with `global_batch` samples a step; no process group is built.
 
     example_inputs: of one sample; None: taken from the model's config, `sequence` long (Hugging Face models).
-    options: `memory_budget`, `optimizer` and `recompute` are heeded. top: as many plans as are played to their end.
+    options: `memory_budget`, `optimizer` ("adamw": with an fp32 copy of parameters in a lower precision) and
+        `recompute` are heeded. top: as many plans as are played to their end.
 
     Raises:
         ValueError: GPUs that fill no nodes, a batch that no mesh divides, inputs of more than one sample.
@@ -214,11 +217,17 @@ def search(
             return example_inputs
         return default_inputs(model, 1, length // parts) if length else default_inputs(model, 1)
 
-    spec = OPTIMIZERS[_OPTIMIZERS.get(options.optimizer, options.optimizer)]
-    profiler = Profiler(Captures(model, inputs, progress=progress), machine, spec)
+    options = replace(options, optimizer=_optimizer(options.optimizer, model))
+    profiler = Profiler(Captures(model, inputs, progress=progress), machine, OPTIMIZERS[options.optimizer])
     budget = options.memory_budget or int(machine.device.usable_bytes)
     splits = length if example_inputs is None else None
     return _State(profiler, gpus, global_batch, budget, options, top, splits, progress).result(model, length)
+
+
+def _optimizer(asked: str, model: nn.Module) -> str:
+    """What the search budgets for: "adamw" with an fp32 copy of parameters that are held in a lower precision."""
+    low = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
+    return "adamw-master" if asked == "adamw" and low else "sgd" if asked == "none" else asked
 
 
 def _check(gpus: int, global_batch: int, machine: Hardware) -> None:
@@ -258,7 +267,7 @@ class _State:
 
     def result(self, model: nn.Module, length: int | None) -> SearchResult:
         machine = self.profiler.hardware
-        plans = list(self.plans())
+        plans = list(self.plans(self.gpus))
         if not plans:
             widest = min(self.gpus, machine.ranks_per_node)
             raise ValueError(
@@ -275,21 +284,26 @@ class _State:
         fitting = sorted((c for c in everything if c.fits), key=lambda c: c.step_time_s)
         large = sorted((c for c in everything if not c.fits), key=lambda c: c.over_bytes)
         device = machine.device
+        self.progress("pricing other numbers of GPUs")
+        found_verdict = verdict(
+            everything, self.profiler, self.gpus, self.batch, self.budget, lambda n: self.times_on(n, everything)
+        )
+        self.notes.append(_states_text(self.profiler.optimizer))
         if not self.profiler.layers:
             self.notes.append("no repeated layers were found, or too few to cut: captured whole, no pipeline priced")
         return SearchResult(
             getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__,
             self.gpus, device.name, self.batch, length, self.budget, tuple(_distinct(fitting)),
-            tuple(_distinct(large)), verdict(everything, self.profiler, self.gpus, self.batch, self.budget),
+            tuple(_distinct(large)), found_verdict,
             len(plans) + len(priced), len(plans) - unplayed, bound_s, tuple(self.notes), self.options,
         )  # fmt: skip
 
     # -- what there is to try ------------------------------------------------------------------------------------------
 
-    def widths(self) -> list[int]:
+    def widths(self, gpus: int) -> list[int]:
         """Tensor-parallel ranks: powers of two and divisors inside a node."""
-        node = min(self.gpus, self.profiler.hardware.ranks_per_node)
-        return [tp for tp in (1, 2, 4, 8, 16, 32, 64) if tp <= node and self.gpus % tp == 0]
+        node = min(gpus, self.profiler.hardware.ranks_per_node)
+        return [tp for tp in (1, 2, 4, 8, 16, 32, 64) if tp <= node and gpus % tp == 0]
 
     def micro_batches(self, local: int) -> list[int]:
         """Sizes that divide a rank's part of the batch, the largest first, a few."""
@@ -297,11 +311,11 @@ class _State:
         small = [size for size in (1, 2, 4, 8) if local % size == 0]
         return sorted({*(size for size in sizes if size <= 16), *small})[:_MOST_MICRO_BATCHES]
 
-    def plans(self) -> Iterator[Setup]:
+    def plans(self, gpus: int) -> Iterator[Setup]:
         """What plans can do."""
         node = self.profiler.hardware.ranks_per_node
-        for tp in self.widths():
-            data = self.gpus // tp
+        for tp in self.widths(gpus):
+            data = gpus // tp
             if self.batch % data:
                 continue
             local = self.batch // data
@@ -320,7 +334,7 @@ class _State:
         if self.profiler.hardware.shared_host:
             self.notes.append("ranks share one host: pipelines, ZeRO-1/2 and offload are not priced there")
             return
-        for tp in self.widths():
+        for tp in self.widths(self.gpus):
             stages = [p for p in range(1, min(layers, 128) + 1) if self.gpus % (tp * p) == 0] if layers else [1]
             for pp in stages:
                 if pp > 1 and not (layers % pp == 0 or layers / pp > 4):
@@ -335,15 +349,26 @@ class _State:
                         if local % micro:
                             continue
                         for recompute in self.recompute:
-                            setup = Setup(
+                            yield from self.ways(Setup(
                                 dp_shard=data, tp=tp, pp=pp, cp=cp, micro_batch=micro, accumulate=local // micro,
                                 state="zero1", gradient_bytes=4, recompute=recompute,
-                            )  # fmt: skip
-                            yield setup
-                            if pp == cp == 1:
-                                yield replace(setup, state="zero2")
-                            if pp > 1 and layers % pp == 0 and (each := layers // pp) > 1:
-                                yield replace(setup, virtual=each)
+                            ))  # fmt: skip
+
+    def ways(self, setup: Setup) -> Iterator[Setup]:
+        """ZeRO-1, and ZeRO-2 where gradients need not wait for a pipeline's other micro-batches; plain and interleaved
+        stages, with layers that full recompute runs again to their end, collectives too, or as plans do."""
+        if setup.pp == setup.cp == 1:
+            if setup.data_ranks > 1:
+                yield setup
+                yield replace(setup, state="zero2")
+            return
+        layers = self.profiler.layers
+        staged = [setup]
+        if setup.pp > 1 and layers % setup.pp == 0 and layers > setup.pp:
+            staged.append(replace(setup, virtual=layers // setup.pp))
+        yield from staged
+        if setup.pp > 1 and setup.tp > 1 and setup.recompute == "full":
+            yield from (replace(each, whole_blocks=True) for each in staged)
 
     def contexts(self) -> list[int]:
         """Context-parallel ranks: parts of long sequences that stay at least `_LEAST_PART` tokens long."""
@@ -362,6 +387,15 @@ class _State:
         plans = [c for c in found if c.setup.state == "zero3" and not self.profiler.hardware.shared_host]
         for candidate in sorted(plans, key=lambda c: (c.over_bytes, c.step_time_s))[:6]:
             yield replace(candidate.setup, offload=True)
+
+    def times_on(self, gpus: int, found: Sequence[Candidate]) -> Times:
+        """Steps on another number of GPUs: of sharded state alone, and of what here was fastest of all else."""
+        states = (setup for setup in self.plans(gpus) if setup.tp == setup.dp_replicate == 1)
+        else_ = [c for c in found if c.fits and c.setup.ranks > c.setup.data_ranks and not c.setup.fp8]
+        fastest = sorted((c for c in else_ if not c.setup.offload), key=lambda c: c.step_time_s)
+        kept = [c.setup for c in _distinct(c for c in fastest if c.setup.pp > 1)][:_ELSEWHERE]
+        kept += [c.setup for c in fastest if c.setup.pp == c.setup.cp == 1 and c.setup.state == "zero3"][:1]
+        return times_of(states, on(gpus, self.batch, kept), self.profiler, self.budget)
 
     # -- pricing -------------------------------------------------------------------------------------------------------
 
@@ -385,14 +419,19 @@ class _State:
 
         found: list[Candidate] = []
         reached = math.inf
+        tried = {True: 0, False: 0}
+        """Whether state alone is sharded -> how many were played until one fits: the verdict asks for one of each."""
         fitting = sorted((seconds, i) for i, ((seconds, size), _) in enumerate(bounded) if size <= self.budget)
         for seconds, index in fitting:
             setup = bounded[index][1]
             if seconds >= fastest.get(_parallelism(setup), math.inf):
                 continue  # its mesh is listed with what was played
-            if len(fastest) >= self.top and seconds >= sorted(fastest.values())[self.top - 1]:
+            alone = setup.tp == 1
+            known = tried[alone] >= _TRIED or any((c.setup.tp == 1) == alone and c.fits for c in found)
+            if known and len(fastest) >= self.top and seconds >= sorted(fastest.values())[self.top - 1]:
                 reached = min(reached, seconds)
                 continue
+            tried[alone] += 1
             found.append(self.played(setup))
             note(found[-1])
         for candidate in others:
@@ -415,12 +454,20 @@ class _State:
         return self.candidate(estimate(setup, self.profiler))
 
 
+def _states_text(spec: OptimizerSpec) -> str:
+    """What was budgeted for the optimizer."""
+    copy = f", {spec.master_bytes_per_param:g} of them an fp32 copy of it" if spec.master_bytes_per_param else ""
+    kept = spec.state_bytes_per_param + spec.master_bytes_per_param
+    each = "a value per row and column of a matrix" if spec.factored else f"{kept:g} bytes per parameter{copy}"
+    return f"optimizer {spec.name}: {each}; Options.optimizer and --optimizer change that"
+
+
 def _parallelism(setup: Setup) -> Setup:
     """What is listed once: the setup without micro-batch, virtual stages and recompute."""
-    return replace(setup, micro_batch=1, accumulate=1, recompute="pointwise", virtual=1)
+    return replace(setup, micro_batch=1, accumulate=1, recompute="pointwise", whole_blocks=False, virtual=1)
 
 
-def _distinct(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+def _distinct(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
     """Without those that another of the same parallelism beats."""
     seen: set[Setup] = set()
     for candidate in candidates:

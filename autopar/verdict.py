@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from autopar.profiling import Profiler
+from autopar.reach import Reach, Times, reach_down, reach_up
 from costmodel.memory import gib
 from passes.report_text import seconds_text
 from passes.setup import Setup
@@ -53,14 +54,19 @@ class Verdict:
     pipeline_s: float | None
     offload_s: float | None
     text: tuple[str, ...]
+    enough_gpus: int | None = None
+    """The most GPUs, by doubling or halving those asked for, on which sharded state alone is enough at this batch."""
 
     def as_json(self) -> dict[str, Any]:
         """For scripts."""
         return asdict(self)
 
 
-def verdict(found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, budget: int) -> Verdict:
-    """Of all that a search priced."""
+def verdict(
+    found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, budget: int,
+    times_on: Callable[[int], Times] | None = None,
+) -> Verdict:  # fmt: skip
+    """Of all that a search priced. `times_on`: steps on another number of GPUs, to tell how far the answer goes."""
     plain = [c for c in found if not c.setup.fp8]
 
     def best(which: Callable[[Setup], bool]) -> Priced | None:
@@ -103,8 +109,8 @@ def verdict(found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, 
         answer = "pipeline"
         assert pipeline is not None
         text.append(
-            f"A pipeline pays: {pipeline.setup.pp} stages with tensor parallelism over {pipeline.setup.tp} take "
-            f"{_s(pipeline.step_time_s)} a step (priced only){_against(computation or state, pipeline)}."
+            f"A pipeline pays: {_stages(pipeline.setup)} take {_s(pipeline.step_time_s)} a step (priced only)"
+            f"{_against(computation or state, pipeline)}."
         )
     if answer in ("computation", "pipeline", "nothing"):
         text += _why_not_state(state, plain, profiler, gpus, batch, budget)
@@ -112,10 +118,18 @@ def verdict(found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, 
         text.append(_pipeline_text(pipeline, min(c.step_time_s for c in (state, computation) if c is not None)))
     if answer == "state" and state is not None and pipeline is not None:
         text += _rests_on_overlap(state, pipeline)
+    reach = None
+    if times_on is not None and answer == "state":
+        reach = reach_up(gpus, batch, times_on, _ENOUGH)
+    elif times_on is not None and answer in ("computation", "pipeline") and (batch % gpus or (state and _waits(state))):
+        reach = reach_down(gpus, batch, profiler.hardware.ranks_per_node, times_on, _ENOUGH)
+    if reach is not None:
+        text.append(_reach_text(reach, gpus, batch))
     state_s, computation_s, pipeline_s, offload_s = (
         c.step_time_s if c else None for c in (state, computation, pipeline, offloaded)
     )
-    return Verdict(answer, state_s, computation_s, pipeline_s, offload_s, tuple(text))
+    enough = reach.gpus if reach else None
+    return Verdict(answer, state_s, computation_s, pipeline_s, offload_s, tuple(text), enough)
 
 
 def _s(seconds: float) -> str:
@@ -143,6 +157,13 @@ def _name(candidate: Priced) -> str:
     return f"tensor parallelism over {setup.tp} without stages" if setup.tp > 1 else "sharded state alone"
 
 
+def _stages(setup: Setup) -> str:
+    """`8 stages with tensor parallelism over 4 and context parallelism over 2`."""
+    ways = (("tensor", setup.tp), ("context", setup.cp))
+    named = " and ".join(f"{name} parallelism over {size}" for name, size in ways if size > 1)
+    return f"{setup.pp} stages" + (f" with {named}" if named else "")
+
+
 def _nothing_fits(found: Sequence[Priced], budget: int) -> str:
     near = min(found, key=lambda c: c.over_bytes)
     return (
@@ -153,7 +174,8 @@ def _nothing_fits(found: Sequence[Priced], budget: int) -> str:
 
 
 def _mesh(setup: Setup) -> str:
-    return f"dp {setup.data_ranks} x tp {setup.tp}" + (f" x pp {setup.pp}" if setup.pp > 1 else "")
+    more = "".join(f" x {name} {size}" for name, size in (("pp", setup.pp), ("cp", setup.cp)) if size > 1)
+    return f"dp {setup.data_ranks} x tp {setup.tp}{more}"
 
 
 def _why_not_state(
@@ -165,7 +187,8 @@ def _why_not_state(
         per = f"{batch / gpus:.2g} samples per GPU" if batch < gpus else f"{batch} samples, which {gpus} do not divide"
         text.append(f"Sharded state alone cannot use all GPUs: it splits the batch, and there are {per}.")
     elif state is None:
-        mine = [c for c in found if c.setup.tp == c.setup.pp == c.setup.cp == 1 and not c.setup.offload]
+        plans = [c for c in found if c.setup.state == "zero3" and not c.setup.offload]
+        mine = [c for c in plans if c.setup.tp == c.setup.pp == c.setup.cp == 1]
         near = min(mine, key=lambda c: c.over_bytes, default=None)
         layer = profiler.profile(Setup(), replica=True)
         about = (
@@ -177,25 +200,58 @@ def _why_not_state(
                 f"Sharded state alone does not fit: {gib(near.peak_memory_bytes)}, {gib(near.over_bytes)} too much "
                 f"with recompute {near.setup.recompute}; {about}."
             )
-    else:
+    elif _waits(state):
+        per = "1 sample" if batch == gpus else f"{batch // gpus} samples"
         text.append(
             f"Sharded state alone waits {_share(state, 'exposed state')} of its step for parameters and gradients: "
-            f"{batch / gpus:g} samples per GPU and step are too little compute to hide them behind."
+            f"{per} per GPU and step are too little compute to hide them behind."
+        )
+    elif state.setup.recompute == "full":
+        text.append(
+            f"Sharded state alone fits only where backward computes layers again, {_share(state, 'recompute')} of its "
+            f"step: each GPU holds whole samples."
         )
     return text
+
+
+def _waits(state: Priced) -> bool:
+    """Whether what it waits for is more than what is let pass as enough."""
+    return bool(state.seconds.get("exposed state", 0.0) > _ENOUGH * state.step_time_s)
 
 
 def _rests_on_overlap(state: Priced, pipeline: Priced) -> list[str]:
     """Where a pipeline would be faster if sharded state waited for what it sends, as ZeRO-3 once did: by how much."""
     waiting_s = state.step_time_s + state.hidden_s
-    if waiting_s <= pipeline.step_time_s * (1 + _PAYS):
+    if waiting_s <= pipeline.step_time_s * (1 + _ENOUGH):
         return []
     compute_s = sum(state.seconds.get(name, 0.0) for name in ("compute", "recompute", "slowed"))
+    spare_s = pipeline.step_time_s * (1 + _ENOUGH) - state.step_time_s
+    hidden = 1 - spare_s / state.hidden_s
     return [
         f"This rests on overlap: gathers and reductions take {_s(state.hidden_s)} behind {_s(compute_s)} of compute, "
-        f"{state.hidden_s / compute_s:.0%} of it. Were none hidden, a step would take {_s(waiting_s)}, and that "
-        f"pipeline would be {waiting_s / pipeline.step_time_s:.2f} times faster."
+        f"{state.hidden_s / compute_s:.0%} of it. It stays enough as long as {hidden:.0%} of them hide. Were none "
+        f"hidden, a step would take {_s(waiting_s)}, and that pipeline would be "
+        f"{waiting_s / pipeline.step_time_s:.2f} times faster."
     ]
+
+
+def _reach_text(reach: Reach, gpus: int, batch: int) -> str:
+    """Up to how many GPUs it is enough, with both times there, and both where it is not."""
+
+    def told(times: Times | None) -> str:
+        if times is None or times[0] is None:
+            return ""
+        other = f", the fastest other way {_s(times[1])}" if times[1] is not None else ""
+        return f" ({_s(times[0])} a step{other})"
+
+    still = "stays enough" if reach.gpus >= gpus else "is enough"
+    last = f", where each has one sample{told(reach.times)}" if reach.gpus == batch else told(reach.times)
+    text = f"At this global batch sharded state {still} up to {reach.gpus} GPUs{last}"
+    if reach.beyond is not None and reach.times_beyond is not None:
+        text += f", and no longer on {reach.beyond}{told(reach.times_beyond)}"
+    elif reach.gpus == batch:
+        text += "; more it cannot use"
+    return f"{text}."
 
 
 def _pipeline_text(pipeline: Priced | None, today_s: float) -> str:

@@ -232,6 +232,21 @@ _PRICES: dict[str, Callable[[float, Group, Topology], float]] = {
     "send_recv": _send_recv_s,
 }
 
+
+def taken_shares(axes: Sequence[int], topology: Topology) -> tuple[float, float]:
+    """Of SMs and of the memory rate, what a running collective over these axes takes from compute beside it.
+
+    What arrives at a rank's port is written, and read to be sent on.
+    """
+    members, device = group(axes, topology), topology.device
+    link = _slow_link(members, topology)
+    sms = link.sms * (members.in_node if members.nodes > 1 else 1)
+    if not sms:
+        return 0.0, 0.0
+    memory = 2 * _port_bytes_per_s(members, topology) / (device.memory_bytes_per_s * device.memory_efficiency)
+    return min(1.0, sms / device.sm_count), min(1.0, memory)
+
+
 COLLECTIVES = tuple(_PRICES)
 """Kinds that `collective_s` prices."""
 

@@ -20,6 +20,7 @@ from functools import lru_cache
 from importlib import resources
 from math import prod
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 FILE_FORMAT = "autopar-hardware"
@@ -67,7 +68,8 @@ class Link:
     multicast_bytes_per_s: float = 0.0
     """Port rate of all-reduce done in the switch (NVLS); 0 where there is none."""
     sms: float = 0
-    """Streaming multiprocessors, or cores of a CPU, that a running collective takes from a rank's compute."""
+    """Streaming multiprocessors, or cores of a CPU, that a running collective takes from a rank's compute: between
+    nodes, per rank of the group in a node, each of which brings a network card."""
     measured: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     """Collective -> (base_s, hop_s, bytes_per_s) as calibrated, where a library's algorithms are none of ours (gloo).
 
@@ -109,6 +111,8 @@ class Device:
     sustained: float = 1.0
     """Share of the best product's rate that products keep through a training step: clocks under the power cap, a
     library's choice of kernel, transposed operands."""
+    speed_spread: float = 0.0
+    """Standard deviation of the speed of devices of this kind, relative to their mean: clocks under the power cap."""
     fp8_matmul_efficiency: float = 0.0
     """`matmul_efficiency` of fp8 products; 0 where it is the same."""
     cache_bytes: int = 0
@@ -219,10 +223,12 @@ class Topology:
         return tuple(lines)
 
 
-def topology(hardware: Hardware, mesh: Mapping[str, int] | Sequence[tuple[str, int]]) -> Topology:
+def topology(hardware: Hardware, mesh: Mapping[str, int] | Sequence[tuple[str, int]], ranks: int = 0) -> Topology:
     """`mesh` (axis name -> ranks, outermost first) laid over `hardware`.
 
     On hardware whose ranks share one host (`shared_host`) each rank gets an equal share of compute and memory.
+    Elsewhere all ranks wait for each other, so each computes at the pace of the slowest; `ranks`: of the whole run,
+    where the mesh is a part of it.
 
     Raises:
         ValueError: no axis, an axis named twice, or a size that is no positive whole number.
@@ -243,6 +249,8 @@ def topology(hardware: Hardware, mesh: Mapping[str, int] | Sequence[tuple[str, i
         stride *= size
     if hardware.shared_host:
         hardware = _share(hardware, min(stride, hardware.ranks_per_node))
+    else:
+        hardware = _slowest(hardware, max(stride, ranks))
     return Topology(hardware, tuple(reversed(axes)))
 
 
@@ -276,6 +284,24 @@ def _share(hardware: Hardware, ranks: int) -> Hardware:
             measured={kind: (base, hop, rate / ranks) for kind, (base, hop, rate) in link.measured.items()},
         ),
     )
+
+
+def _slowest(hardware: Hardware, ranks: int) -> Hardware:
+    """`hardware` whose device computes at the pace of the slowest of `ranks`: the expected one of so many normal draws
+    (Blom's approximation). Memory has a clock of its own."""
+    device = hardware.device
+    deviations = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
+    pace = 1.0 - device.speed_spread * deviations
+    if pace == 1.0:
+        return hardware
+    slowest = replace(
+        device,
+        speed_spread=0.0,
+        sustained=device.sustained * pace,
+        attention_efficiency=device.attention_efficiency * pace,
+        attention_backward_efficiency=device.attention_backward_efficiency * pace,
+    )
+    return replace(hardware, device=slowest)
 
 
 def hardware_names() -> tuple[str, ...]:
@@ -509,6 +535,7 @@ _MAY_BE_ZERO = {
     "cache_bytes",
     "cache_bytes_per_s",
     "fp8_matmul_efficiency",
+    "speed_spread",
 }
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from costmodel import offload, pipeline
-from costmodel.collectives import collective_s
+from costmodel.collectives import collective_s, taken_shares
 from costmodel.hardware import Hardware, topology
 from costmodel.memory import OptimizerSpec
 from passes.candidate_memory import at_rest, replicated_bytes, sharded_peak_bytes
@@ -167,13 +167,14 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     # the busiest stage's share of the parameters
     share = max(-(-layers // stages) / layers, 1 / stages)
     elements = (found.layer("elements") * layers * share) + (outside["elements"] * (1.0 if stages == 1 else 0.5))
-    reduce_s, gather_s, update_s = _state(setup, elements, found, slowest_s, hardware, spec)
-    step = passed_s + reduce_s + gather_s + update_s
+    waits_s, slowed_s, update_s = _state(setup, elements, found, slowest_s, hardware, spec)
+    step = passed_s + waits_s + slowed_s + update_s
     seconds = {
         "compute": micro * slowest_s,
         "bubble": bubble_s,
         "messages": messages_s,
-        "exposed state": reduce_s + gather_s,
+        "slowed": slowed_s,
+        "exposed state": waits_s,
         "optimizer": update_s,
     }
     bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), elements, spec)
@@ -208,7 +209,8 @@ def _casts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
 def _state(
     setup: Setup, elements: float, found: Profile, stage_s: float, hardware: Hardware, spec: OptimizerSpec
 ) -> tuple[float, float, float]:
-    """Exposed seconds of gradient reduction and of parameters' gathers, and the update, once per step."""
+    """Once per step: exposed seconds of gradient reduction and of parameters' gathers, what the rest of them takes from
+    compute, and the update."""
     ranks = setup.data_ranks * setup.cp
     update_s = found.whole["optimizer_s"] * elements / found.whole["elements"]
     if setup.state != "zero0":
@@ -226,12 +228,10 @@ def _state(
         reduce_s = collective_s("reduce_scatter", gradients, axes, mesh)
         gather_s = collective_s("all_gather", elements * item, axes, mesh)
     if not setup.overlap:
-        return reduce_s, gather_s, update_s
+        return reduce_s + gather_s, 0.0, update_s
     layers = max(1.0, found.layers / setup.pp)
     backward_s, forward_s = stage_s * 2 / 3, stage_s / 3
     # the last layer's gradients and the first one's parameters have nothing to hide behind
-    return (
-        max(reduce_s - backward_s, reduce_s / layers),
-        max(gather_s - forward_s, gather_s / layers),
-        update_s,
-    )
+    waits_s = max(reduce_s - backward_s, reduce_s / layers) + max(gather_s - forward_s, gather_s / layers)
+    sms, _ = taken_shares(axes, mesh)
+    return waits_s, sms * (reduce_s + gather_s - waits_s), update_s

@@ -17,7 +17,8 @@ from dataclasses import replace
 from typing import Any
 
 from costmodel.hardware import Hardware, Topology, hardware, topology
-from costmodel.memory import ALLOCATION_BYTES
+from costmodel.memory import ALLOCATION_BYTES, OptimizerSpec, gib
+from costmodel.memory import optimizer as optimizer_of
 from passes.blocks import NotPeriodicError
 from passes.errors import NoFeasiblePlanError
 from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
@@ -44,6 +45,7 @@ from passes.routing import one_form
 from passes.schedule import play
 from passes.shorten import shorten
 from passes.space import Pin, Space, search_space
+from passes.strategies import StoredOption
 from passes.timeline import Timeline, timeline_of
 from passes.uneven import padding_notes
 from passes.weights import prepare_again
@@ -155,7 +157,11 @@ def _compiled(
         bound=bound,
         baselines={name: b for name, b in baselines.items() if b is not None},
         budget_bytes=budget,
-        notes=(*chosen.space.program.notes, *padding_notes(chosen.padding, chosen.space, chosen.assignment)),
+        notes=(
+            *chosen.space.program.notes,
+            *padding_notes(chosen.padding, chosen.space, chosen.assignment),
+            *_states_notes(chosen, request.optimizer),
+        ),
         padded=chosen.padding.pads,
         repeated_keys=chosen.padding.repeated_keys,
         strategy=chosen.strategy,
@@ -163,6 +169,30 @@ def _compiled(
         example=example,
     )
     return plan, chosen
+
+
+_IN_FP32 = {"adamw": "adamw-bf16", "adam": "adamw-bf16"}
+"""Optimizers budgeted with two fp32 states -> what to ask for where states are in two bytes."""
+
+
+def _states_notes(chosen: Candidate, optimizer: str | OptimizerSpec) -> list[str]:
+    """Where states are budgeted in fp32, but torch's optimizer keeps them in their parameters' lower dtype: by how much
+    that is over."""
+    name, sizes = optimizer_of(optimizer).name, chosen.space.topology.sizes
+    if name not in _IN_FP32:
+        return []
+    over = 0
+    for site, pick in zip(chosen.space.sites, chosen.assignment, strict=True):
+        option = site.options[pick]
+        trained = site.given is not None and site.given.kind == "parameter" and site.given.requires_grad
+        if trained and isinstance(option, StoredOption) and site.stored_itemsize == 2:
+            over += 4 * math.prod(option.storage.padded_shape(sizes)) * site.count
+    if not over:
+        return []
+    return [
+        f"optimizer {name!r} is budgeted with states in fp32; torch.optim's keeps those of two-byte parameters in two "
+        f"bytes, {gib(over)} less on a rank: {_IN_FP32[name]!r} budgets that"
+    ]
 
 
 def _timeline(chosen: Candidate, request: Request) -> Timeline:

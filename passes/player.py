@@ -14,7 +14,7 @@ from itertools import groupby
 
 from torch import fx
 
-from costmodel.collectives import collective_s
+from costmodel.collectives import collective_s, taken_shares
 from costmodel.reshard import Step
 from passes.blocks import Block, blocks
 from passes.moves import Move, Run
@@ -50,9 +50,10 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
     """Per item, the moves to issue right before it (by item), in program order; the last entry is the step's end.
 
     A bucket is issued as one, where its first gather or its last gradient is. A parameter's gather is issued where the
-    layer before it that gathers something begins (what lies between repeated layers counts as one layer, and each module
-    where no layer repeats). An activation is sent where its layer's ops begin or right after it was made, whichever is
-    later; one that was kept from forward, where its reader's module begins. A gradient is sent as soon as it is there.
+    layer before it that gathers something begins (what lies between repeated layers counts as one layer, and each
+    module where no layer repeats). An activation is sent where its layer's ops begin or right after it was made,
+    whichever is later; one that was kept from forward, where its reader's module begins. A gradient is sent as soon as
+    it is there.
     """
     items = found.items
     issue: list[list[int]] = [[] for _ in range(len(items) + 1)]
@@ -119,6 +120,9 @@ class Played:
 Brought = tuple[float, int | None, float]
 """What a move brings: when it is there, its last collective, seconds of local slices still to do."""
 
+Beside = tuple[float, float, float, float]
+"""A collective that runs beside compute: start, end, its shares of the SMs and of the memory rate."""
+
 _SETTLED = 3
 """Runs through layers that have to be alike, before those that follow count as copies."""
 
@@ -134,7 +138,7 @@ class _Mark:
     by_kind: dict[str, float]
     busy_s: tuple[float, ...]
     free_s: tuple[float, ...]
-    running: tuple[tuple[float, float, float], ...]
+    running: tuple[Beside, ...]
     brought: dict[int, tuple[float, float]]
 
     def is_like(self, other: _Mark) -> bool:
@@ -179,18 +183,15 @@ class Player:
         self.of_item: dict[int, list[int]] = {}
         self.brought: dict[int, Brought] = {}
         """By slot."""
-        self.running: list[tuple[float, float, float]] = []
-        """Collectives that may still run: start, end, share of the device that they keep busy."""
+        self.running: list[Beside] = []
+        """Collectives that may still run."""
         self.op_start_s = [0.0] * (len(found.items) + 1)
         self.in_backward = False
         self.forward_end_s = 0.0
         self.events: list[Event] = []
         self.keep_events = keep_events
-        device, machine = space.topology.device, space.topology.hardware
-        self.shares = [
-            min(0.9, (machine.inter_node if axis.crosses_nodes else machine.intra_node).sms / device.sm_count)
-            for axis in space.topology.axes
-        ]
+        self.shares: dict[tuple[int, ...], tuple[float, float]] = {}
+        """Axes -> what a collective over them takes from compute."""
 
     def play(self) -> None:
         items = self.tracks.items
@@ -288,7 +289,7 @@ class Player:
             dict(self.by_kind),
             tuple(self.busy_s),
             tuple(max(0.0, free_s - now) for free_s in self.free_s),
-            tuple((max(0.0, start - now), end - now, share) for start, end, share in self.running if end > now),
+            tuple((max(0.0, run[0] - now), run[1] - now, *run[2:]) for run in self.running if run[1] > now),
             {s: (max(0.0, b[0] - now), b[2]) for s, b in self.brought.items() if s in slots},
         )
 
@@ -335,7 +336,7 @@ class Player:
         self.op_start_s[block.start : block.end] = [at_s + later_s for at_s in self.op_start_s[block.start : block.end]]
         self.free_s = [free_s + later_s for free_s in self.free_s]
         self.last_on = [i + runs * size if i is not None and i >= oldest else i for i in self.last_on]
-        self.running = [(start + later_s, end + later_s, share) for start, end, share in self.running]
+        self.running = [(run[0] + later_s, run[1] + later_s, *run[2:]) for run in self.running]
         self.compute_s += runs * (self.compute_s - last.compute_s)
         self.contention_s += runs * (self.contention_s - last.contention_s)
         for kind, seconds in last.by_kind.items():
@@ -394,17 +395,18 @@ class Player:
         return found
 
     def _compute(self, seconds: float, kind: str) -> None:
-        """Compute runs for `seconds`, longer beside collectives."""
+        """Compute runs for `seconds`, longer beside collectives: products and attention by the SMs that those take,
+        the rest by their share of the memory rate."""
         self.compute_s += seconds
         self.by_kind[kind] += seconds
         start = now = self.now_s
         if not self.running:
             self.now_s = start + seconds
             return
-        left = seconds
+        left, what = seconds, 3 if kind == "other" else 2
         self.running = [run for run in self.running if run[1] > now]
         while left > 0.0:
-            share = sum(run[2] for run in self.running if run[0] <= now < run[1])
+            share = sum(run[what] for run in self.running if run[0] <= now < run[1])
             bounds = [bound for run in self.running for bound in run[:2] if bound > now]
             rate = 1.0 - min(0.9, share)
             until = min(bounds, default=math.inf)
@@ -458,9 +460,10 @@ class Player:
             for axis in step.axes:
                 self.free_s[axis], self.last_on[axis] = ready_s, last
                 self.busy_s[axis] += step.seconds
-            share = max(self.shares[axis] for axis in step.axes)
-            if share:
-                self.running.append((start_s, ready_s, share))
+            if step.axes not in self.shares:
+                self.shares[step.axes] = taken_shares(step.axes, self.space.topology)
+            if any(shares := self.shares[step.axes]):
+                self.running.append((start_s, ready_s, *shares))
         for position, index in enumerate(indices):
             (target,) = self.tracks.writes[index]
             self.brought[target] = (ready_s, last, slices_s if position == 0 else 0.0)

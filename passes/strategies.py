@@ -131,7 +131,7 @@ def stored_options(
     On each axis it is replicated, split along a dim for computation, or kept in chunks to be gathered for use. Splits
     follow the outermost atom of a dim, so that every rank stores one contiguous box (checkpoints need that). The chunks
     are of dim 0, or of another dim where dim 0 is split unevenly (DTensor has no word for an uneven split that is cut
-    again).
+    again), or has fewer rows than there are ranks (experts: each rank would take the room of a whole one).
 
     `shape`: of the tensor outside the graph, where that is smaller. Such a dim is split where the even parts of the
     padded dim are the chunks that `torch.chunk` cuts.
@@ -156,11 +156,15 @@ def stored_options(
         shards = tuple(DimShard(dim) if dim >= 0 else None for dim, _ in picks)
         state_axes = tuple(axis for axis, pick in enumerate(picks) if pick == state)
         storage = Storage(shape, shards, state_axes)
+        free = [dim for dim, _ in places if dim and not any(d == dim for d, _ in split)]
+        ranks = math.prod(axis_sizes[axis] for axis in state_axes)
         if state_axes and 0 in storage.uneven_dims(axis_sizes):
-            free = [dim for dim, _ in places if dim and not any(d == dim for d, _ in split)]
             if not free:
                 continue
             storage = replace(storage, state_dim=max(free, key=lambda dim: shape[dim]))
+        elif state_axes and storage.computed_shape(axis_sizes)[0] < ranks:
+            even = [dim for dim in free if shape[dim] % ranks == 0]
+            storage = replace(storage, state_dim=even[0] if even else 0)
         layout: Layout = tuple(Shard(place) if dim >= 0 else Replicate() for dim, place in picks)
         ways = [1] * len(shape)
         for (dim, _), sizes in split.items():

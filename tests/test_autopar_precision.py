@@ -24,6 +24,7 @@ import autopar
 from autopar import planning
 from autopar.cli.main import main
 from autopar.mixed import policy_from, precision_of
+from costmodel.memory import gib
 from passes import emit, rewrite
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -241,6 +242,28 @@ def test_bytes_per_parameter_in_each_mode() -> None:
     assert kept(low) == 2 + 8
     assert kept(low, optimizer="adamw-bf16") == 2 + 4
     assert kept(low, optimizer="adamw-master") == 2 + 12
+
+
+def test_states_that_torch_keeps_lower_are_said() -> None:
+    """Against the states that torch.optim.AdamW makes of a bf16 model, a quarter on each of 4 ranks."""
+    low = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(2))).to(BF16)
+    x = {"input": torch.randn(4, 256, dtype=BF16)}
+    optim = torch.optim.AdamW(low.parameters())
+    low(**x).sum().backward()
+    optim.step()
+    made = sum(s.nbytes for state in optim.state.values() for s in state.values() if s.dim())
+
+    def said(model: nn.Module, x: dict[str, torch.Tensor], optimizer: str = "adamw") -> list[str]:
+        options = autopar.Options(optimizer=optimizer)
+        plan = autopar.plan(model, {"dp": 4}, x, strategy="fsdp", hardware="h100", options=options)
+        over = plan.breakdown.memory_bytes["optimizer"] - made // 4
+        notes = [note for note in plan.notes if "optimizer" in note]
+        assert all(f"{gib(over)} less on a rank: 'adamw-bf16'" in note for note in notes)
+        return notes
+
+    assert len(said(low, x)) == 1
+    assert said(low, x, "adamw-bf16") == said(low, x, "adamw-master") == []
+    assert said(low.float(), {"input": x["input"].float()}) == []
 
 
 def test_the_command_line_plans_for_a_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import autopar
 from autopar.cli.main import main
 from autopar.profiling import Captures, Profiler
+from autopar.reach import Times, is_enough, reach_down, reach_up
 from autopar.search import Candidate, SearchResult
 from autopar.verdict import verdict
 from costmodel.hardware import hardware
@@ -139,6 +141,49 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     assert result.played < 12
 
 
+def test_what_is_budgeted_for_the_optimizer_is_said(found: SearchResult) -> None:
+    """A copy in fp32 only of parameters that have none."""
+    assert "optimizer adamw-master: 12 bytes per parameter, 4 of them an fp32 copy of it" in found.notes[0]
+    assert found.options().optimizer == "adamw-master"
+    full = autopar.search(small().float(), 1, "h100", 1, sequence=512, options=OPTIONS, top=1)
+    assert "optimizer adamw: 8 bytes per parameter;" in full.notes[0]
+    assert full.options().optimizer == "adamw"
+
+
+@pytest.mark.parametrize("last", [16, 32, 64, 128, 256])
+def test_how_far_sharded_state_goes(last: int) -> None:
+    """By trying every number of GPUs: batch 768, asked on 32, enough up to `last`."""
+
+    def times(gpus: int) -> Times:
+        return 1.0, 1.0 if gpus <= last else 0.9
+
+    def tried(counts: Iterable[int]) -> list[int]:
+        return [n for n in counts if 768 % n == 0 and is_enough(times(n), 0.05)]
+
+    if last >= 32:
+        reach = reach_up(32, 768, times, 0.05)
+        assert reach.gpus == max(tried(32 << k for k in range(10)))
+        assert reach.beyond == (2 * last if last < 256 else None)
+    else:
+        down = reach_down(32, 768, 8, times, 0.05)
+        assert down is not None
+        assert (down.gpus, down.beyond) == (max(tried([16, 8, 4, 2])), 32)
+
+
+def test_the_verdict_says_how_far_it_goes() -> None:
+    state = Candidate(Setup(dp_shard=64), 10.0, 1, 0, {"compute": 9.0}, {})
+    stages = Candidate(Setup(dp_shard=8, pp=8, state="zero1"), 12.0, 1, 0, {"bubble": 1.2}, {})
+    unused: Any = None
+    found = verdict([state, stages], unused, 64, 256, 1, lambda n: (640 / n, 720 / n if n < 256 else 2.0))
+    assert found.enough_gpus == 128
+    assert (
+        "up to 128 GPUs (5.00 s a step, the fastest other way 5.62 s), and no longer on 256 (2.50 s" in found.text[-1]
+    )
+    found = verdict([state, stages], unused, 64, 64, 1, lambda n: (None, None))
+    assert found.enough_gpus == 64
+    assert found.text[-1].endswith("up to 64 GPUs, where each has one sample; more it cannot use.")
+
+
 def test_inputs_are_of_one_sample() -> None:
     ids = torch.zeros(2, 16, dtype=torch.long)
     with pytest.raises(ValueError, match="has a batch of 2; pass one sample"):
@@ -227,5 +272,7 @@ def test_the_verdict_says_what_it_rests_on() -> None:
         return " ".join(found.text)
 
     assert "take 8.00 s behind 10.00 s of compute, 80% of it" in told(8.0)
+    # 5% over the pipeline's 12 s are 12.6 s: 2.6 of 10 s may show
+    assert "enough as long as 74% of them hide" in told(10.0)
     assert "would take 18.00 s, and that pipeline would be 1.50 times faster" in told(8.0)
     assert "rests on overlap" not in told(1.0)

@@ -19,6 +19,7 @@ from costmodel.collectives import (
     group,
     reduce_scatter_s,
     send_recv_s,
+    taken_shares,
     wire_bytes,
 )
 from costmodel.hardware import Hardware, hardware, topology
@@ -236,3 +237,22 @@ def test_pricing_is_fast() -> None:
         for size in range(50_000):
             collective_s("all_gather", size, (0, 1), mesh)
     assert time.process_time() - start < 3.0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes", "sms", "port"),
+    [
+        ({"dp": 8}, (0,), 24, 372e9),
+        ({"dp": 64}, (0,), 16, 372e9),  # NCCL's log: 16 channels; 8 cards carry more than a GPU's NVLinks
+        ({"dp": 8, "tp": 8}, (0,), 2, 47.7e9),
+        ({"dp": 8, "tp": 8}, (0, 1), 16, 372e9),
+        ({"dp": 8, "tp": 2}, (0,), 8, 4 * 47.7e9),
+    ],
+)
+def test_a_collective_takes_sms_and_memory_from_compute(
+    mesh: dict[str, int], axes: tuple[int, ...], sms: int, port: float
+) -> None:
+    """Two channels per network card of the group, or those inside a node; each byte at the port is written and read."""
+    taken = taken_shares(axes, topology(H100, mesh))
+    assert taken == pytest.approx((sms / 132, 2 * port / (0.87 * 3.35e12)))
+    assert taken_shares((0,), topology(hardware("cpu"), {"dp": 4})) == (0.0, 0.0)

@@ -47,6 +47,19 @@ def _targets(program: Program) -> list[object]:
     return [node.target for node in program.graph.graph.nodes]
 
 
+def test_fewer_experts_than_ranks_are_not_padded() -> None:
+    """4 experts on 8 ranks: an eighth each, along another dim; and the numbers of one device."""
+    model, kwargs = build_moe("mixtral")
+    inputs = {name: value[:1] for name, value in kwargs.items()}
+    options = autopar.Options(progress=False)
+    plan = autopar.plan(model, {"dp": 8}, inputs, hardware="h100", strategy="fsdp", options=options)
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            placed = plan.placements[name]
+            assert placed.bytes == placed.count * parameter.nbytes // 8
+    assert autopar.verify(model, {"dp": 8}, inputs, hardware="h100", strategy="fsdp", options=options).ok
+
+
 @pytest.mark.parametrize("name", MOE)
 def test_tokens_of_a_split_batch_stay_where_they_are(name: str) -> None:
     """A model whose weights are whole on every rank exchanges sums alone: gradients, losses, the router's means."""

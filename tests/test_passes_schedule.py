@@ -62,11 +62,11 @@ class Tape:
     def weight(self) -> int:
         return self.slot(-1, stored=True)
 
-    def op(self, seconds: float, *reads: int, module: str = "", phase: str = "forward") -> int:
+    def op(self, seconds: float, *reads: int, module: str = "", phase: str = "forward", kind: str = "other") -> int:
         node = self.graph.placeholder(f"op{len(self.items)}")
         node.meta = {"module": module, "phase": phase}
         site = len(self.items)
-        self.costs[site] = OpCost(seconds, "other", "kernel", (0,))
+        self.costs[site] = OpCost(seconds, kind, "kernel", (0,))
         made = self.slot(site)
         self.items.append(Run(node, None, site))  # type: ignore[arg-type]
         self.reads.append(reads)
@@ -211,13 +211,15 @@ def test_a_group_over_two_axes_occupies_both_streams() -> None:
     assert apart.play().now_s == 5
 
 
-def test_compute_is_slower_beside_a_collective() -> None:
-    tape = Tape(quiet(33, dp=4))  # a quarter of the device
+@pytest.mark.parametrize(("kind", "share"), [("matmul", 33 / 132), ("other", 2 * 372e9 / (3.35e12 * 0.87))])
+def test_compute_is_slower_beside_a_collective(kind: str, share: float) -> None:
+    """A product by the SMs that the collective takes, a memory-bound op by what its ring reads and writes."""
+    tape = Tape(quiet(33, dp=4))
     tape.reduce(4, tape.op(1, phase="backward"))
-    tape.op(10, phase="backward")
+    tape.op(10, phase="backward", kind=kind)
     played = tape.play()
-    assert played.now_s == pytest.approx(12)  # 1, then 3 seconds' work in 4, then 7
-    assert played.contention_s == pytest.approx(1)
+    assert played.now_s == pytest.approx(11 + 4 * share)  # 1, then 4 beside the collective, then the rest alone
+    assert played.contention_s == pytest.approx(4 * share)
 
 
 # -- plans of real models ----------------------------------------------------------------------------------------------
