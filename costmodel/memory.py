@@ -121,6 +121,10 @@ def at_rest(
     return AtRest(parameters, gradients, states, round(count * chosen.master_bytes_per_param))
 
 
+_BEFORE = 1 - 1e-9
+"""Moments that are this near to each other are one: sums of the same seconds in another order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """A tensor on one rank: alive from the moment `birth` to its last use `death`, both included.
@@ -187,7 +191,7 @@ def timeline(buffers: Iterable[Buffer], granularity_bytes: int = 1) -> list[tupl
     alive, gone = 0, 0
     result: list[tuple[float, int]] = []
     for moment in sorted(births):
-        while gone < len(deaths) and deaths[gone][0] < moment:
+        while gone < len(deaths) and deaths[gone][0] < moment * _BEFORE:
             alive -= deaths[gone][1]
             gone += 1
         alive += births[moment]
@@ -200,7 +204,7 @@ def peak(buffers: Iterable[Buffer], *, top: int = 10, granularity_bytes: int = 1
     found = list(buffers)
     alive_at = timeline(found, granularity_bytes)
     moment, most = max(alive_at, key=lambda entry: entry[1], default=(0.0, 0))
-    alive = [buffer for buffer in found if buffer.birth <= moment and (buffer.death is None or buffer.death >= moment)]
+    alive = [buffer for buffer in found if buffer.birth <= moment and (buffer.death is None or buffer.death >= moment * _BEFORE)]
     by_kind: dict[str, int] = defaultdict(int)
     for buffer in alive:
         by_kind[buffer.kind] += rounded(buffer.bytes, granularity_bytes)
