@@ -65,28 +65,29 @@ def steps(
         return ()
     if any(isinstance(t, Partial) and t != s for s, t in zip(source, target, strict=True)):
         return None
-    best: dict[Layout, float] = {source: 0.0}
-    came: dict[Layout, Step] = {}
-    queue: list[tuple[float, int, Layout]] = [(0.0, 0, source)]
+    moves = _moves(shape, itemsize, topology)
+    start, end = moves.number(source), moves.number(target)
+    best, came = {start: 0.0}, {}
+    queue = [(0.0, 0, start)]
     pushed = 0
     while queue:
-        seconds, _, layout = heapq.heappop(queue)
-        if layout == target:
+        seconds, _, here = heapq.heappop(queue)
+        if here == end:
             break
-        if seconds > best[layout]:
+        if seconds > best[here]:
             continue
-        for step in _moves(shape, itemsize, layout, target, topology):
+        for step, there in moves.towards(here, end):
             total = seconds + step.seconds + _STEP_S
-            if total < best.get(step.after, math.inf):
-                best[step.after], came[step.after] = total, step
+            if total < best.get(there, math.inf):
+                best[there], came[there] = total, (here, step)
                 pushed += 1
-                heapq.heappush(queue, (total, pushed, step.after))
-    if target not in came:
+                heapq.heappush(queue, (total, pushed, there))
+    if end not in came:
         return None
     path: list[Step] = []
-    while target != source:
-        path.append(came[target])
-        target = came[target].before
+    while end != start:
+        end, step = came[end]
+        path.append(step)
     return tuple(reversed(path))
 
 
@@ -105,51 +106,84 @@ def _subsets(axes: int) -> tuple[tuple[int, ...], ...]:
     return tuple(subset for count in range(1, axes + 1) for subset in combinations(range(axes), count))
 
 
-def _moves(shape: tuple[int, ...], itemsize: int, layout: Layout, target: Layout, topology: Topology) -> Iterator[Step]:
-    """Single steps that bring some axes, all placed alike, to a replica or to what `target` asks of them."""
-    sizes = topology.sizes
+class _Moves:
+    """Single steps of one tensor, found as they are asked for. Layouts are numbered, which is quicker to look up."""
+
+    def __init__(self, shape: tuple[int, ...], itemsize: int, topology: Topology) -> None:
+        self._tensor = (shape, itemsize, topology)
+        self._numbers: dict[Layout, int] = {}
+        self._layouts: list[Layout] = []
+        self._groups: list[tuple[tuple[int, ...], ...]] = []
+        self._over: dict[tuple[int, tuple[int, ...], int | None], tuple[tuple[Step, int], ...]] = {}
+        self._towards: dict[tuple[int, int], tuple[tuple[Step, int], ...]] = {}
+
+    def number(self, layout: Layout) -> int:
+        """The layout's number."""
+        if layout not in self._numbers:
+            self._numbers[layout] = len(self._layouts)
+            self._layouts.append(layout)
+            alike = (axes for axes in _subsets(len(layout)) if all(layout[a] == layout[axes[0]] for a in axes[1:]))
+            self._groups.append(tuple(alike))
+        return self._numbers[layout]
+
+    def towards(self, here: int, end: int) -> tuple[tuple[Step, int], ...]:
+        """Steps, and where they lead, that bring axes which are placed alike to a replica or to what `end` has."""
+        if (here, end) not in self._towards:
+            layout, target = self._layouts[here], self._layouts[end]
+            found: list[tuple[Step, int]] = []
+            for axes in self._groups[here]:
+                placement, wanted = layout[axes[0]], target[axes[0]]
+                alike = all(target[a] == wanted for a in axes[1:])
+                if alike and placement == wanted and isinstance(placement, Partial):
+                    continue
+                goal = wanted.dim if alike and isinstance(wanted, Shard) and wanted != placement else None
+                if (here, axes, goal) not in self._over:
+                    made = _steps_over(*self._tensor, layout, axes, goal)
+                    self._over[here, axes, goal] = tuple((step, self.number(step.after)) for step in made)
+                found += self._over[here, axes, goal]
+            self._towards[here, end] = tuple(found)
+        return self._towards[here, end]
+
+
+@lru_cache(maxsize=256)
+def _moves(shape: tuple[int, ...], itemsize: int, topology: Topology) -> _Moves:
+    """Those of tensors of one shape."""
+    return _Moves(shape, itemsize, topology)
+
+
+def _steps_over(
+    shape: tuple[int, ...], itemsize: int, topology: Topology, layout: Layout, axes: tuple[int, ...], goal: int | None
+) -> Iterator[Step]:
+    """Single steps over a group of axes that are placed alike: to a replica, and to a split of dim `goal`."""
+    sizes, placement = topology.sizes, layout[axes[0]]
     here = math.prod(local_shape(shape, layout, sizes)) * itemsize
+    ranks = math.prod(sizes[a] for a in axes)
     copy_s = 2.0 / (topology.device.memory_bytes_per_s * topology.device.memory_efficiency)
 
-    def put(axes: Sequence[int], placement: Replicate | Shard) -> Layout:
-        return tuple(placement if a in axes else p for a, p in enumerate(layout))
+    def step(kind: str, source: int | None, to: int | None, full: int, copied: int) -> Step:
+        op = placement.op if isinstance(placement, Partial) else ""
+        seconds = copied * copy_s + (collective_s(kind, full, axes, topology) if kind != "slice" else 0.0)
+        put = Replicate() if to is None else Shard(to)
+        after = tuple(put if a in axes else p for a, p in enumerate(layout))
+        return Step(kind, axes, source, to, op, full, seconds if ranks > 1 else 0.0, layout, after, ranks)
 
-    def fits(axes: Sequence[int], dim: int) -> bool:
+    def fits(dim: int) -> bool:
         parts = math.prod(sizes[a] for a, p in enumerate(layout) if p == Shard(dim) or a in axes)
         return shape[dim] % parts == 0 and _innermost(layout, axes, dim)
 
-    def step(
-        kind: str, axes: tuple[int, ...], source: int | None, to: int | None, full: int, copied: int, after: Layout
-    ) -> Step:
-        op = next((p.op for a, p in enumerate(layout) if a in axes and isinstance(p, Partial)), "")
-        seconds = copied * copy_s + (collective_s(kind, full, axes, topology) if kind != "slice" else 0.0)
-        ranks = math.prod(sizes[a] for a in axes)
-        return Step(kind, axes, source, to, op, full, seconds if ranks > 1 else 0.0, layout, after, ranks)
-
-    for axes in _subsets(len(layout)):
-        placement, wanted = layout[axes[0]], target[axes[0]]
-        if any(layout[a] != placement for a in axes[1:]):
-            continue
-        alike = all(target[a] == wanted for a in axes[1:])
-        ranks = math.prod(sizes[a] for a in axes)
-        goal = wanted.dim if alike and isinstance(wanted, Shard) and wanted != placement else None
-        if isinstance(placement, Partial):
-            if placement == wanted and alike:
-                continue
-            yield step("all_reduce", axes, None, None, here, 0, put(axes, Replicate()))
-            if placement.op == "sum" and goal is not None and fits(axes, goal):
-                yield step("reduce_scatter", axes, None, goal, here, here if goal else 0, put(axes, Shard(goal)))
-        elif isinstance(placement, Shard):
-            if not _innermost(layout, axes, placement.dim):
-                continue
-            full = here * ranks
-            yield step(
-                "all_gather", axes, placement.dim, None, full, full if placement.dim else 0, put(axes, Replicate())
-            )
-            if goal is not None and len(axes) == 1 and fits(axes, goal):
-                yield step("all_to_all", axes, placement.dim, goal, here, 2 * here, put(axes, Shard(goal)))
-        elif goal is not None and fits(axes, goal):
-            yield step("slice", axes, None, goal, here, here // ranks, put(axes, Shard(goal)))
+    if isinstance(placement, Partial):
+        yield step("all_reduce", None, None, here, 0)
+        if placement.op == "sum" and goal is not None and fits(goal):
+            yield step("reduce_scatter", None, goal, here, here if goal else 0)
+    elif isinstance(placement, Shard):
+        if not _innermost(layout, axes, placement.dim):
+            return
+        full = here * ranks
+        yield step("all_gather", placement.dim, None, full, full if placement.dim else 0)
+        if goal is not None and len(axes) == 1 and fits(goal):
+            yield step("all_to_all", placement.dim, goal, here, 2 * here)
+    elif goal is not None and fits(goal):
+        yield step("slice", None, goal, here, here // ranks)
 
 
 def path_text(path: Sequence[Step]) -> str:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from costmodel.compute import op_s
@@ -28,6 +31,7 @@ from passes.strategies import Option, StoredOption
 from passes.work import VIEWS, work_of
 
 aten = torch.ops.aten
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,23 @@ class Budgeted:
 class Priced:
     """A problem and what its variables mean: variable v stands for `groups[v]`, sites that decide together.
 
-    `table[v][i]` gives the option index of each of these sites under the variable's option i.
+    `table[v][i]` gives the option index of each of these sites under the variable's option i. `flows_s` has each flow's
+    costs in two parts: of activations, and of state that is gathered or reduced.
     """
 
     problem: Problem
     groups: tuple[tuple[int, ...], ...]
     table: tuple[tuple[tuple[int, ...], ...], ...]
+    flows_s: tuple[tuple[Floats, Floats], ...]
+
+    def weighed(self, state_share: float, budget_bytes: float = math.inf) -> Problem:
+        """The problem within a budget, with so much counted of the time of state gathers and gradient reductions, which
+        run behind compute."""
+        flows = (
+            replace(flow, cost_s=_rows(always_s + state_share * state_s)) if state_s.any() else flow
+            for flow, (always_s, state_s) in zip(self.problem.flows, self.flows_s, strict=True)
+        )
+        return replace(self.problem, flows=tuple(flows), budget_bytes=budget_bytes)
 
     def assignment(self, picks: Sequence[int], sites: int) -> tuple[int, ...]:
         """Option index per site."""
@@ -58,27 +73,45 @@ class Priced:
         return tuple(chosen)
 
 
-def storage_steps(
-    space: Space, value: Value, source: StoredOption | None, given: Layout, target: Layout
-) -> tuple[Step, ...] | None:
-    """Steps from a value's layout to a reader's; `source` where it is a stored tensor, gathered first.
+@dataclass(frozen=True)
+class Moved:
+    """A tensor that changes its layout: its expanded shape, and bytes per element as it is computed with.
+
+    `added`: the dtype it has and the one that its partial sums are added in, where that is another.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    added: Dtypes | None
+    topology: Topology
+
+
+def moved(space: Space, value: Value) -> Moved:
+    """What of a value decides how its layout changes."""
+    reduced = space.analysis.added_in.get(value)
+    own = space.analysis.dtype_of(value) if reduced is not None else None
+    added = Dtypes(own, own, reduced) if own is not None and reduced is not None else None
+    return Moved(space.shape_of(value), space.itemsize_of(value), added, space.topology)
+
+
+def _storage_steps(of: Moved, source: StoredOption, target: Layout) -> tuple[Step, ...] | None:
+    """Steps from how a tensor is stored to a reader's layout: it is gathered first.
 
     Under mixed precision it is cast before, so that a gather moves what is computed with.
     """
-    shape, itemsize = space.shape_of(value), space.itemsize_of(value)
-    path = steps(shape, itemsize, given, target, space.topology)
-    if path is None or source is None:
-        return path
-    storage, dtypes, topology, first = source.storage, source.dtypes, space.topology, []
+    path = steps(of.shape, of.itemsize, source.layout, target, of.topology)
+    if path is None:
+        return None
+    storage, dtypes, topology, first = source.storage, source.dtypes, of.topology, []
     local = storage.computed_shape(topology.sizes)
     if dtypes is not None and dtypes.stored != dtypes.computed:
         elements = math.prod(storage.padded_shape(topology.sizes))
-        first.append(_cast(elements, dtypes.stored, dtypes.computed, given, topology))
+        first.append(_cast(elements, dtypes.stored, dtypes.computed, source.layout, topology))
     if storage.state_axes:
-        first.append(state_gather(local, itemsize, storage.state_axes, given, topology, storage.state_dim))
+        first.append(state_gather(local, of.itemsize, storage.state_axes, source.layout, topology, storage.state_dim))
     if source.padding:
         larger = tuple(n + zeros for n, zeros in zip(local, source.padding, strict=True))
-        first.append(state_pad(larger, itemsize, given, topology))
+        first.append(state_pad(larger, of.itemsize, source.layout, topology))
     return (*first, *path)
 
 
@@ -86,32 +119,31 @@ def _cast(elements: int, given: torch.dtype, made: torch.dtype, layout: Layout, 
     return cast(elements, made.itemsize, dtype_text(made), given.itemsize, layout, topology)
 
 
-def gradient_steps(space: Space, value: Value, given: Layout, target: StoredOption) -> tuple[Step, ...] | None:
+def _gradient_steps(of: Moved, given: Layout, target: StoredOption) -> tuple[Step, ...] | None:
     """Steps from a gradient's layout to how its parameter is stored, and in the dtype that it is stored in."""
-    storage, sizes = target.storage, space.topology.sizes
+    storage, sizes = target.storage, of.topology.sizes
 
     def path(itemsize: int) -> tuple[Step, ...] | None:
         return state_scatter(
             storage.computed_shape(sizes),
             itemsize,
-            space.shape_of(value),
+            of.shape,
             given,
             target.layout,
             storage.state_axes,
-            space.topology,
+            of.topology,
             storage.state_dim,
             padded=bool(target.padding),
         )
 
     if target.dtypes is None:
-        return path(space.itemsize_of(value))
+        return path(of.itemsize)
     elements = math.prod(storage.padded_shape(sizes))
-    return _added_in(space, value, given, path, target.dtypes, elements, target.layout)
+    return _added_in(of, given, path, target.dtypes, elements, target.layout)
 
 
 def _added_in(
-    space: Space,
-    value: Value,
+    of: Moved,
     given: Layout,
     path: Callable[[int], tuple[Step, ...] | None],
     dtypes: Dtypes,
@@ -120,13 +152,13 @@ def _added_in(
 ) -> tuple[Step, ...] | None:
     """The steps `path(itemsize)` of a gradient, cast to `dtypes.reduced` before them where they add partial sums, and
     what is left, `elements` in `layout`, to `dtypes.stored`."""
-    topology, moves, now = space.topology, [], dtypes.computed
+    topology, moves, now = of.topology, [], dtypes.computed
     found = path(now.itemsize)
     if found is None:
         return None
     if now != dtypes.reduced and any(step.op and step.is_collective for step in found):
         whole = tuple(Replicate() if isinstance(p, Partial) else p for p in given)
-        before = math.prod(local_shape(space.shape_of(value), whole, topology.sizes))
+        before = math.prod(local_shape(of.shape, whole, topology.sizes))
         moves.append(_cast(before, now, dtypes.reduced, given, topology))
         now = dtypes.reduced
         found = path(now.itemsize)
@@ -155,12 +187,8 @@ def option_local_shapes(site: Site, option: Option, sizes: Sequence[int]) -> tup
     )
 
 
-def price(
-    space: Space, budget_bytes: float = math.inf, optimizer: Budgeted | None = None, *, state_share: float = 1.0
-) -> Priced:
+def price(space: Space, optimizer: Budgeted | None = None) -> Priced:
     """The problem of choosing an option for every site.
-
-    `state_share`: what to count of the time of state gathers and gradient reductions, which run behind compute.
 
     Raises:
         NoFeasiblePlanError: a site has no option left.
@@ -197,13 +225,15 @@ def price(
                 for row in rows
             )
         )
-    flows, holds = [], []
-    for wire in space.wires:
-        flows += _flows(space, wire, where, table, state_share)
-        if (hold := _hold(space, wire, where, table)) is not None:
-            holds.append(hold)
-    problem = Problem(tuple(seconds), tuple(sizes), tuple(flows), tuple(holds), budget_bytes)
-    return Priced(problem, groups, table)
+    found = [flow for wire in space.wires for flow in _flows(space, wire, where, table)]
+    holds = (_hold(space, wire, where, table) for wire in space.wires)
+    problem = Problem(
+        tuple(seconds),
+        tuple(sizes),
+        tuple(flow for flow, _ in found),
+        tuple(hold for hold in holds if hold is not None),
+    )
+    return Priced(problem, groups, table, tuple(parts for _, parts in found))
 
 
 def _option_s(space: Space, site: Site, option: Option | StoredOption, optimizer: Budgeted) -> float:
@@ -340,8 +370,7 @@ def _flows(
     wire: Wire,
     where: Mapping[int, tuple[int, int]],
     table: Sequence[Sequence[tuple[int, ...]]],
-    state_share: float,
-) -> list[Flow]:
+) -> list[tuple[Flow, tuple[Floats, Floats]]]:
     """Stored tensors are gathered for each phase, unless they stay gathered; other values are converted once."""
     stored = space.sites[wire.value.op].kind == "stored" and space.recomputed.reshard
     phases = ("forward", "backward") if stored else ("",)
@@ -350,7 +379,7 @@ def _flows(
         again = space.recomputed.again if phase == "backward" else frozenset()
         ports = [port for port in wire.ports if not phase or port.phase == phase or port.site in again]
         if ports:
-            flow = _flow(space, wire, ports, where, table, state_share)
+            flow = _flow(space, wire, ports, where, table)
             if flow is not None:
                 flows.append(flow)
     return flows
@@ -362,8 +391,7 @@ def _flow(
     ports: Sequence[Port],
     where: Mapping[int, tuple[int, int]],
     table: Sequence[Sequence[tuple[int, ...]]],
-    state_share: float,
-) -> Flow | None:
+) -> tuple[Flow, tuple[Floats, Floats]] | None:
     producer, place = where[wire.value.op]
     given, asked = _States(), _States()
     states = tuple(given(_given(space, wire.value, row[place])) for row in table[producer])
@@ -377,41 +405,50 @@ def _flow(
         readers.append(Reader(variable, tuple(asked(_asked(space, port, row[k])) for row in table[variable])))
     if not readers:
         return None
-    cost = tuple(tuple(_conversion_s(space, wire.value, p, q, state_share) for q in asked.index) for p in given.index)
-    return Flow(producer, states, tuple(readers), cost, wire.count)
+    parts = _costs_s(moved(space, wire.value), tuple(given.index), tuple(asked.index))
+    return Flow(producer, states, tuple(readers), _rows(parts[0] + parts[1]), wire.count), parts
+
+
+def _rows(table: Floats) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, table.tolist()))
+
+
+@lru_cache(maxsize=4096)
+def _costs_s(
+    of: Moved, given: tuple[Layout | StoredOption, ...], asked: tuple[Layout | StoredOption, ...]
+) -> tuple[Floats, Floats]:
+    """Seconds from each state that is given to each that is asked for: of activations, and of gathers and reductions
+    of state. Alike tensors of all layers, strategies and paddings share one table."""
+    always_s, state_s = np.zeros((len(given), len(asked))), np.zeros((len(given), len(asked)))
+    for i, p in enumerate(given):
+        for j, q in enumerate(asked):
+            path = _conversion(of, p, q)
+            of_state = isinstance(p, StoredOption) or isinstance(q, StoredOption)
+            (state_s if of_state else always_s)[i, j] = math.inf if path is None else reshard_s(path)
+    return always_s, state_s
 
 
 def conversion(
     space: Space, value: Value, given: Layout | StoredOption, asked: Layout | StoredOption
 ) -> tuple[Step, ...] | None:
     """The steps that bring a value from what its producer gives to what a reader asks for."""
+    return _conversion(moved(space, value), given, asked)
+
+
+def _conversion(of: Moved, given: Layout | StoredOption, asked: Layout | StoredOption) -> tuple[Step, ...] | None:
     if isinstance(asked, StoredOption):
-        layout = given.layout if isinstance(given, StoredOption) else given
-        return gradient_steps(space, value, layout, asked)
+        return _gradient_steps(of, given.layout if isinstance(given, StoredOption) else given, asked)
     if isinstance(given, StoredOption):
-        return storage_steps(space, value, given, given.layout, asked)
-    shape, itemsize = space.shape_of(value), space.itemsize_of(value)
-    reduced = space.analysis.added_in.get(value)
-    if reduced is None:
-        return steps(shape, itemsize, given, asked, space.topology)
-    own = space.analysis.dtype_of(value)
-    whole = tuple(Replicate() if isinstance(p, Partial) else p for p in asked)
-    elements = math.prod(local_shape(shape, whole, space.topology.sizes))
+        return _storage_steps(of, given, asked)
 
     def path(itemsize: int) -> tuple[Step, ...] | None:
-        return steps(shape, itemsize, given, asked, space.topology)
+        return steps(of.shape, itemsize, given, asked, of.topology)
 
-    return _added_in(space, value, given, path, Dtypes(own, own, reduced), elements, asked)
-
-
-def _conversion_s(
-    space: Space, value: Value, given: Layout | StoredOption, asked: Layout | StoredOption, state_share: float
-) -> float:
-    path = conversion(space, value, given, asked)
-    if path is None:
-        return math.inf
-    of_state = isinstance(given, StoredOption) or isinstance(asked, StoredOption)
-    return reshard_s(path) * (state_share if of_state else 1.0)
+    if of.added is None:
+        return path(of.itemsize)
+    whole = tuple(Replicate() if isinstance(p, Partial) else p for p in asked)
+    elements = math.prod(local_shape(of.shape, whole, of.topology.sizes))
+    return _added_in(of, given, path, of.added, elements, asked)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from passes.fusion import Fused
 from passes.local import Storage
 from passes.pad import Pad
 from passes.plan import without
-from passes.price import Budgeted, price
+from passes.price import Budgeted, Priced, price
 from passes.program import Program
 from passes.recompute import Mode, recomputation
 from passes.repeat import is_worth_repeating
@@ -167,8 +167,10 @@ class Search:
                 padded = self._tried(name, paddings, used)
             elif name == "auto" and self.most > 1:
                 padded += self._tried(name, paddings, wanted, _HIDDEN_SHARES[1 : self.most])
-        if not padded or (padded[0].padding.pads == needed and paddings is plainly):
+        if not padded:
             return self._solved(name, plainly, needed)
+        if padded[0].padding.pads == needed and paddings is plainly:
+            return padded
         if name != "auto":
             return padded if best(padded, self.budget) else self._solved(name, plainly, needed)
         needed = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
@@ -215,7 +217,8 @@ class Search:
             if mode != modes[0]:
                 recomputed = recomputation(padding.analysis, mode)
                 space = replace(space, recomputed=replace(recomputed, reshard=space.recomputed.reshard))
-            found = [_solved_within(space, name, request, self.budget, share, padding) for share in shares]
+            priced = price(space, Budgeted(int(OPTIMIZERS[request.optimizer].state_bytes_per_param)))
+            found = [_solved_within(space, priced, share, name, request, self.budget, padding) for share in shares]
             for candidate in found:
                 unique.setdefault((mode, candidate.assignment), candidate)
             if all(candidate.unbound for candidate in found):
@@ -224,7 +227,7 @@ class Search:
 
 
 def _solved_within(
-    space: Space, name: str, request: Request, budget: float, share: float, padding: Padding
+    space: Space, priced: Priced, share: float, name: str, request: Request, budget: float, padding: Padding
 ) -> Candidate:
     """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
     schedule finds on top of it, until both agree."""
@@ -232,9 +235,8 @@ def _solved_within(
     limit = math.inf
     last: Candidate | None = None
     for _ in range(4):
-        priced = price(space, limit, Budgeted(int(spec.state_bytes_per_param)), state_share=share)
         try:
-            solution = solve(priced.problem)
+            solution = solve(priced.weighed(share, limit))
         except NoFeasiblePlanError:
             break
         assignment = priced.assignment(solution.picks, len(space.sites))

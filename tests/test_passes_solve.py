@@ -8,7 +8,9 @@ from itertools import product
 
 import pytest
 
+from passes import solve as solving
 from passes.errors import NoFeasiblePlanError
+from passes.messages import Messages
 from passes.problem import Flow, Hold, Problem, Reader
 from passes.solve import solve
 
@@ -57,8 +59,10 @@ def price(problem: Problem, picks: tuple[int, ...]) -> tuple[float, float]:
     return seconds, size
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_solve_finds_the_cheapest_picks(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "few"), [*((s, math.inf) for s in range(300)), *((s, 0.0) for s in range(150))])
+def test_solve_finds_the_cheapest_picks(seed: int, few: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one linear program, and as large problems are solved; these only bound what the cheapest that fit cost."""
+    monkeypatch.setattr(solving, "_FEW", few)
     problem = random_problem(seed)
     all_picks = product(*(range(len(costs)) for costs in problem.option_s))
     fitting = [
@@ -70,8 +74,37 @@ def test_solve_finds_the_cheapest_picks(seed: int) -> None:
         return
     found = solve(problem, gap=0.0)
     seconds, size = price(problem, found.picks)
-    assert seconds == pytest.approx(min(fitting), abs=1e-9)
     assert size <= problem.budget_bytes
+    assert found.bound_s <= min(fitting) + 1e-9 <= seconds + 2e-9
+    if few == 0 and math.isfinite(problem.budget_bytes):
+        return
+    assert seconds == pytest.approx(min(fitting), abs=1e-9)
     assert (found.seconds, found.bytes) == pytest.approx((seconds, size))
     assert found.bound_s <= seconds + 1e-9
     assert found.gap <= 1e-6
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_no_picks_cost_less_than_the_bound_and_the_excess_of_their_options(seed: int) -> None:
+    problem = random_problem(seed)
+    messages = Messages(problem)
+    cost = {picks: price(problem, picks)[0] for picks in product(*(range(len(of)) for of in problem.option_s))}
+    for _ in range(4):
+        bound = messages.bound_s
+        messages.improve()
+        assert bound <= messages.bound_s <= min(cost.values()) + 1e-9
+        for variable, excess in enumerate(messages.excess_s()):
+            for option, least in enumerate(excess):
+                rest = min(seconds for picks, seconds in cost.items() if picks[variable] == option)
+                assert messages.bound_s + least <= rest + 1e-9
+
+
+def test_messages_solve_a_chain_in_one_pass() -> None:
+    """Two states, changing costs 1; the ends want different states, the middle does not care."""
+    change = ((0.0, 1.0), (1.0, 0.0))
+    flows = tuple(Flow(v, (0, 1), (Reader(v + 1, (0, 1)),), change) for v in range(5))
+    problem = Problem(((0.0, 9.0), *[(0.5, 0.5)] * 4, (9.0, 0.0)), ((0.0, 0.0),) * 6, flows)
+    messages = Messages(problem)
+    messages.improve()
+    assert messages.bound_s == pytest.approx(3.0)
+    assert price(problem, messages.picks())[0] == pytest.approx(3.0)
