@@ -170,9 +170,9 @@ def table(found: dict[str, tuple[list[float], float]]) -> str:
 
 
 def main() -> None:
-    """One rank and two, for each depth."""
+    """One rank and two, for each depth asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--layers", type=int, nargs="+", default=[8])
     parser.add_argument("--ranks", type=int, nargs="+", choices=tuple(OURS), default=tuple(OURS))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--profile", choices=(ALONE, "autopar"))
@@ -181,7 +181,7 @@ def main() -> None:
     if arguments.profile:
         profiled(arguments.profile, arguments.layers[0], arguments.steps)
         return
-    command = f"python benchmarks/host.py --steps {arguments.steps}"
+    command = f"python benchmarks/host.py --steps {arguments.steps} --layers {' '.join(map(str, arguments.layers))}"
     text = [
         f"# What a step costs the host\n\n`{command}`, torch {torch.__version__}; processor time of rank 0's training\n"
         "thread. What is measured and how: benchmarks/host.py.\n"

@@ -136,12 +136,13 @@ class Lowered:
 
 def lower(
     local: LocalProgram, *, device: torch.device | str = "cpu", compile: bool, recompute: Recompute = "auto",
-    rank: int = 0,
+    rank: int = 0, pipelined: bool = False,
 ) -> Lowered:  # fmt: skip
     """Forward and backward of `local` on `device`, through Inductor where `compile`.
 
     Collectives must already name process groups (`bind_groups`). Every rank makes the same graphs; by its `rank` each
     compiles them in another order, and finds in Inductor's cache what others on its machine have done by then.
+    pipelined: products beside collectives of regions are micro-pipelined, in groups that share memory.
     """
     device = torch.device(device)
     local = replace(local, graph=retarget(local.graph, device))
@@ -154,7 +155,8 @@ def lower(
     strides = tuple(tuple(node.meta["val"].stride()) for node in ordered)
     layer_of = _layers(local)
     constant = {n.name for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind in CONSTANT_KINDS}
-    run = _Runner(device, compile, layer_of, constant)
+    body = functools.partial(compiled, pipelined=pipelined) if compile else _interpreted
+    run = _Runner(device, body, layer_of, constant)
     run.compile_all(halves, rank)
     forward = run(halves.forward, backward=False)
     backward = None if halves.backward is None else run(halves.backward, backward=True)
@@ -180,10 +182,11 @@ class _Runner:
     """Makes callables of graphs; what is alike is compiled once."""
 
     def __init__(
-        self, device: torch.device, compile: bool, layer_of: Callable[[str], str], constants: AbstractSet[str]
-    ) -> None:
+        self, device: torch.device, run: Callable[[fx.GraphModule], Boxed], layer_of: Callable[[str], str],
+        constants: AbstractSet[str],
+    ) -> None:  # fmt: skip
         self.device = device
-        self.run = compiled if compile else _interpreted
+        self.run = run
         self.layer_of = layer_of
         self.constants = constants
         self.bodies: dict[fx.GraphModule, Boxed] = {}
@@ -268,15 +271,16 @@ def _interpreted(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
     return lambda values: fx.Interpreter(gm).boxed_run(values)
 
 
-def compiled(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
+def compiled(gm: fx.GraphModule, pipelined: bool = False) -> Callable[[list[torch.Tensor]], Any]:
     """`gm` through Inductor, for inputs like its placeholders' fake values."""
     if not any(node.op == "call_function" for node in gm.graph.nodes):
         return _interpreted(gm)
     with FakeTensorMode(shape_env=ShapeEnv()):  # Inductor's cache of compiled graphs asks for one
         examples = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
     sends = any(node.target in COLLECTIVES for node in gm.graph.nodes)
+    settings = {**_AS_ORDERED, "_micro_pipeline_tp": pipelined} if sends else None
     with torch.no_grad():
-        made = inductor_compile(_of_a_list(gm), [examples], _AS_ORDERED if sends else None)  # type: ignore[list-item]
+        made = inductor_compile(_of_a_list(gm), [examples], settings)  # type: ignore[list-item]
     return _within(made)
 
 
