@@ -14,9 +14,10 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from itertools import combinations, cycle
 from math import ceil, log
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 from torch.multiprocessing.spawn import spawn
 
 from costmodel.collectives import collective_s, ring_hops, wire_bytes
@@ -73,13 +76,17 @@ class AttentionSample:
 
 @dataclass(frozen=True)
 class CollectiveSample:
-    """`bytes` of the full tensor; `across` where every rank of the group is on a node of its own."""
+    """`bytes` of the full tensor; `across` where every rank of the group is on a node of its own.
+
+    `cpu_s`: of `seconds`, what the rank's process kept a core busy; 0 on a GPU.
+    """
 
     kind: str
     ranks: int
     bytes: int
     across: bool
     seconds: float
+    cpu_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ class Samples:
     cores: int
     memory_bytes: int
     launch_s: float
+    update_s: float
     matmuls: tuple[MatmulSample, ...]
     memory: tuple[MemorySample, ...]
     attention: tuple[AttentionSample, ...]
@@ -106,6 +114,11 @@ _CPU_BYTES = (3 << 15, 3 << 18, 3 << 21, 3 << 23, 60 << 20)
 _CUDA_BYTES = (1 << 20, 3 << 24, 3 << 28, 3 << 30)
 _CPU_PAYLOADS = (1 << 12, 1 << 18, 1 << 21, 1 << 23)
 _CUDA_PAYLOADS = (1 << 12, 1 << 18, 1 << 22, 1 << 25, 1 << 28, 1 << 30)
+
+_TOUCHED_BYTES = 32 << 20
+"""What ops on a CPU go over before they come to the same operands again: more than a core's own caches hold."""
+_KEPT = 4
+"""Results of ops that are still there when a CPU makes the next."""
 
 _KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
@@ -146,14 +159,22 @@ def measure_matmuls(device: torch.device, dtypes: Sequence[torch.dtype], budget_
 
 
 def measure_memory(device: torch.device, budget_s: float) -> tuple[MemorySample, ...]:
-    """`x + y` into a new tensor, as ops in a graph do it: two reads and a write."""
-    sizes = _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
+    """`x + y` into a new tensor: two reads and a write.
+
+    On a CPU as a step has it: of operands that were last touched a while ago, while the last few results are kept.
+    """
+    cuda = device.type == "cuda"
+    sizes = _CUDA_BYTES if cuda else _CPU_BYTES
     found = []
     for bytes_moved in sizes:
-        x = torch.ones(bytes_moved // 12, device=device)
-        y = torch.ones_like(x)
-        seconds = _seconds(lambda x=x, y=y: x + y, device, budget_s / len(sizes))  # type: ignore[misc]
-        found.append(MemorySample(12 * x.numel(), seconds))
+        count = 1 if cuda else max(1, min(256, _TOUCHED_BYTES // bytes_moved))
+        operands = cycle([torch.ones(bytes_moved // 12, device=device) for _ in range(2 * count)])
+        results: deque[torch.Tensor] = deque(maxlen=1 if cuda else _KEPT)
+
+        def run(operands: Any = operands, results: deque[torch.Tensor] = results) -> None:
+            results.append(next(operands) + next(operands))
+
+        found.append(MemorySample(bytes_moved // 12 * 12, _seconds(run, device, budget_s / len(sizes))))
     return tuple(found)
 
 
@@ -161,6 +182,19 @@ def measure_launch(device: torch.device, budget_s: float) -> float:
     """Seconds of an op on 16 elements."""
     x = torch.ones(16, device=device)
     return _seconds(lambda: x + x, device, budget_s)
+
+
+def measure_update(device: torch.device, budget_s: float) -> float:
+    """Seconds of AdamW's step for each parameter, whatever its size; DTensors, where there is a process group."""
+    count = 16
+    params = [torch.nn.Parameter(torch.ones(16, 16, device=device)) for _ in range(count)]
+    if dist.is_initialized():
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        whole = [DTensor.from_local(p.data, mesh, [Replicate()], run_check=False) for p in params]
+        params = [torch.nn.Parameter(p) for p in whole]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return _seconds(torch.optim.AdamW(params).step, device, budget_s) / count
 
 
 def measure_attention(device: torch.device, dtype: torch.dtype, budget_s: float) -> tuple[AttentionSample, ...]:
@@ -189,7 +223,9 @@ def measure_collectives(
 ) -> tuple[CollectiveSample, ...]:
     """Each collective at several sizes over `group` (default: all ranks); every rank of it has to call.
 
-    A sample is the time of the slowest rank. `across` says that no two ranks of the group share a node.
+    A sample is the time of the slowest rank. `across` says that no two ranks of the group share a node. On a CPU each
+    collective follows work of a few milliseconds, whose own time is taken off: ranks that come from work are not there
+    all at once, least of all where they outnumber the cores, and their caches are full of other things.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
@@ -208,8 +244,8 @@ def measure_collectives(
         full, part, out = (torch.ones(size, device=place) for size in (count, count // ranks, count))
         for kind in _KINDS:
             run = _collective(kind, full, part, out, group)
-            seconds = _collective_seconds(run, place, group, each_s)
-            found.append(CollectiveSample(kind, ranks, 4 * count, across, seconds))
+            seconds, cpu_s = _collective_seconds(run, place, group, each_s)
+            found.append(CollectiveSample(kind, ranks, 4 * count, across, seconds, cpu_s))
     return tuple(found)
 
 
@@ -238,23 +274,49 @@ def _collective(
 
 def _collective_seconds(
     run: Callable[[], Any], device: torch.device, group: dist.ProcessGroup | None, budget_s: float
-) -> float:
-    """Seconds per call of calls made one after the other; the ranks agree on how many, and on the slowest's time."""
+) -> tuple[float, float]:
+    """Seconds per call, and those of them in which the process kept a core busy.
 
-    def timed(calls: int) -> float:
-        start = time.perf_counter()
+    The ranks agree on how many calls, and on the slowest's time. On a CPU what is timed is work and a call in turn, and
+    the same work alone.
+    """
+    work = _work() if device.type == "cpu" else None
+
+    def timed(calls: int, *parts: Callable[[], Any]) -> torch.Tensor:
+        dist.barrier(group=group)
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
         for _ in range(calls):
-            run()
+            for part in parts:
+                part()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        elapsed = torch.tensor([(time.perf_counter() - start) / calls], dtype=torch.float64, device=device)
+        spent = (time.perf_counter() - start_s, time.process_time() - start_cpu_s)
+        elapsed = torch.tensor(spent, dtype=torch.float64, device=device) / calls
         dist.all_reduce(elapsed, op=dist.ReduceOp.MAX, group=group)
-        return float(elapsed.item())
+        return elapsed.cpu()
+
+    def block(calls: int) -> tuple[float, float]:
+        if work is None:
+            return float(timed(calls, run)[0]), 0.0
+        both, alone = timed(calls, work, run), timed(calls, work)
+        seconds, cpu_s = (both - alone).clamp(min=1e-6).tolist()
+        return seconds, cpu_s
 
     run()
-    once = timed(1)
-    calls = max(1, min(100, int(budget_s / 4 / max(once, 1e-6))))
-    return median([timed(calls) for _ in range(3)])
+    once = float(timed(1, *([work] if work else []), run)[0])
+    calls = max(4, min(100, int(budget_s / 4 / max(once, 1e-6))))
+    return _middle([block(calls) for _ in range(3)])
+
+
+def _middle(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The pair whose first is in the middle."""
+    return sorted(pairs)[len(pairs) // 2]
+
+
+def _work() -> Callable[[], Any]:
+    """A few milliseconds of a layer's work: two products and what is pointwise, over more than a core's cache holds."""
+    rows, wide, narrow = torch.ones(768, 256), torch.ones(256, 384), torch.ones(384, 256)
+    return lambda: torch.mm(torch.mm(rows, wide).mul(0.5), narrow).add(1.0)
 
 
 def measure(
@@ -280,7 +342,9 @@ def measure(
     together()
     launch_s = measure_launch(place, 0.05 * share)
     together()
-    memory = measure_memory(place, 0.25 * share)
+    update_s = measure_update(place, 0.05 * share)
+    together()
+    memory = measure_memory(place, 0.2 * share)
     together()
     matmuls = measure_matmuls(place, kinds, 0.5 * share)
     together()
@@ -296,7 +360,17 @@ def measure(
     per_node = per_node if per_node < world and world % per_node == 0 else world
     collectives = _measure_groups(place, world, per_node, 0.5 * budget_s) if grouped else ()
     mine = Samples(
-        name, place.type == "cuda", per_node, cores, memory_bytes, launch_s, matmuls, memory, attentions, collectives
+        device_name=name,
+        cuda=place.type == "cuda",
+        ranks_per_node=per_node,
+        cores=cores,
+        memory_bytes=memory_bytes,
+        launch_s=launch_s,
+        update_s=update_s,
+        matmuls=matmuls,
+        memory=memory,
+        attention=attentions,
+        collectives=collectives,
     )
     return _agree(mine) if grouped else mine
 
@@ -331,6 +405,7 @@ def _agree(mine: Samples) -> Samples:
     return replace(
         first,
         launch_s=median(samples.launch_s for samples in gathered),
+        update_s=median(samples.update_s for samples in gathered),
         matmuls=merged("matmuls"),
         memory=merged("memory"),
         attention=merged("attention"),
@@ -384,6 +459,7 @@ def _fit_device(samples: Samples, start: Device) -> Device:
         cache_bytes=0 if samples.cuda else cache_bytes,
         cache_bytes_per_s=0.0 if samples.cuda else cache_rate,
         kernel_launch_s=launch_s,
+        update_s=samples.update_s,
     )
     peaks = dict(device.peak_flops_per_s)
     for dtype in {sample.dtype for sample in samples.matmuls}:
@@ -453,6 +529,7 @@ def _whole_machine(device: Device, samples: Samples) -> Device:
         cache_bytes=device.cache_bytes * ranks,
         cache_bytes_per_s=device.cache_bytes_per_s * ranks,
         kernel_launch_s=device.kernel_launch_s / max(1.0, ranks / samples.cores),
+        update_s=device.update_s / max(1.0, ranks / samples.cores),
         sm_count=samples.cores,
     )
 
@@ -477,7 +554,14 @@ def _fit_link(samples: Samples, device: Device, start: Link, *, across: bool) ->
     base_s, hop_s, rate = _fit_collective(rings or mine)
     # Sends between two ranks take part in no collective we time; a broadcast is a chain of them.
     measured["send_recv"] = measured.get("broadcast", (base_s, hop_s, rate))
-    return replace(start, base_s=base_s, latency_s=hop_s, bytes_per_s=rate, pipeline_s=0.0, measured=measured)
+    sms = start.sms if samples.cuda else _kept_busy(mine, samples)
+    return replace(start, base_s=base_s, latency_s=hop_s, bytes_per_s=rate, pipeline_s=0.0, sms=sms, measured=measured)
+
+
+def _kept_busy(collectives: Sequence[CollectiveSample], samples: Samples) -> float:
+    """Cores, of those that one rank has, that a collective keeps busy while it runs."""
+    share = median(min(1.0, sample.cpu_s / sample.seconds) for sample in collectives)
+    return share * max(1.0, samples.ranks_per_node / samples.cores)
 
 
 def _fit_collective(samples: Sequence[CollectiveSample]) -> tuple[float, float, float]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 FILE_FORMAT = "autopar-hardware"
-FILE_VERSION = 1
+FILE_VERSION = 2
 
 _DTYPES = {
     "bf16": "bfloat16",
@@ -66,8 +66,8 @@ class Link:
     """Start and end of a collective on this link, whatever its size and ranks."""
     multicast_bytes_per_s: float = 0.0
     """Port rate of all-reduce done in the switch (NVLS); 0 where there is none."""
-    sms: int = 0
-    """Streaming multiprocessors that a running collective takes from compute."""
+    sms: float = 0
+    """Streaming multiprocessors, or cores of a CPU, that a running collective takes from a rank's compute."""
     measured: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     """Collective -> (base_s, hop_s, bytes_per_s) as calibrated, where a library's algorithms are none of ours (gloo).
 
@@ -104,6 +104,8 @@ class Device:
     attention_backward_efficiency: float
     kernel_launch_s: float
     """Paid by every kernel, sharded or not."""
+    update_s: float = 0.0
+    """Paid for every parameter in an optimizer's step, whatever its size: ops that are dispatched one by one."""
     sustained: float = 1.0
     """Share of the best product's rate that products keep through a training step: clocks under the power cap, a
     library's choice of kernel, transposed operands."""
@@ -263,6 +265,7 @@ def _share(hardware: Hardware, ranks: int) -> Hardware:
             memory_bytes=device.memory_bytes // ranks,
             reserve_bytes=device.reserve_bytes // ranks,
             kernel_launch_s=device.kernel_launch_s * max(1.0, ranks / device.sm_count),
+            update_s=device.update_s * max(1.0, ranks / device.sm_count),
             sm_count=max(1, device.sm_count // ranks),
             cache_bytes=device.cache_bytes // ranks,
             cache_bytes_per_s=device.cache_bytes_per_s / ranks,
@@ -502,6 +505,7 @@ _MAY_BE_ZERO = {
     "sms",
     "reserve_bytes",
     "kernel_launch_s",
+    "update_s",
     "cache_bytes",
     "cache_bytes_per_s",
     "fp8_matmul_efficiency",

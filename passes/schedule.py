@@ -171,18 +171,19 @@ def play(
 
 def _update_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> float:
     """The update of a rank's own state: read and write the parameter and the states, read the gradient."""
-    moved = 0.0
+    moved, parameters = 0.0, 0
     for index, site in enumerate(space.sites):
         if site.given is None or site.given.kind != "parameter" or not site.given.requires_grad:
             continue
         option = site.options[assignment[index]]
         assert isinstance(option, StoredOption)
         elements = math.prod(option.storage.padded_shape(space.topology.sizes)) * site.count
+        parameters += site.count
         moved += elements * (3 * site.stored_itemsize + 2 * (spec.state_bytes_per_param + spec.master_bytes_per_param))
     device = space.topology.device
     if device.is_cpu:
         moved *= _OP_BY_OP
-    return moved / (device.memory_bytes_per_s * device.memory_efficiency)
+    return parameters * device.update_s + moved / (device.memory_bytes_per_s * device.memory_efficiency)
 
 
 # -- ledger ------------------------------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ def invented(*, ranks: int = 4, across: bool = False) -> cal.Samples:
                 wire, hops = wire_and_hops(kind, group, size)
                 rate = 0.5e9 if kind == "reduce_scatter" else 1e9
                 seconds = 100e-6 + hops * 50e-6 + wire / rate
-                collectives.append(cal.CollectiveSample(kind, group, size, across, seconds))
-    return cal.Samples("cpu", False, ranks, 2, 16 << 30, launch, matmuls, memory, attended, tuple(collectives))
+                collectives.append(cal.CollectiveSample(kind, group, size, across, seconds, cpu_s=0.3 * seconds))
+    return cal.Samples("cpu", False, ranks, 2, 16 << 30, launch, 400e-6, matmuls, memory, attended, tuple(collectives))
 
 
 def test_fit_recovers_the_machine() -> None:
@@ -62,7 +62,9 @@ def test_fit_recovers_the_machine() -> None:
     assert rank.device.cache_bytes_per_s == pytest.approx(20e9, rel=0.02)
     assert rank.device.cache_bytes == pytest.approx(6e6, rel=0.01)
     assert rank.device.kernel_launch_s == pytest.approx(10e-6)
+    assert rank.device.update_s == pytest.approx(400e-6)
     assert rank.device.memory_bytes == 4 << 30
+    assert rank.hardware.intra_node.sms == pytest.approx(0.3 * 4 / 2), "4 ranks on 2 cores: half a core each"
     link = rank.hardware.intra_node
     for kind in KINDS:
         base_s, hop_s, rate = link.measured[kind]

@@ -385,6 +385,15 @@ def test_the_update_moves_a_ranks_own_state() -> None:
     assert played("fsdp", 4).optimizer_s == pytest.approx(seconds)
 
 
+def test_the_update_of_each_parameter_takes_time_of_its_own() -> None:
+    machine = hardware("h100")
+    slow = replace(machine, device=replace(machine.device, update_s=1e-3))
+    space, assignment = planned_llama("fsdp", 4, 1)
+    slower = replace(space, topology=topology(slow, {"dp": 4}))
+    more_s = play(slower, assignment).optimizer_s - play(space, assignment).optimizer_s
+    assert more_s == pytest.approx(len(list(llama()[0].parameters())) * 1e-3)
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 

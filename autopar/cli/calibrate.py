@@ -103,6 +103,7 @@ def _print(found: Hardware, off: dict[str, float]) -> None:
         ["memory", f"{device.memory_bytes_per_s * device.memory_efficiency / 1e9:,.1f} GB/s"],
         ["memory size", gib(device.memory_bytes)],
         ["an op's launch", seconds_text(device.kernel_launch_s)],
+        ["an update, per parameter", seconds_text(device.update_s)],
         [
             "link inside a node",
             f"{found.intra_node.bytes_per_s / 1e9:,.2f} GB/s, {seconds_text(found.intra_node.latency_s)}",
