@@ -102,7 +102,7 @@ def _is_elementwise(func: Any) -> bool:
 def _elementwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """`func` on local parts, where the lists lie alike and what is no list is whole on each rank."""
     layouts = [each._spec.placements for each in args[0] if isinstance(each, DTensor)]
-    if len(layouts) != len(args[0]) or not all(map(_is_whole_or_split, layouts)):
+    if len(layouts) != len(args[0]) or not _are_whole_or_split(layouts):
         return NotImplemented
     local = [_local(value, layouts) for value in args]
     named = {key: _local(value, layouts) for key, value in kwargs.items()}
@@ -126,15 +126,14 @@ def _local(value: Any, layouts: list[tuple[Placement, ...]]) -> Any:
     return value
 
 
-_checked: dict[tuple[Placement, ...], bool] = {}
-
-
-def _is_whole_or_split(layout: tuple[Placement, ...]) -> bool:
+def _are_whole_or_split(layouts: Sequence[tuple[Placement, ...]]) -> bool:
     """Whether no part is a term of a sum."""
-    found = _checked.get(layout)
-    if found is None:
-        found = _checked[layout] = not any(placement.is_partial() for placement in layout)
-    return found
+    last: Any = None
+    for layout in layouts:
+        if layout != last and any(placement.is_partial() for placement in layout):
+            return False
+        last = layout
+    return True
 
 
 _of_norms: dict[Any, DTensorSpec] = {}
@@ -142,27 +141,36 @@ _of_norms: dict[Any, DTensorSpec] = {}
 
 def _norms(tensors: Sequence[DTensor], order: Any = 2, dtype: Any = None) -> Any:
     """Each tensor's norm, its term on this rank."""
-    if dtype is not None:
+    if dtype is not None or not all(isinstance(each, DTensor) for each in tensors):
         return NotImplemented
-    made = []
+    made: list[Gradient] = []
+    last: Any = None
+    spec: Any = None
     for tensor, part in zip(tensors, torch._foreach_norm([each._local_tensor for each in tensors], order), strict=True):
         of = tensor._spec
-        key = of.mesh, of.placements, part.dtype, order
-        spec = _of_norms.get(key)
-        if spec is None:  # as DTensor has it, but that a sum over one rank is no sum
-            layout = _NORM([_plain(tensor)], order)[0]._spec.placements
-            layout = tuple(p if size > 1 else Replicate() for p, size in zip(layout, of.mesh.shape, strict=True))
-            meta = TensorMeta(part.shape, part.stride(), part.dtype)
-            spec = _of_norms[key] = DTensorSpec(of.mesh, layout, tensor_meta=meta)
-        made.append(Gradient.of(part, spec))
+        if of.placements != last or part.dtype != spec.tensor_meta.dtype:  # most lie as the one before
+            last, spec = of.placements, _norm_spec(tensor, part, order)
+        made.append(_NEW(Gradient, part, spec, requires_grad=False))  # type: ignore[arg-type]
     return made
+
+
+def _norm_spec(tensor: DTensor, part: torch.Tensor, order: Any) -> DTensorSpec:
+    """As DTensor has it, but that a sum over one rank is no sum."""
+    of = tensor._spec
+    key = of.mesh, of.placements, part.dtype, order
+    if key not in _of_norms:
+        layout = _NORM([_plain(tensor)], order)[0]._spec.placements
+        layout = tuple(p if size > 1 else Replicate() for p, size in zip(layout, of.mesh.shape, strict=True))
+        meta = TensorMeta(part.shape, part.stride(), part.dtype)
+        _of_norms[key] = DTensorSpec(of.mesh, layout, tensor_meta=meta)
+    return _of_norms[key]
 
 
 def _stacked(tensors: Sequence[DTensor], dim: int = 0) -> Any:
     """Scalars in a row; terms of sums stay terms."""
-    first = tensors[0]._spec
-    if any(each.dim() or not isinstance(each, DTensor) for each in tensors):
+    if any(not isinstance(each, DTensor) or each._local_tensor.dim() for each in tensors):
         return NotImplemented
+    first = tensors[0]._spec
     if any(each._spec is not first and each._spec.placements != first.placements for each in tensors):
         return NotImplemented
     row = torch.stack([each._local_tensor for each in tensors], dim)
