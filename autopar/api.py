@@ -57,6 +57,10 @@ class _Job:
     def batch_ranks(self) -> int:
         return meshes.batch_ranks(self.axes, self.batch_axes)
 
+    def splits_batch(self, axes: str) -> bool:
+        """Whether one of `axes` ("dp,tp") splits the batch."""
+        return any(self.axes[axis][0] in axes.split(",") for axis in self.batch_axes)
+
 
 def plan_with(
     pipeline: Pipeline, model: nn.Module, mesh: DeviceMesh | Mapping[str, int], example_inputs: Any = None, *,
@@ -166,9 +170,23 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
         )
     if options.accumulate < 1:
         raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
+    batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
+    if options.async_tp:
+        _check_async_tp(options, mesh, axes, batch_axes)
     speaks = not dist.is_initialized() or dist.get_rank() == 0
     stages = Stages(shown=options.progress, speaks=speaks, prefix="autopar: ")
-    return _Job(axes, meshes.batch_axes_of(axes, options.batch_axes), options, pipeline, precision, stages)
+    return _Job(axes, batch_axes, options, pipeline, precision, stages)
+
+
+def _check_async_tp(options: Options, mesh: Any, axes: meshes.Axes, batch_axes: tuple[int, ...]) -> None:
+    if isinstance(mesh, DeviceMesh) and mesh.device_type != "cuda":
+        raise ValueError(f"Options(async_tp=True): the mesh is on {mesh.device_type}; it takes a CUDA mesh")
+    if not options.compile:
+        raise ValueError("Options(async_tp=True, compile=False): it is a pass of the compiler's; leave compile=True")
+    if len(batch_axes) == len(axes):
+        raise ValueError(
+            f"Options(async_tp=True): every axis of {dict(axes)} splits the batch; add one for tensors, such as tp"
+        )
 
 
 def _check_strategy(strategy: str) -> None:
@@ -292,7 +310,14 @@ def _executable(
         bind_groups(local.graph, names)
         device = groups.mesh.device_type
         job.stages("compiling forward and backward" if job.options.compile else "splitting forward and backward")
-        lowered = lower(local, device=device, compile=job.options.compile, recompute="none", rank=ours.rank)
+        if job.options.async_tp:
+            for axes in wanted:
+                if not job.splits_batch(axes):
+                    groups.share_memory(axes)
+        lowered = lower(
+            local, device=device, compile=job.options.compile, recompute="none", rank=ours.rank,
+            pipelined=job.options.async_tp,
+        )  # fmt: skip
     return Executable(local, lowered), local
 
 

@@ -10,14 +10,13 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from autopar import stored
 from autopar.examples import by_name
+from autopar.parameters import checked
 from autopar.reading import MOST_GRAPHS, Values, too_many
 from autopar.runtime import Executable, Runtime, device_of, plain_module, runtime_of
 from autopar.step import Differentiable, bound
 from autopar.together import watch
 from passes.autocast import autocast_dtype
-from passes.errors import PlanMismatchError
 
 
 def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -29,8 +28,9 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     args, kwargs = by_name(runtime.original.forward, args, kwargs)
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     device = device_of(runtime.mesh)
-    _check_inputs(args, kwargs, device)
-    parameters = _parameters(runtime, device)
+    if any(isinstance(leaf, torch.Tensor) and (leaf.device != device or isinstance(leaf, DTensor)) for leaf in leaves):
+        raise _wrong_input(args, kwargs, device)
+    parameters = checked(runtime, device)
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     trains = torch.is_grad_enabled() and (any(runtime.trained.values()) or any(leaf.requires_grad for leaf in inputs))
     key = call_key(runtime, leaves, in_spec, trains)
@@ -85,17 +85,17 @@ def _buffer(runtime: Runtime, name: str) -> torch.Tensor:
     return cast(torch.Tensor, table[key])
 
 
-def _check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> None:
+def _wrong_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> ValueError:
+    """The error for the first input that is no plain tensor on `device`."""
     paths, _ = pytree.tree_flatten_with_path((args, kwargs))
     for path, leaf in paths:
-        if not isinstance(leaf, torch.Tensor):
-            continue
         if isinstance(leaf, DTensor):
-            raise ValueError(f"{_path(path)} is a DTensor; pass this data-parallel rank's own batch as a plain tensor")
-        if leaf.device != device:
-            raise ValueError(
+            return ValueError(f"{_path(path)} is a DTensor; pass this data-parallel rank's own batch as a plain tensor")
+        if isinstance(leaf, torch.Tensor) and leaf.device != device:
+            return ValueError(
                 f"{_path(path)} is on {leaf.device} but the mesh is on {device}; move it with .to({str(device)!r})"
             )
+    raise AssertionError("no input is wrong")
 
 
 def _path(path: tuple[Any, ...]) -> str:
@@ -106,41 +106,6 @@ def _path(path: tuple[Any, ...]) -> str:
         return f"args{text}"
     first, *deeper = rest
     return f"{getattr(first, 'key', first)}{pytree.keystr(tuple(deeper))}"
-
-
-def _parameters(runtime: Runtime, device: torch.device) -> dict[str, Any]:
-    """The parameters by name, checked to be what the plan was made for."""
-    found = {}
-    for name, of in runtime.specs.items():
-        table, key = runtime.slots[name]
-        parameter = table[key]
-        if not stored.is_stored_as(parameter, of):
-            layout = getattr(parameter, "placements", "a plain tensor")
-            raise PlanMismatchError(
-                f"{name} is no longer stored as planned ({tuple(of.shape)}, {of.placements}): found "
-                f"{tuple(parameter.shape)}, {layout}; call parallelize again"
-            )
-        if parameter.dtype != of.tensor_meta.dtype:
-            raise PlanMismatchError(
-                f"{name} is {parameter.dtype} but the plan was made for {of.tensor_meta.dtype}; convert the model "
-                "before parallelize, or use Options(mp_policy=...)"
-            )
-        if parameter.requires_grad != runtime.trained[name]:
-            raise PlanMismatchError(
-                f"{name}.requires_grad is {parameter.requires_grad} but was {runtime.trained[name]} when the plan was "
-                "made; set it before parallelize"
-            )
-        part = stored.local_part(parameter)
-        if part.device != device:
-            hint = "call to_empty(device=...) and load or initialise it" if part.is_meta else f"move it to {device}"
-            raise PlanMismatchError(f"{name} is on {part.device} but the mesh is on {device}; {hint}")
-        found[name] = parameter
-    for alias, name in runtime.aliases.items():
-        table, key = runtime.slots[alias]
-        target, target_key = runtime.slots[name]
-        if table[key] is not target[target_key]:
-            raise PlanMismatchError(f"{alias} was tied to {name} when the plan was made and no longer is")
-    return found
 
 
 def _constant(leaf: Any) -> Any:

@@ -6,11 +6,13 @@ the same order; DTensor never learns of it, unlike a flattened mesh, whose prese
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -25,6 +27,12 @@ class Groups:
     def names_for(self, wanted: Iterable[str]) -> dict[str, str]:
         """Group name per entry of `wanted` ("tp", "dp,tp"). Collective: every rank asks for the same, in order."""
         return {axes: self._name(axes) for axes in wanted}
+
+    def share_memory(self, axes: str) -> None:
+        """Lets kernels of the ranks along `axes` reach each other's memory, where torch's passes ask for it."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, but what those passes look up
+            enable_symm_mem_for_group(self._name(axes))  # type: ignore[arg-type]
 
     def _name(self, axes: str) -> str:
         if axes not in self.names:

@@ -29,6 +29,9 @@ class Options:
     reshard_after_forward: whether gathered parameters are freed after forward and gathered again for backward, as
         FSDP2's argument of this name; None: "auto" decides by time and memory, other strategies free them.
     accumulate: micro-batches per optimizer step.
+    async_tp: has torch split the matrix products beside an all-gather or reduce-scatter of activations, and run each
+        part's beside its transfer (micro-pipelined tensor parallelism). On CUDA, between GPUs that reach each other's
+        memory (NVLink); priced as what runs without it.
     seed: of dropout and every other random op in the model.
     progress: whether rank 0 says on standard error which stage it is in.
     """
@@ -43,5 +46,6 @@ class Options:
     recompute: Recompute = "auto"
     reshard_after_forward: bool | None = None
     accumulate: int = 1
+    async_tp: bool = False
     seed: int = 0
     progress: bool = True

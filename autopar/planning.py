@@ -28,6 +28,10 @@ _FIGURES = "hardware_figures"
 """Where a plan's options keep the figures it was priced with: they decide the steps of a reshard, on any machine."""
 _ASKED = "strategy"
 """Where they keep the strategy that was asked for: a plan made under `auto` bears the name of the one that won."""
+_PIPELINED = (
+    "async_tp: matrix products beside all-gathers and reduce-scatters of activations are cut and pipelined by torch's "
+    "pass where it can; time and memory are those of a step without it"
+)
 
 
 def options_json(options: Options) -> dict[str, Any]:
@@ -130,7 +134,9 @@ def planned(
         keep_timeline=keep_timeline,
         known=known,
     )
-    return replace(plan, parameters={key: _marked(placed, options) for key, placed in plan.parameters.items()})
+    notes = (*plan.notes, _PIPELINED) if options.async_tp else plan.notes
+    marked = {key: _marked(placed, options) for key, placed in plan.parameters.items()}
+    return replace(plan, parameters=marked, notes=notes)
 
 
 def _marked(placed: Placements, options: Options) -> Placements:

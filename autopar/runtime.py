@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -38,7 +39,8 @@ class Runtime:
 
     `specs`: how each parameter is stored, by the first of its names. `batch_ranks`: how many parts the batch has.
     `steps` counts training calls, for random ops. `executables` has, per kind of call, one for each kind of values
-    that the model reads of its inputs, the last used first. `gather` makes inputs whole; None: they are.
+    that the model reads of its inputs, the last used first. `gather` makes inputs whole; None: they are. `bindings`
+    and `checked`: what `step.bound` and `parameters.checked` found out that holds for the next call too.
     """
 
     mesh: DeviceMesh
@@ -58,6 +60,13 @@ class Runtime:
     unreduced: dict[int, tuple[Executable, Unreduced, list[torch.dtype]]] = field(default_factory=dict)
     executables: dict[Any, list[Executable]] = field(default_factory=dict)
     with_all: dict[int, Executable] = field(default_factory=dict)
+    bindings: dict[int, tuple[Executable, Any]] = field(default_factory=dict)
+    checked: Any = None
+
+    @functools.cached_property
+    def parameter_slots(self) -> tuple[tree.Slot, ...]:
+        """Where each parameter hangs, in the order of `specs`."""
+        return tuple(self.slots[name] for name in self.specs)
 
     @property
     def axis_sizes(self) -> tuple[int, ...]:

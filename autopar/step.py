@@ -16,14 +16,41 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from autopar import stored
+from autopar.gradient import Gradient
 from autopar.held import hold, reduced
+from autopar.parameters import Checked
 from autopar.runtime import Executable, Runtime, device_of, has_gradients
 from autopar.together import watch
 from passes.autocast import autocast_as
 from passes.errors import PlanMismatchError
-from passes.local import LocalProgram
+from passes.local import LocalProgram, Storage
 from passes.lower import laid_out
 from passes.program import Program
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What is the same in each call of an executable: where its values come from and how its results go back."""
+
+    parameters: tuple[tuple[int, int], ...]
+    """Placeholder and number of each parameter, as `Runtime.specs` has them."""
+    padded: tuple[tuple[int, Storage], ...]
+    """Placeholders of parameters whose parts are stored without what fills them up."""
+    others: tuple[tuple[int, Any], ...]
+    """The other placeholders but tangents."""
+    placeholders: int
+    changed: frozenset[str]
+    """Buffers that the step writes to."""
+    results: tuple[Any, ...]
+    """Outputs and new buffers."""
+    returned: tuple[tuple[Any, tuple[int, ...]] | None, ...]
+    """Per output: the spec of the DTensor it becomes and the shape of its part, None for a plain tensor."""
+    constant: tuple[bool, ...]
+    """Per output: whether it has no gradient."""
+    gradients: tuple[str, ...]
+    outputs: tuple[str, ...]
+    """Names of the outputs; of those that are one scalar, the one that has the tangent."""
+    tangents: frozenset[str]
 
 
 @dataclass
@@ -32,33 +59,33 @@ class Step:
 
     runtime: Runtime
     executable: Executable
+    binding: Binding
+    parameters: Checked
     values: list[torch.Tensor]
-    differentiable: list[Any]
-    """Parameters, then inputs that require gradients."""
-    names: list[str]
-    """Of `differentiable`, as the program's gradients are named."""
-    returned: list[Any]
-    """Per output: the spec of the DTensor it becomes, None for a plain tensor."""
+    inputs: list[tuple[str, torch.Tensor]]
+    """Inputs that require gradients, by the names of these in the program."""
     with_all: Callable[[], Executable] | None = None
+
+    @property
+    def differentiable(self) -> list[Any]:
+        """Parameters, then inputs that require gradients."""
+        return [*self.parameters.tensors, *(value for _, value in self.inputs)]
 
     def run(self) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """Outputs as the caller gets them, and what the backward needs; new buffers are written back."""
-        local = self.executable.local
         with autocast_as(None):
             results, saved = self.executable.lowered.forward(self.values)
-        kinds = [output for output in local.outputs if output.kind != "gradient"]
         outputs: list[torch.Tensor] = []
-        returned = iter(self.returned)
+        returned = iter(self.binding.returned)
         with torch.no_grad():
-            for value, output in zip(results, kinds, strict=True):
+            for value, output in zip(results, self.binding.results, strict=True):
                 if output.kind == "buffer":
                     table, key = self.runtime.slots[output.name]
                     table[key].copy_(value)
                     continue
-                of = next(returned)
-                if of is not None:
-                    mine = stored.part_shape(output.storage, self.runtime.axis_sizes, self.runtime.coordinate)
-                    value = stored.distributed(stored.unpad(value.contiguous(), mine), of)
+                if (of := next(returned)) is not None:
+                    spec, mine = of
+                    value = stored.distributed(stored.unpad(value.contiguous(), mine), spec)
                 # A model may return one tensor under two names; autograd tells outputs apart by the tensor.
                 outputs.append(value.detach() if any(value is other for other in outputs) else value)
         return outputs, saved
@@ -69,9 +96,8 @@ class Step:
             return self._gradients(executable, saved, tangents)
 
     def _gradients(self, executable: Executable, saved: Any, tangents: Any) -> dict[str, Any]:
-        lowered, local = executable.lowered, executable.local
-        runtime = self.runtime
-        names = [output.name for output in local.outputs if output.kind == "gradient"]
+        lowered, runtime = executable.lowered, self.runtime
+        names = _binding(runtime, executable).gradients
         if runtime.syncs and not runtime.unreduced:
             return dict(zip(names, lowered.backward(saved, tangents), strict=True))
         values, terms = lowered.backward_alone(saved, tangents)
@@ -85,41 +111,79 @@ class Step:
 
 
 def bound(
-    runtime: Runtime, executable: Executable, parameters: Mapping[str, Any], inputs: Sequence[torch.Tensor],
+    runtime: Runtime, executable: Executable, parameters: Checked, inputs: Sequence[torch.Tensor],
     device: torch.device,
 ) -> Step:  # fmt: skip
     """A call's values in the order of the executable's placeholders."""
-    local, sizes = executable.local, runtime.axis_sizes
-    changed = {output.name for output in local.outputs if output.kind == "buffer"}
+    binding, sizes = _binding(runtime, executable), runtime.axis_sizes
+    values: list[Any] = [None] * binding.placeholders
+    for place, number in binding.parameters:
+        values[place] = parameters.parts[number]
+    for place, storage in binding.padded:
+        values[place] = stored.pad(values[place], storage, sizes)
     given = iter(inputs)
-    values, names, differentiable = [], list(parameters), list(parameters.values())
-    for entry in local.inputs:
-        if entry.kind == "parameter":
-            values.append(stored.pad(stored.local_part(parameters[entry.name]), entry.storage, sizes))
-        elif entry.kind == "buffer":
+    differentiable = []
+    for place, entry in binding.others:
+        if entry.kind == "buffer":
             table, key = runtime.slots[entry.name]
-            if table[key].device != device:
-                raise PlanMismatchError(f"buffer {entry.name} is on {table[key].device} but the mesh is on {device}")
+            value = table[key]
+            if value.device != device:
+                raise PlanMismatchError(f"buffer {entry.name} is on {value.device} but the mesh is on {device}")
             # One that this step changes is read by the backward as it was before.
-            values.append(table[key].clone() if entry.name in changed else table[key])
+            values[place] = value.clone() if entry.name in binding.changed else value
         elif entry.kind == "input":
             value = next(given)
             wanted = entry.storage.computed_shape(sizes)
             if tuple(value.shape) != wanted:
                 raise PlanMismatchError(f"{entry.name} has shape {tuple(value.shape)}; the plan is for {wanted}")
-            values.append(value.detach())
+            values[place] = value.detach()
             if value.requires_grad:
-                names.append(entry.name)
-                differentiable.append(value)
+                differentiable.append((entry.name, value))
         elif entry.kind == "seed":
-            values.append(torch.stack([_number(runtime.seed, device), _number(runtime.steps, device)]))
+            values[place] = torch.stack([_number(runtime.seed, device), _number(runtime.steps, device)])
             runtime.steps += 1
         elif entry.kind == "coordinate":
-            coordinate = runtime.mesh.get_coordinate()
-            assert coordinate is not None
-            index = coordinate[[name for name, _ in local.axes].index(entry.name)]
-            values.append(_constant(index, device))
-    return Step(runtime, executable, values, differentiable, names, _returned(runtime, local))
+            index = runtime.coordinate[[name for name, _ in executable.local.axes].index(entry.name)]
+            values[place] = _constant(index, device)
+    return Step(runtime, executable, binding, parameters, values, differentiable)
+
+
+def _binding(runtime: Runtime, executable: Executable) -> Binding:
+    """The executable's, made once."""
+    known = runtime.bindings.get(id(executable))
+    if known is None:
+        known = runtime.bindings[id(executable)] = executable, _bind(runtime, executable.local)
+    found: Binding = known[1]
+    return found
+
+
+def _bind(runtime: Runtime, local: LocalProgram) -> Binding:
+    sizes = runtime.axis_sizes
+    number = {name: index for index, name in enumerate(runtime.specs)}
+    places = [(place, entry) for place, entry in enumerate(e for e in local.inputs if e.kind != "tangent")]
+    parameters = [(place, entry) for place, entry in places if entry.kind == "parameter"]
+    results = tuple(output for output in local.outputs if output.kind != "gradient")
+    declared = [output for output in local.program.outputs if output.kind == "output"]
+    asked = frozenset(entry.name for entry in local.inputs if entry.kind == "tangent")
+    of_one = _one_name(local.program, asked)
+    names = [output.name for output in results if output.kind == "output"]
+    return Binding(
+        parameters=tuple((place, number[entry.name]) for place, entry in parameters),
+        padded=tuple(
+            (place, entry.storage)
+            for place, entry in parameters
+            if stored.part_shape(entry.storage, sizes, runtime.coordinate) != entry.storage.padded_shape(sizes)
+        ),
+        others=tuple((place, entry) for place, entry in places if entry.kind != "parameter"),
+        placeholders=len(places),
+        changed=frozenset(output.name for output in results if output.kind == "buffer"),
+        results=results,
+        returned=_returned(runtime, local),
+        constant=tuple(not output.requires_grad for output in declared),
+        gradients=tuple(output.name for output in local.outputs if output.kind == "gradient"),
+        outputs=tuple(of_one.get(name, name) for name in names),
+        tangents=asked,
+    )
 
 
 def _number(value: int, device: torch.device) -> torch.Tensor:
@@ -133,7 +197,7 @@ def _constant(value: int, device: torch.device) -> torch.Tensor:
     return _number(value, device)
 
 
-def _returned(runtime: Runtime, local: LocalProgram) -> list[Any]:
+def _returned(runtime: Runtime, local: LocalProgram) -> tuple[tuple[Any, tuple[int, ...]] | None, ...]:
     """How each output goes back: beside a loss, what is no scalar is a DTensor; else all is plain."""
     program, sizes = local.program, runtime.axis_sizes
     nodes: Any = local.graph.graph.output_node().args[0]
@@ -144,13 +208,14 @@ def _returned(runtime: Runtime, local: LocalProgram) -> list[Any]:
     ]
     scalar = any(not output.storage.shape and dtype.is_floating_point for output, dtype in outputs)
     if not (program.has_loss or (scalar and not has_gradients(local))):
-        return [None] * len(outputs)
-    return [
-        stored.spec(runtime.mesh, stored.placements(output.storage, sizes, output.name), output.storage.shape, dtype)
-        if output.storage.shape
-        else None
-        for output, dtype in outputs
-    ]
+        return (None,) * len(outputs)
+
+    def returned(output: Any, dtype: torch.dtype) -> tuple[Any, tuple[int, ...]]:
+        layout = stored.placements(output.storage, sizes, output.name)
+        mine = stored.part_shape(output.storage, sizes, runtime.coordinate)
+        return stored.spec(runtime.mesh, layout, output.storage.shape, dtype), mine
+
+    return tuple(returned(output, dtype) if output.storage.shape else None for output, dtype in outputs)
 
 
 class Differentiable(torch.autograd.Function):
@@ -162,8 +227,7 @@ class Differentiable(torch.autograd.Function):
         ctx.step = step
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
-        declared = [output for output in step.executable.local.program.outputs if output.kind == "output"]
-        ctx.mark_non_differentiable(*(o for o, d in zip(outputs, declared, strict=True) if not d.requires_grad))
+        ctx.mark_non_differentiable(*(o for o, c in zip(outputs, step.binding.constant, strict=True) if c))
         return tuple(outputs)
 
     @staticmethod
@@ -171,21 +235,18 @@ class Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         step: Step = ctx.step
         if all(gradient is None for gradient in gradients):
-            return (None,) * (1 + len(step.names))
+            return (None,) * (1 + len(step.differentiable))
         with watch().watching():
             return Differentiable._backward(ctx, step, gradients)
 
     @staticmethod
     def _backward(ctx: Any, step: Step, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
-        local, runtime = step.executable.local, step.runtime
-        outputs = [output.name for output in local.outputs if output.kind == "output"]
-        asked = {entry.name for entry in local.inputs if entry.kind == "tangent"}
-        of_one = _one_name(local.program, asked)
+        local, runtime, binding = step.executable.local, step.runtime, step.binding
         arrived: dict[str, torch.Tensor] = {}
-        for name, gradient in zip((of_one.get(name, name) for name in outputs), gradients, strict=True):
+        for name, gradient in zip(binding.outputs, gradients, strict=True):
             if gradient is not None:
                 arrived[name] = arrived[name] + gradient if name in arrived else gradient
-        if arrived.keys() <= asked:
+        if arrived.keys() <= binding.tangents:
             saved = list(ctx.saved_tensors)
             if (clear := getattr(ctx, "maybe_clear_saved_tensors", None)) is not None:
                 clear()
@@ -197,7 +258,7 @@ class Differentiable(torch.autograd.Function):
             # That program averages over the batch's ranks what each brings; these are gradients of one global value.
             tangents = _tangents(runtime, other.local, arrived, runtime.batch_ranks)
             found = step.gradients(other, saved, tangents)
-        return None, *(_as_stored(runtime, name, found.get(name)) for name in step.names)
+        return None, *_as_stored(step, found), *(found.get(name) for name, _ in step.inputs)
 
 
 def _one_name(program: Program, asked: Collection[str]) -> dict[str, str]:
@@ -234,11 +295,16 @@ def _tangents(
     return result
 
 
-def _as_stored(runtime: Runtime, name: str, gradient: torch.Tensor | None) -> torch.Tensor | None:
-    """A local gradient as autograd wants it: a parameter's as its DTensor, an input's as it is."""
-    if gradient is None or name not in runtime.specs:
-        return gradient
-    table, key = runtime.slots[name]
-    mine = stored.local_part(table[key])
-    gradient = laid_out(stored.unpad(gradient, mine.shape), mine.stride())  # fused optimizers take both as they lie
-    return stored.distributed(gradient, runtime.specs[name])
+def _as_stored(step: Step, found: Mapping[str, torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The parameters' gradients as DTensors, each laid out as its parameter: fused optimizers take both as they lie."""
+    made: list[torch.Tensor | None] = []
+    for (name, of), (shape, stride) in zip(step.runtime.specs.items(), step.parameters.layouts, strict=True):
+        gradient = found.get(name)
+        if gradient is not None:
+            if gradient.shape != shape:
+                gradient = stored.unpad(gradient, shape)
+            if gradient.stride() != stride:
+                gradient = laid_out(gradient, stride)
+            gradient = Gradient.of(gradient, of)
+        made.append(gradient)
+    return made

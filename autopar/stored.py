@@ -3,8 +3,8 @@
 A `Storage` splits a tensor for computation (by mesh axes in their order, in chunks as `torch.chunk` cuts them) and
 then, only to store it, cuts one dim of each part over the state axes: dim 0, or another where dim 0 is split unevenly.
 DTensor reads placements from left to right, so a state axis that comes before axes which split dim 0 for computation
-is `_StridedShard(0, split_factor)`, as FSDP2 writes it on top of tensor parallelism. This is the one file that uses
-DTensor's private names.
+is `_StridedShard(0, split_factor)`, as FSDP2 writes it on top of tensor parallelism. This file and
+`gradient.py` are those that use DTensor's private names.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def spec(
 
 def distributed(part: torch.Tensor, of: DTensorSpec) -> DTensor:
     """The DTensor whose local part is `part`, with no dispatch, check or communication."""
-    return DTensor(part, of, requires_grad=False)
+    return DTensor.__new__(DTensor, part, of, requires_grad=False)  # __init__ does nothing, and takes longer
 
 
 def local_part(tensor: DTensor) -> torch.Tensor:

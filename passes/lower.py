@@ -10,6 +10,7 @@ backward are one region each, collectives and all. This is the one file that cal
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor import compile as inductor_compile
+from torch._inductor.output_code import CompiledFxGraph
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -26,7 +28,7 @@ from passes.gloo import for_gloo
 from passes.graphs import graph_module
 from passes.layers import layer_patterns
 from passes.local import COLLECTIVES, LocalProgram
-from passes.outer import Boxed, Outer, Planned, assembled, op_step
+from passes.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.overlap import arranged
 from passes.partition import Halves, Recompute, split
 from passes.regions import Call, Cut, Region, calls, cut
@@ -86,7 +88,10 @@ class Lowered:
 
     def forward(self, values: Tensors) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]:
         """Outputs and new buffers, and what `backward` needs of the step: saved placeholders, then saved values."""
-        values = [laid_out(value, stride) for value, stride in zip(values, self.strides, strict=False)]
+        values = [
+            value if value.stride() == stride else laid_out(value, stride)
+            for value, stride in zip(values, self.strides, strict=False)
+        ]
         with torch.no_grad():
             inputs = tuple(values[index] for index in self.halves.saved_inputs)
             results = tuple(self.call_forward(values))
@@ -131,12 +136,13 @@ class Lowered:
 
 def lower(
     local: LocalProgram, *, device: torch.device | str = "cpu", compile: bool, recompute: Recompute = "auto",
-    rank: int = 0,
+    rank: int = 0, pipelined: bool = False,
 ) -> Lowered:  # fmt: skip
     """Forward and backward of `local` on `device`, through Inductor where `compile`.
 
     Collectives must already name process groups (`bind_groups`). Every rank makes the same graphs; by its `rank` each
     compiles them in another order, and finds in Inductor's cache what others on its machine have done by then.
+    pipelined: products beside collectives of regions are micro-pipelined, in groups that share memory.
     """
     device = torch.device(device)
     local = replace(local, graph=retarget(local.graph, device))
@@ -149,7 +155,8 @@ def lower(
     strides = tuple(tuple(node.meta["val"].stride()) for node in ordered)
     layer_of = _layers(local)
     constant = {n.name for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind in CONSTANT_KINDS}
-    run = _Runner(device, compile, layer_of, constant)
+    body = functools.partial(compiled, pipelined=pipelined) if compile else _interpreted
+    run = _Runner(device, body, layer_of, constant)
     run.compile_all(halves, rank)
     forward = run(halves.forward, backward=False)
     backward = None if halves.backward is None else run(halves.backward, backward=True)
@@ -175,10 +182,11 @@ class _Runner:
     """Makes callables of graphs; what is alike is compiled once."""
 
     def __init__(
-        self, device: torch.device, compile: bool, layer_of: Callable[[str], str], constants: AbstractSet[str]
-    ) -> None:
+        self, device: torch.device, run: Callable[[fx.GraphModule], Boxed], layer_of: Callable[[str], str],
+        constants: AbstractSet[str],
+    ) -> None:  # fmt: skip
         self.device = device
-        self.run = compiled if compile else _interpreted
+        self.run = run
         self.layer_of = layer_of
         self.constants = constants
         self.bodies: dict[fx.GraphModule, Boxed] = {}
@@ -207,7 +215,7 @@ class _Runner:
         parts = cut(gm, constants, (lambda _: "") if whole else self.layer_of, backward)
         return parts, dict(zip(parts.regions, calls(gm, parts.regions), strict=True))
 
-    def _outer(self, gm: fx.GraphModule, parts: Cut, each: Mapping[Region, Call], results: Any) -> Outer:
+    def _outer(self, gm: fx.GraphModule, parts: Cut, each: Mapping[Region, Call], results: Any) -> Boxed:
         attributes = {node: _attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
         inputs = list(gm.graph.find_nodes(op="placeholder"))
         planned = (
@@ -239,9 +247,7 @@ class _Runner:
     def _region_step(self, call: Call) -> Planned:
         body = self._body(call.body)
         scalars = [torch.tensor(value, dtype=torch.int64, device=self.device) for value in call.scalars]
-        if not scalars:
-            return Planned(body, call.reads, call.gives, True)
-        return Planned(lambda given: body(given + scalars), call.reads, call.gives, True)
+        return region_step(body, [*call.reads, *scalars], call.gives)
 
 
 def _repeats(calls_: Mapping[Region, Call]) -> bool:
@@ -265,15 +271,47 @@ def _interpreted(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
     return lambda values: fx.Interpreter(gm).boxed_run(values)
 
 
-def compiled(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
+def compiled(gm: fx.GraphModule, pipelined: bool = False) -> Callable[[list[torch.Tensor]], Any]:
     """`gm` through Inductor, for inputs like its placeholders' fake values."""
     if not any(node.op == "call_function" for node in gm.graph.nodes):
         return _interpreted(gm)
     with FakeTensorMode(shape_env=ShapeEnv()):  # Inductor's cache of compiled graphs asks for one
         examples = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
     sends = any(node.target in COLLECTIVES for node in gm.graph.nodes)
+    settings = {**_AS_ORDERED, "_micro_pipeline_tp": pipelined} if sends else None
     with torch.no_grad():
-        return inductor_compile(_of_a_list(gm), [examples], _AS_ORDERED if sends else None)  # type: ignore[list-item, no-any-return]
+        made = inductor_compile(_of_a_list(gm), [examples], settings)  # type: ignore[list-item]
+    return _within(made)
+
+
+def _within(made: Callable[[list[torch.Tensor]], Any]) -> Callable[[list[torch.Tensor]], Any]:
+    """The compiled code in what Inductor gives; `made` itself where it is not found.
+
+    What is around it (flattening, autograd's and autocast's states, mutations and aliases to restore) does nothing for
+    a functional graph of plain tensors that runs without gradients, and takes longer than a small layer's kernels.
+    """
+    found: dict[int, CompiledFxGraph] = {}
+    seen: set[int] = set()
+    stack: list[Any] = [made]
+    while stack:
+        each = stack.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, CompiledFxGraph):
+            found[id(each)] = each
+        elif inspect.isfunction(each):
+            stack += [cell.cell_contents for cell in each.__closure__ or () if cell.cell_contents is not each]
+        elif isinstance(each, functools.partial):
+            stack += [each.func, *each.args]
+        elif inspect.ismethod(each):
+            stack += [each.__func__, each.__self__]
+        elif callable(inner := getattr(each, "compiled_fn", None)):
+            stack.append(inner)
+    if len(found) != 1:
+        return made
+    (graph,) = found.values()
+    return lambda values: graph(values)  # a function, as `made` is: copies of a module share it
 
 
 def _of_a_list(gm: fx.GraphModule) -> fx.GraphModule:

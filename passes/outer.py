@@ -1,7 +1,16 @@
 """The outer program: regions and collectives called one after the other, values dropped at their last use.
 
-A value has a numbered slot. A step takes the values it reads as one list, which is the last to hold those that are not
-read again, so that compiled code can free them while it runs.
+It is Python without a loop, written once:
+
+    def outer(values):
+        v0, v1, v2 = values
+        values.clear()
+        v3 = f0(v0, 2, 'default')          # a node of the graph, its operands and constants as they are
+        v4 = f1(v3)
+        given = [v1, v4]; del v1           # a region takes a list, which is the last to hold what is not read again,
+        v5, v6 = f2(given)                 # so that compiled code can free it while it runs
+        ...
+        return v5, None, v9
 """
 
 from __future__ import annotations
@@ -19,135 +28,116 @@ Boxed = Callable[[list[Any]], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One call. `reads`, `frees` and `writes` are slots; a step with one slot to write gives the value itself, unless
-    `many`."""
-
-    call: Boxed
-    reads: tuple[int, ...]
-    frees: tuple[int, ...]
-    writes: tuple[int, ...]
-    many: bool
-
-
-@dataclass(frozen=True)
-class Outer:
-    """A graph as steps; called with a list of its inputs, which it empties."""
-
-    steps: tuple[Step, ...]
-    slots: int
-    inputs: tuple[int, ...]
-    constants: tuple[tuple[int, Any], ...]
-    results: tuple[tuple[bool, Any], ...]
-    """Per output: a slot, or a value that is no tensor of the graph."""
-
-    def __call__(self, values: list[Any]) -> tuple[Any, ...]:
-        held: list[Any] = [None] * self.slots
-        for slot, value in zip(self.inputs, values, strict=True):
-            held[slot] = value
-        value = None
-        values.clear()
-        for slot, constant in self.constants:
-            held[slot] = constant
-        for step in self.steps:
-            given = [held[slot] for slot in step.reads]
-            for slot in step.frees:
-                held[slot] = None
-            made = step.call(given)
-            del given
-            if step.many:
-                for slot, value in zip(step.writes, made, strict=True):
-                    held[slot] = value
-                value = None
-            else:
-                held[step.writes[0]] = made
-            del made
-        return tuple(held[value] if is_slot else value for is_slot, value in self.results)
-
-
-@dataclass(frozen=True)
 class Planned:
-    """A step before its slots are numbered."""
+    """A step of the outer program: a region, which takes one list and gives a tuple, or a node on its own.
 
-    call: Boxed
-    reads: tuple[fx.Node, ...]
+    arguments: what a region's list holds, or the positional arguments of a node's op; nodes in it are read.
+    """
+
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
     writes: tuple[fx.Node, ...]
-    many: bool
+    is_region: bool
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        """The nodes among the arguments."""
+        found: dict[fx.Node, None] = {}
+        fx.map_arg((self.arguments, dict(self.keywords)), lambda node: found.setdefault(node))
+        return tuple(found)
 
 
-def assembled(
-    inputs: Sequence[fx.Node], planned: Iterable[Planned], results: Sequence[Any], constants: Mapping[fx.Node, Any]
-) -> Outer:
-    """`planned` steps from `inputs` to `results`; `constants` are values that are there from the start."""
-    steps = list(planned)
-    number: dict[fx.Node, int] = {}
-    for node in (*inputs, *constants, *(n for step in steps for n in step.writes)):
-        number[node] = len(number)
-    last = {node: index for index, step in enumerate(steps) for node in (*step.writes, *step.reads)}
-    kept = {node for node in results if isinstance(node, fx.Node)}
-    ends: list[list[int]] = [[] for _ in steps]
-    for node, index in last.items():
-        if node not in kept:
-            ends[index].append(number[node])
-    return Outer(
-        tuple(
-            Step(
-                step.call,
-                tuple(number[node] for node in step.reads),
-                tuple(slot for slot in ends[index] if slot not in {number[n] for n in step.writes}),
-                tuple(number[node] for node in step.writes),
-                step.many,
-            )
-            for index, step in enumerate(steps)
-        ),
-        len(number),
-        tuple(number[node] for node in inputs),
-        tuple((number[node], value) for node, value in constants.items()),
-        tuple((True, number[r]) if isinstance(r, fx.Node) else (False, r) for r in results),
-    )
+def region_step(call: Boxed, given: Sequence[Any], gives: Sequence[fx.Node]) -> Planned:
+    """A region's call; what is `given` are nodes and tensors."""
+    return Planned(call, tuple(given), {}, tuple(gives), True)
 
 
 def op_step(node: fx.Node) -> Planned:
     """A node of a graph as a step of its own."""
-    reads = tuple(node.all_input_nodes)
-    place = {operand: index for index, operand in enumerate(reads)}
     target: Any = node.target
-    if target is _REDUCE and reads[0].target is torch.ops.aten.cat.default and len(reads[0].users) == 1:
+    operand: Any = node.args[0]
+    if target is _REDUCE and operand.target is torch.ops.aten.cat.default and len(operand.users) == 1:
         target = torch.ops._c10d_functional.all_reduce_.default  # what was packed for it alone is its own to write to
-
-    def filled(argument: Any, given: Sequence[Any]) -> Any:
-        return fx.map_arg(argument, lambda operand: given[place[operand]])
-
-    if not node.kwargs and all(isinstance(argument, fx.Node) or _plain(argument) for argument in node.args):
-        arguments: list[tuple[bool, Any]]
-        arguments = [(True, place[a]) if isinstance(a, fx.Node) else (False, a) for a in node.args]
-
-        def call(given: list[Any]) -> Any:
-            return target(*(given[value] if is_read else value for is_read, value in arguments))
-
-    elif not node.kwargs and _are_nodes(node.args[0]) and all(map(_plain, node.args[1:])):
-        operands: Any = node.args[0]
-        first, rest = [place[operand] for operand in operands], node.args[1:]
-
-        def call(given: list[Any]) -> Any:
-            return target([given[index] for index in first], *rest)
-
-    else:
-
-        def call(given: list[Any]) -> Any:
-            return target(*filled(node.args, given), **filled(node.kwargs, given))
-
-    return Planned(call, reads, (node,), False)
+    return Planned(target, tuple(node.args), node.kwargs, (node,), False)
 
 
-def _are_nodes(argument: Any) -> bool:
-    return isinstance(argument, list | tuple) and all(isinstance(item, fx.Node) for item in argument)
+def assembled(
+    inputs: Sequence[fx.Node], planned: Iterable[Planned], results: Sequence[Any], constants: Mapping[fx.Node, Any]
+) -> Boxed:
+    """What runs `planned` from a list of `inputs`, which it empties, to `results`; `constants` are there already."""
+    steps = list(planned)
+    text = _Text(constants)
+    reads = [step.reads for step in steps]
+    last = {node: index for index, step in enumerate(steps) for node in (*step.writes, *reads[index])}
+    kept = {node for node in results if isinstance(node, fx.Node)} | constants.keys()
+    dropped: list[list[str]] = [[] for _ in steps]
+    for node, index in last.items():
+        if node not in kept:
+            dropped[index].append(text(node))
+    if inputs:
+        text.line(f"{', '.join(map(text, inputs))}, = values")
+    text.line("values.clear()")
+    text.drop([text(node) for node in inputs if node not in last and node not in kept])
+    for step, ends in zip(steps, dropped, strict=True):
+        written = {text(node) for node in step.writes}
+        arguments = ", ".join(map(text, step.arguments))
+        if step.is_region:
+            text.line(f"given = [{arguments}]")
+            text.drop([name for name in ends if name not in written])
+            left = "".join(f"{text(node)}, " for node in step.writes)
+            text.line(f"{left and left + '= '}{text(step.call)}(given)")
+            text.drop([name for name in ends if name in written])
+        else:
+            keywords = "".join(f", {name}={text(value)}" for name, value in step.keywords.items())
+            text.line(f"{text(step.writes[0])} = {text(step.call)}({arguments}{keywords})")
+            text.drop(ends)
+    text.line(f"return ({''.join(text(result) + ', ' for result in results)})")
+    return text.function()
 
 
-def _plain(argument: Any) -> bool:
-    """Whether an argument holds no node."""
-    if isinstance(argument, list | tuple):
-        return all(map(_plain, argument))
-    return argument is None or isinstance(
-        argument, bool | int | float | str | torch.dtype | torch.device | torch.memory_format | torch.layout
-    )
+class _Text:
+    """A function's source as it is written, and the objects that it names."""
+
+    def __init__(self, constants: Mapping[fx.Node, Any]) -> None:
+        self.lines = ["def outer(values):"]
+        self.names: dict[fx.Node, str] = {}
+        self.objects: dict[str, Any] = {}
+        self.known: dict[int, str] = {}
+        for node, value in constants.items():
+            self.names[node] = self._named(value)
+
+    def __call__(self, value: Any) -> str:
+        """`value` as source; a node is its variable."""
+        if isinstance(value, fx.Node):
+            return self.names.setdefault(value, f"v{len(self.names)}")
+        if isinstance(value, list):
+            return f"[{', '.join(map(self, value))}]"
+        if isinstance(value, tuple):
+            return f"({''.join(self(item) + ', ' for item in value)})"
+        if isinstance(value, slice):
+            return f"slice({self(value.start)}, {self(value.stop)}, {self(value.step)})"
+        if value is None or type(value) in (bool, int, str):
+            return repr(value)
+        return self._named(value)
+
+    def _named(self, value: Any) -> str:
+        """A name of the object `value`."""
+        if id(value) not in self.known:
+            self.known[id(value)] = name = f"f{len(self.known)}"
+            self.objects[name] = value
+        return self.known[id(value)]
+
+    def line(self, text: str) -> None:
+        self.lines.append(f"    {text}")
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Forgets the variables `names`."""
+        if names:
+            self.line(f"del {', '.join(names)}")
+
+    def function(self) -> Boxed:
+        """The function, compiled."""
+        exec(compile("\n".join(self.lines), "<autopar outer program>", "exec"), self.objects)
+        made: Boxed = self.objects.pop("outer")
+        return made

@@ -38,7 +38,7 @@ import autopar
 
 
 def measure_train(device: str, small: bool, how: str, dtype: str) -> dict[str, Any]:
-    """`how` is eager, torch.compile or autopar."""
+    """`how` is eager, torch.compile (with CUDA graphs) or autopar."""
     config = SMALL if small else TRAINED
     rows, length, steps = (2, 16, 4) if small else (8, 1024, 20)
     with tempfile.NamedTemporaryFile() as store:
@@ -54,15 +54,15 @@ def measure_train(device: str, small: bool, how: str, dtype: str) -> dict[str, A
             start = time.perf_counter()
             model = autopar.parallelize(model, mesh, example, options=options)
             prepared_s = time.perf_counter() - start
-        elif how == "torch.compile":
-            model.compile()
+        elif how.startswith("torch.compile"):
+            model.compile(mode="reduce-overhead" if how.endswith("CUDA graphs") else None)
         peak_reset(device)
         losses, seconds = trained(model, config, rows, length, steps, device)
         peak = peak_bytes(device)
         dist.destroy_process_group()
     return {
         "how": how, "dtype": dtype, "losses": losses, "step_s": median(seconds[steps // 2 :]),
-        "prepared_s": prepared_s + (seconds[0] if how == "torch.compile" else 0.0), "peak_bytes": peak,
+        "prepared_s": prepared_s + (seconds[0] if how.startswith("torch.compile") else 0.0), "peak_bytes": peak,
         "tokens": rows * length,
     }  # fmt: skip
 
@@ -134,7 +134,9 @@ def main() -> int:
     previous = {"train": [], "rank0": []}
     if arguments.only and (arguments.out / "results.json").exists():
         previous = json.loads((arguments.out / "results.json").read_text())
-    hows = ("eager", "autopar") if arguments.small else ("eager", "torch.compile", "autopar")
+    hows = ("eager", "torch.compile", "torch.compile, CUDA graphs", "autopar")
+    if arguments.small:
+        hows = hows[::3]
     dtypes = ("float32",) if arguments.small else ("float32", "bfloat16")
     train = previous["train"]
     if arguments.only != "rank0":

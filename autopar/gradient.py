@@ -1,0 +1,203 @@
+"""Gradients as DTensors on which a step's list ops take no longer than on plain tensors.
+
+`clip_grad_norm_` and fused or foreach optimizers call one op on the list of all gradients. DTensor's dispatch of such
+an op takes Python per tensor, longer than a small model's kernels. Where the tensors at each place of the lists lie the
+same way over the ranks, the op is that of the local parts: nothing is left to propagate. Anything else goes DTensor's
+own way, and gives DTensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.utils import _pytree as pytree
+from torch.utils._foreach_utils import _foreach_supported_types
+
+aten = torch.ops.aten
+_NORM = aten._foreach_norm.Scalar
+_OF_NORMS = (
+    aten.linalg_vector_norm.default, aten.add.Tensor, aten.mul.Tensor, aten.reciprocal.default, aten.clamp.default
+)  # fmt: skip
+"""What makes one factor of the norms."""
+_NEW = DTensor.__new__
+
+
+class Gradient(DTensor):
+    """A DTensor that a step made; its pickles, copies and results of other ops are DTensors."""
+
+    __slots__: list[str] = []
+
+    @staticmethod
+    def of(part: torch.Tensor, spec: DTensorSpec) -> Gradient:
+        """The gradient whose local part is `part`."""
+        return _NEW(Gradient, part, spec, requires_grad=False)  # type: ignore[return-value]
+
+    def plain(self) -> DTensor:
+        """The same as a DTensor."""
+        made: DTensor = _plain(self)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is aten.detach.default:  # what autograd keeps of a gradient that arrives
+            return _NEW(Gradient, args[0]._local_tensor, args[0]._spec, requires_grad=False)
+        kwargs = kwargs or {}
+        if func is _NORM:
+            made = _norms(*args, **kwargs)
+        elif func is aten.stack.default:
+            made = _stacked(*args, **kwargs)
+        elif func in _OF_NORMS:
+            made = _whole(func, args, kwargs)
+        else:
+            made = _elementwise(func, args, kwargs) if _is_elementwise(func) else NotImplemented
+        if made is not NotImplemented:
+            return made
+        made = func(*pytree.tree_map(_plain, args), **pytree.tree_map(_plain, kwargs))
+        return args[0] if isinstance(args[0], Gradient) and func._schema.name.endswith("_") else made
+
+    @staticmethod
+    def __tensor_unflatten__(inner_tensors: Any, flatten_spec: Any, outer_size: Any, outer_stride: Any) -> Gradient:
+        made: Any = DTensor.__tensor_unflatten__(inner_tensors, flatten_spec, outer_size, outer_stride)
+        return Gradient.of(made._local_tensor, made._spec)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What a compiled optimizer is found by, which is none of one for other DTensors."""
+        return f"{super()._stable_hash_for_caching()} {Gradient.__qualname__}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.plain().__deepcopy__(memo)
+
+
+_foreach_supported_types.append(Gradient)  # as DTensor's module does; `clip_grad_norm_` looks a type up there
+
+
+def _plain(value: Any) -> Any:
+    """A gradient as a DTensor; anything else as it is."""
+    if not isinstance(value, Gradient):
+        return value
+    return _NEW(DTensor, value._local_tensor, value._spec, requires_grad=value.requires_grad)
+
+
+_known: dict[Any, bool] = {}
+
+
+def _is_elementwise(func: Any) -> bool:
+    """Whether an op on lists writes to its first list, element by element."""
+    found = _known.get(func)
+    if found is None:
+        name = func._schema.name.removeprefix("aten::")
+        listed = name.startswith(("_foreach_", "_fused_ad", "_fused_sgd")) and name.endswith("_")
+        found = _known[func] = listed and str(func._schema.arguments[0].type) == "List[Tensor]"
+    return found
+
+
+def _elementwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`func` on local parts, where the lists lie alike and what is no list is whole on each rank."""
+    layouts = [each._spec.placements for each in args[0] if isinstance(each, DTensor)]
+    if len(layouts) != len(args[0]) or not _are_whole_or_split(layouts):
+        return NotImplemented
+    local = [_local(value, layouts) for value in args]
+    named = {key: _local(value, layouts) for key, value in kwargs.items()}
+    if any(value is NotImplemented for value in (*local, *named.values())):
+        return NotImplemented
+    func(*local, **named)
+    return None
+
+
+def _local(value: Any, layouts: list[tuple[Placement, ...]]) -> Any:
+    """The local parts of an argument, lists as `layouts` and tensors whole; NotImplemented where it lies otherwise."""
+    if isinstance(value, list | tuple) and value and isinstance(value[0], DTensor):
+        if len(value) != len(layouts) or not all(isinstance(each, DTensor) for each in value):
+            return NotImplemented
+        found = [each._spec.placements for each in value]
+        if not all(map(is_, found, layouts)) and found != layouts:
+            return NotImplemented
+        return [each._local_tensor for each in value]
+    if isinstance(value, DTensor):
+        return value._local_tensor if _is_whole(value._spec) else NotImplemented
+    return value
+
+
+def _are_whole_or_split(layouts: Sequence[tuple[Placement, ...]]) -> bool:
+    """Whether no part is a term of a sum."""
+    last: Any = None
+    for layout in layouts:
+        if layout != last and any(placement.is_partial() for placement in layout):
+            return False
+        last = layout
+    return True
+
+
+_of_norms: dict[Any, DTensorSpec] = {}
+
+
+def _norms(tensors: Sequence[DTensor], order: Any = 2, dtype: Any = None) -> Any:
+    """Each tensor's norm, its term on this rank."""
+    if dtype is not None or not all(isinstance(each, DTensor) for each in tensors):
+        return NotImplemented
+    made: list[Gradient] = []
+    last: Any = None
+    spec: Any = None
+    for tensor, part in zip(tensors, torch._foreach_norm([each._local_tensor for each in tensors], order), strict=True):
+        of = tensor._spec
+        if of.placements != last or part.dtype != spec.tensor_meta.dtype:  # most lie as the one before
+            last, spec = of.placements, _norm_spec(tensor, part, order)
+        made.append(_NEW(Gradient, part, spec, requires_grad=False))  # type: ignore[arg-type]
+    return made
+
+
+def _norm_spec(tensor: DTensor, part: torch.Tensor, order: Any) -> DTensorSpec:
+    """As DTensor has it, but that a sum over one rank is no sum."""
+    of = tensor._spec
+    key = of.mesh, of.placements, part.dtype, order
+    if key not in _of_norms:
+        layout = _NORM([_plain(tensor)], order)[0]._spec.placements
+        layout = tuple(p if size > 1 else Replicate() for p, size in zip(layout, of.mesh.shape, strict=True))
+        meta = TensorMeta(part.shape, part.stride(), part.dtype)
+        _of_norms[key] = DTensorSpec(of.mesh, layout, tensor_meta=meta)
+    return _of_norms[key]
+
+
+def _stacked(tensors: Sequence[DTensor], dim: int = 0) -> Any:
+    """Scalars in a row; terms of sums stay terms."""
+    if any(not isinstance(each, DTensor) or each._local_tensor.dim() for each in tensors):
+        return NotImplemented
+    first = tensors[0]._spec
+    if any(each._spec is not first and each._spec.placements != first.placements for each in tensors):
+        return NotImplemented
+    row = torch.stack([each._local_tensor for each in tensors], dim)
+    return Gradient.of(row, _like(first, row))
+
+
+def _whole(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`func` of scalars, or of a row of them, that are whole on each rank."""
+    of = args[0]._spec if isinstance(args[0], DTensor) else args[1]._spec
+    local = [each._local_tensor if isinstance(each, DTensor) and _is_whole(each._spec) else each for each in args]
+    if any(isinstance(each, DTensor) or (isinstance(each, torch.Tensor) and each.dim() > 1) for each in local):
+        return NotImplemented
+    result = func(*local, **kwargs)
+    return Gradient.of(result, _like(of, result))
+
+
+def _is_whole(of: DTensorSpec) -> bool:
+    """Whether each rank has all of a tensor."""
+    return all(type(placement) is Replicate for placement in of.placements)
+
+
+_specs: dict[Any, DTensorSpec] = {}
+
+
+def _like(of: DTensorSpec, part: torch.Tensor) -> DTensorSpec:
+    """The spec of a tensor as `part`, placed as `of`, on all ranks of the same shape."""
+    key = of.mesh, of.placements, part.shape, part.dtype
+    if key not in _specs:
+        _specs[key] = DTensorSpec(of.mesh, of.placements, tensor_meta=TensorMeta(part.shape, part.stride(), part.dtype))
+    return _specs[key]

@@ -1,0 +1,110 @@
+"""Gradients of a step, clipped and applied, against the same DTensors without our class, on real ranks."""
+
+import copy
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from autopar.gradient import Gradient
+from autopar.stored import spec
+
+LAYOUTS = {
+    "whole": [(Replicate(), Replicate())],
+    "state": [(Shard(0), Shard(0))],
+    "mixed": [(Replicate(), Replicate()), (Shard(0), Replicate()), (Replicate(), Shard(1)), (Shard(0), Shard(1))],
+    "strided": [(_StridedShard(0, split_factor=2), Shard(0)), (Replicate(), Shard(0))],
+}
+
+
+def parameters(layouts: list, mesh, ours: bool) -> list[nn.Parameter]:
+    """Five parameters per layout, with gradients."""
+    torch.manual_seed(0)
+    made = []
+    for index in range(5 * len(layouts)):
+        layout = layouts[index % len(layouts)]
+        strided = any(isinstance(p, _StridedShard) for p in layout)
+
+        def whole(layout=layout, strided=strided) -> DTensor:
+            full = torch.randn(8, 6)
+            if not strided:
+                return distribute_tensor(full, mesh, layout)
+            part = full.chunk(2)[mesh.get_local_rank("tp")].chunk(2)[mesh.get_local_rank("dp")]
+            return DTensor(part.clone(), spec(mesh, layout, (8, 6), torch.float32), requires_grad=False)
+
+        parameter, gradient = nn.Parameter(whole()), whole()
+        parameter.grad = Gradient.of(gradient._local_tensor, gradient._spec) if ours else gradient
+        made.append(parameter)
+    return made
+
+
+def trained(ours: bool, layouts: list, mesh, order: float, how: dict) -> list[torch.Tensor]:
+    """The norm and the parameters after two steps."""
+    found = parameters(layouts, mesh, ours)
+    optim = torch.optim.AdamW(found, lr=0.1, **how)
+    norms = []
+    for _ in range(2):
+        norms.append(nn.utils.clip_grad_norm_(found, 1.0, order).full_tensor())
+        optim.step()
+    return [*norms, *(p.detach().full_tensor() for p in found)]
+
+
+def compared(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    for name, layouts in LAYOUTS.items():
+        for order, how in ((2.0, {"fused": True}), (2.0, {"foreach": True}), (float("inf"), {"foreach": False})):
+            expected = trained(False, layouts, mesh, order, how)
+            for a, b in zip(trained(True, layouts, mesh, order, how), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=f"{name} {order} {how}")
+
+
+def test_clipping_and_optimizers_give_what_dtensors_give() -> None:
+    run_ranks(compared, 4)
+
+
+@pytest.fixture
+def gradient(tmp_path: Path) -> Iterator[Gradient]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    full = distribute_tensor(torch.arange(6.0).view(2, 3), init_device_mesh("cpu", (1,)), [Shard(0)])
+    yield Gradient.of(full._local_tensor, full._spec)
+    dist.destroy_process_group()
+
+
+def test_it_is_copied_pickled_and_computed_with_as_a_dtensor(gradient: Gradient) -> None:
+    assert type(copy.deepcopy(gradient)) is DTensor
+    assert type(gradient * 2) is DTensor
+    file = io.BytesIO()
+    torch.save(gradient, file)
+    file.seek(0)
+    assert type(torch.load(file, weights_only=True)) is DTensor
+    total = gradient
+    total += gradient
+    assert total is gradient
+    assert gradient.full_tensor().tolist() == [[0, 2, 4], [6, 8, 10]]
+    gradient.zero_()
+    assert not gradient.to_local().any()
+    parameter = nn.Parameter(distribute_tensor(torch.ones(2, 3), gradient.device_mesh, [Shard(0)]))
+    parameter.grad = gradient + 1
+    parameter.grad = Gradient.of(parameter.grad._local_tensor, parameter.grad._spec)
+    twice = copy.deepcopy(parameter)
+    assert torch.equal(twice.grad.to_local(), torch.ones(2, 3))
+
+
+def test_a_compiled_optimizer_takes_them_after_dtensors(gradient: Gradient) -> None:
+    """Torch keeps compiled code by what a tensor says of itself."""
+    found = []
+    for each in (gradient.plain(), gradient):
+        parameter = nn.Parameter(distribute_tensor(torch.ones(2, 3), gradient.device_mesh, [Shard(0)]))
+        parameter.grad = each
+        torch.compile(torch.optim.SGD([parameter], lr=0.5).step, backend="aot_eager")()
+        found.append(parameter.detach().full_tensor())
+    assert torch.equal(found[0], 1 - 0.5 * torch.arange(6.0).view(2, 3))
+    assert torch.equal(found[0], found[1])
