@@ -204,7 +204,11 @@ def peak(buffers: Iterable[Buffer], *, top: int = 10, granularity_bytes: int = 1
     found = list(buffers)
     alive_at = timeline(found, granularity_bytes)
     moment, most = max(alive_at, key=lambda entry: entry[1], default=(0.0, 0))
-    alive = [buffer for buffer in found if buffer.birth <= moment and (buffer.death is None or buffer.death >= moment * _BEFORE)]
+    alive = [
+        buffer
+        for buffer in found
+        if buffer.birth <= moment and (buffer.death is None or buffer.death >= moment * _BEFORE)
+    ]
     by_kind: dict[str, int] = defaultdict(int)
     for buffer in alive:
         by_kind[buffer.kind] += rounded(buffer.bytes, granularity_bytes)
