@@ -1,9 +1,9 @@
-"""Gradients as DTensors on which a step's list ops take no longer than on plain tensors.
+"""Gradients as DTensors on which a step's ops take no longer than on plain tensors.
 
-`clip_grad_norm_` and fused or foreach optimizers call one op on the list of all gradients. DTensor's dispatch of such
-an op takes Python per tensor, longer than a small model's kernels. Where the tensors at each place of the lists lie the
-same way over the ranks, the op is that of the local parts: nothing is left to propagate. Anything else goes DTensor's
-own way, and gives DTensors.
+`clip_grad_norm_` and fused or foreach optimizers call one op on the list of all gradients, others a few ops on each.
+DTensor's dispatch of such an op takes Python per tensor, longer than a small model's kernels. Where the tensors (of
+lists, those at each place) lie the same way over the ranks, the op is that of the local parts: nothing is left to
+propagate. Anything else goes DTensor's own way, and gives DTensors.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class Gradient(DTensor):
             made = _stacked(*args, **kwargs)
         elif func in _OF_NORMS:
             made = _whole(func, args, kwargs)
+        elif _is_pointwise(func):
+            made = _pointwise(func, args, kwargs)
         else:
             made = _elementwise(func, args, kwargs) if _is_elementwise(func) else NotImplemented
         if made is not NotImplemented:
@@ -99,6 +101,40 @@ def _is_elementwise(func: Any) -> bool:
     return found
 
 
+_pointwise_known: dict[Any, bool] = {}
+
+
+def _is_pointwise(func: Any) -> bool:
+    """Whether an op writes to its first tensor, element by element: what a loop over parameters calls."""
+    found = _pointwise_known.get(func)
+    if found is None:
+        found = torch.Tag.pointwise in func.tags and func._schema.name.endswith("_")
+        _pointwise_known[func] = found
+    return found
+
+
+def _pointwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`func` on local parts, where all tensors are alike and none is a term of a sum."""
+    first = args[0]
+    if not isinstance(first, DTensor) or not _are_whole_or_split([first._spec.placements]):
+        return NotImplemented
+    if any(isinstance(each, torch.Tensor) for each in kwargs.values()):
+        return NotImplemented
+    local: list[Any] = []
+    for each in args:
+        if isinstance(each, DTensor):
+            of = each._spec
+            if of.placements != first._spec.placements or of.mesh is not first._spec.mesh or each.shape != first.shape:
+                return NotImplemented
+            local.append(each._local_tensor)
+        elif isinstance(each, torch.Tensor):
+            return NotImplemented
+        else:
+            local.append(each)
+    func(*local, **kwargs)
+    return first
+
+
 def _elementwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """`func` on local parts, where the lists lie alike and what is no list is whole on each rank."""
     layouts = [each._spec.placements for each in args[0] if isinstance(each, DTensor)]
@@ -142,6 +178,8 @@ _of_norms: dict[Any, DTensorSpec] = {}
 def _norms(tensors: Sequence[DTensor], order: Any = 2, dtype: Any = None) -> Any:
     """Each tensor's norm, its term on this rank."""
     if dtype is not None or not all(isinstance(each, DTensor) for each in tensors):
+        return NotImplemented
+    if any(each._spec.mesh is not tensors[0]._spec.mesh for each in tensors):
         return NotImplemented
     made: list[Gradient] = []
     last: Any = None

@@ -185,16 +185,24 @@ def measure_launch(device: torch.device, budget_s: float) -> float:
 
 
 def measure_update(device: torch.device, budget_s: float) -> float:
-    """Seconds of AdamW's step for each parameter, whatever its size; DTensors, where there is a process group."""
-    count = 16
-    params = [torch.nn.Parameter(torch.ones(16, 16, device=device)) for _ in range(count)]
+    """Seconds per parameter, whatever its size, of clipping gradients and of AdamW's step.
+
+    Of DTensors, where there is a process group.
+    """
+    params = [torch.nn.Parameter(torch.ones(16, 16, device=device)) for _ in range(16)]
     if dist.is_initialized():
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         whole = [DTensor.from_local(p.data, mesh, [Replicate()], run_check=False) for p in params]
         params = [torch.nn.Parameter(p) for p in whole]
     for p in params:
         p.grad = torch.ones_like(p)
-    return _seconds(torch.optim.AdamW(params).step, device, budget_s) / count
+    optim = torch.optim.AdamW(params)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optim.step()
+
+    return _seconds(update, device, budget_s) / len(params)
 
 
 def measure_attention(device: torch.device, dtype: torch.dtype, budget_s: float) -> tuple[AttentionSample, ...]:
