@@ -107,7 +107,7 @@ class Device:
     kernel_launch_s: float
     """Paid by every kernel, sharded or not."""
     update_s: float = 0.0
-    """Paid for every parameter when gradients are clipped and applied, whatever its size: ops are dispatched one by one."""
+    """Paid for every parameter when gradients are clipped and applied, whatever its size: ops dispatched one by one."""
     sustained: float = 1.0
     """Share of the best product's rate that products keep through a training step: clocks under the power cap, a
     library's choice of kernel, transposed operands."""
