@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, cycle
 from math import ceil, log
@@ -117,6 +117,7 @@ _CUDA_PAYLOADS = (1 << 12, 1 << 18, 1 << 22, 1 << 25, 1 << 28, 1 << 30)
 
 _TOUCHED_BYTES = 32 << 20
 """What ops on a CPU go over before they come to the same operands again: more than a core's own caches hold."""
+_MOST_OPERANDS = 64
 _KEPT = 4
 """Results of ops that are still there when a CPU makes the next."""
 
@@ -150,32 +151,39 @@ def measure_matmuls(device: torch.device, dtypes: Sequence[torch.dtype], budget_
     for dtype in dtypes:
         for m, n, k in shapes:
             try:
-                left, right = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
-                seconds = _seconds(lambda left=left, right=right: left @ right, device, each_s)  # type: ignore[misc]
+                seconds = _matmul_seconds(m, n, k, dtype, device, each_s)
             except RuntimeError:
                 break
             found.append(MatmulSample(str(dtype).removeprefix("torch."), m, n, k, seconds))
     return tuple(found)
 
 
+def _matmul_seconds(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, budget_s: float) -> float:
+    def operands() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+
+    pairs = _untouched(operands, (m * k + k * n + m * n) * dtype.itemsize, device)
+    return _seconds(lambda: torch.mm(*next(pairs)), device, budget_s)
+
+
 def measure_memory(device: torch.device, budget_s: float) -> tuple[MemorySample, ...]:
-    """`x + y` into a new tensor: two reads and a write.
+    """`x + y` into a new tensor: two reads and a write. On a CPU the last few results are kept, as in a step."""
+    sizes = _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
+    counts = [bytes_moved // 12 for bytes_moved in sizes]
+    return tuple(MemorySample(12 * n, _sum_seconds(n, device, budget_s / len(sizes))) for n in counts)
 
-    On a CPU as a step has it: of operands that were last touched a while ago, while the last few results are kept.
-    """
-    cuda = device.type == "cuda"
-    sizes = _CUDA_BYTES if cuda else _CPU_BYTES
-    found = []
-    for bytes_moved in sizes:
-        count = 1 if cuda else max(1, min(256, _TOUCHED_BYTES // bytes_moved))
-        operands = cycle([torch.ones(bytes_moved // 12, device=device) for _ in range(2 * count)])
-        results: deque[torch.Tensor] = deque(maxlen=1 if cuda else _KEPT)
 
-        def run(operands: Any = operands, results: deque[torch.Tensor] = results) -> None:
-            results.append(next(operands) + next(operands))
+def _sum_seconds(count: int, device: torch.device, budget_s: float) -> float:
+    pairs = _untouched(lambda: (torch.ones(count, device=device), torch.ones(count, device=device)), 12 * count, device)
+    results: deque[torch.Tensor] = deque(maxlen=1 if device.type == "cuda" else _KEPT)
+    return _seconds(lambda: results.append(torch.add(*next(pairs))), device, budget_s)
 
-        found.append(MemorySample(bytes_moved // 12 * 12, _seconds(run, device, budget_s / len(sizes))))
-    return tuple(found)
+
+def _untouched(make: Callable[[], Any], size: int, device: torch.device) -> Iterator[Any]:
+    """Operands for one op after the other, which moves `size` bytes: on a CPU those last touched a while ago, as the
+    operands of a step's ops were."""
+    count = 1 if device.type == "cuda" else max(1, min(_MOST_OPERANDS, _TOUCHED_BYTES // size))
+    return cycle([make() for _ in range(count)])
 
 
 def measure_launch(device: torch.device, budget_s: float) -> float:
@@ -208,13 +216,31 @@ def measure_update(device: torch.device, budget_s: float) -> float:
 def measure_attention(device: torch.device, dtype: torch.dtype, budget_s: float) -> tuple[AttentionSample, ...]:
     """Fused attention, forward and backward, without a mask."""
     heads, sequence, head_size = (32, 4096, 128) if device.type == "cuda" else (4, 512, 64)
-    q, k, v = (torch.randn(1, heads, sequence, head_size, device=device, dtype=dtype).requires_grad_() for _ in "qkv")
     attend = torch.nn.functional.scaled_dot_product_attention
+
+    def operands() -> tuple[torch.Tensor, ...]:
+        shape = (1, heads, sequence, head_size)
+        return tuple(torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in "qkv")
+
+    def run(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        q, k, v = inputs
+        return attend(q, k, v)
+
+    def attended() -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+        inputs = operands()
+        out = run(inputs)
+        return out, inputs, torch.ones_like(out)
+
+    size = 4 * heads * sequence * head_size * dtype.itemsize
+    inputs, outputs = _untouched(operands, size, device), _untouched(attended, 2 * size, device)
     with torch.no_grad():
-        forward_s = _seconds(lambda: attend(q, k, v), device, budget_s / 3)
-    out = attend(q, k, v)
-    grad = torch.ones_like(out)
-    backward_s = _seconds(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), device, budget_s / 3)
+        forward_s = _seconds(lambda: run(next(inputs)), device, budget_s / 3)
+
+    def backward() -> None:
+        out, given, grad = next(outputs)
+        torch.autograd.grad(out, given, grad, retain_graph=True)
+
+    backward_s = _seconds(backward, device, budget_s / 3)
     name = str(dtype).removeprefix("torch.")
     return (
         AttentionSample(name, heads, sequence, head_size, False, forward_s),

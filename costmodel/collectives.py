@@ -236,13 +236,15 @@ _PRICES: dict[str, Callable[[float, Group, Topology], float]] = {
 def taken_shares(axes: Sequence[int], topology: Topology) -> tuple[float, float]:
     """Of SMs and of the memory rate, what a running collective over these axes takes from compute beside it.
 
-    What arrives at a rank's port is written, and read to be sent on.
+    What arrives at a rank's port is written, and read to be sent on. Of a CPU, whose cores do both, the same of either.
     """
     members, device = group(axes, topology), topology.device
     link = _slow_link(members, topology)
     sms = link.sms * (members.in_node if members.nodes > 1 else 1)
     if not sms:
         return 0.0, 0.0
+    if device.is_cpu:
+        return (min(0.9, sms / device.sm_count),) * 2
     memory = 2 * _port_bytes_per_s(members, topology) / (device.memory_bytes_per_s * device.memory_efficiency)
     return min(1.0, sms / device.sm_count), min(1.0, memory)
 

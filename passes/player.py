@@ -452,13 +452,14 @@ class Player:
                 self._record(indices, step, together, start_s, ready_s, last)
                 continue
             start_s = ready_s
-            for axis in step.axes:
+            for axis in self.streams_of(step):
                 if self.free_s[axis] > start_s:
                     start_s, last = self.free_s[axis], self.last_on[axis]
             ready_s = start_s + step.seconds
             last = self._record(indices, step, together, start_s, ready_s, last)
-            for axis in step.axes:
+            for axis in self.streams_of(step):
                 self.free_s[axis], self.last_on[axis] = ready_s, last
+            for axis in step.axes:
                 self.busy_s[axis] += step.seconds
             if step.axes not in self.shares:
                 self.shares[step.axes] = taken_shares(step.axes, self.space.topology)
@@ -467,6 +468,10 @@ class Player:
         for position, index in enumerate(indices):
             (target,) = self.tracks.writes[index]
             self.brought[target] = (ready_s, last, slices_s if position == 0 else 0.0)
+
+    def streams_of(self, step: Step) -> Sequence[int]:
+        """The streams that a collective occupies: on a CPU all, as its cores do what any collective does."""
+        return range(len(self.free_s)) if self.space.topology.device.is_cpu else step.axes
 
     def _merged(self, steps: Sequence[Step]) -> Step:
         """Steps that go together as one."""

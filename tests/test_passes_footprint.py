@@ -42,6 +42,21 @@ def test_the_peak_is_that_of_the_emitted_program(strategy: str, mode: Mode) -> N
     assert schedule.peak_memory_bytes == pytest.approx(emitted, rel=0.08)
 
 
+def test_gloo_packs_what_it_gathers_together_and_receives_all_terms_of_a_sum() -> None:
+    """As many bytes again as buckets of several gathers and all scatters move; NCCL takes none of that."""
+    copies = {}
+    for name in ("cpu", "h100"):
+        space, assignment, _ = planned(program(), {"dp": 4}, "fsdp", name=name)
+        schedule = play(space, assignment, events=True)
+        found = schedule.memory.buffers
+        copies[name] = sum(buffer.bytes for buffer in found if buffer.kind == "communication")
+        gathers = sum(c.bytes for c in schedule.collectives if c.kind == "all_gather" and c.tensors > 1)
+        scatters = sum(c.bytes for c in schedule.collectives if c.kind == "reduce_scatter")
+    assert gathers
+    assert scatters
+    assert copies == {"cpu": gathers + scatters, "h100": 0}
+
+
 def test_a_step_may_be_compiled_in_part() -> None:
     """No op or every op chosen is the uncompiled or the compiled step; without the loss, its fp32 copies of the logits
     are written: 4 bytes for each of 4 x 512 x 2048 on a rank, the logits and their gradient at least."""

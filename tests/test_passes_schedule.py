@@ -159,6 +159,15 @@ def test_gathers_run_one_layer_ahead_and_no_further() -> None:
     assert starts(tape.play()) == [0, 1, 11, 21]  # layer 2's when layer 1 begins, not at 2
 
 
+def test_a_gather_is_issued_where_the_layer_before_begins_not_where_that_gathers() -> None:
+    tape = Tape(quiet(dp=4))
+    first = tape.op(10, tape.op(7, module="layers.0"), tape.gather(4, "layers.0"), module="layers.0")
+    tape.op(10, first, tape.gather(4, "layers.1"), module="layers.1")
+    played = tape.play()
+    assert starts(played) == [0, 4]  # both at the start of layer 0, not at its second op
+    assert played.now_s == 27
+
+
 def test_a_partial_sum_is_waited_for_by_its_reader() -> None:
     tape = Tape(quiet(tp=2))
     tape.op(5, tape.send(3, tape.op(10, module="layers.0"), "layers.0"), module="layers.0")
