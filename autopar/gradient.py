@@ -9,6 +9,7 @@ propagate. Anything else goes DTensor's own way, and gives DTensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from operator import is_
 from typing import Any
 
@@ -88,28 +89,18 @@ def _plain(value: Any) -> Any:
     return _NEW(DTensor, value._local_tensor, value._spec, requires_grad=value.requires_grad)
 
 
-_known: dict[Any, bool] = {}
-
-
+@cache
 def _is_elementwise(func: Any) -> bool:
     """Whether an op on lists writes to its first list, element by element."""
-    found = _known.get(func)
-    if found is None:
-        name = func._schema.name.removeprefix("aten::")
-        listed = name.startswith(("_foreach_", "_fused_ad", "_fused_sgd")) and name.endswith("_")
-        found = _known[func] = listed and str(func._schema.arguments[0].type) == "List[Tensor]"
-    return found
+    name = func._schema.name.removeprefix("aten::")
+    listed = name.startswith(("_foreach_", "_fused_ad", "_fused_sgd")) and name.endswith("_")
+    return listed and str(func._schema.arguments[0].type) == "List[Tensor]"
 
 
-_pointwise_known: dict[Any, bool] = {}
-
-
+@cache
 def _is_pointwise(func: Any) -> bool:
     """Whether an op writes to its first tensor, element by element: what a loop over parameters calls."""
-    found = _pointwise_known.get(func)
-    if found is None:
-        found = torch.Tag.pointwise in func.tags and func._schema.name.endswith("_")
-        _pointwise_known[func] = found
+    found: bool = torch.Tag.pointwise in func.tags and func._schema.name.endswith("_")
     return found
 
 

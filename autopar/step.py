@@ -303,8 +303,6 @@ def _as_stored(step: Step, found: Mapping[str, torch.Tensor | None]) -> list[tor
         if gradient is not None:
             if gradient.shape != shape:
                 gradient = stored.unpad(gradient, shape)
-            if gradient.stride() != stride:
-                gradient = laid_out(gradient, stride)
-            gradient = Gradient.of(gradient, of)
+            gradient = Gradient.of(laid_out(gradient, stride), of)
         made.append(gradient)
     return made

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations, cycle
 from math import ceil, log
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import numpy as np
@@ -339,12 +339,7 @@ def _collective_seconds(
     run()
     once = float(timed(1, *([work] if work else []), run)[0])
     calls = max(4, min(100, int(budget_s / 4 / max(once, 1e-6))))
-    return _middle([block(calls) for _ in range(3)])
-
-
-def _middle(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The pair whose first is in the middle."""
-    return sorted(pairs)[len(pairs) // 2]
+    return median_low([block(calls) for _ in range(3)])
 
 
 def _work() -> Callable[[], Any]:

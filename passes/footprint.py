@@ -24,6 +24,7 @@ from passes.blocks import Block
 from passes.dims import Value, value_of
 from passes.fusion import Fused
 from passes.moves import Move, Run
+from passes.player import KINDS
 from passes.space import Space
 from passes.strategies import StoredOption
 from passes.tracks import Fusing, Tracks
@@ -339,9 +340,10 @@ class _Lives:
                     continue
                 if not step.is_collective:
                     continue
-                scattered = step.kind in ("reduce_scatter", "state_scatter")
+                kind = KINDS.get(step.kind, step.kind)
+                scattered = kind == "reduce_scatter"
                 packed = isinstance(item, Move) and item.bucket >= 0 and tensors[item.bucket] > 1
-                if gloo and (scattered or (packed and step.kind in ("all_gather", "state_gather"))):
+                if gloo and (scattered or (packed and kind == "all_gather")):
                     found.append(Buffer(name, step.full_bytes, start, end, "communication"))
                 if position + 1 < len(done):
                     ways = 1

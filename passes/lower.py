@@ -88,10 +88,7 @@ class Lowered:
 
     def forward(self, values: Tensors) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]:
         """Outputs and new buffers, and what `backward` needs of the step: saved placeholders, then saved values."""
-        values = [
-            value if value.stride() == stride else laid_out(value, stride)
-            for value, stride in zip(values, self.strides, strict=False)
-        ]
+        values = [laid_out(value, stride) for value, stride in zip(values, self.strides, strict=False)]
         with torch.no_grad():
             inputs = tuple(values[index] for index in self.halves.saved_inputs)
             results = tuple(self.call_forward(values))

@@ -44,8 +44,7 @@ from passes.rewrite import rewrite
 from passes.routing import one_form
 from passes.schedule import play
 from passes.shorten import shorten
-from passes.space import Pin, Space, search_space
-from passes.strategies import StoredOption
+from passes.space import Pin, Space, search_space, trained
 from passes.timeline import Timeline, timeline_of
 from passes.uneven import padding_notes
 from passes.weights import prepare_again
@@ -178,20 +177,18 @@ _IN_FP32 = {"adamw": "adamw-bf16", "adam": "adamw-bf16"}
 def _states_notes(chosen: Candidate, optimizer: str | OptimizerSpec) -> list[str]:
     """Where states are budgeted in fp32, but torch's optimizer keeps them in their parameters' lower dtype: by how much
     that is over."""
-    name, sizes = optimizer_of(optimizer).name, chosen.space.topology.sizes
-    if name not in _IN_FP32:
+    spec = optimizer_of(optimizer)
+    if spec.name not in _IN_FP32:
         return []
-    over = 0
-    for site, pick in zip(chosen.space.sites, chosen.assignment, strict=True):
-        option = site.options[pick]
-        trained = site.given is not None and site.given.kind == "parameter" and site.given.requires_grad
-        if trained and isinstance(option, StoredOption) and site.stored_itemsize == 2:
-            over += 4 * math.prod(option.storage.padded_shape(sizes)) * site.count
+    lower = optimizer_of(_IN_FP32[spec.name])
+    stored = trained(chosen.space, chosen.assignment)
+    elements = sum(elements for site, elements in stored if site.stored_itemsize == 2)
+    over = round(elements * (spec.state_bytes_per_param - lower.state_bytes_per_param))
     if not over:
         return []
     return [
-        f"optimizer {name!r} is budgeted with states in fp32; torch.optim's keeps those of two-byte parameters in two "
-        f"bytes, {gib(over)} less on a rank: {_IN_FP32[name]!r} budgets that"
+        f"optimizer {spec.name!r} is budgeted with states in fp32; torch.optim's keeps those of two-byte parameters in "
+        f"two bytes, {gib(over)} less on a rank: {lower.name!r} budgets that"
     ]
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import NamedTuple
 
 from torch import fx
 
@@ -120,8 +121,23 @@ class Played:
 Brought = tuple[float, int | None, float]
 """What a move brings: when it is there, its last collective, seconds of local slices still to do."""
 
-Beside = tuple[float, float, float, float]
-"""A collective that runs beside compute: start, end, its shares of the SMs and of the memory rate."""
+
+class Beside(NamedTuple):
+    """A collective that runs beside compute, and its shares of the SMs and of the memory rate."""
+
+    start_s: float
+    end_s: float
+    sms: float
+    memory: float
+
+    def since(self, at_s: float) -> Beside:
+        """The same on a clock that starts at `at_s`; what has begun by then begins there."""
+        return self._replace(start_s=max(0.0, self.start_s - at_s), end_s=self.end_s - at_s)
+
+    def later(self, by_s: float) -> Beside:
+        """The same, that much later."""
+        return self._replace(start_s=self.start_s + by_s, end_s=self.end_s + by_s)
+
 
 _SETTLED = 3
 """Runs through layers that have to be alike, before those that follow count as copies."""
@@ -289,7 +305,7 @@ class Player:
             dict(self.by_kind),
             tuple(self.busy_s),
             tuple(max(0.0, free_s - now) for free_s in self.free_s),
-            tuple((max(0.0, run[0] - now), run[1] - now, *run[2:]) for run in self.running if run[1] > now),
+            tuple(run.since(now) for run in self.running if run.end_s > now),
             {s: (max(0.0, b[0] - now), b[2]) for s, b in self.brought.items() if s in slots},
         )
 
@@ -336,7 +352,7 @@ class Player:
         self.op_start_s[block.start : block.end] = [at_s + later_s for at_s in self.op_start_s[block.start : block.end]]
         self.free_s = [free_s + later_s for free_s in self.free_s]
         self.last_on = [i + runs * size if i is not None and i >= oldest else i for i in self.last_on]
-        self.running = [(run[0] + later_s, run[1] + later_s, *run[2:]) for run in self.running]
+        self.running = [run.later(later_s) for run in self.running]
         self.compute_s += runs * (self.compute_s - last.compute_s)
         self.contention_s += runs * (self.contention_s - last.contention_s)
         for kind, seconds in last.by_kind.items():
@@ -403,11 +419,12 @@ class Player:
         if not self.running:
             self.now_s = start + seconds
             return
-        left, what = seconds, 3 if kind == "other" else 2
-        self.running = [run for run in self.running if run[1] > now]
+        left, in_memory = seconds, kind == "other"
+        self.running = [run for run in self.running if run.end_s > now]
         while left > 0.0:
-            share = sum(run[what] for run in self.running if run[0] <= now < run[1])
-            bounds = [bound for run in self.running for bound in run[:2] if bound > now]
+            now_on = [run for run in self.running if run.start_s <= now < run.end_s]
+            share = sum(run.memory if in_memory else run.sms for run in now_on)
+            bounds = [bound for run in self.running for bound in (run.start_s, run.end_s) if bound > now]
             rate = 1.0 - min(0.9, share)
             until = min(bounds, default=math.inf)
             if left <= rate * (until - now):
@@ -464,7 +481,7 @@ class Player:
             if step.axes not in self.shares:
                 self.shares[step.axes] = taken_shares(step.axes, self.space.topology)
             if any(shares := self.shares[step.axes]):
-                self.running.append((start_s, ready_s, *shares))
+                self.running.append(Beside(start_s, ready_s, *shares))
         for position, index in enumerate(indices):
             (target,) = self.tracks.writes[index]
             self.brought[target] = (ready_s, last, slices_s if position == 0 else 0.0)

@@ -17,7 +17,6 @@ and hidden seconds add up to its own.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,7 @@ from passes.footprint import Footprint, Times, footprint
 from passes.fusion import Fused
 from passes.moves import Move
 from passes.player import KINDS, Event, Played, Player
-from passes.space import Space
-from passes.strategies import StoredOption
+from passes.space import Space, trained
 from passes.tracks import Tracks, tracks
 from passes.words import Words
 
@@ -172,12 +170,7 @@ def play(
 def _update_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> float:
     """The update of a rank's own state: read and write the parameter and the states, read the gradient."""
     moved, parameters = 0.0, 0
-    for index, site in enumerate(space.sites):
-        if site.given is None or site.given.kind != "parameter" or not site.given.requires_grad:
-            continue
-        option = site.options[assignment[index]]
-        assert isinstance(option, StoredOption)
-        elements = math.prod(option.storage.padded_shape(space.topology.sizes)) * site.count
+    for site, elements in trained(space, assignment):
         parameters += site.count
         moved += elements * (3 * site.stored_itemsize + 2 * (spec.state_bytes_per_param + spec.master_bytes_per_param))
     device = space.topology.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from costmodel.hardware import Topology
@@ -264,6 +264,15 @@ def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes
         )
     layout: Layout = tuple(Shard(position) if a in batch_axes and ways > 1 else Replicate() for a in range(len(sizes)))
     return StoredOption(layout, batch_storage(shape, batch_dim, len(sizes), batch_axes), _padding(inside, shape))
+
+
+def trained(space: Space, assignment: Sequence[int]) -> Iterator[tuple[Site, int]]:
+    """Parameters that an optimizer updates, and how many elements of each (of all alike ones) a rank stores."""
+    for site, pick in zip(space.sites, assignment, strict=True):
+        if site.given is not None and site.given.kind == "parameter" and site.given.requires_grad:
+            option = site.options[pick]
+            assert isinstance(option, StoredOption)
+            yield site, math.prod(option.storage.padded_shape(space.topology.sizes)) * site.count
 
 
 def _padding(inside: Sequence[int], outside: Sequence[int]) -> tuple[int, ...]:

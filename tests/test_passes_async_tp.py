@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +97,13 @@ def test_products_of_a_sequence_parallel_layer_are_fused_and_right() -> None:
 def test_what_it_needs_is_told(mesh: dict[str, int], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         autopar.plan(nn.Linear(2, 2), mesh, (torch.zeros(2, 2),), options=autopar.Options(async_tp=True, **options))
+
+
+def test_a_cpu_mesh_is_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        with pytest.raises(ValueError, match="the mesh is on cpu; it takes a CUDA mesh"):
+            autopar.plan(nn.Linear(2, 2), mesh, (torch.zeros(2, 2),), options=autopar.Options(async_tp=True))
+    finally:
+        dist.destroy_process_group()
