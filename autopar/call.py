@@ -17,6 +17,7 @@ from autopar.runtime import Executable, Runtime, device_of, plain_module, runtim
 from autopar.step import Differentiable, bound
 from autopar.together import watch
 from passes.autocast import autocast_dtype
+from passes.inputs import flatten_call
 
 
 def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -26,7 +27,7 @@ def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = by_name(runtime.original.forward, args, kwargs)
-    leaves, in_spec = pytree.tree_flatten((args, kwargs))
+    leaves, in_spec = flatten_call(args, kwargs)
     device = device_of(runtime.mesh)
     if any(isinstance(leaf, torch.Tensor) and (leaf.device != device or isinstance(leaf, DTensor)) for leaf in leaves):
         raise _wrong_input(args, kwargs, device)

@@ -6,6 +6,7 @@ import base64
 import functools
 import inspect
 import json
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -77,7 +78,8 @@ def on_cpu(call: Call) -> Call:
 
 
 def described(call: Call, read: Collection[str] = ()) -> str:
-    """JSON of a call: tensors by shape and dtype, plain constants by value, anything else by its repr.
+    """JSON of a call: tensors by shape and dtype, plain constants by value, other containers by their class and what is
+    in them, anything else by its repr.
 
     The inputs named in `read`, whose values decide what the graph is, are kept with their values. It says too what the
     call was made under, where that is `torch.autocast` or `torch.no_grad`.
@@ -96,7 +98,11 @@ def described(call: Call, read: Collection[str] = ()) -> str:
             return {"tensor": [*facts, _packed(value)] if id(value) in kept else facts}
         if value is None or type(value) in (bool, int, float, str):
             return {"value": value}
-        return {"opaque": repr(value)}
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        parts = pytree.tree_leaves(value, is_leaf=lambda part: part is not value)
+        if parts and parts[0] is not value:
+            return {"made of": [kind, [encode(part) for part in parts]]}
+        return {"opaque": re.sub(" at 0x[0-9a-f]+", "", repr(value))}  # the same on all ranks
 
     dtype, encoded = autocast_dtype(), encode(call)
     if dtype is not None or not torch.is_grad_enabled():
@@ -138,10 +144,11 @@ def restored(text: str) -> Call:
             of = getattr(torch, dtype)
             made = _unpacked(values[0], shape, of) if values else torch.empty(shape, dtype=of, device="meta")
             return made.requires_grad_(requires_grad)
-        if kind == "opaque":
+        if kind in ("opaque", "made of"):
             raise PlanMismatchError(
-                f"the plan was made for inputs with {content}, which a plan cannot hold; call parallelize with "
-                "example_inputs instead, or plan with tensors and plain constants alone"
+                f"the plan was made for inputs with {content if kind == 'opaque' else f'a {content[0]}'}, which a plan "
+                "cannot hold; call parallelize with example_inputs instead, or plan with tensors and plain constants "
+                "alone, in tuples, lists and dicts"
             )
         if kind == "dict":
             return {key: decode(item) for key, item in content.items()}

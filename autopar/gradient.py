@@ -76,7 +76,10 @@ class Gradient(DTensor):
         return self.plain().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return self.plain().__deepcopy__(memo)
+        # Not DTensor's own, which fails where the local part lies inside another tensor (gradients that came together).
+        if id(self) not in memo:
+            memo[id(self)] = self.plain().detach().clone().requires_grad_(self.requires_grad)
+        return memo[id(self)]
 
 
 _foreach_supported_types.append(Gradient)  # as DTensor's module does; `clip_grad_norm_` looks a type up there

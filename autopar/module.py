@@ -10,6 +10,7 @@ again for a call of a new kind, with the parameters where they are.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Mapping
@@ -17,18 +18,19 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autopar import buffers as buffers_
 from autopar import stored, tree
+from autopar.alone import guard
 from autopar.call import call, call_key
 from autopar.examples import by_name
 from autopar.reading import Gather
 from autopar.runtime import Executable, Remake, Runtime, device_of, has_gradients, runtime_of
 from passes.errors import PlanMismatchError
+from passes.inputs import flatten_call
 from passes.local import Storage
 
 
@@ -75,6 +77,33 @@ class ParallelModule(nn.Module):
         with buffers_.kept(self, device):
             super().to_empty(device=device, recurse=recurse)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Whole tensors, as one device saves them, are cut; every rank has them all.
+        runtime = runtime_of(self)
+        for name in runtime.slots:
+            given, first = state_dict.get(prefix + name), runtime.aliases.get(name, name)
+            storage = runtime.storages.get(first)
+            if storage is None or not isinstance(given, torch.Tensor) or isinstance(given, DTensor):
+                continue
+            if tuple(given.shape) == storage.shape and not given.is_meta:
+                spec = runtime.specs[first]
+                part = stored.cut(given.detach(), storage, runtime.axis_sizes, runtime.coordinate)
+                part = part.to(device_of(runtime.mesh), spec.tensor_meta.dtype, copy=True).contiguous()
+                state_dict[prefix + name] = stored.distributed(part, spec)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a parallel module cannot be pickled, as its programs and process groups belong to this process; save its "
+            "state_dict(), with torch.distributed.checkpoint or torch.save"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelModule:
         # Converting visits each name of a tied tensor by itself, and may leave two.
@@ -157,11 +186,14 @@ def parallel_module(
     )
     new.__dict__["_autopar"] = runtime
     new.__class__ = _parallel_class(original)  # type: ignore[arg-type]
+    guard(new)
     return cast(ParallelModule, new)
 
 
 @functools.cache
 def _parallel_class(original: type[nn.Module]) -> type[nn.Module]:
+    # Compiled by us already; under `torch.compile(module)` it runs as it is.
+    @torch.compiler.disable
     def forward(self: ParallelModule, *args: Any, **kwargs: Any) -> Any:
         return call(self, args, kwargs)
 
@@ -173,7 +205,7 @@ def _parallel_class(original: type[nn.Module]) -> type[nn.Module]:
 def preload(module: ParallelModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], executable: Executable) -> None:
     """Has `executable` run training calls like `(args, kwargs)`."""
     runtime = runtime_of(module)
-    leaves, in_spec = pytree.tree_flatten(by_name(runtime.original.forward, args, kwargs))
+    leaves, in_spec = flatten_call(*by_name(runtime.original.forward, args, kwargs))
     trains = has_gradients(executable.local)
     runtime.executables[call_key(runtime, leaves, in_spec, trains)] = [executable]
 

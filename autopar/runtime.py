@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import tree
+from autopar.alone import unguard
 from autopar.reading import Gather
 from passes.local import LocalProgram, Storage
 from passes.lower import Lowered, Unreduced
@@ -106,4 +107,5 @@ def plain_module(module: nn.Module) -> nn.Module:
     plain = tree.copied(module, parameter, lambda _, old: old)
     plain.__class__ = runtime.original
     del plain.__dict__["_autopar"]
+    unguard(plain)
     return plain

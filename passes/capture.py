@@ -24,7 +24,7 @@ from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import CaptureError
 from passes.graphs import graph_module
 from passes.guards import guards_of
-from passes.inputs import flatten_inputs, path_name
+from passes.inputs import flatten_inputs, path_name, refuse_hidden_tensors
 from passes.normalize import normalize
 from passes.precision import Precision
 from passes.program import Input, InputKind, Output, Program
@@ -138,6 +138,7 @@ def _capture(
         with provenance.watching(model):
             with autocast_as(autocast):
                 out = run_model(model, traced_args, {**traced_kwargs, **extra})
+            refuse_hidden_tensors(leaves, names)
             result, more_notes = _flatten_outputs(out, precision)
             given = _tangents(tracer, result, tangents) if backward else []
             with provenance.backward():

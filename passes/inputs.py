@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -84,13 +88,71 @@ def one_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[
 
 
 def flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec, list[str]]:
-    """Pytree leaves of `(args, kwargs)`, their spec, and a name for each: `args.0`, `input_ids`, `batch.mask`."""
+    """Pytree leaves of `(args, kwargs)`, their spec, and a name for each: `args.0`, `input_ids`, `batch.mask`.
+
+    Raises:
+        ValueError: a leaf is an object that holds tensors, which no graph would see.
+    """
+    flatten_call(args, kwargs)  # dataclasses are known to pytree after it
     paths, spec = pytree.tree_flatten_with_path((args, kwargs))
     names = []
     for (root, *path), _ in paths:
         parts = [path_name(path)] if root.idx else ["args", path_name(path)]  # type: ignore[attr-defined]
         names.append(".".join(parts))
-    return [leaf for _, leaf in paths], spec, names
+    leaves = [leaf for _, leaf in paths]
+    refuse_hidden_tensors(leaves, names)
+    return leaves, spec, names
+
+
+def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
+    """Pytree leaves of `(args, kwargs)` and their spec, dataclasses that hold tensors taken apart too."""
+    while True:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        kinds = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and _holds_tensors(leaf)}
+        if not kinds:
+            return leaves, spec
+        for kind in kinds:
+            pytree.register_dataclass(kind)
+
+
+def refuse_hidden_tensors(leaves: Sequence[Any], names: Sequence[str]) -> None:
+    """Raises ValueError for a leaf that is an object with tensors in it: a graph would keep the example's for ever."""
+    for leaf, name in zip(leaves, names, strict=True):
+        if not isinstance(leaf, Tensor) and _holds_tensors(leaf):
+            raise ValueError(
+                f"{name} is a {type(leaf).__name__}, an object that holds tensors or is given some by the model's "
+                "forward, which a captured step neither sees nor fills. Pass tensors, in tuples, lists, dicts or "
+                "dataclasses; a model of transformers takes use_cache=False in the place of a key-value cache, its "
+                "generate() too"
+            )
+
+
+_HOLD_NOTHING = (
+    bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type, Enum, FunctionType, MethodType,
+    ModuleType,
+)  # fmt: skip
+
+
+def _holds_tensors(root: Any) -> bool:
+    """Whether an object has tensors among its attributes, or in what these hold."""
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, (Tensor, np.ndarray, nn.Module)):
+            return True
+        if id(value) in seen or isinstance(value, _HOLD_NOTHING):
+            continue
+        seen.add(id(value))
+        if isinstance(value, (list, tuple, set, frozenset)):
+            stack.extend(value)
+        elif isinstance(value, Mapping):
+            stack.extend(value.values())
+        else:
+            stack.extend(getattr(value, "__dict__", {}).values())
+            slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+            stack.extend(getattr(value, name, None) for name in slots)
+    return False
 
 
 def path_name(path: Sequence[Any]) -> str:

@@ -80,6 +80,8 @@ def gradient(tmp_path: Path) -> Iterator[Gradient]:
 
 def test_it_is_copied_pickled_and_computed_with_as_a_dtensor(gradient: Gradient) -> None:
     assert type(copy.deepcopy(gradient)) is DTensor
+    behind = Gradient.of(torch.arange(12.0)[6:].view(2, 3), gradient._spec)  # a part of a larger tensor
+    assert copy.deepcopy([behind, behind])[1].to_local().tolist() == [[6, 7, 8], [9, 10, 11]]
     assert type(gradient * 2) is DTensor
     file = io.BytesIO()
     torch.save(gradient, file)

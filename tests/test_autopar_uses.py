@@ -1,0 +1,131 @@
+"""What users do with a parallel module beside training: own batch classes, checkpoints of one device, wrong calls."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from parity import assert_near
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+
+import autopar
+from autopar.examples import described, restored
+from passes.errors import PlanMismatchError
+from passes.inputs import flatten_inputs
+
+
+@dataclass(slots=True)
+class Batch:
+    """A batch as a user writes one."""
+
+    x: Tensor
+    y: Tensor
+    scale: float = 2.0
+
+
+class Regression(nn.Module):
+    """Takes a `Batch`; has a method beside its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(7, 12), nn.Linear(12, 3)
+
+    def encode(self, x: Tensor) -> Tensor:
+        out: Tensor = self.up(x).relu()
+        return out
+
+    def forward(self, batch: Batch) -> Tensor:
+        return batch.scale * F.mse_loss(self.down(self.encode(batch.x)), batch.y)
+
+
+def _uses(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(1)
+    x, y = torch.randn(2 * ranks, 7), torch.randn(2 * ranks, 3)
+
+    def batch(shift: float, rank: int | None) -> Batch:
+        rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+        return Batch(x[rows] + shift, y[rows])
+
+    options = autopar.Options(compile=False, progress=False)
+    module = autopar.parallelize(Regression(), mesh, (batch(0, rank),), options=options)
+    eager = Regression()
+    for shift in (0.0, 1.0):  # no tensor of the example is kept
+        assert_near(module(batch(shift, rank)), eager(batch(shift, None)).detach(), "loss")
+
+    # A checkpoint of one device, and of a module that stores its parts otherwise, load by name.
+    with torch.no_grad():
+        eager.up.weight.mul_(3)
+    assert module.load_state_dict(eager.state_dict(), strict=True)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.full_tensor(), eager.get_parameter(name)), name
+
+    loss = torch.compile(module)(batch(0, rank))  # ours already: it runs as it is
+    loss.backward()
+    assert_near(loss, eager(batch(0, None)).detach(), "loss under torch.compile")
+    assert module.up.weight.grad is not None
+    assert_near(copy.deepcopy(module)(batch(0, rank)), loss, "loss of a copy")
+
+    with pytest.raises(ValueError, match=r"^up was called outside of the model's forward.*full_state_dict=True"):
+        module.encode(x)
+    with pytest.raises(TypeError, match="state_dict"):
+        torch.save(module, io.BytesIO())
+    module(batch(0, rank).__class__(x[:1], y[:1]))  # a call of a new kind is captured with inner modules as they were
+
+
+def test_a_module_in_use() -> None:
+    run_ranks(_uses, 2)
+
+
+class Holder:
+    """An object with a tensor somewhere inside."""
+
+    def __init__(self, held: Any) -> None:
+        self.parts = [{"deep": held}, self]
+
+
+@pytest.mark.parametrize("held", [torch.ones(2), np.ones(2), nn.Linear(2, 2)])
+def test_tensors_out_of_sight_are_refused(held: Any) -> None:
+    with pytest.raises(ValueError, match=r"^cache is a Holder, an object that holds tensors.*use_cache=False"):
+        flatten_inputs((), {"x": torch.ones(2), "cache": Holder(held)})
+    assert len(flatten_inputs((), {"x": torch.ones(2), "settings": Holder("plain")})[0]) == 2
+
+
+class Filling(nn.Module):
+    """Puts what it computes into an object that it is given, as a key-value cache is filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        cache.parts.append(self.layer(x))
+        return self.layer(x).square().mean()
+
+
+def test_an_object_that_the_forward_fills_is_refused() -> None:
+    with pytest.raises(ValueError, match="cache is a Holder"):
+        autopar.plan(Filling(), {"dp": 2}, {"x": torch.ones(2, 4), "cache": Holder(None)}, hardware="h100")
+
+
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+def test_containers_are_described_by_shapes() -> None:
+    """Ranks compare descriptions: values, and where an object lies in memory, must not be in them."""
+    for make in (lambda: Pair(torch.randn(2), 3), lambda: Holder(None)):
+        one, other = (described(((), {"given": make()})) for _ in range(2))
+        assert one == other
+        with pytest.raises(PlanMismatchError, match=r"Pair|Holder"):
+            restored(one)
+    assert described(((), {"given": Pair(torch.ones(2), 3)})) != described(((), {"given": Pair(torch.ones(3), 3)}))
