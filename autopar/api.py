@@ -315,7 +315,7 @@ def _executable(
                 if not job.splits_batch(axes):
                     groups.share_memory(axes)
         lowered = lower(
-            local, device=device, compile=job.options.compile, recompute="none", rank=ours.rank,
+            local, device=device, compile=job.options.compile, rank=ours.rank,
             pipelined=job.options.async_tp,
         )  # fmt: skip
     return Executable(local, lowered), local

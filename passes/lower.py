@@ -30,7 +30,7 @@ from passes.layers import layer_patterns
 from passes.local import COLLECTIVES, LocalProgram
 from passes.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.overlap import arranged
-from passes.partition import Halves, Recompute, split
+from passes.partition import Halves, split
 from passes.regions import Call, Cut, Region, calls, cut
 from passes.retarget import retarget
 
@@ -132,7 +132,7 @@ class Lowered:
 
 
 def lower(
-    local: LocalProgram, *, device: torch.device | str = "cpu", compile: bool, recompute: Recompute = "auto",
+    local: LocalProgram, *, device: torch.device | str = "cpu", compile: bool,
     rank: int = 0, pipelined: bool = False,
 ) -> Lowered:  # fmt: skip
     """Forward and backward of `local` on `device`, through Inductor where `compile`.
@@ -145,7 +145,7 @@ def lower(
     local = replace(local, graph=retarget(local.graph, device))
     if device.type == "cpu":
         for_gloo(local.graph)
-    halves = split(local, recompute)
+    halves = split(local)
     placeholders = {node.name: node for node in local.graph.graph.find_nodes(op="placeholder")}
     tangents = [n for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind == "tangent"]
     ordered = [*(n for n in placeholders.values() if n not in tangents), *tangents]

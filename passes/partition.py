@@ -1,13 +1,9 @@
-"""Splits one rank's step into a forward and a backward graph, and chooses what the backward keeps of the forward.
+"""Splits one rank's step into a forward and a backward graph.
 
-What depends on a tangent, and what was traced as backward and no output needs, is backward. Of the forward values that
-the backward reads, some are *saved* (forward outputs that the backward takes) and the rest computed again from those.
-The choice is a minimum cut: of all sets from which the backward can be computed, one with the fewest bytes, and among
-equals the one that computes least again.
-
-Never saved: whatever is made of parameters alone (cast again in the backward), gathered parameters that the program
-gathers for backward too (these are read), and views (their base is). Never computed again: collectives of anything
-else, and ops that `recompute` does not allow.
+What depends on a tangent, and what was traced as backward and no output needs, is backward. What is computed again was
+decided by the plan, and stands in the program; so of the forward's values, backward keeps those that it reads. Not
+kept are views (their base is), constants, and what is made of parameters alone, which are there: casts of them are made
+again, and gathered parameters that the program gathers for backward too are read as gathered then.
 """
 
 from __future__ import annotations
@@ -17,17 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
 
-from passes.cut import UNBOUNDED, Values, cheapest_cut
 from passes.graphs import graph_module
 from passes.local import COLLECTIVES, TOGETHER, WAIT, LocalProgram
-from passes.recompute import ATTENTION, block_of, is_cheap_op, is_view_op
-
-Recompute = Literal["none", "auto", "selective", "full"]
+from passes.recompute import is_cheap_op, is_view_op
 
 aten = torch.ops.aten
 ALONE: dict[Any, Any] = {together: single for single, together in TOGETHER.items()}
@@ -54,13 +47,8 @@ class Halves:
         return _results(self.forward)[self.outputs :]
 
 
-def split(local: LocalProgram, recompute: Recompute = "auto") -> Halves:
-    """Forward and backward of `local`; the graph of `local` is left as it is.
-
-    recompute: "none" computes nothing again but views and what is made of parameters alone; "auto" also pointwise ops,
-    where that saves memory; "selective" also the attention core and its softmax; "full" everything inside a repeated
-    block (a module whose name ends in a number) except collectives, so that only the blocks' inputs are kept.
-    """
+def split(local: LocalProgram) -> Halves:
+    """Forward and backward of `local`; the graph of `local` is left as it is."""
     graph = local.graph.graph
     placeholders = list(graph.find_nodes(op="placeholder"))
     results = _results(local.graph)
@@ -84,11 +72,7 @@ def split(local: LocalProgram, recompute: Recompute = "auto") -> Halves:
     twins = _twins(graph, of_parameters, backward)
     wanted = _needed(gradients, stop=lambda node: node not in backward)
     demands = [node for node in wanted if node not in backward and node not in twins]
-    allowed = _recomputable(graph, backward, of_parameters, recompute)
-    # Where the program says what is gathered again (or nothing may be computed again), the rest is kept.
-    decided = bool(twins) or recompute == "none"
-    fixed = frozenset(n for n in of_parameters if n.target is WAIT and n not in twins) if decided else frozenset()
-    kept = _cheapest_cut(demands, allowed - fixed, of_parameters - fixed, twins.keys())
+    kept = _kept(demands, of_parameters, twins.keys())
     saved_inputs = [p for p in inputs if p in kept]
     saved = [node for node in graph.nodes if node in kept and node.op != "placeholder"]
     return Halves(
@@ -152,27 +136,18 @@ def is_view(node: fx.Node) -> bool:
     return is_view_op(node.target)
 
 
-def _recomputable(
-    graph: fx.Graph, backward: frozenset[fx.Node], of_parameters: frozenset[fx.Node], recompute: Recompute
+def _kept(
+    demands: Iterable[fx.Node], of_parameters: frozenset[fx.Node], there: AbstractSet[fx.Node]
 ) -> frozenset[fx.Node]:
-    """Forward nodes that may be computed again in the backward."""
-    allowed = set()
-    for node in graph.nodes:
-        if node.op == "get_attr" or (node in of_parameters and node.op == "call_function"):
-            allowed.add(node)
-            continue
-        if node.op != "call_function" or node in backward or node.target in COLLECTIVES or node.target is WAIT:
-            continue
-        if is_view(node) or node.target is operator.getitem or not node.all_input_nodes:
-            allowed.add(node)
-        elif recompute == "full" and (block := block_of(node)):
-            if all(block_of(user) == block for user in node.users if user not in backward and user.op != "output"):
-                allowed.add(node)
-        elif recompute != "none" and (
-            is_cheap_op(node.target) or (recompute == "selective" and node.target in ATTENTION)
-        ):
-            allowed.add(node)
-    return frozenset(allowed)
+    """The nodes whose values to keep so that every one of `demands` can be had; those `there` are had anyway."""
+
+    def is_kept(node: fx.Node) -> bool:
+        if node.op == "placeholder" or node.target is WAIT:
+            return True
+        return bool(node.all_input_nodes) and not is_view(node) and node not in of_parameters
+
+    needed = _needed(demands, stop=lambda node: node in there or is_kept(node))
+    return frozenset(node for node in needed if node not in there and is_kept(node))
 
 
 def _twins(graph: fx.Graph, of_parameters: frozenset[fx.Node], backward: frozenset[fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -198,42 +173,6 @@ def _twins(graph: fx.Graph, of_parameters: frozenset[fx.Node], backward: frozens
         if node in backward:
             again.setdefault(text(node), node)
     return {node: again[text(node)] for node in waits if node not in backward and text(node) in again}
-
-
-def _value_bytes(node: fx.Node) -> int | None:
-    """Bytes of the tensor a node yields; None where it yields no tensor."""
-    value = node.meta.get("val")
-    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else None
-
-
-def _save_bytes(node: fx.Node, of_parameters: frozenset[fx.Node]) -> int:
-    """What keeping a node's value costs."""
-    if node.op == "placeholder":
-        return 0
-    size = _value_bytes(node)
-    if size is None or node in of_parameters or node.target in COLLECTIVES or is_view(node) or node.op == "get_attr":
-        return UNBOUNDED
-    # One byte more, so that values of no size are counted too.
-    return size + 1
-
-
-def _cheapest_cut(
-    demands: Sequence[fx.Node],
-    recomputable: frozenset[fx.Node],
-    of_parameters: frozenset[fx.Node],
-    there: AbstractSet[fx.Node],
-) -> frozenset[fx.Node]:
-    """The nodes whose values to keep so that every one of `demands` can be had, at the fewest bytes; those `there` are
-    had anyway."""
-    members = list(_needed(demands, stop=lambda node: node not in recomputable or node in there))
-    number = {node: index for index, node in enumerate(members)}
-    sources = [
-        [number[x] for x in node.all_input_nodes] if node in recomputable and node not in there else None
-        for node in members
-    ]
-    sizes = [0 if node in there else _save_bytes(node, of_parameters) for node in members]
-    kept = cheapest_cut(Values(sizes, sources), [number[node] for node in demands])
-    return frozenset(members[index] for index in kept) - there
 
 
 def _extract(

@@ -69,7 +69,7 @@ def step_peak(local: LocalProgram) -> tuple[int, str]:
 
     The model's outputs are dropped as backward begins; of `model(...).loss` only a scalar is left.
     """
-    halves = split(local, "none")
+    halves = split(local)
     assert halves.backward is not None
     given = list(halves.forward.graph.find_nodes(op="placeholder"))
     rest = sum(map(size_of, given))

@@ -56,7 +56,7 @@ def test_the_compiled_halves_hand_gathered_parameters_on() -> None:
     where = topology(hardware("h100"), {"dp": 4})
     program = captured(_stack(), IDS)
     plan = compile_plan(program, where, [0], Request(strategy="fsdp", reshard=False))
-    halves = lower(local_program(program, plan, where, {}), compile=False, recompute="none").halves
+    halves = lower(local_program(program, plan, where, {}), compile=False).halves
     kept = [node for node in halves.saved if "wait" in node.name]
     assert sum(node.meta["val"].numel() for node in kept) >= sum(
         p.numel() for name, p in _stack().named_parameters() if name.endswith("down.weight")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -41,16 +39,13 @@ def eager_step(model: Net, ids: torch.Tensor, labels: torch.Tensor) -> tuple[Net
     return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("recompute", ["none", "auto", "selective", "full"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_lowered_step_is_eagers(recompute: Any, compile: bool) -> None:
-    if compile and recompute in ("none", "selective"):
-        pytest.skip("compiled for two of the four")
+def test_lowered_step_is_eagers(compile: bool) -> None:
     torch.manual_seed(0)
     model = Net()
     ids, labels = torch.randint(0, 10, (2, 2, 5))
     local = local_step(model, (ids,), {"labels": labels}, ())
-    lowered = lower(local, compile=compile, recompute=recompute)
+    lowered = lower(local, compile=compile)
     results, saved = lowered.forward(values_of(local, model, ids, labels))
     gradients = lowered.backward(saved, [torch.tensor(1.0)])
     out, wanted = eager_step(model, ids, labels)
@@ -90,11 +85,8 @@ def test_gathered_parameters_are_gathered_again_and_not_saved() -> None:
     # What the program gathers for backward by itself, once; of the rest the backward keeps what it needs.
     assert len(backward) == len(set(backward)) == 3
     assert set(backward) < set(forward)
-    parameters = sum(p.numel() for p in model.parameters())
-    assert sum(n.meta["val"].numel() for n in halves.saved) < 900
     waits = [n for n in halves.saved if n.target is torch.ops._c10d_functional.wait_tensor.default]
     assert not {n.args[0].args[0].name for n in waits} & set(backward)
-    assert parameters > 300
 
 
 def program_of(gm: fx.GraphModule, kinds: list[str], gradients: int) -> LocalProgram:
@@ -119,80 +111,25 @@ def traced(function: Any, *examples: torch.Tensor) -> fx.GraphModule:
     return make_fx(function, tracing_mode="fake")(*examples)
 
 
-@pytest.mark.parametrize("seed", range(25))
-def test_saved_values_are_the_fewest_bytes(seed: int) -> None:
-    """On random graphs of pointwise ops (may be computed again) and sums (may not), against all subsets."""
-    pick = random.Random(seed).randrange
+def test_backward_keeps_what_it_reads() -> None:
+    """By hand: a base and no view of it, an item and not its tuple, no constant, nothing made of parameters alone."""
 
-    def step(x: torch.Tensor, tangent: torch.Tensor) -> Any:
-        made = [x.cumsum(0), x.cumsum(1)]
-        for _ in range(5):
-            kind, a, b = pick(4), made[pick(len(made))], made[pick(len(made))]
-            if kind == 0:
-                made.append(a.sum(1, keepdim=True))
-            elif kind == 1:
-                made.append(a.double().sin() if a.dtype == torch.float32 else a.float().sin())
-            elif kind == 2:
-                made.append(a.cumsum(0))
-            else:
-                made.append(a * b)
-        used = [made[pick(len(made))] for _ in range(3)]
-        return made[-1] * 1, *(tangent * value for value in used)
+    def step(w: torch.Tensor, x: torch.Tensor, tangent: torch.Tensor) -> Any:
+        wide = w.double()  # of a parameter alone
+        base = x.cumsum(0)
+        turned = base.t()
+        values, _ = base.sort(0)
+        ones = torch.ones(3, 3)
+        return turned * 1, (tangent * wide * turned).float(), (tangent * base) * (values + 1).sin() * ones
 
-    local = program_of(traced(step, torch.ones(3, 5), torch.ones(3, 5)), ["input", "tangent"], 3)
-    nodes = [n for n in local.graph.graph.nodes if n.op == "call_function"]
-    behind = {n for n in nodes if any(o.name.startswith("tangent") for o in n.all_input_nodes)}
-    forward = [n for n in nodes if n not in behind]
-    demands = {o for n in behind for o in n.all_input_nodes if o.op == "call_function"}
-    banned = {aten.cumsum.default, aten.sum.dim_IntList}
-
-    def computable(kept: set[fx.Node]) -> bool:
-        known = set(kept)
-        for node in forward:
-            if node.target not in banned and all(o in known or o.op == "placeholder" for o in node.all_input_nodes):
-                known.add(node)
-        return demands <= known
-
-    def size(kept: Any) -> int:
-        return sum(n.meta["val"].numel() * n.meta["val"].element_size() for n in kept)
-
-    best = min(
-        size(kept)
-        for count in range(len(forward) + 1)
-        for kept in itertools.combinations(forward, count)
-        if computable(set(kept))
-    )
-    assert size(split(local, "auto").saved) == best
-
-
-def test_full_recompute_keeps_only_block_inputs() -> None:
-    torch.manual_seed(0)
-    blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4)) for _ in range(3))
-
-    def step(*values: torch.Tensor) -> Any:
-        weights = [v.detach().requires_grad_() for v in values[:12]]
-        x = values[12]
-        for i, block in enumerate(blocks):
-            w = weights[4 * i : 4 * i + 4]
-            names = [n for n, _ in block.named_parameters()]
-            x = torch.func.functional_call(block, dict(zip(names, w, strict=True)), (x,))
-        return (x.detach(), *torch.autograd.grad(x, weights, values[13]))
-
-    examples = [p.detach() for p in blocks.parameters()] + [torch.randn(8, 4), torch.randn(8, 4)]
-    gm = traced(step, *examples)
-    block, seen = 0, 0
-    for node in gm.graph.nodes:  # two products per block, then the backward
-        if node.op == "call_function":
-            node.meta["module"] = f"blocks.{min(block, 2)}"
-            seen += node.target is aten.addmm.default
-            block = seen // 2
-    local = program_of(gm, ["parameter"] * 12 + ["input", "tangent"], 12)
-    wanted = step(*examples)
-    for recompute, count in (("none", 5), ("full", 2)):
-        lowered = lower(local, compile=False, recompute=recompute)  # type: ignore[arg-type]
-        assert len(lowered.halves.saved) == count
-        results, saved = lowered.forward(examples[:-1])
-        torch.testing.assert_close((*results, *lowered.backward(saved, examples[-1:])), wanted)
+    kinds = ["parameter", "input", "tangent"]
+    halves = split(program_of(traced(step, *(torch.rand(3, 3) for _ in kinds)), kinds, 2))
+    assert [str(node.target) for node in halves.saved] == ["aten.cumsum.default", "aten.sin.default"]
+    assert [halves.forward.graph.find_nodes(op="placeholder")[i].name for i in halves.saved_inputs] == ["w_1"]
+    given = [torch.rand(3, 3) for _ in kinds]
+    out, *saved = halves.forward(*given[:2])
+    assert halves.backward is not None
+    torch.testing.assert_close((out, *halves.backward(given[0], *saved, given[2])), step(*given))
 
 
 def test_a_collective_of_activations_is_saved_and_never_repeated() -> None:
@@ -202,10 +139,9 @@ def test_a_collective_of_activations_is_saved_and_never_repeated() -> None:
         whole = wait(reduce(x.sin(), "sum", "tp"))
         return whole * 1, tangent * whole.cos()
 
-    for recompute in ("none", "auto", "selective", "full"):
-        halves = split(program_of(traced(step, torch.ones(3), torch.ones(3)), ["input", "tangent"], 1), recompute)  # type: ignore[arg-type]
-        assert halves.backward is not None
-        assert not halves.backward.graph.find_nodes(op="call_function", target=reduce)
+    halves = split(program_of(traced(step, torch.ones(3), torch.ones(3)), ["input", "tangent"], 1))
+    assert halves.backward is not None
+    assert not halves.backward.graph.find_nodes(op="call_function", target=reduce)
 
 
 def attention(mask: bool, dtype: torch.dtype, causal: bool = False, dim: int = 16, groups: int = 1) -> fx.GraphModule:
@@ -247,7 +183,7 @@ def test_attention_takes_cuda_kernels(mask: bool, dtype: torch.dtype, dim: int, 
         if isinstance(node.meta.get("val"), torch.Tensor):
             assert node.meta["val"].device.type == "cuda", node
     local = program_of(moved, ["input"] * 4 + ["tangent"], 3)
-    assert split(local, "auto").backward is not None
+    assert split(local).backward is not None
 
 
 def test_compiled_backward_frees_saved_values_as_it_goes() -> None:

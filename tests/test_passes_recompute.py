@@ -102,7 +102,7 @@ def test_what_is_computed_again_is_what_is_emitted(name: str, mode: Mode, strate
     schedule = play(space, assignment)
     priced = [(c.kind, c.group, c.bytes, c.phase, c.module) for c in schedule.collectives]
     assert priced == [(c.kind, c.group, c.full_bytes, c.phase, c.module) for c in ledger(local)]
-    saved = {node: node.meta["val"] for node in split(local, "none").saved}
+    saved = {node: node.meta["val"] for node in split(local).saved}
     bytes_ = sum(value.numel() * value.element_size() for value in saved.values() if isinstance(value, torch.Tensor))
     assert kept_bytes(tracks(space, assignment)) == bytes_
 
