@@ -235,9 +235,11 @@ def _parameter_options(
         kept = tuple(option for option in kept if _at_rest(option.storage) == fixed.at_rest)
     if not kept:
         shape = tuple(map(math.prod, place.dims))
+        parts = [f"dim {d} as {' x '.join(map(str, dim))}" for d, dim in enumerate(place.dims) if len(dim) > 1]
+        read = f" (the model reads {', '.join(parts)}, and the first is what is split)" if parts else ""
         raise ValueError(
-            f"pin {pattern!r}: {place.name} of shape {shape} cannot be {fixed} over axes of {tuple(sizes)} ranks; "
-            "split a dim that they divide, or give R; what compute leaves whole may be S(0) at rest"
+            f"pin {pattern!r}: {place.name} of shape {shape}{read} cannot be {fixed} over axes of {tuple(sizes)} "
+            "ranks; split a dim that they divide, or give R; what compute leaves whole may be S(0) at rest"
         )
     return kept
 

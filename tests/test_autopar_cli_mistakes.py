@@ -8,6 +8,7 @@ import pytest
 from commands import MODELS, Here, autopar, started
 
 from autopar.cli import main
+from autopar.cli.main import with_flags
 
 MISTAKES = [
     ("frob", "invalid choice: 'frob'"),
@@ -137,3 +138,18 @@ def test_a_mistake_in_a_process_is_no_traceback(here: Here) -> None:
     line = next(i for i, text in enumerate(MODELS.splitlines(), 1) if ".nothing" in text)
     assert f"models.py:{line}: AttributeError" in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_what_does_not_fit_is_told_in_flags() -> None:
+    told = (
+        "no plan fits in 2 GiB: the smallest found (fsdp, recompute 'pointwise') needs 3 GiB. What conflicts:"
+        " the memory budget of 2 GiB, strategy 'fsdp' and the pin 'layers.*.up': S(0)S(0) -> RS(0); any one less will "
+        "do. What would fit: without the pin 'layers.*.up': RS(0): 1 GiB, 3 ms per step (fsdp, recompute 'full'); the "
+        "mesh dp=2 x tp=8: 1 GiB; a memory budget of 3.5 GiB (3758096384 bytes), if the device has that much."
+    )
+    assert with_flags(told) == (
+        "no plan fits in 2 GiB: the smallest found (fsdp, recompute 'pointwise') needs 3 GiB. What conflicts:"
+        " the memory budget of 2 GiB, --strategy fsdp and --pin 'layers.*.up=S(0)S(0) -> RS(0)'; any one less will do. "
+        "What would fit: without --pin 'layers.*.up=RS(0)': 1 GiB, 3 ms per step (fsdp, --recompute full); --mesh "
+        "dp=2,tp=8: 1 GiB; --memory-budget 3758096384 (3.5 GiB), if the device has that much."
+    )

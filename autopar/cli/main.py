@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from autopar.cli import calibrate, check, diff, explain, inspect, plan, search, verify
@@ -80,7 +81,7 @@ def _run(given: argparse.Namespace) -> int:
         sys.stdout.flush()
         return code
     except NoFeasiblePlanError as error:
-        return _said(given.command, error, 1)
+        return _said(given.command, with_flags(str(error)), 1)
     except (AutoparError, ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -90,6 +91,23 @@ def _run(given: argparse.Namespace) -> int:
         return _said(given.command, error, 2)
     except KeyboardInterrupt:
         return _said(given.command, "stopped", 130)
+
+
+_FLAGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"\brecompute '(none|selective|full)'", r"--recompute \1"),
+    (r"\bstrategy '(\w+)'", r"--strategy \1"),
+    (r"\bthe pin '([^']+)': (\S+ -> \S+?|\S+?)(?=[;:,.]? |[;:,.]?$)", r"--pin '\1=\2'"),
+    (r"\ba memory budget of ([\d.]+ \w+) \((\d+) bytes\)", r"--memory-budget \2 (\1)"),
+    (r"\bthe mesh (\w+=\d+(?: x \w+=\d+)*)", lambda found: "--mesh " + found[1].replace(" x ", ",")),
+)
+"""What the library calls by its Python names, as the command line writes it."""
+
+
+def with_flags(text: str) -> str:
+    """An error about what does not fit, with the flags that ask for it."""
+    for pattern, flag in _FLAGS:
+        text = re.sub(pattern, flag, text)
+    return text
 
 
 def _of_the_call(error: BaseException) -> bool:
