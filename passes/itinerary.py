@@ -92,6 +92,8 @@ class _Walk:
             path = conversion(self.space, value, source, target)
             assert path is not None, f"{node.name}: no way from {source} to {target}"
             self.memo[key] = path
+        if self.memo[key] and all(step.ranks == 1 for step in self.memo[key]):
+            era = phase  # an axis of one rank brings nothing that would be worth keeping for backward
         self.seen.add((node, era, target))
         if not self.memo[key] and not stores:
             return

@@ -176,3 +176,25 @@ def test_an_axis_of_one_rank_changes_nothing_that_is_kept() -> None:
         schedule = play(space, priced.assignment(solve(priced.problem).picks, len(space.sites)))
         peaks.append(schedule.peak_memory_bytes)
     assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_dropout_mask_is_not_kept(ranks: int) -> None:
+    """It follows from the seed. On an axis of one rank all layouts are one, and none is worth keeping for backward."""
+
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.dropout, self.down = nn.Linear(8, 32), nn.Dropout(0.1), nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.down(self.dropout(nn.functional.gelu(self.up(x)))).square().mean()}
+
+    program = captured(Dropping(), {"x": torch.randn(4, 8)})
+    space = search_space(
+        program, topology(hardware("h100"), {"dp": ranks}), (0,), strategy="ddp", recompute="pointwise"
+    )
+    priced = price(space)
+    assignment = priced.assignment(solve(priced.problem, gap=1e-3).picks, len(space.sites))
+    saved = [node for node in split(rewrite(space, assignment)).saved if node.meta["val"].dim()]
+    assert [str(node.target) for node in saved] == ["aten.add.Tensor"] * 2  # what goes into gelu, and what is squared
