@@ -267,8 +267,8 @@ def _reach_text(reach: Reach, gpus: int, batch: int) -> str:
         if times is None or times.state is None:
             return ""
         other_s = min((way.step_s for way in times.others), default=None)
-        other = f", the fastest other way {_s(other_s)}" if other_s is not None else ""
-        return f" ({_s(times.state.step_s)} a step{other})"
+        other = f"the fastest other way {_s(other_s)}" if other_s is not None else "and no other that was tried fits"
+        return f" ({_s(times.state.step_s)} a step, {other})"
 
     still = "stays enough" if reach.gpus >= gpus else "is enough"
     last = f", where each has one sample{told(reach.times)}" if reach.gpus == batch else told(reach.times)

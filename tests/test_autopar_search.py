@@ -142,6 +142,17 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     assert result.played < 12
 
 
+def test_what_a_pipeline_hides_of_tensor_parallelism(profiler: Profiler) -> None:
+    """8 layers on 2 stages, 6 micro-batches: what a stage's layers hide is saved once per micro-batch, and once more while
+    the pipeline fills."""
+    apart = Setup(pp=2, tp=2, dp_shard=2, accumulate=6, state="zero1")
+    overlapped = Setup(pp=2, tp=2, dp_shard=2, accumulate=6, state="zero1", tp_overlap=True)
+    plain, found = estimate(apart, profiler), estimate(overlapped, profiler)
+    more_s = found.hidden_s - plain.hidden_s
+    assert more_s > 0
+    assert plain.step_s - found.step_s == pytest.approx(more_s * (6 + 1) / 6, rel=0.05)
+
+
 def test_what_is_budgeted_for_the_optimizer_is_said(found: SearchResult) -> None:
     """A copy in fp32 only of parameters that have none."""
     assert "optimizer adamw-master: 12 bytes per parameter, 4 of them an fp32 copy of it" in found.notes[0]
