@@ -143,8 +143,8 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
 
 
 def test_what_a_pipeline_hides_of_tensor_parallelism(profiler: Profiler) -> None:
-    """8 layers on 2 stages, 6 micro-batches: what a stage's layers hide is saved once per micro-batch, and once more while
-    the pipeline fills."""
+    """8 layers on 2 stages, 6 micro-batches: what a stage's layers hide is saved once per micro-batch, and once more
+    while the pipeline fills."""
     apart = Setup(pp=2, tp=2, dp_shard=2, accumulate=6, state="zero1")
     overlapped = Setup(pp=2, tp=2, dp_shard=2, accumulate=6, state="zero1", tp_overlap=True)
     plain, found = estimate(apart, profiler), estimate(overlapped, profiler)
