@@ -82,18 +82,20 @@ def capture(
         try:
             return taken(Branches(may_read_inputs=True, as_compiled=True))
         except CaptureError as error:
-            if not _loops_over_experts(model):
+            if not getattr(model, "_can_set_experts_implementation", lambda: False)():
                 raise
-            raise CaptureError(
-                f"{error}. The model runs its experts in a Python loop: call "
-                "model.set_experts_implementation('grouped_mm') before"
-            ) from error
+            raise CaptureError(f"{error}{_of_experts(model, error)}") from error
 
 
-def _loops_over_experts(model: nn.Module) -> bool:
-    """Whether a model of `transformers` has routed experts, and is set to run those that are hit one by one."""
-    has_experts = getattr(model, "_can_set_experts_implementation", lambda: False)()
-    return has_experts and getattr(getattr(model, "config", None), "_experts_implementation", None) == "eager"
+def _of_experts(model: nn.Module, error: CaptureError) -> str:
+    """What helps a model of `transformers` with routed experts that could not be captured, where it is known."""
+    if getattr(getattr(model, "config", None), "_experts_implementation", None) == "eager":
+        return (
+            ". The model runs its experts in a Python loop: call model.set_experts_implementation('grouped_mm') before"
+        )
+    if "integrations/moe.py" in str(error):
+        return ". Use transformers 5.23 or later, whose backward of experts in this dtype is an op, or bfloat16"
+    return ""
 
 
 def _capture(
@@ -381,7 +383,11 @@ def gradients(given: list[_Tangent], slots: list[_Slot]) -> list[tuple[_Slot, Te
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(f"the backward of {', '.join(t.name for t in given)} raised {error}") from error
+        file, line = error_line(error)
+        where = f"{file}:{line}: " if file else ""
+        raise CaptureError(
+            f"{where}the backward of {', '.join(t.name for t in given)} raised {type(error).__name__}: {error}"
+        ) from error
     return [(slot, grad) for slot, grad in zip(wanted, found, strict=True) if grad is not None]
 
 

@@ -9,6 +9,7 @@ backward are one region each, collectives and all. This is the one file that cal
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import operator
@@ -298,7 +299,7 @@ def _within(made: Callable[[list[torch.Tensor]], Any]) -> Callable[[list[torch.T
         if isinstance(each, CompiledFxGraph):
             found[id(each)] = each
         elif inspect.isfunction(each):
-            stack += [cell.cell_contents for cell in each.__closure__ or () if cell.cell_contents is not each]
+            stack += _closed_over(each)
         elif isinstance(each, functools.partial):
             stack += [each.func, *each.args]
         elif inspect.ismethod(each):
@@ -309,6 +310,15 @@ def _within(made: Callable[[list[torch.Tensor]], Any]) -> Callable[[list[torch.T
         return made
     (graph,) = found.values()
     return lambda values: graph(values)  # a function, as `made` is: copies of a module share it
+
+
+def _closed_over(function: Callable[..., Any]) -> list[Any]:
+    """What `function` reads of the scopes around it; names that are not bound yet are left out."""
+    values = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):
+            values.append(cell.cell_contents)
+    return values
 
 
 def _of_a_list(gm: fx.GraphModule) -> fx.GraphModule:

@@ -50,13 +50,17 @@ class RankError(AssertionError):
     """Some rank raised or did not end in time."""
 
 
-def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120, start: str = "forkserver"
+) -> list[Any]:
     """Results of `function(rank, ranks, *args)`, one per rank.
+
+    start: how processes are started; CUDA wants "spawn".
 
     Raises:
         RankError: with every failed rank's traceback.
     """
-    outcomes = rank_outcomes(function, ranks, *args, timeout_s=timeout_s, grace_s=10)
+    outcomes = rank_outcomes(function, ranks, *args, timeout_s=timeout_s, grace_s=10, start=start)
     failed = [f"rank {rank}:\n{o.traceback or o.error}" for rank, o in enumerate(outcomes) if o.error is not None]
     if failed:
         raise RankError("\n".join(failed))
@@ -64,16 +68,17 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: f
 
 
 def rank_outcomes(
-    function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120, grace_s: float | None = None
-) -> list[Outcome]:
+    function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120, grace_s: float | None = None,
+    start: str = "forkserver",
+) -> list[Outcome]:  # fmt: skip
     """What became of each rank of `function(rank, ranks, *args)`.
 
     grace_s: how long the others may go on after a rank failed; None: until `timeout_s`.
     """
-    context = _fork_server()
+    context: Any = _fork_server() if start == "forkserver" else multiprocessing.get_context(start)
     outcomes: dict[int, Outcome] = {}
-    start = time.monotonic()
-    deadline = start + timeout_s
+    began = time.monotonic()
+    deadline = began + timeout_s
     with tempfile.TemporaryDirectory() as folder:
         processes, readers = [], {}
         for rank in range(ranks):
@@ -88,7 +93,7 @@ def rank_outcomes(
             while readers and (left_s := deadline - time.monotonic()) > 0:
                 for reader in multiprocessing.connection.wait(list(readers), timeout=left_s):
                     rank = readers.pop(reader)
-                    outcomes[rank] = _received(reader, time.monotonic() - start)
+                    outcomes[rank] = _received(reader, time.monotonic() - began)
                     if outcomes[rank].error is not None and grace_s is not None:
                         deadline = min(deadline, time.monotonic() + grace_s)
         finally:
@@ -97,7 +102,7 @@ def rank_outcomes(
                 if process.is_alive():
                     process.kill()
                     process.join()
-    waited_s = time.monotonic() - start
+    waited_s = time.monotonic() - began
     late = Outcome(None, f"TimeoutError: still running after {waited_s:.0f} s", "", waited_s)
     return [outcomes.get(rank, late) for rank in range(ranks)]
 

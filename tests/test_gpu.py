@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from moe_models import build_moe
 from parity import captured, eager, planned, relative
+from ranks import run_ranks
 from small_models import build
+from staged import through_the_cpu
 from test_passes_lower import attention
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -26,6 +28,7 @@ from passes.simulate import simulate_step
 
 DEVICE = torch.device(os.environ.get("AUTOPAR_GPU_TESTS_ON", "cuda"))
 """The tests' own logic can be tried on a CPU."""
+STARTED = "spawn" if DEVICE.type == "cuda" else "forkserver"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -164,6 +167,45 @@ def test_a_step_never_waits_for_the_device(mesh: DeviceMesh, compile: bool) -> N
                 torch.cuda.set_sync_debug_mode("default")
         losses.append(loss.detach())
     assert losses[-1] < losses[0]
+
+
+def beside_eager(
+    rank: int, ranks: int, name: str, strategy: str, async_tp: bool
+) -> tuple[list[float], list[float], int]:
+    """Losses of this rank's program on its rows, of the whole model on all, and how many fused products a step ran."""
+    os.environ |= {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "LOCAL_RANK": "0"}  # the device is everybody's
+    mesh = init_device_mesh(DEVICE.type, (ranks,), mesh_dim_names=("tp" if strategy == "megatron" else "dp",))
+    staged = through_the_cpu() if DEVICE.type == "cuda" else None
+    model, batch = example(name)
+    right = trained(copy.deepcopy(model), batch)
+    if strategy != "megatron":
+        batch = {key: value.chunk(ranks)[rank] for key, value in batch.items()}
+    options = autopar.Options(async_tp=async_tp, progress=False)
+    plan = autopar.plan(model, mesh, batch, strategy=strategy, options=options)
+    parallel = autopar.apply(model, plan, mesh)
+    losses = trained(parallel, batch)
+    with torch.profiler.profile() as recorded:
+        parallel(**batch)
+    del staged
+    return losses, right, sum("symm_mem::fused" in event.name for event in recorded.events())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "megatron"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_two_ranks_on_one_device(name: str, strategy: str) -> None:
+    """Real transfers, through the CPU: the mean of the ranks' losses is eager's on all rows."""
+    found = run_ranks(beside_eager, 2, name, strategy, False, timeout_s=200, start=STARTED)
+    assert [sum(each) / 2 for each in zip(*(losses for losses, _, _ in found), strict=True)] == pytest.approx(
+        found[0][1], rel=2e-5
+    )
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the fused products are CUDA kernels")
+def test_micro_pipelined_products_on_one_device() -> None:
+    """torch's fused gathers and products between two ranks that share a GPU's memory: eager's losses."""
+    for losses, right, fused in run_ranks(beside_eager, 2, "llama", "megatron", True, timeout_s=200, start=STARTED):
+        assert losses == pytest.approx(right, rel=2e-5)
+        assert fused > 0
 
 
 def test_calibrates(tmp_path: Path) -> None:

@@ -180,6 +180,18 @@ def shapeless(x: Tensor) -> Tensor:
     return x.clone()
 
 
+class Counting(torch.autograd.Function):
+    """The identity, whose backward reads numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * len(grad.flatten().tolist())
+
+
 class Scaled(torch.autograd.Function):
     """The identity, whose gradient is three times as large."""
 
@@ -306,6 +318,19 @@ def test_flex_attention_is_refused_by_name() -> None:
 def test_an_op_that_does_not_tell_its_shape_is_named() -> None:
     with pytest.raises(CaptureError, match=r"test_model_features.py:\d+.*shapeless"):
         capture(OwnOps(told=False), (), {"x": torch.randn(BATCH, 8, 16)})
+
+
+def test_a_backward_that_reads_numbers_is_named() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"loss": Counting.apply(self.layer(x)).sum()}
+
+    with pytest.raises(CaptureError, match=r"test_model_features.py:\d+.*(backward of loss|tangent)"):
+        capture(Net(), (), {"x": torch.randn(BATCH, 8, 16)})
 
 
 @dataclass
