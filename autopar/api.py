@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import examples, meshes, tree
 from autopar.groups import Groups
+from autopar.heap import keep_freed
 from autopar.mixed import precision_of
 from autopar.module import ParallelModule, parallel_module, preload
 from autopar.options import Options
@@ -318,6 +319,8 @@ def _executable(
             local, device=device, compile=job.options.compile, rank=ours.rank,
             pipelined=job.options.async_tp,
         )  # fmt: skip
+    if device == "cpu":
+        keep_freed(plan.peak_memory_bytes)
     return Executable(local, lowered), local
 
 

@@ -31,7 +31,7 @@ _MATMUL_OP = re.compile(
 _MATMUL_KERNEL = re.compile(r"gemm|cutlass|nvjet|xmma|cublas|_mm_|triton_tem", re.IGNORECASE)
 _ATTENTION = re.compile(r"scaled_dot_product|flash|fmha|sdpa|_efficient_attention", re.IGNORECASE)
 _COLLECTIVE = re.compile(
-    r"(?P<all_gather>all_?gather)|(?P<reduce_scatter>reduce_?scatter)|(?P<all_reduce>all_?reduce)|"
+    r"(?P<all_gather>all_?gather|broadcast)|(?P<reduce_scatter>reduce_?scatter)|(?P<all_reduce>all_?reduce)|"
     r"(?P<all_to_all>all_?to_?all|send_?recv)",
     re.IGNORECASE,
 )
@@ -42,7 +42,8 @@ _ISSUES = re.compile(r"^(_c10d_functional::(?!wait)|c10d::)")
 class Measured:
     """Seconds of one step by kind; `steps` is how many the trace has, 1 where it does not mark them.
 
-    `gloo`: whether gloo moved things, which is asked for a reduce-scatter as an all-to-all (`passes.gloo`).
+    `gloo`: whether gloo moved things, which is asked for a reduce-scatter as an all-to-all, for a gather as broadcasts
+    (`passes.gloo`).
     """
 
     step_time_s: float

@@ -27,6 +27,10 @@ class PlanLike(Protocol):
         """What it was made with."""
 
     @property
+    def peak_memory_bytes(self) -> int:
+        """Of a rank, in a step."""
+
+    @property
     def example(self) -> str:
         """The call it was made for (`examples.described`)."""
 

@@ -6,15 +6,26 @@ at all. What a verdict says of the GPUs asked for is checked here on twice, four
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from passes.candidate import Profiler, estimate, lower_bound
+from autopar.leads import Way, is_enough
+from passes.candidate import Estimate, Profiler, estimate, lower_bound
 from passes.setup import Setup
 
-Times = tuple[float | None, float | None]
-"""Seconds of the fastest step that fits with sharded state alone, and with anything else that splits the model."""
+
+@dataclass(frozen=True)
+class Times:
+    """The fastest step that fits with sharded state alone, and with each other kind of way that splits the model."""
+
+    state: Way | None = None
+    others: tuple[Way, ...] = ()
+
+    @property
+    def enough(self) -> bool:
+        """Whether sharded state fits and is chosen."""
+        return is_enough(self.state, self.others)
+
 
 _HALVINGS = 4
 """So often fewer GPUs are tried."""
@@ -33,7 +44,7 @@ class Reach:
     times_beyond: Times | None
 
 
-def reach_up(gpus: int, batch: int, times: Callable[[int], Times], enough: float) -> Reach:
+def reach_up(gpus: int, batch: int, times: Callable[[int], Times]) -> Reach:
     """From `gpus`, where it is enough, to twice as many and on, as far as the batch goes; by bisection."""
     counts = _doubled(gpus, batch)
     known: dict[int, Times] = {}
@@ -41,13 +52,13 @@ def reach_up(gpus: int, batch: int, times: Callable[[int], Times], enough: float
     while low + 1 < high:
         middle = high - 1 if high == len(counts) else (low + high) // 2  # the last first: often all of them are
         known[counts[middle]] = times(counts[middle])
-        low, high = (middle, high) if is_enough(known[counts[middle]], enough) else (low, middle)
+        low, high = (middle, high) if known[counts[middle]].enough else (low, middle)
     most = counts[low] if low >= 0 else gpus
     beyond = counts[high] if high < len(counts) else None
     return Reach(most, known.get(most), beyond, known.get(beyond) if beyond else None)
 
 
-def reach_down(gpus: int, batch: int, node: int, times: Callable[[int], Times], enough: float) -> Reach | None:
+def reach_down(gpus: int, batch: int, node: int, times: Callable[[int], Times]) -> Reach | None:
     """From `gpus`, where it is not enough, to half as many and on; None where it is not there either."""
     count, beyond, past = gpus, gpus, None
     for _ in range(_HALVINGS):
@@ -57,18 +68,12 @@ def reach_down(gpus: int, batch: int, node: int, times: Callable[[int], Times], 
         if batch % count:
             continue
         here = times(count)
-        if here[0] is None:
+        if here.state is None:
             return None
-        if is_enough(here, enough):
+        if here.enough:
             return Reach(count, here, beyond, past)
         beyond, past = count, here
     return None
-
-
-def is_enough(times: Times, enough: float) -> bool:
-    """Whether sharded state fits, and is slower than the fastest other way by at most `enough` of it."""
-    state_s, other_s = times
-    return state_s is not None and (other_s is None or state_s <= other_s * (1 + enough))
 
 
 def _doubled(gpus: int, batch: int) -> Sequence[int]:
@@ -85,13 +90,18 @@ def _doubled(gpus: int, batch: int) -> Sequence[int]:
 def times_of(states: Iterable[Setup], others: Iterable[Setup], profiler: Profiler, budget: int) -> Times:
     """Of plans that shard the state alone, and of other setups, on one number of GPUs."""
     bounded = sorted((lower_bound(setup, profiler), i, setup) for i, setup in enumerate(states))
-    state_s = math.inf
-    for _, _, setup in [each for each in bounded if each[0][1] <= budget][:_PLAYED]:
-        if (found := estimate(setup, profiler)).peak_bytes <= budget:
-            state_s = min(state_s, found.step_s)
-    found_others = [estimate(setup, profiler) for setup in others]
-    other_s = min((each.step_s for each in found_others if each.peak_bytes <= budget), default=math.inf)
-    return state_s if state_s < math.inf else None, other_s if other_s < math.inf else None
+    likely = [setup for (_, size), _, setup in bounded if size <= budget][:_PLAYED]
+
+    def fastest(found: Iterable[Estimate]) -> tuple[Way, ...]:
+        fitting = [each for each in found if each.peak_bytes <= budget]
+        best = min(fitting, key=lambda each: each.step_s, default=None)
+        return (Way(best.step_s, best.hidden_s, best.seconds.get("slowed", 0.0)),) if best else ()
+
+    found = [estimate(setup, profiler) for setup in others]
+    staged = [each for each in found if each.setup.pp > 1]
+    plain = [each for each in found if each.setup.pp == 1]
+    state = fastest(estimate(setup, profiler) for setup in likely)
+    return Times(state[0] if state else None, fastest(plain) + fastest(staged))
 
 
 def on(gpus: int, batch: int, setups: Iterable[Setup]) -> Iterator[Setup]:

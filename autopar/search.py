@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from autopar import examples
+from autopar.leads import Way
 from autopar.options import Options, Recompute
 from autopar.profiling import Captures, Profiler
 from autopar.ranking import NEAREST, ranking_table, ranking_text
@@ -62,7 +63,7 @@ class Candidate:
     seconds: Mapping[str, float]
     bytes: Mapping[str, float]
     hidden_s: float = 0.0
-    """What a plan's gathers of parameters and reductions of gradients take behind compute."""
+    """What is sent behind compute."""
 
     @property
     def fits(self) -> bool:
@@ -71,6 +72,11 @@ class Candidate:
     @property
     def priced_only(self) -> tuple[str, ...]:
         return self.setup.priced_only
+
+    @property
+    def way(self) -> Way:
+        """What the verdict compares."""
+        return Way(self.step_time_s, self.hidden_s, self.seconds.get("slowed", 0.0))
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -356,13 +362,15 @@ class _State:
 
     def ways(self, setup: Setup) -> Iterator[Setup]:
         """ZeRO-1, and ZeRO-2 where gradients need not wait for a pipeline's other micro-batches; plain and interleaved
-        stages, with layers that full recompute runs again to their end, collectives too, or as plans do."""
+        stages, with layers that full recompute runs again to their end, collectives too, or as plans do. Stages with
+        tensor parallelism send in parts beside products, as published pipelines do (`tp_overlap`, benchmarks/data)."""
         if setup.pp == setup.cp == 1:
             if setup.data_ranks > 1:
                 yield setup
                 yield replace(setup, state="zero2")
             return
         layers = self.profiler.layers
+        setup = replace(setup, tp_overlap=setup.pp > 1 and setup.tp > 1)
         staged = [setup]
         if setup.pp > 1 and layers % setup.pp == 0 and layers > setup.pp:
             staged.append(replace(setup, virtual=layers // setup.pp))

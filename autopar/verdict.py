@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
+from autopar.leads import ENOUGH, LEAST_HIDDEN, MEASURED_ERROR, Way, chosen, close
 from autopar.profiling import Profiler
 from autopar.reach import Reach, Times, reach_down, reach_up
 from costmodel.memory import gib
@@ -17,10 +18,8 @@ from passes.setup import Setup
 
 Answer = Literal["state", "computation", "pipeline", "offload", "nothing"]
 
-_ENOUGH = 0.05
-"""Slower than the best by up to this share, the simpler way is called enough."""
-_PAYS = 0.03
-"""A pipeline, which no plan does yet, has to be faster by this share to be worth it."""
+_SIMPLEST_FIRST: tuple[Answer, ...] = ("state", "computation", "pipeline")
+_NAMES = {"state": "sharded state", "computation": "sharded computation", "pipeline": "a pipeline"}
 
 
 class Priced(Protocol):
@@ -40,6 +39,8 @@ class Priced(Protocol):
     def seconds(self) -> Any: ...
     @property
     def hidden_s(self) -> float: ...
+    @property
+    def way(self) -> Way: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Verdict:
     text: tuple[str, ...]
     enough_gpus: int | None = None
     """The most GPUs, by doubling or halving those asked for, on which sharded state alone is enough at this batch."""
+    close: tuple[Answer, ...] = ()
+    """Where predictions cannot tell several ways apart: these, the chosen one among them."""
 
     def as_json(self) -> dict[str, Any]:
         """For scripts."""
@@ -80,56 +83,62 @@ def verdict(
     computation = best(lambda s: simple(s) and s.tp > 1 and s.state == "zero3")
     pipeline = best(lambda s: s.pp > 1)
     offloaded = best(lambda s: s.offload)
-    resident = [c for c in (state, computation, pipeline) if c is not None]
-    fastest = min((c.step_time_s for c in resident), default=None)
+    found_ways = zip(_SIMPLEST_FIRST, (state, computation, pipeline), strict=True)
+    resident: dict[Answer, Priced] = {name: c for name, c in found_ways if c is not None}
+    ways = {name: c.way for name, c in resident.items()}
     text: list[str] = []
-    answer: Answer
-    if fastest is None:
-        answer = "offload" if offloaded else "nothing"
+    answer: Answer = chosen(ways) if ways else "offload" if offloaded else "nothing"
+    tied = tuple(close(ways)) if ways else ()
+    if not ways:
         text.append(_nothing_fits([c for c in plain if not c.setup.offload], budget))
         if offloaded:
             text.append(
                 f"Offload is the only way: optimizer states in host memory, {_s(offloaded.step_time_s)} a step with "
                 f"{gib(offloaded.peak_memory_bytes)} (priced only)."
             )
-    elif state and state.step_time_s <= fastest * (1 + _ENOUGH):
-        answer = "state"
+    elif answer == "state":
+        assert state is not None
+        fastest = min(way.step_s for way in ways.values())
         text.append(
             f"Sharding the state (FSDP2) is enough: {_s(state.step_time_s)} a step{_beside(state, fastest)} in "
             f"{gib(state.peak_memory_bytes)} of {gib(budget)}; {_share(state, 'exposed state')} of the step waits "
             "for parameters and gradients."
         )
-    elif computation and (pipeline is None or computation.step_time_s <= pipeline.step_time_s * (1 + _PAYS)):
-        answer = "computation"
+    elif answer == "computation":
+        assert computation is not None
         text.append(
-            f"Sharding the computation (tensor and sequence parallelism over {computation.setup.tp}) is needed: "
-            f"{_s(computation.step_time_s)} a step{_against(state, computation)}."
+            f"Sharding the computation (tensor and sequence parallelism over {computation.setup.tp}) "
+            f"{'is safer' if 'state' in tied else 'is needed'}: {_s(computation.step_time_s)} a step"
+            f"{_against(state, computation)}."
         )
     else:
-        answer = "pipeline"
         assert pipeline is not None
+        simpler = min((c for c in (state, computation) if c), key=lambda c: c.step_time_s, default=None)
         text.append(
-            f"A pipeline pays: {_stages(pipeline.setup)} take {_s(pipeline.step_time_s)} a step (priced only)"
-            f"{_against(computation or state, pipeline)}."
+            f"A pipeline {'is safer' if len(tied) > 1 else 'pays'}: {_stages(pipeline.setup)} take "
+            f"{_s(pipeline.step_time_s)} a step (priced only){_against(simpler, pipeline)}."
         )
+    if len(tied) > 1:
+        text.append(_too_close({name: ways[name] for name in tied}, answer))
     if answer in ("computation", "pipeline", "nothing"):
         text += _why_not_state(state, plain, profiler, gpus, batch, budget)
-    if answer in ("state", "computation") and fastest is not None:
-        text.append(_pipeline_text(pipeline, min(c.step_time_s for c in (state, computation) if c is not None)))
+    if answer in ("state", "computation"):
+        text.append(_pipeline_text(pipeline))
     if answer == "state" and state is not None and pipeline is not None:
         text += _rests_on_overlap(state, pipeline)
     reach = None
     if times_on is not None and answer == "state":
-        reach = reach_up(gpus, batch, times_on, _ENOUGH)
-    elif times_on is not None and answer in ("computation", "pipeline") and (batch % gpus or (state and _waits(state))):
-        reach = reach_down(gpus, batch, profiler.hardware.ranks_per_node, times_on, _ENOUGH)
+        reach = reach_up(gpus, batch, times_on)
+    elif times_on is not None and answer in ("computation", "pipeline") and (batch % gpus or state):
+        reach = reach_down(gpus, batch, profiler.hardware.ranks_per_node, times_on)
     if reach is not None:
         text.append(_reach_text(reach, gpus, batch))
     state_s, computation_s, pipeline_s, offload_s = (
         c.step_time_s if c else None for c in (state, computation, pipeline, offloaded)
     )
     enough = reach.gpus if reach else None
-    return Verdict(answer, state_s, computation_s, pipeline_s, offload_s, tuple(text), enough)
+    told = tied if len(tied) > 1 else ()
+    return Verdict(answer, state_s, computation_s, pipeline_s, offload_s, tuple(text), enough, told)
 
 
 def _s(seconds: float) -> str:
@@ -140,16 +149,32 @@ def _share(candidate: Priced, name: str) -> str:
     return f"{candidate.seconds.get(name, 0.0) / candidate.step_time_s:.0%}"
 
 
+def _too_close(ways: dict[Answer, Way], answer: Answer) -> str:
+    """That predictions cannot tell these apart, and what chose one of them."""
+    told = ", ".join(f"{_NAMES[name]} {_s(way.step_s)}" for name, way in ways.items())
+    stressed = ", ".join(_s(way.stressed_s) for way in ways.values())
+    least = min(ways, key=lambda name: ways[name].stressed_s)
+    why = "it depends least on overlap" if answer == least else f"it is the simplest within {ENOUGH:.0%} of the least"
+    return (
+        f"Too close to call: {told}; predictions are off by {MEASURED_ERROR:.0%} on average. Did only "
+        f"{LEAST_HIDDEN:.0%} of what is sent hide, as in a published run, they would take {stressed}: "
+        f"{_NAMES[answer]} is chosen, as {why}."
+    )
+
+
 def _beside(candidate: Priced, fastest: float) -> str:
     more = candidate.step_time_s / fastest - 1
     others = "tensor parallelism or a pipeline"
     return f", {more:.0%} more than with {others}" if more > 0.005 else f" (no faster with {others})"
 
 
-def _against(other: Priced | None, chosen: Priced) -> str:
+def _against(other: Priced | None, best: Priced) -> str:
     if other is None:
         return ", and nothing simpler fits"
-    return f", {other.step_time_s / chosen.step_time_s:.2f} times faster than {_name(other)} ({_s(other.step_time_s)})"
+    times = other.step_time_s / best.step_time_s
+    if times <= 1.0 + MEASURED_ERROR:
+        return f", {_name(other)} {_s(other.step_time_s)}"
+    return f", {times:.2f} times faster than {_name(other)} ({_s(other.step_time_s)})"
 
 
 def _name(candidate: Priced) -> str:
@@ -216,16 +241,16 @@ def _why_not_state(
 
 def _waits(state: Priced) -> bool:
     """Whether what it waits for is more than what is let pass as enough."""
-    return bool(state.seconds.get("exposed state", 0.0) > _ENOUGH * state.step_time_s)
+    return bool(state.seconds.get("exposed state", 0.0) > ENOUGH * state.step_time_s)
 
 
 def _rests_on_overlap(state: Priced, pipeline: Priced) -> list[str]:
     """Where a pipeline would be faster if sharded state waited for what it sends, as ZeRO-3 once did: by how much."""
     waiting_s = state.step_time_s + state.hidden_s
-    if waiting_s <= pipeline.step_time_s * (1 + _ENOUGH):
+    if waiting_s <= pipeline.step_time_s * (1 + ENOUGH):
         return []
     compute_s = sum(state.seconds.get(name, 0.0) for name in ("compute", "recompute", "slowed"))
-    spare_s = pipeline.step_time_s * (1 + _ENOUGH) - state.step_time_s
+    spare_s = pipeline.step_time_s * (1 + ENOUGH) - state.step_time_s
     hidden = 1 - spare_s / state.hidden_s
     return [
         f"This rests on overlap: gathers and reductions take {_s(state.hidden_s)} behind {_s(compute_s)} of compute, "
@@ -239,10 +264,11 @@ def _reach_text(reach: Reach, gpus: int, batch: int) -> str:
     """Up to how many GPUs it is enough, with both times there, and both where it is not."""
 
     def told(times: Times | None) -> str:
-        if times is None or times[0] is None:
+        if times is None or times.state is None:
             return ""
-        other = f", the fastest other way {_s(times[1])}" if times[1] is not None else ""
-        return f" ({_s(times[0])} a step{other})"
+        other_s = min((way.step_s for way in times.others), default=None)
+        other = f"the fastest other way {_s(other_s)}" if other_s is not None else "and no other that was tried fits"
+        return f" ({_s(times.state.step_s)} a step, {other})"
 
     still = "stays enough" if reach.gpus >= gpus else "is enough"
     last = f", where each has one sample{told(reach.times)}" if reach.gpus == batch else told(reach.times)
@@ -254,12 +280,10 @@ def _reach_text(reach: Reach, gpus: int, batch: int) -> str:
     return f"{text}."
 
 
-def _pipeline_text(pipeline: Priced | None, today_s: float) -> str:
+def _pipeline_text(pipeline: Priced | None) -> str:
     if pipeline is None:
         return "No pipeline fits or divides the layers."
-    gain = today_s / pipeline.step_time_s - 1
-    told = f"the best pipeline ({_mesh(pipeline.setup)}, priced only) takes {_s(pipeline.step_time_s)}"
-    bubble = f"{_share(pipeline, 'bubble')} of it bubble"
-    if gain > _PAYS:
-        return f"A pipeline would pay: {told}, {gain:.0%} faster, {bubble}."
-    return f"A pipeline would not pay: {told}, {bubble}."
+    return (
+        f"A pipeline would not pay: the best ({_mesh(pipeline.setup)}, priced only) takes {_s(pipeline.step_time_s)}, "
+        f"{_share(pipeline, 'bubble')} of it bubble."
+    )

@@ -48,6 +48,8 @@ aten = torch.ops.aten
 DATA = Path(__file__).parent / "data" / "published.csv"
 HELD_OUT = DATA.with_name("held_out.csv")
 """Runs that no parameter or rule was set by; the data's notes say what was seen of them before."""
+AT_SCALE = DATA.with_name("at_scale.csv")
+"""Sharded state alone on hundreds of GPUs: runs that were looked up for what a network and overlap give there."""
 
 
 _WAITED_BYTES_PER_S = 10.2e9 / (0.48 - 0.06)
@@ -61,7 +63,7 @@ class Run:
     """A published run: its line in the file."""
 
     line: dict[str, str]
-    held_out: bool = False
+    file: Path = DATA
 
     def number(self, name: str) -> int:
         return int(float(self.line[name]))
@@ -146,10 +148,10 @@ def _forward_flops(run: Run, *, causal: bool = False) -> float:
 
 
 def runs(path: Path = DATA) -> list[Run]:
-    """Every row of the file; of the project's own also those held out."""
+    """Every row of the file; of the project's own also those of the two beside it."""
     with path.open(encoding="utf-8") as file:
-        found = [Run(line, path == HELD_OUT) for line in csv.DictReader(file)]
-    return found + runs(HELD_OUT) if path == DATA else found
+        found = [Run(line, path) for line in csv.DictReader(file)]
+    return found + runs(HELD_OUT) + runs(AT_SCALE) if path == DATA else found
 
 
 def model_of(run: Run) -> nn.Module:
@@ -469,15 +471,16 @@ def waited_text(found: Sequence[Result]) -> str:
 def report(found: Sequence[Result]) -> str:
     """Errors, then every row."""
     fitted_text = "\n".join(f"- {name}: {text}" for name, text in fitted().items())
-    known, held_out = [r for r in found if not r.run.held_out], [r for r in found if r.run.held_out]
+    others = {HELD_OUT: "Held out: no parameter was set by them", AT_SCALE: "Sharded state alone on hundreds of GPUs"}
+    known = [r for r in found if r.run.file not in others]
     parts = [
         "# Published training runs: predicted and measured",
         "Written by `python benchmarks/published.py -o benchmarks/published_results.md`.",
         *([errors_text(grouped(known)), memory_text(known), waited_text(known)] if known else []),
     ]
-    if held_out:
-        parts += ["## Held out: no parameter was set by them", errors_text(grouped(held_out))]
-        parts += [memory_text(held_out), rows_text(held_out)]
+    for path, title in others.items():
+        if mine := [r for r in found if r.run.file == path]:
+            parts += [f"## {title}", errors_text(grouped(mine)), memory_text(mine), rows_text(mine)]
     return "\n\n".join([*parts, "## Fitted parameters", fitted_text, "## Rows", rows_text(known)]) + "\n"
 
 

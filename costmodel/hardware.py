@@ -67,6 +67,8 @@ class Link:
     """Start and end of a collective on this link, whatever its size and ranks."""
     multicast_bytes_per_s: float = 0.0
     """Port rate of all-reduce done in the switch (NVLS); 0 where there is none."""
+    wide_bytes_per_s: float = 0.0
+    """Rate that a ring through many nodes keeps in training (`collectives.WIDE_NODES`); 0 where it is the same."""
     sms: float = 0
     """Streaming multiprocessors, or cores of a CPU, that a running collective takes from a rank's compute: between
     nodes, per rank of the group in a node, each of which brings a network card."""
@@ -517,6 +519,8 @@ def hardware_of(body: Any, where: str) -> Hardware:
     parts = dict(_typed(body, Hardware, f"{where}: hardware"))
     parts["device"] = Device(**_typed(parts["device"], Device, f"{where}: hardware.device"))
     for link in ("intra_node", "inter_node"):
+        if isinstance(parts[link], dict):  # files that were written before there was this figure
+            parts[link] = {"wide_bytes_per_s": 0.0, **parts[link]}
         body = dict(_typed(parts[link], Link, f"{where}: hardware.{link}"))
         body["measured"] = {kind: tuple(figures) for kind, figures in body["measured"].items()}
         parts[link] = Link(**body)
@@ -528,6 +532,7 @@ _MAY_BE_ZERO = {
     "pipeline_s",
     "base_s",
     "multicast_bytes_per_s",
+    "wide_bytes_per_s",
     "sms",
     "reserve_bytes",
     "kernel_launch_s",

@@ -37,7 +37,8 @@ class Estimate:
     seconds: Mapping[str, float]
     bytes: Mapping[str, float]
     hidden_s: float = 0.0
-    """What gathers of parameters and reductions of gradients take behind compute, in a plan's setup."""
+    """What is sent behind compute: gathers of parameters and reductions of gradients, and what a pipeline hides of
+    activations."""
 
 
 class Profiler(Protocol):
@@ -153,7 +154,8 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     layers, stages, micro = max(1, found.layers), setup.pp, setup.accumulate
     ring_s, attention_s = _context(setup, found, hardware)
     layer_s = found.layer("micro_s") + attention_s + ring_s + _rest_again_s(setup, found)
-    layer_s -= _hidden_by_parts_s(setup, found)
+    by_parts_s = _hidden_by_parts_s(setup, found)
+    layer_s -= by_parts_s
     casts_s = _casts_s(setup, found, hardware) if setup.fp8 else 0.0
     layer_s += casts_s / layers
     outside_s = outside["micro_s"]
@@ -164,11 +166,13 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     mesh = topology(hardware, {"pp": stages, "inner": inner})
     message_s = collective_s("send_recv", message, (0,), mesh) if stages > 1 else 0.0
     passed_s, bubble_s, messages_s = pipeline.step_s(micro, slowest_s, average_s, message_s, stages, setup.virtual)
+    sent_s = 2 * (setup.virtual * micro + stages - 1) * message_s
     # the busiest stage's share of the parameters
     share = max(-(-layers // stages) / layers, 1 / stages)
     elements = (found.layer("elements") * layers * share) + (outside["elements"] * (1.0 if stages == 1 else 0.5))
-    waits_s, slowed_s, update_s = _state(setup, elements, found, slowest_s, hardware, spec)
+    waits_s, behind_s, slowed_s, update_s = _state(setup, elements, found, slowest_s, hardware, spec)
     step = passed_s + waits_s + slowed_s + update_s
+    hidden_s = behind_s + max(0.0, sent_s - messages_s) + micro * layers / stages * by_parts_s
     seconds = {
         "compute": micro * slowest_s,
         "bubble": bubble_s,
@@ -178,7 +182,7 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
         "optimizer": update_s,
     }
     bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), elements, spec)
-    return Estimate(setup, step, sum(bytes_.values()), seconds, bytes_)
+    return Estimate(setup, step, sum(bytes_.values()), seconds, bytes_, hidden_s)
 
 
 def _context(setup: Setup, found: Profile, hardware: Hardware) -> tuple[float, float]:
@@ -208,9 +212,9 @@ def _casts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
 
 def _state(
     setup: Setup, elements: float, found: Profile, stage_s: float, hardware: Hardware, spec: OptimizerSpec
-) -> tuple[float, float, float]:
-    """Once per step: exposed seconds of gradient reduction and of parameters' gathers, what the rest of them takes from
-    compute, and the update."""
+) -> tuple[float, float, float, float]:
+    """Once per step: exposed and hidden seconds of gradient reduction and of parameters' gathers, what the hidden take
+    from compute, and the update."""
     ranks = setup.data_ranks * setup.cp
     update_s = found.whole["optimizer_s"] * elements / found.whole["elements"]
     if setup.state != "zero0":
@@ -218,7 +222,7 @@ def _state(
     if setup.offload:
         update_s = offload.host_update_s(elements / (ranks if setup.state != "zero0" else 1), hardware)
     if ranks == 1:
-        return 0.0, 0.0, update_s
+        return 0.0, 0.0, 0.0, update_s
     mesh = topology(hardware, {"pp": setup.pp, "dp": setup.data_ranks, "cp": setup.cp, "tp": setup.tp})
     axes, item = (1, 2), found.whole["bytes"] / found.whole["elements"]
     gradients = elements * setup.gradient_bytes
@@ -228,10 +232,11 @@ def _state(
         reduce_s = collective_s("reduce_scatter", gradients, axes, mesh)
         gather_s = collective_s("all_gather", elements * item, axes, mesh)
     if not setup.overlap:
-        return reduce_s + gather_s, 0.0, update_s
+        return reduce_s + gather_s, 0.0, 0.0, update_s
     layers = max(1.0, found.layers / setup.pp)
     backward_s, forward_s = stage_s * 2 / 3, stage_s / 3
     # the last layer's gradients and the first one's parameters have nothing to hide behind
     waits_s = max(reduce_s - backward_s, reduce_s / layers) + max(gather_s - forward_s, gather_s / layers)
     sms, _ = taken_shares(axes, mesh)
-    return waits_s, sms * (reduce_s + gather_s - waits_s), update_s
+    behind_s = reduce_s + gather_s - waits_s
+    return waits_s, behind_s, sms * behind_s, update_s

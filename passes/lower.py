@@ -25,7 +25,7 @@ from torch._inductor.output_code import CompiledFxGraph
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from passes.gloo import for_gloo
+from passes.gloo import for_gloo, gloo_step
 from passes.graphs import graph_module
 from passes.layers import layer_patterns
 from passes.local import COLLECTIVES, LocalProgram
@@ -216,10 +216,11 @@ class _Runner:
     def _outer(self, gm: fx.GraphModule, parts: Cut, each: Mapping[Region, Call], results: Any) -> Boxed:
         attributes = {node: _attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
         inputs = list(gm.graph.find_nodes(op="placeholder"))
+        step = gloo_step if self.device.type == "cpu" else op_step
         planned = (
-            self._region_step(each[part]) if isinstance(part, Region) else op_step(part) for part in arranged(parts)
+            self._region_step(each[part]) if isinstance(part, Region) else step(part) for part in arranged(parts)
         )
-        return assembled(inputs, planned, results, attributes)
+        return assembled(inputs, (each for each in planned if each is not None), results, attributes)
 
     def apart(self, gm: fx.GraphModule) -> Apart:
         """The backward `gm` in two: up to the reductions of gradients, and these."""

@@ -37,6 +37,7 @@ class StandinPlan:
     stored: tuple[tuple[str, Any], ...]
     options: Options
     timeline: None = None
+    peak_memory_bytes: int = 0
 
     def to_json(self) -> str:
         stored = [(n, s.shape, [None if d is None else d.dim for d in s.shards], s.state_axes) for n, s in self.stored]

@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 from stacks import Stack
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,13 +47,30 @@ class Moved(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func).removeprefix("_c10d_functional.")
-        kind = next((k for k in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all") if name.startswith(k)), "")
+        kind = next(
+            (
+                k
+                for k in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast")
+                if name.startswith(k)
+            ),
+            "",
+        )
         if kind and str(func) != name:
             full = result if kind == "all_gather" else args[0]
             self.counts[kind] = self.counts.get(kind, 0) + 1
             size = sum(x.numel() * x.element_size() for x in tree_leaves(full))
             self.bytes[kind] = self.bytes.get(kind, 0) + size
         return result
+
+
+def _is_broadcast(collective: Any) -> bool:
+    """Whether gloo runs it as a broadcast from each rank."""
+    return collective.kind == "all_gather" and collective.role == "parameter"
+
+
+def _times(collective: Any, mesh: DeviceMesh) -> int:
+    """How often gloo is asked in a step."""
+    return collective.count * (mesh[collective.axes].size() if _is_broadcast(collective) else 1)
 
 
 def _batches(ranks: int) -> list[torch.Tensor]:
@@ -85,7 +102,7 @@ def _accumulates(rank: int, ranks: int, name: str, shape: tuple[int, ...], strat
         expected = [c for c in plan.collectives if c.phase == "backward"]
         if syncs_last and not last:
             expected = [c for c in expected if c.role != "gradient"]
-        assert sum(moved.counts.values()) == sum(c.count for c in expected)
+        assert sum(moved.counts.values()) == sum(_times(c, mesh) for c in expected)
         assert sum(moved.bytes.values()) == sum(c.count * c.bytes for c in expected)
     assert reduced
     for (key, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
@@ -121,14 +138,16 @@ def _issues_its_ledger(rank: int, ranks: int) -> None:
             # Apart: under a dispatch mode the profiler sees each op twice.
             with profile(activities=[ProfilerActivity.CPU]) as profiled:
                 parallel(ids=ids)["loss"].backward()
-            # On gloo a reduce-scatter runs as an all-to-all of the same bytes.
+            # On gloo a reduce-scatter runs as an all-to-all of the same bytes, a gather of parameters as broadcasts.
             issued = {c: "all_to_all" if c.kind == "reduce_scatter" else c.kind for c in plan.collectives}
+            issued |= {c: "broadcast" for c in plan.collectives if _is_broadcast(c)}
+            times = {c: _times(c, mesh) for c in plan.collectives}
             kinds = set(issued.values())
             ops = {e.key: e.count for e in profiled.key_averages() if e.key.startswith("_c10d_functional::")}
             waits = {c: c.tensors if c.kind == "all_gather" else 1 for c in plan.collectives}  # others are packed
             assert ops.pop("_c10d_functional::wait_tensor") == sum(c.count * waits[c] for c in plan.collectives)
-            assert sum(ops.values()) == sum(c.count for c in plan.collectives)
-            assert moved.counts == {k: sum(c.count for c in plan.collectives if issued[c] == k) for k in kinds}
+            assert sum(ops.values()) == sum(times.values())
+            assert moved.counts == {k: sum(times[c] for c in plan.collectives if issued[c] == k) for k in kinds}
             sizes = {k: sum(c.count * c.bytes for c in plan.collectives if issued[c] == k) for k in kinds}
             assert moved.bytes == sizes, strategy
 

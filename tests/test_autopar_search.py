@@ -15,8 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import autopar
 from autopar.cli.main import main
+from autopar.leads import Way
 from autopar.profiling import Captures, Profiler
-from autopar.reach import Times, is_enough, reach_down, reach_up
+from autopar.reach import Times, reach_down, reach_up
 from autopar.search import Candidate, SearchResult
 from autopar.verdict import verdict
 from costmodel.hardware import hardware
@@ -141,6 +142,17 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     assert result.played < 12
 
 
+def test_what_a_pipeline_hides_of_tensor_parallelism(profiler: Profiler) -> None:
+    """8 layers on 2 stages, 6 micro-batches: what a stage's layers hide is saved once per micro-batch, and once more
+    while the pipeline fills."""
+    apart = Setup(pp=2, tp=2, dp_shard=2, accumulate=6, state="zero1")
+    overlapped = Setup(pp=2, tp=2, dp_shard=2, accumulate=6, state="zero1", tp_overlap=True)
+    plain, found = estimate(apart, profiler), estimate(overlapped, profiler)
+    more_s = found.hidden_s - plain.hidden_s
+    assert more_s > 0
+    assert plain.step_s - found.step_s == pytest.approx(more_s * (6 + 1) / 6, rel=0.05)
+
+
 def test_what_is_budgeted_for_the_optimizer_is_said(found: SearchResult) -> None:
     """A copy in fp32 only of parameters that have none."""
     assert "optimizer adamw-master: 12 bytes per parameter, 4 of them an fp32 copy of it" in found.notes[0]
@@ -155,17 +167,17 @@ def test_how_far_sharded_state_goes(last: int) -> None:
     """By trying every number of GPUs: batch 768, asked on 32, enough up to `last`."""
 
     def times(gpus: int) -> Times:
-        return 1.0, 1.0 if gpus <= last else 0.9
+        return Times(Way(1.0), (Way(1.0 if gpus <= last else 0.9),))
 
     def tried(counts: Iterable[int]) -> list[int]:
-        return [n for n in counts if 768 % n == 0 and is_enough(times(n), 0.05)]
+        return [n for n in counts if 768 % n == 0 and n <= last]
 
     if last >= 32:
-        reach = reach_up(32, 768, times, 0.05)
+        reach = reach_up(32, 768, times)
         assert reach.gpus == max(tried(32 << k for k in range(10)))
         assert reach.beyond == (2 * last if last < 256 else None)
     else:
-        down = reach_down(32, 768, 8, times, 0.05)
+        down = reach_down(32, 768, 8, times)
         assert down is not None
         assert (down.gpus, down.beyond) == (max(tried([16, 8, 4, 2])), 32)
 
@@ -174,12 +186,16 @@ def test_the_verdict_says_how_far_it_goes() -> None:
     state = Candidate(Setup(dp_shard=64), 10.0, 1, 0, {"compute": 9.0}, {})
     stages = Candidate(Setup(dp_shard=8, pp=8, state="zero1"), 12.0, 1, 0, {"bubble": 1.2}, {})
     unused: Any = None
-    found = verdict([state, stages], unused, 64, 256, 1, lambda n: (640 / n, 720 / n if n < 256 else 2.0))
+
+    def times(gpus: int) -> Times:
+        return Times(Way(640 / gpus), (Way(720 / gpus if gpus < 256 else 2.0),))
+
+    found = verdict([state, stages], unused, 64, 256, 1, times)
     assert found.enough_gpus == 128
     assert (
         "up to 128 GPUs (5.00 s a step, the fastest other way 5.62 s), and no longer on 256 (2.50 s" in found.text[-1]
     )
-    found = verdict([state, stages], unused, 64, 64, 1, lambda n: (None, None))
+    found = verdict([state, stages], unused, 64, 64, 1, lambda n: Times())
     assert found.enough_gpus == 64
     assert found.text[-1].endswith("up to 64 GPUs, where each has one sample; more it cannot use.")
 
@@ -220,7 +236,7 @@ def test_zero3_that_waits_for_its_gathers_falls_behind_pipelines_as_gpus_grow() 
     """arXiv 2104.04473 Table 2, 174.6B, batch 1536: ZeRO-3 takes 1.06, 1.69 and 3.20 times as long as a pipeline.
 
     That ZeRO-3 waited for gathers of 24 GB/s (`benchmarks/published.py`). Where they run beside compute, as in a plan,
-    a sample still hides them: it stays ahead, by less and less.
+    steps are too close to call, and the pipeline is chosen, which depends less on overlap.
     """
 
     def inputs(parts: int) -> dict[str, torch.Tensor]:
@@ -245,19 +261,32 @@ def test_zero3_that_waits_for_its_gathers_falls_behind_pipelines_as_gpus_grow() 
     assert waited == sorted(waited)
     assert 1.0 < waited[0] < 1.5
     assert waited[2] == pytest.approx(3.2, rel=0.1)
-    hidden = [times_as_long(gpus, 0.0) for gpus in (384, 1536)]
-    assert hidden[0] < hidden[1] < 1.0
 
-    # By hand, at a sample per GPU: 349 GB of bf16 parameters come into a node of 8 over 8 x 25 GB/s for forward and for
-    # backward, and as much of gradients leaves; 6 FLOPs per parameter and token at up to A100's 312 TFLOP/s.
-    found = profiler.profile(Setup(dp_shard=1536), replica=False)
-    wire_s = 2 * 174.6e9 / (8 * 25e9)
-    sent_s = [found.total(f"exposed.{which}") + found.total(f"hidden.{which}")
+    def candidate(setup: Setup) -> Candidate:
+        found = estimate(setup, profiler)
+        return Candidate(setup, found.step_s, 1, 0, found.seconds, {}, found.hidden_s)
+
+    for gpus in (384, 1536):
+        state = candidate(Setup(dp_shard=gpus, accumulate=1536 // gpus))
+        data = gpus // 48
+        stages = candidate(Setup(
+            dp_shard=data, tp=4, pp=12, virtual=8, accumulate=1536 // data, state="zero1", gradient_bytes=4,
+            tp_overlap=True,
+        ))  # fmt: skip
+        found = verdict([state, stages], profiler, gpus, 1536, 1)
+        assert (found.answer, found.close) == ("pipeline", ("state", "pipeline"))
+
+    # By hand, at a sample per GPU: 349 GB of bf16 parameters come into a node of 8 for forward and for backward, and as
+    # much of gradients leaves, at 60% of 8 x 25 GB/s, after 191 x 15 us and 1344 x 6 us of hops for each of 96 layers;
+    # 6 FLOPs per parameter and token at up to A100's 312 TFLOP/s.
+    played = profiler.profile(Setup(dp_shard=1536), replica=False)
+    wire_s = 2 * 174.6e9 / (0.6 * 8 * 25e9)
+    hops_s = 96 * (191 * 15e-6 + 1344 * 6e-6)
+    sent_s = [played.total(f"exposed.{which}") + played.total(f"hidden.{which}")
               for which in ("parameter.forward", "parameter.backward", "gradient")]  # fmt: skip
-    assert all(wire_s < each < wire_s / 0.6 for each in sent_s)
+    assert all(wire_s < each < 1.1 * (wire_s + hops_s) for each in sent_s)
     compute_s = 6 * 174.6e9 * 2048 / 312e12
-    assert compute_s / 0.85 < found.whole["micro_s"] < compute_s / 0.6
-    assert found.total("exposed.parameter") + found.total("exposed.gradient") < 0.05 * found.whole["micro_s"]
+    assert compute_s / 0.85 < played.whole["micro_s"] < compute_s / 0.6
 
 
 def test_the_verdict_says_what_it_rests_on() -> None:

@@ -115,6 +115,24 @@ def test_two_ranks_per_node_pool_their_cards() -> None:
     assert all_gather_s(4 * GIB, (0,), mesh) == pytest.approx(7 / 8 * 4 * GIB / 95.4e9, rel=0.02)
 
 
+def test_rings_through_many_nodes_as_published() -> None:
+    """Two publications: FSDP's prefetch in backward and an all-gather of nccl-tests.
+
+    arXiv 2304.11277, sections 5.2, 5.4: without prefetch a step of GPT-175B on A100s, 17.0 s at 173 TFLOP/s, takes 18%
+    longer on 128 to 512 GPUs: its gathers of backward, each waited for. 96 layers of 12 x 12288^2 parameters in bf16.
+    NVIDIA/nccl issue 1218: 2 GB on 32 nodes of 8 H100, 200 GB/s of bus bandwidth, in one iteration.
+    """
+    a100 = hardware("a100-80gb")
+    flops = 96 * 2048 * 96 * 12288**2 * (1 + 2048 / (6 * 12288) + 50000 / (16 * 96 * 12288))
+    extra_s = 0.18 * flops / 173e12
+    assert extra_s == pytest.approx(3.06, rel=0.01)
+    for gpus in (128, 256, 512):
+        gathers_s = 96 * all_gather_s(2 * 12 * 12288**2, (0,), topology(a100, {"dp": gpus}))
+        assert gathers_s == pytest.approx(extra_s, rel=0.15)
+    gather_s = all_gather_s(2e9, (0,), topology(H100, {"dp": 256}))
+    assert 2e9 * 255 / 256 / gather_s == pytest.approx(200e9, rel=0.1)
+
+
 def test_small_messages_cost_latency_only() -> None:
     """A kilobyte over 8 ranks of a node: 8 us and 7 hops of 2.2 us."""
     mesh = topology(H100, {"tp": 8})

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from passes.gloo import for_gloo
+from passes.gloo import for_gloo, gloo_step
 from passes.local import TOGETHER, WAIT
 from passes.outer import assembled, op_step
 
@@ -77,9 +77,32 @@ def _runs_as_the_sum(rank: int, ranks: int) -> None:
                     assert torch.equal(x, before)  # inputs stay as they were
 
 
+def _brings_every_part(rank: int, ranks: int) -> None:
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    for dtype in (torch.float32, torch.bfloat16, torch.bool):
+        for shapes in (SHAPES, SHAPES[:1], SHAPES[2:3]):
+            everyone = []
+            for r in range(ranks):
+                torch.manual_seed(r)
+                everyone.append([torch.randint(0, 9, shape).to(dtype) for shape in shapes])
+            gm = _graph(GATHER, shapes, (ranks, group), dtype)
+            nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
+            steps = [step for node in nodes if (step := gloo_step(node)) is not None]
+            inputs = list(gm.graph.find_nodes(op="placeholder"))
+            outer = assembled(inputs, steps, gm.graph.output_node().args[0], {})  # type: ignore[arg-type]
+            for found, parts in zip(outer(list(everyone[rank])), zip(*everyone, strict=True), strict=True):
+                assert torch.equal(found, torch.cat(parts))
+                assert found.is_contiguous()
+
+
 @pytest.mark.timeout(120)
-def test_rewritten_collectives_give_every_ranks_sum() -> None:
-    run_ranks(_runs_as_the_sum, 4, timeout_s=100)
+def test_rewritten_collectives_give_every_ranks_sum_and_part() -> None:
+    run_ranks(_on_ranks, 4, timeout_s=100)
+
+
+def _on_ranks(rank: int, ranks: int) -> None:
+    _runs_as_the_sum(rank, ranks)
+    _brings_every_part(rank, ranks)
 
 
 def test_one_exchange_of_the_same_bytes_takes_a_lists_place() -> None:
