@@ -12,11 +12,10 @@ One group of `n` ranks lies on `N` nodes with `g = n / N` ranks in each. Bytes a
     time = base + hops * (latency + pipeline * fill) + wire bytes / rate + own part / copy rate
 
 A ring that crosses nodes runs at the rate of the `g` network cards its ranks own, or of the link inside the node if
-that is less; through `WIDE_NODES` and more, where its traffic meets other traffic in the switches above them and each
-of many hops may be the slowest, at what was seen of it in training. `fill` grows from 0 to 1 as the part that a hop
-passes on grows past `CHUNK_BYTES`: small parts travel in low-latency packets, large ones wait for a whole chunk. The
-own part (`S / n`) is copied from input to output by the device, at a third of its memory rate; that is what makes 2
-ranks slower per byte than 8.
+that is less; through all ranks of `WIDE_NODES` and more, each of whose many hops may be the slowest, at what was seen
+of it in training. `fill` grows from 0 to 1 as the part that a hop passes on grows past `CHUNK_BYTES`: small parts
+travel in low-latency packets, large ones wait for a whole chunk. The own part (`S / n`) is copied from input to output
+by the device, at a third of its memory rate; that is what makes 2 ranks slower per byte than 8.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ CHUNK_BYTES = 1.25e6
 """Part of a rank at which half the pipeline is filled: collectives_busbw.csv, H200 all-reduce of 10 MB, 8 ranks."""
 
 WIDE_NODES = 16
-"""Nodes from which on a ring runs at `Link.wide_bytes_per_s`: the fewest that it was seen on (arXiv 2304.11277)."""
+"""Nodes from which on a ring through all ranks of each runs at `Link.wide_bytes_per_s`: the fewest that it was seen on
+(arXiv 2304.11277). Rings of one rank per node keep their rate in Megatron-LM's published runs on 24 to 96 nodes."""
 
 COPY_PASSES = 3.0
 """Passes over memory when a rank copies its own part: collectives_busbw.csv, H100, 2 to 8 ranks: 1.0 to 1.1 TB/s."""
@@ -133,7 +133,8 @@ def _port_bytes_per_s(members: Group, topology: Topology) -> float:
     intra, inter = topology.hardware.intra_node, topology.hardware.inter_node
     if members.nodes == 1:
         return intra.bytes_per_s
-    wide = inter.wide_bytes_per_s and members.nodes >= WIDE_NODES
+    whole_nodes = members.in_node == topology.hardware.ranks_per_node
+    wide = inter.wide_bytes_per_s and members.nodes >= WIDE_NODES and whole_nodes
     network = members.in_node * (min(inter.bytes_per_s, inter.wide_bytes_per_s) if wide else inter.bytes_per_s)
     return network if members.in_node == 1 else min(intra.bytes_per_s, network)
 

@@ -68,7 +68,7 @@ class Link:
     multicast_bytes_per_s: float = 0.0
     """Port rate of all-reduce done in the switch (NVLS); 0 where there is none."""
     wide_bytes_per_s: float = 0.0
-    """Rate that a ring through many nodes keeps in training (`collectives.WIDE_NODES`); 0 where it is the same."""
+    """Rate per rank of a ring through all ranks of many nodes (`collectives.WIDE_NODES`); 0 where it is the same."""
     sms: float = 0
     """Streaming multiprocessors, or cores of a CPU, that a running collective takes from a rank's compute: between
     nodes, per rank of the group in a node, each of which brings a network card."""
