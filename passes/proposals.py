@@ -213,24 +213,41 @@ class Search:
         space = without(space, request.without)
         shares = shares or _HIDDEN_SHARES[: self.most if name == "auto" else 1]
         unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
+        enough_s = dict.fromkeys(shares, math.inf)
         for mode in modes:
             if mode != modes[0]:
                 recomputed = recomputation(padding.analysis, mode)
                 space = replace(space, recomputed=replace(recomputed, reshard=space.recomputed.reshard))
             priced = price(space, Budgeted(int(OPTIMIZERS[request.optimizer].state_bytes_per_param)))
-            found = [_solved_within(space, priced, share, name, request, self.budget, padding) for share in shares]
-            for candidate in found:
+            unbound = True
+            for share in shares:
+                candidate = _solved_within(space, priced, share, name, request, self.budget, padding, enough_s[share])
+                if candidate is None:
+                    continue
+                unbound = unbound and candidate.unbound
                 unique.setdefault((mode, candidate.assignment), candidate)
-            if all(candidate.unbound for candidate in found):
+                if candidate.schedule.peak_memory_bytes <= self.budget:
+                    enough_s[share] = min(enough_s[share], candidate.solution.seconds)
+            if unbound:
                 break
         return list(unique.values())
 
 
 def _solved_within(
-    space: Space, priced: Priced, share: float, name: str, request: Request, budget: float, padding: Padding
-) -> Candidate:
+    space: Space,
+    priced: Priced,
+    share: float,
+    name: str,
+    request: Request,
+    budget: float,
+    padding: Padding,
+    enough_s: float,
+) -> Candidate | None:
     """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
-    schedule finds on top of it, until both agree."""
+    schedule finds on top of it, until both agree.
+
+    None where all that is left costs `enough_s` or more: what is computed again less, and fits, is cheaper.
+    """
     spec = OPTIMIZERS[request.optimizer]
     limit = math.inf
     last: Candidate | None = None
@@ -239,6 +256,8 @@ def _solved_within(
             solution = solve(priced.weighed(share, limit))
         except NoFeasiblePlanError:
             break
+        if solution.bound_s >= enough_s:
+            return None
         assignment = priced.assignment(solution.picks, len(space.sites))
         if last is not None and assignment == last.assignment:
             break
