@@ -45,16 +45,16 @@ _STATES_BYTES = 1 << 30
 
 @dataclass(order=True)
 class _Node:
-    """Plans of the options allowed, where not all are; `over` and `within` are picks that are beside the budget and
-    fit it, if any were met."""
+    """Plans of the options allowed, where not all are; `picks` were read off at the price, `over` and `within` at a
+    lower and a higher one. `unsure`: the variable whose pick has the most excess."""
 
     bound_s: float
     order: int
     s_per_byte: float = field(compare=False)
     allowed: Mapping[int, Flags] = field(compare=False)
     state: State = field(compare=False)
-    over: tuple[int, ...] | None = field(compare=False, default=None)
-    within: tuple[int, ...] | None = field(compare=False, default=None)
+    over: tuple[int, ...] = field(compare=False, default=())
+    within: tuple[int, ...] = field(compare=False, default=())
     picks: tuple[int, ...] = field(compare=False, default=())
     unsure: int = field(compare=False, default=-1)
 

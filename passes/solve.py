@@ -7,7 +7,7 @@ any good plan. So there:
              -> the excess of each option -> the few options with little of it, solved exactly
              -> done, where a plan with any option that was left out costs more; else more options
 
-Where a budget binds, bytes get a price, and branch and bound closes what no price can (`branch.py`).
+Where a budget binds there, bytes get a price, and branch and bound closes what no price can (`branch.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from passes.problem import Problem, Reader, evaluate
 
 _FEW = 8000
 """Pairs of states up to which a problem is solved as one linear program: messages would take as long."""
-_FEW_WITHIN_BUDGET = 1000
-"""The same where a budget binds."""
 _GAP, _LIMIT_S = 1e-4, 120.0
 _BUDGETED_GAP, _BUDGETED_LIMIT_S = 8e-3, 15.0
 """What is proved, and the seconds it may take, where nothing else is asked for."""
@@ -67,7 +65,7 @@ def solve(problem: Problem, *, gap: float | None = None, time_limit_s: float | N
     budgeted = math.isfinite(problem.budget_bytes)
     gap = (_BUDGETED_GAP if budgeted else _GAP) if gap is None else gap
     time_limit_s = (_BUDGETED_LIMIT_S if budgeted else _LIMIT_S) if time_limit_s is None else time_limit_s
-    if _pairs(problem) <= (_FEW_WITHIN_BUDGET if budgeted else _FEW):
+    if _pairs(problem) <= _FEW:
         return _exactly(problem, gap, time_limit_s)
     if budgeted:
         return _solution(problem, *cheapest_within(problem, gap=gap, time_limit_s=time_limit_s))

@@ -65,7 +65,6 @@ def price(problem: Problem, picks: tuple[int, ...]) -> tuple[float, float]:
 def test_solve_finds_the_cheapest_picks(seed: int, few: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one linear program, and as large problems are solved: by messages, and branch and bound within a budget."""
     monkeypatch.setattr(solving, "_FEW", few)
-    monkeypatch.setattr(solving, "_FEW_WITHIN_BUDGET", few)
     problem = random_problem(seed)
     all_picks = product(*(range(len(costs)) for costs in problem.option_s))
     fitting = [
@@ -111,7 +110,7 @@ def test_no_picks_cost_less_than_the_bound_and_the_excess_of_their_options(seed:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_stopped_early_a_solution_fits_and_its_bound_is_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solving, "_FEW_WITHIN_BUDGET", 0.0)
+    monkeypatch.setattr(solving, "_FEW", 0.0)
     problem = random_problem(seed)
     budget = problem.budget_bytes if math.isfinite(problem.budget_bytes) else 12.0
     problem = replace(problem, budget_bytes=budget)
