@@ -4,6 +4,7 @@ and the schedule makes of it."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -34,6 +35,8 @@ _TIE = 1e-3
 _HIDDEN_SHARES = (1.0, 0.3, 0.05)
 """What `auto` counts of the time that state gathers and gradient reductions take: all of it, or what often stays
 exposed behind compute, or next to nothing. Each gives a proposal; the schedule judges them."""
+_WITHIN_BUDGET_S, _SOLUTION_S = 60.0, 15.0
+"""Seconds of the processor that the solutions of a strategy within a budget may take together, and one of them."""
 _AUTO: tuple[Mode, ...] = ("pointwise", "selective", "full")
 """What `recompute="auto"` tries, each only where the one before does not fit at its fastest: to compute pointwise ops
 again costs next to nothing, as they fuse with what reads them."""
@@ -213,32 +216,57 @@ class Search:
         space = without(space, request.without)
         shares = shares or _HIDDEN_SHARES[: self.most if name == "auto" else 1]
         unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
+        enough_s = dict.fromkeys(shares, math.inf)
+        end_s = time.process_time() + _WITHIN_BUDGET_S
         for mode in modes:
             if mode != modes[0]:
                 recomputed = recomputation(padding.analysis, mode)
                 space = replace(space, recomputed=replace(recomputed, reshard=space.recomputed.reshard))
             priced = price(space, Budgeted(int(OPTIMIZERS[request.optimizer].state_bytes_per_param)))
-            found = [_solved_within(space, priced, share, name, request, self.budget, padding) for share in shares]
-            for candidate in found:
+            unbound = True
+            for share in shares:
+                candidate = _solved_within(
+                    space, priced, share, name, request, self.budget, padding, enough_s[share], end_s
+                )
+                if candidate is None:
+                    continue
+                unbound = unbound and candidate.unbound
                 unique.setdefault((mode, candidate.assignment), candidate)
-            if all(candidate.unbound for candidate in found):
+                if candidate.schedule.peak_memory_bytes <= self.budget:
+                    enough_s[share] = min(enough_s[share], candidate.solution.seconds)
+            if unbound:
                 break
         return list(unique.values())
 
 
 def _solved_within(
-    space: Space, priced: Priced, share: float, name: str, request: Request, budget: float, padding: Padding
-) -> Candidate:
+    space: Space,
+    priced: Priced,
+    share: float,
+    name: str,
+    request: Request,
+    budget: float,
+    padding: Padding,
+    enough_s: float,
+    end_s: float,
+) -> Candidate | None:
     """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
-    schedule finds on top of it, until both agree."""
+    schedule finds on top of it, until both agree.
+
+    None where all that is left costs `enough_s` or more: what is computed again less, and fits, is cheaper. After
+    `end_s` (seconds of the processor) solutions within a budget are what is found at once, with the gap they have.
+    """
     spec = OPTIMIZERS[request.optimizer]
     limit = math.inf
     last: Candidate | None = None
     for _ in range(4):
         try:
-            solution = solve(priced.weighed(share, limit))
+            left_s = None if math.isinf(limit) else min(_SOLUTION_S, max(end_s - time.process_time(), 1.0))
+            solution = solve(priced.weighed(share, limit), time_limit_s=left_s)
         except NoFeasiblePlanError:
             break
+        if solution.bound_s >= enough_s:
+            return None
         assignment = priced.assignment(solution.picks, len(space.sites))
         if last is not None and assignment == last.assignment:
             break

@@ -1,0 +1,274 @@
+"""The cheapest picks within a budget of bytes: branch and bound, where a byte has a price.
+
+    a price per byte -> messages -> a bound on every plan that fits, and picks
+    picks over the budget, picks within it -> the variable whose bytes they differ in most -> its options in two halves
+
+At a price (a Lagrange multiplier), seconds and priced bytes less what the budget is worth are at most a plan's seconds,
+if the plan fits. So whatever the price, the messages' bound less the budget's worth bounds the plans that fit. As
+choices are few and large, no price need lead to the best of them: halves of the options of one variable are looked at
+apart, each with a price of its own, the half with the lower bound first, until the best picks that were found are
+within the gap of the lowest bound that is left.
+
+Halves of several nodes of the search tree are the cases of one `Messages`, which costs little more than one case.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+import numpy as np
+
+from passes.descent import Descent
+from passes.errors import NoFeasiblePlanError
+from passes.messages import Flags, Floats, Messages, State, most_s
+from passes.problem import Problem, evaluate
+
+_CASES = 8
+"""How many are looked at at once."""
+_FIRST_PASSES = 10
+_PASSES = 3
+"""Passes of messages at a price."""
+_PRICES = 3
+"""Prices that a half is looked at with at once."""
+_SPREADS = (1.3, 1.06)
+"""How far they are apart, as a factor: at first, and then around the best of them."""
+_CERTAIN = 1e3
+"""How many times the most that a plan can cost the budget is worth at the price that shows that nothing fits."""
+_STATES_BYTES = 1 << 30
+"""What the nodes that are left may take."""
+
+
+@dataclass(order=True)
+class _Node:
+    """Plans of the options allowed, where not all are; `picks` were read off at the price, `over` and `within` at a
+    lower and a higher one. `unsure`: the variable whose pick has the most excess."""
+
+    bound_s: float
+    order: int
+    s_per_byte: float = field(compare=False)
+    allowed: Mapping[int, Flags] = field(compare=False)
+    state: State = field(compare=False)
+    over: tuple[int, ...] = field(compare=False, default=())
+    within: tuple[int, ...] = field(compare=False, default=())
+    picks: tuple[int, ...] = field(compare=False, default=())
+    unsure: int = field(compare=False, default=-1)
+
+    def options(self, variable: int, count: int) -> Flags:
+        """Which of a variable's options are allowed."""
+        every = self.allowed.get(variable)
+        return np.ones(count, dtype=bool) if every is None else every
+
+    def settle(self, search: _Search, excess_s: Sequence[Floats], bound_s: float) -> None:
+        """Rule out options that are in no plan cheaper than the best known, and see what to branch on.
+
+        `excess_s` and `bound_s` are of the price now.
+        """
+        allowed = dict(self.allowed)
+        for variable, excess in enumerate(excess_s):
+            cheaper = self.options(variable, len(excess)) & (bound_s + excess < search.best_s)
+            if not cheaper.all():
+                allowed[variable] = cheaper
+            if not cheaper.any():
+                self.bound_s = math.inf  # no plan of this node is cheaper than the best known
+                return
+        self.allowed = allowed
+        self.unsure = max(range(len(excess_s)), key=lambda v: float(excess_s[v][self.picks[v]]))
+
+
+class _Search:
+    """The search tree, and the best that was found so far."""
+
+    def __init__(self, problem: Problem, gap: float) -> None:
+        self.problem, self.gap = problem, gap
+        self.most_s = most_s(problem) * (1 + 1e-6) + 1e-9
+        self.best: tuple[float, tuple[int, ...]] | None = None
+        self.open: list[_Node] = []
+        self.closed_s = math.inf
+        self.descent = Descent(problem)
+        self.known: dict[tuple[int, ...], tuple[float, float]] = {}
+        self.order = count()
+        self.bytes_of = _bytes_of(problem)
+
+    @property
+    def best_s(self) -> float:
+        return self.best[0] if self.best is not None else math.inf
+
+    @property
+    def enough_s(self) -> float:
+        """A bound that proves enough."""
+        if self.best is None:
+            return self.most_s
+        return self.best_s - self.gap * abs(self.best_s)
+
+    def meet(self, picks: tuple[int, ...]) -> tuple[float, float]:
+        """Seconds and bytes of picks; the best that fit are kept."""
+        if picks not in self.known:
+            seconds, size = self.known[picks] = evaluate(self.problem, picks)
+            if size <= self.problem.budget_bytes and seconds < self.best_s:
+                self.best = (seconds, picks)
+        return self.known[picks]
+
+    def add(self, node: _Node) -> None:
+        """Leave a node for later, unless its bound proves enough already."""
+        if node.bound_s >= self.enough_s:
+            self.closed_s = min(self.closed_s, node.bound_s)
+        else:
+            heapq.heappush(self.open, node)
+
+    def bound_s(self) -> float:
+        """What no picks that fit cost less than."""
+        left = self.open[0].bound_s if self.open else math.inf
+        return min(left, self.closed_s, self.best_s)
+
+
+def cheapest_within(problem: Problem, *, gap: float, time_limit_s: float) -> tuple[tuple[int, ...], float]:
+    """The cheapest picks that fit the budget, and what none cost less than: within `gap` (relative), unless the time
+    (of the processor) is over before.
+
+    Raises:
+        NoFeasiblePlanError: nothing fits, or nothing that does was found in time.
+    """
+    end = time.process_time() + time_limit_s
+    search = _Search(problem, gap)
+    messages = _begin(search)
+    size = sum(part.nbytes for link in messages.state(0) for part in link)
+    most_open = max(4, _STATES_BYTES // max(size, 1))
+    while search.open and search.open[0].bound_s < search.enough_s:
+        if time.process_time() > end or len(search.open) > most_open:
+            break
+        halves: list[_Node] = []
+        while search.open and len(halves) < _CASES and search.open[0].bound_s < search.enough_s:
+            halves += _halves(search, heapq.heappop(search.open))
+        if halves:
+            _look(search, messages, halves)
+    if search.best is None:
+        if search.open:
+            raise NoFeasiblePlanError(f"the solver found no plan that fits in {time_limit_s:.0f} s")
+        raise NoFeasiblePlanError("no choice of layouts satisfies the memory budget and the pins")
+    return search.best[1], search.bound_s()
+
+
+def _begin(search: _Search) -> Messages:
+    """The root of the tree: prices far apart, then some around the one with the best bound.
+
+    Raises:
+        NoFeasiblePlanError: bytes alone show that nothing fits.
+    """
+    budget = max(search.problem.budget_bytes, 1.0)
+    worth = search.most_s / budget
+    prices = worth * np.array([_CERTAIN, *4.0 ** -np.arange(1, _CASES)])
+    messages = Messages(search.problem, prices.tolist())
+    node = _Node(-math.inf, next(search.order), 0.0, {}, [])
+    for turn, spread in enumerate((0.0, 2.0, 1.3)):
+        if turn:
+            messages.load([(node.state, node.s_per_byte, {})] * _CASES)
+            messages.reprice(node.s_per_byte * spread ** np.linspace(-1, 1, _CASES))
+        messages.improve(_FIRST_PASSES)
+        bounds_s = messages.bound_s - messages.s_per_byte * search.problem.budget_bytes
+        if not turn and bounds_s[0] > search.most_s:
+            raise NoFeasiblePlanError("no choice of layouts satisfies the memory budget and the pins")
+        every = [picks[: len(search.problem.option_s)] for picks in messages.picks()]
+        for picks, price in zip(every, messages.s_per_byte, strict=True):
+            search.meet(picks)
+            search.meet(search.descent.within_budget(picks, float(price)))
+        case = int(bounds_s.argmax())
+        node.s_per_byte, node.state = float(messages.s_per_byte[case]), _kept(messages.state(case))
+        node.bound_s = max(node.bound_s, float(bounds_s[case]))
+        node.picks, node.over, node.within = every[case], every[max(case - 1, 0)], every[min(case + 1, _CASES - 1)]
+    search.add(node)
+    return messages
+
+
+def _kept(state: State) -> State:
+    return [(share.copy(), to_producer.copy(), to_reader.copy()) for share, to_producer, to_reader in state]
+
+
+def _look(search: _Search, messages: Messages, halves: Sequence[_Node]) -> None:
+    """Bound the halves of nodes at prices around that of the node, and leave what is not done for later."""
+    budget = search.problem.budget_bytes
+    states = [node.state for node in halves]
+    for turn, spread in enumerate(_SPREADS):
+        factors = spread ** np.linspace(-1, 1, _PRICES)
+        around = [(node, state) for node, state in zip(halves, states, strict=True) for _ in factors]
+        messages.load([(state, node.s_per_byte, node.allowed) for node, state in around])
+        messages.reprice(messages.s_per_byte * np.tile(factors, len(halves)))
+        messages.improve(_PASSES)
+        bounds_s = messages.bound_s - messages.s_per_byte * budget
+        if turn + 1 == len(_SPREADS):
+            _settle(search, messages, halves, bounds_s)
+            break
+        for k, node in enumerate(halves):
+            case = k * _PRICES + int(bounds_s[k * _PRICES : (k + 1) * _PRICES].argmax())
+            node.bound_s = max(node.bound_s, float(bounds_s[case]))
+            node.s_per_byte, states[k] = float(messages.s_per_byte[case]), _kept(messages.state(case))
+
+
+def _settle(search: _Search, messages: Messages, halves: Sequence[_Node], bounds_s: Floats) -> None:
+    """Read picks off, keep what a node needs to go on, and leave it for later."""
+    problem, budget = search.problem, search.problem.budget_bytes
+    excess_s = messages.excess_s()[: len(problem.option_s)]
+    every = [picks[: len(problem.option_s)] for picks in messages.picks()]
+    near: tuple[float, tuple[int, ...], float] | None = None
+    for picks, price in zip(every, messages.s_per_byte, strict=True):
+        seconds, size = search.meet(picks)
+        cost_s = seconds + float(price) * max(size - budget, 0.0)
+        if near is None or cost_s < near[0]:
+            near = cost_s, picks, float(price)
+    if near is not None:
+        search.meet(search.descent.within_budget(near[1], near[2]))
+    for k, node in enumerate(halves):
+        cases = range(k * _PRICES, (k + 1) * _PRICES)
+        case = max(cases, key=lambda c: float(bounds_s[c]))
+        node.s_per_byte, node.state = float(messages.s_per_byte[case]), _kept(messages.state(case))
+        node.picks, node.over, node.within = every[case], every[cases[0]], every[cases[-1]]
+        node.bound_s = max(node.bound_s, float(bounds_s[case]))
+        node.settle(search, [of[case] for of in excess_s], float(bounds_s[case]))
+        search.add(node)
+
+
+def _halves(search: _Search, node: _Node) -> list[_Node]:
+    """The node's plans in two parts; none where it has one plan, which is met then."""
+    free = [v for v, costs in enumerate(search.problem.option_s) if node.options(v, len(costs)).sum() > 1]
+    if not free:
+        every = enumerate(search.problem.option_s)
+        seconds, size = search.meet(tuple(int(node.options(v, len(costs)).argmax()) for v, costs in every))
+        if size <= search.problem.budget_bytes:
+            search.closed_s = min(search.closed_s, seconds)
+        return []
+    variable, part = _split(search, node, free)
+    allowed = node.options(variable, len(part))
+    return [
+        replace(node, order=next(search.order), allowed={**node.allowed, variable: allowed & half})
+        for half in (part, ~part)
+    ]
+
+
+def _split(search: _Search, node: _Node, free: Sequence[int]) -> tuple[int, Flags]:
+    """A variable with several options left, and those of one half: by bytes, where picks at a lower price and at a
+    higher one differ in them; else the pick whose excess is most is taken apart from the rest."""
+    sizes, over, within = search.bytes_of, node.over, node.within
+    if over and within:
+        variable = max(free, key=lambda v: abs(float(sizes[v][over[v]] - sizes[v][within[v]])))
+        part = sizes[variable] <= (sizes[variable][over[variable]] + sizes[variable][within[variable]]) / 2
+        options = node.options(variable, len(part))
+        if 0 < (part & options).sum() < options.sum():
+            return variable, part
+    variable = node.unsure if node.unsure in free else free[0]
+    options = node.options(variable, len(sizes[variable]))
+    pick = node.picks[variable] if node.picks and options[node.picks[variable]] else int(options.argmax())
+    return variable, np.arange(len(options)) == pick
+
+
+def _bytes_of(problem: Problem) -> list[Floats]:
+    """By variable and option, its bytes and what it has held."""
+    found = [np.array(sizes) for sizes in problem.option_bytes]
+    for hold in problem.holds:
+        paid = np.array(hold.state_bytes) * hold.count
+        for reader in dict.fromkeys(hold.readers):
+            found[reader.variable] = found[reader.variable] + paid[list(reader.states)]
+    return found
