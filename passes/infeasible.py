@@ -26,6 +26,8 @@ Smaller = Callable[[int], Program | None]
 _BUDGET = "the memory budget"
 _DIVISORS = (2, 4, 8, 16)
 _MORE_RANKS = (2, 4, 8)
+_BUDGETED_S = 5.0
+"""For each change and strategy (`Search.budgeted_s`): whether something fits matters, not which plan is the best."""
 _MESHES = 3
 """How many other shapes of the mesh are planned at most."""
 
@@ -49,7 +51,7 @@ def why_nothing_fits(
 ) -> NoFeasiblePlanError:
     """The error for `asked`, of which `found` are the candidates (none fits) and `reasons` why a strategy has none."""
     asked.progress("nothing fits: looking for what would")
-    asked = replace(asked, progress=lambda stage: None, most=1)
+    asked = replace(asked, progress=lambda stage: None, most=1, budgeted_s=_BUDGETED_S)
     constraints = _constraints(asked.request)
     conflict = _conflict(asked, constraints)
     names = [_named(name, asked) for name in conflict]

@@ -35,8 +35,8 @@ _TIE = 1e-3
 _HIDDEN_SHARES = (1.0, 0.3, 0.05)
 """What `auto` counts of the time that state gathers and gradient reductions take: all of it, or what often stays
 exposed behind compute, or next to nothing. Each gives a proposal; the schedule judges them."""
-_WITHIN_BUDGET_S, _SOLUTION_S = 60.0, 15.0
-"""Seconds of the processor that the solutions of a strategy within a budget may take together, and one of them."""
+_SOLUTION_S = 15.0
+"""Seconds of the processor that one solution within a budget may take."""
 _AUTO: tuple[Mode, ...] = ("pointwise", "selective", "full")
 """What `recompute="auto"` tries, each only where the one before does not fit at its fastest: to compute pointwise ops
 again costs next to nothing, as they fuse with what reads them."""
@@ -138,7 +138,10 @@ class PaddingsOf:
 
 @dataclass(frozen=True)
 class Search:
-    """Candidates for one program and mesh; of each kind, `auto` makes `most` proposals at most."""
+    """Candidates for one program and mesh; of each kind, `auto` makes `most` proposals at most.
+
+    budgeted_s: seconds of the processor that the solutions of a strategy within a budget may take together.
+    """
 
     paddings: PaddingsOf
     topology: Topology
@@ -147,6 +150,7 @@ class Search:
     budget: float
     progress: Progress = lambda stage: None
     most: int = len(_HIDDEN_SHARES)
+    budgeted_s: float = 60.0
 
     def candidates(self, name: str) -> list[Candidate]:
         """Solutions under a strategy, the simplest first.
@@ -217,7 +221,7 @@ class Search:
         shares = shares or _HIDDEN_SHARES[: self.most if name == "auto" else 1]
         unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
         enough_s = dict.fromkeys(shares, math.inf)
-        end_s = time.process_time() + _WITHIN_BUDGET_S
+        end_s = time.process_time() + self.budgeted_s
         for mode in modes:
             if mode != modes[0]:
                 recomputed = recomputation(padding.analysis, mode)
