@@ -7,9 +7,11 @@
     autopar auto                 on the mesh that autopar.search chooses
     ... kept                     gathered parameters stay from forward to backward (reshard_after_forward=False)
 
-Each contender has processes of its own, one after the other, and trains the same steps. Reported are the median step
-after two to warm up, the first step with all that is planned and compiled before it, the growth of resident memory of
-the largest rank from the bare model to the highest point of the timed steps, and the last loss, which must be equal.
+Each contender has processes of its own and trains the same steps. Machines get slower and faster within minutes, so
+those that are compared take turns, a step each, while the others wait. They are two lots, as all would not fit into
+memory; compiled DDP, the fastest by hand, is in both. Reported are the median step after two to warm up, the first
+step with all that is planned and compiled before it, the growth of resident memory of the largest rank from the bare
+model to the highest point of the timed steps, and the last loss, which must be equal.
 
     python benchmarks/step_time.py                                     # writes benchmarks/step_time.md and .json
     python benchmarks/step_time.py --hardware FILE   # plans by the figures of `autopar calibrate --ranks 4 -o FILE`
@@ -25,7 +27,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,11 @@ SAME = {
     "autopar ddp": HAND_MADE[:2], "autopar fsdp": HAND_MADE[2:4], "autopar fsdp kept": HAND_MADE[4:5],
     "autopar megatron": HAND_MADE[5:],
 }  # fmt: skip
+LOTS = (
+    ("ddp", "ddp compiled", "fsdp2 compiled kept", "autopar ddp", "autopar fsdp kept", "autopar auto"),
+    ("ddp compiled", "fsdp2", "fsdp2 compiled", "fsdp2+tp", "autopar fsdp", "autopar megatron"),
+)
+"""Those that take turns."""
 RANKS, ROWS, LENGTH, WARM = 4, 2, 128, 2
 
 
@@ -148,20 +155,25 @@ def trained(
     setting: Setting,
     saved: Path | None,
     queue: Any,
+    turns: Any,
 ) -> None:
-    """One rank of one contender."""
+    """One rank of one contender; it takes a turn for each step, and rank 0 says when it is over."""
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
         model = new_model(name, layers)
         before = resident_bytes()
         dist.barrier()
+        turns.acquire()
         start = time.perf_counter()
         model, mesh = planned(how, model, setting, saved) if how.startswith("autopar") else by_hand(how, model)
         ways, row_rank = mesh.shape[0], mesh.get_coordinate()[0]  # type: ignore[index]
         optim = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
         seconds, loss = [], torch.zeros(())
         for step in range(steps + WARM):
+            if step:
+                turns.acquire()
+                start = time.perf_counter()
             if step == WARM:
                 Path("/proc/self/clear_refs").write_text("5")  # forget the highest point so far
             loss = model(**batch(step, row_rank, ROWS * RANKS // ways)).loss
@@ -170,7 +182,8 @@ def trained(
             optim.zero_grad()
             dist.barrier()
             seconds.append(time.perf_counter() - start)
-            start = time.perf_counter()
+            if rank == 0:
+                queue.put((rank, None, None))
         whole = loss.detach().clone()
         dist.all_reduce(whole)
         result = {
@@ -185,47 +198,92 @@ def trained(
         raise
 
 
+class Contender:
+    """The processes of one program."""
+
+    def __init__(self, name: str, how: str, steps: int, layers: int, setting: Setting, saved: Path | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name, self.how, self.error = name, how, ""
+        self.queue, self.turns = context.Queue(), context.Semaphore(0)
+        self.folder = tempfile.TemporaryDirectory()
+        work = (f"{self.folder.name}/store", name, how, steps, layers, setting, saved, self.queue, self.turns)
+        self.processes = [context.Process(target=trained, args=(rank, *work), daemon=True) for rank in range(RANKS)]
+        for process in self.processes:
+            process.start()
+
+    def step(self) -> None:
+        """Has all ranks train a step, the first with what comes before it."""
+        if not self.error:
+            for _ in self.processes:
+                self.turns.release()
+            self.next()
+
+    def next(self) -> tuple[int, dict[str, Any] | None]:
+        """What a rank says next; where it is an error, all ranks are ended."""
+        rank, result, error = self.queue.get()
+        if error:
+            self.error = error.strip().splitlines()[-1]
+            for process in self.processes:
+                process.kill()
+        return rank, result
+
+    def result(self) -> dict[str, Any]:
+        """What it took, after the last step: seconds of rank 0, memory of the largest rank."""
+        found: dict[int, dict[str, Any]] = {}
+        while not self.error and len(found) < RANKS:
+            rank, result = self.next()
+            if result is not None:
+                found[rank] = result
+        for process in self.processes:
+            process.join()
+        self.folder.cleanup()
+        if self.error:
+            return {"model": self.name, "how": self.how, "error": self.error}
+        grown = max(result["grown_bytes"] for result in found.values())
+        return {"model": self.name, "how": self.how, **found[0], "grown_bytes": grown}
+
+
 def measured(
     name: str, how: str, steps: int, layers: int = 4, setting: Setting = Setting(), saved: Path | None = None
 ) -> dict[str, Any]:
-    """What a contender took: seconds of rank 0, memory of the largest rank."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        work = (f"{folder}/store", name, how, steps, layers, setting, saved, queue)
-        processes = [context.Process(target=trained, args=(rank, *work), daemon=True) for rank in range(RANKS)]
-        for process in processes:
-            process.start()
-        found = [queue.get() for _ in processes]
-        failed = [error for _, _, error in found if error]
-        for process in processes:
-            if failed:
-                process.kill()
-            process.join()
-    if failed:
-        return {"model": name, "how": how, "error": failed[0].strip().splitlines()[-1]}
-    results = {rank: result for rank, result, _ in found}
-    grown = max(result["grown_bytes"] for result in results.values())
-    return {"model": name, "how": how, **results[0], "grown_bytes": grown}
+    """What a contender took by itself."""
+    (found,) = in_turns(name, [how], steps, layers, setting, saved)
+    return found
+
+
+def in_turns(
+    name: str, hows: Sequence[str], steps: int, layers: int, setting: Setting, saved: Path | None = None
+) -> list[dict[str, Any]]:
+    """What contenders took that step in turns, with their ratios to those by hand among them."""
+    contenders = [Contender(name, how, steps, layers, setting, saved) for how in hows]
+    for _ in range(steps + WARM):
+        for contender in contenders:
+            contender.step()
+    found = [contender.result() for contender in contenders]
+    took_s = {each["how"]: each["step_s"] for each in found if "error" not in each}
+    for each in found:
+        for ratio, others in (("to_hand", HAND_MADE), ("to_same", SAME.get(each["how"], ()))):
+            peers = [took_s[how] for how in others if how in took_s]
+            if peers and each["how"] in took_s:
+                each[ratio] = took_s[each["how"]] / min(peers)
+    return found
 
 
 def as_markdown(results: list[dict[str, Any]], command: str) -> str:
     """The tables that people read."""
     text = [
         f"# Step time beside hand-written programs\n\n`{command}`, torch {torch.__version__}, {RANKS} gloo ranks on "
-        f"{os.cpu_count()} cores (load {os.getloadavg()[2]:.0f} in the last 15 minutes).\n"
+        f"{os.cpu_count()} cores (load {os.getloadavg()[2]:.0f} in the last 15 minutes).\nPrograms took turns in two "
+        "lots, so ratios compare, and milliseconds only within a lot.\n"
     ]
     for name in dict.fromkeys(result["model"] for result in results):
         rows = [result for result in results if result["model"] == name]
-        good = {row["how"]: row for row in rows if "error" not in row}
-        hand = [row["step_s"] for how, row in good.items() if how in HAND_MADE]
         table = []
         for row in rows:
             if "error" in row:
                 table.append((row["how"], row["error"][:80], *[""] * 6))
                 continue
-            peers = [good[how]["step_s"] for how in SAME.get(row["how"], ()) if how in good]
-            to_hand, to_peers = (f"{row['step_s'] / min(x):.2f}" if x else "" for x in (hand, peers))
+            to_hand, to_peers = (f"{row[ratio]:.2f}" if ratio in row else "" for ratio in ("to_hand", "to_same"))
             table.append(
                 (row["how"], f"{row['step_s'] * 1e3:.0f}", f"{row['fastest_s'] * 1e3:.0f}", to_hand, to_peers,
                  f"{row['first_s']:.1f}", f"{row['grown_bytes'] / 2**20:.0f}", f"{row['loss']:.5f}")
@@ -252,11 +310,13 @@ def main() -> None:
         setting = Setting(arguments.hardware, mesh)
         if mesh:
             print(f"{name}: auto on {mesh}", flush=True)
-        for how in arguments.only:
-            if name == "gpt2" and how == "fsdp2+tp":
-                continue
-            results.append(measured(name, how, arguments.steps, arguments.layers, setting))
-            print(json.dumps(results[-1]), flush=True)
+        found: dict[str, dict[str, Any]] = {}
+        for lot in LOTS:
+            hows = [how for how in lot if how in arguments.only and (name, how) != ("gpt2", "fsdp2+tp")]
+            for each in in_turns(name, hows, arguments.steps, arguments.layers, setting):
+                print(json.dumps(each), flush=True)
+                found.setdefault(each["how"], each)
+        results += [found[how] for how in (*HAND_MADE, *OURS) if how in found]
     command = f"python benchmarks/step_time.py --steps {arguments.steps} --layers {arguments.layers}"
     if arguments.hardware:
         command += f" --hardware {Path(arguments.hardware).name}"
