@@ -94,9 +94,20 @@ class ParallelModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        # Gradients apart: torch 2.11 fails to copy a DTensor's with its parameter.
+        gradients = {parameter: parameter.grad for parameter in self.parameters()}
         new = object.__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        try:
+            for parameter in gradients:
+                parameter.grad = None
+            new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        finally:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+        for parameter, gradient in gradients.items():
+            if gradient is not None:
+                cast(nn.Parameter, memo[id(parameter)]).grad = gradient.detach().clone()
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
