@@ -33,19 +33,20 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
         raise _wrong_input(args, kwargs, device)
     parameters = checked(runtime, device)
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    trains = torch.is_grad_enabled() and (any(runtime.trained.values()) or any(leaf.requires_grad for leaf in inputs))
-    key = call_key(runtime, leaves, in_spec, trains)
+    trains = torch.is_grad_enabled() and (any(parameters.trained) or any(leaf.requires_grad for leaf in inputs))
+    key = call_key(runtime, leaves, in_spec, parameters.trained if trains else None)
     executable = _fitting(runtime, key, inputs)
     if executable is None:
         with torch.inference_mode(False), torch.set_grad_enabled(trains):
-            executable = runtime.remake(plain_module(module), args, kwargs, "loss", trains)
+            executable = runtime.remake(plain_module(module, parameters.trained), args, kwargs, "loss", trains)
         runtime.executables.setdefault(key, []).insert(0, executable)
     step = bound(runtime, executable, parameters, inputs, device)
 
     def with_all() -> Executable:
         if id(executable) not in runtime.with_all:
             with torch.enable_grad():
-                runtime.with_all[id(executable)] = runtime.remake(plain_module(module), args, kwargs, "all", True)
+                plain = plain_module(module, parameters.trained)
+                runtime.with_all[id(executable)] = runtime.remake(plain, args, kwargs, "all", True)
         return runtime.with_all[id(executable)]
 
     step.with_all = with_all
@@ -117,10 +118,12 @@ def _constant(leaf: Any) -> Any:
     return type(leaf), leaf
 
 
-def call_key(runtime: Runtime, leaves: Sequence[Any], in_spec: Any, trains: bool) -> Any:
-    """What tells calls apart that need different graphs."""
+def call_key(runtime: Runtime, leaves: Sequence[Any], in_spec: Any, trained: tuple[bool, ...] | None) -> Any:
+    """What tells calls apart that need different graphs; `trained` is None for a call without gradients."""
     what = tuple(
-        (leaf.shape, leaf.dtype, leaf.requires_grad and trains) if isinstance(leaf, torch.Tensor) else _constant(leaf)
+        (leaf.shape, leaf.dtype, leaf.requires_grad and trained is not None)
+        if isinstance(leaf, torch.Tensor)
+        else _constant(leaf)
         for leaf in leaves
     )
-    return str(in_spec), what, trains, tuple(module.training for module in runtime.modules), autocast_dtype()
+    return str(in_spec), what, trained, tuple(module.training for module in runtime.modules), autocast_dtype()

@@ -21,8 +21,9 @@ from torch.utils._foreach_utils import _foreach_supported_types
 
 aten = torch.ops.aten
 _NORM = aten._foreach_norm.Scalar
+_TOTAL = aten.linalg_vector_norm.default
 _OF_NORMS = (
-    aten.linalg_vector_norm.default, aten.add.Tensor, aten.mul.Tensor, aten.reciprocal.default, aten.clamp.default
+    _TOTAL, aten.add.Tensor, aten.mul.Tensor, aten.reciprocal.default, aten.clamp.default
 )  # fmt: skip
 """What makes one factor of the norms."""
 _NEW = DTensor.__new__
@@ -239,7 +240,11 @@ def _together(
 
 
 def _whole(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """`func` of scalars, or of a row of them, that are whole on each rank."""
+    """`func` of scalars, or of a row of them, that are whole on each rank; norms of terms are made whole first."""
+    if func is _TOTAL and isinstance(args[0], DTensor) and any(p.is_partial() for p in args[0]._spec.placements):
+        # DTensor leaves a greatest of greatest ones as it is on this rank, and `float()` would give that.
+        row = _plain(args[0])
+        args = [row.redistribute(placements=[Replicate()] * row.device_mesh.ndim), *args[1:]]
     of = args[0]._spec if isinstance(args[0], DTensor) else args[1]._spec
     local = [each._local_tensor if isinstance(each, DTensor) and _is_whole(each._spec) else each for each in args]
     if any(isinstance(each, DTensor) or (isinstance(each, torch.Tensor) and each.dim() > 1) for each in local):

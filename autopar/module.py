@@ -10,10 +10,11 @@ again for a call of a new kind, with the parameters where they are.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -65,6 +66,16 @@ class ParallelModule(nn.Module):
         """
         del recurse  # the whole module is one program
         runtime_of(self).syncs = requires_gradient_sync
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """DDP's context: backwards inside exchange no gradients, the next one outside exchanges their sums too."""
+        runtime = runtime_of(self)
+        before, runtime.syncs = runtime.syncs, False
+        try:
+            yield
+        finally:
+            runtime.syncs = before
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """FSDP2's method, which loops over micro-batches call. Nothing is put off past a backward here: no effect."""
@@ -154,6 +165,11 @@ def parallel_module(
     def parameter(name: str, old: nn.Parameter) -> nn.Parameter:
         if isinstance(old, DTensor):
             raise ValueError(f"{name} is a DTensor already; pass the model before any other parallelism is applied")
+        if old._backward_hooks or getattr(old, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"{name} has a hook on its gradient, which would never run: parallelize makes new parameters. Register "
+                "it on the parallel module's"
+            )
         storage = storages[name]
         if tuple(old.shape) != storage.shape:
             raise PlanMismatchError(
@@ -180,12 +196,10 @@ def parallel_module(
     original = type(model)
     new = tree.copied(model, parameter, buffer)
     slots = dict(tree.slots(new))
-    named = dict(new.named_parameters())
     runtime = Runtime(
         mesh=mesh,
         storages=storages,
         specs=specs,
-        trained={name: p.requires_grad for name, p in named.items()},
         aliases=dict(aliases),
         slots=slots,
         modules=list(new.modules()),
@@ -217,8 +231,9 @@ def preload(module: ParallelModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     """Has `executable` run training calls like `(args, kwargs)`."""
     runtime = runtime_of(module)
     leaves, in_spec = flatten_call(*by_name(runtime.original.forward, args, kwargs))
-    trains = has_gradients(executable.local)
-    runtime.executables[call_key(runtime, leaves, in_spec, trains)] = [executable]
+    requires = tuple(table[key].requires_grad for table, key in runtime.parameter_slots)
+    trained = requires if has_gradients(executable.local) else None
+    runtime.executables[call_key(runtime, leaves, in_spec, trained)] = [executable]
 
 
 def state_bytes(module: ParallelModule) -> int:

@@ -23,7 +23,8 @@ class Checked:
 
     tensors: Sequence[Any]
     parts: Sequence[torch.Tensor]
-    trained: Sequence[bool]
+    trained: tuple[bool, ...]
+    """Which require gradients."""
     layouts: Sequence[tuple[torch.Size, tuple[int, ...]]]
     """Shape and strides of each part."""
     device: torch.device
@@ -36,19 +37,20 @@ def checked(runtime: Runtime, device: torch.device) -> Checked:
         PlanMismatchError: one is not what the plan was made for.
     """
     tensors = [table[key] for table, key in runtime.parameter_slots]
+    trained = tuple(tensor.requires_grad for tensor in tensors)
     known: Checked | None = runtime.checked
     if (
         known is None
         or known.device != device
         or not all(map(is_, tensors, known.tensors))
         or not all(map(is_, map(stored.local_part, tensors), known.parts))
-        or [tensor.requires_grad for tensor in tensors] != known.trained
+        or trained != known.trained
     ):
         for name, tensor in zip(runtime.specs, tensors, strict=True):
             _check(runtime, name, tensor, device)
         parts = [stored.local_part(tensor) for tensor in tensors]
         layouts = [(part.shape, part.stride()) for part in parts]
-        known = Checked(tensors, parts, [tensor.requires_grad for tensor in tensors], layouts, device)
+        known = Checked(tensors, parts, trained, layouts, device)
         runtime.checked = known
     for alias, name in runtime.aliases.items():
         table, key = runtime.slots[alias]
@@ -70,11 +72,6 @@ def _check(runtime: Runtime, name: str, parameter: Any, device: torch.device) ->
         raise PlanMismatchError(
             f"{name} is {parameter.dtype} but the plan was made for {of.tensor_meta.dtype}; convert the model "
             "before parallelize, or use Options(mp_policy=...)"
-        )
-    if parameter.requires_grad != runtime.trained[name]:
-        raise PlanMismatchError(
-            f"{name}.requires_grad is {parameter.requires_grad} but was {runtime.trained[name]} when the plan was "
-            "made; set it before parallelize"
         )
     part = stored.local_part(parameter)
     if part.device != device:

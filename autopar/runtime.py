@@ -47,7 +47,6 @@ class Runtime:
     mesh: DeviceMesh
     storages: Mapping[str, Storage]
     specs: Mapping[str, Any]
-    trained: Mapping[str, bool]
     aliases: Mapping[str, str]
     slots: Mapping[str, tree.Slot]
     modules: Sequence[nn.Module]
@@ -94,13 +93,17 @@ def has_gradients(local: LocalProgram) -> bool:
     return any(output.kind == "gradient" for output in local.outputs)
 
 
-def plain_module(module: nn.Module) -> nn.Module:
-    """The model of a parallel module as it was before: its own class, whole parameters on the meta device."""
+def plain_module(module: nn.Module, trained: Sequence[bool]) -> nn.Module:
+    """The model of a parallel module as it was before: its own class, whole parameters on the meta device.
+
+    trained: which parameters require gradients, in the order of `Runtime.specs`.
+    """
     runtime = runtime_of(module)
+    requires = dict(zip(runtime.specs, trained, strict=True))
 
     def parameter(name: str, old: nn.Parameter) -> nn.Parameter:
         whole = torch.empty(runtime.specs[name].shape, dtype=old.dtype, device="meta")
-        new = nn.Parameter(whole, requires_grad=old.requires_grad)
+        new = nn.Parameter(whole, requires_grad=requires[name])
         new.__dict__.update(old.__dict__)
         return new
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from autopar import stored
@@ -231,8 +230,12 @@ class Differentiable(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward with create_graph=True: gradients of a parallel module have no graph of their own, so no "
+                "second derivative; leave create_graph=False, or compute the penalty inside the model's forward"
+            )
         step: Step = ctx.step
         if all(gradient is None for gradient in gradients):
             return (None,) * (1 + len(step.differentiable))

@@ -1,0 +1,92 @@
+"""Training loops as people write them, on four real ranks beside the same loop on one device with the whole batch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import pytest
+import torch
+from parity import assert_near
+from ranks import run_ranks
+from small_models import llama
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import autopar
+
+BATCH = 8
+
+
+def _batches(count: int, parts: int = 1, index: int = 0) -> list[dict[str, Tensor]]:
+    """This part of each global batch."""
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(0, 96, (BATCH, 16), generator=generator) for _ in range(count)]
+    return [dict.fromkeys(("input_ids", "labels"), each.chunk(parts)[index]) for each in ids]
+
+
+def _loop(model: Any, batches: list[dict[str, Tensor]]) -> tuple[list[float], nn.Module]:
+    """Unfreezes the head, then the layer, then freezes the head; adds up micro-batches, clips by the largest entry."""
+    seen: list[float] = []
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    head, layer = model.lm_head, model.model.layers[0]
+    sync = getattr(model, "no_sync", contextlib.nullcontext)
+    for part, trained in ((head, True), (layer, True), (head, False)):
+        part.requires_grad_(trained)
+        optim = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+        with sync():
+            (model(**batches.pop()).loss / 2).backward()
+        loss = model(**batches.pop()).loss / 2
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=float("inf"))
+        seen += [loss.item(), float(norm)]
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+        optim.step()
+        optim.zero_grad()
+        with torch.no_grad():
+            for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(parameter, 0.5)
+    seen.append(average(**batches.pop()).loss.item())
+    return seen, average
+
+
+def _unfrozen_averaged_and_accumulated(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    eager: Any = llama(layers=1)[0]
+    eager.requires_grad_(False).lm_head.requires_grad_(True)
+    mine = _batches(7, 2, rank // 2)
+    options = autopar.Options(compile=False, progress=False)
+    model = autopar.apply(eager, autopar.plan(eager, mesh, mine[0], strategy="megatron", options=options), mesh)
+    wanted, wanted_average = _loop(eager, _batches(7))
+    found, found_average = _loop(model, mine)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+    for one, other in ((model, eager), (found_average, wanted_average)):
+        for (name, p), q in zip(one.named_parameters(), other.named_parameters(), strict=True):
+            assert isinstance(p, DTensor)
+            assert_near(p.detach().full_tensor(), q[1].detach(), name)
+
+
+def test_unfrozen_averaged_and_accumulated() -> None:
+    run_ranks(_unfrozen_averaged_and_accumulated, 4)
+
+
+def _mistakes(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    model, _, inputs = llama(layers=1)
+    options = autopar.Options(compile=False, progress=False)
+    parallel = autopar.parallelize(model, mesh, inputs, options=options)
+    loss = parallel(**inputs).loss
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(loss, list(parallel.parameters()), create_graph=True)
+    for register in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook):
+        hooked = copy.deepcopy(model)
+        register(hooked.model.norm.weight, lambda _: None)  # type: ignore[union-attr, arg-type]
+        with pytest.raises(ValueError, match=r"model\.norm\.weight has a hook on its gradient"):
+            autopar.parallelize(hooked, mesh, inputs, options=options)
+
+
+def test_what_would_go_wrong_without_a_word_is_an_error() -> None:
+    run_ranks(_mistakes, 1)
