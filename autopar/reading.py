@@ -76,6 +76,14 @@ def captured_together(
             return program
         leaves, _, names = flatten_inputs(*call)
         parts = dict(zip(names, leaves, strict=True))
+        with ours.agreeing():
+            for name in missing:
+                if name not in parts:
+                    raise ValueError(
+                        f"ranks were given different inputs: the model reads {name}, which rank 0 has and rank "
+                        f"{ours.rank} has not; pass the same arguments on every rank (transformers' generate() leaves "
+                        "out a mask of ones: pass it attention_mask=)"
+                    )
         known |= {name: gather(parts[name], dim) for name, dim in missing.items()}
 
 

@@ -1,4 +1,4 @@
-"""Training loops as people write them, on four real ranks beside the same loop on one device with the whole batch."""
+"""Training loops as people write them, on real ranks beside the same loop on one device with the whole batch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import autopar
+from autopar.together import RankFailedError
 
 BATCH = 8
 
@@ -53,13 +54,13 @@ def _loop(model: Any, batches: list[dict[str, Tensor]]) -> tuple[list[float], nn
 
 
 def _unfrozen_averaged_and_accumulated(rank: int, ranks: int) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
     torch.manual_seed(0)
     eager: Any = llama(layers=1)[0]
     eager.requires_grad_(False).lm_head.requires_grad_(True)
-    mine = _batches(7, 2, rank // 2)
+    mine = _batches(7, ranks, rank)
     options = autopar.Options(compile=False, progress=False)
-    model = autopar.apply(eager, autopar.plan(eager, mesh, mine[0], strategy="megatron", options=options), mesh)
+    model = autopar.apply(eager, autopar.plan(eager, mesh, mine[0], strategy="fsdp", options=options), mesh)
     wanted, wanted_average = _loop(eager, _batches(7))
     found, found_average = _loop(model, mine)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
@@ -70,7 +71,7 @@ def _unfrozen_averaged_and_accumulated(rank: int, ranks: int) -> None:
 
 
 def test_unfrozen_averaged_and_accumulated() -> None:
-    run_ranks(_unfrozen_averaged_and_accumulated, 4)
+    run_ranks(_unfrozen_averaged_and_accumulated, 2)
 
 
 def _mistakes(rank: int, ranks: int) -> None:
@@ -81,6 +82,11 @@ def _mistakes(rank: int, ranks: int) -> None:
     loss = parallel(**inputs).loss
     with pytest.raises(RuntimeError, match="create_graph=True"):
         torch.autograd.grad(loss, list(parallel.parameters()), create_graph=True)
+    shorter = {name: value[:, :8] for name, value in inputs.items()}
+    if rank == 0:
+        shorter["attention_mask"] = torch.ones_like(shorter["input_ids"])
+    with pytest.raises((ValueError, RankFailedError), match="attention_mask, which rank 0 has and rank 1 has not"):
+        parallel(**shorter)
     for register in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook):
         hooked = copy.deepcopy(model)
         register(hooked.model.norm.weight, lambda _: None)  # type: ignore[union-attr, arg-type]
@@ -89,4 +95,4 @@ def _mistakes(rank: int, ranks: int) -> None:
 
 
 def test_what_would_go_wrong_without_a_word_is_an_error() -> None:
-    run_ranks(_mistakes, 1)
+    run_ranks(_mistakes, 2)
