@@ -24,6 +24,7 @@ from autopar.groups import Groups
 from autopar.heap import keep_freed
 from autopar.mixed import precision_of
 from autopar.module import ParallelModule, parallel_module, preload
+from autopar.optimizers import warn_of_optimizers
 from autopar.options import Options
 from autopar.pipeline import Pipeline, PlanLike
 from autopar.reading import captured_together, gatherer, inputs_read, with_values
@@ -358,6 +359,8 @@ def _applied(
             from_first=not alike, gather=gather,
         )  # fmt: skip
         preload(module, *call, executable)
+        if ours.rank == 0:
+            warn_of_optimizers(model)
     return module
 
 

@@ -78,7 +78,11 @@ def _mistakes(rank: int, ranks: int) -> None:
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
     model, _, inputs = llama(layers=1)
     options = autopar.Options(compile=False, progress=False)
-    parallel = autopar.parallelize(model, mesh, inputs, options=options)
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    other = torch.optim.Adam(copy.deepcopy(model).parameters())
+    with pytest.warns(UserWarning, match="^SGD: an optimizer made before") if rank == 0 else contextlib.nullcontext():
+        parallel = autopar.parallelize(model, mesh, inputs, options=options)
+    del early, other
     loss = parallel(**inputs).loss
     with pytest.raises(RuntimeError, match="create_graph=True"):
         torch.autograd.grad(loss, list(parallel.parameters()), create_graph=True)
