@@ -199,14 +199,43 @@ def _norm_spec(tensor: DTensor, part: torch.Tensor, order: Any) -> DTensorSpec:
 
 
 def _stacked(tensors: Sequence[DTensor], dim: int = 0) -> Any:
-    """Scalars in a row; terms of sums stay terms."""
+    """Scalars in a row. Terms of a sum stay terms; of what is whole beside them, each rank takes a part."""
     if any(not isinstance(each, DTensor) or each._local_tensor.dim() for each in tensors):
         return NotImplemented
     first = tensors[0]._spec
-    if any(each._spec is not first and each._spec.placements != first.placements for each in tensors):
-        return NotImplemented
     row = torch.stack([each._local_tensor for each in tensors], dim)
-    return Gradient.of(row, _like(first, row))
+    if all(each._spec is first for each in tensors):
+        return Gradient.of(row, _like(first, row))
+    numbers: dict[tuple[Placement, ...], int] = {}
+    kinds = tuple(numbers.setdefault(each._spec.placements, len(numbers)) for each in tensors)
+    layout, whole = _together(tuple(numbers), kinds, row.device)
+    if layout is None:
+        return NotImplemented
+    for axis, of in whole:
+        part = layout[axis]._partition_value(row, first.mesh, axis)  # type: ignore[attr-defined]
+        row = torch.where(of, part, row)
+    return Gradient.of(row, _like(first, row, layout))
+
+
+@cache
+def _together(
+    layouts: tuple[tuple[Placement, ...], ...], kinds: tuple[int, ...], device: torch.device
+) -> tuple[tuple[Placement, ...] | None, tuple[tuple[int, torch.Tensor], ...]]:
+    """How a row of scalars that lie as `layouts[kind]` lies; per mesh axis that has terms, which of them are whole.
+
+    The layout is None where terms are of different kinds.
+    """
+    layout: list[Placement] = []
+    whole: list[tuple[int, torch.Tensor]] = []
+    for axis, placed in enumerate(zip(*layouts, strict=True)):
+        terms = {placement for placement in placed if not isinstance(placement, Replicate)}
+        if len(terms) > 1 or not all(placement.is_partial() for placement in terms):
+            return None, ()
+        layout.append(next(iter(terms), Replicate()))
+        if terms and len(set(placed)) > 1:
+            mask = [isinstance(placed[kind], Replicate) for kind in kinds]
+            whole.append((axis, torch.tensor(mask, device=device)))
+    return tuple(layout), tuple(whole)
 
 
 def _whole(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -227,9 +256,10 @@ def _is_whole(of: DTensorSpec) -> bool:
 _specs: dict[Any, DTensorSpec] = {}
 
 
-def _like(of: DTensorSpec, part: torch.Tensor) -> DTensorSpec:
-    """The spec of a tensor as `part`, placed as `of`, on all ranks of the same shape."""
-    key = of.mesh, of.placements, part.shape, part.dtype
+def _like(of: DTensorSpec, part: torch.Tensor, layout: tuple[Placement, ...] | None = None) -> DTensorSpec:
+    """The spec of a tensor as `part`, placed as `of` or as `layout`, on all ranks of the same shape."""
+    placements = layout or of.placements
+    key = of.mesh, placements, part.shape, part.dtype
     if key not in _specs:
-        _specs[key] = DTensorSpec(of.mesh, of.placements, tensor_meta=TensorMeta(part.shape, part.stride(), part.dtype))
+        _specs[key] = DTensorSpec(of.mesh, placements, tensor_meta=TensorMeta(part.shape, part.stride(), part.dtype))
     return _specs[key]

@@ -7,11 +7,12 @@
     autopar auto                 on the mesh that autopar.search chooses
     ... kept                     gathered parameters stay from forward to backward (reshard_after_forward=False)
 
-Each contender has processes of its own and trains the same steps. Machines get slower and faster within minutes, so
-those that are compared take turns, a step each, while the others wait. They are two lots, as all would not fit into
-memory; compiled DDP, the fastest by hand, is in both. Reported are the median step after two to warm up, the first
-step with all that is planned and compiled before it, the growth of resident memory of the largest rank from the bare
-model to the highest point of the timed steps, and the last loss, which must be equal.
+Each contender has processes of its own and trains the same steps, all with torch's fused AdamW. Machines get slower
+and faster within minutes, so those that are compared take turns, `TURN` steps each, while the others wait. The first
+step of a turn is not timed: it finds the caches full of what others left there. They are two lots, as all would not
+fit into memory; compiled DDP, the fastest by hand, is in both. Reported are the median step, the first step of all with
+all that is planned and compiled before it, the growth of resident memory of the largest rank from the bare model to the
+highest point of the steps after the first turn, and the last loss, which must be equal.
 
     python benchmarks/step_time.py                                     # writes benchmarks/step_time.md and .json
     python benchmarks/step_time.py --hardware FILE   # plans by the figures of `autopar calibrate --ranks 4 -o FILE`
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import tempfile
@@ -51,7 +53,7 @@ LOTS = (
     ("ddp compiled", "fsdp2", "fsdp2 compiled", "fsdp2+tp", "autopar fsdp", "autopar megatron"),
 )
 """Those that take turns."""
-RANKS, ROWS, LENGTH, WARM = 4, 2, 128, 2
+RANKS, ROWS, LENGTH, TURN = 4, 2, 128, 5
 
 
 def new_model(name: str, layers: int = 4) -> nn.Module:
@@ -139,6 +141,11 @@ def planned(how: str, model: nn.Module, setting: Setting, saved: Path | None = N
     return autopar.apply(model, plan, mesh), mesh
 
 
+def turns_of(steps: int) -> int:
+    """How many turns bring `steps` timed ones: the first turn warms up, and so does the first step of the others."""
+    return 1 + math.ceil(steps / (TURN - 1))
+
+
 def resident_bytes(field: str = "VmRSS") -> int:
     """Resident memory of this process; `VmHWM` is its highest point."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -157,7 +164,7 @@ def trained(
     queue: Any,
     turns: Any,
 ) -> None:
-    """One rank of one contender; it takes a turn for each step, and rank 0 says when it is over."""
+    """One rank of one contender; it waits for each of its turns, and rank 0 says when one is over."""
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
@@ -168,26 +175,28 @@ def trained(
         start = time.perf_counter()
         model, mesh = planned(how, model, setting, saved) if how.startswith("autopar") else by_hand(how, model)
         ways, row_rank = mesh.shape[0], mesh.get_coordinate()[0]  # type: ignore[index]
-        optim = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         seconds, loss = [], torch.zeros(())
-        for step in range(steps + WARM):
-            if step:
+        for step in range(turns_of(steps) * TURN):
+            if step and step % TURN == 0:
                 turns.acquire()
-                start = time.perf_counter()
-            if step == WARM:
+            if step == TURN:
                 Path("/proc/self/clear_refs").write_text("5")  # forget the highest point so far
+            if step:
+                start = time.perf_counter()
             loss = model(**batch(step, row_rank, ROWS * RANKS // ways)).loss
             loss.backward()
             optim.step()
             optim.zero_grad()
             dist.barrier()
             seconds.append(time.perf_counter() - start)
-            if rank == 0:
+            if rank == 0 and (step + 1) % TURN == 0:
                 queue.put((rank, None, None))
         whole = loss.detach().clone()
         dist.all_reduce(whole)
+        timed = sorted(took for step, took in enumerate(seconds) if step >= TURN and step % TURN)
         result = {
-            "first_s": seconds[0], "step_s": sorted(seconds[WARM:])[steps // 2], "fastest_s": min(seconds[WARM:]),
+            "first_s": seconds[0], "step_s": timed[len(timed) // 2], "fastest_s": timed[0],
             "loss": float(whole) / RANKS, "grown_bytes": resident_bytes("VmHWM") - before,
         }  # fmt: skip
         queue.put((rank, result, None))
@@ -211,8 +220,8 @@ class Contender:
         for process in self.processes:
             process.start()
 
-    def step(self) -> None:
-        """Has all ranks train a step, the first with what comes before it."""
+    def turn(self) -> None:
+        """Has all ranks train the steps of a turn, the first with what comes before it."""
         if not self.error:
             for _ in self.processes:
                 self.turns.release()
@@ -256,9 +265,9 @@ def in_turns(
 ) -> list[dict[str, Any]]:
     """What contenders took that step in turns, with their ratios to those by hand among them."""
     contenders = [Contender(name, how, steps, layers, setting, saved) for how in hows]
-    for _ in range(steps + WARM):
+    for _ in range(turns_of(steps)):
         for contender in contenders:
-            contender.step()
+            contender.turn()
     found = [contender.result() for contender in contenders]
     took_s = {each["how"]: each["step_s"] for each in found if "error" not in each}
     for each in found:

@@ -2,7 +2,7 @@
 
     reduce_scatter              all_to_all of the chunks, then their sum
     reduce_scatter of many      the same of one packed tensor
-    all_reduce of many          all_reduce of one packed tensor
+    all_reduce of many          all_reduce of one table, into which products are written in place
     all_gather between regions  a broadcast from each rank, of all it has, to where it is received
 
 Gloo reduces whole tensors for a reduce-scatter and then drops what is another rank's, and it takes a list one tensor
@@ -14,6 +14,7 @@ it, so a graph for CUDA stays as it is.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,14 +94,31 @@ def received(rows: torch.Tensor, start: int, size: int, shape: Sequence[int]) ->
 def _reduced(graph: fx.Graph, node: fx.Node) -> None:
     operands: Any = node.args[0]
     shapes = [_shape(x) for x in operands]
+    width = _common_width(shapes)
+    rows = [shape.numel() // width for shape in shapes]
     with graph.inserting_before(node):
-        packed = _call(node, aten.cat.default, [_call(node, aten.view.default, x, [-1]) for x in operands])
+        tables = [
+            x if shape == (count, width) else _call(node, aten.view.default, x, [count, width])
+            for x, shape, count in zip(operands, shapes, rows, strict=True)
+        ]
+        packed = _call(node, aten.cat.default, tables)
         made = _call(node, _REDUCE, packed, *node.args[1:])
     waits = _waits(node)
     with graph.inserting_before(waits[0]):
-        whole = _call(node, WAIT, made)
-        parts = _call(node, aten.split_with_sizes.default, whole, [shape.numel() for shape in shapes])
+        parts = _call(node, aten.split_with_sizes.default, _call(node, WAIT, made), rows)
     _replace(graph, node, waits, parts, shapes)
+
+
+def _common_width(shapes: Sequence[torch.Size]) -> int:
+    """The columns of a table that holds tensors of all `shapes` in whole rows, and most of their entries as they lie.
+
+    Inductor has a product write its rows right into such a table; what has to be viewed otherwise is copied there.
+    """
+    entries: Counter[int] = Counter()
+    for shape in shapes:
+        if len(shape) == 2 and shape[1] and not any(other.numel() % shape[1] for other in shapes):
+            entries[shape[1]] += shape.numel()
+    return entries.most_common(1)[0][0] if entries else 1
 
 
 def _scattered(graph: fx.Graph, node: fx.Node) -> None:

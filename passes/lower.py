@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C import _AutoDispatchBelowAutograd as BelowAutograd  # ops go to their kernels at once
 from torch._inductor import compile as inductor_compile
 from torch._inductor.output_code import CompiledFxGraph
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -90,7 +91,7 @@ class Lowered:
     def forward(self, values: Tensors) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]:
         """Outputs and new buffers, and what `backward` needs of the step: saved placeholders, then saved values."""
         values = [laid_out(value, stride) for value, stride in zip(values, self.strides, strict=False)]
-        with torch.no_grad():
+        with torch.no_grad(), BelowAutograd():
             inputs = tuple(values[index] for index in self.halves.saved_inputs)
             results = tuple(self.call_forward(values))
         return results[: self.outputs], inputs + results[self.outputs :]
@@ -102,20 +103,20 @@ class Lowered:
         """
         if self.call_backward is None:
             raise ValueError("this program was made without gradients")
-        with torch.no_grad():
+        with torch.no_grad(), BelowAutograd():
             return tuple(self.call_backward(self._backward_values(saved, tangents)))
 
     def backward_alone(self, saved: Tensors, tangents: Tensors) -> tuple[tuple[Any, ...], Unreduced]:
         """Gradients without the exchange between ranks: None where there is one, and what it needs."""
         apart = self._apart()
-        with torch.no_grad():
+        with torch.no_grad(), BelowAutograd():
             found = apart.first(self._backward_values(saved, tangents))
         end = apart.gradients + apart.partial
         return tuple(found[: apart.gradients]), Unreduced(list(found[apart.gradients : end]), list(found[end:]))
 
     def reduce(self, held: Unreduced) -> tuple[Any, ...]:
         """The gradients that ranks exchange, from what `backward_alone` left; None for the others."""
-        with torch.no_grad():
+        with torch.no_grad(), BelowAutograd():
             return tuple(self._apart().second([*held.partial, *held.others]))
 
     def _apart(self) -> Apart:

@@ -22,7 +22,10 @@ from typing import Any
 import torch
 from torch import fx
 
+aten = torch.ops.aten
 _REDUCE = torch.ops._c10d_functional.all_reduce.default
+_MADE_NEW = (aten.cat.default, aten.mm.default, aten.embedding_dense_backward.default)
+"""Ops whose result is no part of anything else, however it is compiled."""
 Boxed = Callable[[list[Any]], Any]
 """Takes its values as one list, which it may empty."""
 
@@ -57,8 +60,8 @@ def op_step(node: fx.Node) -> Planned:
     """A node of a graph as a step of its own."""
     target: Any = node.target
     operand: Any = node.args[0]
-    if target is _REDUCE and operand.target is torch.ops.aten.cat.default and len(operand.users) == 1:
-        target = torch.ops._c10d_functional.all_reduce_.default  # what was packed for it alone is its own to write to
+    if target is _REDUCE and operand.target in _MADE_NEW and len(operand.users) == 1:
+        target = torch.ops._c10d_functional.all_reduce_.default  # what was made for it alone is its own to write to
     return Planned(target, tuple(node.args), node.kwargs, (node,), False)
 
 

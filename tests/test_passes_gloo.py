@@ -23,6 +23,7 @@ SCATTER, REDUCE, GATHER = (
     c10d.all_gather_into_tensor.default,
 )
 SHAPES = ((8, 3), (4,), (12, 0), (4, 2, 5))
+ROWS_OF_FOUR = ((8, 4), (4,), (4, 6), (4, 2, 2), (4, 4))
 
 
 def _graph(collective: Any, shapes: Any, rest: tuple[Any, ...], dtype: torch.dtype) -> fx.GraphModule:
@@ -52,7 +53,7 @@ def _graph(collective: Any, shapes: Any, rest: tuple[Any, ...], dtype: torch.dty
 
 def _runs_as_the_sum(rank: int, ranks: int) -> None:
     group = dist.group.WORLD.group_name  # type: ignore[union-attr]
-    for shapes in (SHAPES, SHAPES[:1]):
+    for shapes in (SHAPES, SHAPES[:1], ROWS_OF_FOUR):
         for op in ("sum", "avg"):
             everyone = []
             for r in range(ranks):
@@ -111,6 +112,15 @@ def test_one_exchange_of_the_same_bytes_takes_a_lists_place() -> None:
     (moved,) = gm.graph.find_nodes(op="call_function", target=c10d.all_to_all_single.default)
     assert moved.args[0].meta["val"].numel() == sum(torch.Size(shape).numel() for shape in SHAPES)
     assert moved.args[0].meta["val"].dtype == torch.bfloat16
+
+
+def test_what_is_reduced_together_lies_in_one_table_with_most_of_it_as_it_was() -> None:
+    """Six columns would hold (4, 6) alone, and not (4,)."""
+    gm = _graph(REDUCE, ROWS_OF_FOUR, ("sum", "dp"), torch.float32)
+    for_gloo(gm)
+    (table,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    assert table.meta["val"].shape == (8 + 1 + 6 + 4 + 4, 4)
+    assert [part.name for part in table.args[0] if part.op == "placeholder"] == ["x0", "x4"]
 
 
 def test_gathers_and_maxima_stay() -> None:
