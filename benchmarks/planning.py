@@ -4,11 +4,16 @@ Prints, for each model, the seconds of each stage, their ratio to a bare capture
 training step on fake tensors, measured in the same process unless `--no-bare`), and the peak memory of the process.
 `--depth` adds the same model at a quarter of its layers, and what planning costs by depth: CPU seconds after capture at
 all layers over those at a quarter of them. `-o` writes the table too.
+
+`--axes` prints something else: what `compile_plan` costs after capture, all candidates, paddings and schedules
+included, on meshes of as many ranks with two and with three axes, and its ratio to the mesh of two with as many
+tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -21,13 +26,21 @@ from tabulate import tabulate
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
+from autopar.meshes import batch_axes_of
 from costmodel.hardware import Topology
 from passes.analysis import analyse
 from passes.capture import capture
 from passes.collector import settled
-from passes.pipeline import on_mesh, prepare
+from passes.pipeline import Request, compile_plan, on_mesh, prepare
 from passes.plan import choices
 from passes.price import price
 from passes.program import Program
@@ -157,13 +170,73 @@ def _in_full(program: Program, strategy: str, few: Space, assignment: Sequence[i
     return space, tuple(of.index(texts[key]) for key, of in choices(space))
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1024,
+    "use_cache": False,
+}
+TWO, HSDP, TENSOR = "dp=4,tp=2 dp=2,tp=4", "dp_replicate=2,dp_shard=2,tp=2", "dp=2,tp=2,ep=2"
+AXES: dict[str, tuple[Callable[[], nn.Module], int, int, str]] = {
+    "LLaMA, 2 small layers": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL)), 2, 128, f"{TWO} {HSDP} {TENSOR}"),
+    "Mixtral, 2 small layers": (
+        lambda: MixtralForCausalLM(MixtralConfig(num_local_experts=8, **SMALL)), 2, 128, f"{TWO} {HSDP} {TENSOR}",
+    ),
+    "GPT-2": (lambda: GPT2LMHeadModel(GPT2Config(use_cache=False)), 4, 1024, f"{TWO} {HSDP} {TENSOR}"),
+    "LLaMA-3-8B": (
+        lambda: model_of(JOBS["llama3-8b"], 32), 2, 2048,
+        "dp=8,tp=8 dp=4,tp=16 dp_replicate=2,dp_shard=4,tp=8 dp=8,tp=2,ep=4",
+    ),
+}  # fmt: skip
+"""Models, the batch of a data-parallel rank, the sequence, and meshes."""
+
+
+def axes_table() -> list[list[Any]]:
+    """Rows of model, mesh, CPU seconds after capture, ratio to two axes with as many tensor-parallel ranks, and gap."""
+    rows: list[list[Any]] = []
+    for name, (make, batch, sequence, meshes) in AXES.items():
+        with torch.device("meta"):
+            model = make()
+        two: dict[int, float] = {}
+        for text in meshes.split():
+            mesh = tuple((axis, int(size)) for axis, size in (part.split("=") for part in text.split(",")))
+            batch_axes = batch_axes_of(mesh, None)
+            ways = math.prod(mesh[axis][1] for axis in batch_axes)
+            ids = torch.empty(ways * batch, sequence, dtype=torch.long, device="meta")
+            call = {"input_ids": ids, "labels": ids}
+            with settled():
+                program = prepare(capture(model, (), call, batch_dims=[0, 0], batch_size=len(ids)))
+            start = time.process_time()
+            with settled():
+                plan = compile_plan(program, on_mesh("h100", mesh), batch_axes, Request())
+            seconds = time.process_time() - start
+            tensor = math.prod(size for _, size in mesh) // ways
+            if len(mesh) == 2:
+                two[tensor] = seconds
+            rows.append([name, text, seconds, seconds / two[tensor], f"{plan.bound.gap:.1e}"])
+            print(*rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["llama3-8b"], help=", ".join(JOBS))
     parser.add_argument("--no-bare", action="store_true", help="leave out the bare capture")
     parser.add_argument("--depth", action="store_true", help="also at a quarter of the layers")
     parser.add_argument("-o", "--output", type=Path, help="a Markdown file for the table")
+    parser.add_argument("--axes", action="store_true", help="meshes of two and of three axes instead")
     options = parser.parse_args()
+    if options.axes:
+        headers = ["model", "mesh", "CPU seconds", "to two axes", "gap"]
+        print(tabulate(axes := axes_table(), headers=headers, floatfmt=".2f"))
+        if options.output is not None:
+            table = tabulate(axes, headers=headers, floatfmt=".2f", tablefmt="github")
+            title = "What planning costs on meshes of two and of three axes"
+            options.output.write_text(f"# {title}\n\nPrinted by `python benchmarks/planning.py --axes`.\n\n{table}\n")
+        return
     columns: dict[str, dict[str, float]] = {}
     for name in options.models:
         if name not in JOBS:

@@ -3,15 +3,19 @@
 What a user asks for is a set of constraints: the budget, a strategy, pins, layouts that parameters already have, a way
 to recompute. A subset conflicts where no plan satisfies all of it. Subsets are tried from the smallest up, so the first
 that conflicts is a smallest one. Then each change that a user could make is planned: to let go of one constraint, the
-same ranks as another mesh, fewer sequences at a time, more ranks. Every figure is that of a plan that was played.
+same ranks as another mesh, fewer sequences at a time, more ranks. Every figure is that of a plan that was played. The
+whole look has an end: what was not looked at by then, the error says.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
+from typing import Any
 
 from costmodel.hardware import topology
 from costmodel.memory import OPTIMIZERS, gib
@@ -24,10 +28,13 @@ Smaller = Callable[[int], Program | None]
 """A divisor -> the program of a batch that many times smaller; None where the batch cannot be divided so."""
 
 _BUDGET = "the memory budget"
+_SUBSETS = "smaller sets of constraints that may conflict already"
 _DIVISORS = (2, 4, 8, 16)
 _MORE_RANKS = (2, 4, 8)
 _BUDGETED_S = 5.0
 """For each change and strategy (`Search.budgeted_s`): whether something fits matters, not which plan is the best."""
+_WHOLE_S = 60.0
+"""Seconds of the processor after which no strategy of any change is solved any more."""
 _MESHES = 3
 """How many other shapes of the mesh are planned at most."""
 
@@ -46,29 +53,75 @@ class Way:
         return f"{self.change}: {gib(made.peak_memory_bytes)}, {made.step_time_s * 1e3:.3g} ms per step ({how})"
 
 
+class _OutOfTimeError(Exception):
+    """Whether a plan fits was not seen before the look's end."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was asked for, looked at until `end_s` (seconds of the processor)."""
+
+    asked: Search
+    end_s: float
+
+    def at(self, **changes: Any) -> _Look:
+        """The same with other fields of `Search`."""
+        return replace(self, asked=replace(self.asked, **changes))
+
+
 def why_nothing_fits(
     asked: Search, found: Sequence[Candidate], reasons: Mapping[str, str], smaller: Smaller | None = None
 ) -> NoFeasiblePlanError:
     """The error for `asked`, of which `found` are the candidates (none fits) and `reasons` why a strategy has none."""
     asked.progress("nothing fits: looking for what would")
-    asked = replace(asked, progress=lambda stage: None, most=1, budgeted_s=_BUDGETED_S)
+    asked = replace(asked, progress=lambda stage: None, most=1)
+    look = _Look(asked, time.process_time() + _WHOLE_S)
     constraints = _constraints(asked.request)
-    conflict = _conflict(asked, constraints)
+    missed: list[str] = []
+    conflict = _conflict(look, constraints, missed)
     names = [_named(name, asked) for name in conflict]
-    ways = list(_let_go(asked, constraints, conflict))
-    if _BUDGET in conflict:
-        ways += _other_meshes(asked)
-        ways += [way for way in (_smaller_batch(asked, smaller), _more_ranks(asked)) if way is not None]
+    ways: list[Way] = []
+    for change, planned in _changes(look, constraints, conflict, smaller):
+        try:
+            way = planned()
+        except _OutOfTimeError:
+            missed.append(change)
+            continue
+        if way is not None:
+            ways.append(way)
     parts = [what_is_needed(asked, found, reasons)]
     if len(names) > 1:
-        parts.append(f"What conflicts: {', '.join(names[:-1])} and {names[-1]}; any one less would do.")
+        proved = "" if _SUBSETS in missed else "; any one less would do"
+        parts.append(f"What conflicts: {', '.join(names[:-1])} and {names[-1]}{proved}.")
     changes = [str(way) for way in ways]
     if found and _BUDGET in conflict:
         needed = smallest(found).schedule.peak_memory_bytes
         changes.append(f"a memory budget of {gib(needed)} ({needed} bytes), if the device has that much")
     if changes:
         parts.append(f"What would fit: {'; '.join(changes)}.")
+    if missed:
+        parts.append(f"Not looked at within {_WHOLE_S:.0f} s of the processor: {'; '.join(missed)}.")
     return NoFeasiblePlanError(" ".join(parts), tuple(names), tuple(changes))
+
+
+def _changes(
+    look: _Look,
+    constraints: Mapping[str, Callable[[Request], Request]],
+    conflict: Sequence[str],
+    smaller: Smaller | None,
+) -> list[tuple[str, Callable[[], Way | None]]]:
+    """What a user could change, in words, and the way it opens."""
+    found: list[tuple[str, Callable[[], Way | None]]] = [
+        (f"without {name}", partial(_without, look, constraints, name)) for name in conflict if name != _BUDGET
+    ]
+    if _BUDGET in conflict:
+        if look.asked.request.stored is None and len(look.asked.topology.axes) > 1:
+            found.append(("other shapes of the mesh", partial(_other_mesh, look)))
+        if smaller is not None:
+            found.append(("a smaller batch", partial(_smaller_batch, look, smaller)))
+        if look.asked.request.stored is None:
+            found.append(("more ranks", partial(_more_ranks, look)))
+    return found
 
 
 def _constraints(request: Request) -> dict[str, Callable[[Request], Request]]:
@@ -92,28 +145,41 @@ def _named(constraint: str, asked: Search) -> str:
 
 
 def _keeping(
-    asked: Search, constraints: Mapping[str, Callable[[Request], Request]], kept: Sequence[str]
+    look: _Look, constraints: Mapping[str, Callable[[Request], Request]], kept: Sequence[str]
 ) -> Candidate | None:
     """A plan that fits, with all constraints but those `kept` let go of."""
-    request = asked.request
+    request = look.asked.request
     for name, let_go in constraints.items():
         if name not in kept:
             request = let_go(request)
-    return _planned(replace(asked, request=request, budget=asked.budget if _BUDGET in kept else math.inf))
+    return _planned(look.at(request=request, budget=look.asked.budget if _BUDGET in kept else math.inf))
 
 
-def _conflict(asked: Search, constraints: Mapping[str, Callable[[Request], Request]]) -> tuple[str, ...]:
-    """A smallest set of constraints that no plan satisfies together; those given all conflict."""
+def _conflict(
+    look: _Look, constraints: Mapping[str, Callable[[Request], Request]], missed: list[str]
+) -> tuple[str, ...]:
+    """A smallest set of constraints that no plan satisfies together; those given all conflict.
+
+    Where the time is over before it is found: all of them, and `missed` says so.
+    """
     names = list(constraints)
-    for size in range(1, len(names)):
-        for kept in combinations(names, size):
-            if _keeping(asked, constraints, kept) is None:
-                return kept
+    try:
+        for size in range(1, len(names)):
+            for kept in combinations(names, size):
+                if _keeping(look, constraints, kept) is None:
+                    return kept
+    except _OutOfTimeError:
+        missed.append(_SUBSETS)
     return tuple(names)
 
 
-def _planned(asked: Search) -> Candidate | None:
-    """A plan that fits, quickly: the strategies by hand first, the search where they do not do."""
+def _planned(look: _Look) -> Candidate | None:
+    """A plan that fits, quickly: the strategies by hand first, the search where they do not do.
+
+    Raises:
+        _OutOfTimeError: none was found before the look's end, and not every strategy was tried to its own.
+    """
+    asked = look.asked
     request = asked.request
     if _least_bytes(asked) > asked.budget:
         return None
@@ -121,10 +187,16 @@ def _planned(asked: Search) -> Candidate | None:
     names = SIMPLEST_FIRST if request.strategy == "auto" and not stored else (request.strategy,)
     found: list[Candidate] = []
     for name in names:
-        if name == "auto" and best(found, asked.budget) is not None:
+        fits = best(found, asked.budget)
+        if name == "auto" and fits is not None:
             break
+        left_s = look.end_s - time.process_time()
+        if left_s <= 0:
+            if fits is not None:
+                break
+            raise _OutOfTimeError
         try:
-            found += asked.candidates(name)
+            found += replace(asked, budgeted_s=min(_BUDGETED_S, left_s)).candidates(name)
         except NoFeasiblePlanError:
             continue
     return best(found, asked.budget)
@@ -141,25 +213,20 @@ def _least_bytes(asked: Search) -> float:
     return total / asked.topology.ranks
 
 
-def _let_go(
-    asked: Search, constraints: Mapping[str, Callable[[Request], Request]], conflict: Sequence[str]
-) -> Iterator[Way]:
+def _without(look: _Look, constraints: Mapping[str, Callable[[Request], Request]], name: str) -> Way | None:
     """Without one of the constraints that conflict, all others kept."""
-    for name in conflict:
-        if name == _BUDGET:
-            continue
-        plan = _keeping(asked, constraints, [other for other in constraints if other != name])
-        if plan is not None:
-            yield Way(f"without {name}", plan)
+    plan = _keeping(look, constraints, [other for other in constraints if other != name])
+    return None if plan is None else Way(f"without {name}", plan)
 
 
-def _on(asked: Search, sizes: Sequence[int]) -> Candidate | None:
+def _on(look: _Look, sizes: Sequence[int]) -> Candidate | None:
     """A plan on a mesh of other sizes; None where none fits, or where the batch cannot be split so."""
+    asked = look.asked
     names = [axis.name for axis in asked.topology.axes]
     mesh = topology(asked.topology.hardware, tuple(zip(names, sizes, strict=True)))
     try:
         paddings = asked.paddings.on(mesh.sizes, asked.batch_axes)
-        return _planned(replace(asked, topology=mesh, paddings=paddings))
+        return _planned(look.at(topology=mesh, paddings=paddings))
     except ValueError:  # a batch or a pinned dim that these sizes do not divide
         return None
 
@@ -168,11 +235,9 @@ def _mesh_text(asked: Search, sizes: Sequence[int]) -> str:
     return " x ".join(f"{axis.name}={size}" for axis, size in zip(asked.topology.axes, sizes, strict=True))
 
 
-def _other_meshes(asked: Search) -> list[Way]:
-    """The same ranks and batch with a factor of two moved between axes, once or twice; the best first."""
-    if asked.request.stored is not None:
-        return []
-    sizes = asked.topology.sizes
+def _other_mesh(look: _Look) -> Way | None:
+    """The same ranks and batch with a factor of two moved between axes, once or twice: the fastest of those tried."""
+    sizes = look.asked.topology.sizes
     shapes: dict[tuple[int, ...], None] = {}
     for factor in (2, 4, 8):
         for source in range(len(sizes)):
@@ -184,20 +249,29 @@ def _other_meshes(asked: Search) -> list[Way]:
                     shapes.setdefault(tuple(moved))
     ways: list[Way] = []
     for shape in list(shapes)[: 2 * _MESHES]:
-        if len(ways) < _MESHES and (plan := _on(asked, shape)) is not None:
-            ways.append(Way(f"the mesh {_mesh_text(asked, shape)}", plan))
-    return sorted(ways, key=lambda way: way.plan.schedule.step_time_s)[:1]
+        if len(ways) == _MESHES:
+            break
+        try:
+            plan = _on(look, shape)
+        except _OutOfTimeError:
+            if not ways:
+                raise
+            break
+        if plan is not None:
+            ways.append(Way(f"the mesh {_mesh_text(look.asked, shape)}", plan))
+    return min(ways, key=lambda way: way.plan.schedule.step_time_s, default=None)
 
 
-def _smaller_batch(asked: Search, smaller: Smaller | None) -> Way | None:
-    for divisor in _DIVISORS if smaller is not None else ():
-        assert smaller is not None
+def _smaller_batch(look: _Look, smaller: Smaller) -> Way | None:
+    asked = look.asked
+    for divisor in _DIVISORS:
+        if time.process_time() >= look.end_s:
+            raise _OutOfTimeError
         program = smaller(divisor)
         if program is None:
             return None
         try:
-            paddings = PaddingsOf(program, asked.topology.sizes, asked.batch_axes)
-            plan = _planned(replace(asked, paddings=paddings))
+            plan = _planned(look.at(paddings=PaddingsOf(program, asked.topology.sizes, asked.batch_axes)))
         except ValueError:
             return None
         if plan is not None:
@@ -205,16 +279,15 @@ def _smaller_batch(asked: Search, smaller: Smaller | None) -> Way | None:
     return None
 
 
-def _more_ranks(asked: Search) -> Way | None:
+def _more_ranks(look: _Look) -> Way | None:
     """The same global batch on more ranks."""
-    if asked.request.stored is not None:
-        return None
+    asked = look.asked
     sizes = asked.topology.sizes
     axes = [*reversed(asked.batch_axes), *(a for a in range(len(sizes)) if a not in asked.batch_axes)]
     for factor in _MORE_RANKS:
         for axis in axes:
             shape = [size * (factor if a == axis else 1) for a, size in enumerate(sizes)]
-            if (plan := _on(asked, shape)) is not None:
+            if (plan := _on(look, shape)) is not None:
                 ranks = math.prod(shape)
                 return Way(f"the same global batch on {ranks} ranks, as {_mesh_text(asked, shape)}", plan)
     return None

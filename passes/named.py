@@ -129,10 +129,11 @@ def _tensor_parallel(analysis: Analysis, place: Place, choices: Sequence[Choice]
 
 
 def stored_choices(
-    options: tuple[StoredOption, ...], strategy: str, batch_axes: Sequence[int]
+    options: tuple[StoredOption, ...], strategy: str, sizes: Sequence[int], batch_axes: Sequence[int]
 ) -> tuple[StoredOption, ...]:
     """The ways to store a parameter that a strategy leaves open."""
     check_strategy(strategy)
+    alone = [axis for axis, size in enumerate(sizes) if size == 1 and axis not in batch_axes]
 
     def fits(option: StoredOption) -> bool:
         storage = option.storage
@@ -144,6 +145,8 @@ def stored_choices(
             return not any(storage.shards) and (every or not storage.shape)
         if any(storage.shards[axis] for axis in batch_axes):
             return False
+        if any(storage.shards[axis] or axis in storage.state_axes for axis in alone):
+            return False  # one rank: to split is to do nothing
         if strategy == "megatron":
             wanted = tuple(batch_axes) if rows > 1 else ()
             return tuple(axis for axis in storage.state_axes if axis in batch_axes) == wanted

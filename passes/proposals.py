@@ -37,6 +37,8 @@ _HIDDEN_SHARES = (1.0, 0.3, 0.05)
 exposed behind compute, or next to nothing. Each gives a proposal; the schedule judges them."""
 _SOLUTION_S = 15.0
 """Seconds of the processor that one solution within a budget may take."""
+_TIGHTENED = 4
+"""How often a problem is solved, each time within fewer bytes, until its step fits."""
 _AUTO: tuple[Mode, ...] = ("pointwise", "selective", "full")
 """What `recompute="auto"` tries, each only where the one before does not fit at its fastest: to compute pointwise ops
 again costs next to nothing, as they fuse with what reads them."""
@@ -137,6 +139,18 @@ class PaddingsOf:
 
 
 @dataclass(frozen=True)
+class _Posed:
+    """What is solved under a strategy, with these dims padded. After `end_s` (seconds of the processor) solutions
+    within a budget are what is found at once, with the gap they have."""
+
+    strategy: str
+    padding: Padding
+    space: Space
+    priced: Priced
+    end_s: float
+
+
+@dataclass(frozen=True)
 class Search:
     """Candidates for one program and mesh; of each kind, `auto` makes `most` proposals at most.
 
@@ -227,11 +241,10 @@ class Search:
                 recomputed = recomputation(padding.analysis, mode)
                 space = replace(space, recomputed=replace(recomputed, reshard=space.recomputed.reshard))
             priced = price(space, Budgeted(int(OPTIMIZERS[request.optimizer].state_bytes_per_param)))
+            posed = _Posed(name, padding, space, priced, end_s)
             unbound = True
             for share in shares:
-                candidate = _solved_within(
-                    space, priced, share, name, request, self.budget, padding, enough_s[share], end_s
-                )
+                candidate = self._fitting(posed, share, enough_s[share])
                 if candidate is None:
                     continue
                 unbound = unbound and candidate.unbound
@@ -242,54 +255,54 @@ class Search:
                 break
         return list(unique.values())
 
+    def _fitting(self, posed: _Posed, share: float, enough_s: float) -> Candidate | None:
+        """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
+        schedule finds on top of it, until both agree.
 
-def _solved_within(
-    space: Space,
-    priced: Priced,
-    share: float,
-    name: str,
-    request: Request,
-    budget: float,
-    padding: Padding,
-    enough_s: float,
-    end_s: float,
-) -> Candidate | None:
-    """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
-    schedule finds on top of it, until both agree.
-
-    None where all that is left costs `enough_s` or more: what is computed again less, and fits, is cheaper. After
-    `end_s` (seconds of the processor) solutions within a budget are what is found at once, with the gap they have.
-    """
-    spec = OPTIMIZERS[request.optimizer]
-    limit = math.inf
-    last: Candidate | None = None
-    for _ in range(4):
-        try:
-            left_s = None if math.isinf(limit) else min(_SOLUTION_S, max(end_s - time.process_time(), 1.0))
-            solution = solve(priced.weighed(share, limit), time_limit_s=left_s)
-        except NoFeasiblePlanError:
-            break
-        if solution.bound_s >= enough_s:
-            return None
-        assignment = priced.assignment(solution.picks, len(space.sites))
-        if last is not None and assignment == last.assignment:
-            break
-        for postpone in (True, False):  # at once, where what waits would not fit
-            space = replace(space, recomputed=replace(space.recomputed, postpone=postpone))
-            schedule = play(space, assignment, optimizer=spec, accumulate=request.accumulate, compiled=request.compiled)
-            over = schedule.peak_memory_bytes - budget
-            unbound = postpone and over <= 0 and math.isinf(limit)
-            last = Candidate(name, space, assignment, solution, schedule, unbound, padding)
+        None where all that is left costs `enough_s` or more: what is computed again less, and fits, is cheaper.
+        """
+        limit = math.inf
+        last: Candidate | None = None
+        for _ in range(_TIGHTENED):
+            try:
+                left_s = None if math.isinf(limit) else min(_SOLUTION_S, max(posed.end_s - time.process_time(), 1.0))
+                solution = solve(posed.priced.weighed(share, limit), time_limit_s=left_s)
+            except NoFeasiblePlanError:
+                break
+            if solution.bound_s >= enough_s:
+                return None
+            assignment = posed.priced.assignment(solution.picks, len(posed.space.sites))
+            if last is not None and assignment == last.assignment:
+                break
+            last = self._played(posed, assignment, solution, unlimited=math.isinf(limit))
+            over = last.schedule.peak_memory_bytes - self.budget
             if over <= 0:
                 return last
-            if not any(c.role == "activation" and c.phase == "backward" for c in schedule.collectives):
-                break  # nothing waited
-        limit = min(limit, solution.bytes) - over
-        if limit <= 0:
-            break
-    if last is None:
-        raise NoFeasiblePlanError("the pins and the strategy leave no way from some op to the next")
-    return last
+            limit = min(limit, solution.bytes) - over
+            if limit <= 0:
+                break
+        if last is None:
+            raise NoFeasiblePlanError("the pins and the strategy leave no way from some op to the next")
+        return last
+
+    def _played(self, posed: _Posed, assignment: tuple[int, ...], solution: Solution, *, unlimited: bool) -> Candidate:
+        """The solution's step with weight gradients behind what is sent; with all at once, where what waits would not
+        fit. `unlimited`: nothing was left out for its bytes."""
+        request = self.request
+        for postpone in (True, False):
+            space = replace(posed.space, recomputed=replace(posed.space.recomputed, postpone=postpone))
+            schedule = play(
+                space,
+                assignment,
+                optimizer=OPTIMIZERS[request.optimizer],
+                accumulate=request.accumulate,
+                compiled=request.compiled,
+            )
+            fits = schedule.peak_memory_bytes <= self.budget
+            if fits or not any(c.role == "activation" and c.phase == "backward" for c in schedule.collectives):
+                break  # the latter: nothing waited
+        unbound = unlimited and postpone and fits
+        return Candidate(posed.strategy, space, assignment, solution, schedule, unbound, posed.padding)
 
 
 def best(found: Sequence[Candidate], budget: float) -> Candidate | None:

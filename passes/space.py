@@ -227,7 +227,7 @@ def _parameter_options(
             raise ValueError(f"{place.name}: stored as {stored[place.name]}, which is no layout of this graph")
         return options
     if pin is None:
-        return stored_choices(options, strategy, batch_axes)
+        return stored_choices(options, strategy, sizes, batch_axes)
     pattern, fixed = pin
     shards = tuple(DimShard(p.dim) if isinstance(p, Shard) else None for p in fixed.in_compute)
     kept = tuple(option for option in options if option.storage.shards == shards)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import lru_cache
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from autopar import Options
 from autopar import plan as plan_of
 from costmodel.layout import parse_layout
+from passes import infeasible
 from passes.capture import capture
 from passes.errors import NoFeasiblePlanError
 from passes.pipeline import Request, compile_plan, local_program, on_mesh, prepare
@@ -156,3 +159,24 @@ def test_the_user_is_told_of_a_smaller_batch() -> None:
             model, dict(MESH), {"x": x}, hardware="h100",
             options=replace(Options(), memory_budget=int(0.75 * roomy.peak_memory_bytes)),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("looks", [1, 5, 7])
+def test_what_was_not_looked_at_in_time_is_said(looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that is over after so many looks at it: the first sets the end, the next four are three strategies
+    within the budget and ddp without one, and the sixth and seventh, without ddp, are ddp and fsdp, which fits."""
+    ticks = count()
+    clock = SimpleNamespace(process_time=lambda: 0.0 if next(ticks) < looks else 1e9)
+    monkeypatch.setattr(infeasible, "time", clock)
+    error = refused(Request(strategy="ddp", budget_bytes=3 * WEIGHTS - 1), smaller=True, length=1)
+    text, _, missed = str(error).partition("Not looked at within 60 s of the processor: ")
+    assert [name.split(" of ")[0] for name in error.conflict] == ["the memory budget", "strategy 'ddp'"]
+    assert missed.split("; ") == [
+        *(["smaller sets of constraints that may conflict already"] if looks < 5 else []),
+        *(["without strategy 'ddp'"] if looks < 7 else []),
+        "other shapes of the mesh",
+        "a smaller batch",
+        "more ranks.",
+    ]
+    assert ("any one less would do" in text) == (looks >= 5)
+    assert [way.split(":")[0] for way in error.ways[:-1]] == (["without strategy 'ddp'"] if looks == 7 else [])

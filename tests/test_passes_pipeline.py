@@ -56,6 +56,16 @@ def test_a_plan_read_back_emits_the_same_program() -> None:
     assert sum(c.count for c in made.collectives) == len(one)
 
 
+def test_a_tensor_axis_of_one_rank_changes_nothing() -> None:
+    made = plan(Request())
+    alone = compile_plan(program(), on_mesh("h100", (("dp", 2), ("ep", 1), ("tp", 2))), (0,), Request())
+    assert (alone.strategy, alone.peak_memory_bytes) == (made.strategy, made.peak_memory_bytes)
+    assert alone.step_time_s == pytest.approx(made.step_time_s, rel=1e-12)
+    assert alone.bound.bound_s == pytest.approx(made.bound.bound_s, rel=1e-9)
+    for name, placed in made.placements.items():
+        assert alone.placements[name].at_rest.count("(") == placed.at_rest.count("("), name
+
+
 def test_memory_decides_between_plans() -> None:
     """A budget below what ddp needs leaves the plans that share states between ranks."""
     free = plan(Request(strategy="ddp"))
