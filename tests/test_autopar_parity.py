@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import autopar
 
-MESHES = {(4,): ("dp",), (2, 2): ("dp", "tp")}
+MESHES = ((4,), (2, 2))
 STRATEGIES = ("ddp", "fsdp", "megatron", "auto")
 STEPS = 5
 
@@ -112,7 +112,7 @@ def check(mesh: DeviceMesh, name: str, strategy: str, compile: bool, checked: se
 def check_all(
     rank: int, ranks: int, name: str, shape: tuple[int, ...], strategies: tuple[str, ...], compile: bool
 ) -> str:
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=MESHES[shape])
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
     checked: set[str] = set()
     return "\n".join(filter(None, (check(mesh, name, strategy, compile, checked) for strategy in strategies)))
 
@@ -125,6 +125,7 @@ def test_training_on_real_ranks_is_training_on_one_device(name: str, shape: tupl
 
 
 @pytest.mark.timeout(580)
-@pytest.mark.parametrize(("name", "strategy"), [("llama", "megatron"), ("gpt2", "fsdp")])
-def test_compiled_training_is_training_on_one_device(name: str, strategy: str) -> None:
-    assert set(run_ranks(check_all, 4, name, (2, 2), (strategy,), True, timeout_s=560)) == {""}
+@pytest.mark.parametrize(("name", "strategy", "shape"), [("llama", "megatron", (2, 2)), ("gpt2", "fsdp", (2,))])
+def test_compiled_training_is_training_on_one_device(name: str, strategy: str, shape: tuple[int, ...]) -> None:
+    ranks = torch.Size(shape).numel()
+    assert set(run_ranks(check_all, ranks, name, shape, (strategy,), True, timeout_s=560)) == {""}
