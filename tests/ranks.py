@@ -16,7 +16,6 @@ import multiprocessing.connection
 import os
 import pickle
 import runpy
-import socket
 import sys
 import tempfile
 import time
@@ -118,11 +117,11 @@ def run_script(ranks: int, script: Path, *arguments: str, folder: Path, timeout_
     Raises:
         RankError: a rank raised or ended with another code than 0.
     """
-    with socket.socket() as free, tempfile.TemporaryDirectory() as printed:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        run_ranks(_as_script, ranks, port, str(script), arguments, str(folder), printed, timeout_s=timeout_s)
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+    with tempfile.TemporaryDirectory() as printed:
+        run_ranks(_as_script, ranks, store.port, str(script), arguments, str(folder), printed, timeout_s=timeout_s)
         return "".join((Path(printed) / str(rank)).read_text() for rank in range(ranks))
 
 
@@ -133,6 +132,7 @@ def _as_script(
 
     dist.destroy_process_group()  # a script makes its own
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     os.chdir(folder)
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
