@@ -10,16 +10,20 @@ model's code would spend twenty seconds of CPU time before their first line.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import runpy
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 PRELOAD = (
@@ -105,6 +109,39 @@ def rank_outcomes(
     waited_s = time.monotonic() - began
     late = Outcome(None, f"TimeoutError: still running after {waited_s:.0f} s", "", waited_s)
     return [outcomes.get(rank, late) for rank in range(ranks)]
+
+
+def run_script(ranks: int, script: Path, *arguments: str, folder: Path, timeout_s: float = 200) -> str:
+    """What a script prints whose ranks run in `folder` with what `torchrun` tells them: forks, which import nothing.
+
+    Raises:
+        RankError: a rank raised or ended with another code than 0.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+    with tempfile.TemporaryDirectory() as printed:
+        run_ranks(_as_script, ranks, store.port, str(script), arguments, str(folder), printed, timeout_s=timeout_s)
+        return "".join((Path(printed) / str(rank)).read_text() for rank in range(ranks))
+
+
+def _as_script(
+    rank: int, ranks: int, port: int, script: str, arguments: tuple[str, ...], folder: str, printed: str
+) -> None:
+    import torch.distributed as dist
+
+    dist.destroy_process_group()  # a script makes its own
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    os.chdir(folder)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    with open(Path(printed) / str(rank), "w") as out, contextlib.redirect_stdout(out):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(f"{script} ended with code {end.code}") from end
 
 
 def forked(function: Callable[..., Any], *args: Any, timeout_s: float = 200) -> Any:

@@ -139,7 +139,7 @@ def test_help_fits_the_terminal_and_has_an_example(
 
 
 def test_the_help_of_a_process_goes_to_standard_output() -> None:
-    ran = started("--help")
+    ran = autopar("--help")
     assert (ran.code, ran.err) == (0, "")
     assert "calibrate" in ran.out
 

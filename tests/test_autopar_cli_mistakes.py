@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from commands import MODELS, Here, autopar, started
+from commands import MODELS, Here, autopar
 
 from autopar.cli import main
 from autopar.cli.main import with_flags
@@ -132,7 +132,7 @@ def test_a_class_that_transformers_lacks_is_told(here: Here, capsys: pytest.Capt
 
 
 def test_a_mistake_in_a_process_is_no_traceback(here: Here) -> None:
-    ran = started("plan", f"{here.folder}/models.py:fails", "--mesh", "dp=2")
+    ran = autopar("plan", f"{here.folder}/models.py:fails", "--mesh", "dp=2")
     assert ran.code == 2
     assert ran.out == ""
     line = next(i for i, text in enumerate(MODELS.splitlines(), 1) if ".nothing" in text)

@@ -26,10 +26,10 @@ LAYOUTS = {
 
 
 def parameters(layouts: list, mesh, ours: bool) -> list[nn.Parameter]:
-    """Five parameters per layout, with gradients."""
+    """Three parameters per layout, with gradients."""
     torch.manual_seed(0)
     made = []
-    for index in range(5 * len(layouts)):
+    for index in range(3 * len(layouts)):
         layout = layouts[index % len(layouts)]
         strided = any(isinstance(p, _StridedShard) for p in layout)
 

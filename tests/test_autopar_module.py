@@ -114,7 +114,7 @@ def _trains_like_eager(rank: int, ranks: int, compile: bool) -> None:
 
 @pytest.mark.parametrize(("ranks", "compile"), [(1, False), (4, False), (2, True)])
 def test_trains_like_eager(ranks: int, compile: bool) -> None:
-    run_ranks(_trains_like_eager, ranks, compile)
+    run_ranks(_trains_like_eager, ranks, compile, timeout_s=280)
 
 
 def _other_calls(rank: int, ranks: int) -> None:

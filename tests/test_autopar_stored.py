@@ -130,13 +130,18 @@ def test_strided_cut_takes_each_blocks_part() -> None:
 
 
 def _strided_checkpoints(rank: int, ranks: int, folder: str) -> None:
-    """Why `placements` refuses strides: DTensor gathers them right, and its checkpoints load them wrong."""
+    """Why `placements` refuses strides: DTensor gathers them right (torch 2.11: not at all), and its checkpoints load
+    them wrong."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     full = torch.arange(12.0)
     layout = [_StridedShard(0, split_factor=3)]
     part = cut(full, Storage((12,), (DimShard(0, stride=3),)), (2,), (rank,))
     made = distributed(part.clone(), spec(mesh, layout, (12,), full.dtype))
-    assert torch.equal(made.full_tensor(), full)
+    if torch.__version__.startswith("2.11."):
+        with pytest.raises(ValueError, match="unable to be interpreted into a corresponding shard_order"):
+            made.full_tensor()
+    else:
+        assert torch.equal(made.full_tensor(), full)
     save({"w": distribute_tensor(full, mesh, [Shard(0)])}, checkpoint_id=folder)
     into = distributed(torch.zeros_like(part), spec(mesh, layout, (12,), full.dtype))
     load({"w": into}, checkpoint_id=folder)

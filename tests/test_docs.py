@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_script
 from rule_check import Sample, check, leaves
 
 from autopar.cli import main
@@ -137,6 +138,8 @@ def test_the_commands_of_a_page_work_one_after_another(
         words = shlex.split(command)
         if words[0] == "autopar":
             assert main(words[1:]) == code, (command, capfd.readouterr().err)
+        elif words[:3] == ["torchrun", "--nproc-per-node=4", "script.py"]:
+            assert is_training(run_script(4, tmp_path / "script.py", *words[3:], folder=tmp_path), learns=False)
         elif words[0] == "torchrun":
             arguments = [str(tmp_path / word) if word.endswith(".py") else word for word in words[1:]]
             found = python("-m", "torch.distributed.run", "--standalone", *arguments, folder=tmp_path)

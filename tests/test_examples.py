@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ranks import forked, run_script
 
 ROOT = Path(__file__).parent.parent
+
+
+def imported(folder: str, name: str) -> Any:
+    """A script as a module; it finds what lies beside it."""
+    sys.path.insert(0, str(ROOT / folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 def run(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
@@ -22,14 +34,30 @@ def run(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[
     )
 
 
-def test_quick_demo(tmp_path: Path) -> None:
-    found = run("examples/demo.py", "--quick", "--out", str(tmp_path))
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-3000:]
+def test_quick_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The first job as a user starts it; ranks of the second are forks, which do not import torch once more."""
+    demo = imported("examples", "demo")
+    started = demo.start_ranks
+
+    def start(phase: Any, arguments: list[str]) -> None:
+        if phase.first == 0:
+            return started(phase, arguments)
+        options = (*arguments, f"--from-step={phase.first}")
+        print(run_script(demo.RANKS, ROOT / "examples/demo.py", *options, folder=tmp_path))
+        return None
+
+    monkeypatch.setattr(demo, "start_ranks", start)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--quick", "--out", str(tmp_path / "demo")])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    code = demo.main()
+    printed = capfd.readouterr()
+    assert code == 0, printed.out[-2000:] + printed.err[-3000:]
     for part in ("Plan 'megatron' on dp=2 x tp=2", "Plan 'fsdp' on fsdp=4", "saved a checkpoint", "the same training"):
-        assert part in found.stdout
-    one = json.loads((tmp_path / "one_device.json").read_text())["losses"]
-    first = json.loads((tmp_path / "from_0.json").read_text())["losses"]
-    second = json.loads((tmp_path / "from_4.json").read_text())["losses"]
+        assert part in printed.out
+    one, first, second = (
+        json.loads((tmp_path / f"demo/{name}.json").read_text())["losses"]
+        for name in ("one_device", "from_0", "from_4")
+    )
     assert list(one) == [*first, *second]
     assert one["7"] < one["0"] - 0.5
     for step, loss in {**first, **second}.items():
@@ -37,11 +65,7 @@ def test_quick_demo(tmp_path: Path) -> None:
 
 
 def test_demo_tells_another_training_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import demo
-    finally:
-        sys.path.pop(0)
+    demo = imported("examples", "demo")
     setup = demo.Setup(steps=4, saved_at=2)
     phases = [demo.Phase({"dp": 2, "tp": 2}, "megatron", 0, 2), demo.Phase({"fsdp": 4}, "fsdp", 2, 4)]
     demo.Curve({step: 4.0 - step for step in range(4)}, 1.0, 3).save(tmp_path / "one_device.json")
@@ -55,9 +79,28 @@ def test_demo_tells_another_training_apart(tmp_path: Path, capsys: pytest.Captur
     assert not demo.summary(setup, phases, tmp_path)
 
 
-def test_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
-    found = run("benchmarks/gpu/run.py", "--device", "cpu", "--small", "--out", str(tmp_path))
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-3000:]
+def a_part(arguments: list[str], environment: dict[str, str]) -> int:
+    """What the GPU script's process for one measurement does."""
+    os.environ.update(environment)
+    sys.argv = arguments
+    code: int = imported("benchmarks/gpu", "run").main()
+    return code
+
+
+def test_gpu_script_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first measurement in a process as the script starts it, the others in forks."""
+    script = imported("benchmarks/gpu", "run")
+    real, started = subprocess.run, []
+
+    def start(command: list[str], **options: Any) -> Any:
+        started.append(command)
+        return real(command, **options) if len(started) == 1 else forked(a_part, command[1:], options["env"])
+
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--small", "--out", str(tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert script.main() == 0
+    assert len(started) == 6
     results = json.loads((tmp_path / "results.json").read_text())
     eager, planned = results["train"]
     assert (eager["how"], planned["how"]) == ("eager", "autopar")
@@ -77,10 +120,12 @@ def test_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_gpu_script_without_a_gpu(tmp_path: Path) -> None:
-    found = run("benchmarks/gpu/run.py", "--out", str(tmp_path))
-    assert found.returncode == 0
-    assert "no CUDA device" in found.stdout
+def test_gpu_script_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path)])
+    assert imported("benchmarks/gpu", "run").main() == 0
+    assert "no CUDA device" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

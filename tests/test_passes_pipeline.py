@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -68,11 +69,14 @@ def test_a_tensor_axis_of_one_rank_changes_nothing() -> None:
 
 def test_memory_decides_between_plans() -> None:
     """A budget below what ddp needs leaves the plans that share states between ranks."""
-    free = plan(Request(strategy="ddp"))
-    tight = free.peak_memory_bytes - 1
+
+    def on_line(**asked: Any) -> Plan:
+        return compile_plan(program(), on_mesh("h100", (("dp", 4),)), (0,), Request(**asked))
+
+    tight = on_line(strategy="ddp").peak_memory_bytes - 1
     with pytest.raises(NoFeasiblePlanError):
-        plan(Request(strategy="ddp", budget_bytes=tight))
-    chosen = plan(Request(budget_bytes=tight))
+        on_line(strategy="ddp", budget_bytes=tight)
+    chosen = on_line(budget_bytes=tight)
     assert chosen.peak_memory_bytes <= tight
     assert not chosen.baselines["ddp"].fits
 
