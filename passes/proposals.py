@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from costmodel.collectives import taken_shares
 from costmodel.hardware import Topology
 from costmodel.memory import OPTIMIZERS
 from passes.analysis import analyse
@@ -22,7 +23,7 @@ from passes.program import Program
 from passes.recompute import Mode, recomputation
 from passes.repeat import is_worth_repeating
 from passes.routing import has_routed, route_by_blocks, token_parts
-from passes.schedule import Schedule, play
+from passes.schedule import Collective, Schedule, play
 from passes.solve import Solution, solve
 from passes.space import Pin, Space, search_space
 from passes.uneven import Padding, Paddings, stored_pads, uneven_dims, used_pads
@@ -319,15 +320,16 @@ def best(found: Sequence[Candidate], budget: float) -> Candidate | None:
 def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Request) -> list[Candidate]:
     """Candidates whose gathered parameters stay from forward to backward, where that can be the fastest that fits.
 
-    A candidate gains no more by it than its backward waits for parameters, and the fewer bytes alive are those at rest
-    and every gathered parameter.
+    A candidate gains no more by it than its backward waits for parameters and is slowed down by gathers beside compute,
+    and the fewer bytes alive are those at rest and every gathered parameter.
     """
     spec = OPTIMIZERS[request.optimizer]
     kept: list[Candidate] = []
     for candidate in found:
         fastest = best([*found, *kept], budget)
         gathers = [c for c in candidate.schedule.collectives if c.role == "parameter" and c.phase == "backward"]
-        least_s = candidate.schedule.step_time_s - request.accumulate * sum(c.exposed_s for c in gathers)
+        taken_s = sum(c.exposed_s + _slowing(c, candidate.space.topology) * c.hidden_s for c in gathers)
+        least_s = candidate.schedule.step_time_s - request.accumulate * taken_s
         at_rest = sum(candidate.schedule.memory.by_kind.get(kind, 0) for kind in ("parameters", "optimizer"))
         may_fit = at_rest + sum(c.bytes for c in gathers) <= budget
         may_win = fastest is None or least_s < fastest.schedule.step_time_s * (1 - _TIE)
@@ -339,6 +341,12 @@ def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Req
         )
         kept.append(replace(candidate, space=space, schedule=schedule))
     return kept
+
+
+def _slowing(collective: Collective, topology: Topology) -> float:
+    """The share of the device that a collective takes from compute beside it, at most."""
+    names = [axis.name for axis in topology.axes]
+    return max(taken_shares([names.index(name) for name in collective.axes], topology))
 
 
 def smallest(found: Sequence[Candidate]) -> Candidate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,24 @@ def test_auto_keeps_them_where_that_is_faster_and_fits() -> None:
     tight = _plan(Request(budget_bytes=played[True].peak_memory_bytes))
     assert tight.peak_memory_bytes <= played[True].peak_memory_bytes
     assert tight.step_time_s <= played[True].step_time_s
+
+
+def test_auto_keeps_them_where_gathers_are_hidden_but_take_cores_from_compute() -> None:
+    """No gather of the freed ones is waited for in backward, and each slows down what runs beside it."""
+    cpu = hardware("cpu")
+    busy = replace(cpu, intra_node=replace(cpu.intra_node, sms=cpu.device.sm_count / 2))
+    with torch.device("meta"):
+        program = captured(Wide(), {"x": torch.empty(64, 8, 2048)})
+    seconds = {
+        (machine.intra_node.sms, r): compile_plan(
+            program, topology(machine, {"dp": 4}), [0], Request(strategy=strategy, reshard=r)
+        ).step_time_s
+        for machine in (cpu, busy)
+        for strategy, r in (("fsdp", True), ("fsdp", False), ("auto", None))
+    }
+    assert seconds[0, True] == seconds[0, False]
+    taken = busy.intra_node.sms
+    assert seconds[taken, None] <= seconds[taken, False] < 0.95 * seconds[taken, True]
 
 
 def test_what_fits_no_better_with_products_at_once_is_not_played_again(monkeypatch: pytest.MonkeyPatch) -> None:
