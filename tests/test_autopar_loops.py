@@ -42,6 +42,8 @@ def _loop(model: Any, batches: list[dict[str, Tensor]]) -> tuple[list[float], nn
         loss = model(**batches.pop()).loss / 2
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=float("inf"))
+        if isinstance(norm, DTensor) and torch.__version__.startswith("2.11."):  # does not ask the gradients' class
+            norm = norm.full_tensor()
         seen += [loss.item(), float(norm)]
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
         optim.step()
