@@ -88,7 +88,7 @@ def _rank(group: str) -> int:
 
 def received(rows: torch.Tensor, start: int, size: int, shape: Sequence[int]) -> torch.Tensor:
     """A tensor of `shape` from what all ranks have of it: `size` entries of each of `rows`, once they are here."""
-    return WAIT(rows)[:, start : start + size].reshape(shape)  # type: ignore[no-any-return]
+    return WAIT(rows)[:, start : start + size].reshape(shape).contiguous()  # type: ignore[no-any-return]
 
 
 def _reduced(graph: fx.Graph, node: fx.Node) -> None:

@@ -81,7 +81,7 @@ def _runs_as_the_sum(rank: int, ranks: int) -> None:
 def _brings_every_part(rank: int, ranks: int) -> None:
     group = dist.group.WORLD.group_name  # type: ignore[union-attr]
     for dtype in (torch.float32, torch.bfloat16, torch.bool):
-        for shapes in (SHAPES, SHAPES[:1], SHAPES[2:3]):
+        for shapes in (SHAPES, SHAPES[:1], SHAPES[2:3], ((2, 3), (1, 6), (1,))):
             everyone = []
             for r in range(ranks):
                 torch.manual_seed(r)
