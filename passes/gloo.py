@@ -97,16 +97,16 @@ def _reduced(graph: fx.Graph, node: fx.Node) -> None:
     width = _common_width(shapes)
     rows = [shape.numel() // width for shape in shapes]
     with graph.inserting_before(node):
-        tables = [
+        parts = [
             x if shape == (count, width) else _call(node, aten.view.default, x, [count, width])
             for x, shape, count in zip(operands, shapes, rows, strict=True)
         ]
-        packed = _call(node, aten.cat.default, tables)
+        packed = _call(node, aten.cat.default, parts)
         made = _call(node, _REDUCE, packed, *node.args[1:])
     waits = _waits(node)
     with graph.inserting_before(waits[0]):
-        parts = _call(node, aten.split_with_sizes.default, _call(node, WAIT, made), rows)
-    _replace(graph, node, waits, parts, shapes)
+        summed = _call(node, aten.split_with_sizes.default, _call(node, WAIT, made), rows)
+    _replace(graph, node, waits, summed, shapes)
 
 
 def _common_width(shapes: Sequence[torch.Size]) -> int:
