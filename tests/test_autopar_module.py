@@ -44,7 +44,7 @@ def made(model: nn.Module, mesh: DeviceMesh, compile: bool = False, calls: list[
     every = tuple(range(mesh.ndim)) if mesh.size() > 1 else ()
     storages = {n: Storage(tuple(p.shape), (None,) * mesh.ndim, every) for n, p in model.named_parameters()}
     aliases = {"head.weight": "embed.weight"}
-    return parallel_module(model, storages, mesh, remake, aliases=aliases, batch_ranks=mesh.size())
+    return parallel_module(model, storages, mesh, remake, aliases=aliases, batch_axes=tuple(range(mesh.ndim)))
 
 
 def batches(steps: int, ranks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
