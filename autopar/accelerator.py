@@ -8,6 +8,7 @@ its gradients itself.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any, cast
@@ -116,6 +117,10 @@ class Accelerator(accelerate.Accelerator):
         """A loader of this data-parallel rank's batches."""
         if self.batch is None:
             raise ValueError("prepare: which ranks share a batch follows from the model; Accelerator(model) first")
+        start = getattr(data_loader, "worker_init_fn", None)
+        if isinstance(start, functools.partial) and "rank" in start.keywords:
+            # What transformers.Trainer seeds workers by: ranks that share a batch have to draw the same numbers.
+            data_loader.worker_init_fn = functools.partial(start, rank=self.process_index)
         return super().prepare_data_loader(data_loader, *args, **kwargs)
 
     def prepare_model(
@@ -169,6 +174,15 @@ class Accelerator(accelerate.Accelerator):
             return total / batch.count if reduction == "mean" else total
 
         return recursively_apply(reduced, tensor, error_on_other_type=True)
+
+    def split_between_processes(self, *args: Any, **kwargs: Any) -> Any:
+        """This rank's part of what a script made; not where ranks share a batch, as it goes by ranks."""
+        if self.batch is not None and self.batch.sharing > 1:
+            raise ValueError(
+                f"split_between_processes gives every rank another part, and {self.batch.sharing} ranks share a batch "
+                "here; cut by num_processes and process_index, which are data-parallel ranks"
+            )
+        return super().split_between_processes(*args, **kwargs)
 
     def check_trigger(self) -> bool:
         """Whether any rank has set the trigger."""

@@ -79,29 +79,28 @@ class BatchRanks:
 
         inputs: name, the dim that the batch axes split (None: one value for all ranks), and this rank's tensor.
         """
-        for axes, names, tensors in (
-            (self._others, *_of(inputs, with_batch=True)),
-            (tuple(range(self.mesh.ndim)), *_of(inputs, with_batch=False)),
-        ):
+        parts = [(name, tensor) for name, dim, tensor in inputs if dim is not None and tensor.numel()]
+        wholes = [(name, tensor) for name, dim, tensor in inputs if dim is None and tensor.numel()]
+        for given, axes in ((parts, self._others), (wholes, range(self.mesh.ndim))):
             for axis in axes:
-                if tensors and self.mesh.shape[axis] > 1 and (wrong := self._different(axis, tensors)) is not None:
-                    raise ValueError(self._complaint(names[wrong], axis))
+                if given and self.mesh.shape[axis] > 1 and (wrong := self._different(axis, given)) is not None:
+                    raise ValueError(self._complaint(wrong, axis, is_part=given is parts))
 
     @property
     def _others(self) -> tuple[int, ...]:
         return tuple(axis for axis in range(self.mesh.ndim) if axis not in self.axes)
 
-    def _different(self, axis: int, tensors: Sequence[torch.Tensor]) -> int | None:
-        """The first tensor whose values differ along a mesh axis."""
-        digests = torch.stack([_digest(tensor) for tensor in tensors])
+    def _different(self, axis: int, given: Sequence[tuple[str, torch.Tensor]]) -> str | None:
+        """The name of the first tensor whose values differ along a mesh axis."""
+        digests = torch.stack([_digest(tensor) for _, tensor in given])
         both = torch.stack([digests, ~digests])  # greatest and least in one exchange
         dist.all_reduce(both, dist.ReduceOp.MAX, group=self.mesh.get_group(axis))
         differ = (both[0] != ~both[1]).nonzero().flatten().tolist()
-        return differ[0] if differ else None
+        return given[differ[0]][0] if differ else None
 
-    def _complaint(self, name: str, axis: int) -> str:
+    def _complaint(self, name: str, axis: int, is_part: bool) -> str:
         names = self.mesh.mesh_dim_names or ("dp",)
-        if axis in self.axes:
+        if not is_part:
             return (
                 f"{name} has no dim that the batch is split in, so it is one value for the global batch, but ranks "
                 f"along {names[axis]!r} were given different ones; give all ranks the same"
@@ -112,13 +111,6 @@ class BatchRanks:
             f"give them the same one (DistributedSampler(num_replicas={self.count}, rank={self.index}) on this rank, "
             "or autopar.accelerator.Accelerator's loaders), and draw what is random in a batch alike on them"
         )
-
-
-def _of(
-    inputs: Sequence[tuple[str, int | None, torch.Tensor]], with_batch: bool
-) -> tuple[list[str], list[torch.Tensor]]:
-    chosen = [(name, tensor) for name, dim, tensor in inputs if (dim is not None) == with_batch and tensor.numel()]
-    return [name for name, _ in chosen], [tensor for _, tensor in chosen]
 
 
 def _digest(tensor: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from autopar.batches import BatchRanks
 from autopar.call import call, call_key
 from autopar.examples import by_name
 from autopar.reading import Gather
-from autopar.runtime import Executable, Remake, Runtime, device_of, has_gradients, runtime_of
+from autopar.runtime import OWN_FORWARD, Executable, Remake, Runtime, device_of, has_gradients, runtime_of
 from passes.errors import PlanMismatchError
 from passes.inputs import flatten_call
 from passes.local import Storage
@@ -229,6 +229,8 @@ def parallel_module(
         gather=gather,
     )
     new.__dict__["_autopar"] = runtime
+    if "forward" in new.__dict__:
+        new.__dict__[OWN_FORWARD] = new.__dict__.pop("forward")
     new.__class__ = _parallel_class(original)  # type: ignore[arg-type]
     guard(new)
     return cast(ParallelModule, new)

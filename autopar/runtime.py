@@ -18,6 +18,9 @@ from autopar.reading import Gather
 from passes.local import LocalProgram, Storage
 from passes.lower import Lowered, Unreduced
 
+OWN_FORWARD = "_autopar_own_forward"
+"""Where a parallel module keeps a forward that its model had beside its class's."""
+
 Tangents = Literal["loss", "all"]
 
 
@@ -113,5 +116,8 @@ def plain_module(module: nn.Module, trained: Sequence[bool]) -> nn.Module:
     plain = tree.copied(module, parameter, lambda _, old: old)
     plain.__class__ = runtime.original
     del plain.__dict__["_autopar"]
+    plain.__dict__.pop("forward", None)  # what was put around the parallel module's (accelerate's autocast)
+    if OWN_FORWARD in plain.__dict__:
+        plain.__dict__["forward"] = plain.__dict__.pop(OWN_FORWARD)
     unguard(plain)
     return plain

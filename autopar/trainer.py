@@ -141,6 +141,15 @@ class Trainer(transformers.Trainer):
         if self.lr_scheduler is not None and os.path.isfile(scheduler := os.path.join(checkpoint, _SCHEDULER_FILE)):
             self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        ranks = self.args.world_size
+        names = [f"rng_state_{rank}.pth" for rank in range(ranks)] if ranks > 1 else []
+        if checkpoint is not None and not all(os.path.isfile(os.path.join(checkpoint, name)) for name in names):
+            # Loaded on some ranks alone, those that share a batch would draw other numbers.
+            warnings.warn(f"{checkpoint} has no random state for {ranks} ranks: it starts anew", stacklevel=2)
+            return
+        super()._load_rng_state(checkpoint)
+
     @property
     def _parallel(self) -> ParallelModule:
         return cast(ParallelModule, self.model)
