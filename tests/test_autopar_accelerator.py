@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import assert_near
+from parity import assert_near, relative
 from ranks import run_ranks
 from small_models import llama
 from torch import Tensor, nn
@@ -184,6 +185,9 @@ def _mistakes(rank: int, ranks: int) -> None:
     with pytest.raises(ValueError, match="dispatch_batches=True hands every rank another batch"):
         Accelerator(model, cpu=True, dataloader_config=dispatching).prepare(torch.utils.data.DataLoader(Stream()))
     accelerator = Accelerator(model, cpu=True)
+    seed = functools.partial(_seeded, num_workers=1, rank=rank)  # as transformers.Trainer seeds workers
+    rows: Any = torch.utils.data.DataLoader(_rows(), worker_init_fn=seed)  # type: ignore[arg-type]
+    assert accelerator.prepare(rows).worker_init_fn.keywords == {"num_workers": 1, "rank": 0}
     with pytest.raises(ValueError, match="Around wraps the parallel module 'inner'"):
         accelerator.prepare(Around(model))
     with pytest.raises(ValueError, match="split_between_processes gives every rank another part, and 2 ranks share"):
@@ -196,6 +200,20 @@ def _mistakes(rank: int, ranks: int) -> None:
     count = torch.tensor(1.0 + rank)
     with pytest.raises((ValueError, RankFailedError), match="num_items_in_batch has no dim that the batch is split in"):
         model(**same, num_items_in_batch=count)
+    # Mixed precision, which accelerate puts around the forward of a module.
+    accelerate.state.AcceleratorState._reset_state()
+    mixed = Accelerator(model, cpu=True, mixed_precision="bf16").prepare(model)
+    assert mixed is model
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = _model()(**same)
+    found = mixed(**same)
+    assert found.loss.item() == pytest.approx(wanted.loss.item(), rel=2e-3)
+    logits = found.logits.full_tensor()
+    assert logits.dtype == torch.float32
+    assert relative(logits, wanted.logits) < 1e-2 < 1e2 * relative(logits, _model()(**same).logits)
+
+
+def _seeded(worker: int, num_workers: int, rank: int) -> None: ...
 
 
 class Around(nn.Module):
