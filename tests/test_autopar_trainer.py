@@ -165,7 +165,8 @@ OTHER_LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def _other_losses(kind: Any, models: dict[str, Any], folder: str, rows: int) -> dict[str, Any]:
+def _other_losses(kind: Any, model: Any, folder: str, rows: int) -> dict[str, Any]:
+    """What one trainer after another logs, each going on with the model."""
     found = {}
     for name, changes in OTHER_LOSSES.items():
         function = changes.get("compute_loss_func")
@@ -174,7 +175,7 @@ def _other_losses(kind: Any, models: dict[str, Any], folder: str, rows: int) -> 
             **{key: value for key, value in changes.items() if key != "compute_loss_func"},
         )  # fmt: skip
         trainer = kind(
-            model=models[name], args=arguments, train_dataset=Data(40), eval_dataset=Data(8), compute_loss_func=function
+            model=model, args=arguments, train_dataset=Data(40), eval_dataset=Data(8), compute_loss_func=function
         )
         trainer.train()
         logs = [
@@ -185,7 +186,7 @@ def _other_losses(kind: Any, models: dict[str, Any], folder: str, rows: int) -> 
 
 
 def _other_losses_of_one_device(folder: str) -> dict[str, Any]:
-    return _other_losses(transformers_trainer(), {name: _model() for name in OTHER_LOSSES}, folder, BATCH)
+    return _other_losses(transformers_trainer(), _model(), folder, BATCH)
 
 
 def _other_losses_on_ranks(rank: int, ranks: int, folder: str, wanted: Any) -> None:
@@ -195,9 +196,8 @@ def _other_losses_on_ranks(rank: int, ranks: int, folder: str, wanted: Any) -> N
     ids = torch.zeros(2, LENGTH, dtype=torch.long)
     example = {"input_ids": ids, "num_items_in_batch": torch.tensor(1.0)}
     options = autopar.Options(compile=False, progress=False)
-    plan = autopar.plan(_model(), mesh, example, strategy="megatron", options=options)
-    models = {name: autopar.apply(_model(), plan, mesh) for name in OTHER_LOSSES}
-    found = _other_losses(Trainer, models, folder, 2)
+    model = autopar.apply(_model(), autopar.plan(_model(), mesh, example, strategy="megatron", options=options), mesh)
+    found = _other_losses(Trainer, model, folder, 2)
     assert {name: [pytest.approx(e, rel=2e-5) for e in entries] for name, entries in wanted.items()} == found
 
 
