@@ -102,6 +102,7 @@ def compile_plan(
         return plan
     if chosen.space.program.repeated:
         space = space_of(program, plan, topology_, request.pins)
+        space = replace(space, async_tp=request.async_tp)
         chosen = replace(chosen, space=space, assignment=assignment_of(plan, space))
     return replace(plan, timeline=_timeline(chosen, request))
 
