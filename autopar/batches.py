@@ -75,28 +75,32 @@ class BatchRanks:
         return whole.redistribute(placements=layout).to_local()
 
     def check(self, inputs: Sequence[tuple[str, int | None, torch.Tensor]]) -> None:
-        """Collective: raises ValueError where ranks that ought to have the same values have others.
+        """Collective: raises ValueError, on every rank, where ranks that ought to have the same values have others.
 
         inputs: name, the dim that the batch axes split (None: one value for all ranks), and this rank's tensor.
         """
-        parts = [(name, tensor) for name, dim, tensor in inputs if dim is not None and tensor.numel()]
-        wholes = [(name, tensor) for name, dim, tensor in inputs if dim is None and tensor.numel()]
-        for given, axes in ((parts, self._others), (wholes, range(self.mesh.ndim))):
-            for axis in axes:
-                if given and self.mesh.shape[axis] > 1 and (wrong := self._different(axis, given)) is not None:
-                    raise ValueError(self._complaint(wrong, axis, is_part=given is parts))
+        inputs = [each for each in inputs if each[2].numel()]
+        axes = [axis for axis, size in enumerate(self.mesh.shape) if size > 1]
+        if not inputs or not any(dim is None or axis not in self.axes for _, dim, _ in inputs for axis in axes):
+            return
+        digests = torch.stack([_digest(tensor) for _, _, tensor in inputs])
+        shared = torch.tensor([[dim is None or axis not in self.axes for _, dim, _ in inputs] for axis in axes])
+        found = torch.zeros_like(shared, dtype=torch.int64, device=digests.device)
+        for row, axis in enumerate(axes):
+            both = torch.stack([digests, ~digests])  # greatest and least in one exchange
+            dist.all_reduce(both, dist.ReduceOp.MAX, group=self.mesh.get_group(axis))
+            found[row] = both[0] != ~both[1]
+        found *= shared.to(found.device)
+        for axis in axes:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.mesh.get_group(axis))
+        if differ := found.nonzero().tolist():
+            row, which = differ[0]
+            name, dim, _ = inputs[which]
+            raise ValueError(self._complaint(name, axes[row], is_part=dim is not None))
 
     @property
     def _others(self) -> tuple[int, ...]:
         return tuple(axis for axis in range(self.mesh.ndim) if axis not in self.axes)
-
-    def _different(self, axis: int, given: Sequence[tuple[str, torch.Tensor]]) -> str | None:
-        """The name of the first tensor whose values differ along a mesh axis."""
-        digests = torch.stack([_digest(tensor) for _, tensor in given])
-        both = torch.stack([digests, ~digests])  # greatest and least in one exchange
-        dist.all_reduce(both, dist.ReduceOp.MAX, group=self.mesh.get_group(axis))
-        differ = (both[0] != ~both[1]).nonzero().flatten().tolist()
-        return given[differ[0]][0] if differ else None
 
     def _complaint(self, name: str, axis: int, is_part: bool) -> str:
         names = self.mesh.mesh_dim_names or ("dp",)
@@ -108,8 +112,8 @@ class BatchRanks:
         splitting = ", ".join(names[each] for each in self.axes) or "no axis"
         return (
             f"{name}: ranks along {names[axis]!r} were given different batches, but only {splitting} splits the batch; "
-            f"give them the same one (DistributedSampler(num_replicas={self.count}, rank={self.index}) on this rank, "
-            "or autopar.accelerator.Accelerator's loaders), and draw what is random in a batch alike on them"
+            f"give them the same one (DistributedSampler(num_replicas={self.count}, rank={self.index}) on rank "
+            f"{dist.get_rank()}, or autopar.accelerator.Accelerator's loaders), and draw what is random in it alike"
         )
 
 
