@@ -1,6 +1,6 @@
 """One rank's step, ready to run: two callables, forward and backward, compiled or not.
 
-    LocalProgram -retarget-> graph for the mesh's device -for_gloo-> its collectives -split-> forward, backward
+    LocalProgram -retarget-> graph for the device -for_gloo, as_bytes-> its collectives -split-> forward, backward
         -cut-> regions and what is between -Inductor, once per distinct region-> callables -arranged-> outer programs
 
 A step is captured on fake CPU tensors; `retarget` makes it one of another device. Where no layer repeats, forward and
@@ -27,6 +27,7 @@ from torch._inductor.output_code import CompiledFxGraph
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from passes.booleans import as_bytes
 from passes.gloo import for_gloo, gloo_step
 from passes.graphs import graph_module
 from passes.layers import layer_patterns
@@ -148,6 +149,7 @@ def lower(
     local = replace(local, graph=retarget(local.graph, device))
     if device.type == "cpu":
         for_gloo(local.graph)
+    as_bytes(local.graph)
     halves = split(local)
     placeholders = {node.name: node for node in local.graph.graph.find_nodes(op="placeholder")}
     tangents = [n for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind == "tangent"]
