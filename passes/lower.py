@@ -1,10 +1,11 @@
 """One rank's step, ready to run: two callables, forward and backward, compiled or not.
 
-    LocalProgram -retarget-> graph for the mesh's device -for_gloo-> its collectives -split-> forward, backward
+    LocalProgram -retarget-> graph for the device -for_gloo, as_bytes-> its collectives -split-> forward, backward
         -cut-> regions and what is between -Inductor, once per distinct region-> callables -arranged-> outer programs
 
 A step is captured on fake CPU tensors; `retarget` makes it one of another device. Where no layer repeats, forward and
-backward are one region each, collectives and all. This is the one file that calls Inductor.
+backward are one region each, collectives and all, but for ops that cannot be compiled. This is the one file that calls
+Inductor.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch._inductor.output_code import CompiledFxGraph
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from passes.booleans import as_bytes
 from passes.gloo import for_gloo, gloo_step
 from passes.graphs import graph_module
 from passes.layers import layer_patterns
@@ -33,7 +35,7 @@ from passes.local import COLLECTIVES, LocalProgram
 from passes.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.overlap import arranged
 from passes.partition import Halves, split
-from passes.regions import Call, Cut, Region, calls, cut
+from passes.regions import Call, Cut, Region, calls, cut, is_shaped_by_values
 from passes.retarget import retarget
 
 aten = torch.ops.aten
@@ -147,6 +149,7 @@ def lower(
     local = replace(local, graph=retarget(local.graph, device))
     if device.type == "cpu":
         for_gloo(local.graph)
+    as_bytes(local.graph)
     halves = split(local)
     placeholders = {node.name: node for node in local.graph.graph.find_nodes(op="placeholder")}
     tangents = [n for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind == "tangent"]
@@ -196,14 +199,14 @@ class _Runner:
         for gm, backward in ((halves.forward, False), (halves.backward, True)):
             if gm is not None:
                 _, each = self._parts(gm, backward)
-                bodies |= dict.fromkeys([call.body for call in each.values()] if _repeats(each) else [gm])
+                bodies |= dict.fromkeys([call.body for call in each.values()] if _in_regions(each) else [gm])
         order = list(bodies)
         for index in range(len(order)):
             self._body(order[(rank + (index if rank % 2 == 0 else -index)) % len(order)])
 
     def __call__(self, gm: fx.GraphModule, backward: bool) -> Boxed:
         parts, each = self._parts(gm, backward)
-        if not _repeats(each):
+        if not _in_regions(each):
             return self._body(gm)
         return self._outer(gm, parts, each, gm.graph.output_node().args[0])
 
@@ -226,7 +229,7 @@ class _Runner:
     def apart(self, gm: fx.GraphModule) -> Apart:
         """The backward `gm` in two: up to the reductions of gradients, and these."""
         parts, each = self._parts(gm, True)
-        if not _repeats(each):
+        if not _in_regions(each):
             parts, each = self._parts(gm, True, whole=True)
         results: Any = gm.graph.output_node().args[0]
         reduced = set(parts.drains)
@@ -250,8 +253,14 @@ class _Runner:
         return region_step(body, [*call.reads, *scalars], call.gives)
 
 
-def _repeats(calls_: Mapping[Region, Call]) -> bool:
-    return len({call.body for call in calls_.values()}) < len(calls_)
+def _in_regions(each: Mapping[Region, Call]) -> bool:
+    """Whether regions run apart: some are alike, or hold an op that cannot be compiled."""
+    bodies = {call.body for call in each.values()}
+    return len(bodies) < len(each) or any(map(_is_eager, bodies))
+
+
+def _is_eager(gm: fx.GraphModule) -> bool:
+    return any(map(is_shaped_by_values, gm.graph.nodes))
 
 
 def _attribute(gm: fx.GraphModule, name: str) -> Any:
@@ -271,8 +280,17 @@ def _interpreted(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
     return lambda values: fx.Interpreter(gm).boxed_run(values)
 
 
+def _as_captured(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
+    """`gm` op by op, with the strides that capture saw, which compiled code relies on (`nonzero` gives others)."""
+    run = _interpreted(gm)
+    strides = [node.meta["val"].stride() for node in gm.graph.output_node().all_input_nodes]
+    return lambda values: tuple(map(laid_out, run(values), strides))
+
+
 def compiled(gm: fx.GraphModule, pipelined: bool = False) -> Callable[[list[torch.Tensor]], Any]:
     """`gm` through Inductor, for inputs like its placeholders' fake values."""
+    if _is_eager(gm):
+        return _as_captured(gm)
     if not any(node.op == "call_function" for node in gm.graph.nodes):
         return _interpreted(gm)
     with FakeTensorMode(shape_env=ShapeEnv()):  # Inductor's cache of compiled graphs asks for one

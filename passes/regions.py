@@ -8,7 +8,8 @@ shapes, strides and wiring are the same; integers that differ between such regio
 become inputs of the body. Views, and constants that ops make, cross no border: each region has its own copy.
 
 Collectives that bring stored parameters or take gradients away stay outside, so that `overlap` can issue them early and
-wait for them late; so do the few local ops before, between and behind them.
+wait for them late; so do the few local ops before, between and behind them. An op whose result has a shape that follows
+from values (CTC's loss) is a region of its own: a compiler would not know the shape, which capture read.
 """
 
 from __future__ import annotations
@@ -89,6 +90,16 @@ def cut(gm: fx.GraphModule, constants: Iterable[fx.Node], layer_of: Callable[[st
     )
 
 
+def is_shaped_by_values(node: fx.Node) -> bool:
+    """Whether the shape of an op's result follows from values: fake tensors have none, so nothing can compile it."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.dynamic_output_shape not in node.target.tags:
+        return False
+    if node.target is not torch.ops.aten.index.Tensor:
+        return True
+    indices: Any = node.args[1]
+    return any(index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8) for index in indices)
+
+
 def _is_free(node: fx.Node) -> bool:
     """Whether each region has a copy of its own: a view, or a constant that an op makes."""
     if node.target is operator.getitem:
@@ -153,10 +164,12 @@ def _runs(nodes: Sequence[fx.Node], fetches: frozenset[fx.Node], layer_of: Calla
 
     cells: list[list[int]] = []
     for node in nodes:
-        layer = layer_of(str(node.meta.get("module", "")))
+        made = node.all_input_nodes[0] if node.target is operator.getitem else node
+        alone = f"{made.name} alone" if is_shaped_by_values(made) else ""
+        layer = alone or layer_of(str(node.meta.get("module", "")))
         behind.clear()
         after = latest(node)
-        if layer and (after < 0 or runs[after][0] != layer) and _is_shared(node, layer, layer_of):
+        if layer and not alone and (after < 0 or runs[after][0] != layer) and _is_shared(node, layer, layer_of):
             layer = ""
         index = next((i for i in range(len(runs) - 1, -1, -1) if runs[i][0] == layer), -1)
         last = len(runs) - 1

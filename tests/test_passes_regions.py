@@ -51,6 +51,36 @@ def test_compiled_regions_compute_what_the_whole_graph_does() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+class Spoken(nn.Module):
+    """A connectionist loss: its state is as long as the longest target, which only values tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        scores = self.linear(x).tanh().log_softmax(-1).transpose(0, 1)
+        lengths = (targets >= 0).sum(-1)
+        return nn.functional.ctc_loss(scores, targets[targets >= 0], torch.full((2,), 8), lengths) * 2
+
+
+def test_an_op_whose_shape_follows_from_values_runs_beside_what_is_compiled() -> None:
+    torch.manual_seed(0)
+    model = Spoken()
+    x, targets = torch.randn(2, 8, 4), torch.tensor([[1, 2, 3], [1, 2, -1]])
+    local = planned(captured(model, {"x": x, "targets": targets}), {"dp": 1}, "fsdp")[2]
+    (values,) = local_inputs(local, dict(model.named_parameters()), {}, [x, targets], None, (7, 3))
+    lowered = lower(local, compile=True)
+    results, saved = lowered.forward([v for v, i in zip(values, local.inputs, strict=True) if i.kind != "tangent"])
+    gradients = lowered.backward(saved, [torch.tensor(1.0)])
+    loss = model(x, targets)
+    loss.backward()
+    torch.testing.assert_close(results[0], loss.detach())
+    found = dict(zip([o.name for o in local.outputs if o.kind == "gradient"], gradients, strict=True))
+    torch.testing.assert_close(found, {name: p.grad for name, p in model.named_parameters()})
+    assert lowered.bodies > 2  # what is before and behind the loss is compiled
+
+
 @pytest.mark.parametrize(("alternating", "kinds"), [(False, 1), (True, 2)])
 def test_what_is_compiled_does_not_grow_with_depth(alternating: bool, kinds: int) -> None:
     """Embedding and layers' start, each kind of layer, the head; the same again for backward, and ends that differ."""

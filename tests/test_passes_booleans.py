@@ -1,0 +1,56 @@
+"""Masks that compiled code gathers, on two ranks, against what one process makes of the whole mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import fx
+
+from passes.booleans import as_bytes
+from passes.local import WAIT
+from passes.lower import compiled
+
+aten = torch.ops.aten
+GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+ROWS, LENGTH = 2, 5
+
+
+def graph_of(mask: torch.Tensor, values: torch.Tensor) -> fx.GraphModule:
+    """Gathers a rank's rows of a mask and of values, and puts 1, 2, ... where the mask is true."""
+    graph = fx.Graph()
+    group = dist.group.WORLD.group_name
+
+    def call(target: Any, *args: Any, value: Any) -> fx.Node:
+        node = graph.call_function(target, args)
+        node.meta["val"] = value
+        return node
+
+    given = []
+    for name, value in (("mask", mask), ("values", values)):
+        given.append(graph.placeholder(name))
+        given[-1].meta["val"] = value
+    whole = [torch.empty(2 * ROWS, LENGTH, dtype=x.dtype) for x in (mask, values)]
+    items = [call(GATHER, x, 2, group, value=value) for x, value in zip(given, whole, strict=True)]
+    chosen, base = (call(WAIT, x, value=value) for x, value in zip(items, whole, strict=True))
+    numbers = call(aten.arange.default, 2 * ROWS * LENGTH, value=torch.empty(2 * ROWS * LENGTH))
+    numbers.kwargs = {"dtype": torch.float32, "device": torch.device("cpu")}
+    graph.output((call(aten.masked_scatter.default, base, chosen, numbers, value=whole[1]),))
+    return fx.GraphModule({}, graph)
+
+
+def _scattered(rank: int, ranks: int) -> None:
+    torch.manual_seed(0)
+    mask, values = torch.rand(2 * ROWS, LENGTH) > 0.5, torch.randn(2 * ROWS, LENGTH)
+    wanted = values.masked_scatter(mask, torch.arange(mask.numel(), dtype=torch.float32))
+    mine = [x.chunk(ranks)[rank].contiguous() for x in (mask, values)]
+    gm = graph_of(mine[0], mine[1])
+    as_bytes(gm)
+    (found,) = compiled(gm)(mine)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_mask_that_compiled_code_gathers_is_a_mask() -> None:
+    run_ranks(_scattered, 2)
