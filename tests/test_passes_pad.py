@@ -264,6 +264,27 @@ def test_more_ranks_than_kv_heads_split_the_queries_heads() -> None:
     assert plan.repeated_keys
 
 
+def test_what_is_padded_of_a_layers_parameters_is_the_layers_work() -> None:
+    """Heads are part of a weight's dim, so weights are padded in the graph: alike in every layer, however many."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    ids, sites, padded = torch.zeros(2, 8, dtype=torch.int64), [], []
+    for layers in (2, 3):
+        config = LlamaConfig(
+            hidden_size=24, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=6,
+            num_key_value_heads=3, head_dim=4, vocab_size=64,
+        )  # fmt: skip
+        analysis = analyse(captured(LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}))
+        made = pad(analysis, uneven_dims(analysis, (4,), ())).program
+        every = made.graph.graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default)
+        modules = [node.meta["module"] for node in every if node.meta["module"]]
+        padded.append([sum(f".layers.{layer}." in module for module in modules) for layer in range(layers)])
+        assert len(modules) == sum(padded[-1])
+        sites.append(len(analyse(made).places))
+    assert sites[0] == sites[1]
+    assert padded == [[8] * 2, [8] * 3]  # of four projections, in forward and in backward
+
+
 def test_gpt2s_vocabulary_is_split_eight_ways_and_logits_stay() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
