@@ -176,6 +176,12 @@ def test_uneven_dims_are_vocabulary_ffn_sequence_and_the_cheaper_of_the_heads() 
         (13, 16),  # and the head's
     ]
     assert uneven_dims(odd()[2], (4,), (0,)) == ()
+    alone = uneven_dims(odd()[2], (2, 2), (), alone=True)  # the group's 3 stays: 2 ranks divide the 2 key-value heads
+    assert sorted((each.size, each.padded) for each in alone if "labels" not in each.node) == [
+        (7, 8),
+        (13, 14),  # torch.chunk cuts 13 rows for two into 7 and 6: of 14 half, of 16 not
+        (13, 14),
+    ]
     assert all(each.node in ("ids", "labels") for each in uneven_dims(odd()[2], (4,), (), "fsdp"))
 
 
