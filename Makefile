@@ -29,7 +29,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) "$(TORCH)" -e ".[hf,report,dev]" -c requirements/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) "$(TORCH)" -e ".[hf,trainer,report,dev]" -c requirements/constraints.txt
 	touch $@
 
 demo: setup

@@ -355,7 +355,7 @@ def _applied(
     alike = mesh.size() == 1 or _values_alike(ours, model)
     with ours.agreeing():
         module = parallel_module(
-            model, storages, mesh, remake, aliases=program.aliases, seed=job.options.seed, batch_ranks=job.batch_ranks,
+            model, storages, mesh, remake, aliases=program.aliases, seed=job.options.seed, batch_axes=job.batch_axes,
             from_first=not alike, gather=gather,
         )  # fmt: skip
         preload(module, *call, executable)

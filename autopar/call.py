@@ -40,6 +40,8 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
         with torch.inference_mode(False), torch.set_grad_enabled(trains):
             executable = runtime.remake(plain_module(module, parameters.trained), args, kwargs, "loss", trains)
         runtime.executables.setdefault(key, []).insert(0, executable)
+    if id(executable) not in runtime.bindings:  # the first call of its kind
+        _check_batch(runtime, executable, inputs)
     step = bound(runtime, executable, parameters, inputs, device)
 
     def with_all() -> Executable:
@@ -56,6 +58,11 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     for index, value in zip((i for i in range(len(result)) if i not in program.out_constants), outputs, strict=True):
         result[index] = value
     return pytree.tree_unflatten(result, program.out_spec)
+
+
+def _check_batch(runtime: Runtime, executable: Executable, inputs: Sequence[torch.Tensor]) -> None:
+    given = [entry for entry in executable.local.program.inputs if entry.kind == "input"]
+    runtime.batch.check([(e.name, e.batch_dim, value) for e, value in zip(given, inputs, strict=True)])
 
 
 def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Executable | None:

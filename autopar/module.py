@@ -26,10 +26,11 @@ from torch.distributed.tensor import DTensor
 from autopar import buffers as buffers_
 from autopar import stored, tree
 from autopar.alone import guard
+from autopar.batches import BatchRanks
 from autopar.call import call, call_key
 from autopar.examples import by_name
 from autopar.reading import Gather
-from autopar.runtime import Executable, Remake, Runtime, device_of, has_gradients, runtime_of
+from autopar.runtime import OWN_FORWARD, Executable, Remake, Runtime, device_of, has_gradients, runtime_of
 from passes.errors import PlanMismatchError
 from passes.inputs import flatten_call
 from passes.local import Storage
@@ -77,6 +78,26 @@ class ParallelModule(nn.Module):
         finally:
             runtime.syncs = before
 
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        """What `accelerate` asks of a model before it wraps it in what would be wrong around this one.
+
+        Raises:
+            ValueError: it is not our `Accelerator` that asks, so loaders would split batches over all ranks.
+        """
+        known = runtime_of(self).accelerated
+        if known is None:
+            raise ValueError(
+                "accelerate's own Accelerator, which transformers.Trainer uses too, would wrap the parallel module in "
+                "DistributedDataParallel and split batches over ranks that share one; use "
+                "autopar.accelerator.Accelerator(model, ...), or autopar.trainer.Trainer for transformers.Trainer"
+            )
+        return known
+
+    @_is_accelerate_prepared.setter
+    def _is_accelerate_prepared(self, prepared: bool) -> None:
+        runtime_of(self).accelerated = prepared
+
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """FSDP2's method, which loops over micro-batches call. Nothing is put off past a backward here: no effect."""
 
@@ -98,10 +119,7 @@ class ParallelModule(nn.Module):
             if storage is None or not isinstance(given, torch.Tensor) or isinstance(given, DTensor):
                 continue
             if tuple(given.shape) == storage.shape and not given.is_meta:
-                spec = runtime.specs[first]
-                part = stored.cut(given.detach(), storage, runtime.axis_sizes, runtime.coordinate)
-                part = part.to(device_of(runtime.mesh), spec.tensor_meta.dtype, copy=True).contiguous()
-                state_dict[prefix + name] = stored.distributed(part, spec)
+                state_dict[prefix + name] = part_of(self, first, given)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
@@ -146,13 +164,14 @@ def parallel_module(
     *,
     aliases: Mapping[str, str],
     seed: int = 0,
-    batch_ranks: int = 1,
+    batch_axes: tuple[int, ...] = (),
     from_first: bool = False,
     gather: Gather | None = None,
 ) -> ParallelModule:
     """`model` with this rank's part of every parameter; `model` itself stays as it was.
 
     storages: of every parameter, by the first of its names. aliases: further name -> first name, buffers' too.
+    batch_axes: the mesh's axes that split the batch, outermost first.
     from_first: take rank 0's values of parameters and buffers, broadcast; else this rank's own.
     gather: makes an input whole, for models that read values of their inputs.
     """
@@ -198,6 +217,7 @@ def parallel_module(
     slots = dict(tree.slots(new))
     runtime = Runtime(
         mesh=mesh,
+        batch=BatchRanks(mesh, batch_axes),
         storages=storages,
         specs=specs,
         aliases=dict(aliases),
@@ -206,10 +226,11 @@ def parallel_module(
         original=original,
         remake=remake,
         seed=seed,
-        batch_ranks=batch_ranks,
         gather=gather,
     )
     new.__dict__["_autopar"] = runtime
+    if "forward" in new.__dict__:
+        new.__dict__[OWN_FORWARD] = new.__dict__.pop("forward")
     new.__class__ = _parallel_class(original)  # type: ignore[arg-type]
     guard(new)
     return cast(ParallelModule, new)
@@ -224,7 +245,8 @@ def _parallel_class(original: type[nn.Module]) -> type[nn.Module]:
 
     functools.update_wrapper(forward, original.forward)
     body = {"forward": forward, "__doc__": original.__doc__, "__module__": original.__module__}
-    return type(f"Parallel{original.__name__}", (ParallelModule, original), body)
+    # Under the model's own name: transformers looks it up, and writes it to configurations as the architecture.
+    return type(original.__name__, (ParallelModule, original), body)
 
 
 def preload(module: ParallelModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], executable: Executable) -> None:
@@ -234,6 +256,15 @@ def preload(module: ParallelModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     requires = tuple(table[key].requires_grad for table, key in runtime.parameter_slots)
     trained = requires if has_gradients(executable.local) else None
     runtime.executables[call_key(runtime, leaves, in_spec, trained)] = [executable]
+
+
+def part_of(module: ParallelModule, name: str, whole: torch.Tensor) -> DTensor:
+    """A whole tensor laid out as the parameter of that name is, a copy in its dtype; every rank has it whole."""
+    runtime = runtime_of(module)
+    spec, storage = runtime.specs[name], runtime.storages[name]
+    part = stored.cut(whole.detach(), storage, runtime.axis_sizes, runtime.coordinate)
+    part = part.to(device_of(runtime.mesh), spec.tensor_meta.dtype, copy=True).contiguous()
+    return stored.distributed(part, spec)
 
 
 def state_bytes(module: ParallelModule) -> int:

@@ -31,7 +31,7 @@ class Options:
     accumulate: micro-batches per optimizer step.
     async_tp: has torch split the matrix products beside an all-gather or reduce-scatter of activations, and run each
         part's beside its transfer (micro-pipelined tensor parallelism). On CUDA, between GPUs that reach each other's
-        memory (NVLink); priced as what runs without it.
+        memory (NVLink); priced in the schedule where the axis lies within nodes.
     seed: of dropout and every other random op in the model.
     progress: whether rank 0 says on standard error which stage it is in.
     """

@@ -30,7 +30,7 @@ _ASKED = "strategy"
 """Where they keep the strategy that was asked for: a plan made under `auto` bears the name of the one that won."""
 _PIPELINED = (
     "async_tp: matrix products beside all-gathers and reduce-scatters of activations are cut and pipelined by torch's "
-    "pass where it can; time and memory are those of a step without it"
+    "pass where it can; the time counts on it within nodes, the memory is that of a step without it"
 )
 
 
@@ -117,6 +117,7 @@ def planned(
         compiled=options.compile,
         pins=pins_of(options),
         stored=stored,
+        async_tp=options.async_tp,
         without=tuple(without),
     )
     mesh = on_mesh(hardware, axes)

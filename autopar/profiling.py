@@ -121,7 +121,17 @@ class Profiler:
         batch = setup.micro_batch * (1 if replica else setup.data_ranks)
         accumulates = setup.accumulate > 1 and not replica
         split = setup.sequence_parallel or setup.tp == 1
-        key = (tuple(axes.items()), setup.ranks, parts, batch, setup.recompute, setup.fp8, accumulates, split)
+        key = (
+            tuple(axes.items()),
+            setup.ranks,
+            parts,
+            batch,
+            setup.recompute,
+            setup.fp8,
+            accumulates,
+            split,
+            setup.tp_overlap and not replica,
+        )
         if key not in self._profiles:
             hardware = _fp8(self.hardware) if setup.fp8 else self.hardware
             prefixes = self.captures.shallow.prefixes
@@ -165,7 +175,8 @@ class Profiler:
         def space_of(pads: tuple[Pad, ...]) -> Space:
             analysis = paddings.of(pads).analysis
             space = self._space(analysis, mesh, batch_axes, strategy, split=split)
-            return replace(space, recomputed=self.recomputation(analysis, setup.recompute))
+            again = self.recomputation(analysis, setup.recompute)
+            return replace(space, recomputed=again, async_tp=setup.tp_overlap and not whole)
 
         if like is not None and [(p.size, p.padded) for p in wanted] == [(p.size, p.padded) for p in like.wanted]:
             space = space_of(tuple(pad for pad, kept in zip(wanted, like.kept, strict=True) if kept))

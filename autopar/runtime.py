@@ -13,9 +13,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import tree
 from autopar.alone import unguard
+from autopar.batches import BatchRanks
 from autopar.reading import Gather
 from passes.local import LocalProgram, Storage
 from passes.lower import Lowered, Unreduced
+
+OWN_FORWARD = "_autopar_own_forward"
+"""Where a parallel module keeps a forward that its model had beside its class's."""
 
 Tangents = Literal["loss", "all"]
 
@@ -38,13 +42,15 @@ class Runtime:
 
     `syncs`: whether a backward exchanges gradients; `unreduced`: what backwards that did not have left, by program.
 
-    `specs`: how each parameter is stored, by the first of its names. `batch_ranks`: how many parts the batch has.
+    `specs`: how each parameter is stored, by the first of its names. `batch`: who has which part of the batch;
+    `accelerated`: whether our `Accelerator` has prepared the module; None: it does not know it.
     `steps` counts training calls, for random ops. `executables` has, per kind of call, one for each kind of values
     that the model reads of its inputs, the last used first. `gather` makes inputs whole; None: they are. `bindings`
     and `checked`: what `step.bound` and `parameters.checked` found out that holds for the next call too.
     """
 
     mesh: DeviceMesh
+    batch: BatchRanks
     storages: Mapping[str, Storage]
     specs: Mapping[str, Any]
     aliases: Mapping[str, str]
@@ -53,7 +59,6 @@ class Runtime:
     original: type[nn.Module]
     remake: Remake
     seed: int = 0
-    batch_ranks: int = 1
     steps: int = 0
     gather: Gather | None = None
     syncs: bool = True
@@ -62,6 +67,7 @@ class Runtime:
     with_all: dict[int, Executable] = field(default_factory=dict)
     bindings: dict[int, tuple[Executable, Any]] = field(default_factory=dict)
     checked: Any = None
+    accelerated: bool | None = None
 
     @functools.cached_property
     def parameter_slots(self) -> tuple[tree.Slot, ...]:
@@ -110,5 +116,8 @@ def plain_module(module: nn.Module, trained: Sequence[bool]) -> nn.Module:
     plain = tree.copied(module, parameter, lambda _, old: old)
     plain.__class__ = runtime.original
     del plain.__dict__["_autopar"]
+    plain.__dict__.pop("forward", None)  # what was put around the parallel module's (accelerate's autocast)
+    if OWN_FORWARD in plain.__dict__:
+        plain.__dict__["forward"] = plain.__dict__.pop(OWN_FORWARD)
     unguard(plain)
     return plain

@@ -259,7 +259,7 @@ class Differentiable(torch.autograd.Function):
             other = step.with_all()
             saved = list(other.lowered.forward(step.values)[1])
             # That program averages over the batch's ranks what each brings; these are gradients of one global value.
-            tangents = _tangents(runtime, other.local, arrived, runtime.batch_ranks)
+            tangents = _tangents(runtime, other.local, arrived, runtime.batch.count)
             found = step.gradients(other, saved, tangents)
         return None, *_as_stored(step, found), *(found.get(name) for name, _ in step.inputs)
 

@@ -290,15 +290,25 @@ def _collective(
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
     ranks = full.numel() // part.numel()
+    rows = out.view(ranks, -1)
+    mine, sources = dist.get_rank(group), range(ranks) if group is None else dist.get_process_group_ranks(group)
+
+    def spread() -> None:
+        """An all-gather as programs for CPU ranks do it."""
+        rows[mine].copy_(part)
+        works = [dist.broadcast(row, rank, group, async_op=True) for rank, row in zip(sources, rows, strict=True)]
+        for work in works:
+            work.wait()
+        full.copy_(out)
 
     def exchange() -> None:
         """A reduce-scatter as programs for CPU ranks do it."""
         dist.all_to_all_single(out, full, group=group)
-        torch.sum(out.view(ranks, -1), 0, out=part)
+        torch.sum(rows, 0, out=part)
 
     runs: dict[str, Callable[[], Any]] = {
         "all_reduce": lambda: dist.all_reduce(full, group=group),
-        "all_gather": lambda: gather(out, part, group=group),
+        "all_gather": spread if full.is_cpu else lambda: gather(out, part, group=group),
         "reduce_scatter": exchange if full.is_cpu else lambda: scatter(part, full, group=group),
         "all_to_all": lambda: dist.all_to_all_single(out, full, group=group),
         "broadcast": lambda: dist.broadcast(full, first, group=group),

@@ -57,6 +57,12 @@ _HEAD_START = 24
 _ATTENTION_ROWS = 128
 """Query rows of one thread block of a flash kernel."""
 
+_UPDATE_OPS = 8
+"""AdamW op by op: mul, lerp, mul, addcmul, sqrt, div, add and addcdiv."""
+
+_UPDATE_TRAFFIC = 80 / 28
+"""Bytes of an fp32 parameter, its gradient and its states that these move, to those that one kernel moves."""
+
 _SMALLEST_TILE = 16
 """The smallest side of an output tile: that of one tensor core instruction."""
 
@@ -162,6 +168,21 @@ def op_s(work: Work, device: Device) -> float:
     arithmetic_s, memory_s = _arithmetic_s(work, device), _memory_s(work, device)
     busy_s = hypot(arithmetic_s, memory_s) if work.kind == "matmul" else max(arithmetic_s, memory_s)
     return work.launches * device.kernel_launch_s + busy_s
+
+
+def update_traffic_s(elements: float, item_bytes: int, state_bytes: float, device: Device) -> float:
+    """Seconds that an optimizer's update of a parameter moves memory: `elements` of `item_bytes` on this rank, and
+    `state_bytes` of states and master copies for each.
+
+    Read and write the parameter and the states, read the gradient: on a GPU in one kernel for all parameters, on a CPU
+    in `_UPDATE_OPS`, as torch's optimizers run there unless they are asked to fuse. What each parameter costs beside
+    that, whatever its size, is `Device.update_s`.
+    """
+    moved = elements * (3 * item_bytes + 2 * state_bytes)
+    if not device.is_cpu:
+        return moved / (device.memory_bytes_per_s * device.memory_efficiency)
+    each = Work(0.0, moved * _UPDATE_TRAFFIC / _UPDATE_OPS, 0.0, "pointwise")
+    return _UPDATE_OPS * _memory_s(each, device)
 
 
 def side_by_side_s(compute_s: float, comm_s: float, device: Device, link: Link) -> float:

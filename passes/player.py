@@ -18,6 +18,7 @@ from torch import fx
 from costmodel.collectives import collective_s, taken_shares
 from costmodel.reshard import Step
 from passes.blocks import Block, blocks
+from passes.by_parts import by_parts
 from passes.moves import Move, Run
 from passes.rules.call import op_text
 from passes.space import Space
@@ -180,6 +181,7 @@ class Player:
         self.tracks = found
         self.issue = issue_points(space, words, found)
         self.fused = found.fused_again()
+        self.by_parts = by_parts(space, found)
         self.blocks = blocks(found, space.program.repeated, self.issue, self.fused)
         self.passes: dict[Block, list[float]] = {}
         """When each run through a block began."""
@@ -241,13 +243,14 @@ class Player:
             if not self.in_backward and item.phase == "backward":
                 self.in_backward, self.forward_end_s = True, self.now_s
             cost = found.costs[item.site]
-            seconds = 0.0 if index in self.fused else cost.seconds
+            seconds = 0.0 if index in self.fused else self.by_parts.products_s.get(index, cost.seconds)
             late = [slot for slot in found.reads[index] if slot in self.brought]
             if late and (cost.fusing == "view" or self._only_gradients(item.node)):
                 self._put_off(index, late, seconds)
                 continue
+            in_parts, early_s = self.by_parts.early_s.get(index, (-1, 0.0))
             for slot in late:
-                self._await(slot)
+                self._await(slot, early_s if slot == in_parts else 0.0)
             self.op_start_s[index] = self.now_s
             if seconds:
                 self._compute(seconds, cost.kind)
@@ -449,7 +452,8 @@ class Player:
     def _send(self, indices: Sequence[int]) -> None:
         """Issue the steps of moves that go together, now."""
         moves: list[Move] = [self.tracks.items[index] for index in indices]  # type: ignore[misc]
-        ready_s, last, slices_s = self.now_s, None, 0.0
+        early_s = self.by_parts.sent_early_s.get(indices[0], 0.0)
+        ready_s, last, slices_s = self.now_s - early_s, None, self.by_parts.added_s.get(indices[0], 0.0)
         for index in indices:
             (source,) = self.tracks.reads[index]
             if source in self.brought:
@@ -473,6 +477,8 @@ class Player:
                 if self.free_s[axis] > start_s:
                     start_s, last = self.free_s[axis], self.last_on[axis]
             ready_s = start_s + step.seconds
+            if early_s:  # the last part is sent when it is made
+                ready_s = max(ready_s, self.now_s + step.seconds / self.space.topology.sizes[step.axes[0]])
             last = self._record(indices, step, together, start_s, ready_s, last)
             for axis in self.streams_of(step):
                 self.free_s[axis], self.last_on[axis] = ready_s, last
@@ -480,8 +486,11 @@ class Player:
                 self.busy_s[axis] += step.seconds
             if step.axes not in self.shares:
                 self.shares[step.axes] = taken_shares(step.axes, self.space.topology)
-            if any(shares := self.shares[step.axes]):
-                self.running.append(Beside(start_s, ready_s, *shares))
+            sms, memory = self.shares[step.axes]
+            if early_s or indices[0] in self.by_parts.gathers:
+                sms = 0.0
+            if sms or memory:
+                self.running.append(Beside(start_s, ready_s, sms, memory))
         for position, index in enumerate(indices):
             (target,) = self.tracks.writes[index]
             self.brought[target] = (ready_s, last, slices_s if position == 0 else 0.0)
@@ -525,9 +534,11 @@ class Player:
         for slot in self.tracks.writes[index]:
             self.brought[slot] = (ready_s, last, slices_s + seconds)
 
-    def _await(self, slot: int) -> None:
-        """Compute goes on when `slot` is there."""
+    def _await(self, slot: int, early_s: float = 0.0) -> None:
+        """Compute goes on when `slot` is there, or `early_s` before, but not before what brings it starts."""
         ready_s, last, slices_s = self.brought.pop(slot)
+        if early_s and last is not None:
+            ready_s = max(self.played[last].start_s, ready_s - early_s)
         self._wait(ready_s, last)
         if slices_s:
             start_s = self.now_s

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from costmodel.compute import op_s
+from costmodel.compute import op_s, update_traffic_s
 from costmodel.hardware import Topology
 from costmodel.layout import Layout, Partial, Replicate, local_shape
 from costmodel.reshard import Step, reshard_s, steps
@@ -242,8 +242,7 @@ def _option_s(space: Space, site: Site, option: Option | StoredOption, optimizer
         if site.given is None or site.given.kind != "parameter" or not site.given.requires_grad:
             return 0.0
         elements = math.prod(option.storage.padded_shape(space.topology.sizes))
-        moved = elements * (3 * site.stored_itemsize + 2 * optimizer.state_bytes)
-        return moved / (device.memory_bytes_per_s * device.memory_efficiency)
+        return update_traffic_s(elements, site.stored_itemsize, optimizer.state_bytes, device)
     assert site.call is not None
     operands, results = option_local_shapes(site, option, space.topology.sizes)
     return op_s(work_of(site.call, operands, results, site.traffic), device)

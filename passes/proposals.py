@@ -65,6 +65,8 @@ class Request:
     compiled: bool = True
     pins: Mapping[str, Pin] = field(default_factory=dict)
     stored: Mapping[str, Storage] | None = None
+    async_tp: bool = False
+    """Products beside collectives of activations go in parts with them."""
     without: tuple[tuple[str, str], ...] = ()
     """Choices ruled out: (place, option), as a plan's `decisions` has them."""
 
@@ -263,7 +265,7 @@ class Search:
             joined=self.joined,
             analysis=padding.analysis,
         )
-        space = without(space, request.without)
+        space = without(replace(space, async_tp=request.async_tp), request.without)
         shares = shares or _HIDDEN_SHARES[: self.most if name == "auto" else 1]
         unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
         enough_s = dict.fromkeys(shares, math.inf)

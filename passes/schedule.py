@@ -24,6 +24,7 @@ from typing import Literal
 
 from torch import fx
 
+from costmodel.compute import update_traffic_s
 from costmodel.memory import OptimizerSpec
 from costmodel.memory import optimizer as optimizer_of
 from passes.footprint import Footprint, Times, footprint
@@ -33,11 +34,6 @@ from passes.player import KINDS, Event, Played, Player
 from passes.space import Space, trained
 from passes.tracks import Tracks, tracks
 from passes.words import Words
-
-_OP_BY_OP = 80 / 28
-"""On a CPU torch's optimizers run op by op: AdamW's mul, lerp, mul, addcmul, sqrt, div, add and addcdiv move 80 bytes
-of an fp32 parameter, its gradient and its states, where one kernel moves 28."""
-
 
 Role = Literal["parameter", "gradient", "activation"]
 """What a collective moves."""
@@ -168,15 +164,12 @@ def play(
 
 
 def _update_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> float:
-    """The update of a rank's own state: read and write the parameter and the states, read the gradient."""
-    moved, parameters = 0.0, 0
-    for site, elements in trained(space, assignment):
-        parameters += site.count
-        moved += elements * (3 * site.stored_itemsize + 2 * (spec.state_bytes_per_param + spec.master_bytes_per_param))
-    device = space.topology.device
-    if device.is_cpu:
-        moved *= _OP_BY_OP
-    return parameters * device.update_s + moved / (device.memory_bytes_per_s * device.memory_efficiency)
+    """The update of what a rank stores of each parameter."""
+    device, states = space.topology.device, spec.state_bytes_per_param + spec.master_bytes_per_param
+    return sum(
+        site.count * (device.update_s + update_traffic_s(elements / site.count, site.stored_itemsize, states, device))
+        for site, elements in trained(space, assignment)
+    )
 
 
 # -- ledger ------------------------------------------------------------------------------------------------------------

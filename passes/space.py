@@ -55,7 +55,8 @@ class Site:
 class Space:
     """Everything a plan can choose from under `strategy`; site i is `analysis.places[i]` with its options.
 
-    `recomputed` is what backward computes again, whatever is chosen.
+    `recomputed` is what backward computes again, whatever is chosen. `async_tp`: products beside collectives of
+    activations go in parts with them (`by_parts`).
     """
 
     analysis: Analysis
@@ -64,6 +65,7 @@ class Space:
     strategy: str
     sites: tuple[Site, ...]
     recomputed: Recomputation
+    async_tp: bool = False
 
     @property
     def program(self) -> Program:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ def made(model: nn.Module, mesh: DeviceMesh, compile: bool = False, calls: list[
     every = tuple(range(mesh.ndim)) if mesh.size() > 1 else ()
     storages = {n: Storage(tuple(p.shape), (None,) * mesh.ndim, every) for n, p in model.named_parameters()}
     aliases = {"head.weight": "embed.weight"}
-    return parallel_module(model, storages, mesh, remake, aliases=aliases, batch_ranks=mesh.size())
+    return parallel_module(model, storages, mesh, remake, aliases=aliases, batch_axes=tuple(range(mesh.ndim)))
 
 
 def batches(steps: int, ranks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -308,6 +310,28 @@ def _checkpoints(rank: int, ranks: int, folder: str) -> None:
 
 def test_checkpoints_go_between_layouts(tmp_path: Path) -> None:
     run_ranks(_checkpoints, 4, str(tmp_path))
+
+
+def _forward_of_the_instance(rank: int, ranks: int) -> None:
+    def shifted(self: Net, ids: torch.Tensor, labels: torch.Tensor | None = None) -> NetOutput:
+        out = Net.forward(self, ids, labels)
+        return NetOutput(None if out.loss is None else out.loss + 1, out.logits)
+
+    mesh = mesh_of(ranks)
+    torch.manual_seed(0)
+    eager = Net()
+    eager.forward = types.MethodType(shifted, eager)  # type: ignore[method-assign]
+    model = made(eager, mesh)
+    model.forward = functools.partial(model.forward)  # as what wraps the forward of a module does
+    for rows in (4, 2):  # the model is captured once more
+        (batch,) = batches(1, ranks)
+        wanted, found = (each(batch[0][:rows], batch[1][:rows]).loss for each in (eager, model))
+        torch.testing.assert_close(found, wanted)
+        assert found > 2.5
+
+
+def test_forward_of_the_instance() -> None:
+    run_ranks(_forward_of_the_instance, 1)
 
 
 def test_preloaded_program_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

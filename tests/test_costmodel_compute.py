@@ -10,7 +10,7 @@ from importlib import resources
 import pytest
 
 from costmodel.collectives import collective_s
-from costmodel.compute import KINDS, Work, attention, fuse, matmul, op_s, pointwise, side_by_side_s
+from costmodel.compute import KINDS, Work, attention, fuse, matmul, op_s, pointwise, side_by_side_s, update_traffic_s
 from costmodel.hardware import Topology, hardware, topology
 
 A100 = hardware("a100-80gb").device
@@ -253,3 +253,12 @@ def test_a_shard_never_takes_longer_than_the_whole(gpu: str) -> None:
             assert op_s(matmul(m // ways, n, k), device) <= whole
             assert op_s(matmul(m, n // ways, k), device) <= whole
             assert op_s(matmul(m, n, k // ways), device) <= whole
+
+
+def test_a_cpu_updates_op_by_op_and_finds_part_in_cache() -> None:
+    """8 ops of 80 bytes per fp32 parameter in all: 1,000 parameters move 10,000 bytes an op, 4,000 of them in cache."""
+    rates = {"memory_bytes_per_s": 1e9, "memory_efficiency": 1.0, "cache_bytes": 4_000, "cache_bytes_per_s": 4e9}
+    cpu = replace(hardware("cpu").device, **rates)
+    assert update_traffic_s(1_000, 4, 8, cpu) == pytest.approx(8 * (4_000 / 4e9 + 6_000 / 1e9))
+    gpu = replace(hardware("h100").device, **rates)
+    assert update_traffic_s(1_000, 4, 8, gpu) == pytest.approx(28 * 1_000 / 1e9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
 from autopar import api
+from costmodel.hardware import hardware
 from passes import lower
+from passes.report_text import seconds_text
 
 
-def llama() -> LlamaForCausalLM:
+def llama(hidden: int = 64, heads: int = 4) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=128, hidden_size=64,
-        intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=heads, vocab_size=128,
+        hidden_size=hidden, intermediate_size=2 * hidden,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -107,3 +110,23 @@ def test_a_cpu_mesh_is_refused(tmp_path: Path) -> None:
             autopar.plan(nn.Linear(2, 2), mesh, (torch.zeros(2, 2),), options=autopar.Options(async_tp=True))
     finally:
         dist.destroy_process_group()
+
+
+def test_a_plan_says_what_it_would_gain() -> None:
+    """The time that the note gives is that of the plan made with it; none where no axis lies within a node."""
+    batch = {"input_ids": torch.zeros(4, 2048, dtype=torch.long), "labels": torch.zeros(4, 2048, dtype=torch.long)}
+
+    def plan(nodes: int, **options: Any) -> autopar.Plan:
+        machine = replace(hardware("h100"), ranks_per_node=8 // nodes)
+        with torch.device("meta"):
+            model = llama(2048, 16)
+        return autopar.plan(
+            model, {"tp": 8}, batch, hardware=machine, strategy="megatron",
+            options=autopar.Options(progress=False, **options),
+        )  # fmt: skip
+
+    (note,) = (note for note in plan(1).notes if note.startswith("Options(async_tp=True)"))
+    faster = plan(1, async_tp=True)
+    assert f"take {seconds_text(faster.step_time_s)} per step instead of {seconds_text(plan(1).step_time_s)}" in note
+    assert faster.step_time_s < plan(1).step_time_s
+    assert not any(note.startswith("Options(async_tp=True)") for note in (*plan(8).notes, *faster.notes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -18,6 +19,7 @@ from torch import fx, nn
 from costmodel.hardware import Topology, hardware, topology
 from costmodel.layout import Replicate
 from costmodel.reshard import Step
+from passes.by_parts import ByParts, by_parts
 from passes.moves import Move, Run
 from passes.plan import option_text
 from passes.player import Player
@@ -27,7 +29,7 @@ from passes.schedule import Schedule, play
 from passes.simulate import ledger
 from passes.solve import solve
 from passes.space import Space, search_space
-from passes.tracks import OpCost, Slot, Tracks, op_cost
+from passes.tracks import OpCost, Slot, Tracks, op_cost, tracks
 
 # -- by hand: ops and collectives of given seconds ---------------------------------------------------------------------
 
@@ -110,7 +112,7 @@ class Tape:
     def reduce(self, seconds: float, source: int, axes: tuple[int, ...] = (0,)) -> int:
         return self.move(seconds, source, axes, "", "backward", gathered=False, stores=True)
 
-    def play(self) -> Any:
+    def play(self, **parts: Any) -> Any:
         tracks = Tracks(
             tuple(self.items), tuple(self.slots), tuple(self.reads), tuple(self.writes), self.costs, tuple(self.leaving)
         )
@@ -120,8 +122,9 @@ class Tape:
             instance=lambda name: name,
             gradient=lambda node: None,
         )
-        space = SimpleNamespace(topology=self.topology, program=SimpleNamespace(repeated=()))
+        space = SimpleNamespace(topology=self.topology, program=SimpleNamespace(repeated=()), async_tp=False)
         player = Player(space, words, tracks, False)  # type: ignore[arg-type]
+        player.by_parts = ByParts(**parts)
         player.play()
         return player
 
@@ -184,6 +187,30 @@ def test_an_activation_is_sent_while_other_ops_of_the_layer_run() -> None:
     played = tape.play()
     assert played.now_s == 18  # 10, then 2 beside 3, then 5
     assert exposed(played) == [1]
+
+
+@pytest.mark.parametrize(("gathered_s", "end_s"), [(6.0, 8.0), (7.0, 9.0), (10.0, 12.0)])
+def test_a_product_multiplies_each_part_when_it_has_come(gathered_s: float, end_s: float) -> None:
+    """8 s in 4 parts: the last part takes 2 s and starts when all has come, or when the other three are done."""
+    step = Tape(quiet(tp=4))
+    x = step.op(0.0, module="a")
+    whole = step.send(gathered_s, x, "a")
+    step.op(8.0, whole, module="a", kind="matmul")
+    player = step.play(early_s={2: (whole, 6.0)}, gathers=frozenset({1}))
+    assert player.now_s == pytest.approx(end_s)
+    assert exposed(player) == pytest.approx([end_s - 8.0])
+
+
+@pytest.mark.parametrize(("sent_s", "there_s"), [(4.0, 9.0), (6.0, 9.5), (10.0, 12.0)])
+def test_each_part_of_a_product_is_sent_when_it_is_made(sent_s: float, there_s: float) -> None:
+    """8 s in 4 parts: sending starts after 2 s, the last part is sent after 8 s and takes a quarter."""
+    step = Tape(quiet(tp=4))
+    product = step.op(8.0, module="a", kind="matmul")
+    split = step.send(sent_s, product, "a")
+    step.op(1.0, split, module="b")
+    player = step.play(sent_early_s={1: 6.0}, added_s={1: 0.5})
+    assert starts(player) == pytest.approx([2.0])
+    assert player.now_s == pytest.approx(there_s + 0.5 + 1.0)
 
 
 def test_gradients_are_reduced_behind_backward_and_waited_for_at_the_end() -> None:
@@ -403,6 +430,29 @@ def test_the_update_of_each_parameter_takes_time_of_its_own() -> None:
     slower = replace(space, topology=topology(slow, {"dp": 4}))
     more_s = play(slower, assignment).optimizer_s - play(space, assignment).optimizer_s
     assert more_s == pytest.approx(len(list(llama()[0].parameters())) * 1e-3)
+
+
+# -- in parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_layers_products_go_in_parts_with_what_they_multiply_and_make() -> None:
+    """By hand, as torch's pass has it: per layer q, k, v and gate, up are fed in parts, o and down are sent in parts,
+    and these two's gradients of their inputs are fed in backward."""
+    space, assignment = planned_llama("megatron", 1, 4)
+    laid = tracks(space, assignment)
+    assert by_parts(space, laid) == ByParts()
+    pipelined = replace(space, async_tp=True)
+    found = by_parts(pipelined, laid)
+    layers = 3 - sum(repeated.more for repeated in space.program.repeated)
+    fed = [laid.items[i].node.meta["module"] for i in found.early_s]
+    last = [name.rsplit(".", 1)[-1] for name in fed if ".layers." in name]
+    wanted = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj"]
+    assert Counter(last) == dict.fromkeys(wanted, layers)
+    assert len([i for i in found.sent_early_s if laid.items[i].phase == "forward"]) >= 2 * layers
+    plain, quicker = play(space, assignment), play(pipelined, assignment)
+    assert quicker.exposed_total_s < plain.exposed_total_s
+    assert quicker.micro_batch_s < plain.micro_batch_s
+    assert len(quicker.collectives) == len(plain.collectives)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

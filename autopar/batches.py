@@ -1,0 +1,125 @@
+"""Which ranks have which part of the global batch, and a check that they were given it.
+
+Ranks that differ only in axes which do not split the batch (`tp`) compute one data-parallel rank's part together. A
+loader that gives each of them its own batch, as samplers over all ranks do, would train on something that is no batch
+at all, and nothing would look wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+
+@dataclass(frozen=True)
+class BatchRanks:
+    """A mesh, and its axes that split the batch, outermost first."""
+
+    mesh: DeviceMesh
+    axes: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many parts the global batch has."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    @property
+    def index(self) -> int:
+        """Which of them is this rank's."""
+        index = 0
+        for axis in self.axes:
+            index = index * self.mesh.shape[axis] + self.mesh.get_local_rank(axis)
+        return index
+
+    @property
+    def sharing(self) -> int:
+        """How many ranks have the same part."""
+        return self.mesh.size() // self.count
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the first of those that have its part."""
+        return all(self.mesh.get_local_rank(axis) == 0 for axis in self._others)
+
+    def gathered(self, part: torch.Tensor) -> torch.Tensor:
+        """The parts of all data-parallel ranks, joined in dim 0; a DTensor is of the global batch, and made whole."""
+        if isinstance(part, DTensor):
+            return part.full_tensor()
+        whole = (part[None] if part.dim() == 0 else part).contiguous()
+        for axis in reversed(self.axes):
+            parts = [torch.empty_like(whole) for _ in range(self.mesh.shape[axis])]
+            dist.all_gather(parts, whole, group=self.mesh.get_group(axis))
+            whole = torch.cat(parts)
+        return whole
+
+    def summed(self, part: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+        """The sum, or another reduction, over data-parallel ranks."""
+        total = part.full_tensor() if isinstance(part, DTensor) else part.clone()
+        for axis in self.axes:
+            dist.all_reduce(total, op, group=self.mesh.get_group(axis))
+        return total
+
+    def rows(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of dim 0 of a DTensor of the global batch; anything else as it is."""
+        if not isinstance(whole, DTensor):
+            return whole
+        if whole.dim() == 0 or whole.shape[0] % self.count:
+            return whole.full_tensor()
+        layout = [Shard(0) if axis in self.axes else Replicate() for axis in range(self.mesh.ndim)]
+        return whole.redistribute(placements=layout).to_local()
+
+    def check(self, inputs: Sequence[tuple[str, int | None, torch.Tensor]]) -> None:
+        """Collective: raises ValueError, on every rank, where ranks that ought to have the same values have others.
+
+        inputs: name, the dim that the batch axes split (None: one value for all ranks), and this rank's tensor.
+        """
+        inputs = [each for each in inputs if each[2].numel()]
+        axes = [axis for axis, size in enumerate(self.mesh.shape) if size > 1]
+        if not inputs or not any(dim is None or axis not in self.axes for _, dim, _ in inputs for axis in axes):
+            return
+        digests = torch.stack([_digest(tensor) for _, _, tensor in inputs])
+        shared = torch.tensor([[dim is None or axis not in self.axes for _, dim, _ in inputs] for axis in axes])
+        found = torch.zeros_like(shared, dtype=torch.int64, device=digests.device)
+        for row, axis in enumerate(axes):
+            both = torch.stack([digests, ~digests])  # greatest and least in one exchange
+            dist.all_reduce(both, dist.ReduceOp.MAX, group=self.mesh.get_group(axis))
+            found[row] = both[0] != ~both[1]
+        found *= shared.to(found.device)
+        for axis in axes:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.mesh.get_group(axis))
+        if differ := found.nonzero().tolist():
+            row, which = differ[0]
+            name, dim, _ = inputs[which]
+            raise ValueError(self._complaint(name, axes[row], is_part=dim is not None))
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        return tuple(axis for axis in range(self.mesh.ndim) if axis not in self.axes)
+
+    def _complaint(self, name: str, axis: int, is_part: bool) -> str:
+        names = self.mesh.mesh_dim_names or ("dp",)
+        if not is_part:
+            return (
+                f"{name} has no dim that the batch is split in, so it is one value for the global batch, but ranks "
+                f"along {names[axis]!r} were given different ones; give all ranks the same"
+            )
+        splitting = ", ".join(names[each] for each in self.axes) or "no axis"
+        return (
+            f"{name}: ranks along {names[axis]!r} were given different batches, but only {splitting} splits the batch; "
+            f"give them the same one (DistributedSampler(num_replicas={self.count}, rank={self.index}) on rank "
+            f"{dist.get_rank()}, or autopar.accelerator.Accelerator's loaders), and draw what is random in it alike"
+        )
+
+
+def _digest(tensor: torch.Tensor) -> torch.Tensor:
+    """One int64 that follows from all values and their places."""
+    words = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if words.numel() % 4 == 0:
+        words = words.view(torch.int32)
+    return (words.long() * torch.arange(1, words.numel() + 1, device=words.device)).sum()

@@ -1,0 +1,89 @@
+"""What trainers keep of a parallel module: whole tensors for `from_pretrained`, parts for going on.
+
+Every function is collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from autopar.module import ParallelModule, part_of
+from autopar.runtime import runtime_of
+
+
+def whole_state(module: ParallelModule, keep: bool) -> dict[str, torch.Tensor]:
+    """`state_dict` with whole tensors on the CPU, ties kept; empty where this rank does not `keep` it.
+
+    One tensor after another is made whole, so a device needs room for the largest.
+    """
+    aliases = runtime_of(module).aliases
+    state: dict[str, torch.Tensor] = {}
+    for name, value in module.state_dict().items():
+        first = aliases.get(name, name)
+        if first in state:
+            state[name] = state[first]
+            continue
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            state[name] = whole.cpu()
+    return state
+
+
+def save_parts(folder: str, module: ParallelModule, optimizers: Mapping[str, Optimizer], with_model: bool) -> None:
+    """Each rank's parts of optimizers' states, and of parameters where asked; any mesh and strategy can load them."""
+    state_dict_saver.save(_parts(module, optimizers, with_model), checkpoint_id=folder)
+
+
+def load_parts(folder: str, module: ParallelModule, optimizers: Mapping[str, Optimizer], with_model: bool) -> None:
+    """Loads what `save_parts` saved, and goes on with random numbers (dropout) where it was."""
+    parts = _parts(module, optimizers, with_model)
+    state_dict_loader.load(parts, checkpoint_id=folder)
+    if with_model:
+        set_model_state_dict(module, parts["model"])
+    for name, optimizer in optimizers.items():
+        set_optimizer_state_dict(module, optimizer, parts[name])
+    module.random_steps = parts["random_steps"]
+
+
+def _parts(module: ParallelModule, optimizers: Mapping[str, Optimizer], with_model: bool) -> dict[str, Any]:
+    parts: dict[str, Any] = {name: get_optimizer_state_dict(module, each) for name, each in optimizers.items()}
+    if with_model:
+        parts["model"] = get_model_state_dict(module)
+    return {**parts, "random_steps": module.random_steps}
+
+
+def load_whole_optimizer(module: ParallelModule, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Loads an optimizer's `state_dict` of one device, whose states are whole: each rank takes its parts.
+
+    Raises:
+        ValueError: the optimizer has its parameters in other groups.
+    """
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if (saved := [len(group["params"]) for group in state["param_groups"]]) != sizes:
+        raise ValueError(f"the optimizer's groups have {sizes} parameters, those saved {saved}; make it as it was")
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    cut: dict[int, Any] = {}
+    for number, parameter in zip(numbers, parameters, strict=True):
+        if number in state["state"]:
+            whole = state["state"][number]
+            cut[number] = {
+                key: part_of(module, names[parameter], value)
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+                else value
+                for key, value in whole.items()
+            }
+    optimizer.load_state_dict({"state": cut, "param_groups": state["param_groups"]})
