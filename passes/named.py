@@ -33,15 +33,32 @@ def check_strategy(strategy: str) -> None:
         raise ValueError(f"unknown strategy {strategy!r}; known are {', '.join(STRATEGIES)}")
 
 
+def tensor_axes(sizes: Sequence[int], batch_axes: Sequence[int]) -> tuple[int, ...]:
+    """The axes that split anything but the batch, among several ranks."""
+    return tuple(axis for axis, size in enumerate(sizes) if axis not in batch_axes and size > 1)
+
+
 def axis_choices(
-    analysis: Analysis, index: int, strategy: str, sizes: Sequence[int], batch_axes: tuple[int, ...]
+    analysis: Analysis,
+    index: int,
+    strategy: str,
+    sizes: Sequence[int],
+    batch_axes: tuple[int, ...],
+    *,
+    joined: bool = False,
 ) -> tuple[tuple[tuple[int, ...], tuple[Choice, ...]], ...]:
-    """Groups of mesh axes, and what each may choose at op site `index`: None (nothing), a leaf, or a linear group."""
+    """Groups of mesh axes, and what each may choose at op site `index`: None (nothing), a leaf, or a linear group.
+
+    `joined`: the tensor axes choose together, as one axis of all their ranks.
+    """
     check_strategy(strategy)
     place = analysis.places[index]
     assert place.op is not None
-    tensor_axes = tuple(axis for axis in range(len(sizes)) if axis not in batch_axes)
-    groups = ([batch_axes] if batch_axes else []) + [(axis,) for axis in tensor_axes]
+    rest: list[tuple[int, ...]] = [(axis,) for axis in range(len(sizes)) if axis not in batch_axes]
+    if joined:
+        together = tensor_axes(sizes, batch_axes)
+        rest = [together, *(axes for axes in rest if axes[0] not in together)]
+    groups = ([batch_axes] if batch_axes else []) + rest
     used: dict[int, int] = {}
     found = []
     for group in groups:
@@ -129,10 +146,16 @@ def _tensor_parallel(analysis: Analysis, place: Place, choices: Sequence[Choice]
 
 
 def stored_choices(
-    options: tuple[StoredOption, ...], strategy: str, sizes: Sequence[int], batch_axes: Sequence[int]
+    options: tuple[StoredOption, ...],
+    strategy: str,
+    sizes: Sequence[int],
+    batch_axes: Sequence[int],
+    *,
+    joined: bool = False,
 ) -> tuple[StoredOption, ...]:
-    """The ways to store a parameter that a strategy leaves open."""
+    """The ways to store a parameter that a strategy leaves open; `joined` as in `axis_choices`."""
     check_strategy(strategy)
+    together = tensor_axes(sizes, batch_axes) if joined else ()
     alone = [axis for axis, size in enumerate(sizes) if size == 1 and axis not in batch_axes]
 
     def fits(option: StoredOption) -> bool:
@@ -147,6 +170,8 @@ def stored_choices(
             return False
         if any(storage.shards[axis] or axis in storage.state_axes for axis in alone):
             return False  # one rank: to split is to do nothing
+        if len({(storage.shards[axis], axis in storage.state_axes) for axis in together}) > 1:
+            return False
         if strategy == "megatron":
             wanted = tuple(batch_axes) if rows > 1 else ()
             return tuple(axis for axis in storage.state_axes if axis in batch_axes) == wanted

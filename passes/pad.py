@@ -172,6 +172,8 @@ class _Padding:
             return given
         known = self._whole(node, new)
         known.by_phase = given.kind in ("parameter", "buffer")
+        if known.by_phase:  # what is padded or cut of it is its layer's work
+            known.meta = {**known.meta, "module": given.name.rpartition(".")[0]}
         known.base = frozenset(
             (d, 0)
             for d, dim in enumerate(known.atoms)
@@ -491,7 +493,7 @@ class _Padding:
         key = (places, phase if known.by_phase and places != known.base else "")
         if key not in known.versions:
             at, version = known.base, known.versions[known.base, ""]
-            self.emit.meta = {**_meta(node), "phase": phase}
+            self.emit.meta = {key: known.meta.get(key, "") for key in ("module", "source")} | {"phase": phase}
             for place in sorted(at - places):
                 at = at - {place}
                 zones = {p: z for p, z in version.zones.items() if p != place}

@@ -16,6 +16,7 @@ from passes.analysis import analyse
 from passes.errors import NoFeasiblePlanError
 from passes.fusion import Fused
 from passes.local import Storage
+from passes.named import tensor_axes
 from passes.pad import Pad
 from passes.plan import without
 from passes.price import Budgeted, Priced, price
@@ -158,6 +159,7 @@ class Search:
     """Candidates for one program and mesh; of each kind, `auto` makes `most` proposals at most.
 
     budgeted_s: seconds of the processor that the solutions of a strategy within a budget may take together.
+    joined: tensor axes choose together.
     """
 
     paddings: PaddingsOf
@@ -168,9 +170,36 @@ class Search:
     progress: Progress = lambda stage: None
     most: int = len(_HIDDEN_SHARES)
     budgeted_s: float = 60.0
+    joined: bool = False
 
     def candidates(self, name: str) -> list[Candidate]:
         """Solutions under a strategy, the simplest first.
+
+        Over several tensor axes `auto` first has them choose together: what a mesh with one axis of as many ranks has,
+        this one has, so no solution is missed for a sum of costs that a richer choice lowers and the schedule does not.
+
+        Raises:
+            NoFeasiblePlanError: there is none.
+        """
+        if name != "auto" or len(tensor_axes(self.topology.sizes, self.batch_axes)) < 2:
+            return self._padded(name)
+        try:
+            joined = replace(self, joined=True)._padded(name)
+        except (NoFeasiblePlanError, ValueError):  # a pin may tell the axes apart
+            return self._padded(name)
+        chosen = best(joined, self.budget) or smallest(joined)
+        plainly = self.paddings.under(name)
+        needed = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
+        alone = uneven_dims(plainly.whole, self.topology.sizes, self.batch_axes, name, alone=True)
+        apart = self._tried(name, plainly, needed)
+        if chosen.padding.pads != needed or chosen.padding.repeated_keys:
+            apart += self._tried(name, self.paddings.under(name, chosen.padding.repeated_keys), chosen.padding.pads)
+        if (pads := plainly.join(needed, alone)) not in (needed, chosen.padding.pads):
+            apart += self._tried(name, plainly, pads)
+        return [*joined, *apart]
+
+    def _padded(self, name: str) -> list[Candidate]:
+        """Solutions under a strategy with dims padded where that helps.
 
         A named strategy pads what it wants to split and cannot otherwise. `auto` pads where that is faster, dim by dim.
 
@@ -184,25 +213,26 @@ class Search:
         wanted = paddings.join(needed, uneven)
         if wanted == needed and paddings is plainly:
             return self._solved(name, plainly, needed)
-        padded = self._tried(name, paddings, wanted, _HIDDEN_SHARES[:1])
-        if padded:
-            used = paddings.join(needed, used_pads(padded[0].padding, padded[0].space, padded[0].assignment))
-            if used != wanted:
-                padded = self._tried(name, paddings, used)
-            elif name == "auto" and self.most > 1:
-                padded += self._tried(name, paddings, wanted, _HIDDEN_SHARES[1 : self.most])
-        if not padded:
-            return self._solved(name, plainly, needed)
-        if padded[0].padding.pads == needed and paddings is plainly:
-            return padded
+        tried: dict[tuple[Pad, ...], list[Candidate]] = {}
+        for each in self._tried(name, paddings, wanted):
+            used = paddings.join(needed, used_pads(each.padding, each.space, each.assignment))
+            tried.setdefault(used, []).append(each)
+        padded = []
+        for used, found in tried.items():
+            if used == wanted:
+                padded += found
+            elif used != needed or paddings is not plainly:
+                padded += self._tried(name, paddings, used)
         if name != "auto":
             return padded if best(padded, self.budget) else self._solved(name, plainly, needed)
+        if not padded:
+            return self._solved(name, plainly, needed)
         needed = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
         plain = self._tried(name, plainly, needed)
         chosen = best([*plain, *padded], self.budget)
-        for each in sorted(padded[0].padding.pads, key=lambda p: p.size / p.padded):
-            if chosen is not None and each in chosen.padding.pads and each not in needed:
-                fewer = tuple(p for p in chosen.padding.pads if p != each)
+        for pad in sorted({p for each in padded for p in each.padding.pads}, key=lambda p: (p.size / p.padded, p.node)):
+            if chosen is not None and pad in chosen.padding.pads and pad not in needed:
+                fewer = tuple(p for p in chosen.padding.pads if p != pad)
                 padded += self._tried(name, paddings, fewer, _HIDDEN_SHARES[:1])
                 chosen = best([*plain, *padded], self.budget)
         return [*plain, *padded]
@@ -232,6 +262,7 @@ class Search:
             pins=request.pins,
             recompute=modes[0],
             reshard=request.reshard is not False,
+            joined=self.joined,
             analysis=padding.analysis,
         )
         space = without(replace(space, async_tp=request.async_tp), request.without)

@@ -112,11 +112,13 @@ def search_space(
     pins: Mapping[str, Layout | Pin] | None = None,
     recompute: Mode = "pointwise",
     reshard: bool = True,
+    joined: bool = False,
     analysis: Analysis | None = None,
 ) -> Space:
     """All ways to lay `program` out over `topology` under `strategy`, with what `recompute` computes again.
 
-    `reshard`: as in `Recomputation`.
+    `reshard`: as in `Recomputation`. `joined`: the axes that do not split the batch do the same everywhere, as one axis
+    would.
 
     `stored`: parameters (by name) that already lie somewhere; only the rest is chosen. `pins`: parameter-name pattern
     (fnmatch) -> layout that compute uses it in, or a `Pin`. `analysis`: `analyse(program)`, where it is at hand.
@@ -133,7 +135,7 @@ def search_space(
         options: tuple[Option, ...] | tuple[StoredOption, ...]
         if place.kind == "op":
             assert place.op is not None
-            choices = axis_choices(analysis, index, strategy, sizes, tuple(batch_axes))
+            choices = axis_choices(analysis, index, strategy, sizes, tuple(batch_axes), joined=joined)
             leaves = tuple((x.size, x.operands, x.results, x.reduce) for x in place.op.leaves)
             key = (place.op.linear, place.op.operands, place.op.results, leaves, choices)
             if key not in cache:
@@ -142,7 +144,8 @@ def search_space(
                 cache[key] = op_options(place.op, sizes, choices) or op_options(place.op, sizes, relaxed)
             options = cache[key]
         elif place.given is not None and place.given.kind == "parameter":
-            options = _parameter_options(place, strategy, sizes, batch_axes, (stored or {}), pinned.get(index))
+            pin = pinned.get(index)
+            options = _parameter_options(place, strategy, sizes, batch_axes, (stored or {}), pin, joined=joined)
         elif place.kind == "returned":
             options = _returned_options(analysis, place, sizes, batch_axes)
         else:
@@ -220,6 +223,8 @@ def _parameter_options(
     batch_axes: Sequence[int],
     stored: Mapping[str, Storage],
     pin: tuple[str, Pin] | None,
+    *,
+    joined: bool,
 ) -> tuple[StoredOption, ...]:
     outside = place.given.shape if place.given is not None else None
     options = stored_options(place.dims, sizes, outside, place.given.dtypes if place.given is not None else None)
@@ -229,7 +234,7 @@ def _parameter_options(
             raise ValueError(f"{place.name}: stored as {stored[place.name]}, which is no layout of this graph")
         return options
     if pin is None:
-        return stored_choices(options, strategy, sizes, batch_axes)
+        return stored_choices(options, strategy, sizes, batch_axes, joined=joined)
     pattern, fixed = pin
     shards = tuple(DimShard(p.dim) if isinstance(p, Shard) else None for p in fixed.in_compute)
     kept = tuple(option for option in options if option.storage.shards == shards)

@@ -121,13 +121,20 @@ def _new_atom(padding: Padding, each: Pad) -> int | None:
 
 
 def uneven_dims(
-    analysis: Analysis, axis_sizes: Sequence[int], batch_axes: Sequence[int], strategy: str = "auto"
+    analysis: Analysis,
+    axis_sizes: Sequence[int],
+    batch_axes: Sequence[int],
+    strategy: str = "auto",
+    *,
+    alone: bool = False,
 ) -> tuple[Pad, ...]:
-    """The dims to pad so that all axes that do not split the batch divide them.
+    """The dims to pad so that all axes that do not split the batch divide them together, or (`alone`) each by itself.
 
+    These differ: 50260 is divided by 2 x 2 ranks, but half of it is not what `torch.chunk` cuts of 50257 for 2.
     `ddp` and `fsdp` want to split the sequence, and nothing else.
     """
-    parts = math.prod(size for axis, size in enumerate(axis_sizes) if axis not in batch_axes)
+    sizes = [size for axis, size in enumerate(axis_sizes) if axis not in batch_axes]
+    parts = math.lcm(*sizes) if alone else math.prod(sizes)
     if parts == 1:
         return ()
     where = _first_places(analysis)
@@ -138,9 +145,9 @@ def uneven_dims(
     for atoms in sorted(analysis.weight_dims, key=len, reverse=True) if strategy not in ("ddp", "fsdp") else ():
         kept -= {atom for atom, _ in atoms} - decided
         outer = [(atom, size) for atom, size in atoms[:-1] if atom not in analysis.blocked_atoms]
-        alone = not decided & {atom for atom, _ in outer}
+        new = not decided & {atom for atom, _ in outer}
         decided |= {atom for atom, _ in atoms}
-        if outer and alone and all(size % parts for _, size in outer):
+        if outer and new and all(size % parts for _, size in outer):
             kept.add(min(outer, key=lambda each: -(-each[1] // parts) * parts / each[1])[0])
     pads = []
     for atom, (node, dim, part, size) in where.items():

@@ -176,6 +176,12 @@ def test_uneven_dims_are_vocabulary_ffn_sequence_and_the_cheaper_of_the_heads() 
         (13, 16),  # and the head's
     ]
     assert uneven_dims(odd()[2], (4,), (0,)) == ()
+    alone = uneven_dims(odd()[2], (2, 2), (), alone=True)  # the group's 3 stays: 2 ranks divide the 2 key-value heads
+    assert sorted((each.size, each.padded) for each in alone if "labels" not in each.node) == [
+        (7, 8),
+        (13, 14),  # torch.chunk cuts 13 rows for two into 7 and 6: of 14 half, of 16 not
+        (13, 14),
+    ]
     assert all(each.node in ("ids", "labels") for each in uneven_dims(odd()[2], (4,), (), "fsdp"))
 
 
@@ -262,6 +268,27 @@ def test_more_ranks_than_kv_heads_split_the_queries_heads() -> None:
     plan, local = planned(program, {"tp": 8}, "megatron", "h100")
     assert errors(model, local, kwargs).gradient < 1e-4
     assert plan.repeated_keys
+
+
+def test_what_is_padded_of_a_layers_parameters_is_the_layers_work() -> None:
+    """Heads are part of a weight's dim, so weights are padded in the graph: alike in every layer, however many."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    ids, sites, padded = torch.zeros(2, 8, dtype=torch.int64), [], []
+    for layers in (2, 3):
+        config = LlamaConfig(
+            hidden_size=24, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=6,
+            num_key_value_heads=3, head_dim=4, vocab_size=64,
+        )  # fmt: skip
+        analysis = analyse(captured(LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}))
+        made = pad(analysis, uneven_dims(analysis, (4,), ())).program
+        every = made.graph.graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default)
+        modules = [node.meta["module"] for node in every if node.meta["module"]]
+        padded.append([sum(f".layers.{layer}." in module for module in modules) for layer in range(layers)])
+        assert len(modules) == sum(padded[-1])
+        sites.append(len(analyse(made).places))
+    assert sites[0] == sites[1]
+    assert padded == [[8] * 2, [8] * 3]  # of four projections, in forward and in backward
 
 
 def test_gpt2s_vocabulary_is_split_eight_ways_and_logits_stay() -> None:

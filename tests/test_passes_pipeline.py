@@ -15,8 +15,11 @@ from passes.capture import capture
 from passes.errors import NoFeasiblePlanError, PlanMismatchError
 from passes.pipeline import Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Plan
+from passes.price import price
 from passes.program import Program
 from passes.simulate import ledger
+from passes.solve import solve
+from passes.space import search_space
 
 MESH = (("dp", 2), ("tp", 2))
 
@@ -65,6 +68,20 @@ def test_a_tensor_axis_of_one_rank_changes_nothing() -> None:
     assert alone.bound.bound_s == pytest.approx(made.bound.bound_s, rel=1e-9)
     for name, placed in made.placements.items():
         assert alone.placements[name].at_rest.count("(") == placed.at_rest.count("("), name
+
+
+def test_tensor_axes_that_choose_together_are_one_axis() -> None:
+    """The least sum of costs there is that of the mesh with one axis of as many ranks; apart it is no more."""
+
+    def least_s(*tensor: tuple[str, int], joined: bool = False, share: float = 1.0) -> float:
+        topology = on_mesh("h100", (("dp", 2), *tensor))
+        space = search_space(program(), topology, (0,), joined=joined)
+        return solve(price(space).weighed(share), gap=1e-6).seconds
+
+    for share in (1.0, 0.05):
+        one, two = least_s(("tp", 4), share=share), least_s(("a", 2), ("b", 2), joined=True, share=share)
+        assert two == pytest.approx(one, rel=1e-6)
+    assert least_s(("a", 2), ("b", 2)) <= least_s(("tp", 4)) * (1 + 1e-5)
 
 
 def test_memory_decides_between_plans() -> None:
