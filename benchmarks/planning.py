@@ -6,7 +6,7 @@ training step on fake tensors, measured in the same process unless `--no-bare`),
 all layers over those at a quarter of them. `-o` writes the table too.
 
 `--axes` prints something else: what `compile_plan` costs after capture, all candidates, paddings and schedules
-included, on meshes of as many ranks with two and with three axes, and its ratio to the mesh of two with as many
+included, on meshes of as many ranks with two, three and four axes, and its ratio to the mesh of two with as many
 tensor-parallel ranks.
 """
 
@@ -180,8 +180,9 @@ SMALL: dict[str, Any] = {
     "use_cache": False,
 }
 TWO, HSDP, TENSOR = "dp=4,tp=2 dp=2,tp=4", "dp_replicate=2,dp_shard=2,tp=2", "dp=2,tp=2,ep=2"
+MORE = "dp=2,tp=8 dp=2,tp=2,ep=2,cp=2"
 AXES: dict[str, tuple[Callable[[], nn.Module], int, int, str]] = {
-    "LLaMA, 2 small layers": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL)), 2, 128, f"{TWO} {HSDP} {TENSOR}"),
+    "LLaMA, 2 small layers": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL)), 2, 128, f"{TWO} {HSDP} {TENSOR} {MORE}"),
     "Mixtral, 2 small layers": (
         lambda: MixtralForCausalLM(MixtralConfig(num_local_experts=8, **SMALL)), 2, 128, f"{TWO} {HSDP} {TENSOR}",
     ),
@@ -194,9 +195,10 @@ AXES: dict[str, tuple[Callable[[], nn.Module], int, int, str]] = {
 """Models, the batch of a data-parallel rank, the sequence, and meshes."""
 
 
-def axes_table() -> list[list[Any]]:
-    """Rows of model, mesh, CPU seconds after capture, ratio to two axes with as many tensor-parallel ranks, and gap."""
-    rows: list[list[Any]] = []
+def axes_table() -> list[list[str]]:
+    """Rows of model, mesh, CPU seconds after capture and their ratio to two axes with as many tensor-parallel ranks, the
+    gap, and the step in ms."""
+    rows: list[list[str]] = []
     for name, (make, batch, sequence, meshes) in AXES.items():
         with torch.device("meta"):
             model = make()
@@ -216,7 +218,8 @@ def axes_table() -> list[list[Any]]:
             tensor = math.prod(size for _, size in mesh) // ways
             if len(mesh) == 2:
                 two[tensor] = seconds
-            rows.append([name, text, seconds, seconds / two[tensor], f"{plan.bound.gap:.1e}"])
+            figures = f"{seconds:.2f} {seconds / two[tensor]:.2f} {plan.bound.gap:.1e} {1e3 * plan.step_time_s:.3f}"
+            rows.append([name, text, *figures.split()])
             print(*rows[-1], flush=True)
     return rows
 
@@ -230,11 +233,11 @@ def main() -> None:
     parser.add_argument("--axes", action="store_true", help="meshes of two and of three axes instead")
     options = parser.parse_args()
     if options.axes:
-        headers = ["model", "mesh", "CPU seconds", "to two axes", "gap"]
-        print(tabulate(axes := axes_table(), headers=headers, floatfmt=".2f"))
+        headers = ["model", "mesh", "CPU seconds", "to two axes", "gap", "step ms"]
+        print(tabulate(axes := axes_table(), headers=headers, disable_numparse=True))
         if options.output is not None:
-            table = tabulate(axes, headers=headers, floatfmt=".2f", tablefmt="github")
-            title = "What planning costs on meshes of two and of three axes"
+            table = tabulate(axes, headers=headers, disable_numparse=True, tablefmt="github")
+            title = "What planning costs on meshes of two, three and four axes"
             options.output.write_text(f"# {title}\n\nPrinted by `python benchmarks/planning.py --axes`.\n\n{table}\n")
         return
     columns: dict[str, dict[str, float]] = {}
