@@ -196,7 +196,7 @@ AXES: dict[str, tuple[Callable[[], nn.Module], int, int, str]] = {
 
 
 def axes_table() -> list[list[str]]:
-    """Rows: model, mesh, CPU seconds after capture, their ratio to two axes with as many tensor-parallel ranks, gap, ms."""
+    """Rows: model, mesh, CPU seconds after capture, ratio to two axes with as many tensor-parallel ranks, gap, step."""
     rows: list[list[str]] = []
     for name, (make, batch, sequence, meshes) in AXES.items():
         with torch.device("meta"):
