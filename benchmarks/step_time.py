@@ -26,6 +26,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import tempfile
 import time
 import traceback
@@ -213,6 +214,7 @@ class Contender:
     def __init__(self, name: str, how: str, steps: int, layers: int, setting: Setting, saved: Path | None) -> None:
         context = multiprocessing.get_context("spawn")
         self.name, self.how, self.error = name, how, ""
+        self.found: dict[int, dict[str, Any]] = {}
         self.queue, self.turns = context.Queue(), context.Semaphore(0)
         self.folder = tempfile.TemporaryDirectory()
         work = (f"{self.folder.name}/store", name, how, steps, layers, setting, saved, self.queue, self.turns)
@@ -225,31 +227,38 @@ class Contender:
         if not self.error:
             for _ in self.processes:
                 self.turns.release()
-            self.next()
+            while self.next() and not self.error:  # another rank may be done before the first says that the turn is
+                pass
 
-    def next(self) -> tuple[int, dict[str, Any] | None]:
-        """What a rank says next; where it is an error, all ranks are ended."""
-        rank, result, error = self.queue.get()
+    def next(self) -> bool:
+        """Hears what a rank says next, and keeps what it took: whether that was said. An error ends all ranks."""
+        while True:
+            try:
+                rank, result, error = self.queue.get(timeout=5)
+                break
+            except queue.Empty:
+                if not any(process.is_alive() for process in self.processes):
+                    rank, result, error = 0, None, "all ranks have ended, and not all have said what they took"
+                    break
         if error:
             self.error = error.strip().splitlines()[-1]
             for process in self.processes:
                 process.kill()
-        return rank, result
+        if result is not None:
+            self.found[rank] = result
+        return result is not None
 
     def result(self) -> dict[str, Any]:
         """What it took, after the last step: seconds of rank 0, memory of the largest rank."""
-        found: dict[int, dict[str, Any]] = {}
-        while not self.error and len(found) < RANKS:
-            rank, result = self.next()
-            if result is not None:
-                found[rank] = result
+        while not self.error and len(self.found) < RANKS:
+            self.next()
         for process in self.processes:
             process.join()
         self.folder.cleanup()
         if self.error:
             return {"model": self.name, "how": self.how, "error": self.error}
-        grown = max(result["grown_bytes"] for result in found.values())
-        return {"model": self.name, "how": self.how, **found[0], "grown_bytes": grown}
+        grown = max(result["grown_bytes"] for result in self.found.values())
+        return {"model": self.name, "how": self.how, **self.found[0], "grown_bytes": grown}
 
 
 def measured(
