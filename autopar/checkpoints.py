@@ -29,15 +29,15 @@ def whole_state(module: ParallelModule, keep: bool) -> dict[str, torch.Tensor]:
     One tensor after another is made whole, so a device needs room for the largest.
     """
     aliases = runtime_of(module).aliases
+    wholes: dict[str, torch.Tensor | None] = {}  # by first name; None where it is not kept, so that ranks do the same
     state: dict[str, torch.Tensor] = {}
     for name, value in module.state_dict().items():
         first = aliases.get(name, name)
-        if first in state:
-            state[name] = state[first]
-            continue
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if keep:
-            state[name] = whole.cpu()
+        if first not in wholes:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            wholes[first] = whole.cpu() if keep else None
+        if (kept := wholes[first]) is not None:
+            state[name] = kept
     return state
 
 
