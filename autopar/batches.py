@@ -45,7 +45,7 @@ class BatchRanks:
     @property
     def first(self) -> bool:
         """Whether this rank is the first of those that have its part."""
-        return all(self.mesh.get_local_rank(axis) == 0 for axis in self._others)
+        return all(axis in self.axes or self.mesh.get_local_rank(axis) == 0 for axis in range(self.mesh.ndim))
 
     def gathered(self, part: torch.Tensor) -> torch.Tensor:
         """The parts of all data-parallel ranks, joined in dim 0; a DTensor is of the global batch, and made whole."""
@@ -97,10 +97,6 @@ class BatchRanks:
             row, which = differ[0]
             name, dim, _ = inputs[which]
             raise ValueError(self._complaint(name, axes[row], is_part=dim is not None))
-
-    @property
-    def _others(self) -> tuple[int, ...]:
-        return tuple(axis for axis in range(self.mesh.ndim) if axis not in self.axes)
 
     def _complaint(self, name: str, axis: int, is_part: bool) -> str:
         names = self.mesh.mesh_dim_names or ("dp",)

@@ -201,6 +201,7 @@ def trained(
             "loss": float(whole) / RANKS, "grown_bytes": resident_bytes("VmHWM") - before,
         }  # fmt: skip
         queue.put((rank, result, None))
+        turns.acquire()  # to leave takes the processor from others, whose last turn it is
         dist.barrier()
         dist.destroy_process_group()
     except Exception:
@@ -232,14 +233,14 @@ class Contender:
 
     def next(self) -> bool:
         """Hears what a rank says next, and keeps what it took: whether that was said. An error ends all ranks."""
-        while True:
+        said = None
+        while said is None:
             try:
-                rank, result, error = self.queue.get(timeout=5)
-                break
+                said = self.queue.get(timeout=5)
             except queue.Empty:
                 if not any(process.is_alive() for process in self.processes):
-                    rank, result, error = 0, None, "all ranks have ended, and not all have said what they took"
-                    break
+                    said = 0, None, "all ranks have ended, and not all have said what they took"
+        rank, result, error = said
         if error:
             self.error = error.strip().splitlines()[-1]
             for process in self.processes:
@@ -252,6 +253,8 @@ class Contender:
         """What it took, after the last step: seconds of rank 0, memory of the largest rank."""
         while not self.error and len(self.found) < RANKS:
             self.next()
+        for _ in self.processes:
+            self.turns.release()
         for process in self.processes:
             process.join()
         self.folder.cleanup()

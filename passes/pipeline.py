@@ -24,7 +24,7 @@ from passes.errors import NoFeasiblePlanError
 from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
 from passes.local import LocalProgram
 from passes.masks import use_causal_flag
-from passes.named import check_strategy
+from passes.named import check_strategy, tensor_axes
 from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
 from passes.program import Program
 from passes.proposals import (
@@ -200,7 +200,10 @@ _WORTH_SAYING = 0.98
 
 def _async_tp_notes(chosen: Candidate, request: Request) -> list[str]:
     """Where the step would be faster with products in parts: by how much."""
-    if request.async_tp or not request.compiled or chosen.space.topology.device.is_cpu:
+    mesh = chosen.space.topology
+    if request.async_tp or not request.compiled or mesh.device.is_cpu:
+        return []
+    if not tensor_axes(mesh.sizes, chosen.space.batch_axes):
         return []
     space, now_s = replace(chosen.space, async_tp=True), chosen.schedule.step_time_s
     played = play(
