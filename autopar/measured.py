@@ -26,7 +26,8 @@ COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 KINDS = (*COMPUTE, *COLLECTIVES, "optimizer")
 
 _MATMUL_OP = re.compile(
-    r"^aten::(mm|addmm|bmm|baddbmm|mv|addmv|_grouped_mm|_scaled_mm|mkldnn_\w*linear\w*)$|extern_kernels"
+    r"^aten::(mm|addmm|bmm|baddbmm|mv|addmv|_grouped_mm|_scaled_mm|mkldnn_\w*linear\w*)$|^mkldnn::_linear_pointwise$|"
+    r"^autopar::(add)?mm$|extern_kernels"
 )
 _MATMUL_KERNEL = re.compile(r"gemm|cutlass|nvjet|xmma|cublas|_mm_|triton_tem", re.IGNORECASE)
 _ATTENTION = re.compile(r"scaled_dot_product|flash|fmha|sdpa|_efficient_attention", re.IGNORECASE)

@@ -33,6 +33,7 @@ from torch.multiprocessing.spawn import spawn
 from costmodel.collectives import collective_s, ring_hops, wire_bytes
 from costmodel.compute import Work, attention, matmul, op_s
 from costmodel.hardware import Device, Hardware, Link, hardware, load_hardware, preset_of, save_hardware, topology
+from costmodel.products import product
 
 __all__ = [
     "Samples",
@@ -163,7 +164,7 @@ def _matmul_seconds(m: int, n: int, k: int, dtype: torch.dtype, device: torch.de
         return torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
 
     pairs = _untouched(operands, (m * k + k * n + m * n) * dtype.itemsize, device)
-    return _seconds(lambda: torch.mm(*next(pairs)), device, budget_s)
+    return _seconds(lambda: product(*next(pairs)), device, budget_s)
 
 
 def measure_memory(device: torch.device, budget_s: float) -> tuple[MemorySample, ...]:
@@ -355,7 +356,7 @@ def _collective_seconds(
 def _work() -> Callable[[], Any]:
     """A few milliseconds of a layer's work: two products and what is pointwise, over more than a core's cache holds."""
     rows, wide, narrow = torch.ones(768, 256), torch.ones(256, 384), torch.ones(384, 256)
-    return lambda: torch.mm(torch.mm(rows, wide).mul(0.5), narrow).add(1.0)
+    return lambda: product(product(rows, wide).mul(0.5), narrow).add(1.0)
 
 
 def measure(
@@ -501,13 +502,13 @@ def _fit_device(samples: Samples, start: Device) -> Device:
         update_s=samples.update_s,
     )
     peaks = dict(device.peak_flops_per_s)
-    for dtype in {sample.dtype for sample in samples.matmuls}:
+    for dtype in {sample.dtype for timed in samples.matmuls}:
         ratios = []
-        for sample in samples.matmuls:
+        for timed in samples.matmuls:
             if sample.dtype == dtype and sample.seconds > 3 * launch_s:
                 ratios.append(op_s(_matmul_work(sample), device) / sample.seconds)
         peaks[dtype] = device.peak_flops_per_s.get(dtype, peaks["float32"]) * (median(ratios) if ratios else 1.0)
-    measured = {sample.dtype for sample in samples.matmuls}
+    measured = {sample.dtype for timed in samples.matmuls}
     scale = median([peaks[dtype] / device.peak_flops_per_s.get(dtype, peaks[dtype]) for dtype in measured] or [1.0])
     for dtype in set(peaks) - measured:
         peaks[dtype] *= scale
@@ -657,8 +658,8 @@ def errors(samples: Samples, fitted: Hardware) -> dict[str, list[float]]:
     mesh = topology(fitted, {"node": samples.ranks_per_node})
     device = mesh.device
     found: dict[str, list[float]] = {"matmul": [], "memory": [], "attention": []}
-    for product in samples.matmuls:
-        found["matmul"].append(op_s(_matmul_work(product), device) / product.seconds - 1)
+    for timed in samples.matmuls:
+        found["matmul"].append(op_s(_matmul_work(timed), device) / timed.seconds - 1)
     for moved in samples.memory:
         work = Work(0.0, moved.bytes_moved * 2 / 3, moved.bytes_moved / 3, "pointwise")
         found["memory"].append(op_s(work, device) / moved.seconds - 1)

@@ -1,6 +1,6 @@
 """One rank's step, ready to run: two callables, forward and backward, compiled or not.
 
-    LocalProgram -retarget-> graph for the device -for_gloo, as_bytes-> its collectives -split-> forward, backward
+    LocalProgram -retarget-> graph for the device -for_gloo, as_bytes, for_onednn-> its ops -split-> forward, backward
         -cut-> regions and what is between -Inductor, once per distinct region-> callables -arranged-> outer programs
 
 A step is captured on fake CPU tensors; `retarget` makes it one of another device. Where no layer repeats, forward and
@@ -35,6 +35,7 @@ from passes.local import COLLECTIVES, LocalProgram
 from passes.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.overlap import arranged
 from passes.partition import Halves, split
+from passes.products import for_onednn
 from passes.regions import Call, Cut, Region, calls, cut, is_shaped_by_values
 from passes.retarget import retarget
 
@@ -149,6 +150,7 @@ def lower(
     local = replace(local, graph=retarget(local.graph, device))
     if device.type == "cpu":
         for_gloo(local.graph)
+        for_onednn(local.graph)
     as_bytes(local.graph)
     halves = split(local)
     placeholders = {node.name: node for node in local.graph.graph.find_nodes(op="placeholder")}

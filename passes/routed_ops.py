@@ -16,6 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from costmodel.products import product
+
 _SCHEMAS = {
     "routed_mm": "(Tensor rows, Tensor matrices, Tensor bounds) -> Tensor",
     "routed_mm_weight": "(Tensor rows, Tensor gradient, Tensor bounds) -> Tensor",
@@ -39,7 +41,7 @@ def _groups(rows: Tensor, bounds: Tensor) -> list[tuple[int, int, int]]:
 def _routed_mm(rows: Tensor, matrices: Tensor, bounds: Tensor) -> Tensor:
     made = rows.new_zeros(rows.shape[0], matrices.shape[2])
     for expert, first, last in _groups(rows, bounds):
-        made[first:last] = rows[first:last] @ matrices[expert]
+        made[first:last] = product(rows[first:last], matrices[expert])
     return made
 
 
@@ -52,7 +54,7 @@ def _(rows: Tensor, matrices: Tensor, bounds: Tensor) -> Tensor:
 def _routed_mm_weight(rows: Tensor, gradient: Tensor, bounds: Tensor) -> Tensor:
     made = rows.new_zeros(bounds.shape[1] - 1, rows.shape[1], gradient.shape[1])
     for expert, first, last in _groups(rows, bounds):
-        made[expert] += rows[first:last].T @ gradient[first:last]
+        made[expert] += product(rows[first:last].T, gradient[first:last])
     return made
 
 
