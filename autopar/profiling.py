@@ -131,6 +131,7 @@ class Profiler:
             accumulates,
             split,
             setup.tp_overlap and not replica,
+            setup.reshard or replica,
         )
         if key not in self._profiles:
             hardware = _fp8(self.hardware) if setup.fp8 else self.hardware
@@ -175,7 +176,7 @@ class Profiler:
         def space_of(pads: tuple[Pad, ...]) -> Space:
             analysis = paddings.of(pads).analysis
             space = self._space(analysis, mesh, batch_axes, strategy, split=split)
-            again = self.recomputation(analysis, setup.recompute)
+            again = replace(self.recomputation(analysis, setup.recompute), reshard=setup.reshard or whole)
             return replace(space, recomputed=again, async_tp=setup.tp_overlap and not whole)
 
         if like is not None and [(p.size, p.padded) for p in wanted] == [(p.size, p.padded) for p in like.wanted]:

@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 
 NEAREST = 5
 """So many that do not fit are shown."""
-_HEADERS = ("", "dp x shard x tp", "pp", "cp", "batch", "recompute", "step", "{}/s/GPU", "memory", "over budget",
-            "priced only")  # fmt: skip
-_NUMBERS = (0, 2, 3, 6, 7, 8)
-_LESS = ((7,), (7, 0), (7, 0, 5))
+_HEADERS = ("", "dp x shard x tp", "pp", "cp", "batch", "recompute", "gathered", "step", "{}/s/GPU", "memory",
+            "over budget", "priced only")  # fmt: skip
+_NUMBERS = (0, 2, 3, 7, 8, 9)
+_LESS = ((8,), (8, 0), (8, 0, 5))
 """Columns that a narrow terminal goes without."""
 _COLUMNS = {
     "dp x shard x tp": "ranks that replicate the state x that shard it x that split the computation",
     "pp": "pipeline stages / parts of the model on each, taken in turn",
     "cp": "ranks that split the sequence inside attention",
     "batch": "samples per micro-batch x micro-batches per step",
+    "gathered": "parameters that stay from forward to backward; others are freed and gathered again",
     "priced only": "what of it no plan does yet",
 }
 
@@ -35,7 +36,7 @@ def ranking_text(result: SearchResult, name: str | None, top: int) -> str:
     where = f", sequence {result.sequence}" if result.sequence else ""
     rest = "no other plan fits"
     if result.bound_s < math.inf:
-        rest = f"none of the others takes less than {_time(result.bound_s)}, or less than one of its mesh that was"
+        rest = f"none of the others takes less than {_time(result.bound_s)}, or 1% less than one of its mesh that was"
     table = ranking_table(result, top)
     lines = [
         f"{name or result.model} on {result.gpus} x {result.hardware}, global batch {result.global_batch}{where}; "
@@ -69,6 +70,8 @@ def _columns(result: SearchResult, top: int) -> list[str]:
     """What the columns are that do not say it themselves."""
     setups = [c.setup for c in (*result.candidates[:top], *result.too_large[:NEAREST])]
     left_out = {name for name in ("pp", "cp") if all(getattr(setup, name) == 1 for setup in setups)}
+    if all(setup.reshard for setup in setups):
+        left_out.add("gathered")
     return [f"{column}: {meaning}" for column, meaning in _COLUMNS.items() if column not in left_out]
 
 
@@ -99,6 +102,7 @@ def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
         str(setup.cp) if setup.cp > 1 else "",
         f"{setup.micro_batch} x {setup.accumulate}",
         setup.recompute,
+        "" if setup.reshard else "kept",
         _time(candidate.step_time_s),
         f"{speed:.0f}",
         gib(candidate.peak_memory_bytes),

@@ -45,6 +45,8 @@ _MOST_MICRO_BATCHES = 4
 """Micro-batch sizes tried per mesh: the largest that the batch allows, and halves of it."""
 _TRIED = 4
 """So many that cannot be listed are played, where no other of their kind is known to fit."""
+_LEAST_GAIN = 0.01
+"""Of a step, that keeping gathered parameters may save where it is played too."""
 _ELSEWHERE = 8
 """So many pipelines, the fastest, are priced on other numbers of GPUs too."""
 _LEAST_PART = 4096
@@ -91,7 +93,7 @@ class SearchResult:
     """What was found: `candidates` fit, fastest first; `too_large` do not, the nearest first.
 
     `bound_s`: no plan's candidate whose schedule was not played takes less, but for those that another of their mesh
-    beats; infinity where none of them would fit.
+    beats, or loses to by less than a hundredth; infinity where none of them would fit.
     """
 
     model: str
@@ -127,7 +129,8 @@ class SearchResult:
         setup = (candidate or self.best).setup
         asked = self.asked
         recompute: Recompute = "auto" if setup.recompute == "pointwise" else setup.recompute
-        return replace(asked, accumulate=setup.accumulate, recompute=recompute)
+        reshard = asked.reshard_after_forward if setup.reshard else False
+        return replace(asked, accumulate=setup.accumulate, recompute=recompute, reshard_after_forward=reshard)
 
     def frontier(self, plan: Plan | None = None) -> tuple[FrontierPoint, ...]:
         """What fits and the nearest that does not, for `plan.report(path, frontier=...)`.
@@ -171,7 +174,7 @@ class SearchResult:
 def _point(candidate: Candidate, chosen: bool) -> FrontierPoint:
     setup = candidate.setup
     parts = [f"{name}={size}" for name, size in candidate.mesh.items()]
-    parts += [f"{setup.micro_batch} x {setup.accumulate}", setup.recompute]
+    parts += [f"{setup.micro_batch} x {setup.accumulate}", setup.recompute, *([] if setup.reshard else ["kept"])]
     return FrontierPoint(
         " ".join(parts), candidate.step_time_s, candidate.peak_memory_bytes, candidate.fits, chosen,
         ", ".join(candidate.priced_only),
@@ -203,8 +206,8 @@ def search(
     """Rank the ways to train `model` on `gpus` devices with `global_batch` samples a step; no process group is built.
 
     example_inputs: of one sample; None: taken from the model's config, `sequence` long (Hugging Face models).
-    options: `memory_budget`, `optimizer` ("adamw": with an fp32 copy of parameters in a lower precision) and
-        `recompute` are heeded. top: as many plans as are played to their end.
+    options: `memory_budget`, `optimizer` ("adamw": with an fp32 copy of parameters in a lower precision), `recompute`
+        and `reshard_after_forward` are heeded. top: as many plans as are played to their end.
 
     Raises:
         ValueError: GPUs that fill no nodes, a batch that no mesh divides, inputs of more than one sample.
@@ -301,7 +304,7 @@ class _State:
             getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__,
             self.gpus, device.name, self.batch, length, self.budget, tuple(_distinct(fitting)),
             tuple(_distinct(large)), found_verdict,
-            len(plans) + len(priced), len(plans) - unplayed, bound_s, tuple(self.notes), self.options,
+            len(priced) + len(found) + unplayed, len(found), bound_s, tuple(self.notes), self.options,
         )  # fmt: skip
 
     # -- what there is to try ------------------------------------------------------------------------------------------
@@ -319,6 +322,7 @@ class _State:
 
     def plans(self, gpus: int) -> Iterator[Setup]:
         """What plans can do."""
+        reshard = self.options.reshard_after_forward is not False
         node = self.profiler.hardware.ranks_per_node
         for tp in self.widths(gpus):
             data = gpus // tp
@@ -331,7 +335,7 @@ class _State:
                     for shard in sorted(shards):
                         yield Setup(
                             dp_replicate=data // shard, dp_shard=shard, tp=tp, micro_batch=micro,
-                            accumulate=local // micro, recompute=recompute,
+                            accumulate=local // micro, recompute=recompute, reshard=reshard,
                         )  # fmt: skip
 
     def formulas(self) -> Iterator[Setup]:
@@ -426,6 +430,7 @@ class _State:
             best[kind] = min(best.get(kind, math.inf), value)  # type: ignore[assignment]
 
         found: list[Candidate] = []
+        unplayed = len(plans)
         reached = math.inf
         tried = {True: 0, False: 0}
         """Whether state alone is sharded -> how many were played until one fits: the verdict asks for one of each."""
@@ -440,8 +445,11 @@ class _State:
                 reached = min(reached, seconds)
                 continue
             tried[alone] += 1
-            found.append(self.played(setup))
-            note(found[-1])
+            unplayed -= 1
+            freed = self.played(setup)
+            for each in (freed, *map(self.played, self.kept(freed))):
+                found.append(each)
+                note(each)
         for candidate in others:
             if not candidate.fits:
                 note(candidate)
@@ -450,16 +458,30 @@ class _State:
             setup = bounded[index][1]
             nearer = sum(each <= over for each in nearest.values())
             if nearer < NEAREST and over < nearest.get(_parallelism(setup), math.inf):
+                unplayed -= 1
                 found.append(self.played(setup))
                 note(found[-1])
-        return found, len(plans) - len(found), reached
+        return found, unplayed, reached
 
     def played(self, setup: Setup) -> Candidate:
         self.progress(
             f"playing: {setup.dp_replicate} x {setup.dp_shard} x {setup.tp}, micro-batches {setup.micro_batch} x "
-            f"{setup.accumulate}, recompute {setup.recompute}"
+            f"{setup.accumulate}, recompute {setup.recompute}{'' if setup.reshard else ', gathered parameters kept'}"
         )
         return self.candidate(estimate(setup, self.profiler))
+
+    def kept(self, freed: Candidate) -> Iterator[Setup]:
+        """The same with gathered parameters kept for backward, where that can fit and pay: it saves no more than the
+        step waits for state and is slowed down by what is sent beside compute."""
+        setup = freed.setup
+        may_save_s = freed.seconds["exposed state"] + freed.seconds["slowed"]
+        asked = self.options.reshard_after_forward is not None
+        if asked or setup.dp_shard == 1 or may_save_s < _LEAST_GAIN * freed.step_time_s:
+            return
+        found = self.profiler.profile(setup, replica=False)
+        gathered = found.layers * found.layer("elements") * found.whole["bytes"] / found.whole["elements"]
+        if freed.bytes["parameters"] + freed.bytes["optimizer"] + gathered <= self.budget:
+            yield replace(setup, reshard=False)
 
 
 def _states_text(spec: OptimizerSpec) -> str:
@@ -471,8 +493,10 @@ def _states_text(spec: OptimizerSpec) -> str:
 
 
 def _parallelism(setup: Setup) -> Setup:
-    """What is listed once: the setup without micro-batch, virtual stages and recompute."""
-    return replace(setup, micro_batch=1, accumulate=1, recompute="pointwise", whole_blocks=False, virtual=1)
+    """What is listed once: the setup without micro-batch, virtual stages, recompute and what becomes of gathers."""
+    return replace(
+        setup, micro_batch=1, accumulate=1, recompute="pointwise", whole_blocks=False, virtual=1, reshard=True
+    )
 
 
 def _distinct(candidates: Iterable[Candidate]) -> Iterator[Candidate]:

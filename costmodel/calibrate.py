@@ -502,13 +502,13 @@ def _fit_device(samples: Samples, start: Device) -> Device:
         update_s=samples.update_s,
     )
     peaks = dict(device.peak_flops_per_s)
-    for dtype in {sample.dtype for timed in samples.matmuls}:
+    for dtype in {sample.dtype for sample in samples.matmuls}:
         ratios = []
-        for timed in samples.matmuls:
+        for sample in samples.matmuls:
             if sample.dtype == dtype and sample.seconds > 3 * launch_s:
                 ratios.append(op_s(_matmul_work(sample), device) / sample.seconds)
         peaks[dtype] = device.peak_flops_per_s.get(dtype, peaks["float32"]) * (median(ratios) if ratios else 1.0)
-    measured = {sample.dtype for timed in samples.matmuls}
+    measured = {sample.dtype for sample in samples.matmuls}
     scale = median([peaks[dtype] / device.peak_flops_per_s.get(dtype, peaks[dtype]) for dtype in measured] or [1.0])
     for dtype in set(peaks) - measured:
         peaks[dtype] *= scale
@@ -658,8 +658,8 @@ def errors(samples: Samples, fitted: Hardware) -> dict[str, list[float]]:
     mesh = topology(fitted, {"node": samples.ranks_per_node})
     device = mesh.device
     found: dict[str, list[float]] = {"matmul": [], "memory": [], "attention": []}
-    for timed in samples.matmuls:
-        found["matmul"].append(op_s(_matmul_work(timed), device) / timed.seconds - 1)
+    for multiplied in samples.matmuls:
+        found["matmul"].append(op_s(_matmul_work(multiplied), device) / multiplied.seconds - 1)
     for moved in samples.memory:
         work = Work(0.0, moved.bytes_moved * 2 / 3, moved.bytes_moved / 3, "pointwise")
         found["memory"].append(op_s(work, device) / moved.seconds - 1)

@@ -32,6 +32,8 @@ class Setup:
     sequence_parallel: bool = True
     """Whether tensor-parallel ranks may split the residual stream (along the sequence), as arXiv 2205.05198 does."""
     state: State = "zero3"
+    reshard: bool = True
+    """Whether zero3 frees gathered parameters after forward and gathers them again for backward."""
     fp8: bool = False
     offload: bool = False
     tp_overlap: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from autopar.verdict import verdict
 from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
 from passes.candidate import estimate, lower_bound
+from passes.recompute import Mode
 from passes.setup import Setup
 
 
@@ -58,11 +60,15 @@ def profiler() -> Profiler:
 
 
 def test_nothing_that_plans_can_do_is_faster(found: SearchResult, profiler: Profiler) -> None:
-    """Every mesh, micro-batch and storage by hand."""
+    """Every mesh, micro-batch and storage by hand, with gathered parameters freed and kept."""
     best = min(
         estimate(
-            Setup(dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=2 * tp // micro, recompute="full"), profiler
+            Setup(
+                dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=2 * tp // micro, recompute="full", reshard=freed
+            ),
+            profiler,
         ).step_s
+        for freed in (True, False)
         for tp in (1, 2, 4)
         for micro in (1, 2, 4, 8)
         if 2 * tp % micro == 0
@@ -121,14 +127,18 @@ def test_mistakes_are_named(gpus: int, batch: int, said: str) -> None:
 
 
 def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
-    """Every plan of the search priced by hand: the fastest of each mesh that fits, and bounds that are below it."""
+    """Every plan of the search priced by hand: the fastest of each mesh that fits, with gathered parameters freed or
+    kept, and bounds that are below it."""
     budget = 170 << 20
     options = autopar.Options(memory_budget=budget)
     result = autopar.search(small(), 4, "h100", 4, sequence=512, options=options, top=2)
     fastest: dict[int, float] = {}
-    for tp, micro, recompute in itertools.product((1, 2, 4), (1, 2, 4), ("pointwise", "full")):
+    modes: tuple[Mode, ...] = ("pointwise", "full")
+    for tp, micro, recompute, freed in itertools.product((1, 2, 4), (1, 2, 4), modes, (True, False)):
         if tp % micro == 0:
-            setup = Setup(dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=tp // micro, recompute=recompute)
+            setup = Setup(
+                dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=tp // micro, recompute=recompute, reshard=freed
+            )
             played = estimate(setup, profiler)
             bound_s, bound_bytes = lower_bound(setup, profiler)
             assert bound_s <= played.step_s * (1 + 1e-9)
@@ -305,3 +315,33 @@ def test_the_verdict_says_what_it_rests_on() -> None:
     assert "enough as long as 74% of them hide" in told(10.0)
     assert "would take 18.00 s, and that pipeline would be 1.50 times faster" in told(8.0)
     assert "rests on overlap" not in told(1.0)
+
+
+def test_gathered_parameters_are_kept_where_that_is_faster() -> None:
+    """Gathers that do not hide behind one short sample; the same plans, made at full depth."""
+    model, options = small(), autopar.Options(recompute="none")
+    kept, freed = (
+        autopar.search(model, 8, "h100", 8, sequence=512, options=replace(options, reshard_after_forward=how), top=1)
+        for how in (None, True)
+    )
+    assert not kept.best.setup.reshard
+    assert freed.best.setup.reshard
+    assert kept.best.step_time_s < 0.98 * freed.best.step_time_s
+    assert kept.best.peak_memory_bytes > freed.best.peak_memory_bytes
+    assert "kept" in kept.table()
+    assert "gathered" not in freed.text()
+    assert kept.options().reshard_after_forward is False
+    asked = autopar.search(
+        model, 8, "h100", 8, sequence=512, options=replace(options, reshard_after_forward=False), top=1
+    )
+    assert asked.best.setup == kept.best.setup
+    sample = torch.zeros(kept.best.setup.micro_batch, 512, dtype=torch.long)
+    planned = {
+        how: autopar.plan(
+            model, kept.best.mesh, {"input_ids": sample, "labels": sample}, strategy="fsdp", hardware="h100",
+            options=replace(kept.options(), reshard_after_forward=how),
+        ).step_time_s
+        for how in (False, True)
+    }  # fmt: skip
+    assert planned[False] < planned[True]
+    assert planned[False] == pytest.approx(kept.best.step_time_s, rel=0.03)
