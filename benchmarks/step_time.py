@@ -16,6 +16,7 @@ highest point of the steps after the first turn, and the last loss, which must b
 
     python benchmarks/step_time.py                                     # writes benchmarks/step_time.md and .json
     python benchmarks/step_time.py --hardware FILE   # plans by the figures of `autopar calibrate --ranks 4 -o FILE`
+    python benchmarks/step_time.py --mkl             # autopar's products by MKL on any CPU, as all products by hand are
     python benchmarks/step_time.py --model llama --steps 5 --only fsdp2 "autopar fsdp"
 """
 
@@ -41,6 +42,8 @@ from by_hand import sharded
 from tabulate import tabulate
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from costmodel.products import is_for_onednn
 
 MODELS = ("llama", "gpt2")
 HAND_MADE = ("ddp", "ddp compiled", "fsdp2", "fsdp2 compiled", "fsdp2 compiled kept", "fsdp2+tp")
@@ -102,10 +105,12 @@ def by_hand(how: str, model: nn.Module) -> tuple[nn.Module, DeviceMesh]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What autopar is told beside the strategy: figures of `autopar calibrate`, and the mesh for `auto`."""
+    """What autopar is told beside the strategy: figures of `autopar calibrate`, the mesh for `auto`, and whether MKL is
+    to run its products where oneDNN is faster."""
 
     hardware: str | None = None
     auto: Mapping[str, int] = field(default_factory=lambda: {"dp": 2, "tp": 2})
+    mkl: bool = False
 
 
 def searched(name: str, layers: int, hardware: str | None) -> dict[str, int]:
@@ -167,6 +172,8 @@ def trained(
 ) -> None:
     """One rank of one contender; it waits for each of its turns, and rank 0 says when one is over."""
     torch.set_num_threads(1)
+    if setting.mkl and how.startswith("autopar"):
+        torch.backends.mkldnn.enabled = False
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
         model = new_model(name, layers)
@@ -290,12 +297,14 @@ def in_turns(
     return found
 
 
-def as_markdown(results: list[dict[str, Any]], command: str) -> str:
+def as_markdown(results: list[dict[str, Any]], command: str, mkl: bool) -> str:
     """The tables that people read."""
+    whole = torch.ones(RANKS * LENGTH, 256)
+    library = "MKL as all others'" if mkl or not is_for_onednn(whole, whole.t()) else "oneDNN, all others' by MKL"
     text = [
         f"# Step time beside hand-written programs\n\n`{command}`, torch {torch.__version__}, {RANKS} gloo ranks on "
         f"{os.cpu_count()} cores (load {os.getloadavg()[2]:.0f} in the last 15 minutes).\nPrograms took turns in two "
-        "lots, so ratios compare, and milliseconds only within a lot.\n"
+        f"lots, so ratios compare, and milliseconds only within a lot. autopar's products in fp32 ran by {library}.\n"
     ]
     for name in dict.fromkeys(result["model"] for result in results):
         rows = [result for result in results if result["model"] == name]
@@ -323,12 +332,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hardware", help="a file of `autopar calibrate --ranks 4 -o FILE`")
+    parser.add_argument("--mkl", action="store_true", help="autopar's products by MKL, where it would take oneDNN")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     results = []
     for name in arguments.model:
         mesh = searched(name, arguments.layers, arguments.hardware) if "autopar auto" in arguments.only else {}
-        setting = Setting(arguments.hardware, mesh)
+        setting = Setting(arguments.hardware, mesh, arguments.mkl)
         if mesh:
             print(f"{name}: auto on {mesh}", flush=True)
         found: dict[str, dict[str, Any]] = {}
@@ -341,7 +351,9 @@ def main() -> None:
     command = f"python benchmarks/step_time.py --steps {arguments.steps} --layers {arguments.layers}"
     if arguments.hardware:
         command += f" --hardware {Path(arguments.hardware).name}"
-    arguments.out.write_text(as_markdown(results, command))
+    if arguments.mkl:
+        command += " --mkl"
+    arguments.out.write_text(as_markdown(results, command, arguments.mkl))
     arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     print(arguments.out.read_text())
 
