@@ -138,7 +138,8 @@ def test_mistakes_are_refused() -> None:
             cal.calibrate(device="cuda", ranks=2)
 
 
-def test_only_calibrate_imports_torch_and_nothing_imports_upwards() -> None:
+def test_only_what_is_measured_imports_torch_and_nothing_imports_upwards() -> None:
+    """`calibrate`, and the products that it times and programs run."""
     for file in Path(costmodel.__file__).parent.glob("*.py"):
         names = set()
         for node in ast.walk(ast.parse(file.read_text())):
@@ -147,4 +148,4 @@ def test_only_calibrate_imports_torch_and_nothing_imports_upwards() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module.split(".")[0])
         assert not names & {"passes", "autopar"}, file
-        assert "torch" not in names or file.name == "calibrate.py", file
+        assert "torch" not in names or file.name in ("calibrate.py", "products.py"), file
