@@ -45,8 +45,17 @@ def _(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _linear(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    # oneDNN reads a bias as if its elements lay side by side, and takes no `b` whose rows or columns share memory.
+    bias = None if bias is None else bias.contiguous()
+    b = b.contiguous() if _shares_memory(b) else b
     made: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return made
+
+
+def _shares_memory(matrix: Tensor) -> bool:
+    """Whether some of a matrix's elements are the same memory, as in a view of windows that overlap."""
+    (inner, size), (outer, _) = sorted(zip(matrix.stride(), matrix.shape, strict=True))
+    return outer < inner * size
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

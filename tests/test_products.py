@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,29 @@ def test_products_equal_fp64(layout: str, sizes: tuple[int, int, int]) -> None:
         assert found.shape == (m, n)
         assert found.is_contiguous()
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def _with_gaps(size: int) -> torch.Tensor:
+    return torch.randn(2 * size)[::2]
+
+
+def _repeated(size: int) -> torch.Tensor:
+    return torch.randn(1).expand(size)
+
+
+@pytest.mark.parametrize("make", [_with_gaps, _repeated])
+def test_a_bias_of_any_stride_is_added(make: Callable[[int], torch.Tensor]) -> None:
+    a, b, bias = torch.randn(64, 96), torch.randn(96, 128), make(128)
+    exact = a.double() @ b.double() + bias
+    torch.testing.assert_close(addmm(bias, a, b).double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_operands_may_share_memory_within() -> None:
+    """Frames of sound overlap, and the gradient of their layer's weight is a product with them."""
+    frames = torch.randn(1000).unfold(0, 40, 15)
+    gradient = torch.randn(frames.shape[0], 32)
+    for a, b in ((gradient.t(), frames), (frames, frames.t()), (frames.t(), gradient), (frames.t(), frames)):
+        torch.testing.assert_close(mm(a, b).double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
 
 
 def _targets(gm: fx.GraphModule) -> list[object]:
