@@ -480,7 +480,8 @@ class _State:
             return
         found = self.profiler.profile(setup, replica=False)
         gathered = found.layers * found.layer("elements") * found.whole["bytes"] / found.whole["elements"]
-        if freed.bytes["parameters"] + freed.bytes["optimizer"] + gathered <= self.budget:
+        at_rest = sum(size for name, size in freed.bytes.items() if name != "activations and working")
+        if at_rest + gathered <= self.budget:
             yield replace(setup, reshard=False)
 
 

@@ -59,6 +59,38 @@ def profiler() -> Profiler:
     return Profiler(Captures(small(), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
 
 
+@pytest.mark.parametrize("recompute", ["pointwise", "full"])
+def test_the_parts_of_a_step_add_up(profiler: Profiler, recompute: Mode) -> None:
+    """Seconds to the step, with nothing between them left to explain, and bytes to the peak: gradients that add up over
+    micro-batches once, and no time for what is computed again within its readers."""
+    for setup in (
+        Setup(dp_shard=4, micro_batch=2, recompute=recompute),
+        Setup(dp_shard=2, tp=2, accumulate=4, recompute=recompute),
+        Setup(tp=4, accumulate=4, recompute=recompute, offload=True),
+    ):
+        found = estimate(setup, profiler)
+        assert sum(found.seconds.values()) == pytest.approx(found.step_s, rel=1e-6)
+        assert found.seconds["between"] < 1e-6 * found.step_s
+        assert sum(found.bytes.values()) == pytest.approx(found.peak_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["adafactor", "frozen"])
+def test_bounds_count_what_the_optimizer_keeps(case: str) -> None:
+    """A value per row and column (Adafactor) is less than one per parameter, and frozen parameters have no states."""
+    model = small()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(case != "frozen" or "q_proj" in name)
+    name = "adafactor" if case == "adafactor" else "adamw-master"
+    profiler = Profiler(Captures(model, inputs), hardware("h100"), OPTIMIZERS[name])
+    layers = 8 * (4 * 512 * 512 + 3 * 512 * 1024)
+    updated = 8 * 512 * 512 if case == "frozen" else layers + 2 * 1000 * 512
+    sums = 4 * (8 * (4 * 1024 + 3 * 1536) + 2 * 1512 + 17 * 512)
+    states = 12 * updated if case == "frozen" else sums
+    found = estimate(Setup(), profiler)
+    assert lower_bound(Setup(), profiler)[1] <= found.peak_bytes
+    assert found.bytes["optimizer"] == pytest.approx(states, rel=0.01)
+
+
 def test_nothing_that_plans_can_do_is_faster(found: SearchResult, profiler: Profiler) -> None:
     """Every mesh, micro-batch and storage by hand, with gathered parameters freed and kept."""
     best = min(
