@@ -10,7 +10,7 @@ top of a played replica, and says so in `priced_only`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,6 +25,8 @@ from passes.setup import Setup
 _CAST_BYTES = 2.0
 """Each tensor that layers multiply is an operand of two products: it is read in 2 bytes, and written in 1 as it is and
 in 1 transposed, 4 for both."""
+_LEAST_GAIN = 0.01
+"""Of a step, that keeping gathered parameters may save where it is priced too."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,21 @@ def estimate(setup: Setup, profiler: Profiler) -> Estimate:
     if setup.pp == setup.cp == 1 and setup.state == "zero3":
         return _sharded(setup, profiler)
     return _replicated(setup, profiler)
+
+
+def freed_and_kept(setup: Setup, profiler: Profiler, budget: float) -> Iterator[Estimate]:
+    """A plan's setup that frees gathered parameters, and the same with them kept for backward, where that can fit and
+    pay: it saves no more than the step waits for state and is slowed down by what is sent beside compute."""
+    freed = estimate(setup, profiler)
+    yield freed
+    may_save_s = freed.seconds["exposed state"] + freed.seconds["slowed"]
+    if setup.dp_shard == 1 or may_save_s < _LEAST_GAIN * freed.step_s:
+        return
+    found = profiler.profile(setup, replica=False)
+    gathered = found.layers * found.layer("elements") * found.whole["bytes"] / found.whole["elements"]
+    at_rest_bytes = sum(size for name, size in freed.bytes.items() if name != "activations and working")
+    if at_rest_bytes + gathered <= budget:
+        yield estimate(replace(setup, reshard=False), profiler)
 
 
 def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:

@@ -18,7 +18,7 @@ import autopar
 from autopar.cli.main import main
 from autopar.leads import Way
 from autopar.profiling import Captures, Profiler
-from autopar.reach import Times, reach_down, reach_up
+from autopar.reach import Times, on, reach_down, reach_up, times_of
 from autopar.search import Candidate, SearchResult
 from autopar.verdict import verdict
 from costmodel.hardware import hardware
@@ -347,6 +347,32 @@ def test_the_verdict_says_what_it_rests_on() -> None:
     assert "enough as long as 74% of them hide" in told(10.0)
     assert "would take 18.00 s, and that pipeline would be 1.50 times faster" in told(8.0)
     assert "rests on overlap" not in told(1.0)
+
+
+def test_what_is_slower_already_does_not_stay_enough() -> None:
+    """Sharded state 6% slower than a pipeline that hides much: chosen, but no share of what it hides keeps it within
+    5% of that pipeline."""
+    state = Candidate(Setup(dp_shard=64), 10.6, 1, 0, {"compute": 9.6, "slowed": 0.5}, {}, 1.0)
+    stages = Candidate(Setup(dp_shard=8, pp=8, state="zero1"), 10.0, 1, 0, {"bubble": 0.2}, {}, 6.0)
+    unused: Any = None
+    found = verdict([state, stages], unused, 64, 64, 1)
+    assert (found.answer, found.close) == ("state", ("state", "pipeline"))
+    assert "stays enough" not in " ".join(found.text)
+
+
+def test_steps_on_other_numbers_of_gpus_are_those_of_a_search_there(profiler: Profiler) -> None:
+    """With gathered parameters kept, and with replicas of the state, where that is faster."""
+    setups = [Setup(dp_replicate=64 // shard, dp_shard=shard, recompute="none") for shard in (8, 64)]
+    priced = {(s, freed): estimate(replace(s, reshard=freed), profiler) for s in setups for freed in (True, False)}
+    best = min(priced, key=lambda each: priced[each].step_s)
+    assert best == (setups[0], False)
+    for either in (True, False):
+        state = times_of(setups, [], profiler, 1 << 40, either=either).state
+        assert state is not None
+        assert state.step_s == min(each.step_s for (_, freed), each in priced.items() if freed or either)
+    wide = Setup(dp_replicate=4, dp_shard=8, tp=2, recompute="none")
+    assert list(on(128, 64, [wide])) == [replace(wide, dp_replicate=8)]
+    assert list(on(24, 12, [wide])) == [replace(wide, dp_replicate=1, dp_shard=12)]
 
 
 def test_gathered_parameters_are_kept_where_that_is_faster() -> None:
