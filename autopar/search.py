@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from autopar import examples
+from autopar.api import check_options
 from autopar.leads import Way
 from autopar.options import Options, Recompute
 from autopar.profiling import Captures, Profiler
@@ -47,6 +48,8 @@ _TRIED = 4
 """So many that cannot be listed are played, where no other of their kind is known to fit."""
 _ELSEWHERE = 8
 """So many pipelines, the fastest, are priced on other numbers of GPUs too."""
+_UNPRICED = ("compile", "mp_policy", "pins", "batch_axes", "batch_dims", "async_tp")
+"""Options of plans that the search does not price."""
 _LEAST_PART = 4096
 """Tokens of a sequence below which context parallelism is not considered: its ring would outlast its attention."""
 
@@ -208,9 +211,11 @@ def search(
         and `reshard_after_forward` are heeded. top: as many plans as are played to their end.
 
     Raises:
-        ValueError: GPUs that fill no nodes, a batch that no mesh divides, inputs of more than one sample.
+        ValueError: options that mean nothing, GPUs that fill no nodes, a batch that no mesh divides, inputs of more
+            than one sample.
     """
-    options = options or Options()
+    options = Options() if options is None else options
+    check_options(options)
     machine = hardware_of(hardware)
     _check(gpus, global_batch, machine)
     length = sequence or _sequence_of(model, example_inputs)
@@ -297,6 +302,8 @@ class _State:
             everything, self.profiler, self.gpus, self.batch, self.budget, lambda n: self.times_on(n, everything)
         )
         self.notes.append(_states_text(self.profiler.optimizer))
+        if given := [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]:
+            self.notes.append(f"not priced: {', '.join(given)}; what `options` gives hands them on to a plan")
         if not self.profiler.layers:
             self.notes.append("no repeated layers were found, or too few to cut: captured whole, no pipeline priced")
         return SearchResult(

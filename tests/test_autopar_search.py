@@ -158,6 +158,19 @@ def test_mistakes_are_named(gpus: int, batch: int, said: str) -> None:
         autopar.search(small(), gpus, "h100", batch, sequence=64)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"optimizer": "shampoo"}, "optimizer='shampoo'.*known are adamw"),
+        ({"recompute": "half"}, "recompute='half'.*known are auto"),
+        ({"memory_budget": 0}, "memory_budget=0.*a positive number"),
+    ],
+)
+def test_options_that_mean_nothing_are_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        autopar.search(small(), 8, "h100", 8, sequence=64, options=autopar.Options(**options))
+
+
 def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     """Every plan of the search priced by hand: the fastest of each mesh that fits, with gathered parameters freed or
     kept, and bounds that are below it."""
@@ -199,8 +212,11 @@ def test_what_is_budgeted_for_the_optimizer_is_said(found: SearchResult) -> None
     """A copy in fp32 only of parameters that have none."""
     assert "optimizer adamw-master: 12 bytes per parameter, 4 of them an fp32 copy of it" in found.notes[0]
     assert found.options().optimizer == "adamw-master"
-    full = autopar.search(small().float(), 1, "h100", 1, sequence=512, options=OPTIONS, top=1)
+    pinned = replace(OPTIONS, pins={"*.q_proj.weight": "R"})
+    full = autopar.search(small().float(), 1, "h100", 1, sequence=512, options=pinned, top=1)
     assert "optimizer adamw: 8 bytes per parameter;" in full.notes[0]
+    assert "not priced: pins; what `options` gives hands them on to a plan" in full.notes
+    assert not any("not priced" in note for note in found.notes)
     assert full.options().optimizer == "adamw"
 
 
