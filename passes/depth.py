@@ -116,11 +116,7 @@ def _alive(found: dict[str, float], schedule: Schedule) -> None:
     found["rest"] = sum(schedule.memory.by_kind.get(kind, 0) for kind in _ALWAYS)
     found["states"] = schedule.memory.by_kind.get("optimizer", 0)
     backward = [start for phase, layer, start in schedule.layers if phase == "backward" and layer]
-    entered = [
-        start
-        for i, (phase, layer, start) in enumerate(schedule.layers)
-        if phase == "backward" and layer and (i == 0 or schedule.layers[i - 1][1] != layer)
-    ]
+    entered = _entered(schedule)
     if len(entered) < 3:  # too few layers to tell places apart
         found |= dict.fromkeys([f"alive.{place}" for place in PLACES[:2]], max(a for _, a in schedule.memory.timeline))
         return
@@ -140,6 +136,24 @@ def _alive(found: dict[str, float], schedule: Schedule) -> None:
         else:
             continue
         found[f"alive.{place}"] = max(found[f"alive.{place}"], alive)
+
+
+def _entered(schedule: Schedule) -> list[float]:
+    """When backward enters each repeated layer, from the last one to the first.
+
+    What backward computes again of all layers may come before the loss, in forward's order (scales made of weights):
+    that is no backward of theirs.
+    """
+    order = [layer for phase, layer, _ in schedule.layers if phase == "forward" and layer]
+    visits = [
+        (layer, start)
+        for i, (phase, layer, start) in enumerate(schedule.layers)
+        if phase == "backward" and layer and (i == 0 or schedule.layers[i - 1][1] != layer)
+    ]
+    if visits and order and visits[0][0] != order[-1]:
+        last = [i for i, (layer, _) in enumerate(visits) if layer == order[-1]]
+        visits = visits[last[0] + 1 if len(last) > 1 else 0 :]
+    return [start for _, start in visits]
 
 
 def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) -> None:
