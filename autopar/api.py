@@ -149,18 +149,33 @@ def parallelize_with(
 
 def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
     options = Options() if options is None else options
-    if not isinstance(options, Options):
-        raise ValueError(f"options is a {type(options).__name__}; pass autopar.Options(...)")
+    check_options(options)
     axes = meshes.axes_of(mesh)
     if isinstance(mesh, DeviceMesh):
         meshes.check_world(mesh)
+    precision = precision_of(options.mp_policy)
+    batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
+    if options.async_tp:
+        _check_async_tp(options, mesh, axes, batch_axes)
+    speaks = not dist.is_initialized() or dist.get_rank() == 0
+    stages = Stages(shown=options.progress, speaks=speaks, prefix="autopar: ")
+    return _Job(axes, batch_axes, options, pipeline, precision, stages)
+
+
+def check_options(options: Any) -> None:
+    """Refuse options that mean nothing, on any mesh.
+
+    Raises:
+        ValueError: names the option, what it is and what would do.
+    """
+    if not isinstance(options, Options):
+        raise ValueError(f"options is a {type(options).__name__}; pass autopar.Options(...)")
     for name, value, known in (
         ("recompute", options.recompute, RECOMPUTE),
         ("optimizer", options.optimizer, OPTIMIZERS),
     ):
         if value not in known:
             raise ValueError(f"Options({name}={value!r}): known are {', '.join(known)}")
-    precision = precision_of(options.mp_policy)
     if options.memory_budget is not None and options.memory_budget <= 0:
         raise ValueError(
             f"Options(memory_budget={options.memory_budget}): bytes per device, a positive number; None takes what the "
@@ -172,12 +187,6 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
         )
     if options.accumulate < 1:
         raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
-    batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
-    if options.async_tp:
-        _check_async_tp(options, mesh, axes, batch_axes)
-    speaks = not dist.is_initialized() or dist.get_rank() == 0
-    stages = Stages(shown=options.progress, speaks=speaks, prefix="autopar: ")
-    return _Job(axes, batch_axes, options, pipeline, precision, stages)
 
 
 def _check_async_tp(options: Options, mesh: Any, axes: meshes.Axes, batch_axes: tuple[int, ...]) -> None:

@@ -6,11 +6,12 @@ at all. What a verdict says of the GPUs asked for is checked here on twice, four
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.leads import Way, is_enough
-from passes.candidate import Estimate, Profiler, estimate, lower_bound
+from passes.candidate import Estimate, Profiler, estimate, freed_and_kept, lower_bound
 from passes.setup import Setup
 
 
@@ -30,7 +31,7 @@ class Times:
 _HALVINGS = 4
 """So often fewer GPUs are tried."""
 _PLAYED = 2
-"""So many plans with sharded state are played on each number of GPUs: those that may be fastest."""
+"""So many plans with state sharded over as many ranks are played on each number of GPUs: those that may be fastest."""
 
 
 @dataclass(frozen=True)
@@ -87,27 +88,41 @@ def _doubled(gpus: int, batch: int) -> Sequence[int]:
 # -- pricing on other numbers of GPUs ----------------------------------------------------------------------------------
 
 
-def times_of(states: Iterable[Setup], others: Iterable[Setup], profiler: Profiler, budget: int) -> Times:
-    """Of plans that shard the state alone, and of other setups, on one number of GPUs."""
+def times_of(
+    states: Iterable[Setup], others: Iterable[Setup], profiler: Profiler, budget: int, *, either: bool
+) -> Times:
+    """Of plans that shard the state alone, and of other setups, on one number of GPUs; `either`: gathered parameters
+    may be freed or kept."""
     bounded = sorted((lower_bound(setup, profiler), i, setup) for i, setup in enumerate(states))
-    likely = [setup for (_, size), _, setup in bounded if size <= budget][:_PLAYED]
+    likely: dict[int, list[Setup]] = defaultdict(list)
+    for (_, size), _, setup in bounded:
+        if size <= budget and len(likely[setup.dp_shard]) < _PLAYED:
+            likely[setup.dp_shard].append(setup)
+
+    def priced(setup: Setup) -> Iterable[Estimate]:
+        if setup.pp > 1 or not either:
+            return [estimate(setup, profiler)]
+        return freed_and_kept(replace(setup, reshard=True), profiler, budget)
 
     def fastest(found: Iterable[Estimate]) -> tuple[Way, ...]:
         fitting = [each for each in found if each.peak_bytes <= budget]
         best = min(fitting, key=lambda each: each.step_s, default=None)
         return (Way(best.step_s, best.hidden_s, best.seconds.get("slowed", 0.0)),) if best else ()
 
-    found = [estimate(setup, profiler) for setup in others]
+    found = [each for setup in others for each in priced(setup)]
     staged = [each for each in found if each.setup.pp > 1]
     plain = [each for each in found if each.setup.pp == 1]
-    state = fastest(estimate(setup, profiler) for setup in likely)
+    state = fastest(each for setups in likely.values() for setup in setups for each in priced(setup))
     return Times(state[0] if state else None, fastest(plain) + fastest(staged))
 
 
 def on(gpus: int, batch: int, setups: Iterable[Setup]) -> Iterator[Setup]:
-    """The setups with so many data-parallel ranks that they take `gpus`, where these divide the batch."""
+    """The setups with so many data-parallel ranks that they take `gpus`, where these divide the batch; replicas of the
+    state stay as large where that goes."""
     for setup in setups:
         data, rest = divmod(gpus, setup.tp * setup.pp * setup.cp)
-        if rest or not data or setup.dp_replicate > 1 or batch % (data * setup.micro_batch):
+        if rest or not data or batch % (data * setup.micro_batch):
             continue
-        yield replace(setup, dp_shard=data, accumulate=batch // (data * setup.micro_batch))
+        shard = setup.dp_shard if setup.dp_replicate > 1 and data % setup.dp_shard == 0 else data
+        accumulate = batch // (data * setup.micro_batch)
+        yield replace(setup, dp_replicate=data // shard, dp_shard=shard, accumulate=accumulate)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from autopar import examples
+from autopar.api import check_options
 from autopar.leads import Way
 from autopar.options import Options, Recompute
 from autopar.profiling import Captures, Profiler
@@ -30,7 +31,7 @@ from autopar.verdict import Verdict, verdict
 from costmodel.hardware import Hardware
 from costmodel.hardware import hardware as hardware_of
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
-from passes.candidate import Estimate, estimate, lower_bound
+from passes.candidate import Estimate, estimate, freed_and_kept, lower_bound
 from passes.errors import NoFeasiblePlanError
 from passes.inputs import default_inputs, global_inputs
 from passes.plan import Plan
@@ -45,10 +46,10 @@ _MOST_MICRO_BATCHES = 4
 """Micro-batch sizes tried per mesh: the largest that the batch allows, and halves of it."""
 _TRIED = 4
 """So many that cannot be listed are played, where no other of their kind is known to fit."""
-_LEAST_GAIN = 0.01
-"""Of a step, that keeping gathered parameters may save where it is played too."""
 _ELSEWHERE = 8
 """So many pipelines, the fastest, are priced on other numbers of GPUs too."""
+_UNPRICED = ("compile", "mp_policy", "pins", "batch_axes", "batch_dims", "async_tp")
+"""Options of plans that the search does not price."""
 _LEAST_PART = 4096
 """Tokens of a sequence below which context parallelism is not considered: its ring would outlast its attention."""
 
@@ -210,9 +211,11 @@ def search(
         and `reshard_after_forward` are heeded. top: as many plans as are played to their end.
 
     Raises:
-        ValueError: GPUs that fill no nodes, a batch that no mesh divides, inputs of more than one sample.
+        ValueError: options that mean nothing, GPUs that fill no nodes, a batch that no mesh divides, inputs of more
+            than one sample.
     """
-    options = options or Options()
+    options = Options() if options is None else options
+    check_options(options)
     machine = hardware_of(hardware)
     _check(gpus, global_batch, machine)
     length = sequence or _sequence_of(model, example_inputs)
@@ -269,6 +272,7 @@ class _State:
         self.budget = budget
         self.options = options
         self.recompute = _RECOMPUTE[options.recompute]
+        self.either = options.reshard_after_forward is None
         self.top = top
         self.length = splits
         self.progress = progress
@@ -298,6 +302,8 @@ class _State:
             everything, self.profiler, self.gpus, self.batch, self.budget, lambda n: self.times_on(n, everything)
         )
         self.notes.append(_states_text(self.profiler.optimizer))
+        if given := [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]:
+            self.notes.append(f"not priced: {', '.join(given)}; what `options` gives hands them on to a plan")
         if not self.profiler.layers:
             self.notes.append("no repeated layers were found, or too few to cut: captured whole, no pipeline priced")
         return SearchResult(
@@ -402,12 +408,12 @@ class _State:
 
     def times_on(self, gpus: int, found: Sequence[Candidate]) -> Times:
         """Steps on another number of GPUs: of sharded state alone, and of what here was fastest of all else."""
-        states = (setup for setup in self.plans(gpus) if setup.tp == setup.dp_replicate == 1)
+        states = (setup for setup in self.plans(gpus) if setup.tp == 1)
         else_ = [c for c in found if c.fits and c.setup.ranks > c.setup.data_ranks and not c.setup.fp8]
         fastest = sorted((c for c in else_ if not c.setup.offload), key=lambda c: c.step_time_s)
         kept = [c.setup for c in _distinct(c for c in fastest if c.setup.pp > 1)][:_ELSEWHERE]
         kept += [c.setup for c in fastest if c.setup.pp == c.setup.cp == 1 and c.setup.state == "zero3"][:1]
-        return times_of(states, on(gpus, self.batch, kept), self.profiler, self.budget)
+        return times_of(states, on(gpus, self.batch, kept), self.profiler, self.budget, either=self.either)
 
     # -- pricing -------------------------------------------------------------------------------------------------------
 
@@ -446,8 +452,7 @@ class _State:
                 continue
             tried[alone] += 1
             unplayed -= 1
-            freed = self.played(setup)
-            for each in (freed, *map(self.played, self.kept(freed))):
+            for each in self.played(setup):
                 found.append(each)
                 note(each)
         for candidate in others:
@@ -459,29 +464,18 @@ class _State:
             nearer = sum(each <= over for each in nearest.values())
             if nearer < NEAREST and over < nearest.get(_parallelism(setup), math.inf):
                 unplayed -= 1
-                found.append(self.played(setup))
+                found.append(self.candidate(estimate(setup, self.profiler)))
                 note(found[-1])
         return found, unplayed, reached
 
-    def played(self, setup: Setup) -> Candidate:
+    def played(self, setup: Setup) -> Iterator[Candidate]:
+        """A plan's setup; with gathered parameters kept too, where nobody asked for one of both."""
         self.progress(
             f"playing: {setup.dp_replicate} x {setup.dp_shard} x {setup.tp}, micro-batches {setup.micro_batch} x "
-            f"{setup.accumulate}, recompute {setup.recompute}{'' if setup.reshard else ', gathered parameters kept'}"
+            f"{setup.accumulate}, recompute {setup.recompute}"
         )
-        return self.candidate(estimate(setup, self.profiler))
-
-    def kept(self, freed: Candidate) -> Iterator[Setup]:
-        """The same with gathered parameters kept for backward, where that can fit and pay: it saves no more than the
-        step waits for state and is slowed down by what is sent beside compute."""
-        setup = freed.setup
-        may_save_s = freed.seconds["exposed state"] + freed.seconds["slowed"]
-        asked = self.options.reshard_after_forward is not None
-        if asked or setup.dp_shard == 1 or may_save_s < _LEAST_GAIN * freed.step_time_s:
-            return
-        found = self.profiler.profile(setup, replica=False)
-        gathered = found.layers * found.layer("elements") * found.whole["bytes"] / found.whole["elements"]
-        if freed.bytes["parameters"] + freed.bytes["optimizer"] + gathered <= self.budget:
-            yield replace(setup, reshard=False)
+        found = freed_and_kept(setup, self.profiler, self.budget)
+        yield from map(self.candidate, found if self.either else [estimate(setup, self.profiler)])
 
 
 def _states_text(spec: OptimizerSpec) -> str:

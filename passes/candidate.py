@@ -10,7 +10,7 @@ top of a played replica, and says so in `priced_only`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,6 +25,8 @@ from passes.setup import Setup
 _CAST_BYTES = 2.0
 """Each tensor that layers multiply is an operand of two products: it is read in 2 bytes, and written in 1 as it is and
 in 1 transposed, 4 for both."""
+_LEAST_GAIN = 0.01
+"""Of a step, that keeping gathered parameters may save where it is priced too."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,28 @@ def estimate(setup: Setup, profiler: Profiler) -> Estimate:
     return _replicated(setup, profiler)
 
 
+def freed_and_kept(setup: Setup, profiler: Profiler, budget: float) -> Iterator[Estimate]:
+    """A plan's setup that frees gathered parameters, and the same with them kept for backward, where that can fit and
+    pay: it saves no more than the step waits for state and is slowed down by what is sent beside compute."""
+    freed = estimate(setup, profiler)
+    yield freed
+    may_save_s = freed.seconds["exposed state"] + freed.seconds["slowed"]
+    if setup.dp_shard == 1 or may_save_s < _LEAST_GAIN * freed.step_s:
+        return
+    found = profiler.profile(setup, replica=False)
+    gathered = found.layers * found.layer("elements") * found.whole["bytes"] / found.whole["elements"]
+    at_rest_bytes = sum(size for name, size in freed.bytes.items() if name != "activations and working")
+    if at_rest_bytes + gathered <= budget:
+        yield estimate(replace(setup, reshard=False), profiler)
+
+
 def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
     """Seconds and bytes that a plan's setup cannot go below: its replica's step with state that costs no communication;
     its share of the state at rest, and what the layers keep."""
     found = profiler.profile(setup, replica=True)
-    whole, spec = found.whole, profiler.optimizer
+    whole = found.whole
     update_s = whole["optimizer_s"] / setup.dp_shard
-    per_param = whole["bytes"] / whole["elements"] + spec.state_bytes_per_param + spec.master_bytes_per_param
-    at_rest_bytes = whole["elements"] * per_param / setup.dp_shard
+    at_rest_bytes = (whole["stored bytes"] + whole["states"]) / setup.dp_shard
     return setup.accumulate * whole["micro_s"] + update_s, at_rest_bytes + found.layers * found.saved_bytes
 
 
@@ -79,7 +95,10 @@ def _rest_again_s(setup: Setup, found: Profile) -> float:
     if not setup.whole_blocks or setup.recompute != "full":
         return 0.0
     kinds = ("matmul", "attention", "other")
-    rest = sum(found.layer(f"compute.forward.{k}") - found.layer(f"compute.again.{k}") for k in kinds)
+    rest = sum(
+        found.layer(f"compute.forward.{k}") - found.layer(f"compute.again.{k}") - found.layer(f"compute.within.{k}")
+        for k in kinds
+    )
     return max(0.0, rest) + found.layer_total("exposed.activation.forward.")
 
 
@@ -123,16 +142,14 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     }
     seconds = {name: setup.accumulate * value for name, value in seconds.items()}
     seconds["optimizer"] = update_s
-    bytes_ = at_rest(found, setup, profiler.optimizer)
+    bytes_ = at_rest(found, setup)
     peak = sharded_peak_bytes(found, _layer(setup, profiler, replica=False))
-    rest_now = whole["rest"]
     if setup.offload:
         seconds["optimizer"] = offload.host_update_s(whole["stored"], profiler.hardware)
         peak -= bytes_.pop("optimizer")
-        rest_now = sum(bytes_.values())
     step = setup.accumulate * (micro_s + casts_s) + seconds["optimizer"]
     seconds["between"] = max(0.0, step - sum(seconds.values()))
-    bytes_["activations and working"] = max(0.0, peak - rest_now)
+    bytes_["activations and working"] = max(0.0, peak - sum(bytes_.values()))
     hidden_s = 0.0
     if not setup.gather_bytes_per_s:
         hidden_s = setup.accumulate * (found.total("hidden.parameter.") + found.total("hidden.gradient."))
@@ -148,7 +165,7 @@ def _layer(setup: Setup, profiler: Profiler, *, replica: bool) -> Profile | None
 
 def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     """Parameters whole on every data-parallel rank (but for tensor parallelism), layers spread over stages."""
-    hardware, spec = profiler.hardware, profiler.optimizer
+    hardware = profiler.hardware
     found = profiler.profile(setup, replica=True)
     outside = found.outside
     layers, stages, micro = max(1, found.layers), setup.pp, setup.accumulate
@@ -170,7 +187,7 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     # the busiest stage's share of the parameters
     share = max(-(-layers // stages) / layers, 1 / stages)
     elements = (found.layer("elements") * layers * share) + (outside["elements"] * (1.0 if stages == 1 else 0.5))
-    waits_s, behind_s, slowed_s, update_s = _state(setup, elements, found, slowest_s, hardware, spec)
+    waits_s, behind_s, slowed_s, update_s = _state(setup, elements, found, slowest_s, hardware)
     step = passed_s + waits_s + slowed_s + update_s
     hidden_s = behind_s + max(0.0, sent_s - messages_s) + micro * layers / stages * by_parts_s
     seconds = {
@@ -181,7 +198,7 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
         "exposed state": waits_s,
         "optimizer": update_s,
     }
-    bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), elements, spec)
+    bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), elements)
     return Estimate(setup, step, sum(bytes_.values()), seconds, bytes_, hidden_s)
 
 
@@ -211,7 +228,7 @@ def _casts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
 
 
 def _state(
-    setup: Setup, elements: float, found: Profile, stage_s: float, hardware: Hardware, spec: OptimizerSpec
+    setup: Setup, elements: float, found: Profile, stage_s: float, hardware: Hardware
 ) -> tuple[float, float, float, float]:
     """Once per step: exposed and hidden seconds of gradient reduction and of parameters' gathers, what the hidden take
     from compute, and the update."""

@@ -10,7 +10,6 @@ one that backward is in, which has all its activations back.
 
 from __future__ import annotations
 
-from costmodel.memory import OptimizerSpec
 from costmodel.pipeline import in_flight
 from passes.depth import PLACES, Profile
 from passes.setup import Setup
@@ -26,32 +25,28 @@ def sharded_peak_bytes(found: Profile, layer: Profile | None) -> float:
     return max(layer.whole.get(f"alive.{place}", 0.0) - inputs_alone[place] * spared for place in PLACES)
 
 
-def at_rest(found: Profile, setup: Setup, spec: OptimizerSpec) -> dict[str, float]:
+def at_rest(found: Profile, setup: Setup) -> dict[str, float]:
     """What a rank with sharded state holds all step long."""
-    held = {"parameters": found.whole["stored bytes"], "optimizer": found.whole["stored"] * _states(spec)}
+    held = {"parameters": found.whole["stored bytes"], "optimizer": found.whole["states"]}
     if setup.accumulate > 1:
-        held["gradients"] = held["parameters"]
+        held["gradients"] = found.whole["gradients"]
     return held
 
 
-def replicated_bytes(
-    setup: Setup, found: Profile, layer: Profile | None, elements: float, spec: OptimizerSpec
-) -> dict[str, float]:
+def replicated_bytes(setup: Setup, found: Profile, layer: Profile | None, elements: float) -> dict[str, float]:
     """Of the busiest stage with `elements` parameters, from a replica's schedule; `layer`: as above."""
     ranks = setup.data_ranks * setup.cp
-    states = elements * _states(spec) / (ranks if setup.state != "zero0" else 1)
+    share = elements / found.whole["elements"]
+    states = share * found.whole["states"] / (ranks if setup.state != "zero0" else 1)
+    trained = share * found.whole["gradients"] / (found.whole["stored bytes"] / found.whole["stored"])
     kept, working = _activations(setup, layer or found, whole_blocks=layer is not None)
     return {
         "parameters": _parameters(setup, found, elements),
-        "gradients": elements * setup.gradient_bytes / (ranks if setup.state in ("zero2", "zero3") else 1),
+        "gradients": trained * setup.gradient_bytes / (ranks if setup.state in ("zero2", "zero3") else 1),
         "optimizer": 0.0 if setup.offload else states,
         "activations": kept,
         "working": working,
     }
-
-
-def _states(spec: OptimizerSpec) -> float:
-    return spec.state_bytes_per_param + spec.master_bytes_per_param
 
 
 def _parameters(setup: Setup, found: Profile, elements: float) -> float:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from passes.moves import Run
 from passes.price import option_local_shapes
 from passes.schedule import Schedule
-from passes.space import Space
+from passes.space import Space, trained
 from passes.strategies import StoredOption
 from passes.tracks import Tracks
 from passes.words import Words
@@ -78,9 +78,10 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     """The numbers of one played plan with its tracks, of one micro-batch but for `optimizer_s` and what is alive.
 
     seconds     micro_s, forward_s, optimizer_s, slowed_s; compute.PHASE.KIND (PHASE "again": forward ops that run again
-                in backward); exposed.ROLE.PHASE.GROUP, hidden.ROLE.PHASE.GROUP
-    bytes       alive.PLACE, rest (all step long), boundary (what one layer passes to the next), keys (attention's keys
-                and values)
+                in backward; "within": those that do so within their readers, where they take no time of their own);
+                exposed.ROLE.PHASE.GROUP, hidden.ROLE.PHASE.GROUP
+    bytes       alive.PLACE, rest (all step long), states (of it, what the optimizer keeps), gradients (of what it
+                updates), boundary (what one layer passes to the next), keys (attention's keys and values)
     counts      elements (of parameters on this rank in compute; `bytes`: theirs), stored (at rest; `stored bytes`:
                 theirs), operands (of matrix products)
     """
@@ -88,10 +89,11 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     words = Words(space)
     found["micro_s"], found["forward_s"] = schedule.micro_batch_s, schedule.forward_s
     found["optimizer_s"], found["slowed_s"] = schedule.optimizer_s, schedule.contention_s
+    within = laid.fused_again()
     for index, item in enumerate(laid.items):
         if isinstance(item, Run):
             cost = laid.costs[item.site]
-            phase = "again" if item.again else item.phase
+            phase = "within" if index in within else "again" if item.again else item.phase
             found[f"compute.{phase}.{cost.kind}"] += cost.seconds
             if cost.kind == "attention" and phase == "forward":
                 found["keys"] += sum(laid.slots[slot].bytes for slot in laid.reads[index][1:3])
@@ -100,6 +102,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
         found[f"exposed.{end}"] += each.exposed_s
         found[f"hidden.{end}"] += each.hidden_s
     _alive(found, schedule)
+    found["gradients"] = sum(elements * site.stored_itemsize for site, elements in trained(space, assignment))
     _counts(found, space, assignment)
     _between(found, space, words, laid)
     return dict(found)
@@ -111,12 +114,9 @@ _ALWAYS = ("parameters", "buffers", "inputs", "optimizer")
 
 def _alive(found: dict[str, float], schedule: Schedule) -> None:
     found["rest"] = sum(schedule.memory.by_kind.get(kind, 0) for kind in _ALWAYS)
+    found["states"] = schedule.memory.by_kind.get("optimizer", 0)
     backward = [start for phase, layer, start in schedule.layers if phase == "backward" and layer]
-    entered = [
-        start
-        for i, (phase, layer, start) in enumerate(schedule.layers)
-        if phase == "backward" and layer and (i == 0 or schedule.layers[i - 1][1] != layer)
-    ]
+    entered = _entered(schedule)
     if len(entered) < 3:  # too few layers to tell places apart
         found |= dict.fromkeys([f"alive.{place}" for place in PLACES[:2]], max(a for _, a in schedule.memory.timeline))
         return
@@ -136,6 +136,24 @@ def _alive(found: dict[str, float], schedule: Schedule) -> None:
         else:
             continue
         found[f"alive.{place}"] = max(found[f"alive.{place}"], alive)
+
+
+def _entered(schedule: Schedule) -> list[float]:
+    """When backward enters each repeated layer, from the last one to the first.
+
+    What backward computes again of all layers may come before the loss, in forward's order (scales made of weights):
+    that is no backward of theirs.
+    """
+    order = [layer for phase, layer, _ in schedule.layers if phase == "forward" and layer]
+    visits = [
+        (layer, start)
+        for i, (phase, layer, start) in enumerate(schedule.layers)
+        if phase == "backward" and layer and (i == 0 or schedule.layers[i - 1][1] != layer)
+    ]
+    if visits and order and visits[0][0] != order[-1]:
+        last = [i for i, (layer, _) in enumerate(visits) if layer == order[-1]]
+        visits = visits[last[0] + 1 if len(last) > 1 else 0 :]
+    return [start for _, start in visits]
 
 
 def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ import autopar
 from autopar.cli.main import main
 from autopar.leads import Way
 from autopar.profiling import Captures, Profiler
-from autopar.reach import Times, reach_down, reach_up
+from autopar.reach import Times, on, reach_down, reach_up, times_of
 from autopar.search import Candidate, SearchResult
 from autopar.verdict import verdict
 from costmodel.hardware import hardware
@@ -57,6 +57,38 @@ def inputs(parts: int) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def profiler() -> Profiler:
     return Profiler(Captures(small(), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
+
+
+@pytest.mark.parametrize("recompute", ["pointwise", "full"])
+def test_the_parts_of_a_step_add_up(profiler: Profiler, recompute: Mode) -> None:
+    """Seconds to the step, with nothing between them left to explain, and bytes to the peak: gradients that add up over
+    micro-batches once, and no time for what is computed again within its readers."""
+    for setup in (
+        Setup(dp_shard=4, micro_batch=2, recompute=recompute),
+        Setup(dp_shard=2, tp=2, accumulate=4, recompute=recompute),
+        Setup(tp=4, accumulate=4, recompute=recompute, offload=True),
+    ):
+        found = estimate(setup, profiler)
+        assert sum(found.seconds.values()) == pytest.approx(found.step_s, rel=1e-6)
+        assert found.seconds["between"] < 1e-6 * found.step_s
+        assert sum(found.bytes.values()) == pytest.approx(found.peak_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["adafactor", "frozen"])
+def test_bounds_count_what_the_optimizer_keeps(case: str) -> None:
+    """A value per row and column (Adafactor) is less than one per parameter, and frozen parameters have no states."""
+    model = small()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(case != "frozen" or "q_proj" in name)
+    name = "adafactor" if case == "adafactor" else "adamw-master"
+    profiler = Profiler(Captures(model, inputs), hardware("h100"), OPTIMIZERS[name])
+    layers = 8 * (4 * 512 * 512 + 3 * 512 * 1024)
+    updated = 8 * 512 * 512 if case == "frozen" else layers + 2 * 1000 * 512
+    sums = 4 * (8 * (4 * 1024 + 3 * 1536) + 2 * 1512 + 17 * 512)
+    states = 12 * updated if case == "frozen" else sums
+    found = estimate(Setup(), profiler)
+    assert lower_bound(Setup(), profiler)[1] <= found.peak_bytes
+    assert found.bytes["optimizer"] == pytest.approx(states, rel=0.01)
 
 
 def test_nothing_that_plans_can_do_is_faster(found: SearchResult, profiler: Profiler) -> None:
@@ -126,6 +158,19 @@ def test_mistakes_are_named(gpus: int, batch: int, said: str) -> None:
         autopar.search(small(), gpus, "h100", batch, sequence=64)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"optimizer": "shampoo"}, "optimizer='shampoo'.*known are adamw"),
+        ({"recompute": "half"}, "recompute='half'.*known are auto"),
+        ({"memory_budget": 0}, "memory_budget=0.*a positive number"),
+    ],
+)
+def test_options_that_mean_nothing_are_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        autopar.search(small(), 8, "h100", 8, sequence=64, options=autopar.Options(**options))
+
+
 def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     """Every plan of the search priced by hand: the fastest of each mesh that fits, with gathered parameters freed or
     kept, and bounds that are below it."""
@@ -167,8 +212,11 @@ def test_what_is_budgeted_for_the_optimizer_is_said(found: SearchResult) -> None
     """A copy in fp32 only of parameters that have none."""
     assert "optimizer adamw-master: 12 bytes per parameter, 4 of them an fp32 copy of it" in found.notes[0]
     assert found.options().optimizer == "adamw-master"
-    full = autopar.search(small().float(), 1, "h100", 1, sequence=512, options=OPTIONS, top=1)
+    pinned = replace(OPTIONS, pins={"*.q_proj.weight": "R"})
+    full = autopar.search(small().float(), 1, "h100", 1, sequence=512, options=pinned, top=1)
     assert "optimizer adamw: 8 bytes per parameter;" in full.notes[0]
+    assert "not priced: pins; what `options` gives hands them on to a plan" in full.notes
+    assert not any("not priced" in note for note in found.notes)
     assert full.options().optimizer == "adamw"
 
 
@@ -315,6 +363,32 @@ def test_the_verdict_says_what_it_rests_on() -> None:
     assert "enough as long as 74% of them hide" in told(10.0)
     assert "would take 18.00 s, and that pipeline would be 1.50 times faster" in told(8.0)
     assert "rests on overlap" not in told(1.0)
+
+
+def test_what_is_slower_already_does_not_stay_enough() -> None:
+    """Sharded state 6% slower than a pipeline that hides much: chosen, but no share of what it hides keeps it within
+    5% of that pipeline."""
+    state = Candidate(Setup(dp_shard=64), 10.6, 1, 0, {"compute": 9.6, "slowed": 0.5}, {}, 1.0)
+    stages = Candidate(Setup(dp_shard=8, pp=8, state="zero1"), 10.0, 1, 0, {"bubble": 0.2}, {}, 6.0)
+    unused: Any = None
+    found = verdict([state, stages], unused, 64, 64, 1)
+    assert (found.answer, found.close) == ("state", ("state", "pipeline"))
+    assert "stays enough" not in " ".join(found.text)
+
+
+def test_steps_on_other_numbers_of_gpus_are_those_of_a_search_there(profiler: Profiler) -> None:
+    """With gathered parameters kept, and with replicas of the state, where that is faster."""
+    setups = [Setup(dp_replicate=64 // shard, dp_shard=shard, recompute="none") for shard in (8, 64)]
+    priced = {(s, freed): estimate(replace(s, reshard=freed), profiler) for s in setups for freed in (True, False)}
+    best = min(priced, key=lambda each: priced[each].step_s)
+    assert best == (setups[0], False)
+    for either in (True, False):
+        state = times_of(setups, [], profiler, 1 << 40, either=either).state
+        assert state is not None
+        assert state.step_s == min(each.step_s for (_, freed), each in priced.items() if freed or either)
+    wide = Setup(dp_replicate=4, dp_shard=8, tp=2, recompute="none")
+    assert list(on(128, 64, [wide])) == [replace(wide, dp_replicate=8)]
+    assert list(on(24, 12, [wide])) == [replace(wide, dp_replicate=1, dp_shard=12)]
 
 
 def test_gathered_parameters_are_kept_where_that_is_faster() -> None:

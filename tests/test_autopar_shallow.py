@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import autopar
 from autopar.profiling import Captures, Profiler
 from autopar.shallow import Shallow, _depths, shallow
 from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
+from passes.depth import PLACES
 from passes.setup import Setup
 
 LAYERS = 9
@@ -87,3 +89,24 @@ def test_a_vocabulary_that_no_axis_divides_is_padded() -> None:
     found = Profiler(Captures(llama(vocabulary=509), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
     outside = found.profile(Setup(tp=4, micro_batch=2), replica=True).outside
     assert outside["elements"] == pytest.approx(2 * 128 * 256 + 256)
+
+
+def test_scales_computed_again_before_the_loss_are_no_layers_backward() -> None:
+    """Gemma's norms multiply by 1 + weight, which backward computes again for all layers first: the peak as a plan has
+    it at full depth, where a layer's backward outweighs the loss."""
+    config = Gemma2Config(
+        hidden_size=256, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=32, vocab_size=128, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Gemma2ForCausalLM(config).to(torch.bfloat16)
+    mine = Profiler(Captures(model, inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
+    found = mine.profile(Setup(dp_shard=2, micro_batch=2), replica=False)
+    assert {f"alive.{place}" for place in PLACES} <= found.whole.keys()
+    sample = torch.empty(2, 512, dtype=torch.long, device="meta")
+    planned = autopar.plan(
+        model, {"dp_shard": 2}, {"input_ids": sample, "labels": sample}, strategy="fsdp", hardware="h100",
+        options=autopar.Options(optimizer="adamw-master"),
+    )  # fmt: skip
+    assert planned.recompute == "pointwise"
+    assert found.peak_bytes == pytest.approx(planned.peak_memory_bytes, rel=0.02)
