@@ -90,6 +90,10 @@ class Run:
         accumulate, rest = divmod(number("global_batch"), data * number("micro_batch"))
         if rest or not accumulate:
             raise ValueError(f"{self.line['model']}: a global batch of {number('global_batch')} over {data} ranks")
+        if data % replicas or (replicas > 1 and state != "zero3"):
+            raise ValueError(f"{replicas} copies of {state} over {data} ranks: copies are priced of zero3 alone")
+        if state == "zero3" and self.line["tp_overlap"] == "waited":
+            raise ValueError("tensor parallelism that waits is priced of a replica alone, not of zero3")
         return Setup(
             dp_replicate=replicas, dp_shard=data // replicas,
             tp=number("tp"), pp=number("pp"), cp=number("cp"), virtual=number("virtual"),
@@ -97,6 +101,7 @@ class Run:
             recompute=self.recompute, whole_blocks=True,
             in_block="none" if self.line["compiled"] == "no" else "pointwise",
             sequence_parallel=self.line["sequence_parallel"] == "yes", tp_overlap=self.line["tp_overlap"] == "yes",
+            tp_waits=self.line["tp_overlap"] == "waited",
             state=cast(Any, state), fp8=self.line["precision"] == "fp8", offload="offload" in self.line["state"],
             gather_bytes_per_s=_WAITED_BYTES_PER_S if self.line["gathers"] == "waited" else 0.0,
             gradient_bytes=4 if self.line["gradients"] == "fp32" else 2,

@@ -57,3 +57,10 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
     line = {**ROWS[0].line, "global_batch": str(ROWS[0].number("global_batch") + 1)}
     with pytest.raises(ValueError, match="global batch"):
         _ = Run(line).setup
+
+
+def test_copies_of_a_state_that_is_not_priced_so_are_refused() -> None:
+    row = next(row for row in ROWS if row.told("replicas"))
+    for changed in ({"state": "zero1"}, {"replicas": "3"}):
+        with pytest.raises(ValueError, match="copies"):
+            _ = Run({**row.line, **changed}).setup
