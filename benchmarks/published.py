@@ -13,7 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from autopar.profiling import Captures, Profiler
-from costmodel.hardware import fitted, hardware, with_attention
+from costmodel.hardware import Hardware, fitted, hardware, with_attention
 from costmodel.memory import OPTIMIZERS
 from passes.analysis import Analysis
 from passes.candidate import Estimate, estimate
@@ -68,21 +68,40 @@ class Run:
     def number(self, name: str) -> int:
         return int(float(self.line[name]))
 
+    def told(self, name: str) -> str:
+        """What a column says that not every file has."""
+        return self.line.get(name) or ""
+
+    @property
+    def machine(self) -> Hardware:
+        """The preset; with the run's own network between nodes, where its source gives another."""
+        found = hardware(self.line["hardware"])
+        if self.line["attention"] in ("fa1", "fa2", "cudnn"):
+            found = with_attention(found, self.line["attention"])
+        told = self.told("node_gbps")
+        return _with_network(found, self.line["hardware"], float(told)) if told else found
+
     @property
     def setup(self) -> Setup:
         """As the run was."""
         number = self.number
         state = self.line["state"].partition("+")[0]
-        data = number("dp")
+        data, replicas = number("dp"), int(self.told("replicas") or 1)
         accumulate, rest = divmod(number("global_batch"), data * number("micro_batch"))
         if rest or not accumulate:
             raise ValueError(f"{self.line['model']}: a global batch of {number('global_batch')} over {data} ranks")
+        if data % replicas or (replicas > 1 and state != "zero3"):
+            raise ValueError(f"{replicas} copies of {state} over {data} ranks: copies are priced of zero3 alone")
+        if state == "zero3" and self.line["tp_overlap"] == "waited":
+            raise ValueError("tensor parallelism that waits is priced of a replica alone, not of zero3")
         return Setup(
-            dp_shard=data, tp=number("tp"), pp=number("pp"), cp=number("cp"), virtual=number("virtual"),
+            dp_replicate=replicas, dp_shard=data // replicas,
+            tp=number("tp"), pp=number("pp"), cp=number("cp"), virtual=number("virtual"),
             micro_batch=number("micro_batch"), accumulate=accumulate,
             recompute=self.recompute, whole_blocks=True,
             in_block="none" if self.line["compiled"] == "no" else "pointwise",
             sequence_parallel=self.line["sequence_parallel"] == "yes", tp_overlap=self.line["tp_overlap"] == "yes",
+            tp_waits=self.line["tp_overlap"] == "waited",
             state=cast(Any, state), fp8=self.line["precision"] == "fp8", offload="offload" in self.line["state"],
             gather_bytes_per_s=_WAITED_BYTES_PER_S if self.line["gathers"] == "waited" else 0.0,
             gradient_bytes=4 if self.line["gradients"] == "fp32" else 2,
@@ -145,6 +164,21 @@ def _forward_flops(run: Run, *, causal: bool = False) -> float:
     products += (3 if run.line["family"] == "llama" else 2) * hidden * n("ffn")
     attention = 2 * n("seq") * hidden * (0.5 if causal else 1.0)
     return 2.0 * n("seq") * (n("layers") * (products + attention) + hidden * n("vocab"))
+
+
+_NODE_GBPS = {"a100-40gb": 1600, "a100-80gb": 1600, "h100": 3200, "h200": 3200, "b200": 3200}
+"""What the presets have between nodes, as their sources say: a card a GPU, 8 of them."""
+
+
+def _with_network(machine: Hardware, preset: str, node_gbps: float) -> Hardware:
+    """`machine` with that many gigabits per second into a node instead of the preset's."""
+    share = node_gbps / _NODE_GBPS[preset]
+    link = machine.inter_node
+    slower = replace(
+        link, name=f"{node_gbps:g} Gb/s a node", bytes_per_s=share * link.bytes_per_s,
+        wide_bytes_per_s=share * link.wide_bytes_per_s,
+    )  # fmt: skip
+    return replace(machine, inter_node=slower)
 
 
 def runs(path: Path = DATA) -> list[Run]:
@@ -212,13 +246,11 @@ class Prices:
 
     def of(self, run: Run) -> Estimate:
         """The run as the product prices it."""
-        key = tuple(run.line[name] for name in ("hardware", "attention", "compiled", "recompute"))
+        names = ("hardware", "attention", "compiled", "recompute", "node_gbps")
+        key = tuple(run.told(name) for name in names)
         if key not in self.profilers:
-            machine = hardware(run.line["hardware"])
-            if run.line["attention"] in ("fa1", "fa2", "cudnn"):
-                machine = with_attention(machine, run.line["attention"])
             self.profilers[key] = Profiler(
-                self.captures, machine, self.optimizer, fused=_fused(run),
+                self.captures, run.machine, self.optimizer, fused=_fused(run),
                 in_place=True if run.line["compiled"] == "layers" else None,  # Megatron-LM's loss, op by op in place
                 recomputation=_recomputation(run),
             )  # fmt: skip

@@ -119,6 +119,13 @@ def _hidden_by_parts_s(setup: Setup, found: Profile) -> float:
     return min(exposed_s, found.layer_total("compute.forward.matmul")) * (1 - 1 / setup.tp)
 
 
+def _waited_by_layer_s(setup: Setup, found: Profile) -> float:
+    """Per layer, what a replica hides of its activations' collectives, less what those take from compute."""
+    if not setup.tp_waits:
+        return 0.0
+    return found.layer_total("hidden.activation.") - found.layer("slowed_s")
+
+
 def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     """State sharded over the batch axes, gathered for every micro-batch: the schedule itself."""
     found = profiler.profile(setup, replica=False)
@@ -172,7 +179,7 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     ring_s, attention_s = _context(setup, found, hardware)
     layer_s = found.layer("micro_s") + attention_s + ring_s + _rest_again_s(setup, found)
     by_parts_s = _hidden_by_parts_s(setup, found)
-    layer_s -= by_parts_s
+    layer_s += _waited_by_layer_s(setup, found) - by_parts_s
     casts_s = _casts_s(setup, found, hardware) if setup.fp8 else 0.0
     layer_s += casts_s / layers
     outside_s = outside["micro_s"]

@@ -38,6 +38,8 @@ class Setup:
     offload: bool = False
     tp_overlap: bool = False
     """Tensor parallelism's collectives run in parts beside the products they feed (`_hidden_by_parts`)."""
+    tp_waits: bool = False
+    """Where a framework's tensor parallelism waits for each collective: weight gradients do not run beside it."""
     gather_bytes_per_s: float = 0.0
     """Where a framework's zero3 stops compute for each gather and each reduction: the rate at which it gathers. 0: they
     run beside compute, as fast as the wires are."""
@@ -74,4 +76,6 @@ class Setup:
             found.append("offload")
         if self.tp_overlap:
             found.append("overlapped tensor parallelism")
+        if self.tp_waits:
+            found.append("tensor parallelism that waits")
         return tuple(found)

@@ -208,6 +208,18 @@ def test_what_a_pipeline_hides_of_tensor_parallelism(profiler: Profiler) -> None
     assert plain.step_s - found.step_s == pytest.approx(more_s * (6 + 1) / 6, rel=0.05)
 
 
+def test_tensor_parallelism_that_waits(profiler: Profiler) -> None:
+    """A replica's step is its compute and all that is sent, one after another."""
+    plain = Setup(tp=4, accumulate=3, state="zero1")
+    waiting = Setup(tp=4, accumulate=3, state="zero1", tp_waits=True)
+    found = profiler.profile(plain, replica=True)
+    sent_s = found.total("exposed.") + found.total("hidden.")
+    computed_s = found.total("compute.")
+    step_s = estimate(waiting, profiler).step_s
+    assert step_s == pytest.approx(3 * (computed_s + sent_s) + found.whole["optimizer_s"], rel=0.02)
+    assert step_s > estimate(plain, profiler).step_s
+
+
 def test_what_is_budgeted_for_the_optimizer_is_said(found: SearchResult) -> None:
     """A copy in fp32 only of parameters that have none."""
     assert "optimizer adamw-master: 12 bytes per parameter, 4 of them an fp32 copy of it" in found.notes[0]
