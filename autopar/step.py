@@ -7,7 +7,7 @@ bound -> Step.run -> outputs, saved
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,7 +261,7 @@ class Differentiable(torch.autograd.Function):
             # That program averages over the batch's ranks what each brings; these are gradients of one global value.
             tangents = _tangents(runtime, other.local, arrived, runtime.batch.count)
             found = step.gradients(other, saved, tangents)
-        return None, *_as_stored(step, found), *(found.get(name) for name, _ in step.inputs)
+        return None, *_as_stored(step, found), *_of_inputs(step, found)
 
 
 def _one_name(program: Program, asked: Collection[str]) -> dict[str, str]:
@@ -296,6 +296,19 @@ def _tangents(
             value = stored.local_part(value)
         result.append(value * factor if factor != 1 and entry.name in split else value)
     return result
+
+
+def _of_inputs(step: Step, found: Mapping[str, torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
+    """The inputs' gradients: what is averaged over the batch's ranks, as what arrives from outputs is.
+
+    So of an input that the batch splits it is this rank's term times their number: what `DistributedDataParallel` and
+    FSDP2 give, and what another parallel module, or one under either of these, takes whose output the input is.
+    """
+    given = step.executable.local.program.inputs
+    split = {entry.name for entry in given if entry.kind == "input" and entry.batch_dim is not None}
+    for name, _ in step.inputs:
+        gradient = found.get(name)
+        yield gradient * step.runtime.batch.count if gradient is not None and name in split else gradient
 
 
 def _as_stored(step: Step, found: Mapping[str, torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from small_models import llama
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import autopar
@@ -74,6 +75,77 @@ def _unfrozen_averaged_and_accumulated(rank: int, ranks: int) -> None:
 
 def test_unfrozen_averaged_and_accumulated() -> None:
     run_ranks(_unfrozen_averaged_and_accumulated, 2)
+
+
+class _Scored(nn.Module):
+    """Scores features of its own making, or those that it is given; the loss inside or outside."""
+
+    def __init__(self, loss: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.loss = nn.Linear(6, 8), nn.Linear(8, 6), loss
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.down(nn.functional.gelu(self.up(x)))
+        return (y if scale is None else y * scale).square().mean() if self.loss else y
+
+
+def _one_feeds_the_other(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    whole, part = torch.randn(2 * ranks, 5, 6), slice(2 * rank, 2 * rank + 2)
+    mine = whole[part].clone().requires_grad_()
+    options = autopar.Options(compile=False, progress=False)
+    for loss in (True, False):
+        eager = _Scored(False), _Scored(loss)
+        models = [autopar.parallelize(model, mesh, (mine,), options=options) for model in eager]
+        outside = torch.square if not loss else torch.clone
+        outside(models[1](models[0](mine))).mean().backward()
+        given = whole.clone().requires_grad_()
+        outside(eager[1](eager[0](given))).mean().backward()
+        for found, wanted in zip(models, eager, strict=True):
+            for (name, p), q in zip(found.named_parameters(), wanted.parameters(), strict=True):
+                assert isinstance(p.grad, DTensor)
+                assert_near(p.grad.full_tensor(), q.grad, name)
+        assert mine.grad is not None
+        assert given.grad is not None
+        assert_near(mine.grad, ranks * given.grad[part], "the gradient of this rank's mean")
+        mine.grad = None
+    # What every rank shares has the gradient of the whole on each of them.
+    scored, shared = _Scored(True), torch.full((6,), 2.0, requires_grad=True)
+    autopar.parallelize(scored, mesh, (mine.detach(), shared), options=options)(mine.detach(), shared).backward()
+    other = shared.detach().clone().requires_grad_()
+    scored(whole, other).backward()
+    assert shared.grad is not None
+    assert other.grad is not None
+    assert_near(shared.grad, other.grad, "the gradient of what is shared")
+
+
+def test_gradients_go_from_one_parallel_module_to_another() -> None:
+    run_ranks(_one_feeds_the_other, 2)
+
+
+def _laid_out_already(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    mine = (torch.ones(2, 6),)
+    options = autopar.Options(compile=False, progress=False)
+
+    def inner(model: nn.Module) -> nn.Module:
+        return nn.Sequential(_Scored(False), model)
+
+    split = _Scored(True)
+    split.up.weight = nn.Parameter(DTensor.from_local(split.up.weight.detach(), mesh))
+    for model, message in (
+        (autopar.parallelize(_Scored(True), mesh, mine, options=options), "^the model is parallel already"),
+        (inner(fully_shard(_Scored(True), mesh=mesh)), "^1 is under FSDPModule; pass the model before any other"),
+        (nn.parallel.DistributedDataParallel(_Scored(True)), "^the model is under DistributedDataParallel"),
+        (split, r"^up\.weight is a DTensor already"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            autopar.parallelize(model, mesh, mine, options=options)
+
+
+def test_a_model_that_is_laid_out_already_is_refused() -> None:
+    run_ranks(_laid_out_already, 2)
 
 
 def _mistakes(rank: int, ranks: int) -> None:
