@@ -71,7 +71,8 @@ def parallelize(
 
     mesh: one to three axes, named; `dp`, `dp_replicate`, `dp_shard`, `fsdp`, `data` and `batch` split the batch.
     example_inputs: what one data-parallel rank feeds the model, a tuple of positional or a mapping of keyword
-        arguments; None: taken from a Hugging Face model's config. plan: one made earlier, for this graph and mesh.
+        arguments; None: taken from a Hugging Face model's config. plan: one made earlier, for this graph and mesh,
+        with options of its own.
 
     The returned module has the model's class, attributes and parameter names; parameters are DTensors on the whole
     mesh. The model itself stays as it was.

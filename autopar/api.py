@@ -10,6 +10,7 @@ Between these, ranks agree: what one finds wrong, all raise.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -104,6 +105,8 @@ def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh
     """
     check_unwrapped(model)
     _check_is_mesh("apply", mesh)
+    if isinstance(plan, str | os.PathLike):
+        raise ValueError(f"plan is the path {os.fspath(plan)!r}; pass autopar.Plan.load of it")
     told = cast(PlanLike, plan)
     job = _job(pipeline, mesh, pipeline.options_of(plan))
     ours = _ranks(mesh)
@@ -127,6 +130,8 @@ def parallelize_with(
     """`plan_with` and `apply_with` in one, with one capture."""
     _check_is_mesh("parallelize", mesh)
     if plan is not None:
+        if options is not None:
+            raise ValueError("a plan has the options that it was made with; leave out options, or plan with them")
         return apply_with(pipeline, model, plan, mesh)
     check_unwrapped(model)
     job = _job(pipeline, mesh, options)

@@ -78,7 +78,7 @@ def test_unfrozen_averaged_and_accumulated() -> None:
 
 
 class _Scored(nn.Module):
-    """Scores features of its own making, or those that it is given; the loss inside or outside."""
+    """Features, or their loss."""
 
     def __init__(self, loss: bool) -> None:
         super().__init__()
@@ -95,21 +95,18 @@ def _one_feeds_the_other(rank: int, ranks: int) -> None:
     whole, part = torch.randn(2 * ranks, 5, 6), slice(2 * rank, 2 * rank + 2)
     mine = whole[part].clone().requires_grad_()
     options = autopar.Options(compile=False, progress=False)
-    for loss in (True, False):
-        eager = _Scored(False), _Scored(loss)
-        models = [autopar.parallelize(model, mesh, (mine,), options=options) for model in eager]
-        outside = torch.square if not loss else torch.clone
-        outside(models[1](models[0](mine))).mean().backward()
-        given = whole.clone().requires_grad_()
-        outside(eager[1](eager[0](given))).mean().backward()
-        for found, wanted in zip(models, eager, strict=True):
-            for (name, p), q in zip(found.named_parameters(), wanted.parameters(), strict=True):
-                assert isinstance(p.grad, DTensor)
-                assert_near(p.grad.full_tensor(), q.grad, name)
-        assert mine.grad is not None
-        assert given.grad is not None
-        assert_near(mine.grad, ranks * given.grad[part], "the gradient of this rank's mean")
-        mine.grad = None
+    eager = _Scored(False), _Scored(True)
+    models = [autopar.parallelize(model, mesh, (mine,), options=options) for model in eager]
+    models[1](models[0](mine)).backward()
+    given = whole.clone().requires_grad_()
+    eager[1](eager[0](given)).backward()
+    for found, wanted in zip(models, eager, strict=True):
+        for (name, p), q in zip(found.named_parameters(), wanted.parameters(), strict=True):
+            assert isinstance(p.grad, DTensor)
+            assert_near(p.grad.full_tensor(), q.grad, name)
+    assert mine.grad is not None
+    assert given.grad is not None
+    assert_near(mine.grad, ranks * given.grad[part], "the gradient of this rank's mean")
     # What every rank shares has the gradient of the whole on each of them.
     scored, shared = _Scored(True), torch.full((6,), 2.0, requires_grad=True)
     autopar.parallelize(scored, mesh, (mine.detach(), shared), options=options)(mine.detach(), shared).backward()
@@ -124,7 +121,48 @@ def test_gradients_go_from_one_parallel_module_to_another() -> None:
     run_ranks(_one_feeds_the_other, 2)
 
 
-def _laid_out_already(rank: int, ranks: int) -> None:
+class _Two(nn.Module):
+    """Two losses over one embedding, each with a head of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.one, self.other = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.up(x).relu()
+        return self.one(y).square().mean(), self.other(y).square().mean()
+
+
+def _alternating(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    whole, part = torch.randn(2 * ranks, 6), slice(2 * rank, 2 * rank + 2)
+    eager = _Two()
+    model = autopar.parallelize(eager, mesh, (whole[part],), options=autopar.Options(compile=False, progress=False))
+    for synced in (True, False):  # between micro-batches nothing is exchanged
+        for which in (0, 1, 0):
+            with contextlib.nullcontext() if synced else model.no_sync():
+                model(whole[part])[which].backward()
+            eager(whole)[which].backward()
+            for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+                assert not synced or (p.grad is None) == (q.grad is None), name
+                assert synced or p.grad is None, name
+                if p.grad is not None:
+                    assert_near(p.grad.full_tensor(), q.grad, name)
+            if synced:
+                for each in (model, eager):
+                    each.zero_grad()
+    sum(model(whole[part])).backward()
+    sum(eager(whole)).backward()
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert_near(p.grad.full_tensor(), q.grad, name)
+
+
+def test_a_loss_leaves_what_it_does_not_depend_on() -> None:
+    run_ranks(_alternating, 2)
+
+
+def _refused(rank: int, ranks: int) -> None:
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
     mine = (torch.ones(2, 6),)
     options = autopar.Options(compile=False, progress=False)
@@ -132,6 +170,13 @@ def _laid_out_already(rank: int, ranks: int) -> None:
     def inner(model: nn.Module) -> nn.Module:
         return nn.Sequential(_Scored(False), model)
 
+    with pytest.raises(ValueError, match=r"plan is the path 'plan\.json'; pass autopar\.Plan\.load of it"):
+        autopar.apply(_Scored(True), "plan.json", mesh)  # type: ignore[arg-type]
+    plan = autopar.plan(_Scored(True), {"dp": ranks}, mine, hardware="h100", options=options)
+    with pytest.raises(ValueError, match="a plan has the options that it was made with"):
+        autopar.parallelize(_Scored(True), mesh, plan=plan, options=options)
+    with pytest.raises(ValueError, match="apply needs a DeviceMesh"):
+        autopar.apply(_Scored(True), plan, {"dp": ranks})  # type: ignore[arg-type]
     split = _Scored(True)
     split.up.weight = nn.Parameter(DTensor.from_local(split.up.weight.detach(), mesh))
     for model, message in (
@@ -144,8 +189,8 @@ def _laid_out_already(rank: int, ranks: int) -> None:
             autopar.parallelize(model, mesh, mine, options=options)
 
 
-def test_a_model_that_is_laid_out_already_is_refused() -> None:
-    run_ranks(_laid_out_already, 2)
+def test_models_plans_and_meshes_that_are_none_are_refused() -> None:
+    run_ranks(_refused, 2)
 
 
 def _mistakes(rank: int, ranks: int) -> None:
