@@ -10,6 +10,7 @@ Between these, ranks agree: what one finds wrong, all raise.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -31,6 +32,7 @@ from autopar.reading import captured_together, gatherer, inputs_read, with_value
 from autopar.runtime import Executable, Tangents
 from autopar.stages import Stages
 from autopar.together import Together, together, watch
+from autopar.unwrapped import check_unwrapped
 from costmodel.memory import OPTIMIZERS as KNOWN
 from passes.errors import PlanMismatchError
 from passes.inputs import global_inputs, smaller_inputs
@@ -69,6 +71,7 @@ def plan_with(
     hardware: Any = None, strategy: str = "auto", options: Options | None = None,
 ) -> Any:  # fmt: skip
     """A plan for `model` on `mesh`; on a DeviceMesh of several ranks one plans and the others receive its plan."""
+    check_unwrapped(model)
     job = _job(pipeline, mesh, options)
     _check_strategy(strategy)
     ours = _ranks(mesh)
@@ -100,6 +103,10 @@ def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh
     Raises:
         PlanMismatchError: the plan is for another graph, mesh or parameters.
     """
+    check_unwrapped(model)
+    _check_is_mesh("apply", mesh)
+    if isinstance(plan, str | os.PathLike):
+        raise ValueError(f"plan is the path {os.fspath(plan)!r}; pass autopar.Plan.load of it")
     told = cast(PlanLike, plan)
     job = _job(pipeline, mesh, pipeline.options_of(plan))
     ours = _ranks(mesh)
@@ -121,10 +128,12 @@ def parallelize_with(
     options: Options | None = None,
 ) -> ParallelModule:  # fmt: skip
     """`plan_with` and `apply_with` in one, with one capture."""
-    if not isinstance(mesh, DeviceMesh):
-        raise ValueError(f"parallelize needs a DeviceMesh (init_device_mesh), not a {type(mesh).__name__}")
+    _check_is_mesh("parallelize", mesh)
     if plan is not None:
+        if options is not None:
+            raise ValueError("a plan has the options that it was made with; leave out options, or plan with them")
         return apply_with(pipeline, model, plan, mesh)
+    check_unwrapped(model)
     job = _job(pipeline, mesh, options)
     ours = _ranks(mesh)
     with ours.agreeing():
@@ -176,10 +185,10 @@ def check_options(options: Any) -> None:
     ):
         if value not in known:
             raise ValueError(f"Options({name}={value!r}): known are {', '.join(known)}")
-    if options.memory_budget is not None and options.memory_budget <= 0:
+    budget: Any = options.memory_budget
+    if budget is not None and (not isinstance(budget, int | float) or budget <= 0):
         raise ValueError(
-            f"Options(memory_budget={options.memory_budget}): bytes per device, a positive number; None takes what the "
-            "hardware has"
+            f"Options(memory_budget={budget!r}): bytes per device, a positive number; None takes what the hardware has"
         )
     if options.reshard_after_forward not in (True, False, None):
         raise ValueError(
@@ -198,6 +207,11 @@ def _check_async_tp(options: Options, mesh: Any, axes: meshes.Axes, batch_axes: 
         raise ValueError(
             f"Options(async_tp=True): every axis of {dict(axes)} splits the batch; add one for tensors, such as tp"
         )
+
+
+def _check_is_mesh(name: str, mesh: Any) -> None:
+    if not isinstance(mesh, DeviceMesh):
+        raise ValueError(f"{name} needs a DeviceMesh (init_device_mesh), not a {type(mesh).__name__}")
 
 
 def _check_strategy(strategy: str) -> None:

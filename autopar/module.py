@@ -182,8 +182,6 @@ def parallel_module(
     specs: dict[str, Any] = {}
 
     def parameter(name: str, old: nn.Parameter) -> nn.Parameter:
-        if isinstance(old, DTensor):
-            raise ValueError(f"{name} is a DTensor already; pass the model before any other parallelism is applied")
         if old._backward_hooks or getattr(old, "_post_accumulate_grad_hooks", None):
             raise ValueError(
                 f"{name} has a hook on its gradient, which would never run: parallelize makes new parameters. Register "

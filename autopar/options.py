@@ -19,8 +19,8 @@ class Options:
     memory_budget: bytes per device a plan may use; None: what the hardware has, less a stated reserve.
     mp_policy: parameters, gradients and optimizer states stay in the model's dtype while it computes in another, as
         FSDP2's policy says; for the model as a whole (docs/precision.md). None: all in the model's own dtype.
-    optimizer: whose states to budget for: "adamw", "sgd", "momentum", "none", "adamw-bf16", "adamw-8bit", "lion",
-        "adafactor", or "adamw-master", which keeps an fp32 copy of each parameter beside two states.
+    optimizer: whose states to budget for: "adamw", "adam", "sgd", "momentum", "none", "adamw-bf16", "adamw-8bit",
+        "lion", "adafactor", or "adamw-master", which keeps an fp32 copy of each parameter beside two states.
     batch_axes: mesh axes that split the batch; None: by name (dp, dp_replicate, dp_shard, fsdp, data, batch).
     batch_dims: input path -> the dim the batch axes split, or None for an input every rank shares.
     pins: parameter-name pattern (fnmatch) -> placements in compute such as "RS(0)", one per mesh axis, or at rest and

@@ -7,7 +7,7 @@ bound -> Step.run -> outputs, saved
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,8 @@ class Binding:
     outputs: tuple[str, ...]
     """Names of the outputs; of those that are one scalar, the one that has the tangent."""
     tangents: frozenset[str]
+    reached: Mapping[str, frozenset[str]]
+    """Per gradient: the tangents that it follows from."""
 
 
 @dataclass
@@ -89,20 +91,29 @@ class Step:
                 outputs.append(value.detach() if any(value is other for other in outputs) else value)
         return outputs, saved
 
-    def gradients(self, executable: Executable, saved: Any, tangents: Any) -> dict[str, Any]:
-        """Local gradients by name; the parameters' still padded. None where ranks are yet to exchange it."""
-        with autocast_as(None):
-            return self._gradients(executable, saved, tangents)
+    def gradients(self, executable: Executable, saved: Any, arrived: Mapping[str, torch.Tensor], factor: int) -> Any:
+        """Local gradients by name; the parameters' still padded. None where ranks are yet to exchange it.
 
-    def _gradients(self, executable: Executable, saved: Any, tangents: Any) -> dict[str, Any]:
+        None, too, where what arrived does not depend on it: an optimizer leaves such a parameter as it is.
+        """
+        tangents = _tangents(self.runtime, executable.local, arrived, factor)
+        with autocast_as(None):
+            return self._gradients(executable, saved, tangents, arrived.keys())
+
+    def _gradients(self, executable: Executable, saved: Any, tangents: Any, arrived: Set[str]) -> dict[str, Any]:
         lowered, runtime = executable.lowered, self.runtime
-        names = _binding(runtime, executable).gradients
-        if runtime.syncs and not runtime.unreduced:
-            return dict(zip(names, lowered.backward(saved, tangents), strict=True))
-        values, terms = lowered.backward_alone(saved, tangents)
-        hold(runtime, executable, terms)
-        found = dict(zip(names, values, strict=True))
-        if runtime.syncs:
+        binding = _binding(runtime, executable)
+        held = not runtime.syncs or bool(runtime.unreduced)
+        if held:
+            values, terms = lowered.backward_alone(saved, tangents)
+            hold(runtime, executable, terms)
+        else:
+            values = lowered.backward(saved, tangents)
+        found = dict(zip(binding.gradients, values, strict=True))
+        if binding.tangents - arrived:
+            apart = [name for name, from_ in binding.reached.items() if from_ and not from_ & arrived]
+            found.update(dict.fromkeys(apart))
+        if held and runtime.syncs:
             for name, value in reduced(runtime).items():
                 known = found.get(name)
                 found[name] = value if known is None else known + value
@@ -182,7 +193,22 @@ def _bind(runtime: Runtime, local: LocalProgram) -> Binding:
         gradients=tuple(output.name for output in local.outputs if output.kind == "gradient"),
         outputs=tuple(of_one.get(name, name) for name in names),
         tangents=asked,
+        reached=_reached(local.program),
     )
+
+
+def _reached(program: Program) -> dict[str, frozenset[str]]:
+    """Per gradient: the tangents that it follows from."""
+    nothing: frozenset[str] = frozenset()
+    graph = program.graph.graph
+    placeholders = zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)
+    found = {node: frozenset({given.name}) for node, given in placeholders if given.kind == "tangent"}
+    for node in graph.nodes:
+        if any(each in found for each in node.all_input_nodes):
+            found[node] = nothing.union(*(found.get(each, nothing) for each in node.all_input_nodes))
+    nodes: Any = graph.output_node().args[0]
+    outputs = zip(program.outputs, nodes, strict=True)
+    return {output.name: found.get(node, nothing) for output, node in outputs if output.kind == "gradient"}
 
 
 def _number(value: int, device: torch.device) -> torch.Tensor:
@@ -244,7 +270,7 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, step: Step, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
-        local, runtime, binding = step.executable.local, step.runtime, step.binding
+        runtime, binding = step.runtime, step.binding
         arrived: dict[str, torch.Tensor] = {}
         for name, gradient in zip(binding.outputs, gradients, strict=True):
             if gradient is not None:
@@ -253,15 +279,14 @@ class Differentiable(torch.autograd.Function):
             saved = list(ctx.saved_tensors)
             if (clear := getattr(ctx, "maybe_clear_saved_tensors", None)) is not None:
                 clear()
-            found = step.gradients(step.executable, saved, _tangents(runtime, local, arrived, 1))
+            found = step.gradients(step.executable, saved, arrived, 1)
         else:
             assert step.with_all is not None
             other = step.with_all()
             saved = list(other.lowered.forward(step.values)[1])
             # That program averages over the batch's ranks what each brings; these are gradients of one global value.
-            tangents = _tangents(runtime, other.local, arrived, runtime.batch.count)
-            found = step.gradients(other, saved, tangents)
-        return None, *_as_stored(step, found), *(found.get(name) for name, _ in step.inputs)
+            found = step.gradients(other, saved, arrived, runtime.batch.count)
+        return None, *_as_stored(step, found), *_of_inputs(step, found)
 
 
 def _one_name(program: Program, asked: Collection[str]) -> dict[str, str]:
@@ -296,6 +321,19 @@ def _tangents(
             value = stored.local_part(value)
         result.append(value * factor if factor != 1 and entry.name in split else value)
     return result
+
+
+def _of_inputs(step: Step, found: Mapping[str, torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
+    """The inputs' gradients: what is averaged over the batch's ranks, as what arrives from outputs is.
+
+    So of an input that the batch splits it is this rank's term times their number: what `DistributedDataParallel` and
+    FSDP2 give, and what another parallel module, or one under either of these, takes whose output the input is.
+    """
+    given = step.executable.local.program.inputs
+    split = {entry.name for entry in given if entry.kind == "input" and entry.batch_dim is not None}
+    for name, _ in step.inputs:
+        gradient = found.get(name)
+        yield gradient * step.runtime.batch.count if gradient is not None and name in split else gradient
 
 
 def _as_stored(step: Step, found: Mapping[str, torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -29,6 +29,7 @@ from passes.normalize import normalize
 from passes.precision import Precision
 from passes.program import Input, InputKind, Output, Program
 from passes.provenance import Provenance, error_line
+from passes.quiet import told_once
 from passes.rebind import rebind
 from passes.tracing import Branches, ReadsInputsError, Tracer, fake_mode, tracing, unwrapped, wrapped
 
@@ -127,7 +128,7 @@ def _capture(
             leaf_slot.place(tracer, backward)
     extra, notes = _extra_arguments(model, call_args, call_kwargs)
 
-    with _unchanged(model), torch.set_grad_enabled(backward), tracing(tracer, mode):
+    with _unchanged(model), torch.set_grad_enabled(backward), told_once(), tracing(tracer, mode):
         for slot in [*slots, *filter(None, user)]:
             slot.wrap()
         for slot in slots:

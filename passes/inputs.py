@@ -54,6 +54,9 @@ def global_inputs(
         if dim is not None and (name not in tensors or not -tensors[name].dim() <= dim < tensors[name].dim()):
             raise ValueError(f"batch_dims[{name!r}] is {dim}, but the input is {_describe(tensors.get(name))}")
     batch = _batch_size(tensors, given)
+    if batch == 0:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise ValueError(f"the batch has no samples (the inputs' shapes are {shapes}); give every rank at least one")
     lengths = {n for t in tensors.values() if t.dim() and t.shape[0] == batch for n in t.shape[1:]}
     dims = [
         (given[n] if n in given else _guess(leaf, batch, lengths)) if isinstance(leaf, Tensor) else None

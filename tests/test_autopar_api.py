@@ -164,6 +164,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"options": Options(optimizer="lamb2")}, r"Options\(optimizer='lamb2'\)"),
         ({"options": Options(accumulate=0)}, "at least 1 micro-batch"),
         ({"options": Options(memory_budget=-1)}, "a positive number"),
+        ({"options": Options(memory_budget="80GiB")}, r"memory_budget='80GiB'\): bytes per device"),  # type: ignore[arg-type]
         ({"options": Options(batch_axes=("cp",))}, r"batch_axes names \['cp'\], but the mesh has \['dp'\]"),
         ({"options": Options(batch_dims={"mask": 0})}, "batch_dims names"),
         ({"mesh": {"dp": 0}}, "mesh axis 'dp' has size 0"),
@@ -171,12 +172,15 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"mesh": {}}, "the mesh has 0 axes"),
         ({"example_inputs": torch.zeros(2, 3)}, "example_inputs is a tensor"),
         ({"example_inputs": 3}, "example_inputs is a int"),
+        ({"model": Net}, "model is the class Net; pass a module that was made of it"),
+        ({"model": "net.py"}, "model is a str; pass a torch.nn.Module"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
-    given = {"mesh": {"dp": 2}, "example_inputs": (torch.zeros(2, 3, dtype=torch.int64),), **arguments}
+    inputs = (torch.zeros(2, 3, dtype=torch.int64),)
+    given = {"model": Net(), "mesh": {"dp": 2}, "example_inputs": inputs, **arguments}
     with pytest.raises(ValueError, match=message):
-        plan_with(pipeline(), Net(), given.pop("mesh"), **given)
+        plan_with(pipeline(), given.pop("model"), given.pop("mesh"), **given)
 
 
 class _Breaks(Net):

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from small_models import llama
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import autopar
@@ -74,6 +75,122 @@ def _unfrozen_averaged_and_accumulated(rank: int, ranks: int) -> None:
 
 def test_unfrozen_averaged_and_accumulated() -> None:
     run_ranks(_unfrozen_averaged_and_accumulated, 2)
+
+
+class _Scored(nn.Module):
+    """Features, or their loss."""
+
+    def __init__(self, loss: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.loss = nn.Linear(6, 8), nn.Linear(8, 6), loss
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.down(nn.functional.gelu(self.up(x)))
+        return (y if scale is None else y * scale).square().mean() if self.loss else y
+
+
+def _one_feeds_the_other(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    whole, part = torch.randn(2 * ranks, 5, 6), slice(2 * rank, 2 * rank + 2)
+    mine = whole[part].clone().requires_grad_()
+    options = autopar.Options(compile=False, progress=False)
+    eager = _Scored(False), _Scored(True)
+    models = [autopar.parallelize(model, mesh, (mine,), options=options) for model in eager]
+    models[1](models[0](mine)).backward()
+    given = whole.clone().requires_grad_()
+    eager[1](eager[0](given)).backward()
+    for found, wanted in zip(models, eager, strict=True):
+        for (name, p), q in zip(found.named_parameters(), wanted.parameters(), strict=True):
+            assert isinstance(p.grad, DTensor)
+            assert_near(p.grad.full_tensor(), q.grad, name)
+    assert mine.grad is not None
+    assert given.grad is not None
+    assert_near(mine.grad, ranks * given.grad[part], "the gradient of this rank's mean")
+    # What every rank shares has the gradient of the whole on each of them.
+    scored, shared = _Scored(True), torch.full((6,), 2.0, requires_grad=True)
+    autopar.parallelize(scored, mesh, (mine.detach(), shared), options=options)(mine.detach(), shared).backward()
+    other = shared.detach().clone().requires_grad_()
+    scored(whole, other).backward()
+    assert shared.grad is not None
+    assert other.grad is not None
+    assert_near(shared.grad, other.grad, "the gradient of what is shared")
+
+
+def test_gradients_go_from_one_parallel_module_to_another() -> None:
+    run_ranks(_one_feeds_the_other, 2)
+
+
+class _Two(nn.Module):
+    """Two losses over one embedding, each with a head of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.one, self.other = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.up(x).relu()
+        return self.one(y).square().mean(), self.other(y).square().mean()
+
+
+def _alternating(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    whole, part = torch.randn(2 * ranks, 6), slice(2 * rank, 2 * rank + 2)
+    eager = _Two()
+    model = autopar.parallelize(eager, mesh, (whole[part],), options=autopar.Options(compile=False, progress=False))
+    for synced in (True, False):  # between micro-batches nothing is exchanged
+        for which in (0, 1, 0):
+            with contextlib.nullcontext() if synced else model.no_sync():
+                model(whole[part])[which].backward()
+            eager(whole)[which].backward()
+            for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+                assert not synced or (p.grad is None) == (q.grad is None), name
+                assert synced or p.grad is None, name
+                if p.grad is not None:
+                    assert_near(p.grad.full_tensor(), q.grad, name)
+            if synced:
+                for each in (model, eager):
+                    each.zero_grad()
+    sum(model(whole[part])).backward()
+    sum(eager(whole)).backward()
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert_near(p.grad.full_tensor(), q.grad, name)
+
+
+def test_a_loss_leaves_what_it_does_not_depend_on() -> None:
+    run_ranks(_alternating, 2)
+
+
+def _refused(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    mine = (torch.ones(2, 6),)
+    options = autopar.Options(compile=False, progress=False)
+
+    def inner(model: nn.Module) -> nn.Module:
+        return nn.Sequential(_Scored(False), model)
+
+    with pytest.raises(ValueError, match=r"plan is the path 'plan\.json'; pass autopar\.Plan\.load of it"):
+        autopar.apply(_Scored(True), "plan.json", mesh)  # type: ignore[arg-type]
+    plan = autopar.plan(_Scored(True), {"dp": ranks}, mine, hardware="h100", options=options)
+    with pytest.raises(ValueError, match="a plan has the options that it was made with"):
+        autopar.parallelize(_Scored(True), mesh, plan=plan, options=options)
+    with pytest.raises(ValueError, match="apply needs a DeviceMesh"):
+        autopar.apply(_Scored(True), plan, {"dp": ranks})  # type: ignore[arg-type]
+    split = _Scored(True)
+    split.up.weight = nn.Parameter(DTensor.from_local(split.up.weight.detach(), mesh))
+    for model, message in (
+        (autopar.parallelize(_Scored(True), mesh, mine, options=options), "^the model is parallel already"),
+        (inner(fully_shard(_Scored(True), mesh=mesh)), "^1 is under FSDPModule; pass the model before any other"),
+        (nn.parallel.DistributedDataParallel(_Scored(True)), "^the model is under DistributedDataParallel"),
+        (split, r"^up\.weight is a DTensor already"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            autopar.parallelize(model, mesh, mine, options=options)
+
+
+def test_models_plans_and_meshes_that_are_none_are_refused() -> None:
+    run_ranks(_refused, 2)
 
 
 def _mistakes(rank: int, ranks: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import random
 from collections.abc import Callable
 from typing import Any
@@ -341,6 +342,24 @@ def test_values_that_shapes_depend_on_come_from_the_example() -> None:
 def test_an_error_of_the_model_names_its_line() -> None:
     with pytest.raises(CaptureError, match=r"test_passes_capture.py:\d+: the model's forward raised RuntimeError"):
         capture(Odd(), (torch.randn(5, 7),))
+
+
+def test_an_error_of_the_model_is_told_once() -> None:
+    class Long(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.masked_fill(torch.zeros(5, 5) == 0, 0).sum()
+
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    of_torch = logging.getLogger("torch._subclasses.fake_tensor")
+    of_torch.addHandler(handler)
+    try:
+        with pytest.raises(CaptureError, match="broadcast"):
+            capture(Long(), (torch.randn(2, 7, requires_grad=True),))
+    finally:
+        of_torch.removeHandler(handler)
+    assert logged == []
 
 
 def test_every_node_says_where_it_came_from() -> None:

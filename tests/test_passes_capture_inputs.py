@@ -62,6 +62,8 @@ def test_what_cannot_be_told_is_an_error() -> None:
         global_inputs((torch.zeros(9, 2, 16), torch.zeros(5, 2, 16)), {}, 2)
     with pytest.raises(ValueError, match="no input has a batch dim"):
         global_inputs((torch.tensor(1.0),), {"flag": True}, 2)
+    with pytest.raises(ValueError, match=r"no samples.*'x': \(0, 8\).*at least one"):
+        global_inputs((), {"x": torch.zeros(0, 8)}, 2)
 
 
 def test_fake_and_meta_inputs_become_meta_and_keep_requires_grad() -> None:

@@ -1,0 +1,36 @@
+"""The model as autopar takes it: a module, before any other parallelism is applied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from autopar.module import ParallelModule
+
+_WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+
+
+def check_unwrapped(model: Any) -> None:
+    """Raise for what is no module, and for one that is laid out over ranks already.
+
+    Raises:
+        ValueError: with what was found, and where in the model.
+    """
+    if not isinstance(model, nn.Module):
+        if isinstance(model, type):
+            raise ValueError(f"model is the class {model.__name__}; pass a module that was made of it")
+        raise ValueError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    for name, module in model.named_modules():
+        where = name or "the model"
+        if isinstance(module, ParallelModule):
+            raise ValueError(f"{where} is parallel already; pass the model that was given to parallelize before")
+        if isinstance(module, _WRAPPERS):
+            kind = next(each for each in _WRAPPERS if isinstance(module, each)).__name__
+            raise ValueError(f"{where} is under {kind}; pass the model before any other parallelism is applied")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"{name} is a DTensor already; pass the model before any other parallelism is applied")
