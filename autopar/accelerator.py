@@ -87,8 +87,6 @@ class Accelerator(accelerate.Accelerator):
                 "start them with torchrun or accelerate launch, and with cpu=True for a CPU mesh"
             )
         self.batch = batch
-        if runtime_of(model).accelerated is None:
-            runtime_of(model).accelerated = False
 
     @property
     def num_processes(self) -> int:
@@ -136,7 +134,12 @@ class Accelerator(accelerate.Accelerator):
         if not isinstance(model, ParallelModule):
             return cast(nn.Module, super().prepare_model(model, device_placement, evaluation_mode))
         self.follow(model)
-        return cast(nn.Module, super().prepare_model(model, device_placement=False, evaluation_mode=True))
+        runtime = runtime_of(model)
+        runtime.accelerating = True
+        try:
+            return cast(nn.Module, super().prepare_model(model, device_placement=False, evaluation_mode=True))
+        finally:
+            runtime.accelerating = False
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
         """A scheduler that steps as often as samples of a data-parallel rank ask for."""

@@ -85,14 +85,14 @@ class ParallelModule(nn.Module):
         Raises:
             ValueError: it is not our `Accelerator` that asks, so loaders would split batches over all ranks.
         """
-        known = runtime_of(self).accelerated
-        if known is None:
+        runtime = runtime_of(self)
+        if not runtime.accelerating:
             raise ValueError(
                 "accelerate's own Accelerator, which transformers.Trainer uses too, would wrap the parallel module in "
                 "DistributedDataParallel and split batches over ranks that share one; use "
                 "autopar.accelerator.Accelerator(model, ...), or autopar.trainer.Trainer for transformers.Trainer"
             )
-        return known
+        return runtime.accelerated
 
     @_is_accelerate_prepared.setter
     def _is_accelerate_prepared(self, prepared: bool) -> None:

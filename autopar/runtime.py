@@ -43,7 +43,7 @@ class Runtime:
     `syncs`: whether a backward exchanges gradients; `unreduced`: what backwards that did not have left, by program.
 
     `specs`: how each parameter is stored, by the first of its names. `batch`: who has which part of the batch;
-    `accelerated`: whether our `Accelerator` has prepared the module; None: it does not know it.
+    `accelerated`: whether our `Accelerator` has prepared the module; `accelerating`: whether it is about to.
     `steps` counts training calls, for random ops. `executables` has, per kind of call, one for each kind of values
     that the model reads of its inputs, the last used first. `gather` makes inputs whole; None: they are. `bindings`
     and `checked`: what `step.bound` and `parameters.checked` found out that holds for the next call too.
@@ -67,7 +67,8 @@ class Runtime:
     with_all: dict[int, Executable] = field(default_factory=dict)
     bindings: dict[int, tuple[Executable, Any]] = field(default_factory=dict)
     checked: Any = None
-    accelerated: bool | None = None
+    accelerated: bool = False
+    accelerating: bool = False
 
     @functools.cached_property
     def parameter_slots(self) -> tuple[tree.Slot, ...]:

@@ -211,6 +211,8 @@ def _mistakes(rank: int, ranks: int) -> None:
     logits = found.logits.full_tensor()
     assert logits.dtype == torch.float32
     assert relative(logits, wanted.logits) < 1e-2 < 1e2 * relative(logits, _model()(**same).logits)
+    with pytest.raises(ValueError, match=r"use autopar\.accelerator\.Accelerator\(model, \.\.\.\)"):
+        accelerate.Accelerator().prepare(model)  # one that ours has prepared before
 
 
 def _seeded(worker: int, num_workers: int, rank: int) -> None: ...
