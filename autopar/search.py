@@ -48,7 +48,7 @@ _TRIED = 4
 """So many that cannot be listed are played, where no other of their kind is known to fit."""
 _ELSEWHERE = 8
 """So many pipelines, the fastest, are priced on other numbers of GPUs too."""
-_UNPRICED = ("compile", "mp_policy", "pins", "batch_axes", "batch_dims", "async_tp")
+_UNPRICED = ("compile", "mp_policy", "pins", "batch_dims", "async_tp")
 """Options of plans that the search does not price."""
 _LEAST_PART = 4096
 """Tokens of a sequence below which context parallelism is not considered: its ring would outlast its attention."""
@@ -131,7 +131,10 @@ class SearchResult:
         asked = self.asked
         recompute: Recompute = "auto" if setup.recompute == "pointwise" else setup.recompute
         reshard = asked.reshard_after_forward if setup.reshard else False
-        return replace(asked, accumulate=setup.accumulate, recompute=recompute, reshard_after_forward=reshard)
+        return replace(
+            asked, accumulate=setup.accumulate, recompute=recompute, reshard_after_forward=reshard,
+            async_tp=asked.async_tp and setup.tp > 1,
+        )  # fmt: skip
 
     def frontier(self, plan: Plan | None = None) -> tuple[FrontierPoint, ...]:
         """What fits and the nearest that does not, for `plan.report(path, frontier=...)`.
@@ -211,11 +214,13 @@ def search(
         and `reshard_after_forward` are heeded. top: as many plans as are played to their end.
 
     Raises:
-        ValueError: options that mean nothing, GPUs that fill no nodes, a batch that no mesh divides, inputs of more
-            than one sample.
+        ValueError: options that mean nothing here, GPUs that fill no nodes, a batch that no mesh divides, inputs of
+            more than one sample.
     """
     options = Options() if options is None else options
     check_options(options)
+    if options.batch_axes is not None:
+        raise ValueError(f"Options(batch_axes={options.batch_axes!r}): the axes are the search's own; leave it out")
     machine = hardware_of(hardware)
     _check(gpus, global_batch, machine)
     length = sequence or _sequence_of(model, example_inputs)

@@ -224,10 +224,13 @@ def test_what_is_budgeted_for_the_optimizer_is_said(found: SearchResult) -> None
     """A copy in fp32 only of parameters that have none."""
     assert "optimizer adamw-master: 12 bytes per parameter, 4 of them an fp32 copy of it" in found.notes[0]
     assert found.options().optimizer == "adamw-master"
-    pinned = replace(OPTIONS, pins={"*.q_proj.weight": "R"})
+    pinned = replace(OPTIONS, pins={"*.q_proj.weight": "R"}, async_tp=True)
     full = autopar.search(small().float(), 1, "h100", 1, sequence=512, options=pinned, top=1)
     assert "optimizer adamw: 8 bytes per parameter;" in full.notes[0]
-    assert "not priced: pins; what `options` gives hands them on to a plan" in full.notes
+    assert "not priced: pins, async_tp; what `options` gives hands them on to a plan" in full.notes
+    assert not full.options().async_tp  # nothing to overlap on one GPU: `plan` would refuse it
+    with pytest.raises(ValueError, match="batch_axes"):
+        autopar.search(small(), 1, "h100", 1, sequence=512, options=replace(OPTIONS, batch_axes=("dp",)))
     assert not any("not priced" in note for note in found.notes)
     assert full.options().optimizer == "adamw"
 
