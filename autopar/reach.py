@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.leads import Way, is_enough
-from passes.candidate import Estimate, Profiler, estimate, freed_and_kept, lower_bound
+from passes.candidate import Estimate, Profiler, freed_and_kept, lower_bound
 from passes.setup import Setup
 
 
@@ -99,20 +99,18 @@ def times_of(
         if size <= budget and len(likely[setup.dp_shard]) < _PLAYED:
             likely[setup.dp_shard].append(setup)
 
-    def priced(setup: Setup) -> Iterable[Estimate]:
-        if setup.pp > 1 or not either:
-            return [estimate(setup, profiler)]
-        return freed_and_kept(replace(setup, reshard=True), profiler, budget)
+    def priced(setups: Iterable[Setup]) -> list[Estimate]:
+        return [each for setup in setups for each in freed_and_kept(setup, profiler, budget, either=either)]
 
     def fastest(found: Iterable[Estimate]) -> tuple[Way, ...]:
         fitting = [each for each in found if each.peak_bytes <= budget]
         best = min(fitting, key=lambda each: each.step_s, default=None)
         return (Way(best.step_s, best.hidden_s, best.seconds.get("slowed", 0.0)),) if best else ()
 
-    found = [each for setup in others for each in priced(setup)]
+    found = priced(others)
     staged = [each for each in found if each.setup.pp > 1]
     plain = [each for each in found if each.setup.pp == 1]
-    state = fastest(each for setups in likely.values() for setup in setups for each in priced(setup))
+    state = fastest(each for setups in likely.values() for each in priced(setups))
     return Times(state[0] if state else None, fastest(plain) + fastest(staged))
 
 

@@ -474,13 +474,12 @@ class _State:
         return found, unplayed, reached
 
     def played(self, setup: Setup) -> Iterator[Candidate]:
-        """A plan's setup; with gathered parameters kept too, where nobody asked for one of both."""
+        """A plan's setup, with gathered parameters freed, kept or both, as was asked."""
         self.progress(
             f"playing: {setup.dp_replicate} x {setup.dp_shard} x {setup.tp}, micro-batches {setup.micro_batch} x "
             f"{setup.accumulate}, recompute {setup.recompute}"
         )
-        found = freed_and_kept(setup, self.profiler, self.budget)
-        yield from map(self.candidate, found if self.either else [estimate(setup, self.profiler)])
+        yield from map(self.candidate, freed_and_kept(setup, self.profiler, self.budget, either=self.either))
 
 
 def _states_text(spec: OptimizerSpec) -> str:

@@ -52,6 +52,8 @@ class Binding:
     tangents: frozenset[str]
     reached: Mapping[str, frozenset[str]]
     """Per gradient: the tangents that it follows from."""
+    parted: frozenset[str]
+    """Inputs that the batch splits."""
 
 
 @dataclass
@@ -194,6 +196,7 @@ def _bind(runtime: Runtime, local: LocalProgram) -> Binding:
         outputs=tuple(of_one.get(name, name) for name in names),
         tangents=asked,
         reached=_reached(local.program),
+        parted=frozenset(i.name for i in local.program.inputs if i.kind == "input" and i.batch_dim is not None),
     )
 
 
@@ -329,11 +332,11 @@ def _of_inputs(step: Step, found: Mapping[str, torch.Tensor | None]) -> Iterator
     So of an input that the batch splits it is this rank's term times their number: what `DistributedDataParallel` and
     FSDP2 give, and what another parallel module, or one under either of these, takes whose output the input is.
     """
-    given = step.executable.local.program.inputs
-    split = {entry.name for entry in given if entry.kind == "input" and entry.batch_dim is not None}
     for name, _ in step.inputs:
         gradient = found.get(name)
-        yield gradient * step.runtime.batch.count if gradient is not None and name in split else gradient
+        if gradient is not None and name in step.binding.parted:
+            gradient = gradient * step.runtime.batch.count
+        yield gradient
 
 
 def _as_stored(step: Step, found: Mapping[str, torch.Tensor | None]) -> list[torch.Tensor | None]:

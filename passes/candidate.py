@@ -65,13 +65,14 @@ def estimate(setup: Setup, profiler: Profiler) -> Estimate:
     return _replicated(setup, profiler)
 
 
-def freed_and_kept(setup: Setup, profiler: Profiler, budget: float) -> Iterator[Estimate]:
-    """A plan's setup that frees gathered parameters, and the same with them kept for backward, where that can fit and
-    pay: it saves no more than the step waits for state and is slowed down by what is sent beside compute."""
-    freed = estimate(setup, profiler)
+def freed_and_kept(setup: Setup, profiler: Profiler, budget: float, *, either: bool) -> Iterator[Estimate]:
+    """`setup` as it is; where `either` may be done, with gathered parameters freed, and with them kept for backward
+    where that can fit and pay: it saves no more than the step waits for state and is slowed down by what is sent."""
+    freed = estimate(replace(setup, reshard=True) if either else setup, profiler)
     yield freed
     may_save_s = freed.seconds["exposed state"] + freed.seconds["slowed"]
-    if setup.dp_shard == 1 or may_save_s < _LEAST_GAIN * freed.step_s:
+    gathers = setup.dp_shard > 1 and setup.pp == 1 and setup.state == "zero3"
+    if not either or not gathers or may_save_s < _LEAST_GAIN * freed.step_s:
         return
     found = profiler.profile(setup, replica=False)
     gathered = found.layers * found.layer("elements") * found.whole["bytes"] / found.whole["elements"]

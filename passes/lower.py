@@ -1,6 +1,6 @@
 """One rank's step, ready to run: two callables, forward and backward, compiled or not.
 
-    LocalProgram -retarget-> graph for the device -for_gloo, as_bytes, for_onednn-> its ops -split-> forward, backward
+    LocalProgram -retarget-> graph for the device -for_gloo, for_onednn, as_bytes-> its ops -split-> forward, backward
         -cut-> regions and what is between -Inductor, once per distinct region-> callables -arranged-> outer programs
 
 A step is captured on fake CPU tensors; `retarget` makes it one of another device. Where no layer repeats, forward and
