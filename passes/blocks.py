@@ -64,6 +64,8 @@ def blocks(
             first = first or before
             back: dict[int, int] = {}
             for earlier, later in ((before, unit), (unit, behind)):
+                if [len(tracks.writes[i]) for i in earlier] != [len(tracks.writes[j]) for j in later]:
+                    raise NotPeriodicError("layers have different numbers of ops and moves")
                 for i, j in zip(earlier, later, strict=True):
                     back |= dict(zip(tracks.writes[j], tracks.writes[i], strict=True))
             _check(tracks, (before, unit), back, maps, first)
@@ -125,8 +127,6 @@ def _check(
         NotPeriodicError: they do not.
     """
     first, second = pair
-    if len(first) != len(second):
-        raise NotPeriodicError("layers have different numbers of ops and moves")
     for i, j in zip(first, second, strict=True):
         one, other = tracks.items[i], tracks.items[j]
         alike = type(one) is type(other) and len(tracks.reads[i]) == len(tracks.reads[j])

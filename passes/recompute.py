@@ -6,6 +6,9 @@
     selective   also the attention core and its softmax
     full        also everything inside a repeated block, so that little but the blocks' inputs is kept
 
+What one block hands to the next in forward is never computed again: it would take a chain through all blocks, whose
+links would be there at once, as backward asks for the last first.
+
 The choice is a minimum cut over the values of one batch, whole tensors, alike layers as one. It depends on the graph
 alone, not on the mesh, so one decision holds for prices, schedule and emitted program: `itinerary` runs the sites of
 `again` once more in backward. What a collective of forward brought is kept as it came, and never sent again; parameters
@@ -174,7 +177,7 @@ def _of_weights(analysis: Analysis) -> frozenset[int]:
 
 def _allowed(analysis: Analysis, mode: Mode) -> frozenset[int]:
     """Forward sites that may be computed again."""
-    inside = _inside_blocks(analysis) if mode == "full" else {}
+    inside = _inside_blocks(analysis)
     found = set()
     for index, place in enumerate(analysis.places):
         if place.kind != "op" or place.phase != "forward":
@@ -183,9 +186,11 @@ def _allowed(analysis: Analysis, mode: Mode) -> frozenset[int]:
         target = place.call.target
         if is_view_op(target) or not place.call.operands:
             found.add(index)
-        elif index in inside:
+        elif mode == "full" and index in inside:
             if inside[index]:
                 found.add(index)
+        elif not inside.get(index, True):
+            continue
         elif mode != "none" and (is_cheap_op(target) or (mode == "selective" and target in ATTENTION)):
             found.add(index)
     return frozenset(found)

@@ -6,40 +6,48 @@ from functools import lru_cache
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
+from passes.blocks import NotPeriodicError, blocks
 from passes.capture import capture
+from passes.moves import Run
 from passes.pipeline import compile_plan, on_mesh, prepare, space_of
 from passes.plan import Plan, assignment_of
-from passes.program import Program
+from passes.program import Program, Repeated
 from passes.proposals import Request
+from passes.recompute import Mode
 from passes.schedule import Schedule, play
 from passes.shorten import all_names, shorten
+from passes.tracks import Slot, Tracks
 from passes.words import unfold_names
 
 LAYERS = 11
 
 
 class Block(nn.Module):
-    """A residual MLP; every other one of `kinds` is wider."""
+    """A residual MLP; `post`: with a norm behind it, on the branch."""
 
-    def __init__(self, hidden: int, ffn: int) -> None:
+    def __init__(self, hidden: int, ffn: int, *, post: bool = False) -> None:
         super().__init__()
+        self.post = post
         self.norm = nn.LayerNorm(hidden)
         self.up = nn.Linear(hidden, ffn)
         self.down = nn.Linear(ffn, hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.post:  # scaled to a root mean square of 1, by ops that fuse
+            branch = self.down(torch.nn.functional.gelu(self.up(x))).float()
+            return x + (self.norm.weight * branch * branch.square().mean(-1, keepdim=True).rsqrt()).to(x.dtype)
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
 
 
 class Stack(nn.Module):
     """Blocks between an embedding and a head."""
 
-    def __init__(self, ffns: list[int], *, collects: bool = False) -> None:
+    def __init__(self, ffns: list[int], *, collects: bool = False, post: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(512, 256)
-        self.layers = nn.ModuleList(Block(256, ffn) for ffn in ffns)
+        self.layers = nn.ModuleList(Block(256, ffn, post=post) for ffn in ffns)
         self.head = nn.Linear(256, 512)
         self.collects = collects
 
@@ -53,9 +61,9 @@ class Stack(nn.Module):
 
 
 @lru_cache(maxsize=8)
-def program(*ffns: int, collects: bool = False) -> Program:
+def program(*ffns: int, collects: bool = False, post: bool = False) -> Program:
     with torch.device("meta"):
-        model = Stack(list(ffns), collects=collects).to(torch.bfloat16)
+        model = Stack(list(ffns), collects=collects, post=post).to(torch.bfloat16)
         ids = torch.empty(16, 128, dtype=torch.long)
     return prepare(capture(model, (ids, ids), {}, batch_dims=[0, 0], batch_size=16))
 
@@ -89,6 +97,20 @@ def test_a_few_layers_take_what_all_take(strategy: str, hardware: str, recompute
     assert sum(c.count * c.bytes for c in plan.collectives) == sum(c.bytes for c in played.collectives)
 
 
+@pytest.mark.parametrize("recompute", ["pointwise", "selective"])
+def test_norms_on_branches_make_no_chain_through_all_layers(recompute: Mode) -> None:
+    """The residual stream could be computed again from branches' results, which are kept for their norms; but all of
+    it at once, as backward begins, with every layer's parameters gathered. By hand: each layer's sum is kept, and no
+    more than two layers' parameters are whole at a time beside the head's."""
+    plan = compile_plan(
+        program(*[1024] * LAYERS, post=True), on_mesh("h100", (("dp", 16),)), (0,),
+        Request(strategy="fsdp", recompute=recompute),
+    )  # fmt: skip
+    layer, head, embed = 2 * (2 * 256 * 1024 + 1024 + 3 * 256), 2 * (256 * 512 + 512), 2 * 256 * 512
+    assert plan.breakdown.memory_bytes["gathered"] <= 2 * layer + head + embed
+    assert not any("computed again" in tensor.name and tensor.count > 2 for tensor in plan.breakdown.top_tensors)
+
+
 def test_layers_that_alternate_repeat_in_pairs() -> None:
     whole = program(*[512, 1024] * 6)
     (repeated,) = shorten(whole).repeated
@@ -98,6 +120,19 @@ def test_layers_that_alternate_repeat_in_pairs() -> None:
     played = layer_by_layer(whole, plan, request)
     assert plan.step_time_s == pytest.approx(played.step_time_s, rel=1e-9)
     assert plan.peak_memory_bytes == played.peak_memory_bytes
+
+
+def test_layers_that_give_other_results_are_not_alike() -> None:
+    """The copy of the unit gives two results where the others give one: such a plan is played layer by layer."""
+    graph = fx.Graph()
+    nodes = [graph.placeholder(f"layer{i}") for i in (0, 1, 4)]
+    for node, layer in zip(nodes, (0, 1, 4), strict=True):
+        node.meta["module"] = f"layers.{layer}"
+    items = tuple(Run(node, None, 0, "forward") for node in nodes)  # type: ignore[arg-type]
+    slots = tuple(Slot(node, 8, index, "") for index, node in enumerate((*nodes, nodes[1])))
+    found = Tracks(items, slots, ((), (), ()), ((0,), (1, 3), (2,)), {}, ())
+    with pytest.raises(NotPeriodicError):
+        blocks(found, (Repeated("layers", 1, 1, 2),), [[], [], [], []], frozenset())
 
 
 def test_a_plan_names_the_layers_that_are_not_in_its_graph() -> None:
