@@ -1,16 +1,17 @@
 """A model with fewer of its repeated layers: what costs are worked out on, where layers only repeat.
 
     layers        A A A A ... A      (or A B A B ..., or D D M M ... M)
-    prefixes      3 and 4            depths that are captured instead
+    prefixes      3 and 4            depths that are captured instead (6 and 8; 5 and 6)
     weights       how to combine them: cost(all) = sum(weight * cost(prefix))
 
-A cost that is linear in how many layers of each kind there are (seconds of a schedule, bytes at a moment) follows
-exactly from as many prefixes as there are unknowns. Layers are of one kind where their modules, the shapes of what
-they hold and their plain attributes (but for their index) are alike.
+A cost that is linear in how many layers of each kind there are, or in how often they follow each other (seconds of a
+schedule, bytes at a moment), follows exactly from as many prefixes as there are unknowns. Layers are of one kind where
+their modules, the shapes of what they hold and their plain attributes (but for their index) are alike.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,10 @@ from autopar.tree import copied
 from passes.layers import layer_patterns
 
 _LEAST = 3
-"""Layers of each kind in the shallowest prefix: the first and the last are not like those between them."""
+"""Layers in the shallowest prefix (of each kind, where kinds are counted): the first and the last are not like those
+between them."""
+_LEAST_MIXED = 5
+"""Of several kinds: a peak in the last two layers is told from one between them (`passes.depth`)."""
 
 
 @dataclass(frozen=True)
@@ -108,32 +112,61 @@ def _attributes(layer: nn.Module) -> dict[str, Any]:
 
 
 def _depths(kinds: Sequence[int]) -> tuple[list[int], list[float], list[float]] | None:
-    """Prefixes whose counts of each kind span those of the whole, with the weights of the whole and of nothing.
+    """Prefixes that tell the costs of all, with the weights of the whole and of nothing; None: the whole is as cheap.
 
-    None where so many are needed that the whole is as cheap.
+    What a layer costs depends on the one before it, so neighbours are counted where few prefixes span them: each ends
+    as the whole does. Kinds alone are counted where layers follow each other in too many ways for that.
     """
-    total = len(kinds)
-    counts = [[1.0, *(float(kinds[:depth].count(kind)) for kind in set(kinds))] for depth in range(total + 1)]
-    first = next(
+    return _spanning(kinds, *_neighbours(kinds)) or _spanning(kinds, *_alone(kinds))
+
+
+def _neighbours(kinds: Sequence[int]) -> tuple[list[list[float]], list[int]]:
+    """Per depth, how often each two kinds follow each other; the depths to choose from."""
+    pairs = list(itertools.pairwise(kinds))
+    among = sorted(set(pairs))
+    counts = [[float(pairs[: max(0, depth - 1)].count(pair)) for pair in among] for depth in range(len(kinds) + 1)]
+    least = [min(_LEAST - 1 if one == other else 1, pairs.count((one, other))) for one, other in among]
+    shallowest = _LEAST if len(set(kinds)) == 1 else _LEAST_MIXED
+    usable = [
         depth
-        for depth in range(1, total + 1)
-        if all(have >= min(_LEAST, want) for have, want in zip(counts[depth], counts[total], strict=True))
-    )
-    depths = [first]
-    for depth in range(first + 1, total):
-        weights = _weights([counts[d] for d in depths], counts[total])
+        for depth in range(shallowest, len(kinds))
+        if kinds[depth - 1] == kinds[-1] and all(have >= want for have, want in zip(counts[depth], least, strict=True))
+    ]
+    return counts, usable
+
+
+def _alone(kinds: Sequence[int]) -> tuple[list[list[float]], list[int]]:
+    """Per depth, how many layers of each kind there are; the depths to choose from."""
+    counts = [[float(kinds[:depth].count(kind)) for kind in sorted(set(kinds))] for depth in range(len(kinds) + 1)]
+    least = [min(_LEAST, count) for count in counts[-1]]
+    usable = [
+        depth
+        for depth in range(1, len(kinds))
+        if all(have >= want for have, want in zip(counts[depth], least, strict=True))
+    ]
+    return counts, usable
+
+
+def _spanning(
+    kinds: Sequence[int], counts: Sequence[Sequence[float]], usable: Sequence[int]
+) -> tuple[list[int], list[float], list[float]] | None:
+    """The shallowest of the `usable` depths whose `counts` span those of the whole, and the two weights."""
+    rows = [[1.0, *count] for count in counts]
+    depths: list[int] = []
+    for depth in usable:
+        if np.linalg.matrix_rank(np.array([rows[d] for d in (*depths, depth)])) > len(depths):
+            depths.append(depth)
+        weights = _weights([rows[d] for d in depths], rows[-1])
         if weights is not None:
             break
-        matrix = np.array([counts[d] for d in (*depths, depth)])
-        if np.linalg.matrix_rank(matrix) == len(depths) + 1:
-            depths.append(depth)
-    weights = _weights([counts[d] for d in depths], counts[total])
-    if weights is None or sum(depths) >= total:
+    else:
+        return None
+    if sum(depths) >= len(kinds):
         return None
     # Nothing of what repeats: layers of a kind that every prefix has in full stay.
-    nothing = [1.0, *(0.0 if len({counts[d][k] for d in depths}) > 1 else counts[first][k]
-                      for k in range(1, len(counts[0])))]  # fmt: skip
-    outside = _weights([counts[d] for d in depths], nothing)
+    held = [[1.0, *(float(kinds[:depth].count(kind)) for kind in sorted(set(kinds)))] for depth in depths]
+    nothing = [1.0, *(0.0 if len(set(each)) > 1 else each[0] for each in list(zip(*held, strict=True))[1:])]
+    outside = _weights(held, nothing)
     return (depths, weights, outside) if outside is not None else None
 
 

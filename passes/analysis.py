@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import fx
 from passes.dims import ExpandedOp, Unified, Value, expand, expanded_shape, is_getitem, outputs_of, unified, value_of
 from passes.discover import discover, form_of_rule
 from passes.errors import UnsupportedOpError
+from passes.flow import Flow, flow_of
 from passes.fusion import Fused, Traffic, traffic
 from passes.layers import Folding, fold
 from passes.program import Input, Output, Program
@@ -95,6 +97,11 @@ class Analysis:
     added_in: Mapping[Value, torch.dtype] = field(default_factory=dict)
     """Values on their way to parameters' gradients and nowhere else, whose partial sums are added in another dtype than
     theirs."""
+
+    @cached_property
+    def flow(self) -> Flow:
+        """Who reads what, by node."""
+        return flow_of(self.program, self.folding)
 
     def shape_of(self, value: Value) -> tuple[int, ...]:
         """Expanded shape of a value."""

@@ -82,13 +82,35 @@ def freed_and_kept(setup: Setup, profiler: Profiler, budget: float, *, either: b
 
 
 def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
-    """Seconds and bytes that a plan's setup cannot go below: its replica's step with state that costs no communication;
-    its share of the state at rest, and what the layers keep."""
+    """Seconds and bytes that a plan's setup cannot go below.
+
+    Seconds: its replica's step, slowed down by parameters gathered once and gradients reduced behind it. Bytes: its
+    share of the state at rest, and what is alive as forward ends, without gradients.
+    """
     found = profiler.profile(setup, replica=True)
     whole = found.whole
     update_s = whole["optimizer_s"] / setup.dp_shard
     at_rest_bytes = (whole["stored bytes"] + whole["states"]) / setup.dp_shard
-    return setup.accumulate * whole["micro_s"] + update_s, at_rest_bytes + found.layers * found.saved_bytes
+    forward_bytes = whole["alive.forward"] - whole["rest"] - found.outside["gradients"]
+    working_bytes = max(found.layers * found.saved_bytes, forward_bytes)
+    micro_s = whole["micro_s"] + _slowed_at_least_s(setup, found, profiler.hardware)
+    return setup.accumulate * micro_s + update_s, at_rest_bytes + working_bytes
+
+
+def _slowed_at_least_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
+    """What sharded state makes a micro-batch take longer: it takes its share of compute while it is sent, but for what
+    is sent while compute waits for activations anyway; or compute waits for it, which is longer."""
+    mesh = topology(hardware, {"dp_replicate": setup.dp_replicate, "dp_shard": setup.dp_shard, "tp": setup.tp})
+    size = found.whole["bytes"]
+    waits_s = found.total("exposed.activation.")
+    slowed_s = 0.0
+    for kinds, axis, sent in (
+        (("all_gather", "reduce_scatter"), 1, size),
+        (("all_reduce",), 0, size / setup.dp_shard),
+    ):
+        sent_s = sum(collective_s(kind, sent, (axis,), mesh) for kind in kinds) if mesh.sizes[axis] > 1 else 0.0
+        slowed_s += min(taken_shares((axis,), mesh)) * max(0.0, sent_s - waits_s) if sent_s else 0.0
+    return slowed_s
 
 
 def _rest_again_s(setup: Setup, found: Profile) -> float:

@@ -89,7 +89,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     words = Words(space)
     found["micro_s"], found["forward_s"] = schedule.micro_batch_s, schedule.forward_s
     found["optimizer_s"], found["slowed_s"] = schedule.optimizer_s, schedule.contention_s
-    within = laid.fused_again()
+    within = laid.fused_again
     for index, item in enumerate(laid.items):
         if isinstance(item, Run):
             cost = laid.costs[item.site]

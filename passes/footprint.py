@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from costmodel.memory import ALLOCATION_BYTES, AtRest, Buffer, OptimizerSpec, at_rest, peak
 from costmodel.reshard import Step
 from passes.blocks import Block
-from passes.dims import Value, value_of
+from passes.dims import Value
 from passes.fusion import Fused
 from passes.moves import Move, Run
 from passes.player import KINDS
@@ -260,7 +260,7 @@ class _Lives:
             death = None if index in forever else max(birth, last[index])
             item = tracks.items[slot.producer]
             again = isinstance(item, Run) and item.again
-            value = (value_of(slot.node, self.space.folding), again)
+            value = (self.space.analysis.flow.value[slot.node], again)
             if value not in names:
                 names[value] = self.words.value(slot.node) + (", computed again" if again else "")
             kind = self._kind(index, birth, death, gradients)

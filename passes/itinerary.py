@@ -15,11 +15,10 @@ from torch import fx
 from costmodel.layout import Layout
 from costmodel.reshard import Step
 from passes.buckets import bucketed
-from passes.dims import is_getitem, outputs_of, value_of
+from passes.dims import Value, outputs_of
 from passes.moves import Move, Run
 from passes.postpone import postponed
 from passes.price import conversion, given_state, stored_state
-from passes.rules.call import operand_nodes
 from passes.space import Space
 from passes.strategies import Option, StoredOption
 
@@ -36,25 +35,26 @@ class _Walk:
     def __init__(self, space: Space, assignment: Sequence[int]) -> None:
         self.space = space
         self.assignment = assignment
+        self.flow = space.analysis.flow
+        self.given: dict[fx.Node, Layout | StoredOption] = {}
+        self.forgotten: dict[fx.Node, bool] = {}
         self.seen: set[tuple[fx.Node, str, Layout | StoredOption]] = set()
         self.again: set[fx.Node] = set()
-        self.source_of: dict[fx.Node, fx.Node] = {}
-        self.memo: dict[tuple[object, ...], tuple[Step, ...]] = {}
+        self.memo: dict[tuple[Value, Layout | StoredOption, Layout | StoredOption], tuple[Step, ...]] = {}
 
     def items(self) -> Iterator[Run | Move]:
         wanted: dict[fx.Node, list[Returned]] = {}
         for leaving in returned(self.space, self.assignment):
             wanted.setdefault(leaving.node, []).append(leaving)
-        picked: dict[tuple[fx.Node, int], fx.Node] = {}
-        for node in self.space.program.graph.graph.nodes:
-            if is_getitem(node):
-                self.source_of[node] = picked.setdefault((node.args[0], node.args[1]), node)
-            elif node.op == "call_function":
+        operands = self.flow.operands
+        for node in self.flow.nodes:
+            if node in operands:
                 yield from self._run(node, again=False)
             for leaving in wanted.get(node, ()):  # at once: a gradient that waits is a full gradient in memory
-                if leaving.phase == "backward":
-                    yield from self._computed_again(node, leaving.target)
-                yield from self._move(node, leaving.target, leaving.phase, None, leaving.stores)
+                value = self.flow.source.get(node, node)
+                if leaving.phase == "backward" and self._is_gone(value, leaving.target):
+                    yield from self._computed_again(value)
+                yield from self._move(value, leaving.target, leaving.phase, None, leaving.stores)
 
     def _option(self, node: fx.Node) -> tuple[int, Option]:
         site = self.space.folding.of[node]
@@ -63,30 +63,37 @@ class _Walk:
         return site, option
 
     def _given(self, node: fx.Node) -> Layout | StoredOption:
-        value = value_of(node, self.space.folding)
-        site = self.space.sites[value.op]
-        return given_state(site, site.options[self.assignment[value.op]], value.result)
+        """How a value is there at first."""
+        found = self.given.get(node)
+        if found is None:
+            value = self.flow.value[node]
+            site = self.space.sites[value.op]
+            found = given_state(site, site.options[self.assignment[value.op]], value.result)
+            self.given[node] = found
+        return found
 
     def _run(self, node: fx.Node, *, again: bool) -> Iterator[Run | Move]:
         site, option = self._option(node)
-        run = Run(node, option, site, again)
-        for operand, layout in zip(operand_nodes(node), option.operands, strict=True):
-            if run.phase == "backward" and not again:
-                yield from self._computed_again(operand, layout)
-            yield from self._move(operand, layout, run.phase, node)
-        yield run
+        phase = "backward" if again else str(node.meta.get("phase", "forward"))
+        in_backward = phase == "backward" and not again
+        for operand, layout in zip(self.flow.operands[node], option.operands, strict=True):
+            if in_backward and self._is_gone(operand, layout):
+                yield from self._computed_again(operand)
+            yield from self._move(operand, layout, phase, node)
+        yield Run(node, option, site, phase, again)
 
     def _move(
         self, node: fx.Node, target: Layout | StoredOption, phase: str, reader: fx.Node | None, stores: bool = False
     ) -> Iterator[Move]:
-        node = self.source_of.get(node, node)
         source = self._given(node)
-        era = phase if isinstance(source, StoredOption) and self.space.recomputed.reshard else ""
-        if phase == "backward" and _op_of(node) in self.again:
-            era = phase
-        if source == target or (node, era, target) in self.seen or (node, "", target) in self.seen:
+        if source == target:
             return
-        value = value_of(node, self.space.folding)
+        era = phase if isinstance(source, StoredOption) and self.space.recomputed.reshard else ""
+        if phase == "backward" and self.flow.op[node] in self.again:
+            era = phase
+        if (node, era, target) in self.seen or (node, "", target) in self.seen:
+            return
+        value = self.flow.value[node]
         key = (value, source, target)
         if key not in self.memo:
             path = conversion(self.space, value, source, target)
@@ -99,16 +106,16 @@ class _Walk:
             return
         yield Move(node, source, target, self.memo[key], phase, era, reader, stores)
 
-    def _computed_again(self, node: fx.Node, layout: Layout | StoredOption) -> Iterator[Run | Move]:
-        """What has to run once more before backward can read `node` in `layout`."""
-        stack = [node] if self._is_gone(node, layout) else []
+    def _computed_again(self, node: fx.Node) -> Iterator[Run | Move]:
+        """What has to run once more before backward can read `node`, which is gone."""
+        stack = [node]
         while stack:
-            op = _op_of(self.source_of.get(stack[-1], stack[-1]))
+            op = self.flow.op[stack[-1]]
             if op in self.again:
                 stack.pop()
                 continue
             _, option = self._option(op)
-            operands = zip(operand_nodes(op), option.operands, strict=True)
+            operands = zip(self.flow.operands[op], option.operands, strict=True)
             missing = [operand for operand, where in operands if self._is_gone(operand, where)]
             if missing:
                 stack += reversed(missing)
@@ -119,20 +126,18 @@ class _Walk:
 
     def _is_gone(self, node: fx.Node, layout: Layout | StoredOption) -> bool:
         """Whether a forward value is not kept, nor computed again so far."""
-        node = self.source_of.get(node, node)
-        op = _op_of(node)
-        if op.op != "call_function" or op.meta.get("phase", "forward") != "forward" or op in self.again:
-            return False
-        value = value_of(node, self.space.folding)
-        recomputed = self.space.recomputed
-        if value.op not in recomputed.again or value in recomputed.held:
-            return False
-        return (node, "", layout) not in self.seen
+        forgotten = self.forgotten.get(node)
+        if forgotten is None:
+            forgotten = self.forgotten[node] = self._is_forgotten(node)
+        return forgotten and self.flow.op[node] not in self.again and (node, "", layout) not in self.seen
 
-
-def _op_of(node: fx.Node) -> fx.Node:
-    """The op that gives a value: of a result that is picked from several, the op that gives them all."""
-    return node.args[0] if is_getitem(node) else node  # type: ignore[return-value]
+    def _is_forgotten(self, node: fx.Node) -> bool:
+        """Whether a value is one of forward's that the plan does not keep."""
+        op = self.flow.op[node]
+        if op.op != "call_function" or op.meta.get("phase", "forward") != "forward":
+            return False
+        value, recomputed = self.flow.value[node], self.space.recomputed
+        return value.op in recomputed.again and value not in recomputed.held
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,16 @@ from costmodel.reshard import Step
 from passes.strategies import Option, StoredOption
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Run:
-    """An op runs under `option`; `again`: a forward op in backward, whose results only backward finds."""
+    """An op runs under `option` in one half of the step (`phase`); `again`: a forward op in backward, whose results
+    only backward finds."""
 
     node: fx.Node
     option: Option
     site: int
+    phase: str
     again: bool = False
-
-    @property
-    def phase(self) -> str:
-        """The half of the step it runs in."""
-        return "backward" if self.again else str(self.node.meta.get("phase", "forward"))
 
     @property
     def era(self) -> str:
@@ -31,7 +28,7 @@ class Run:
         return "backward" if self.again else ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Move:
     """`value` goes through `steps` to `target`; later readers in the same `era` find it there.
 

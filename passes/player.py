@@ -180,7 +180,7 @@ class Player:
         self.words = words
         self.tracks = found
         self.issue = issue_points(space, words, found)
-        self.fused = found.fused_again()
+        self.fused = found.fused_again
         self.by_parts = by_parts(space, found)
         self.blocks = blocks(found, space.program.repeated, self.issue, self.fused)
         self.passes: dict[Block, list[float]] = {}

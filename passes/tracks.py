@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -16,11 +17,10 @@ from torch import fx
 
 from costmodel.compute import op_s
 from costmodel.layout import Layout, Partial, Replicate, local_shape
-from passes.dims import Value, is_getitem, value_of
+from passes.dims import Value
 from passes.itinerary import itinerary, returned
 from passes.moves import Move, Run
 from passes.price import given_state, option_local_shapes
-from passes.rules.call import operand_nodes
 from passes.space import Space
 from passes.strategies import Option, StoredOption
 from passes.work import INLINED, VIEWS, work_of
@@ -68,6 +68,7 @@ class Tracks:
     leaving: tuple[tuple[int, str, bool], ...]
     """What the step gives: slot, phase, and whether it is a parameter's gradient."""
 
+    @cached_property
     def fused_again(self) -> frozenset[int]:
         """Items that compute a pointwise op again within the ops that read it: what those read costs no more for it."""
         found = set()
@@ -86,14 +87,13 @@ class Tracks:
 
 def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
     """Number the tensors of the plan that gives site i option `assignment[i]`."""
-    folding = space.folding
     slots: list[Slot] = []
     at: dict[tuple[fx.Node, str, Layout | StoredOption], int] = {}
     reads: list[tuple[int, ...]] = []
     writes: list[tuple[int, ...]] = []
     costs: dict[int, OpCost] = {}
     moved_bytes: dict[tuple[Value, Layout | StoredOption], int] = {}
-    source_of, picked = _picks(space.program.graph.graph)
+    flow = space.analysis.flow
 
     def slot(node: fx.Node, era: str, where: Layout | StoredOption, size: int, producer: int) -> int:
         at[node, era, where] = len(slots)
@@ -107,12 +107,11 @@ def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
         return moved_bytes[key]
 
     def find(node: fx.Node, era: str, where: Layout | StoredOption) -> int:
-        node = source_of.get(node, node)
         found = at.get((node, era, where))
         if found is None:
             found = at.get((node, "", where))
         if found is None:
-            value = value_of(node, folding)
+            value = flow.value[node]
             site = space.sites[value.op]
             assert site.kind != "op", f"{node.name}: read as {where} before it is there"
             assert where == given_state(site, site.options[assignment[value.op]], 0), f"{node.name}: not at {where}"
@@ -125,7 +124,7 @@ def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
         if isinstance(item, Move):
             source = find(item.value, item.era, item.source)
             reads.append((source,))
-            value = value_of(item.value, folding)
+            value = flow.value[item.value]
             made = slot(item.value, item.era, item.target, bytes_of(value, item.target), index)
             slots[made].gathered = space.sites[value.op].kind == "stored" and item.reader is not None
             writes.append((made,))
@@ -133,31 +132,22 @@ def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
         cost = costs.get(item.site)
         if cost is None:
             cost = costs[item.site] = op_cost(space, item.site, item.option)
-        operands = operand_nodes(item.node)
+        operands = flow.operands[item.node]
         reads.append(tuple(find(x, item.phase, where) for x, where in zip(operands, item.option.operands, strict=True)))
         made_here = []
         if len(cost.result_bytes) > 1 or isinstance(item.node.meta["val"], list | tuple):
             for result, size in enumerate(cost.result_bytes):
-                node = picked.get((item.node, result))
+                node = flow.picked.get((item.node, result))
                 if node is not None:
                     made_here.append(slot(node, item.era, item.option.results[result], size, index))
         elif cost.result_bytes:
             made_here.append(slot(item.node, item.era, item.option.results[0], cost.result_bytes[0], index))
         writes.append(tuple(made_here))
-    leaving = tuple(
-        (find(out.node, out.phase, out.target), out.phase, out.stores) for out in returned(space, assignment)
-    )
-    return Tracks(items, tuple(slots), tuple(reads), tuple(writes), costs, leaving)
-
-
-def _picks(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[tuple[fx.Node, int], fx.Node]]:
-    """For each getitem the first of its kind, and that by (op, result)."""
-    source_of: dict[fx.Node, fx.Node] = {}
-    picked: dict[tuple[fx.Node, int], fx.Node] = {}
-    for node in graph.nodes:
-        if is_getitem(node):
-            source_of[node] = picked.setdefault((node.args[0], node.args[1]), node)
-    return source_of, picked
+    leaving = []
+    for out in returned(space, assignment):
+        found = find(flow.source.get(out.node, out.node), out.phase, out.target)
+        leaving.append((found, out.phase, out.stores))
+    return Tracks(items, tuple(slots), tuple(reads), tuple(writes), costs, tuple(leaving))
 
 
 def part_bytes(space: Space, value: Value, where: Layout | StoredOption) -> int:

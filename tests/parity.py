@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +72,18 @@ def eager(
     else:
         tangent = None
         out["loss"].backward()
-        outputs = {name: x.detach() for name, x in out.items() if isinstance(x, torch.Tensor)}
-        lists = {name: x for name, x in out.items() if isinstance(x, tuple)}
-        outputs |= {f"{name}.{i}": x.detach() for name, items in lists.items() for i, x in enumerate(items)}
+        outputs = dict(_named(out, ""))
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return outputs, tangent, gradients
+
+
+def _named(out: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a model's output by their places, e.g. `past.0.key`."""
+    if isinstance(out, torch.Tensor):
+        yield name, out.detach()
+    elif isinstance(out, Mapping | tuple | list):
+        for key, value in out.items() if isinstance(out, Mapping) else enumerate(out):
+            yield from _named(value, f"{name}.{key}" if name else str(key))
 
 
 def errors(model: nn.Module, local: LocalProgram, kwargs: Mapping[str, Any], args: tuple[Any, ...] = ()) -> Errors:

@@ -51,7 +51,9 @@ def test_a_preset_has_the_published_number_of_parameters(name: str) -> None:
     model = load_model(name).model
     assert sum(p.numel() for p in model.parameters()) == (PUBLISHED | COUNTED)[name]
     assert {str(p.device) for p in model.parameters()} == {"meta"}
-    assert {str(p.dtype) for p in model.parameters()} == {"torch.bfloat16"}
+    # Some versions of transformers keep routers in fp32.
+    low = {str(p.dtype) for n, p in model.named_parameters() if ".mlp.gate." not in n}
+    assert low == {"torch.bfloat16"}
     assert model.training
 
 

@@ -9,10 +9,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import autopar
 from autopar.profiling import Captures, Profiler
-from autopar.shallow import Shallow, _depths, shallow
+from autopar.shallow import Prefix, Shallow, _depths, shallow
 from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
-from passes.depth import PLACES
+from passes.depth import PLACES, Profile
 from passes.setup import Setup
 
 LAYERS = 9
@@ -56,6 +56,49 @@ def test_few_layers_tell_what_all_take(setup: Setup, replica: bool) -> None:
         if name.startswith(("compute.", "exposed.")) or name in ("micro_s", "elements", "boundary", "optimizer_s"):
             assert few.whole.get(name, 0.0) == pytest.approx(value, rel=1e-6, abs=1e-9), name
     assert few.peak_bytes == pytest.approx(many.peak_bytes, rel=0.02)
+
+
+class Mixed(nn.Module):
+    """Residual MLPs with a norm on the branch, wide or narrow, between an embedding and a head."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(512, 256)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(256, width), nn.GELU(), nn.Linear(width, 256), nn.LayerNorm(256))
+            for width in widths
+        )
+        self.head = nn.Linear(256, 512)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), labels.flatten())
+
+
+@pytest.mark.parametrize(
+    ("widths", "depths"), [([512, 512, 2048] * 7 + [512], [5, 7, 8]), ([512, 2048] * 8, [6, 8])], ids=["aab", "ab"]
+)
+@pytest.mark.parametrize("setup", [Setup(dp_shard=8, micro_batch=2), Setup(dp_shard=2, tp=4, recompute="full")])
+def test_layers_that_alternate_are_told_from_few(widths: list[int], depths: list[int], setup: Setup) -> None:
+    """Against the whole model played: narrow layers hide less of the next one's gather, so neighbours matter."""
+
+    def profile(captures: Captures) -> Profile:
+        return Profiler(captures, hardware("h100"), OPTIMIZERS["adamw-master"]).profile(setup, replica=False)
+
+    with torch.device("meta"):
+        model = Mixed(widths).to(torch.bfloat16)
+    captures, whole = Captures(model, inputs), Captures(model, inputs)
+    assert [prefix.layers for prefix in captures.shallow.prefixes] == depths
+    whole.shallow = Shallow((Prefix(model, len(widths), 1.0, 0.0),), len(widths))
+    few, many = profile(captures), profile(whole)
+    for name, value in many.whole.items():
+        if not name.startswith("alive."):
+            timed = name.startswith(("exposed", "hidden")) or name in ("micro_s", "forward_s", "slowed_s")
+            near = 2e-3 * many.whole["micro_s"] if timed else 1e-9
+            assert few.whole.get(name, 0.0) == pytest.approx(value, rel=1e-6, abs=near), name
+    assert few.peak_bytes == pytest.approx(many.peak_bytes, rel=0.01)
 
 
 def test_alike_layers_need_two_depths() -> None:

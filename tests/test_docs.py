@@ -156,6 +156,11 @@ def is_training(printed: str, *, learns: bool) -> bool:
     return len(losses) > 1 and (not learns or (5 < losses[0] < 6.5 and losses[-1] < losses[0] - 0.3))
 
 
+def without_lines(report: str) -> str:
+    """Without the line numbers of places in a model's source, which differ by its version."""
+    return re.sub(r"(\.py):\d+", r"\1", report)
+
+
 LONG = ("autopar search", "autopar calibrate")
 """Of the README's, half a minute of a core each; other pages and tests run these commands on smaller models."""
 
@@ -177,7 +182,8 @@ def test_the_readmes_commands_work(
     if os.environ.get("AUTOPAR_README"):
         (ROOT / "README.md").write_text(readme.replace(shown, cut_short(printed)))
     else:
-        assert shown == cut_short(printed), "AUTOPAR_README=1 writes the report into the README as it is now"
+        now = cut_short(printed)
+        assert without_lines(shown) == without_lines(now), "AUTOPAR_README=1 writes the report into the README"
 
 
 def cut_short(report: str) -> str:

@@ -70,7 +70,7 @@ class Tape:
         site = len(self.items)
         self.costs[site] = OpCost(seconds, kind, "kernel", (0,))
         made = self.slot(site)
-        self.items.append(Run(node, None, site))  # type: ignore[arg-type]
+        self.items.append(Run(node, None, site, phase))  # type: ignore[arg-type]
         self.reads.append(reads)
         self.writes.append((made,))
         return made
