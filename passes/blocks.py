@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-from torch import fx
+from itertools import pairwise
 
 from passes.moves import Move, Run
 from passes.program import Repeated
@@ -62,18 +61,20 @@ def blocks(
         for phase in phases:
             before, unit, behind = _ranges(labels, each, phase)
             first = first or before
+            own = [_own(tracks, items, each) for items in (before, unit, behind)]
+            if own[1] != list(unit):
+                raise NotPeriodicError("a layer that stands for others computes again what all share")
             back: dict[int, int] = {}
-            for earlier, later in ((before, unit), (unit, behind)):
+            for earlier, later in pairwise(own):
                 if [len(tracks.writes[i]) for i in earlier] != [len(tracks.writes[j]) for j in later]:
                     raise NotPeriodicError("layers have different numbers of ops and moves")
                 for i, j in zip(earlier, later, strict=True):
                     back |= dict(zip(tracks.writes[j], tracks.writes[i], strict=True))
-            _check(tracks, (before, unit), back, maps, first)
-            _check(tracks, (unit, behind), back, maps, first)
-            same = [[x - before.start for x in issue[i]] for i in before] == [
-                [x - unit.start for x in issue[i]] for i in unit
-            ] and [i - before.start in fused for i in before] == [i - unit.start in fused for i in unit]
-            if not same:
+            for earlier, later in pairwise(own):
+                _check(tracks, (earlier, later), back, maps, first)
+            # what all share, computed in the copy before, may part the moves around it
+            other, items = (own[0], before) if len(own[0]) == len(before) else (own[2], behind)
+            if _placed(other, items, issue, fused) != _placed(own[1], unit, issue, fused):
                 raise NotPeriodicError(f"{each.stack}: layers issue their collectives at different places")
             maps |= back
             found.append(Block(phase, unit.start, unit.stop, each.more, back, before, behind))
@@ -82,14 +83,7 @@ def blocks(
 
 def _label(item: Run | Move, repeated: Repeated) -> tuple[str, int] | None:
     """(phase, layer) of an item, -1 outside the layers; None for what runs again, which goes with what comes next."""
-    node = item.node if isinstance(item, Run) else item.reader or item.value
-    again = item.again if isinstance(item, Run) else _is_for_again(item)
-    return None if again else (item.phase, repeated.layer(node.meta.get("module", "")))
-
-
-def _is_for_again(move: Move) -> bool:
-    reader: fx.Node | None = move.reader
-    return reader is not None and move.phase == "backward" and reader.meta.get("phase", "forward") == "forward"
+    return None if _is_again(item) else (item.phase, _layer(item, repeated))
 
 
 def _ranges(labels: Sequence[tuple[str, int] | None], repeated: Repeated, phase: str) -> tuple[range, range, range]:
@@ -118,8 +112,41 @@ def _bounds(labels: Sequence[tuple[str, int] | None], phase: str, layers: range)
     return range(start, mine[-1] + 1)
 
 
+def _own(tracks: Tracks, items: range, repeated: Repeated) -> list[int]:
+    """The items of a copy without those that compute again what is no layer's of it (rotary positions), right before
+    the first that reads it: later copies find it there."""
+    layers = {_layer(tracks.items[i], repeated) for i in items if not _is_again(tracks.items[i])}
+    return [i for i in items if not _is_again(tracks.items[i]) or _layer(tracks.items[i], repeated) in layers]
+
+
+def _layer(item: Run | Move, repeated: Repeated) -> int:
+    node = item.node if isinstance(item, Run) else item.reader or item.value
+    return repeated.layer(node.meta.get("module", ""))
+
+
+def _is_again(item: Run | Move) -> bool:
+    """Whether an item is a forward op that runs again in backward, or a move for one."""
+    if isinstance(item, Run):
+        return item.again
+    reader = item.reader
+    return reader is not None and item.phase == "backward" and reader.meta.get("phase", "forward") == "forward"
+
+
+def _placed(
+    own: Sequence[int], items: range, issue: Sequence[Sequence[int]], fused: frozenset[int]
+) -> list[tuple[list[int], bool]]:
+    """Per own item of a copy, the moves issued before it, as counted from there, and whether it is fused."""
+    number = {item: place for place, item in enumerate(own)}
+    behind = len(own) - items.stop
+    return [([number.get(move, move + behind) for move in issue[item]], item in fused) for item in own]
+
+
 def _check(
-    tracks: Tracks, pair: tuple[range, range], back: Mapping[int, int], maps: Mapping[int, int], lowest: range
+    tracks: Tracks,
+    pair: tuple[Sequence[int], Sequence[int]],
+    back: Mapping[int, int],
+    maps: Mapping[int, int],
+    lowest: range,
 ) -> None:
     """That two copies do the same with what lies alike around them; `lowest`: the first copy's items in forward.
 
@@ -142,10 +169,10 @@ def _check(
         for a, b in zip(tracks.reads[i], tracks.reads[j], strict=True):
             made, other_made = tracks.slots[a].producer, tracks.slots[b].producer
             there = made < 0 and other_made < 0  # parameters, say: there all step long
-            entering = (made < first.start and other_made in first) or (made in lowest and other_made < lowest.start)
+            entering = (made < first[0] and other_made in first) or (made in lowest and other_made < lowest.start)
             if not (a == b or there or entering or back.get(b) == a or maps.get(b) == a or maps.get(a) == b):
                 raise NotPeriodicError(f"{one} and {other} do not read alike")
 
 
-def _bucket(tracks: Tracks, items: range) -> int:
+def _bucket(tracks: Tracks, items: Sequence[int]) -> int:
     return next((x.bucket for x in (tracks.items[i] for i in items) if isinstance(x, Move) and x.bucket >= 0), 0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -58,6 +59,8 @@ class _Stack:
     stored: Mapping[fx.Node, tuple[Position, ...]]
     """Node -> the parameters whose gradient it is."""
     layers: int
+    makers: AbstractSet[int]
+    """Layers that make what layers far behind them read too (rotary positions): that is no node of theirs."""
 
 
 def _shortened(program: Program, name: str) -> Program:
@@ -87,6 +90,7 @@ def _stack(program: Program, name: str) -> _Stack | None:
     nodes: dict[tuple[Phase, int], list[fx.Node]] = defaultdict(list)
     inputs: dict[fx.Node, Any] = {}
     by_name: dict[str, Position] = {}
+    makers: set[int] = set()
     given = iter(program.inputs)
     for node in program.graph.graph.nodes:
         if node.op == "output":
@@ -97,6 +101,9 @@ def _stack(program: Program, name: str) -> _Stack | None:
             inputs[node] = replace(one, name=one.name.removeprefix(f"{name}.{number}.")), facts_of(node.meta.get("val"))
         else:
             number, phase = layer(node.meta.get("module", "")), node.meta.get("phase", "forward")
+            if number >= 0 and any(layer(x.meta.get("module", "")) - number > _LONGEST_UNIT for x in node.users):
+                makers.add(number)
+                number = -1
         if number >= 0:
             members = nodes[phase, number]
             of[node] = (phase, number, len(members))
@@ -110,7 +117,7 @@ def _stack(program: Program, name: str) -> _Stack | None:
     for out, node in zip(program.outputs, _results(program), strict=True):
         if out.kind == "gradient" and out.name in by_name and isinstance(node, fx.Node):
             stored[node].append(by_name[out.name])
-    return _Stack(of, nodes, inputs, {node: tuple(places) for node, places in stored.items()}, layers)
+    return _Stack(of, nodes, inputs, {node: tuple(places) for node, places in stored.items()}, layers, makers)
 
 
 def _results(program: Program) -> Sequence[Any]:
@@ -148,7 +155,7 @@ def _signature(stack: _Stack, layer: int, unit: int) -> tuple[object, ...]:
             return told((value.start, value.stop, value.step))
         return str(value)
 
-    found: list[object] = []
+    found: list[object] = [layer in stack.makers]
     inside: dict[str, str] = {}
     for phase in ("given", "forward", "backward"):
         for node in stack.nodes.get((phase, layer), ()):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+import passes.pipeline
 from passes.blocks import NotPeriodicError, blocks
 from passes.capture import capture
 from passes.moves import Run
@@ -25,16 +26,19 @@ LAYERS = 11
 
 
 class Block(nn.Module):
-    """A residual MLP; `post`: with a norm behind it, on the branch."""
+    """A residual MLP; `post`: with a norm behind it, on the branch; `waves`: times a wave over positions."""
 
-    def __init__(self, hidden: int, ffn: int, *, post: bool = False) -> None:
+    def __init__(self, hidden: int, ffn: int, *, post: bool = False, waves: bool = False) -> None:
         super().__init__()
         self.post = post
+        self.waves = waves
         self.norm = nn.LayerNorm(hidden)
         self.up = nn.Linear(hidden, ffn)
         self.down = nn.Linear(ffn, hidden)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, waves: torch.Tensor) -> torch.Tensor:
+        if self.waves:
+            return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x * waves[:, None]))))
         if self.post:  # scaled to a root mean square of 1, by ops that fuse
             branch = self.down(torch.nn.functional.gelu(self.up(x))).float()
             return x + (self.norm.weight * branch * branch.square().mean(-1, keepdim=True).rsqrt()).to(x.dtype)
@@ -44,26 +48,27 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Blocks between an embedding and a head."""
 
-    def __init__(self, ffns: list[int], *, collects: bool = False, post: bool = False) -> None:
+    def __init__(self, ffns: list[int], *, collects: bool = False, post: bool = False, waves: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(512, 256)
-        self.layers = nn.ModuleList(Block(256, ffn, post=post) for ffn in ffns)
+        self.layers = nn.ModuleList(Block(256, ffn, post=post, waves=waves and ffn > 512) for ffn in ffns)
         self.head = nn.Linear(256, 512)
         self.collects = collects
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         x, seen = self.embed(ids), []
+        waves = torch.arange(ids.shape[1], device=ids.device).float().sin().to(x.dtype)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, waves)
             seen.append(x.mean())
         loss = torch.nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), labels.flatten())
         return loss + torch.stack(seen).sum() if self.collects else loss
 
 
 @lru_cache(maxsize=8)
-def program(*ffns: int, collects: bool = False, post: bool = False) -> Program:
+def program(*ffns: int, collects: bool = False, post: bool = False, waves: bool = False) -> Program:
     with torch.device("meta"):
-        model = Stack(list(ffns), collects=collects, post=post).to(torch.bfloat16)
+        model = Stack(list(ffns), collects=collects, post=post, waves=waves).to(torch.bfloat16)
         ids = torch.empty(16, 128, dtype=torch.long)
     return prepare(capture(model, (ids, ids), {}, batch_dims=[0, 0], batch_size=16))
 
@@ -120,6 +125,22 @@ def test_layers_that_alternate_repeat_in_pairs() -> None:
     played = layer_by_layer(whole, plan, request)
     assert plan.step_time_s == pytest.approx(played.step_time_s, rel=1e-9)
     assert plan.peak_memory_bytes == played.peak_memory_bytes
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "megatron"])
+def test_what_wide_layers_share_is_made_once(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first wide layer makes it in forward; backward makes it again for the last, behind a narrow one: neither is
+    like its copies, and the rest still repeats."""
+    whole = program(*[512, 512, 1024] * 8, 512, waves=True)
+    (repeated,) = shorten(whole).repeated
+    assert (repeated.length, repeated.more) == (3, 4)
+    monkeypatch.setattr(passes.pipeline, "NotPeriodicError", KeyboardInterrupt)  # no way out: it has to be played short
+    request = Request(strategy=strategy)
+    plan = compile_plan(whole, on_mesh("h100", (("dp", 16), ("tp", 2))), (0,), request)
+    played = layer_by_layer(whole, plan, request)
+    assert plan.step_time_s == pytest.approx(played.step_time_s, rel=1e-9)
+    assert plan.peak_memory_bytes == played.peak_memory_bytes
+    assert len(plan.collectives) < len(played.collectives) / 2
 
 
 def test_layers_that_give_other_results_are_not_alike() -> None:
