@@ -96,7 +96,14 @@ def model_of(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
             use_cache=False,
         )  # fmt: skip
         return hf.MixtralForCausalLM(config), {"input_ids": ids, "labels": ids}
-    raise ValueError(f"unknown model {name!r}; known are llama, gpt2, t5, mixtral")
+    if name == "gemma3":  # norms on branches, windows in all layers but every third
+        config = hf.Gemma3TextConfig(
+            **{**shape, "num_hidden_layers": 6}, intermediate_size=704, num_key_value_heads=4, head_dim=32,
+            sliding_window=128, layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            use_cache=False,
+        )  # fmt: skip
+        return hf.Gemma3ForCausalLM(config), {"input_ids": ids, "labels": ids}
+    raise ValueError(f"unknown model {name!r}; known are llama, gpt2, t5, mixtral, gemma3")
 
 
 # --- one rank ---------------------------------------------------------------------------------------------------------
@@ -182,7 +189,7 @@ def cases() -> list[Case]:
     meshes = {"ddp": dp, "fsdp": dp, "megatron": tp, "auto": both}
     every = [
         Case(model, strategy, mesh, compile)
-        for model in ("llama", "gpt2", "t5", "mixtral")
+        for model in ("llama", "gpt2", "t5", "mixtral", "gemma3")
         for compile in (False, True)
         for strategy, mesh in meshes.items()
     ]
