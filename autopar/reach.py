@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from autopar.leads import Way, is_enough
+from autopar.leads import is_enough
 from passes.candidate import Estimate, Profiler, freed_and_kept, lower_bound
 from passes.setup import Setup
 
@@ -19,13 +19,13 @@ from passes.setup import Setup
 class Times:
     """The fastest step that fits with sharded state alone, and with each other kind of way that splits the model."""
 
-    state: Way | None = None
-    others: tuple[Way, ...] = ()
+    state_s: float | None = None
+    others_s: tuple[float, ...] = ()
 
     @property
     def enough(self) -> bool:
         """Whether sharded state fits and is chosen."""
-        return is_enough(self.state, self.others)
+        return is_enough(self.state_s, self.others_s)
 
 
 _HALVINGS = 4
@@ -69,7 +69,7 @@ def reach_down(gpus: int, batch: int, node: int, times: Callable[[int], Times]) 
         if batch % count:
             continue
         here = times(count)
-        if here.state is None:
+        if here.state_s is None:
             return None
         if here.enough:
             return Reach(count, here, beyond, past)
@@ -102,10 +102,9 @@ def times_of(
     def priced(setups: Iterable[Setup]) -> list[Estimate]:
         return [each for setup in setups for each in freed_and_kept(setup, profiler, budget, either=either)]
 
-    def fastest(found: Iterable[Estimate]) -> tuple[Way, ...]:
-        fitting = [each for each in found if each.peak_bytes <= budget]
-        best = min(fitting, key=lambda each: each.step_s, default=None)
-        return (Way(best.step_s, best.hidden_s, best.seconds.get("slowed", 0.0)),) if best else ()
+    def fastest(found: Iterable[Estimate]) -> tuple[float, ...]:
+        steps_s = [each.step_s for each in found if each.peak_bytes <= budget]
+        return (min(steps_s),) if steps_s else ()
 
     found = priced(others)
     staged = [each for each in found if each.setup.pp > 1]

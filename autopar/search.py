@@ -22,7 +22,6 @@ from torch import nn
 
 from autopar import examples
 from autopar.api import check_options
-from autopar.leads import Way
 from autopar.options import Options, Recompute
 from autopar.profiling import Captures, Profiler
 from autopar.ranking import NEAREST, ranking_table, ranking_text
@@ -75,11 +74,6 @@ class Candidate:
     @property
     def priced_only(self) -> tuple[str, ...]:
         return self.setup.priced_only
-
-    @property
-    def way(self) -> Way:
-        """What the verdict compares."""
-        return Way(self.step_time_s, self.hidden_s, self.seconds.get("slowed", 0.0))
 
     @property
     def mesh(self) -> dict[str, int]:

@@ -5,11 +5,11 @@ Each answer stands with the figures it follows from, so that who disagrees can s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from autopar.leads import ENOUGH, LEAST_HIDDEN, MEASURED_ERROR, Way, chosen, close
+from autopar.leads import ENOUGH, MEASURED_ERROR, chosen, close
 from autopar.profiling import Profiler
 from autopar.reach import Reach, Times, reach_down, reach_up
 from costmodel.memory import gib
@@ -39,8 +39,6 @@ class Priced(Protocol):
     def seconds(self) -> Any: ...
     @property
     def hidden_s(self) -> float: ...
-    @property
-    def way(self) -> Way: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def verdict(
     offloaded = best(lambda s: s.offload)
     found_ways = zip(_SIMPLEST_FIRST, (state, computation, pipeline), strict=True)
     resident: dict[Answer, Priced] = {name: c for name, c in found_ways if c is not None}
-    ways = {name: c.way for name, c in resident.items()}
+    ways = {name: c.step_time_s for name, c in resident.items()}
     text: list[str] = []
     answer: Answer = chosen(ways) if ways else "offload" if offloaded else "nothing"
     tied = tuple(close(ways)) if ways else ()
@@ -98,7 +96,7 @@ def verdict(
             )
     elif answer == "state":
         assert state is not None
-        fastest = min(way.step_s for way in ways.values())
+        fastest = min(ways.values())
         text.append(
             f"Sharding the state (FSDP2) is enough: {_s(state.step_time_s)} a step{_beside(state, fastest)} in "
             f"{gib(state.peak_memory_bytes)} of {gib(budget)}; {_share(state, 'exposed state')} of the step waits "
@@ -108,14 +106,14 @@ def verdict(
         assert computation is not None
         text.append(
             f"Sharding the computation (tensor and sequence parallelism over {computation.setup.tp}) "
-            f"{'is safer' if 'state' in tied else 'is needed'}: {_s(computation.step_time_s)} a step"
+            f"{'is a little faster' if 'state' in tied else 'is needed'}: {_s(computation.step_time_s)} a step"
             f"{_against(state, computation)}."
         )
     else:
         assert pipeline is not None
         simpler = min((c for c in (state, computation) if c), key=lambda c: c.step_time_s, default=None)
         text.append(
-            f"A pipeline {'is safer' if len(tied) > 1 else 'pays'}: {_stages(pipeline.setup)} take "
+            f"A pipeline {'is a little faster' if len(tied) > 1 else 'pays'}: {_stages(pipeline.setup)} take "
             f"{_s(pipeline.step_time_s)} a step (priced only){_against(simpler, pipeline)}."
         )
     if len(tied) > 1:
@@ -149,16 +147,14 @@ def _share(candidate: Priced, name: str) -> str:
     return f"{candidate.seconds.get(name, 0.0) / candidate.step_time_s:.0%}"
 
 
-def _too_close(ways: dict[Answer, Way], answer: Answer) -> str:
+def _too_close(ways: Mapping[Answer, float], answer: Answer) -> str:
     """That predictions cannot tell these apart, and what chose one of them."""
-    told = ", ".join(f"{_NAMES[name]} {_s(way.step_s)}" for name, way in ways.items())
-    stressed = ", ".join(_s(way.stressed_s) for way in ways.values())
-    least = min(ways, key=lambda name: ways[name].stressed_s)
-    why = "it depends least on overlap" if answer == least else f"it is the simplest within {ENOUGH:.0%} of the least"
+    told = ", ".join(f"{_NAMES[name]} {_s(step_s)}" for name, step_s in ways.items())
+    fastest = ways[answer] == min(ways.values())
+    why = "the fastest" if fastest else f"the simplest within {ENOUGH:.0%} of the fastest"
     return (
-        f"Too close to call: {told}; predictions are off by {MEASURED_ERROR:.0%} on average. Did only "
-        f"{LEAST_HIDDEN:.0%} of what is sent hide, as in a published run, they would take {stressed}: "
-        f"{_NAMES[answer]} is chosen, as {why}."
+        f"Too close to call: {told}; predictions are off by {MEASURED_ERROR:.0%} on average. The choice is "
+        f"{_NAMES[answer]}, {why}."
     )
 
 
@@ -248,12 +244,13 @@ def _rests_on_overlap(state: Priced, pipeline: Priced) -> list[str]:
     """Where a pipeline would be faster if sharded state waited for what it sends, as ZeRO-3 once did: by how much.
 
     Nothing where the pipeline is as much faster already: what chose is said where they are too close to call."""
-    waiting_s = state.step_time_s + state.hidden_s
+    gained_s = state.hidden_s - state.seconds.get("slowed", 0.0)
+    waiting_s = state.step_time_s + gained_s
     if not state.step_time_s < pipeline.step_time_s * (1 + ENOUGH) < waiting_s:
         return []
     compute_s = sum(state.seconds.get(name, 0.0) for name in ("compute", "recompute", "slowed"))
     spare_s = pipeline.step_time_s * (1 + ENOUGH) - state.step_time_s
-    hidden = 1 - spare_s / state.hidden_s
+    hidden = 1 - spare_s / gained_s
     return [
         f"This rests on overlap: gathers and reductions take {_s(state.hidden_s)} behind {_s(compute_s)} of compute, "
         f"{state.hidden_s / compute_s:.0%} of it. It stays enough as long as {hidden:.0%} of them hide. Were none "
@@ -266,11 +263,11 @@ def _reach_text(reach: Reach, gpus: int, batch: int) -> str:
     """Up to how many GPUs it is enough, with both times there, and both where it is not."""
 
     def told(times: Times | None) -> str:
-        if times is None or times.state is None:
+        if times is None or times.state_s is None:
             return ""
-        other_s = min((way.step_s for way in times.others), default=None)
+        other_s = min(times.others_s, default=None)
         other = f"the fastest other way {_s(other_s)}" if other_s is not None else "and no other that was tried fits"
-        return f" ({_s(times.state.step_s)} a step, {other})"
+        return f" ({_s(times.state_s)} a step, {other})"
 
     still = "stays enough" if reach.gpus >= gpus else "is enough"
     last = f", where each has one sample{told(reach.times)}" if reach.gpus == batch else told(reach.times)

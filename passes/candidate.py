@@ -157,15 +157,18 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     micro_s = whole["micro_s"] + again_s
     casts_s = _casts_s(setup, found, profiler.hardware) if setup.fp8 else 0.0
     update_s = whole["optimizer_s"]
-    state_s = found.total("exposed.parameter.") + found.total("exposed.gradient.")
+    state_s, slowed_s = found.total("exposed.parameter.") + found.total("exposed.gradient."), whole["slowed_s"]
     if setup.gather_bytes_per_s:
         micro_s -= state_s
         state_s = _waited_s(setup, found)
         micro_s += state_s
+        if setup.tp == 1:  # nothing is sent beside compute
+            micro_s -= slowed_s
+            slowed_s = 0.0
     seconds = {
         "compute": found.total("compute.forward.") + found.total("compute.backward."),
         "recompute": found.total("compute.again.") + again_s,
-        "slowed": whole["slowed_s"],
+        "slowed": slowed_s,
         "casts": casts_s,
         "exposed state": state_s,
         "exposed activations": found.total("exposed.activation."),

@@ -16,7 +16,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import autopar
 from autopar.cli.main import main
-from autopar.leads import Way
 from autopar.profiling import Captures, Profiler
 from autopar.reach import Times, on, reach_down, reach_up, times_of
 from autopar.search import Candidate, SearchResult
@@ -240,7 +239,7 @@ def test_how_far_sharded_state_goes(last: int) -> None:
     """By trying every number of GPUs: batch 768, asked on 32, enough up to `last`."""
 
     def times(gpus: int) -> Times:
-        return Times(Way(1.0), (Way(1.0 if gpus <= last else 0.9),))
+        return Times(1.0, (1.0 if gpus <= last else 0.9,))
 
     def tried(counts: Iterable[int]) -> list[int]:
         return [n for n in counts if 768 % n == 0 and n <= last]
@@ -261,7 +260,7 @@ def test_the_verdict_says_how_far_it_goes() -> None:
     unused: Any = None
 
     def times(gpus: int) -> Times:
-        return Times(Way(640 / gpus), (Way(720 / gpus if gpus < 256 else 2.0),))
+        return Times(640 / gpus, (720 / gpus if gpus < 256 else 2.0,))
 
     found = verdict([state, stages], unused, 64, 256, 1, times)
     assert found.enough_gpus == 128
@@ -309,7 +308,7 @@ def test_zero3_that_waits_for_its_gathers_falls_behind_pipelines_as_gpus_grow() 
     """arXiv 2104.04473 Table 2, 174.6B, batch 1536: ZeRO-3 takes 1.06, 1.69 and 3.20 times as long as a pipeline.
 
     That ZeRO-3 waited for gathers of 24 GB/s (`benchmarks/published.py`). Where they run beside compute, as in a plan,
-    steps are too close to call, and the pipeline is chosen, which depends less on overlap.
+    it is close at 384 GPUs and four samples each, and behind at 1536 with one.
     """
 
     def inputs(parts: int) -> dict[str, torch.Tensor]:
@@ -340,14 +339,14 @@ def test_zero3_that_waits_for_its_gathers_falls_behind_pipelines_as_gpus_grow() 
         return Candidate(setup, found.step_s, 1, 0, found.seconds, {}, found.hidden_s)
 
     for gpus in (384, 1536):
-        state = candidate(Setup(dp_shard=gpus, accumulate=1536 // gpus))
+        state = candidate(Setup(dp_shard=gpus, micro_batch=1536 // gpus, recompute="full"))
         data = gpus // 48
         stages = candidate(Setup(
             dp_shard=data, tp=4, pp=12, virtual=8, accumulate=1536 // data, state="zero1", gradient_bytes=4,
             tp_overlap=True,
         ))  # fmt: skip
         found = verdict([state, stages], profiler, gpus, 1536, 1)
-        assert (found.answer, found.close) == ("pipeline", ("state", "pipeline"))
+        assert found.answer == "pipeline"
 
     # By hand, at a sample per GPU: 349 GB of bf16 parameters come into a node of 8 for forward and for backward, and as
     # much of gradients leaves, at 60% of 8 x 25 GB/s, after 191 x 15 us and 1344 x 6 us of hops for each of 96 layers;
@@ -359,7 +358,7 @@ def test_zero3_that_waits_for_its_gathers_falls_behind_pipelines_as_gpus_grow() 
               for which in ("parameter.forward", "parameter.backward", "gradient")]  # fmt: skip
     assert all(wire_s < each < 1.1 * (wire_s + hops_s) for each in sent_s)
     compute_s = 6 * 174.6e9 * 2048 / 312e12
-    assert compute_s / 0.85 < played.whole["micro_s"] < compute_s / 0.6
+    assert compute_s / 0.85 < played.whole["micro_s"] - played.whole["slowed_s"] < compute_s / 0.6
 
 
 def test_the_verdict_says_what_it_rests_on() -> None:
@@ -374,21 +373,10 @@ def test_the_verdict_says_what_it_rests_on() -> None:
         return " ".join(found.text)
 
     assert "take 8.00 s behind 10.00 s of compute, 80% of it" in told(8.0)
-    # 5% over the pipeline's 12 s are 12.6 s: 2.6 of 10 s may show
-    assert "enough as long as 74% of them hide" in told(10.0)
-    assert "would take 18.00 s, and that pipeline would be 1.50 times faster" in told(8.0)
+    # 5% over the pipeline's 12 s are 12.6 s: 2.6 of 10 s may show, of which compute loses 1 s anyway
+    assert "enough as long as 71% of them hide" in told(10.0)
+    assert "would take 17.00 s, and that pipeline would be 1.42 times faster" in told(8.0)
     assert "rests on overlap" not in told(1.0)
-
-
-def test_what_is_slower_already_does_not_stay_enough() -> None:
-    """Sharded state 6% slower than a pipeline that hides much: chosen, but no share of what it hides keeps it within
-    5% of that pipeline."""
-    state = Candidate(Setup(dp_shard=64), 10.6, 1, 0, {"compute": 9.6, "slowed": 0.5}, {}, 1.0)
-    stages = Candidate(Setup(dp_shard=8, pp=8, state="zero1"), 10.0, 1, 0, {"bubble": 0.2}, {}, 6.0)
-    unused: Any = None
-    found = verdict([state, stages], unused, 64, 64, 1)
-    assert (found.answer, found.close) == ("state", ("state", "pipeline"))
-    assert "stays enough" not in " ".join(found.text)
 
 
 def test_steps_on_other_numbers_of_gpus_are_those_of_a_search_there(profiler: Profiler) -> None:
@@ -398,9 +386,8 @@ def test_steps_on_other_numbers_of_gpus_are_those_of_a_search_there(profiler: Pr
     best = min(priced, key=lambda each: priced[each].step_s)
     assert best == (setups[0], False)
     for either in (True, False):
-        state = times_of(setups, [], profiler, 1 << 40, either=either).state
-        assert state is not None
-        assert state.step_s == min(each.step_s for (_, freed), each in priced.items() if freed or either)
+        state = times_of(setups, [], profiler, 1 << 40, either=either).state_s
+        assert state == min(each.step_s for (_, freed), each in priced.items() if freed or either)
     wide = Setup(dp_replicate=4, dp_shard=8, tp=2, recompute="none")
     assert list(on(128, 64, [wide])) == [replace(wide, dp_replicate=8)]
     assert list(on(24, 12, [wide])) == [replace(wide, dp_replicate=1, dp_shard=12)]

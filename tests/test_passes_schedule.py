@@ -247,10 +247,13 @@ def test_a_group_over_two_axes_occupies_both_streams() -> None:
     assert apart.play().now_s == 5
 
 
-@pytest.mark.parametrize(("kind", "share"), [("matmul", 33 / 132), ("other", 2 * 372e9 / (3.35e12 * 0.87))])
-def test_compute_is_slower_beside_a_collective(kind: str, share: float) -> None:
-    """A product by the SMs that the collective takes, a memory-bound op by what its ring reads and writes."""
-    tape = Tape(quiet(33, dp=4))
+@pytest.mark.parametrize(
+    ("sms", "kind", "share"), [(44, "matmul", 44 / 132), (44, "other", 0.26), (22, "matmul", 0.26)]
+)
+def test_compute_is_slower_beside_a_collective(sms: int, kind: str, share: float) -> None:
+    """A product by the SMs that the collective takes, a memory-bound op by what its ring reads and writes (25.5%);
+    either by 26% at least."""
+    tape = Tape(quiet(sms, dp=4))
     tape.reduce(4, tape.op(1, phase="backward"))
     tape.op(10, phase="backward", kind=kind)
     played = tape.play()
