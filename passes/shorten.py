@@ -101,7 +101,8 @@ def _stack(program: Program, name: str) -> _Stack | None:
             inputs[node] = replace(one, name=one.name.removeprefix(f"{name}.{number}.")), facts_of(node.meta.get("val"))
         else:
             number, phase = layer(node.meta.get("module", "")), node.meta.get("phase", "forward")
-            if number >= 0 and any(layer(x.meta.get("module", "")) - number > _LONGEST_UNIT for x in node.users):
+            far = len(node.users) > 2 and number >= 0
+            if far and any(layer(x.meta.get("module", "")) - number > _LONGEST_UNIT for x in node.users):
                 makers.add(number)
                 number = -1
         if number >= 0:
@@ -182,8 +183,7 @@ def _without(program: Program, stack: _Stack, repeated: Repeated) -> Program | N
     cut = repeated.length * repeated.more
     gone = range(first, first + cut)
 
-    def is_gone(node: fx.Node) -> bool:
-        return node in stack.of and stack.of[node][1] in gone
+    left_out = {node for (_, layer), nodes in stack.nodes.items() if layer in gone for node in nodes}
 
     def stand_in(node: fx.Node, reader: fx.Node) -> fx.Node | None:
         """What the reader has from now on in the place of a node that is left out."""
@@ -195,15 +195,15 @@ def _without(program: Program, stack: _Stack, repeated: Repeated) -> Program | N
 
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
-    kept = [i for i, node in enumerate(program.graph.graph.find_nodes(op="placeholder")) if not is_gone(node)]
+    kept = [i for i, node in enumerate(program.graph.graph.find_nodes(op="placeholder")) if node not in left_out]
     results = _results(program)
-    leaving = [i for i, node in enumerate(results) if not (isinstance(node, fx.Node) and is_gone(node))]
+    leaving = [i for i, node in enumerate(results) if not (isinstance(node, fx.Node) and node in left_out)]
     names = {program.inputs[i].name for i in kept}
     for i in set(range(len(results))) - set(leaving):
         if program.outputs[i].kind != "gradient" or program.outputs[i].name in names:
             return None
     for node in program.graph.graph.nodes:
-        if is_gone(node):
+        if node in left_out:
             continue
         if node.op == "output":
             made = graph.output(tuple(new[results[i]] if results[i] is not None else None for i in leaving))
@@ -211,7 +211,7 @@ def _without(program: Program, stack: _Stack, repeated: Repeated) -> Program | N
             continue
         swapped: dict[fx.Node, fx.Node] = {}
         for operand in node.all_input_nodes:
-            if is_gone(operand):
+            if operand in left_out:
                 other = stand_in(operand, node)
                 if other is None or other not in new:
                     return None
