@@ -121,7 +121,7 @@ def verdict(
     if answer in ("computation", "pipeline", "nothing"):
         text += _why_not_state(state, plain, profiler, gpus, batch, budget)
     if answer in ("state", "computation"):
-        text.append(_pipeline_text(pipeline))
+        text.append(_pipeline_text(pipeline, ways[answer]))
     if answer == "state" and state is not None and pipeline is not None:
         text += _rests_on_overlap(state, pipeline)
     reach = None
@@ -243,10 +243,10 @@ def _waits(state: Priced) -> bool:
 def _rests_on_overlap(state: Priced, pipeline: Priced) -> list[str]:
     """Where a pipeline would be faster if sharded state waited for what it sends, as ZeRO-3 once did: by how much.
 
-    Nothing where the pipeline is as much faster already: what chose is said where they are too close to call."""
+    Nothing where the pipeline is faster already: what chose is said where they are too close to call."""
     gained_s = state.hidden_s - state.seconds.get("slowed", 0.0)
     waiting_s = state.step_time_s + gained_s
-    if not state.step_time_s < pipeline.step_time_s * (1 + ENOUGH) < waiting_s:
+    if state.step_time_s > pipeline.step_time_s or waiting_s <= pipeline.step_time_s * (1 + ENOUGH):
         return []
     compute_s = sum(state.seconds.get(name, 0.0) for name in ("compute", "recompute", "slowed"))
     spare_s = pipeline.step_time_s * (1 + ENOUGH) - state.step_time_s
@@ -279,10 +279,11 @@ def _reach_text(reach: Reach, gpus: int, batch: int) -> str:
     return f"{text}."
 
 
-def _pipeline_text(pipeline: Priced | None) -> str:
+def _pipeline_text(pipeline: Priced | None, chosen_s: float) -> str:
     if pipeline is None:
         return "No pipeline fits or divides the layers."
+    little = "gain little" if pipeline.step_time_s < chosen_s else "not pay"
     return (
-        f"A pipeline would not pay: the best ({_mesh(pipeline.setup)}, priced only) takes {_s(pipeline.step_time_s)}, "
+        f"A pipeline would {little}: the best ({_mesh(pipeline.setup)}, priced only) takes {_s(pipeline.step_time_s)}, "
         f"{_share(pipeline, 'bubble')} of it bubble."
     )
