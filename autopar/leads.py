@@ -32,4 +32,4 @@ def chosen(steps_s: Mapping[Key, float]) -> Key:
 
 def is_enough(first_s: float | None, others_s: Sequence[float]) -> bool:
     """Whether the simplest way, if it fits, is chosen over the others."""
-    return first_s is not None and first_s <= min([first_s, *others_s]) * (1.0 + ENOUGH)
+    return first_s is not None and chosen(dict(enumerate([first_s, *others_s]))) == 0

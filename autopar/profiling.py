@@ -108,6 +108,7 @@ class Profiler:
         self.recomputation = recomputation
         self._profiles: dict[object, Profile] = {}
         self._spaces: dict[object, Space] = {}
+        self._recomputations: dict[tuple[int, Mode], Recomputation] = {}
 
     @property
     def layers(self) -> int:
@@ -176,7 +177,10 @@ class Profiler:
         def space_of(pads: tuple[Pad, ...]) -> Space:
             analysis = paddings.of(pads).analysis
             space = self._space(analysis, mesh, batch_axes, strategy, split=split)
-            again = replace(self.recomputation(analysis, setup.recompute), reshard=setup.reshard or whole)
+            key = id(analysis), setup.recompute
+            if key not in self._recomputations:
+                self._recomputations[key] = self.recomputation(analysis, setup.recompute)
+            again = replace(self._recomputations[key], reshard=setup.reshard or whole)
             return replace(space, recomputed=again, async_tp=setup.tp_overlap and not whole)
 
         if like is not None and [(p.size, p.padded) for p in wanted] == [(p.size, p.padded) for p in like.wanted]:

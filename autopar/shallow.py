@@ -137,7 +137,7 @@ def _neighbours(kinds: Sequence[int]) -> tuple[list[list[float]], list[int]]:
 
 def _alone(kinds: Sequence[int]) -> tuple[list[list[float]], list[int]]:
     """Per depth, how many layers of each kind there are; the depths to choose from."""
-    counts = [[float(kinds[:depth].count(kind)) for kind in sorted(set(kinds))] for depth in range(len(kinds) + 1)]
+    counts = [_of_each(kinds, depth) for depth in range(len(kinds) + 1)]
     least = [min(_LEAST, count) for count in counts[-1]]
     usable = [
         depth
@@ -145,6 +145,11 @@ def _alone(kinds: Sequence[int]) -> tuple[list[list[float]], list[int]]:
         if all(have >= want for have, want in zip(counts[depth], least, strict=True))
     ]
     return counts, usable
+
+
+def _of_each(kinds: Sequence[int], depth: int) -> list[float]:
+    """Layers of each kind among the first `depth`."""
+    return [float(kinds[:depth].count(kind)) for kind in sorted(set(kinds))]
 
 
 def _spanning(
@@ -164,9 +169,9 @@ def _spanning(
     if sum(depths) >= len(kinds):
         return None
     # Nothing of what repeats: layers of a kind that every prefix has in full stay.
-    held = [[1.0, *(float(kinds[:depth].count(kind)) for kind in sorted(set(kinds)))] for depth in depths]
-    nothing = [1.0, *(0.0 if len(set(each)) > 1 else each[0] for each in list(zip(*held, strict=True))[1:])]
-    outside = _weights(held, nothing)
+    held = [_of_each(kinds, depth) for depth in depths]
+    nothing = [0.0 if len(set(each)) > 1 else each[0] for each in zip(*held, strict=True)]
+    outside = _weights([[1.0, *count] for count in held], [1.0, *nothing])
     return (depths, weights, outside) if outside is not None else None
 
 

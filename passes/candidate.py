@@ -104,12 +104,10 @@ def _slowed_at_least_s(setup: Setup, found: Profile, hardware: Hardware) -> floa
     size = found.whole["bytes"]
     waits_s = found.total("exposed.activation.")
     slowed_s = 0.0
-    for kinds, axis, sent in (
-        (("all_gather", "reduce_scatter"), 1, size),
-        (("all_reduce",), 0, size / setup.dp_shard),
-    ):
-        sent_s = sum(collective_s(kind, sent, (axis,), mesh) for kind in kinds) if mesh.sizes[axis] > 1 else 0.0
-        slowed_s += min(taken_shares((axis,), mesh)) * max(0.0, sent_s - waits_s) if sent_s else 0.0
+    for axis, kinds, sent in (0, ("all_reduce",), size / setup.dp_shard), (1, ("all_gather", "reduce_scatter"), size):
+        if mesh.sizes[axis] > 1:
+            sent_s = sum(collective_s(kind, sent, (axis,), mesh) for kind in kinds)
+            slowed_s += min(taken_shares((axis,), mesh)) * max(0.0, sent_s - waits_s)
     return slowed_s
 
 

@@ -177,7 +177,7 @@ def _of_weights(analysis: Analysis) -> frozenset[int]:
 
 def _allowed(analysis: Analysis, mode: Mode) -> frozenset[int]:
     """Forward sites that may be computed again."""
-    inside = _inside_blocks(analysis)
+    inside = _inside_blocks(analysis) if mode != "none" else {}
     found = set()
     for index, place in enumerate(analysis.places):
         if place.kind != "op" or place.phase != "forward":
@@ -186,13 +186,10 @@ def _allowed(analysis: Analysis, mode: Mode) -> frozenset[int]:
         target = place.call.target
         if is_view_op(target) or not place.call.operands:
             found.add(index)
-        elif mode == "full" and index in inside:
-            if inside[index]:
+        elif mode != "none" and inside.get(index, True):
+            of_mode = (mode == "selective" and target in ATTENTION) or (mode == "full" and index in inside)
+            if of_mode or is_cheap_op(target):
                 found.add(index)
-        elif not inside.get(index, True):
-            continue
-        elif mode != "none" and (is_cheap_op(target) or (mode == "selective" and target in ATTENTION)):
-            found.add(index)
     return frozenset(found)
 
 
