@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 ALLOCATION_BYTES = 512
 """What torch's CUDA caching allocator rounds every request up to."""
@@ -125,11 +126,10 @@ _BEFORE = 1 - 1e-9
 """Moments that are this near to each other are one: sums of the same seconds in another order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Buffer:
-    """A tensor on one rank: alive from the moment `birth` to its last use `death`, both included.
+class Buffer(NamedTuple):
+    """A tensor on one rank, or `copies` alike ones: alive from `birth` to the last use `death`, both included.
 
-    Moments are whatever orders the step (op index, seconds). `death=None` is alive to the end.
+    Moments are whatever orders the step (op index, seconds). `death=None` is alive to the end. `bytes` is of each.
     """
 
     name: str
@@ -137,6 +137,11 @@ class Buffer:
     birth: float
     death: float | None
     kind: str
+    copies: int = 1
+
+    def taken(self, granularity_bytes: int = 1) -> int:
+        """Bytes that the allocator takes for all of them."""
+        return self.copies * rounded(self.bytes, granularity_bytes)
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ class Peak:
         """The peak, its kinds and its largest tensors, one line each."""
         lines = [f"peak {gib(self.bytes)} at {self.moment:g}"]
         lines += [f"  {kind}: {gib(size)}" for kind, size in sorted(self.by_kind.items(), key=lambda item: -item[1])]
-        lines += [f"  {buffer.name} ({buffer.kind}): {gib(buffer.bytes)}" for buffer in self.top]
+        lines += [f"  {buffer.name} ({buffer.kind}): {gib(buffer.taken())}" for buffer in self.top]
         return tuple(lines)
 
 
@@ -183,7 +188,7 @@ def timeline(buffers: Iterable[Buffer], granularity_bytes: int = 1) -> list[tupl
     for buffer in buffers:
         if buffer.bytes < 0 or (buffer.death is not None and buffer.death < buffer.birth):
             raise ValueError(f"buffer {buffer.name!r}: {buffer.bytes} bytes from {buffer.birth} to {buffer.death}")
-        size = rounded(buffer.bytes, granularity_bytes)
+        size = buffer.taken(granularity_bytes)
         births[buffer.birth] += size
         if buffer.death is not None:
             deaths.append((buffer.death, size))
@@ -211,6 +216,6 @@ def peak(buffers: Iterable[Buffer], *, top: int = 10, granularity_bytes: int = 1
     ]
     by_kind: dict[str, int] = defaultdict(int)
     for buffer in alive:
-        by_kind[buffer.kind] += rounded(buffer.bytes, granularity_bytes)
-    largest = tuple(heapq.nlargest(top, alive, key=lambda buffer: buffer.bytes))
+        by_kind[buffer.kind] += buffer.taken(granularity_bytes)
+    largest = tuple(heapq.nlargest(top, alive, key=lambda buffer: buffer.taken()))
     return Peak(most, moment, dict(by_kind), largest, tuple(alive_at))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from costmodel.memory import ALLOCATION_BYTES, AtRest, Buffer, OptimizerSpec, at_rest, peak
 from costmodel.reshard import Step
@@ -87,15 +87,17 @@ def footprint(
     buffers += _Lives(space, tracks, times, words, fused).buffers()
     granularity = 1 if space.topology.device.is_cpu else ALLOCATION_BYTES
     top = peak(buffers, top=len(buffers), granularity_bytes=granularity)
-    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    sizes: dict[tuple[str, str], int] = defaultdict(int)
+    counts: dict[tuple[str, str], int] = defaultdict(int)
     for buffer in top.top:
-        groups[buffer.name, buffer.kind].append(buffer.bytes)
-    largest = sorted(groups.items(), key=lambda item: -sum(item[1]))
+        sizes[buffer.name, buffer.kind] += buffer.taken()
+        counts[buffer.name, buffer.kind] += buffer.copies
+    largest = sorted(sizes, key=lambda group: -sizes[group])
     return Footprint(
         top.bytes,
         top.moment,
         dict(sorted(top.by_kind.items(), key=lambda item: -item[1])),
-        tuple(TopTensor(name, kind, sum(sizes), len(sizes)) for (name, kind), sizes in largest[:12]),
+        tuple(TopTensor(*group, sizes[group], counts[group]) for group in largest[:12]),
         top.timeline,
         tuple(buffers) if keep_buffers else (),
     )
@@ -136,12 +138,11 @@ def _at_rest(
         if site.given is not None and site.given.kind in ("parameter", "buffer"):
             kind = f"{site.given.kind}s"
         name = words.pattern(site.name)
-        for _ in range(site.count):
-            buffers.append(Buffer(name, kept.parameters, 0.0, None, kind))
-            if kept.optimizer + kept.master:
-                buffers.append(Buffer(name, kept.optimizer + kept.master, 0.0, None, "optimizer"))
-            if accumulate > 1 and trainable:
-                buffers.append(Buffer(name, kept.gradients, 0.0, None, "gradients"))
+        buffers.append(Buffer(name, kept.parameters, 0.0, None, kind, site.count))
+        if kept.optimizer + kept.master:
+            buffers.append(Buffer(name, kept.optimizer + kept.master, 0.0, None, "optimizer", site.count))
+        if accumulate > 1 and trainable:
+            buffers.append(Buffer(name, kept.gradients, 0.0, None, "gradients", site.count))
         if trainable:
             scratch += kept.parameters * site.count
     if scratch and spec.name.startswith("adam") and not space.topology.device.is_cpu:
@@ -280,8 +281,8 @@ class _Lives:
             span_s = starts[-1] - starts[0]
             giving, taking = (block.unit, block.behind) if block.phase == "forward" else (block.before, block.unit)
             if producer in giving and reader in taking and death is not None:  # handed on from layer to layer
-                yield replace(buffer, death=max(birth, death - span_s))
-                yield replace(buffer, birth=min(death, birth + span_s))
+                yield buffer._replace(death=max(birth, death - span_s))
+                yield buffer._replace(birth=min(death, birth + span_s))
                 return
         if made is None:
             yield buffer
@@ -295,18 +296,15 @@ class _Lives:
         if death is None or back is None or back is made or back.phase != "backward" or made.phase != "forward":
             other_s = starts[-1] - starts[0] if made.phase == "forward" else starts[0] - starts[-1]
             yield buffer
-            yield replace(buffer, birth=birth + other_s, death=None if death is None else death + other_s)
+            yield buffer._replace(birth=birth + other_s, death=None if death is None else death + other_s)
             return
         ends = runs[back]
-        name, size, kind = buffer.name, buffer.bytes, buffer.kind
-        for run, start_s in enumerate(starts):
-            if reader in back.unit:
-                died_s = death + ends[-1 - run] - ends[-1]
-            elif run < made.more:  # read in the layer above
-                died_s = death + ends[-2 - run] - ends[0] + ends[1] - ends[0]
-            else:
-                died_s = death
-            yield Buffer(name, size, birth + start_s - starts[0], died_s, kind)
+        if reader in back.unit:
+            died_s = [death + end_s - ends[-1] for end_s in reversed(ends)]
+        else:  # read in the layer above; above the last is none of them
+            died_s = [death + end_s + ends[1] - 2 * ends[0] for end_s in reversed(ends[:-1])] + [death]
+        for start_s, end_s in zip(starts, died_s, strict=True):
+            yield Buffer(buffer.name, buffer.bytes, birth + start_s - starts[0], end_s, buffer.kind)
 
     def _kind(self, index: int, birth: float, death: float | None, gradients: set[int]) -> str:
         slot = self.tracks.slots[index]

@@ -20,9 +20,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
-
-from torch import fx
 
 from costmodel.compute import update_traffic_s
 from costmodel.memory import OptimizerSpec
@@ -182,9 +181,9 @@ def _ledger(player: Player, words: Words) -> tuple[Collective, ...]:
     texts: dict[object, tuple[str, str]] = {}
     folding = player.space.folding
 
-    def say(item: Move, played: Played) -> tuple[str, str, tuple[str, ...], str]:
-        """What is moved and why, over which axes, and what it is called."""
-        step = played.step
+    def say(item: Move, played: Played) -> partial[Collective]:
+        """All of a collective but when it runs and what waits for it: what is moved and why, over which axes."""
+        step, node = played.step, item.place
         made, reader = folding.of.get(item.value), folding.of.get(item.reader) if item.reader else None
         key = (made, reader, item.stores, step)
         if key not in texts:
@@ -194,52 +193,48 @@ def _ledger(player: Player, words: Words) -> tuple[Collective, ...]:
         values = list(dict.fromkeys([value, *others]))
         if len(values) > 1:
             reason = f"{reason}, and {len(values) - 1} more with it"
-        axes = groups.setdefault(step.axes, tuple(names[axis] for axis in step.axes))
-        return ", ".join(values), reason, axes, KINDS.get(step.kind, step.kind)
+        role: Role = "activation"
+        if words.gradient_of(item):
+            role = "gradient"
+        elif player.tracks.slots[player.tracks.writes[played.item][0]].gathered:
+            role = "parameter"
+        return partial(
+            Collective,
+            kind=KINDS.get(step.kind, step.kind),
+            axes=groups.setdefault(step.axes, tuple(names[axis] for axis in step.axes)),
+            bytes=step.full_bytes,
+            seconds=step.seconds,
+            phase=item.phase,
+            role=role,
+            source=node.meta.get("source", ""),
+            module=node.meta.get("module", ""),
+            value=", ".join(values),
+            reason=reason,
+            tensors=1 + len(played.also),
+        )
 
     found = []
     for index, item in enumerate(player.tracks.items):
         if not isinstance(item, Move):
             continue
-        node: fx.Node = item.place
-        role: Role = "activation"
-        if words.gradient_of(item):
-            role = "gradient"
-        elif player.tracks.slots[player.tracks.writes[index][0]].gathered:
-            role = "parameter"
-        module, source = node.meta.get("module", ""), node.meta.get("source", "")
-        said: dict[object, tuple[str, str, tuple[str, ...], str]] = {}
+        said: dict[object, partial[Collective]] = {}
         for i in player.of_item[index]:
             played = player.played[i]
             step = played.step
-            if not step.is_collective or not played.counts:
-                continue
             told = (id(step), played.also)  # copies of a layer share their steps
+            if not played.counts or not step.is_collective:
+                continue
             if told not in said:
                 said[told] = say(item, played)
-            value, reason, axes, kind = said[told]
             exposed_s = min(played.exposed_s, step.seconds)
-            found.append(
-                Collective(
-                    kind=kind,
-                    axes=axes,
-                    bytes=step.full_bytes,
-                    seconds=step.seconds,
-                    phase=item.phase,
-                    exposed_s=exposed_s,
-                    hidden_s=step.seconds - exposed_s,
-                    role=role,
-                    source=source,
-                    module=module,
-                    value=value,
-                    reason=reason,
-                    tensors=1 + len(played.also),
-                    start_s=played.start_s,
-                )
-            )
+            one = said[told](exposed_s=exposed_s, hidden_s=step.seconds - exposed_s, start_s=played.start_s)
+            found.append(one)
             if player.keep_events:
                 player.events += [
-                    Event(axis, played.start_s, played.end_s, reason, kind, item.phase, module, source, step.full_bytes)
-                    for axis in axes
-                ]
+                    Event(
+                        axis, played.start_s, played.end_s, one.reason, one.kind, one.phase, one.module, one.source,
+                        one.bytes,
+                    )
+                    for axis in one.axes
+                ]  # fmt: skip
     return tuple(found)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import partial
@@ -61,6 +61,8 @@ class _Stack:
     layers: int
     makers: AbstractSet[int]
     """Layers that make what layers far behind them read too (rotary positions): that is no node of theirs."""
+    inside: Mapping[str, str]
+    """Module -> its path inside its layer."""
 
 
 def _shortened(program: Program, name: str) -> Program:
@@ -79,11 +81,12 @@ def _shortened(program: Program, name: str) -> Program:
 def _stack(program: Program, name: str) -> _Stack | None:
     """None where layers are not numbered from 0 on."""
     numbers: dict[str, int] = {}
+    inside: dict[str, str] = {}
 
     def layer(module: str) -> int:
         if module not in numbers:
-            rest = module.removeprefix(f"{name}.").partition(".")[0]
-            numbers[module] = int(rest) if module.startswith(f"{name}.") and rest.isdigit() else -1
+            number, _, inside[module] = module.removeprefix(f"{name}.").partition(".")
+            numbers[module] = int(number) if module.startswith(f"{name}.") and number.isdigit() else -1
         return numbers[module]
 
     of: dict[fx.Node, Position] = {}
@@ -118,7 +121,7 @@ def _stack(program: Program, name: str) -> _Stack | None:
     for out, node in zip(program.outputs, _results(program), strict=True):
         if out.kind == "gradient" and out.name in by_name and isinstance(node, fx.Node):
             stored[node].append(by_name[out.name])
-    return _Stack(of, nodes, inputs, {node: tuple(places) for node, places in stored.items()}, layers, makers)
+    return _Stack(of, nodes, inputs, {node: tuple(places) for node, places in stored.items()}, layers, makers, inside)
 
 
 def _results(program: Program) -> Sequence[Any]:
@@ -142,38 +145,43 @@ def _signature(stack: _Stack, layer: int, unit: int) -> tuple[object, ...]:
     """Equal for layers that do the same with what lies alike around them, up to `unit` layers away."""
 
     of, low, high = stack.of, layer - unit, layer + unit
-
-    def told(value: Any) -> object:
-        kind = type(value)
-        if kind is fx.Node:
-            place = of.get(value)
-            return value if place is None or not low <= place[1] <= high else (place[0], place[1] - layer, place[2])
-        if kind in _PLAIN:
-            return value
-        if isinstance(value, list | tuple):
-            return tuple([told(item) for item in value])
-        if isinstance(value, slice):
-            return told((value.start, value.stop, value.step))
-        return str(value)
-
     found: list[object] = [layer in stack.makers]
-    inside: dict[str, str] = {}
+    add = found.append
+
+    def tell(values: Iterable[Any]) -> None:
+        for value in values:
+            kind = type(value)
+            if kind is fx.Node:
+                place = of.get(value)
+                if place is None or not low <= place[1] <= high:
+                    add(value)
+                else:
+                    add((place[0], place[1] - layer, place[2]))
+            elif kind in _PLAIN:
+                add(value)
+            elif isinstance(value, list | tuple):
+                add(len(value))
+                tell(value)
+            elif isinstance(value, slice):
+                tell((value.start, value.stop, value.step))
+            else:
+                add(str(value))
+
     for phase in ("given", "forward", "backward"):
         for node in stack.nodes.get((phase, layer), ()):
             if node.op == "placeholder":
-                found.append((phase, stack.inputs[node]))
+                add((phase, stack.inputs[node]))
                 continue
-            module = node.meta["module"]
-            if module not in inside:
-                inside[module] = ".".join(part for part in module.split(".") if part != str(layer))
-            found += (phase, node.op, node.target, inside[module])
+            arguments, kwargs = node.args, node.kwargs
+            found += (phase, node.op, node.target, stack.inside[node.meta["module"]], len(arguments))
             # a random op's number is its name
-            arguments = node.args[:1] + node.args[2:] if node.target is UNIFORM else node.args
-            found.append([told(value) for value in arguments])
-            if kwargs := node.kwargs:
-                found.append([(key, told(value)) for key, value in kwargs.items() if key != "salt"])
+            tell(arguments if node.target is not UNIFORM else arguments[:1] + arguments[2:])
+            if kwargs:
+                for key, value in kwargs.items():
+                    if key != "salt":
+                        tell((key, value))
             if (places := stack.stored.get(node)) is not None:
-                found.append([(place[0], place[1] - layer, place[2]) for place in places])
+                add([(place[0], place[1] - layer, place[2]) for place in places])
     return tuple(found)
 
 

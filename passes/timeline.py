@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from costmodel.memory import Buffer, rounded
+from costmodel.memory import Buffer
 from passes.player import Event
 from passes.schedule import Schedule
 
@@ -116,7 +116,7 @@ def _alive(
     births: dict[str, list[tuple[float, int]]] = defaultdict(list)
     deaths: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for buffer in timeline.buffers:
-        size = rounded(buffer.bytes, timeline.granularity_bytes)
+        size = buffer.taken(timeline.granularity_bytes)
         births[by(buffer)].append((buffer.birth, size))
         if buffer.death is not None:
             deaths[by(buffer)].append((buffer.death, size))

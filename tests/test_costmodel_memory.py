@@ -82,20 +82,21 @@ def test_peak_matches_a_count_at_every_moment(seed: int) -> None:
     for index in range(draw.randrange(1, 60)):
         birth = draw.randrange(40)
         death = None if draw.random() < 0.2 else birth + draw.randrange(15)
-        buffers.append(Buffer(f"t{index}", draw.randrange(1, 5000), birth, death, draw.choice(["saved", "logits"])))
+        kind, count = draw.choice(["saved", "logits"]), draw.choice([1, 1, 1, 4])
+        buffers.append(Buffer(f"t{index}", draw.randrange(1, 5000), birth, death, kind, count))
 
     def alive(moment: int) -> list[Buffer]:
         return [x for x in buffers if x.birth <= moment and (x.death is None or moment <= x.death)]
 
     def size(moment: int) -> int:
-        return sum(-(-x.bytes // 512) * 512 for x in alive(moment))
+        return sum(-(-x.bytes // 512) * 512 * x.copies for x in alive(moment))
 
     best = max(range(60), key=size)
     found = peak(buffers, granularity_bytes=512, top=3)
     assert found.bytes == size(best) == size(int(found.moment))
     assert sum(found.by_kind.values()) == found.bytes
-    sizes = sorted((x.bytes for x in alive(int(found.moment))), reverse=True)
-    assert [x.bytes for x in found.top] == sizes[:3]
+    sizes = sorted((x.bytes * x.copies for x in alive(int(found.moment))), reverse=True)
+    assert [x.bytes * x.copies for x in found.top] == sizes[:3]
 
 
 def test_nothing_alive_has_no_peak() -> None:
