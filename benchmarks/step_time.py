@@ -10,9 +10,12 @@
 Each contender has processes of its own and trains the same steps, all with torch's fused AdamW. Machines get slower
 and faster within minutes, so those that are compared take turns, `TURN` steps each, while the others wait. The first
 step of a turn is not timed: it finds the caches full of what others left there. They are two lots, as all would not
-fit into memory; compiled DDP, the fastest by hand, is in both. Reported are the median step, the first step of all with
-all that is planned and compiled before it, the growth of resident memory of the largest rank from the bare model to the
-highest point of the steps after the first turn, and the last loss, which must be equal.
+fit into memory; compiled DDP, the fastest by hand, is in both.
+
+Reported are the median step, the first step of all with all that is planned and compiled before it, the last loss,
+which must be equal, and memory of the largest rank: the most bytes of tensors in a step, by what the allocator tells
+torch's profiler in one step more, and the growth of the process from the bare model to the highest point of the steps
+after the first turn, which has the code of torch's compiler in it, some 50 MiB, and what the C library keeps.
 
     python benchmarks/step_time.py                                     # writes benchmarks/step_time.md and .json
     python benchmarks/step_time.py --hardware FILE   # plans by the figures of `autopar calibrate --ranks 4 -o FILE`
@@ -23,6 +26,7 @@ highest point of the steps after the first turn, and the last loss, which must b
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -31,7 +35,7 @@ import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,8 @@ from by_hand import sharded
 from tabulate import tabulate
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from costmodel.products import is_for_onednn
 
@@ -158,6 +164,23 @@ def resident_bytes(field: str = "VmRSS") -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
+def tensor_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes of the storages behind tensors, each once."""
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors if tensor is not None]
+    return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
+
+
+def most_taken(step: Callable[[], object]) -> int:
+    """The most bytes of tensors made in `step` that are alive at one time, as the allocator tells torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+        step()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        told.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    taken = sorted((each["ts"], each["args"]["Bytes"]) for each in events if each["name"] == "[memory]")
+    return max(itertools.accumulate((size for _, size in taken), initial=0))
+
+
 def trained(
     rank: int,
     store: str,
@@ -185,6 +208,14 @@ def trained(
         ways, row_rank = mesh.shape[0], mesh.get_coordinate()[0]  # type: ignore[index]
         optim = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         seconds, loss = [], torch.zeros(())
+
+        def train(step: int) -> torch.Tensor:
+            loss: torch.Tensor = model(**batch(step, row_rank, ROWS * RANKS // ways)).loss
+            loss.backward()
+            optim.step()
+            optim.zero_grad()
+            return loss.detach()
+
         for step in range(turns_of(steps) * TURN):
             if step and step % TURN == 0:
                 turns.acquire()
@@ -192,20 +223,23 @@ def trained(
                 Path("/proc/self/clear_refs").write_text("5")  # forget the highest point so far
             if step:
                 start = time.perf_counter()
-            loss = model(**batch(step, row_rank, ROWS * RANKS // ways)).loss
-            loss.backward()
-            optim.step()
-            optim.zero_grad()
+            loss = train(step)
             dist.barrier()
             seconds.append(time.perf_counter() - start)
             if rank == 0 and (step + 1) % TURN == 0:
                 queue.put((rank, None, None))
-        whole = loss.detach().clone()
+        grown = resident_bytes("VmHWM") - before
+        whole = loss.clone()
         dist.all_reduce(whole)
         timed = sorted(took for step, took in enumerate(seconds) if step >= TURN and step % TURN)
+        states = (value for state in optim.state.values() for value in state.values())
+        at_rest = tensor_bytes([*model.parameters(), *model.buffers(), *states])
+        if how.startswith("ddp"):  # its buckets stay, as many bytes as gradients
+            at_rest += tensor_bytes(model.parameters())
         result = {
             "first_s": seconds[0], "step_s": timed[len(timed) // 2], "fastest_s": timed[0],
-            "loss": float(whole) / RANKS, "grown_bytes": resident_bytes("VmHWM") - before,
+            "loss": float(whole) / RANKS, "grown_bytes": grown,
+            "tensor_bytes": at_rest + most_taken(lambda: train(0)),
         }  # fmt: skip
         queue.put((rank, result, None))
         turns.acquire()  # to leave takes the processor from others, whose last turn it is
@@ -267,8 +301,8 @@ class Contender:
         self.folder.cleanup()
         if self.error:
             return {"model": self.name, "how": self.how, "error": self.error}
-        grown = max(result["grown_bytes"] for result in self.found.values())
-        return {"model": self.name, "how": self.how, **self.found[0], "grown_bytes": grown}
+        most = {what: max(result[what] for result in self.found.values()) for what in ("grown_bytes", "tensor_bytes")}
+        return {"model": self.name, "how": self.how, **self.found[0], **most}
 
 
 def measured(
@@ -311,15 +345,16 @@ def as_markdown(results: list[dict[str, Any]], command: str, mkl: bool) -> str:
         table = []
         for row in rows:
             if "error" in row:
-                table.append((row["how"], row["error"][:80], *[""] * 6))
+                table.append((row["how"], row["error"][:80], *[""] * 7))
                 continue
             to_hand, to_peers = (f"{row[ratio]:.2f}" if ratio in row else "" for ratio in ("to_hand", "to_same"))
             table.append(
                 (row["how"], f"{row['step_s'] * 1e3:.0f}", f"{row['fastest_s'] * 1e3:.0f}", to_hand, to_peers,
-                 f"{row['first_s']:.1f}", f"{row['grown_bytes'] / 2**20:.0f}", f"{row['loss']:.5f}")
+                 f"{row['first_s']:.1f}", f"{row['tensor_bytes'] / 2**20:.1f}",
+                 f"{row['grown_bytes'] / 2**20:.0f}", f"{row['loss']:.5f}")
             )  # fmt: skip
         head = ("program", "median step ms", "fastest ms", "to the best by hand", "to the same by hand", "first step s",
-                "memory grown MiB", "last loss")  # fmt: skip
+                "tensors at most MiB", "process grown MiB", "last loss")  # fmt: skip
         text.append(f"## {name}\n\n{tabulate(table, head, tablefmt='github', disable_numparse=True)}\n")
     return "\n".join(text)
 
