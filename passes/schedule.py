@@ -129,7 +129,7 @@ def play(
     player = Player(space, words, found, events)
     player.play()
     update_s = _update_s(space, assignment, spec)
-    collectives = _ledger(player, words)
+    collectives = _Ledger(player, words).collectives()
     exposed: dict[str, float] = defaultdict(float)
     hidden: dict[str, float] = defaultdict(float)
     for each in collectives:
@@ -174,67 +174,80 @@ def _update_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> f
 # -- ledger ------------------------------------------------------------------------------------------------------------
 
 
-def _ledger(player: Player, words: Words) -> tuple[Collective, ...]:
-    """Every collective, in program order."""
-    names = [axis.name for axis in player.space.topology.axes]
-    groups: dict[tuple[int, ...], tuple[str, ...]] = {}
-    texts: dict[object, tuple[str, str]] = {}
-    folding = player.space.folding
+class _Ledger:
+    """Says every collective that was played."""
 
-    def say(item: Move, played: Played) -> partial[Collective]:
+    def __init__(self, player: Player, words: Words) -> None:
+        self.player = player
+        self.words = words
+        self.names = [axis.name for axis in player.space.topology.axes]
+        self.groups: dict[tuple[int, ...], tuple[str, ...]] = {}
+        self.texts: dict[object, tuple[str, str]] = {}
+
+    def collectives(self) -> tuple[Collective, ...]:
+        """In program order; the player keeps their events, where it keeps any."""
+        found: list[Collective] = []
+        for index, item in enumerate(self.player.tracks.items):
+            if not isinstance(item, Move):
+                continue
+            said: dict[object, partial[Collective]] = {}
+            for i in self.player.of_item[index]:
+                played = self.player.played[i]
+                step = played.step
+                if not played.counts or not step.is_collective:
+                    continue
+                told = (id(step), played.also)  # copies of a layer share their steps
+                if told not in said:
+                    said[told] = self._said(item, played)
+                exposed_s = min(played.exposed_s, step.seconds)
+                one = said[told](exposed_s=exposed_s, hidden_s=step.seconds - exposed_s, start_s=played.start_s)
+                found.append(one)
+                if self.player.keep_events:
+                    self.player.events += _events(one, played.end_s)
+        return tuple(found)
+
+    def _said(self, item: Move, played: Played) -> partial[Collective]:
         """All of a collective but when it runs and what waits for it: what is moved and why, over which axes."""
         step, node = played.step, item.place
-        made, reader = folding.of.get(item.value), folding.of.get(item.reader) if item.reader else None
-        key = (made, reader, item.stores, step)
-        if key not in texts:
-            texts[key] = words.moved(item), words.reason(item, step)
-        value, reason = texts[key]
-        others = [words.moved(player.tracks.items[other]) for other in played.also]  # type: ignore[arg-type]
-        values = list(dict.fromkeys([value, *others]))
-        if len(values) > 1:
-            reason = f"{reason}, and {len(values) - 1} more with it"
-        role: Role = "activation"
-        if words.gradient_of(item):
-            role = "gradient"
-        elif player.tracks.slots[player.tracks.writes[played.item][0]].gathered:
-            role = "parameter"
+        value, reason = self._texts(item, played)
         return partial(
             Collective,
             kind=KINDS.get(step.kind, step.kind),
-            axes=groups.setdefault(step.axes, tuple(names[axis] for axis in step.axes)),
+            axes=self.groups.setdefault(step.axes, tuple(self.names[axis] for axis in step.axes)),
             bytes=step.full_bytes,
             seconds=step.seconds,
             phase=item.phase,
-            role=role,
+            role=self._role(item, played),
             source=node.meta.get("source", ""),
             module=node.meta.get("module", ""),
-            value=", ".join(values),
+            value=value,
             reason=reason,
             tensors=1 + len(played.also),
         )
 
-    found = []
-    for index, item in enumerate(player.tracks.items):
-        if not isinstance(item, Move):
-            continue
-        said: dict[object, partial[Collective]] = {}
-        for i in player.of_item[index]:
-            played = player.played[i]
-            step = played.step
-            told = (id(step), played.also)  # copies of a layer share their steps
-            if not played.counts or not step.is_collective:
-                continue
-            if told not in said:
-                said[told] = say(item, played)
-            exposed_s = min(played.exposed_s, step.seconds)
-            one = said[told](exposed_s=exposed_s, hidden_s=step.seconds - exposed_s, start_s=played.start_s)
-            found.append(one)
-            if player.keep_events:
-                player.events += [
-                    Event(
-                        axis, played.start_s, played.end_s, one.reason, one.kind, one.phase, one.module, one.source,
-                        one.bytes,
-                    )
-                    for axis in one.axes
-                ]  # fmt: skip
-    return tuple(found)
+    def _texts(self, item: Move, played: Played) -> tuple[str, str]:
+        """What is moved, and why."""
+        folding, step = self.player.space.folding, played.step
+        made, reader = folding.of.get(item.value), folding.of.get(item.reader) if item.reader else None
+        key = (made, reader, item.stores, step)
+        if key not in self.texts:
+            self.texts[key] = self.words.moved(item), self.words.reason(item, step)
+        value, reason = self.texts[key]
+        others = [self.words.moved(self.player.tracks.items[other]) for other in played.also]  # type: ignore[arg-type]
+        values = list(dict.fromkeys([value, *others]))
+        more = f", and {len(values) - 1} more with it" if len(values) > 1 else ""
+        return ", ".join(values), reason + more
+
+    def _role(self, item: Move, played: Played) -> Role:
+        if self.words.gradient_of(item):
+            return "gradient"
+        tracks = self.player.tracks
+        return "parameter" if tracks.slots[tracks.writes[played.item][0]].gathered else "activation"
+
+
+def _events(one: Collective, end_s: float) -> list[Event]:
+    """A collective on the timeline of each of its axes."""
+    return [
+        Event(axis, one.start_s, end_s, one.reason, one.kind, one.phase, one.module, one.source, one.bytes)
+        for axis in one.axes
+    ]
