@@ -1,9 +1,10 @@
 """CPU time and memory of planning, stage by stage: `python benchmarks/planning.py [llama3-8b] [llama3-405b] ...`.
 
-Prints, for each model, the seconds of each stage, their ratio to a bare capture of the same graph (`make_fx` over the
-training step on fake tensors, measured in the same process unless `--no-bare`), and the peak memory of the process.
-`--depth` adds the same model at a quarter of its layers, and what planning costs by depth: CPU seconds after capture at
-all layers over those at a quarter of them. `-o` writes the table too.
+Prints, for each model, the seconds of each stage of `autopar.plan`, their ratio to a bare capture of the same graph
+(`make_fx` over the training step on fake tensors, measured in the same process unless `--no-bare`), and the peak memory
+of the process. `--depth` adds the same model at a quarter of its layers, and what planning costs by depth: CPU seconds
+after capture at all layers over those at a quarter of them, both planned with memory to spare, as a budget that binds
+at one depth alone has more to be solved there. `-o` writes the table too.
 
 `--axes` prints something else: what `compile_plan` costs after capture, all candidates, paddings and schedules
 included, on meshes of as many ranks with two, three and four axes, and its ratio to the mesh of two with as many
@@ -16,7 +17,7 @@ import argparse
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,20 +37,9 @@ from transformers import (
 )
 
 from autopar.meshes import batch_axes_of
-from costmodel.hardware import Topology
-from passes.analysis import analyse
-from passes.capture import capture
+from autopar.planning import captured
 from passes.collector import settled
-from passes.pipeline import Request, compile_plan, on_mesh, prepare
-from passes.plan import choices
-from passes.price import price
-from passes.program import Program
-from passes.rewrite import rewrite
-from passes.routing import route_by_blocks
-from passes.schedule import play
-from passes.shorten import shorten
-from passes.solve import solve
-from passes.space import Space, search_space
+from passes.pipeline import Request, compile_plan, local_program, on_mesh
 
 
 @dataclass(frozen=True)
@@ -89,6 +79,9 @@ def model_of(job: Job, layers: int) -> nn.Module:
         return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
+SPARE = "after capture, with memory to spare"
+
+
 def bare_capture(model: nn.Module, ids: torch.Tensor) -> None:
     """The training step as `make_fx` records it, with nothing of ours."""
     parameters = dict(model.named_parameters())
@@ -120,54 +113,45 @@ def measure(job: Job, layers: int, *, bare: bool) -> dict[str, float]:
     found: dict[str, float] = {}
     model = model_of(job, layers)
     topology = on_mesh("h100", job.mesh)
-    batch_axes = tuple(i for i, (name, _) in enumerate(job.mesh) if name.startswith("dp"))
-    ways = 1
-    for axis in batch_axes:
-        ways *= job.mesh[axis][1]
+    batch_axes = batch_axes_of(job.mesh, None)
+    ways = math.prod(job.mesh[axis][1] for axis in batch_axes)
     ids = torch.empty(ways * job.batch, job.sequence, dtype=torch.long, device="meta")
     if bare:
         timed(found, "bare capture", lambda: bare_capture(model, ids))
     call = {"input_ids": ids, "labels": ids}
+    program = timed(found, "capture", lambda: captured(model, (), call, batch_dims=[0, 0], batch_size=len(ids)))
     with settled():
-        program = timed(found, "capture", lambda: capture(model, (), call, batch_dims=[0, 0], batch_size=len(ids)))
-        program = timed(found, "prepare", lambda: route_by_blocks(prepare(program), ways))
-    with settled():
-        return _planned(job, program, found, topology, batch_axes, bare=bare)
-
-
-def _planned(
-    job: Job, program: Program, found: dict[str, float], topology: Topology, batch_axes: tuple[int, ...], *, bare: bool
-) -> dict[str, float]:
-    few = timed(found, "shorten", lambda: shorten(program))
-    analysis = timed(found, "analyse", lambda: analyse(few))
-    played = []
-    for strategy in ("ddp", "fsdp", "megatron", "auto"):
-        space = timed(
-            found,
-            "options",
-            lambda s=strategy: search_space(few, topology, batch_axes, strategy=s, analysis=analysis),
-        )
-        priced = timed(found, "price", lambda sp=space: price(sp))
-        solution = timed(found, "solve", lambda p=priced: solve(p.problem))
-        assignment = priced.assignment(solution.picks, len(space.sites))
-        schedule = timed(found, "schedule", lambda sp=space, a=assignment: play(sp, a))
-        played.append((schedule.step_time_s, strategy, space, assignment, solution.gap))
-    found["largest gap"] = max(gap for *_, gap in played)
-    planning = sum(s for stage, s in found.items() if stage not in ("bare capture", "largest gap"))
-    found["planning, all in"] = planning
-    found["of it after capture"] = planning - found["capture"] - found["prepare"]
-    if bare:
-        found["ratio to bare capture"] = planning / found["bare capture"]
-    _, strategy, space, assignment, _ = min(played, key=lambda item: item[0])
-    timed(found, "rewrite (at apply)", lambda: rewrite(*_in_full(program, strategy, space, assignment)))
+        stages = Stages()
+        plan = compile_plan(program, topology, batch_axes, Request(), progress=stages)
+        found |= stages.ended()
+        found["largest gap"] = plan.bound.gap
+        found["of it after capture"] = sum(stages.seconds.values())
+        found["planning, all in"] = found["capture"] + found["of it after capture"]
+        if bare:
+            found["ratio to bare capture"] = found["planning, all in"] / found["bare capture"]
+        timed(found, "rewrite (at apply)", lambda: local_program(program, plan, topology, {}))
+        plenty = Request(budget_bytes=1 << 50)
+        timed(found, SPARE, lambda: compile_plan(program, topology, batch_axes, plenty))
     return found
 
 
-def _in_full(program: Program, strategy: str, few: Space, assignment: Sequence[int]) -> tuple[Space, tuple[int, ...]]:
-    """The plan for a few layers as one for all of them: alike places decide alike."""
-    space = search_space(program, few.topology, few.batch_axes, strategy=strategy)
-    texts = {key: of[pick] for (key, of), pick in zip(choices(few), assignment, strict=True)}
-    return space, tuple(of.index(texts[key]) for key, of in choices(space))
+class Stages:
+    """CPU seconds of what a plan's progress tells of: called with the name of each stage as it begins."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.name, self.start_s = "", 0.0
+
+    def __call__(self, stage: str) -> None:
+        self.ended()
+        self.name, self.start_s = stage.partition(",")[0], time.process_time()
+
+    def ended(self) -> dict[str, float]:
+        """All stages, the last of which ends now."""
+        if self.name:
+            self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.process_time() - self.start_s
+        self.name = ""
+        return self.seconds
 
 
 SMALL: dict[str, Any] = {
@@ -208,8 +192,7 @@ def axes_table() -> list[list[str]]:
             ways = math.prod(mesh[axis][1] for axis in batch_axes)
             ids = torch.empty(ways * batch, sequence, dtype=torch.long, device="meta")
             call = {"input_ids": ids, "labels": ids}
-            with settled():
-                program = prepare(capture(model, (), call, batch_dims=[0, 0], batch_size=len(ids)))
+            program = captured(model, (), call, batch_dims=[0, 0], batch_size=len(ids))
             start = time.process_time()
             with settled():
                 plan = compile_plan(program, on_mesh("h100", mesh), batch_axes, Request())
@@ -249,9 +232,7 @@ def main() -> None:
         columns[name] = measure(job, job.layers, bare=not options.no_bare)
         if options.depth:
             deep, shallow = columns[name], columns[f"{name}/4"]
-            deep["after capture, to a quarter of the layers"] = (
-                deep["of it after capture"] / shallow["of it after capture"]
-            )
+            deep["that, to a quarter of the layers"] = deep[SPARE] / shallow[SPARE]
     stages = list(dict.fromkeys(stage for column in columns.values() for stage in column))
     rows = [[stage, *(column.get(stage) for column in columns.values())] for stage in stages]
     print(tabulate(rows, headers=["CPU seconds", *columns], floatfmt=".3f"))

@@ -131,8 +131,10 @@ def _compiled(
     for name in (*beside, *(name for name in asked if name not in beside)):
         if name in found:
             continue
+        fits = best([candidate for others in found.values() for candidate in others], budget)
+        fastest_s = fits.schedule.step_time_s if fits is not None and name == "auto" else math.inf
         try:
-            found[name] = search.candidates(name)
+            found[name] = replace(search, fastest_s=fastest_s).candidates(name)
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
     competing = [candidate for name in asked for candidate in found.get(name, [])]

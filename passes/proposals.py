@@ -159,7 +159,8 @@ class Search:
     """Candidates for one program and mesh; of each kind, `auto` makes `most` proposals at most.
 
     budgeted_s: seconds of the processor that the solutions of a strategy within a budget may take together.
-    joined: tensor axes choose together.
+    joined: tensor axes choose together. fastest_s: the step of the fastest plan known to fit; what is slower before it
+    fits is not looked at further.
     """
 
     paddings: PaddingsOf
@@ -171,6 +172,7 @@ class Search:
     most: int = len(_HIDDEN_SHARES)
     budgeted_s: float = 60.0
     joined: bool = False
+    fastest_s: float = math.inf
 
     def candidates(self, name: str) -> list[Candidate]:
         """Solutions under a strategy, the simplest first.
@@ -269,6 +271,7 @@ class Search:
         shares = shares or _HIDDEN_SHARES[: self.most if name == "auto" else 1]
         unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
         enough_s = dict.fromkeys(shares, math.inf)
+        fastest_s = self.fastest_s
         end_s = time.process_time() + self.budgeted_s
         for mode in modes:
             if mode != modes[0]:
@@ -278,20 +281,21 @@ class Search:
             posed = _Posed(name, padding, space, priced, end_s)
             unbound = True
             for share in shares:
-                candidate = self._fitting(posed, share, enough_s[share])
+                candidate = self._fitting(posed, share, enough_s[share], fastest_s)
                 if candidate is None:
                     continue
                 unbound = unbound and candidate.unbound
                 unique.setdefault((mode, candidate.assignment), candidate)
                 if candidate.schedule.peak_memory_bytes <= self.budget:
                     enough_s[share] = min(enough_s[share], candidate.solution.seconds)
+                    fastest_s = min(fastest_s, candidate.schedule.step_time_s)
             if unbound:
                 break
         return list(unique.values())
 
-    def _fitting(self, posed: _Posed, share: float, enough_s: float) -> Candidate | None:
+    def _fitting(self, posed: _Posed, share: float, enough_s: float, fastest_s: float) -> Candidate | None:
         """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
-        schedule finds on top of it, until both agree.
+        schedule finds on top of it, until both agree, or what does not fit yet is slower than `fastest_s` already.
 
         None where all that is left costs `enough_s` or more: what is computed again less, and fits, is cheaper.
         """
@@ -312,6 +316,8 @@ class Search:
             over = last.schedule.peak_memory_bytes - self.budget
             if over <= 0:
                 return last
+            if not math.isinf(limit) and last.schedule.step_time_s >= fastest_s:
+                break
             limit = min(limit, solution.bytes) - over
             if limit <= 0:
                 break
