@@ -185,13 +185,13 @@ def timeline(buffers: Iterable[Buffer], granularity_bytes: int = 1) -> list[tupl
     """
     births: dict[float, int] = defaultdict(int)
     deaths: list[tuple[float, int]] = []
-    for buffer in buffers:
-        if buffer.bytes < 0 or (buffer.death is not None and buffer.death < buffer.birth):
-            raise ValueError(f"buffer {buffer.name!r}: {buffer.bytes} bytes from {buffer.birth} to {buffer.death}")
-        size = buffer.taken(granularity_bytes)
-        births[buffer.birth] += size
-        if buffer.death is not None:
-            deaths.append((buffer.death, size))
+    for name, each, birth, death, _, copies in buffers:
+        if each < 0 or (death is not None and death < birth):
+            raise ValueError(f"buffer {name!r}: {each} bytes from {birth} to {death}")
+        size = copies * rounded(each, granularity_bytes)
+        births[birth] += size
+        if death is not None:
+            deaths.append((death, size))
     deaths.sort()
     alive, gone = 0, 0
     result: list[tuple[float, int]] = []
@@ -217,5 +217,5 @@ def peak(buffers: Iterable[Buffer], *, top: int = 10, granularity_bytes: int = 1
     by_kind: dict[str, int] = defaultdict(int)
     for buffer in alive:
         by_kind[buffer.kind] += buffer.taken(granularity_bytes)
-    largest = tuple(heapq.nlargest(top, alive, key=lambda buffer: buffer.taken()))
+    largest = tuple(heapq.nlargest(top, alive, key=lambda buffer: buffer.copies * buffer.bytes))
     return Peak(most, moment, dict(by_kind), largest, tuple(alive_at))

@@ -24,7 +24,7 @@ from passes.program import Program
 from passes.recompute import Mode, recomputation
 from passes.repeat import is_worth_repeating
 from passes.routing import has_routed, route_by_blocks, token_parts
-from passes.schedule import Collective, Schedule, play
+from passes.schedule import Schedule, play
 from passes.solve import Solution, solve
 from passes.space import Pin, Space, search_space
 from passes.uneven import Padding, Paddings, stored_pads, uneven_dims, used_pads
@@ -367,7 +367,8 @@ def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Req
     for candidate in found:
         fastest = best([*found, *kept], budget)
         gathers = [c for c in candidate.schedule.collectives if c.role == "parameter" and c.phase == "backward"]
-        taken_s = sum(c.exposed_s + _slowing(c, candidate.space.topology) * c.hidden_s for c in gathers)
+        slowing = {axes: _slowing(axes, candidate.space.topology) for axes in {c.axes for c in gathers}}
+        taken_s = sum(c.exposed_s + slowing[c.axes] * c.hidden_s for c in gathers)
         least_s = candidate.schedule.step_time_s - request.accumulate * taken_s
         at_rest = sum(candidate.schedule.memory.by_kind.get(kind, 0) for kind in ("parameters", "optimizer"))
         may_fit = at_rest + sum(c.bytes for c in gathers) <= budget
@@ -382,10 +383,9 @@ def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Req
     return kept
 
 
-def _slowing(collective: Collective, topology: Topology) -> float:
-    """The share of the device that a collective takes from compute beside it, at most."""
-    names = [axis.name for axis in topology.axes]
-    return max(taken_shares([names.index(name) for name in collective.axes], topology))
+def _slowing(axes: Sequence[str], topology: Topology) -> float:
+    """The share of the device that a collective over axes takes from compute beside it, at most."""
+    return max(taken_shares([topology.axis(name) for name in axes], topology))
 
 
 def smallest(found: Sequence[Candidate]) -> Candidate:

@@ -66,7 +66,7 @@ class Collective:
     @property
     def group(self) -> str:
         """`dp,tp`."""
-        return ",".join(self.axes)
+        return _group(self.axes)
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,11 @@ def play(
     player.play()
     update_s = _update_s(space, assignment, spec)
     collectives = _Ledger(player, words).collectives()
-    exposed: dict[str, float] = defaultdict(float)
-    hidden: dict[str, float] = defaultdict(float)
+    exposed: dict[tuple[str, ...], float] = defaultdict(float)
+    hidden: dict[tuple[str, ...], float] = defaultdict(float)
     for each in collectives:
-        exposed[each.group] += each.exposed_s
-        hidden[each.group] += each.hidden_s
+        exposed[each.axes] += each.exposed_s
+        hidden[each.axes] += each.hidden_s
     times = Times(player.op_start_s, player.steps_of(), player.forward_end_s, player.now_s, player.passes)
     memory = footprint(
         space, assignment, found, times, words, spec, accumulate=accumulate, fused=compiled, keep_buffers=events
@@ -149,8 +149,8 @@ def play(
         compute_s=player.compute_s,
         compute_by_kind=dict(player.by_kind),
         contention_s=player.contention_s,
-        exposed_s=dict(exposed),
-        hidden_s=dict(hidden),
+        exposed_s={_group(axes): seconds for axes, seconds in exposed.items()},
+        hidden_s={_group(axes): seconds for axes, seconds in hidden.items()},
         stream_busy_s=busy,
         collectives=collectives,
         peak_memory_bytes=memory.bytes,
@@ -160,6 +160,10 @@ def play(
         forward_s=player.forward_end_s,
         layers=player.layers(),
     )
+
+
+def _group(axes: Sequence[str]) -> str:
+    return ",".join(axes)
 
 
 def _update_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> float:
