@@ -11,7 +11,7 @@ from autopar.api import skeleton
 from autopar.mixed import precision_of
 from autopar.options import Options
 from costmodel.hardware import Hardware
-from passes.inputs import global_inputs
+from passes.inputs import global_inputs, part_of_batch
 from passes.plan import Plan
 from passes.program import Program
 
@@ -47,14 +47,22 @@ def planned(
     """The plan that `autopar.plan` would make, every data-parallel rank feeding `call`."""
     program = captured(model, call, mesh, options, progress)
     axes = meshes.axes_of(mesh)
+    batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
+
+    def smaller(divisor: int) -> Program | None:
+        ranks = meshes.batch_ranks(axes, batch_axes)
+        cut = part_of_batch(*examples.on_cpu(call), divisor, ranks, options.batch_dims)
+        return None if cut is None else captured(model, cut, mesh, options, progress)
+
     return planning.planned(
         program,
         axes,
-        batch_axes=meshes.batch_axes_of(axes, options.batch_axes),
+        batch_axes=batch_axes,
         hardware=hardware,
         strategy=strategy,
         options=options,
         example=examples.described(call),
+        smaller=smaller,
         progress=progress,
         keep_timeline=keep_timeline,
     )
