@@ -1,7 +1,8 @@
 """One rank's step, ready to run: two callables, forward and backward, compiled or not.
 
-    LocalProgram -retarget-> graph for the device -for_gloo, for_onednn, as_bytes-> its ops -split-> forward, backward
-        -cut-> regions and what is between -Inductor, once per distinct region-> callables -arranged-> outer programs
+    LocalProgram -retarget-> graph for the device -as_pairs, for_gloo, for_onednn, as_bytes-> its ops
+        -split-> forward, backward -cut-> regions and what is between -Inductor, once per distinct region-> callables
+        -arranged-> outer programs
 
 A step is captured on fake CPU tensors; `retarget` makes it one of another device. Where no layer repeats, forward and
 backward are one region each, collectives and all, but for ops that cannot be compiled. This is the one file that calls
@@ -34,6 +35,7 @@ from passes.layers import layer_patterns
 from passes.local import COLLECTIVES, LocalProgram
 from passes.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.overlap import arranged
+from passes.pairs import as_pairs
 from passes.partition import Halves, split
 from passes.products import for_onednn
 from passes.regions import Call, Cut, Region, calls, cut, is_shaped_by_values
@@ -148,6 +150,7 @@ def lower(
     """
     device = torch.device(device)
     local = replace(local, graph=retarget(local.graph, device))
+    as_pairs(local.graph)
     if device.type == "cpu":
         for_gloo(local.graph)
         for_onednn(local.graph)
