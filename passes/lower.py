@@ -28,6 +28,7 @@ from torch._inductor.output_code import CompiledFxGraph
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from passes.behind import behind_writes
 from passes.booleans import as_bytes
 from passes.gloo import for_gloo, gloo_step
 from passes.graphs import graph_module
@@ -302,7 +303,7 @@ def compiled(gm: fx.GraphModule, pipelined: bool = False) -> Callable[[list[torc
         examples = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
     sends = any(node.target in COLLECTIVES for node in gm.graph.nodes)
     settings = {**_AS_ORDERED, "_micro_pipeline_tp": pipelined} if sends else None
-    with torch.no_grad():
+    with torch.no_grad(), behind_writes():
         made = inductor_compile(_of_a_list(gm), [examples], settings)  # type: ignore[list-item]
     return _within(made)
 
