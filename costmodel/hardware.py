@@ -524,7 +524,12 @@ def hardware_of(body: Any, where: str) -> Hardware:
         ValueError: a figure that is missing or makes no sense.
     """
     parts = dict(_typed(body, Hardware, f"{where}: hardware"))
-    parts["device"] = Device(**_typed(parts["device"], Device, f"{where}: hardware.device"))
+    device = parts["device"] = Device(**_typed(parts["device"], Device, f"{where}: hardware.device"))
+    if device.reserve_bytes >= device.memory_bytes:
+        raise ValueError(
+            f"{where}: hardware.device.reserve_bytes: found {device.reserve_bytes}, expected less than memory_bytes, "
+            f"{device.memory_bytes}"
+        )
     for link in ("intra_node", "inter_node"):
         if isinstance(parts[link], dict):  # files that were written before there was this figure
             parts[link] = {"wide_bytes_per_s": 0.0, **parts[link]}
@@ -563,6 +568,8 @@ def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
     for key, value in body.items():
         if known[key] in ("int", "float"):
             _check_number(value, f"{where}.{key}", zero=key in _MAY_BE_ZERO)
+            if known[key] == "int" and value != int(value):
+                raise ValueError(f"{where}.{key}: found {value!r}, expected a whole number")
         elif key == "measured":
             _check_measured(value, f"{where}.{key}")
         elif known[key].startswith("Mapping"):
