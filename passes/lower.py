@@ -299,13 +299,37 @@ def compiled(gm: fx.GraphModule, pipelined: bool = False) -> Callable[[list[torc
         return _as_captured(gm)
     if not any(node.op == "call_function" for node in gm.graph.nodes):
         return _interpreted(gm)
+    gm, constants = _lifted(gm)
     with FakeTensorMode(shape_env=ShapeEnv()):  # Inductor's cache of compiled graphs asks for one
         examples = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
     sends = any(node.target in COLLECTIVES for node in gm.graph.nodes)
     settings = {**_AS_ORDERED, "_micro_pipeline_tp": pipelined} if sends else None
     with torch.no_grad(), behind_writes():
         made = inductor_compile(_of_a_list(gm), [examples], settings)  # type: ignore[list-item]
-    return _within(made)
+    inner = _within(made)
+    return functools.partial(_with, inner, constants) if constants else inner
+
+
+def _lifted(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """`gm` with its constants as placeholders behind the others, and these: what Inductor compiles has none of its own,
+    it takes them from what is around it."""
+    read = gm.graph.find_nodes(op="get_attr")
+    if not read:
+        return gm, []
+    graph = fx.Graph()
+    copies = {}
+    for node in (*gm.graph.find_nodes(op="placeholder"), *read):
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    graph.output(graph.graph_copy(gm.graph, copies))
+    return graph_module(gm, graph), [getattr(gm, node.target) for node in read]
+
+
+def _with(made: Callable[[list[torch.Tensor]], Any], constants: list[torch.Tensor], values: list[torch.Tensor]) -> Any:
+    """`made` of `values` and `constants`; `values` is emptied, so that what was used can be freed."""
+    given = [*values, *constants]
+    values.clear()
+    return made(given)
 
 
 def _within(made: Callable[[list[torch.Tensor]], Any]) -> Callable[[list[torch.Tensor]], Any]:
