@@ -285,7 +285,7 @@ class _State:
         machine = self.profiler.hardware
         plans = list(self.plans(self.gpus))
         if not plans:
-            widest = min(self.gpus, machine.ranks_per_node)
+            widest = max(self.widths(self.gpus))
             raise ValueError(
                 f"no mesh of {self.gpus} GPUs divides a global batch of {self.batch}: with tensor parallelism of up to "
                 f"{widest} it is split over {self.gpus // widest} ranks or more; use a multiple of that"
