@@ -35,7 +35,7 @@ from autopar.together import Together, together, watch
 from autopar.unwrapped import check_unwrapped
 from costmodel.memory import OPTIMIZERS as KNOWN
 from passes.errors import PlanMismatchError
-from passes.inputs import global_inputs, smaller_inputs
+from passes.inputs import global_inputs, part_of_batch
 from passes.local import LocalProgram, Storage, bind_groups, groups_used
 from passes.lower import lower
 from passes.precision import Precision
@@ -258,9 +258,7 @@ def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Callable[[int]
     """Captures the step of a batch that is some times smaller; None where the batch cannot be cut so."""
 
     def program(divisor: int) -> Program | None:
-        args, kwargs = examples.on_cpu(call)
-        dims = global_inputs(args, kwargs, job.batch_ranks, job.options.batch_dims).batch_dims
-        cut = smaller_inputs(args, kwargs, divisor, dims)
+        cut = part_of_batch(*examples.on_cpu(call), divisor, job.batch_ranks, job.options.batch_dims)
         return None if cut is None else _captured(job, skeleton(model), cut)
 
     return program

@@ -134,7 +134,7 @@ def restored(text: str) -> Call:
     """The call that `described` wrote; tensors without values are meta tensors.
 
     Raises:
-        PlanMismatchError: it held an object that a file cannot hold.
+        PlanMismatchError: it held an object that a file cannot hold, or is no text that `described` made.
     """
 
     def decode(value: dict[str, Any]) -> Any:
@@ -157,6 +157,9 @@ def restored(text: str) -> Call:
             return tuple(items) if kind == "tuple" else items
         return content
 
-    whole = json.loads(text)
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanMismatchError(f"the plan's inputs ('example') are no JSON: {error}; make the plan again") from None
     args, kwargs = decode(whole.get("call", whole))
     return args, kwargs

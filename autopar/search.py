@@ -27,7 +27,7 @@ from autopar.profiling import Captures, Profiler
 from autopar.ranking import NEAREST, ranking_table, ranking_text
 from autopar.reach import Times, on, times_of
 from autopar.verdict import Verdict, verdict
-from costmodel.hardware import Hardware
+from costmodel.hardware import Hardware, topology
 from costmodel.hardware import hardware as hardware_of
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
 from passes.candidate import Estimate, estimate, freed_and_kept, lower_bound
@@ -230,9 +230,13 @@ def search(
 
     options = replace(options, optimizer=_optimizer(options.optimizer, model))
     profiler = Profiler(Captures(model, inputs, progress=progress), machine, OPTIMIZERS[options.optimizer])
-    budget = options.memory_budget or int(machine.device.usable_bytes)
     splits = length if example_inputs is None else None
-    return _State(profiler, gpus, global_batch, budget, options, top, splits, progress).result(model, length)
+    return _State(profiler, gpus, global_batch, options, top, splits, progress).result(model, length)
+
+
+def _budget(options: Options, machine: Hardware, gpus: int) -> int:
+    """Bytes that each of `gpus` devices may use; ranks of one host share what it has."""
+    return options.memory_budget or int(topology(machine, {"ranks": gpus}).device.usable_bytes)
 
 
 def _optimizer(asked: str, model: nn.Module) -> str:
@@ -262,13 +266,13 @@ class _State:
     """One search: what is asked, and what was priced so far."""
 
     def __init__(
-        self, profiler: Profiler, gpus: int, batch: int, budget: int, options: Options, top: int,
-        splits: int | None, progress: Callable[[str], None],
+        self, profiler: Profiler, gpus: int, batch: int, options: Options, top: int, splits: int | None,
+        progress: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.profiler = profiler
         self.gpus = gpus
         self.batch = batch
-        self.budget = budget
+        self.budget = _budget(options, profiler.hardware, gpus)
         self.options = options
         self.recompute = _RECOMPUTE[options.recompute]
         self.either = options.reshard_after_forward is None
@@ -281,7 +285,7 @@ class _State:
         machine = self.profiler.hardware
         plans = list(self.plans(self.gpus))
         if not plans:
-            widest = min(self.gpus, machine.ranks_per_node)
+            widest = max(self.widths(self.gpus))
             raise ValueError(
                 f"no mesh of {self.gpus} GPUs divides a global batch of {self.batch}: with tensor parallelism of up to "
                 f"{widest} it is split over {self.gpus // widest} ranks or more; use a multiple of that"
@@ -412,7 +416,8 @@ class _State:
         fastest = sorted((c for c in else_ if not c.setup.offload), key=lambda c: c.step_time_s)
         kept = [c.setup for c in _distinct(c for c in fastest if c.setup.pp > 1)][:_ELSEWHERE]
         kept += [c.setup for c in fastest if c.setup.pp == c.setup.cp == 1 and c.setup.state == "zero3"][:1]
-        return times_of(states, on(gpus, self.batch, kept), self.profiler, self.budget, either=self.either)
+        budget = _budget(self.options, self.profiler.hardware, gpus)
+        return times_of(states, on(gpus, self.batch, kept), self.profiler, budget, either=self.either)
 
     # -- pricing -------------------------------------------------------------------------------------------------------
 

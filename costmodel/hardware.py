@@ -178,7 +178,10 @@ class Topology:
     """A mesh laid over hardware; axes in mesh order, the last one innermost."""
 
     hardware: Hardware
+    """As one of these ranks has it: its share of a host, at the pace of the slowest."""
     axes: tuple[Axis, ...]
+    given: Hardware
+    """As it was given, for any ranks."""
 
     def __hash__(self) -> int:
         return hash((self.hardware, self.axes))
@@ -195,6 +198,10 @@ class Topology:
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(axis.size for axis in self.axes)
+
+    def resized(self, sizes: Sequence[int]) -> Topology:
+        """The mesh with axes of other sizes over the same machine: other ranks have other shares of a host."""
+        return topology(self.given, tuple((axis.name, size) for axis, size in zip(self.axes, sizes, strict=True)))
 
     def axis(self, name: str) -> int:
         """Index of the axis called `name`.
@@ -250,10 +257,10 @@ def topology(hardware: Hardware, mesh: Mapping[str, int] | Sequence[tuple[str, i
         axes.append(Axis(name, size, stride, _in_node(size, stride, hardware.ranks_per_node)))
         stride *= size
     if hardware.shared_host:
-        hardware = _share(hardware, min(stride, hardware.ranks_per_node))
+        of_a_rank = _share(hardware, min(stride, hardware.ranks_per_node))
     else:
-        hardware = _slowest(hardware, max(stride, ranks))
-    return Topology(hardware, tuple(reversed(axes)))
+        of_a_rank = _slowest(hardware, max(stride, ranks))
+    return Topology(of_a_rank, tuple(reversed(axes)), hardware)
 
 
 def _in_node(size: int, stride: int, ranks_per_node: int) -> int:
@@ -517,7 +524,12 @@ def hardware_of(body: Any, where: str) -> Hardware:
         ValueError: a figure that is missing or makes no sense.
     """
     parts = dict(_typed(body, Hardware, f"{where}: hardware"))
-    parts["device"] = Device(**_typed(parts["device"], Device, f"{where}: hardware.device"))
+    device = parts["device"] = Device(**_typed(parts["device"], Device, f"{where}: hardware.device"))
+    if device.reserve_bytes >= device.memory_bytes:
+        raise ValueError(
+            f"{where}: hardware.device.reserve_bytes: found {device.reserve_bytes}, expected less than memory_bytes, "
+            f"{device.memory_bytes}"
+        )
     for link in ("intra_node", "inter_node"):
         if isinstance(parts[link], dict):  # files that were written before there was this figure
             parts[link] = {"wide_bytes_per_s": 0.0, **parts[link]}
@@ -556,6 +568,8 @@ def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
     for key, value in body.items():
         if known[key] in ("int", "float"):
             _check_number(value, f"{where}.{key}", zero=key in _MAY_BE_ZERO)
+            if known[key] == "int" and value != int(value):
+                raise ValueError(f"{where}.{key}: found {value!r}, expected a whole number")
         elif key == "measured":
             _check_measured(value, f"{where}.{key}")
         elif known[key].startswith("Mapping"):

@@ -17,7 +17,6 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from costmodel.hardware import topology
 from costmodel.memory import OPTIMIZERS, gib
 from passes.errors import NoFeasiblePlanError
 from passes.pins import Pin
@@ -222,11 +221,10 @@ def _without(look: _Look, constraints: Mapping[str, Callable[[Request], Request]
 def _on(look: _Look, sizes: Sequence[int]) -> Candidate | None:
     """A plan on a mesh of other sizes; None where none fits, or where the batch cannot be split so."""
     asked = look.asked
-    names = [axis.name for axis in asked.topology.axes]
-    mesh = topology(asked.topology.hardware, tuple(zip(names, sizes, strict=True)))
+    mesh = asked.topology.resized(sizes)
     try:
         paddings = asked.paddings.on(mesh.sizes, asked.batch_axes)
-        return _planned(look.at(topology=mesh, paddings=paddings))
+        return _planned(look.at(topology=mesh, paddings=paddings, budget=asked.request.budget_on(mesh)))
     except ValueError:  # a batch or a pinned dim that these sizes do not divide
         return None
 

@@ -82,6 +82,18 @@ def smaller_inputs(
     return new_args, new_kwargs
 
 
+def part_of_batch(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    divisor: int,
+    ranks: int,
+    batch_dims: Mapping[str, int | None] | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What one of `ranks` data-parallel ranks feeds where its batch is `divisor` times smaller; None where that cannot
+    be. `batch_dims`: as for `global_inputs`."""
+    return smaller_inputs(args, kwargs, divisor, global_inputs(args, kwargs, ranks, batch_dims).batch_dims)
+
+
 def one_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The first sample of what one data-parallel rank feeds."""
     whole = global_inputs(args, kwargs, 1)

@@ -1,7 +1,8 @@
 """One rank's step, ready to run: two callables, forward and backward, compiled or not.
 
-    LocalProgram -retarget-> graph for the device -for_gloo, for_onednn, as_bytes-> its ops -split-> forward, backward
-        -cut-> regions and what is between -Inductor, once per distinct region-> callables -arranged-> outer programs
+    LocalProgram -retarget-> graph for the device -as_pairs, for_gloo, for_onednn, as_bytes-> its ops
+        -split-> forward, backward -cut-> regions and what is between -Inductor, once per distinct region-> callables
+        -arranged-> outer programs
 
 A step is captured on fake CPU tensors; `retarget` makes it one of another device. Where no layer repeats, forward and
 backward are one region each, collectives and all, but for ops that cannot be compiled. This is the one file that calls
@@ -27,6 +28,7 @@ from torch._inductor.output_code import CompiledFxGraph
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from passes.behind import behind_writes
 from passes.booleans import as_bytes
 from passes.gloo import for_gloo, gloo_step
 from passes.graphs import graph_module
@@ -34,6 +36,7 @@ from passes.layers import layer_patterns
 from passes.local import COLLECTIVES, LocalProgram
 from passes.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.overlap import arranged
+from passes.pairs import as_pairs
 from passes.partition import Halves, split
 from passes.products import for_onednn
 from passes.regions import Call, Cut, Region, calls, cut, is_shaped_by_values
@@ -148,6 +151,7 @@ def lower(
     """
     device = torch.device(device)
     local = replace(local, graph=retarget(local.graph, device))
+    as_pairs(local.graph)
     if device.type == "cpu":
         for_gloo(local.graph)
         for_onednn(local.graph)
@@ -295,13 +299,37 @@ def compiled(gm: fx.GraphModule, pipelined: bool = False) -> Callable[[list[torc
         return _as_captured(gm)
     if not any(node.op == "call_function" for node in gm.graph.nodes):
         return _interpreted(gm)
+    gm, constants = _lifted(gm)
     with FakeTensorMode(shape_env=ShapeEnv()):  # Inductor's cache of compiled graphs asks for one
         examples = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
     sends = any(node.target in COLLECTIVES for node in gm.graph.nodes)
     settings = {**_AS_ORDERED, "_micro_pipeline_tp": pipelined} if sends else None
-    with torch.no_grad():
+    with torch.no_grad(), behind_writes():
         made = inductor_compile(_of_a_list(gm), [examples], settings)  # type: ignore[list-item]
-    return _within(made)
+    inner = _within(made)
+    return functools.partial(_with, inner, constants) if constants else inner
+
+
+def _lifted(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """`gm` with its constants as placeholders behind the others, and these: what Inductor compiles has none of its own,
+    it takes them from what is around it."""
+    read = gm.graph.find_nodes(op="get_attr")
+    if not read:
+        return gm, []
+    graph = fx.Graph()
+    copies = {}
+    for node in (*gm.graph.find_nodes(op="placeholder"), *read):
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    graph.output(graph.graph_copy(gm.graph, copies))
+    return graph_module(gm, graph), [getattr(gm, node.target) for node in read]
+
+
+def _with(made: Callable[[list[torch.Tensor]], Any], constants: list[torch.Tensor], values: list[torch.Tensor]) -> Any:
+    """`made` of `values` and `constants`; `values` is emptied, so that what was used can be freed."""
+    given = [*values, *constants]
+    values.clear()
+    return made(given)
 
 
 def _within(made: Callable[[list[torch.Tensor]], Any]) -> Callable[[list[torch.Tensor]], Any]:

@@ -23,6 +23,7 @@ def normalize(program: Program) -> Program:
     """Drop ops that change nothing, equal ops and unused ops from the graph, settle its order; set the fingerprint."""
     graph = program.graph.graph
     drop_no_ops(graph)
+    copy_single_parts(graph)
     drop_written_slices(graph)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     merge_equal(graph)
@@ -93,6 +94,19 @@ def _one_part(node: fx.Node) -> fx.Node | None:
         return None
     same = full[0].meta["val"].dtype == node.meta["val"].dtype
     return full[0] if same and _same_strides(full[0].meta["val"], node.meta["val"]) else None
+
+
+def copy_single_parts(graph: fx.Graph) -> None:
+    """Write the `cat` of one tensor that is not empty as the contiguous copy that it is: Inductor passes that tensor on
+    as it lies. A key-value cache begins so."""
+    for node in graph.find_nodes(op="call_function", target=aten.cat.default):
+        parts: Any = node.args[0]
+        full = [p for p in parts if p.meta["val"].numel()]
+        if len(full) != 1 or not node.meta["val"].is_contiguous():
+            continue
+        if full[0].meta["val"].shape == node.meta["val"].shape and full[0].meta["val"].dtype == node.meta["val"].dtype:
+            node.target, node.args = aten.clone.default, (full[0],)
+            node.kwargs = {"memory_format": torch.contiguous_format}
 
 
 def _same_strides(a: Tensor, b: Tensor) -> bool:

@@ -169,6 +169,9 @@ def made_here(folder: Path) -> Here:
         ("renamed", '"up.weight": {', '"up.wieght": {'),
         ("unknown", '"seed":', '"seeds":'),
         ("newer", '"version": 1', '"version": 2'),
+        ("budget", '"memory_budget": null', '"memory_budget": "much"'),
+        ("recompute", '"recompute": "auto"', '"recompute": "some"'),
+        ("inputs", '"example": "{', '"example": "'),
     ):
         assert old in text
         (folder / f"{name}.json").write_text(text.replace(old, new, 1), encoding="utf-8")

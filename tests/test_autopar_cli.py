@@ -46,6 +46,22 @@ def test_a_plan_that_does_not_fit_exits_1_and_says_what_would(here: Here) -> Non
     assert "What would fit" in last
 
 
+def test_a_smaller_batch_that_fits_is_told(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    """What four sequences take is too little for 16: the answer is four, by their own plan."""
+    from transformers import LlamaConfig
+
+    folder = here.folder / "long"
+    folder.mkdir()
+    LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=128
+    ).save_pretrained(folder)
+    asked = ("plan", str(folder), "--mesh", "dp=2", "--hardware", "h100", "--seq", "512", "--recompute", "full")
+    assert main([*asked, "--batch", "4", "--json"]) == 0
+    budget = str(json.loads(capsys.readouterr().out)["peak_memory_bytes"])
+    assert main([*asked, "--batch", "16", "--memory-budget", budget]) == 1
+    assert "a batch per rank 4 times smaller" in capsys.readouterr().err
+
+
 def test_inspect_counts_what_the_step_computes(here: Here) -> None:
     ran = autopar("inspect", here.model, "--mesh", "dp=2,tp=2", "--json")
     assert ran.code == 0, ran.err

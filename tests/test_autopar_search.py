@@ -143,13 +143,29 @@ def test_what_does_not_fit_says_by_how_much() -> None:
     assert "GiB" in result.verdict.text[0] or "MiB" in result.verdict.text[0]
 
 
+def test_ranks_of_one_host_share_its_memory() -> None:
+    """On as much as one rank takes alone, four do not fit; on more, all that is said to fit does, four times."""
+    machine = hardware("cpu")
+
+    def searched(ranks: int, memory_bytes: int) -> SearchResult:
+        host = replace(machine, device=replace(machine.device, memory_bytes=memory_bytes, reserve_bytes=0))
+        return autopar.search(small(), ranks, host, 4, sequence=512, options=OPTIONS, top=1)
+
+    alone = searched(1, 1 << 40).best.peak_memory_bytes
+    assert not searched(4, alone).candidates
+    found = searched(4, 4 * alone)
+    assert found.budget_bytes == alone
+    assert all(4 * candidate.peak_memory_bytes <= 4 * alone for candidate in found.candidates)
+
+
 @pytest.mark.parametrize(
     ("gpus", "batch", "said"),
     [
         (12, 24, "12 GPUs fill no whole number of nodes of 8; use 8 or 16"),
         (0, 8, "at least 1"),
         (8, 0, "global_batch is 0"),
-        (64, 3, "no mesh of 64 GPUs divides a global batch of 3"),
+        (64, 3, "no mesh of 64 GPUs divides a global batch of 3: .* up to 8 it is split over 8 ranks"),
+        (7, 8, "no mesh of 7 GPUs divides a global batch of 8: .* up to 1 it is split over 7 ranks"),
     ],
 )
 def test_mistakes_are_named(gpus: int, batch: int, said: str) -> None:

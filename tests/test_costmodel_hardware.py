@@ -224,6 +224,11 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         (lambda c: c["hardware"].pop("device"), "missing \\['device'\\]"),
         (lambda c: c["hardware"]["intra_node"].update(bytes_per_s=-1), "intra_node.bytes_per_s: found -1"),
         (lambda c: c["hardware"]["device"].update(sm_count="many"), "device.sm_count: found 'many'"),
+        (lambda c: c["hardware"].update(ranks_per_node=1.5), "ranks_per_node: found 1.5, expected a whole number"),
+        (
+            lambda c: c["hardware"]["device"].update(reserve_bytes=10**12),
+            "reserve_bytes: found 1000000000000, expected",
+        ),
         (lambda c: c["hardware"]["device"].update(peak_flops_per_s={}), "peak_flops_per_s"),
         (lambda c: c["hardware"]["inter_node"].update(measured={"all_gather": [1]}), "measured.all_gather"),
         (

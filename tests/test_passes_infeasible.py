@@ -14,6 +14,7 @@ from torch import nn
 
 from autopar import Options
 from autopar import plan as plan_of
+from costmodel.hardware import hardware
 from costmodel.layout import parse_layout
 from passes import infeasible
 from passes.capture import capture
@@ -147,6 +148,19 @@ def test_other_meshes_batches_and_ranks_are_planned() -> None:
     sizes = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", ranks)}
     assert planned(request, tuple(sizes.items())).peak_memory_bytes <= 0.7 * floor
     assert error.ways[-1].startswith("a memory budget of ")
+
+
+def test_more_ranks_of_one_host_have_smaller_shares_of_it() -> None:
+    """On 8 ranks and more as on 4: the state of all together, what the backward of one block reads of the global batch
+    (its input and the wider result between), and on each rank a weight gathered whole are more than the host has."""
+    state, block, weight = 4 * WEIGHTS, 3 * 4 * ROWS * 64 * WIDTH, WEIGHTS // 4
+    memory = 5 * state // 2
+    assert memory < state + block + 8 * weight
+    machine = hardware("cpu")
+    host = replace(machine, device=replace(machine.device, memory_bytes=memory, reserve_bytes=0))
+    with pytest.raises(NoFeasiblePlanError) as caught:
+        compile_plan(program(length=64), on_mesh(host, MESH), (0,), Request(strategy="fsdp"))
+    assert not [way for way in caught.value.ways if "ranks" in way]
 
 
 def test_the_user_is_told_of_a_smaller_batch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from local_steps import Net, NetOutput, local_step
+from parity import captured, planned
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -58,6 +60,34 @@ def test_lowered_step_is_eagers(compile: bool) -> None:
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient)
+
+
+class Begun(nn.Module):
+    """Keys behind those of an empty cache, as transformers begins one, times a table of numbers in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key = self.key(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        key = torch.cat([torch.tensor([]), key], dim=-2)
+        return (key @ key.mT * torch.tensor([math.sin(i) for i in range(25)]).view(5, 5)).exp()
+
+
+def test_a_cache_that_begins_and_a_table_in_the_code_are_compiled() -> None:
+    torch.manual_seed(0)
+    model, x, tangent = Begun(), torch.randn(3, 5, 6), torch.randn(3, 2, 5, 5)
+    _, _, local = planned(captured(model, {"x": x}), {"dp": 1}, "ddp")
+    assert any(node.op == "get_attr" for node in local.graph.graph.nodes)
+    lowered = lower(local, compile=True)
+    (result,), saved = lowered.forward(values_of(local, model, x, torch.tensor(0)))
+    wanted = model(x)
+    torch.testing.assert_close(result, wanted)
+    wanted.backward(tangent)
+    names = [o.name for o in local.outputs if o.kind == "gradient"]
+    for name, gradient in zip(names, lowered.backward(saved, [tangent]), strict=True):
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad)
 
 
 def test_forward_alone_has_no_backward_and_takes_inputs_of_any_stride() -> None:

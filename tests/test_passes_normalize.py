@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.capture import capture
-from passes.normalize import drop_no_ops, drop_written_slices, fingerprint, merge_equal, normalize
+from passes.normalize import copy_single_parts, drop_no_ops, drop_written_slices, fingerprint, merge_equal, normalize
 
 aten = torch.ops.aten
 
@@ -70,6 +70,23 @@ def test_a_square_transposition_is_no_no_op() -> None:
     gm = traced(lambda x: aten.permute.default(aten.transpose.int(x, 0, 1), [0, 1]), torch.randn(3, 3))
     drop_no_ops(gm.graph)
     assert targets(gm) == [aten.transpose.int]
+
+
+def test_the_only_part_that_is_not_empty_is_copied_as_cat_copies_it() -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        turned = aten.transpose.int(x, 0, 1)
+        return [aten.cat.default([aten.slice.Tensor(turned, 0, 0, 0), turned], 0), aten.cat.default([turned, x], 1)]
+
+    x = torch.randn(3, 3)
+    gm = traced(function, x)
+    wanted = function(x)
+    copy_single_parts(gm.graph)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    assert targets(gm) == [aten.transpose.int, aten.clone.default, aten.cat.default]
+    for found, each in zip(gm(x), wanted, strict=True):
+        assert found.stride() == each.stride()
+        torch.testing.assert_close(found, each, rtol=0, atol=0)
 
 
 def test_reading_a_written_slice_reads_what_was_written() -> None:
