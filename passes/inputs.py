@@ -225,7 +225,7 @@ def _describe(value: Any) -> str:
 def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int = 128) -> dict[str, Tensor]:
     """Keyword arguments that train a Hugging Face model: token ids or images of its own size, and labels.
 
-    Raises ValueError, saying what to pass, where the model does not tell what it wants.
+    Raises ValueError, saying what to pass, where the model does not tell what it wants, and for a batch of over 4 GiB.
     """
     wanted = list(inspect.signature(model.forward).parameters)
     config = getattr(model, "config", None)
@@ -238,6 +238,7 @@ def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int =
     if main == "input_ids" and isinstance(getattr(text, "vocab_size", None), int):
         limits = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions"))
         length = min([sequence_length, *(n for n in limits if isinstance(n, int) and n > 0)])
+        _check_size(batch_size, 8 * length)
         ids = torch.randint(min(4, text.vocab_size - 1), text.vocab_size, (batch_size, length), generator=random)
         inputs = {"input_ids": ids}
         if "labels" not in wanted:
@@ -256,11 +257,24 @@ def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int =
         size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         if isinstance(height, int) and isinstance(width, int) and "input_ids" not in wanted:
+            _check_size(batch_size, 4 * channels * height * width)
             inputs = {"pixel_values": torch.randn(batch_size, channels, height, width, generator=random)}
             if "labels" in wanted and not kind.endswith("ForImageClassification"):
                 raise _ask(model, wanted, f"the labels of a {kind} are not known")
             return {**inputs, "labels": torch.zeros(batch_size, dtype=torch.long)} if "labels" in wanted else inputs
     raise _ask(model, wanted, f"what a {kind} takes as {main} is not known")
+
+
+_MOST_BYTES = 1 << 32
+"""Of inputs that are made as an example."""
+
+
+def _check_size(batch_size: int, sample_bytes: int) -> None:
+    if batch_size * sample_bytes > _MOST_BYTES:
+        raise ValueError(
+            f"a batch of {batch_size:,} is {batch_size * sample_bytes / (1 << 30):,.0f} GiB of inputs, and examples are "
+            f"made on this host: at most {_MOST_BYTES // sample_bytes:,} of {sample_bytes:,} bytes will do"
+        )
 
 
 def _ask(model: nn.Module, wanted: Sequence[str], why: str) -> ValueError:

@@ -20,15 +20,16 @@ aten = torch.ops.aten
 def as_pairs(gm: fx.GraphModule) -> None:
     """Rewrites the collectives of complex tensors in `gm` to those of their parts, in place."""
     graph = gm.graph
-    for node in list(graph.nodes):
-        if node.target in COLLECTIVES and any(_is_complex(sent) for sent in node.all_input_nodes):
-            for sent in node.all_input_nodes:
-                if _is_complex(sent):
-                    with graph.inserting_before(node):
-                        node.replace_input_with(sent, _split(graph, sent))
-            _joined(graph, node)
-    graph.lint()
-    gm.recompile()
+    sending = [n for n in graph.nodes if n.target in COLLECTIVES and any(_is_complex(s) for s in n.all_input_nodes)]
+    for node in sending:
+        for sent in node.all_input_nodes:
+            if _is_complex(sent):
+                with graph.inserting_before(node):
+                    node.replace_input_with(sent, _split(graph, sent))
+        _joined(graph, node)
+    if sending:
+        graph.lint()
+        gm.recompile()
 
 
 def _is_complex(node: fx.Node) -> bool:

@@ -28,6 +28,7 @@ MISTAKES = [
     ("plan MODEL --mesh dp=2 --hardware h9", "unknown hardware 'h9'; known are a100-40gb"),
     ("plan MODEL --mesh dp=2 --strategy zero", "choose from"),
     ("plan MODEL --mesh dp=2 --batch none", "positive whole number"),
+    ("plan llama3-8b --mesh dp=2 --hardware h100 --batch 99999999", "a batch of 99,999,999 is 1,526 GiB of inputs"),
     ("plan MODEL --mesh dp=2 --memory-budget much", "is no size; write bytes, or 80GiB"),
     ("plan MODEL --mesh dp=2 --hardware h100 --pin up.weight", "write PATTERN=LAYOUT"),
     ("plan MODEL --mesh dp=2 --hardware h100 --pin up.weight=Q", "argument --pin: 'up.weight=Q': 'Q' is no layout"),
