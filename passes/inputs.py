@@ -270,10 +270,11 @@ _MOST_BYTES = 1 << 32
 
 
 def _check_size(batch_size: int, sample_bytes: int) -> None:
-    if batch_size * sample_bytes > _MOST_BYTES:
+    whole_bytes = batch_size * sample_bytes
+    if whole_bytes > _MOST_BYTES:
         raise ValueError(
-            f"a batch of {batch_size:,} is {batch_size * sample_bytes / (1 << 30):,.0f} GiB of inputs, and examples are "
-            f"made on this host: at most {_MOST_BYTES // sample_bytes:,} of {sample_bytes:,} bytes will do"
+            f"a batch of {batch_size:,} is {whole_bytes / (1 << 30):,.0f} GiB of inputs, and examples are made on this "
+            f"host: at most {_MOST_BYTES // sample_bytes:,} of {sample_bytes:,} bytes will do"
         )
 
 
