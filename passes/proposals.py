@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -154,6 +155,15 @@ class _Posed:
     end_s: float
 
 
+@dataclass
+class _Enough:
+    """Where to stop: a step of `step_s` fits, and solutions that cost `cost_s` fit or would take no less than that."""
+
+    step_s: float
+    cost_s: dict[float, float] = field(default_factory=lambda: defaultdict(lambda: math.inf))
+    """By share."""
+
+
 @dataclass(frozen=True)
 class Search:
     """Candidates for one program and mesh; of each kind, `auto` makes `most` proposals at most.
@@ -270,8 +280,7 @@ class Search:
         space = without(replace(space, async_tp=request.async_tp), request.without)
         shares = shares or _HIDDEN_SHARES[: self.most if name == "auto" else 1]
         unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
-        enough_s = dict.fromkeys(shares, math.inf)
-        fastest_s = self.fastest_s
+        enough = _Enough(self.fastest_s)
         end_s = time.process_time() + self.budgeted_s
         for mode in modes:
             if mode != modes[0]:
@@ -281,23 +290,20 @@ class Search:
             posed = _Posed(name, padding, space, priced, end_s)
             unbound = True
             for share in shares:
-                candidate = self._fitting(posed, share, enough_s[share], fastest_s)
+                candidate = self._fitting(posed, share, enough)
                 if candidate is None:
                     continue
                 unbound = unbound and candidate.unbound
                 unique.setdefault((mode, candidate.assignment), candidate)
-                if candidate.schedule.peak_memory_bytes <= self.budget:
-                    enough_s[share] = min(enough_s[share], candidate.solution.seconds)
-                    fastest_s = min(fastest_s, candidate.schedule.step_time_s)
             if unbound:
                 break
         return list(unique.values())
 
-    def _fitting(self, posed: _Posed, share: float, enough_s: float, fastest_s: float) -> Candidate | None:
+    def _fitting(self, posed: _Posed, share: float, enough: _Enough) -> Candidate | None:
         """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
-        schedule finds on top of it, until both agree, or what does not fit yet is slower than `fastest_s` already.
+        schedule finds on top of it, until both agree, or what does not fit yet is slower than a plan that does.
 
-        None where all that is left costs `enough_s` or more: what is computed again less, and fits, is cheaper.
+        None where all that is left costs more than is enough: what is computed again less is cheaper.
         """
         limit = math.inf
         last: Candidate | None = None
@@ -307,7 +313,7 @@ class Search:
                 solution = solve(posed.priced.weighed(share, limit), time_limit_s=left_s)
             except NoFeasiblePlanError:
                 break
-            if solution.bound_s >= enough_s:
+            if solution.bound_s >= enough.cost_s[share]:
                 return None
             assignment = posed.priced.assignment(solution.picks, len(posed.space.sites))
             if last is not None and assignment == last.assignment:
@@ -315,9 +321,10 @@ class Search:
             last = self._played(posed, assignment, solution, unlimited=math.isinf(limit))
             over = last.schedule.peak_memory_bytes - self.budget
             if over <= 0:
+                enough.step_s = min(enough.step_s, last.schedule.step_time_s)
+            if over <= 0 or (last.schedule.step_time_s >= enough.step_s and not math.isinf(limit)):
+                enough.cost_s[share] = min(enough.cost_s[share], solution.seconds)
                 return last
-            if not math.isinf(limit) and last.schedule.step_time_s >= fastest_s:
-                break
             limit = min(limit, solution.bytes) - over
             if limit <= 0:
                 break
