@@ -324,7 +324,7 @@ def folded(collectives: Sequence[Collective], words: Words) -> tuple[Collective,
             value=alike[0].value,
             reason=alike[0].reason,
             tensors=alike[0].tensors,
-            count=len(alike),
+            count=sum(x.count for x in alike),
             start_s=min(x.start_s for x in alike),
         )
         for alike in groups.values()

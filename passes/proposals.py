@@ -378,7 +378,7 @@ def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Req
         taken_s = sum(c.exposed_s + slowing[c.axes] * c.hidden_s for c in gathers)
         least_s = candidate.schedule.step_time_s - request.accumulate * taken_s
         at_rest = sum(candidate.schedule.memory.by_kind.get(kind, 0) for kind in ("parameters", "optimizer"))
-        may_fit = at_rest + sum(c.bytes for c in gathers) <= budget
+        may_fit = at_rest + sum(c.count * c.bytes for c in gathers) <= budget
         may_win = fastest is None or least_s < fastest.schedule.step_time_s * (1 - _TIE)
         if not gathers or not may_fit or not may_win:
             continue

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from costmodel.compute import update_traffic_s
@@ -189,44 +188,44 @@ class _Ledger:
         self.texts: dict[object, tuple[str, str]] = {}
 
     def collectives(self) -> tuple[Collective, ...]:
-        """In program order; the player keeps their events, where it keeps any."""
+        """In program order, alike ones of a move as one; the player keeps their events, where it keeps any."""
         found: list[Collective] = []
         for index, item in enumerate(self.player.tracks.items):
             if not isinstance(item, Move):
                 continue
-            said: dict[object, partial[Collective]] = {}
+            alike: dict[object, list[Played]] = defaultdict(list)
             for i in self.player.of_item[index]:
                 played = self.player.played[i]
-                step = played.step
-                if not played.counts or not step.is_collective:
-                    continue
-                told = (id(step), played.also)  # copies of a layer share their steps
-                if told not in said:
-                    said[told] = self._said(item, played)
-                exposed_s = min(played.exposed_s, step.seconds)
-                one = said[told](exposed_s=exposed_s, hidden_s=step.seconds - exposed_s, start_s=played.start_s)
+                if played.counts and played.step.is_collective:
+                    alike[id(played.step), played.also, played.exposed_s].append(played)
+            for copies in alike.values():
+                one = self._said(item, copies[0], len(copies))
                 found.append(one)
                 if self.player.keep_events:
-                    self.player.events += _events(one, played.end_s)
+                    self.player.events += [event for each in copies for event in _events(one, each)]
         return tuple(found)
 
-    def _said(self, item: Move, played: Played) -> partial[Collective]:
-        """All of a collective but when it runs and what waits for it: what is moved and why, over which axes."""
+    def _said(self, item: Move, played: Played, count: int) -> Collective:
+        """What is moved and why, over which axes, and what that takes."""
         step, node = played.step, item.place
         value, reason = self._texts(item, played)
-        return partial(
-            Collective,
+        exposed_s = min(played.exposed_s, step.seconds)
+        return Collective(
             kind=KINDS.get(step.kind, step.kind),
             axes=self.groups.setdefault(step.axes, tuple(self.names[axis] for axis in step.axes)),
             bytes=step.full_bytes,
-            seconds=step.seconds,
+            seconds=count * step.seconds,
             phase=item.phase,
+            exposed_s=count * exposed_s,
+            hidden_s=count * (step.seconds - exposed_s),
             role=self._role(item, played),
             source=node.meta.get("source", ""),
             module=node.meta.get("module", ""),
             value=value,
             reason=reason,
             tensors=1 + len(played.also),
+            count=count,
+            start_s=played.start_s,
         )
 
     def _texts(self, item: Move, played: Played) -> tuple[str, str]:
@@ -249,9 +248,9 @@ class _Ledger:
         return "parameter" if tracks.slots[tracks.writes[played.item][0]].gathered else "activation"
 
 
-def _events(one: Collective, end_s: float) -> list[Event]:
-    """A collective on the timeline of each of its axes."""
+def _events(one: Collective, played: Played) -> list[Event]:
+    """A collective, or one of those it says, on the timeline of each of its axes."""
     return [
-        Event(axis, one.start_s, end_s, one.reason, one.kind, one.phase, one.module, one.source, one.bytes)
+        Event(axis, played.start_s, played.end_s, one.reason, one.kind, one.phase, one.module, one.source, one.bytes)
         for axis in one.axes
     ]
