@@ -114,8 +114,9 @@ def _stack(program: Program, name: str) -> _Stack | None:
             members.append(node)
             if node.op == "placeholder":
                 by_name[one.name] = of[node]
-    layers = max((number for _, number, _ in of.values()), default=-1) + 1
-    if {number for _, number, _ in of.values()} != set(range(layers)):
+    found = {number for _, number in nodes}
+    layers = len(found)
+    if found != set(range(layers)):
         return None
     stored: dict[fx.Node, list[Position]] = defaultdict(list)
     for out, node in zip(program.outputs, _results(program), strict=True):
