@@ -5,26 +5,31 @@ One capture per global micro-batch serves every mesh; one analysis per capture, 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from autopar import examples, planning
+from autopar import examples
 from autopar.api import skeleton
 from autopar.shallow import Shallow, shallow
 from costmodel.hardware import Hardware, Topology, topology
 from costmodel.memory import OptimizerSpec
 from passes.analysis import Analysis
+from passes.capture import capture
+from passes.collector import settled
 from passes.depth import Profile, profile, sample
 from passes.fusion import Fused
 from passes.inputs import global_inputs
 from passes.pad import Pad
+from passes.pipeline import prepare
 from passes.precision import Precision
 from passes.price import Budgeted, price
 from passes.program import Program
 from passes.proposals import PaddingsOf
+from passes.rebatch import Told, copy_of, rebatched, told
 from passes.recompute import Mode, Recomputation, recomputation
 from passes.rules.index import EMBEDDINGS
 from passes.rules.matmul import PRODUCTS
@@ -57,21 +62,45 @@ class Captures:
         self.progress = progress
         self.shallow: Shallow = shallow(skeleton(model))
         self._programs: dict[tuple[int, int, int], Program] = {}
+        self._told: dict[tuple[int, int, int], Told] = {}
+        """What was captured, as it was before it was prepared."""
+        self._batches: dict[tuple[int, int], int] = {}
+        """(prefix, parts) -> the last batch that was captured."""
         self._paddings: dict[tuple[int, int, int, Fused], PaddingsOf] = {}
 
     def program(self, prefix: int, batch: int, parts: int) -> Program:
-        """The prefix of the model fed `batch` samples, cut into `parts` along the sequence."""
+        """The prefix of the model fed `batch` samples, cut into `parts` along the sequence.
+
+        All but the shallowest are made of what was captured at another batch, where that is certain to be the same.
+        """
         key = (prefix, batch, parts)
         if key not in self._programs:
+            made = self._rebatched(prefix, batch, parts)
+            self._programs[key] = prepare(made or copy_of(self._captured(prefix, batch, parts).program))
+        return self._programs[key]
+
+    def _rebatched(self, prefix: int, batch: int, parts: int) -> Program | None:
+        before = self._batches.get((prefix, parts))
+        if prefix == 0 or before is None:
+            return None
+        deep, like = self._captured(prefix, before, parts), self._captured(0, before, parts)
+        return rebatched(deep, like, self._captured(0, batch, parts))
+
+    def _captured(self, prefix: int, batch: int, parts: int) -> Told:
+        key = (prefix, batch, parts)
+        if key not in self._told:
             model = self.shallow.prefixes[prefix].model
             self.progress(f"capturing: {self.shallow.prefixes[prefix].layers} layers, batch {batch}")
             args, kwargs = examples.on_cpu(examples.call_of(model, self.inputs(parts)))
             whole = global_inputs(args, kwargs, batch)
-            self._programs[key] = planning.captured(
-                model, whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size,
-                precision=self.precision,
-            )  # fmt: skip
-        return self._programs[key]
+            with settled():
+                program = capture(
+                    model, whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size,
+                    precision=self.precision,
+                )  # fmt: skip
+            self._told[key] = told(program)
+            self._batches[prefix, parts] = batch
+        return self._told[key]
 
     def paddings(
         self, prefix: int, batch: int, parts: int, fused: Fused, sizes: Sequence[int], batch_axes: tuple[int, ...]
@@ -109,6 +138,8 @@ class Profiler:
         self._profiles: dict[object, Profile] = {}
         self._spaces: dict[object, Space] = {}
         self._recomputations: dict[tuple[int, Mode], Recomputation] = {}
+        self._seconds: dict[int, dict[tuple[int, int], float]] = defaultdict(dict)
+        """Sites of a space that is kept, by identity -> see `price`."""
 
     @property
     def layers(self) -> int:
@@ -135,17 +166,19 @@ class Profiler:
             setup.reshard or replica,
         )
         if key not in self._profiles:
-            hardware = _fp8(self.hardware) if setup.fp8 else self.hardware
-            prefixes = self.captures.shallow.prefixes
-            samples: list[dict[str, float]] = []
-            like: _Picked | None = None
-            for prefix in reversed(range(len(prefixes))):  # what the deepest picks, the others do too
-                like = self._picked(prefix, batch, parts, axes, setup, hardware, like, whole=replica)
-                samples.insert(0, self._sample(like, setup, whole=replica))
-            self._profiles[key] = profile(
-                samples, [p.weight for p in prefixes], [p.outside for p in prefixes], self.layers
-            )
+            self._profiles[key] = self._made(setup, batch, parts, axes, whole=replica)
         return self._profiles[key]
+
+    @settled()
+    def _made(self, setup: Setup, batch: int, parts: int, axes: dict[str, int], *, whole: bool) -> Profile:
+        hardware = _fp8(self.hardware) if setup.fp8 else self.hardware
+        prefixes = self.captures.shallow.prefixes
+        samples: list[dict[str, float]] = []
+        like: _Picked | None = None
+        for prefix in reversed(range(len(prefixes))):  # what the deepest picks, the others do too
+            like = self._picked(prefix, batch, parts, axes, setup, hardware, like, whole=whole)
+            samples.insert(0, self._sample(like, setup, whole=whole))
+        return profile(samples, [p.weight for p in prefixes], [p.outside for p in prefixes], self.layers)
 
     def _sample(self, picked: _Picked, setup: Setup, *, whole: bool) -> dict[str, float]:
         space, assignment = picked.space, picked.assignment
@@ -197,7 +230,8 @@ class Profiler:
 
     def _solved(self, space: Space) -> tuple[int, ...]:
         spec = self.optimizer
-        priced = price(space, optimizer=Budgeted(int(spec.state_bytes_per_param + spec.master_bytes_per_param)))
+        budgeted = Budgeted(int(spec.state_bytes_per_param + spec.master_bytes_per_param))
+        priced = price(space, budgeted, self._seconds[id(space.sites)])
         return priced.assignment(solve(priced.problem).picks, len(space.sites))
 
     def _space(

@@ -31,6 +31,7 @@ from costmodel.hardware import Hardware, topology
 from costmodel.hardware import hardware as hardware_of
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
 from passes.candidate import Estimate, estimate, freed_and_kept, lower_bound
+from passes.collector import settled
 from passes.errors import NoFeasiblePlanError
 from passes.inputs import default_inputs, global_inputs
 from passes.plan import Plan
@@ -189,6 +190,7 @@ def _as_json(candidate: Candidate) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@settled()
 def search(
     model: nn.Module,
     gpus: int,

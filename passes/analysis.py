@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from passes.buckets import Gradients
 from passes.dims import ExpandedOp, Unified, Value, expand, expanded_shape, is_getitem, outputs_of, unified, value_of
 from passes.discover import discover, form_of_rule
 from passes.errors import UnsupportedOpError
@@ -102,6 +103,11 @@ class Analysis:
     def flow(self) -> Flow:
         """Who reads what, by node."""
         return flow_of(self.program, self.folding)
+
+    @cached_property
+    def gradients(self) -> Gradients:
+        """Which values are a parameter's gradient on its way out."""
+        return Gradients(self.program)
 
     def shape_of(self, value: Value) -> tuple[int, ...]:
         """Expanded shape of a value."""

@@ -28,10 +28,9 @@ TOGETHER = ("state_gather", "state_scatter", "all_reduce", "state_slice", "state
 T = TypeVar("T")
 
 
-def bucketed(program: Program, items: Sequence[Run | Move]) -> list[Run | Move]:
-    """`items` reordered, moves that go together numbered alike."""
+def bucketed(program: Program, items: Sequence[Run | Move], gradients: Gradients) -> list[Run | Move]:
+    """`items` reordered, moves that go together numbered alike; `gradients`: the program's."""
     labels = layer_labels(program, items)
-    gradients = Gradients(program)
     gathers: dict[object, list[int]] = {}
     late: dict[object, list[int]] = {}
     ends: dict[object, int] = {}
@@ -105,7 +104,7 @@ def _is_gather(move: Move) -> bool:
 
 
 class Gradients:
-    """Which values are a parameter's gradient on its way out, and nothing else."""
+    """Which values are a parameter's gradient on its way out, and nothing else; each is looked at once."""
 
     def __init__(self, program: Program) -> None:
         self.names = {
@@ -114,6 +113,7 @@ class Gradients:
             if out.kind == "gradient" and node is not None and given is not None and given.kind == "parameter"
         }
         self._found: dict[fx.Node, fx.Node | None] = {}
+        self._late: dict[fx.Node, bool] = {}
 
     def of(self, node: fx.Node) -> fx.Node | None:
         """The parameter's gradient that a value is on its way to and nothing else, through ops on it alone."""
@@ -132,8 +132,12 @@ class Gradients:
         """Whether an item works on finished gradients alone."""
         if isinstance(item, Move):
             return (item.stores or item.reader is not None) and self.of(item.value) is not None
-        operands = item.node.all_input_nodes
-        return bool(operands) and all(self.of(operand) is not None for operand in operands)
+        late = self._late.get(item.node)
+        if late is None:
+            operands = item.node.all_input_nodes
+            late = bool(operands) and all(self.of(operand) is not None for operand in operands)
+            self._late[item.node] = late
+        return late
 
 
 def _levels(items: Sequence[Run | Move]) -> Iterable[list[Run | Move]]:

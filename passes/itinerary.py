@@ -25,8 +25,9 @@ from passes.strategies import Option, StoredOption
 
 def itinerary(space: Space, assignment: Sequence[int]) -> list[Run | Move]:
     """Everything a rank does, in order, when site i takes option `assignment[i]`; buckets stand side by side."""
-    items = bucketed(space.program, list(_Walk(space, assignment).items()))
-    return postponed(space.program, items) if space.recomputed.postpone else items
+    gradients = space.analysis.gradients
+    items = bucketed(space.program, list(_Walk(space, assignment).items()), gradients)
+    return postponed(space.program, items, gradients) if space.recomputed.postpone else items
 
 
 class _Walk:

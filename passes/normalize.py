@@ -28,17 +28,18 @@ def normalize(program: Program) -> Program:
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     merge_equal(graph)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
-    _settle(program)
     program.graph.recompile()
-    return dataclasses.replace(program, fingerprint=fingerprint(program))
+    return settled_in_order(program)
 
 
-def _settle(program: Program) -> None:
-    """Put what follows from inputs and buffers alone in an order that is the same in every process."""
+def settled_in_order(program: Program) -> Program:
+    """What follows from inputs and buffers alone put in an order that is the same in every process; the fingerprint
+    set."""
     placeholders = program.graph.graph.find_nodes(op="placeholder")
     kinds = {node: entry.kind for node, entry in zip(placeholders, program.inputs, strict=True)}
     free = {node for node, kind in kinds.items() if kind in ("input", "buffer")}
     settle_order(program.graph.graph, free, lambda node, known: _line(program, node, known))
+    return dataclasses.replace(program, fingerprint=fingerprint(program))
 
 
 def drop_no_ops(graph: fx.Graph) -> None:
@@ -183,7 +184,7 @@ def _line(program: Program, node: fx.Node, names: dict[fx.Node, str]) -> str:
     if node.op == "placeholder":
         what = "placeholder"
     elif node.op == "get_attr":
-        what = f"constant {_content(program.graph.get_buffer(str(node.target)))}"
+        what = f"constant {content_of(program.graph.get_buffer(str(node.target)))}"
     elif node.op == "output":
         what = f"output {_text(node.args[0], names)}"
     else:
@@ -213,6 +214,7 @@ def _facts(val: Any) -> str:
     return ""
 
 
-def _content(constant: Tensor) -> str:
+def content_of(constant: Tensor) -> str:
+    """Equal for constants of the same bytes."""
     raw = constant.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(raw).hexdigest()

@@ -25,13 +25,12 @@ aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default, aten.bmm.default, ROUTED_MM_WEIGHT}
 
 
-def postponed(program: Program, items: Sequence[Run | Move]) -> list[Run | Move]:
-    """`items` with weight gradients of a layer put behind what is sent next in it."""
+def postponed(program: Program, items: Sequence[Run | Move], gradients: Gradients) -> list[Run | Move]:
+    """`items` with weight gradients of a layer put behind what is sent next in it; `gradients`: the program's."""
     if not any(map(_is_sent, items)):
         return list(items)
     labels = layer_labels(program, items)
     ends = {label: index for index, label in enumerate(labels)}
-    gradients = Gradients(program)
     found: list[Run | Move] = []
     waiting: list[Run] = []
     last = 0

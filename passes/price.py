@@ -187,8 +187,11 @@ def option_local_shapes(site: Site, option: Option, sizes: Sequence[int]) -> tup
     )
 
 
-def price(space: Space, optimizer: Budgeted | None = None) -> Priced:
+def price(space: Space, optimizer: Budgeted | None = None, known: dict[tuple[int, int], float] | None = None) -> Priced:
     """The problem of choosing an option for every site.
+
+    known: seconds of the same sites' options, by identity, from where other ops were computed again; what is found is
+    added.
 
     Raises:
         NoFeasiblePlanError: a site has no option left.
@@ -202,7 +205,7 @@ def price(space: Space, optimizer: Budgeted | None = None) -> Priced:
     seconds, sizes = [], []
     twice = {i for i in space.recomputed.again if not is_cheap_op(space.sites[i].call.target)}  # type: ignore[union-attr]
     op_cost: dict[tuple[int, int], float] = {}
-    shared: dict[tuple[int, int], float] = {}
+    shared: dict[tuple[int, int], float] = {} if known is None else known
 
     def site_s(site_index: int, option_index: int) -> float:
         key = (site_index, option_index)

@@ -7,6 +7,7 @@ start. Ops of one site cost the same and have results of one size, so both are w
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,7 +89,8 @@ class Tracks:
 def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
     """Number the tensors of the plan that gives site i option `assignment[i]`."""
     slots: list[Slot] = []
-    at: dict[tuple[fx.Node, str, Layout | StoredOption], int] = {}
+    at: dict[fx.Node, list[tuple[str, Layout | StoredOption, int]]] = defaultdict(list)
+    """Of a node, its slots as they were made: for which phase, how they lie, and their numbers."""
     reads: list[tuple[int, ...]] = []
     writes: list[tuple[int, ...]] = []
     costs: dict[int, OpCost] = {}
@@ -96,7 +98,7 @@ def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
     flow = space.analysis.flow
 
     def slot(node: fx.Node, era: str, where: Layout | StoredOption, size: int, producer: int) -> int:
-        at[node, era, where] = len(slots)
+        at[node].append((era, where, len(slots)))
         slots.append(Slot(node, size, producer, era))
         return len(slots) - 1
 
@@ -107,9 +109,13 @@ def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
         return moved_bytes[key]
 
     def find(node: fx.Node, era: str, where: Layout | StoredOption) -> int:
-        found = at.get((node, era, where))
-        if found is None:
-            found = at.get((node, "", where))
+        found = None
+        for made_for, made, number in reversed(at[node]):  # few: a comparison of each is less than a hash
+            if made == where:
+                if made_for == era:
+                    return number
+                if found is None and not made_for:
+                    found = number
         if found is None:
             value = flow.value[node]
             site = space.sites[value.op]

@@ -14,7 +14,6 @@ from torch import fx
 
 from costmodel.layout import Layout, Partial, Shard
 from costmodel.reshard import Step
-from passes.buckets import Gradients
 from passes.dims import Leaf, Value, is_getitem, value_of
 from passes.layers import layer_patterns
 from passes.moves import Move
@@ -39,7 +38,7 @@ class Words:
         self._instances: dict[str, str] = {}
         self._tensor_atoms = _stored_atoms(space)
         self._atoms = _atom_names(space, self._tensor_atoms)
-        self._gradients = Gradients(space.program)
+        self._gradients = space.analysis.gradients
         self._given = {
             node: given.name
             for node, given in zip(

@@ -37,6 +37,23 @@ def test_an_error_ends_it_and_it_nests() -> None:
     assert gc.get_freeze_count() == 0
 
 
+def test_one_within_another_leaves_out_what_was_made_between_them_until_the_outer_ends() -> None:
+    gc.collect()
+    with settled():
+        between = weakref.ref(Ring())
+        with settled():
+            gc.collect()
+            assert between() is not None
+        gc.collect()
+        assert between() is not None
+        new = weakref.ref(Ring())
+        gc.collect()
+        assert new() is None
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert between() is None
+
+
 def test_what_the_user_froze_stays_frozen() -> None:
     gc.freeze()
     try:
