@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from held_bytes import resident, tensor_bytes
 from tabulate import tabulate
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 import autopar
 
@@ -107,20 +107,6 @@ def model_of(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 # --- one rank ---------------------------------------------------------------------------------------------------------
-
-
-def resident(field: str) -> int:
-    """Bytes in this process's `/proc/self/status`: `VmRSS` now, `VmHWM` the most since the mark was cleared."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def tensor_bytes(*tensors: Any) -> int:
-    """Bytes of the storages behind tensors, each once."""
-    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, torch.Tensor)]
-    return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
 
 
 def rank_main(case: Case, folder: Path) -> None:

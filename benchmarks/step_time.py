@@ -35,7 +35,7 @@ import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from by_hand import sharded
+from held_bytes import resident, tensor_bytes
 from tabulate import tabulate
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from costmodel.products import is_for_onednn
@@ -158,18 +158,6 @@ def turns_of(steps: int) -> int:
     return 1 + math.ceil(steps / (TURN - 1))
 
 
-def resident_bytes(field: str = "VmRSS") -> int:
-    """Resident memory of this process; `VmHWM` is its highest point."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Bytes of the storages behind tensors, each once."""
-    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors if tensor is not None]
-    return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
-
-
 def most_taken(step: Callable[[], object]) -> int:
     """The most bytes of tensors made in `step` that are alive at one time, as the allocator tells torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
@@ -200,7 +188,7 @@ def trained(
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
         model = new_model(name, layers)
-        before = resident_bytes()
+        before = resident("VmRSS")
         dist.barrier()
         turns.acquire()
         start = time.perf_counter()
@@ -228,14 +216,14 @@ def trained(
             seconds.append(time.perf_counter() - start)
             if rank == 0 and (step + 1) % TURN == 0:
                 queue.put((rank, None, None))
-        grown = resident_bytes("VmHWM") - before
+        grown = resident("VmHWM") - before
         whole = loss.clone()
         dist.all_reduce(whole)
         timed = sorted(took for step, took in enumerate(seconds) if step >= TURN and step % TURN)
         states = (value for state in optim.state.values() for value in state.values())
-        at_rest = tensor_bytes([*model.parameters(), *model.buffers(), *states])
+        at_rest = tensor_bytes(*model.parameters(), *model.buffers(), *states)
         if how.startswith("ddp"):  # its buckets stay, as many bytes as gradients
-            at_rest += tensor_bytes(model.parameters())
+            at_rest += tensor_bytes(*model.parameters())
         result = {
             "first_s": seconds[0], "step_s": timed[len(timed) // 2], "fastest_s": timed[0],
             "loss": float(whole) / RANKS, "grown_bytes": grown,

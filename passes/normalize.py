@@ -56,7 +56,8 @@ def _same_as(node: fx.Node) -> fx.Node | None:
         return None
     first = node.args[0]
     if node.target is aten.cat.default:
-        return _one_part(node)
+        part = _one_part(node)
+        return part if part is not None and _same_strides(part.meta["val"], node.meta["val"]) else None
     if not isinstance(first, fx.Node) or not isinstance(node.meta["val"], Tensor):
         return None
     old, new = first.meta["val"], node.meta["val"]
@@ -88,25 +89,22 @@ def _is_one(value: Any) -> bool:
 
 
 def _one_part(node: fx.Node) -> fx.Node | None:
-    """The only operand of a `cat` that is not empty."""
+    """The only operand of a `cat` that is not empty, where it is as large and of the same dtype."""
     parts: Any = node.args[0]
     full = [p for p in parts if p.meta["val"].numel()]
-    if len(full) != 1 or full[0].meta["val"].shape != node.meta["val"].shape:
+    if len(full) != 1:
         return None
-    same = full[0].meta["val"].dtype == node.meta["val"].dtype
-    return full[0] if same and _same_strides(full[0].meta["val"], node.meta["val"]) else None
+    part, whole = full[0].meta["val"], node.meta["val"]
+    return full[0] if part.shape == whole.shape and part.dtype == whole.dtype else None
 
 
 def copy_single_parts(graph: fx.Graph) -> None:
     """Write the `cat` of one tensor that is not empty as the contiguous copy that it is: Inductor passes that tensor on
     as it lies. A key-value cache begins so."""
     for node in graph.find_nodes(op="call_function", target=aten.cat.default):
-        parts: Any = node.args[0]
-        full = [p for p in parts if p.meta["val"].numel()]
-        if len(full) != 1 or not node.meta["val"].is_contiguous():
-            continue
-        if full[0].meta["val"].shape == node.meta["val"].shape and full[0].meta["val"].dtype == node.meta["val"].dtype:
-            node.target, node.args = aten.clone.default, (full[0],)
+        part = _one_part(node)
+        if part is not None and node.meta["val"].is_contiguous():
+            node.target, node.args = aten.clone.default, (part,)
             node.kwargs = {"memory_format": torch.contiguous_format}
 
 
