@@ -38,6 +38,11 @@ def tensor_axes(sizes: Sequence[int], batch_axes: Sequence[int]) -> tuple[int, .
     return tuple(axis for axis, size in enumerate(sizes) if axis not in batch_axes and size > 1)
 
 
+def alike_axes(sizes: Sequence[int], batch_axes: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes that could be one axis of all their ranks: those that split the batch, and those that do not."""
+    return tuple(axis for axis in batch_axes if sizes[axis] > 1), tensor_axes(sizes, batch_axes)
+
+
 def axis_choices(
     analysis: Analysis,
     index: int,
@@ -49,7 +54,7 @@ def axis_choices(
 ) -> tuple[tuple[tuple[int, ...], tuple[Choice, ...]], ...]:
     """Groups of mesh axes, and what each may choose at op site `index`: None (nothing), a leaf, or a linear group.
 
-    `joined`: the tensor axes choose together, as one axis of all their ranks.
+    `joined`: axes that are alike (`alike_axes`) choose together, as one axis of all their ranks.
     """
     check_strategy(strategy)
     place = analysis.places[index]
@@ -57,7 +62,7 @@ def axis_choices(
     rest: list[tuple[int, ...]] = [(axis,) for axis in range(len(sizes)) if axis not in batch_axes]
     if joined:
         together = tensor_axes(sizes, batch_axes)
-        rest = [together, *(axes for axes in rest if axes[0] not in together)]
+        rest = [*([together] if together else []), *(axes for axes in rest if axes[0] not in together)]
     groups = ([batch_axes] if batch_axes else []) + rest
     used: dict[int, int] = {}
     found = []
@@ -155,7 +160,7 @@ def stored_choices(
 ) -> tuple[StoredOption, ...]:
     """The ways to store a parameter that a strategy leaves open; `joined` as in `axis_choices`."""
     check_strategy(strategy)
-    together = tensor_axes(sizes, batch_axes) if joined else ()
+    together = alike_axes(sizes, batch_axes) if joined else ()
     alone = [axis for axis, size in enumerate(sizes) if size == 1 and axis not in batch_axes]
 
     def fits(option: StoredOption) -> bool:
@@ -170,7 +175,7 @@ def stored_choices(
             return False
         if any(storage.shards[axis] or axis in storage.state_axes for axis in alone):
             return False  # one rank: to split is to do nothing
-        if len({(storage.shards[axis], axis in storage.state_axes) for axis in together}) > 1:
+        if any(len({(storage.shards[axis], axis in storage.state_axes) for axis in axes}) > 1 for axes in together):
             return False
         if strategy == "megatron":
             wanted = tuple(batch_axes) if rows > 1 else ()

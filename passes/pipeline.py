@@ -24,7 +24,7 @@ from passes.errors import NoFeasiblePlanError
 from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
 from passes.local import LocalProgram
 from passes.masks import use_causal_flag
-from passes.named import check_strategy, tensor_axes
+from passes.named import alike_axes, check_strategy, tensor_axes
 from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
 from passes.program import Program
 from passes.proposals import (
@@ -146,18 +146,11 @@ def _compiled(
             raise NoFeasiblePlanError(what_is_needed(search, competing, reasons))
         raise why_nothing_fits(search, competing, reasons, smaller)
     baselines = {name: _as_baseline(found.get(name, []), reasons.get(name, ""), budget) for name in BY_HAND}
-    bound = Bound(
-        chosen.solution.seconds,
-        chosen.solution.bound_s,
-        f"it is the fastest that fits of the {len(competing)} solutions that were played as schedules"
-        if len(competing) > 1
-        else "it is the only solution that was played as a schedule",
-    )
     plan = make_plan(
         chosen.space,
         chosen.assignment,
         chosen.schedule,
-        bound=bound,
+        bound=_bound(chosen, len(competing)),
         baselines={name: b for name, b in baselines.items() if b is not None},
         budget_bytes=budget,
         notes=(
@@ -173,6 +166,21 @@ def _compiled(
         example=example,
     )
     return plan, chosen
+
+
+def _bound(chosen: Candidate, played: int) -> Bound:
+    """What was proved of the one chosen among so many that were played."""
+    note = "it is the only solution that was played as a schedule"
+    if played > 1:
+        note = f"it is the fastest that fits of the {played} solutions that were played as schedules"
+    counted = "with no overlap counted"
+    if chosen.share < 1.0:
+        counted = f"with {chosen.share:.0%} of the time of state gathers and gradient reductions"
+    mesh = chosen.space.topology
+    alike = [axes for axes in alike_axes(mesh.sizes, chosen.space.batch_axes) if chosen.joined and len(axes) > 1]
+    among = ", and ".join(" and ".join(mesh.axes[axis].name for axis in axes) for axes in alike)
+    among = f" where {among} do the same" if among else ""
+    return Bound(chosen.solution.seconds, chosen.solution.bound_s, note, counted, among)
 
 
 _IN_FP32 = {"adamw": "adamw-bf16", "adam": "adamw-bf16"}

@@ -92,11 +92,16 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class Bound:
-    """What the solver proved: by its own linear costs the plan takes `seconds`, and none takes less than `bound_s`."""
+    """What the solver proved: by its own linear costs the plan takes `seconds`, and none takes less than `bound_s`.
+
+    `counted`: how much of what may overlap is in these costs. `among`: the plans of which this holds.
+    """
 
     seconds: float
     bound_s: float
     note: str = ""
+    counted: str = "with no overlap counted"
+    among: str = ""
 
     @property
     def gap(self) -> float:

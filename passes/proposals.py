@@ -17,7 +17,7 @@ from passes.analysis import analyse
 from passes.errors import NoFeasiblePlanError
 from passes.fusion import Fused
 from passes.local import Storage
-from passes.named import tensor_axes
+from passes.named import alike_axes
 from passes.pad import Pad
 from passes.plan import without
 from passes.price import Budgeted, Priced, price
@@ -78,7 +78,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A solution under one strategy, and its step as played; `unbound`: the budget kept nothing from being faster."""
+    """A solution under one strategy, and its step as played.
+
+    `unbound`: the budget kept nothing from being faster. `share`: what the solver counted of the time of state gathers
+    and gradient reductions. `joined`: as in `Search`.
+    """
 
     strategy: str
     space: Space
@@ -87,6 +91,8 @@ class Candidate:
     schedule: Schedule
     unbound: bool
     padding: Padding
+    share: float
+    joined: bool
 
     @property
     def recompute(self) -> Mode:
@@ -169,8 +175,8 @@ class Search:
     """Candidates for one program and mesh; of each kind, `auto` makes `most` proposals at most.
 
     budgeted_s: seconds of the processor that the solutions of a strategy within a budget may take together.
-    joined: tensor axes choose together. fastest_s: the step of the fastest plan known to fit; what is slower before it
-    fits is not looked at further.
+    joined: axes that are alike choose together. fastest_s: the step of the fastest plan known to fit; what is slower
+    before it fits is not looked at further.
     """
 
     paddings: PaddingsOf
@@ -187,13 +193,14 @@ class Search:
     def candidates(self, name: str) -> list[Candidate]:
         """Solutions under a strategy, the simplest first.
 
-        Over several tensor axes `auto` first has them choose together: what a mesh with one axis of as many ranks has,
-        this one has, so no solution is missed for a sum of costs that a richer choice lowers and the schedule does not.
+        Over several tensor axes, or several that split the batch, `auto` first has them choose together: what a mesh
+        with one axis of as many ranks has, this one has, so no solution is missed for a sum of costs that a richer
+        choice lowers and the schedule does not.
 
         Raises:
             NoFeasiblePlanError: there is none.
         """
-        if name != "auto" or len(tensor_axes(self.topology.sizes, self.batch_axes)) < 2:
+        if name != "auto" or max(map(len, alike_axes(self.topology.sizes, self.batch_axes))) < 2:
             return self._padded(name)
         try:
             joined = replace(self, joined=True)._padded(name)
@@ -318,7 +325,7 @@ class Search:
             assignment = posed.priced.assignment(solution.picks, len(posed.space.sites))
             if last is not None and assignment == last.assignment:
                 break
-            last = self._played(posed, assignment, solution, unlimited=math.isinf(limit))
+            last = self._played(posed, share, assignment, solution, unlimited=math.isinf(limit))
             over = last.schedule.peak_memory_bytes - self.budget
             if over <= 0:
                 enough.step_s = min(enough.step_s, last.schedule.step_time_s)
@@ -332,7 +339,9 @@ class Search:
             raise NoFeasiblePlanError("the pins and the strategy leave no way from some op to the next")
         return last
 
-    def _played(self, posed: _Posed, assignment: tuple[int, ...], solution: Solution, *, unlimited: bool) -> Candidate:
+    def _played(
+        self, posed: _Posed, share: float, assignment: tuple[int, ...], solution: Solution, *, unlimited: bool
+    ) -> Candidate:
         """The solution's step with weight gradients behind what is sent; with all at once, where what waits would not
         fit. `unlimited`: nothing was left out for its bytes."""
         request = self.request
@@ -349,7 +358,9 @@ class Search:
             if fits or not any(c.role == "activation" and c.phase == "backward" for c in schedule.collectives):
                 break  # the latter: nothing waited
         unbound = unlimited and postpone and fits
-        return Candidate(posed.strategy, space, assignment, solution, schedule, unbound, posed.padding)
+        return Candidate(
+            posed.strategy, space, assignment, solution, schedule, unbound, posed.padding, share, self.joined
+        )
 
 
 def best(found: Sequence[Candidate], budget: float) -> Candidate | None:

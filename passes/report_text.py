@@ -102,8 +102,8 @@ def bound_text(plan: Plan) -> str:
     each = " of a micro-batch" if plan.accumulate > 1 else ""
     lowest = "is the lowest there is" if bound.gap < 1e-9 else f"is within {bound.gap:.2%} of the lowest there is"
     return (
-        f"Proved: the sum of all costs{each}, {seconds_text(bound.seconds)} with no overlap counted, {lowest} under "
-        f"{plan.strategy!r}. Not proved: that no layout is faster with overlap"
+        f"Proved: the sum of all costs{each}, {seconds_text(bound.seconds)} {bound.counted}, {lowest} under "
+        f"{plan.strategy!r}{bound.among}. Not proved: that no layout is faster with overlap"
         + (f"; {bound.note}." if bound.note else ".")
     )
 

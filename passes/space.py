@@ -118,7 +118,7 @@ def search_space(
     """All ways to lay `program` out over `topology` under `strategy`, with what `recompute` computes again.
 
     `reshard`: as in `Recomputation`. `joined`: the axes that do not split the batch do the same everywhere, as one axis
-    would.
+    would, and so do those that split it.
 
     `stored`: parameters (by name) that already lie somewhere; only the rest is chosen. `pins`: parameter-name pattern
     (fnmatch) -> layout that compute uses it in, or a `Pin`. `analysis`: `analyse(program)`, where it is at hand.
