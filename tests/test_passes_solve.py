@@ -10,6 +10,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from passes import milp
 from passes import solve as solving
 from passes.errors import NoFeasiblePlanError
 from passes.messages import Messages
@@ -124,6 +125,22 @@ def test_stopped_early_a_solution_fits_and_its_bound_is_one(seed: int, monkeypat
     seconds, size = price(problem, found.picks)
     assert size <= budget
     assert found.bound_s <= min(fitting) + 1e-9 <= seconds + 2e-9
+
+
+def test_the_time_of_a_linear_program_is_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that gives it no time to run, what is proved is the same."""
+    rng = random.Random(0)
+    seconds = tuple(tuple(rng.random() for _ in range(6)) for _ in range(60))
+    sizes = tuple(tuple(rng.random() for _ in range(6)) for _ in range(60))
+    problem = Problem(seconds, sizes, (), (), 12.0)
+    clock = iter([0.0] * 10**6)
+    monkeypatch.setattr(milp.time, "process_time", lambda: next(clock))
+    assert solve(problem, gap=1e-9, time_limit_s=1e-9).gap <= 1e-9
+    clock = iter(float(second) for second in range(10**6))
+    try:
+        assert solve(problem, gap=1e-9, time_limit_s=1.0).gap > 1e-9
+    except NoFeasiblePlanError as error:
+        assert "in 1 s" in str(error)
 
 
 def test_messages_solve_a_chain_in_one_pass() -> None:
