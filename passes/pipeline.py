@@ -180,6 +180,11 @@ def _bound(chosen: Candidate, played: int) -> Bound:
     alike = [axes for axes in alike_axes(mesh.sizes, chosen.space.batch_axes) if chosen.joined and len(axes) > 1]
     among = ", and ".join(" and ".join(mesh.axes[axis].name for axis in axes) for axes in alike)
     among = f" where {among} do the same" if among else ""
+    solved, played_as = chosen.solved, chosen.space.recomputed
+    if solved.mode != played_as.mode:
+        among += f" with recompute {solved.mode!r}"
+    if solved.reshard and not played_as.reshard:
+        among += " with parameters gathered again for backward"
     return Bound(chosen.solution.seconds, chosen.solution.bound_s, note, counted, among)
 
 

@@ -22,7 +22,7 @@ from passes.pad import Pad
 from passes.plan import without
 from passes.price import Budgeted, Priced, price
 from passes.program import Program
-from passes.recompute import Mode, recomputation
+from passes.recompute import Mode, Recomputation, recomputation
 from passes.repeat import is_worth_repeating
 from passes.routing import has_routed, route_by_blocks, token_parts
 from passes.schedule import Schedule, play
@@ -81,7 +81,8 @@ class Candidate:
     """A solution under one strategy, and its step as played.
 
     `unbound`: the budget kept nothing from being faster. `share`: what the solver counted of the time of state gathers
-    and gradient reductions. `joined`: as in `Search`.
+    and gradient reductions. `joined`: as in `Search`. `solved`: what the solution was found with; the step as played
+    may compute more again, or keep gathered parameters.
     """
 
     strategy: str
@@ -93,6 +94,7 @@ class Candidate:
     padding: Padding
     share: float
     joined: bool
+    solved: Recomputation
 
     @property
     def recompute(self) -> Mode:
@@ -359,7 +361,16 @@ class Search:
                 break  # the latter: nothing waited
         unbound = unlimited and postpone and fits
         return Candidate(
-            posed.strategy, space, assignment, solution, schedule, unbound, posed.padding, share, self.joined
+            posed.strategy,
+            space,
+            assignment,
+            solution,
+            schedule,
+            unbound,
+            posed.padding,
+            share,
+            self.joined,
+            posed.space.recomputed,
         )
 
 
@@ -378,27 +389,44 @@ def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Req
     """Candidates whose gathered parameters stay from forward to backward, where that can be the fastest that fits.
 
     A candidate gains no more by it than its backward waits for parameters and is slowed down by gathers beside compute,
-    and the fewer bytes alive are those at rest and every gathered parameter.
+    and the fewer bytes alive are those at rest and every gathered parameter. Where they do not fit beside what is kept
+    for backward, more of that is computed again.
     """
-    spec = OPTIMIZERS[request.optimizer]
     kept: list[Candidate] = []
     for candidate in found:
         fastest = best([*found, *kept], budget)
+        enough_s = math.inf if fastest is None else fastest.schedule.step_time_s * (1 - _TIE)
         gathers = [c for c in candidate.schedule.collectives if c.role == "parameter" and c.phase == "backward"]
         slowing = {axes: _slowing(axes, candidate.space.topology) for axes in {c.axes for c in gathers}}
         taken_s = sum(c.exposed_s + slowing[c.axes] * c.hidden_s for c in gathers)
         least_s = candidate.schedule.step_time_s - request.accumulate * taken_s
         at_rest = sum(candidate.schedule.memory.by_kind.get(kind, 0) for kind in ("parameters", "optimizer"))
         may_fit = at_rest + sum(c.count * c.bytes for c in gathers) <= budget
-        may_win = fastest is None or least_s < fastest.schedule.step_time_s * (1 - _TIE)
-        if not gathers or not may_fit or not may_win:
+        if not gathers or not may_fit or least_s >= enough_s:
             continue
-        space = replace(candidate.space, recomputed=replace(candidate.space.recomputed, reshard=False))
-        schedule = play(
-            space, candidate.assignment, optimizer=spec, accumulate=request.accumulate, compiled=request.compiled
-        )
-        kept.append(replace(candidate, space=space, schedule=schedule))
+        modes = _AUTO[_AUTO.index(candidate.recompute) :] if request.recompute == "auto" else (candidate.recompute,)
+        for mode in modes:
+            kept.append(_kept(candidate, mode, request))
+            schedule = kept[-1].schedule
+            if schedule.peak_memory_bytes <= budget or schedule.step_time_s >= enough_s:
+                break
     return kept
+
+
+def _kept(candidate: Candidate, mode: Mode, request: Request) -> Candidate:
+    """The candidate's layouts with gathered parameters kept for backward, which computes again what `mode` says."""
+    recomputed = candidate.space.recomputed
+    if mode != candidate.recompute:
+        recomputed = replace(recomputation(candidate.padding.analysis, mode), postpone=recomputed.postpone)
+    space = replace(candidate.space, recomputed=replace(recomputed, reshard=False))
+    schedule = play(
+        space,
+        candidate.assignment,
+        optimizer=OPTIMIZERS[request.optimizer],
+        accumulate=request.accumulate,
+        compiled=request.compiled,
+    )
+    return replace(candidate, space=space, schedule=schedule)
 
 
 def _slowing(axes: Sequence[str], topology: Topology) -> float:

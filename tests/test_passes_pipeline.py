@@ -131,6 +131,29 @@ def test_memory_decides_between_plans() -> None:
     assert not chosen.baselines["ddp"].fits
 
 
+def test_where_memory_binds_the_plan_is_not_behind_any_way_to_save_it() -> None:
+    """What is computed again and whether parameters are gathered again are two decisions: all pairs are asked for."""
+    with torch.device("meta"):
+        config = LlamaConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8,
+            num_key_value_heads=8, vocab_size=1024, use_cache=False,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        ids = torch.empty(4, 256, dtype=torch.long)
+    inputs = {"input_ids": ids, "labels": ids}
+
+    def asked(strategy: str = "auto", **options: Any) -> Plan:
+        made = autopar.Options(**options)
+        return autopar.plan(model, {"dp": 16}, inputs, strategy=strategy, hardware="b200", options=made)
+
+    modes = ("auto", "selective", "full")  # with no budget, auto computes pointwise ops again
+    pairs = [asked("fsdp", recompute=mode, reshard_after_forward=freed) for mode in modes for freed in (True, False)]
+    chosen = {budget: asked(memory_budget=budget) for budget in {pair.peak_memory_bytes for pair in pairs}}
+    for budget, plan in chosen.items():
+        assert plan.peak_memory_bytes <= budget
+        assert plan.step_time_s <= 1.001 * min(p.step_time_s for p in pairs if p.peak_memory_bytes <= budget)
+
+
 def test_a_model_that_does_not_fit_is_told_by_how_much_and_what_would_do() -> None:
     with pytest.raises(NoFeasiblePlanError) as caught:
         plan(Request(budget_bytes=10_000))
