@@ -155,7 +155,8 @@ def _capture(
         outputs += [Output("gradient", slot.input.name, False, slot.input.batch_dim) for slot, _ in found]
         tensors = [*(t for _, t in result.tensors), *(t for _, t in changed), *(t for _, t in found)]
         nodes = [tracer.node_of(unwrapped(t)) for t in tensors]
-        more_notes += _mutated_notes(slots, user, tracer)
+        kept = {slot for slot, _ in changed}
+        more_notes += _mutated_notes([slot for slot in [*slots, *filter(None, user)] if slot not in kept])
         more_notes += precision.notes([slot.tensor for slot in slots if slot.input.kind == "parameter"])
 
     inputs = {tracer.node_of(slot.fake): slot.input for slot in [*slots, *filter(None, user)]}
@@ -248,7 +249,10 @@ class _Slot:
             holder[key] = self.view
 
     def changed(self) -> Tensor | None:
-        """The buffer's new value, where the forward wrote one."""
+        """The new value of a buffer, or of a parameter as it is stored, where the forward wrote one."""
+        if self.input.kind == "parameter":
+            kept = self.input.dtypes is None or self.input.dtypes.stored == self.input.dtypes.computed
+            return self.view if kept and unwrapped(self.view) is not self.fake else None
         if self.input.kind != "buffer":
             return None
         holder, key = self.holders[0]
@@ -411,8 +415,8 @@ def _has_own_functions(outputs: list[Tensor]) -> bool:
     return False
 
 
-def _mutated_notes(slots: list[_Slot], user: list[_Slot | None], tracer: Tracer) -> list[str]:
-    written = [s.input for s in [*slots, *filter(None, user)] if unwrapped(s.view) is not s.fake]
+def _mutated_notes(slots: list[_Slot]) -> list[str]:
+    written = [slot.input for slot in slots if unwrapped(slot.view) is not slot.fake]
     return [
         f"{what.kind} {what.name}: the forward writes to it in place; only the graph sees what it wrote"
         for what in written

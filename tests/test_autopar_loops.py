@@ -77,6 +77,52 @@ def test_unfrozen_averaged_and_accumulated() -> None:
     run_ranks(_unfrozen_averaged_and_accumulated, 2)
 
 
+class _Following(nn.Module):
+    """Writes to its parameters: rows of a table are cut to their norm, a second layer follows the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6, max_norm=1.0)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            for mean, parameter in zip(self.second.parameters(), self.first.parameters(), strict=True):
+                mean.lerp_(parameter, 0.2)
+        x = self.table(ids)
+        return (self.first(x) * self.second(x.tanh())).square().mean()
+
+
+def _parameters_that_forward_writes_to(rank: int, ranks: int, axes: tuple[str, ...], strategy: str) -> None:
+    mesh = init_device_mesh("cpu", (2,) * len(axes), mesh_dim_names=axes)
+    torch.manual_seed(0)
+    eager, batches = _Following(), torch.randint(0, 9, (6, BATCH, 4))
+    part = mesh.get_local_rank("dp")
+    mine = [batch.chunk(2)[part] for batch in batches]
+    options = autopar.Options(compile=False, progress=False)
+    plan = autopar.plan(eager, mesh, (mine[0],), strategy=strategy, options=options)
+    model = autopar.apply(eager, plan, mesh)
+    losses = []
+    for each, given in ((eager, batches), (model, mine)):
+        optim = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.5)
+        for one, other in zip(given[::2], given[1::2], strict=True):
+            for ids in (one, other):
+                loss = each(ids)
+                loss.backward()
+                losses.append(loss.item())
+            optim.step()
+            optim.zero_grad()
+    torch.testing.assert_close(losses[6:], losses[:6], rtol=1e-5, atol=0)
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert isinstance(p, DTensor)
+        assert_near(p.detach().full_tensor(), q.detach(), name)
+
+
+@pytest.mark.parametrize(("axes", "strategy"), [(("dp",), "fsdp"), (("dp", "tp"), "megatron")])
+def test_parameters_that_forward_writes_to(axes: tuple[str, ...], strategy: str) -> None:
+    run_ranks(_parameters_that_forward_writes_to, 2 ** len(axes), axes, strategy)
+
+
 class _Scored(nn.Module):
     """Features, or their loss."""
 
