@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -37,6 +39,7 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     key = call_key(runtime, leaves, in_spec, parameters.trained if trains else None)
     executable = _fitting(runtime, key, inputs)
     if executable is None:
+        _warn_of_settings(runtime, module, key)
         with torch.inference_mode(False), torch.set_grad_enabled(trains):
             executable = runtime.remake(plain_module(module, parameters.trained), args, kwargs, "loss", trains)
         runtime.executables.setdefault(key, []).insert(0, executable)
@@ -133,4 +136,23 @@ def call_key(runtime: Runtime, leaves: Sequence[Any], in_spec: Any, trained: tup
         else _constant(leaf)
         for leaf in leaves
     )
-    return str(in_spec), what, trained, tuple(module.training for module in runtime.modules), autocast_dtype()
+    modes = tuple(module.training for module in runtime.modules)
+    settings = _constant(tuple(map(getattr, *runtime.settings, repeat(None))))
+    return str(in_spec), what, trained, modes, autocast_dtype(), settings
+
+
+def _warn_of_settings(runtime: Runtime, module: nn.Module, key: Any) -> None:
+    """Says which plain values of modules are new, where nothing else tells a call from an earlier one."""
+    alike = [known for known in runtime.executables if known[:-1] == key[:-1]]
+    if alike and key not in alike and runtime.mesh.get_rank() == 0:
+        names = {id(each): f"{name}." if name else "" for name, each in module.named_modules()}
+        changed = [
+            f"{names.get(id(owner), '')}{name} ({old!r}, now {new!r})"
+            for owner, name, old, new in zip(*runtime.settings, alike[-1][-1][1], key[-1][1], strict=False)
+            if old != new
+        ]
+        warnings.warn(
+            f"{', '.join(changed[:3])} changed: the step is captured and planned anew, which takes seconds for each "
+            "new value; what changes often belongs in a buffer that is written in place, or in an input",
+            stacklevel=2,
+        )

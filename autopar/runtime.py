@@ -75,6 +75,18 @@ class Runtime:
         """Where each parameter hangs, in the order of `specs`."""
         return tuple(self.slots[name] for name in self.specs)
 
+    @functools.cached_property
+    def settings(self) -> tuple[tuple[nn.Module, ...], tuple[str, ...]]:
+        """Modules, and for each the name of a plain value that it holds, which its forward may read."""
+        own = vars(nn.Module())
+        found = [
+            (module, name)
+            for module in self.modules
+            for name, value in vars(module).items()
+            if name not in own and isinstance(value, bool | int | float | str | None)
+        ]
+        return tuple(module for module, _ in found), tuple(name for _, name in found)
+
     @property
     def axis_sizes(self) -> tuple[int, ...]:
         """Ranks per mesh axis."""

@@ -39,7 +39,9 @@ class Binding:
     """The other placeholders but tangents."""
     placeholders: int
     changed: frozenset[str]
-    """Buffers that the step writes to."""
+    """Buffers and parameters that the step writes to."""
+    written: tuple[int, ...]
+    """Placeholders of these parameters."""
     results: tuple[Any, ...]
     """Outputs and new buffers."""
     returned: tuple[tuple[Any, tuple[int, ...]] | None, ...]
@@ -83,8 +85,7 @@ class Step:
         with torch.no_grad():
             for value, output in zip(results, self.binding.results, strict=True):
                 if output.kind == "buffer":
-                    table, key = self.runtime.slots[output.name]
-                    table[key].copy_(value)
+                    _write(self.runtime, output.name, value)
                     continue
                 if (of := next(returned)) is not None:
                     spec, mine = of
@@ -131,6 +132,8 @@ def bound(
     values: list[Any] = [None] * binding.placeholders
     for place, number in binding.parameters:
         values[place] = parameters.parts[number]
+    for place in binding.written:  # what the step changes is read by the backward as it was before
+        values[place] = values[place].clone()
     for place, storage in binding.padded:
         values[place] = stored.pad(values[place], storage, sizes)
     given = iter(inputs)
@@ -141,7 +144,6 @@ def bound(
             value = table[key]
             if value.device != device:
                 raise PlanMismatchError(f"buffer {entry.name} is on {value.device} but the mesh is on {device}")
-            # One that this step changes is read by the backward as it was before.
             values[place] = value.clone() if entry.name in binding.changed else value
         elif entry.kind == "input":
             value = next(given)
@@ -160,6 +162,16 @@ def bound(
     return Step(runtime, executable, binding, parameters, values, differentiable)
 
 
+def _write(runtime: Runtime, name: str, value: torch.Tensor) -> None:
+    """Gives a buffer, or this rank's part of a parameter, its new value; `value` is whole."""
+    table, key = runtime.slots[name]
+    kept = table[key]
+    if name in runtime.specs:
+        value = stored.cut(value, runtime.storages[name], runtime.axis_sizes, runtime.coordinate)
+        kept = stored.local_part(kept)
+    kept.copy_(value)
+
+
 def _binding(runtime: Runtime, executable: Executable) -> Binding:
     """The executable's, made once."""
     known = runtime.bindings.get(id(executable))
@@ -172,6 +184,7 @@ def _binding(runtime: Runtime, executable: Executable) -> Binding:
 def _bind(runtime: Runtime, local: LocalProgram) -> Binding:
     sizes = runtime.axis_sizes
     number = {name: index for index, name in enumerate(runtime.specs)}
+    changed = frozenset(output.name for output in local.outputs if output.kind == "buffer")
     places = [(place, entry) for place, entry in enumerate(e for e in local.inputs if e.kind != "tangent")]
     parameters = [(place, entry) for place, entry in places if entry.kind == "parameter"]
     results = tuple(output for output in local.outputs if output.kind != "gradient")
@@ -188,7 +201,8 @@ def _bind(runtime: Runtime, local: LocalProgram) -> Binding:
         ),
         others=tuple((place, entry) for place, entry in places if entry.kind != "parameter"),
         placeholders=len(places),
-        changed=frozenset(output.name for output in results if output.kind == "buffer"),
+        changed=changed,
+        written=tuple(place for place, entry in parameters if entry.name in changed),
         results=results,
         returned=_returned(runtime, local),
         constant=tuple(not output.requires_grad for output in declared),

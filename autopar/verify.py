@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -325,7 +325,8 @@ def eager(
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), (batch.args, batch.kwargs)
     )
-    before = _buffers(model)
+    expected = {out.name for out in program.outputs if out.kind == "buffer"}
+    before = _buffers(model, expected)
     differentiated = [given.name for given in program.inputs if given.kind == "tangent"]
     with warnings.catch_warnings(), torch.set_grad_enabled(bool(differentiated)):
         warnings.simplefilter("ignore")
@@ -336,12 +337,11 @@ def eager(
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     given = dict(zip((x.name for x in program.inputs if x.kind == "input"), leaves, strict=True))
     gradients = {name: tensor.grad.detach() for name, tensor in (tensors | given).items() if tensor.grad is not None}
-    expected = {out.name for out in program.outputs if out.kind == "buffer"}
     known = {given.name for given in program.inputs if given.kind == "buffer"}
     buffers = {
-        name: module._buffers[key].detach().clone()  # type: ignore[union-attr]
-        for name, (module, key, _, old) in before.items()
-        if name in expected or (name in known and difference(module._buffers[key], old) > 0)  # type: ignore[arg-type]
+        name: table[key].detach().clone()
+        for name, (table, key, _, old) in before.items()
+        if name in expected or (name in known and difference(table[key], old) > 0)
     }
     _restore(before)
     first = {name for name, _ in model.named_parameters()} | set(given)
@@ -363,19 +363,25 @@ def _forward(model: nn.Module, args: Any, kwargs: Any, precision: Precision | No
     return pytree.tree_map(precision.cast_output, out)
 
 
-def _buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor, Tensor]]:
-    """Name -> where a buffer hangs, the tensor, and its values: a forward may write to it or put another there."""
-    return {
-        f"{prefix}.{key}" if prefix else key: (module, key, tensor, tensor.detach().clone())
-        for prefix, module in model.named_modules()
-        for key, tensor in module._buffers.items()
-        if tensor is not None
-    }
+def _buffers(model: nn.Module, written: Collection[str] = ()) -> dict[str, tuple[dict[str, Any], str, Tensor, Tensor]]:
+    """Name -> where a buffer hangs, the tensor, and its values: a forward may write to it or put another there.
+
+    written: names of parameters to have among them.
+    """
+    found: dict[str, tuple[dict[str, Any], str, Tensor, Tensor]] = {}
+    for prefix, module in model.named_modules():
+        tables: tuple[dict[str, Any], ...] = (module._buffers, module._parameters)
+        for table in tables:
+            for key, tensor in table.items():
+                name = f"{prefix}.{key}" if prefix else key
+                if tensor is not None and (table is module._buffers or name in written):
+                    found[name] = table, key, tensor, tensor.detach().clone()
+    return found
 
 
-def _restore(before: dict[str, tuple[nn.Module, str, Tensor, Tensor]]) -> None:
-    for module, key, tensor, old in before.values():
-        module._buffers[key] = tensor
+def _restore(before: dict[str, tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
+    for table, key, tensor, old in before.values():
+        table[key] = tensor
         tensor.data.copy_(old)
 
 

@@ -31,7 +31,16 @@ from passes.program import Input, InputKind, Output, Program
 from passes.provenance import Provenance, error_line
 from passes.quiet import told_once
 from passes.rebind import rebind
-from passes.tracing import Branches, ReadsInputsError, Tracer, fake_mode, tracing, unwrapped, wrapped
+from passes.tracing import (
+    WRITES_OUTSIDE,
+    Branches,
+    ReadsInputsError,
+    Tracer,
+    fake_mode,
+    tracing,
+    unwrapped,
+    wrapped,
+)
 
 Tangents = Literal["loss", "all"]
 
@@ -134,6 +143,7 @@ def _capture(
         for slot in slots:
             slot.swap_in()
         rebind(model, {id(slot.tensor): slot.view for slot in slots})
+        attributes = _attributes(model)
         values = [
             leaf if slot is None else precision.cast_input(slot.view) for slot, leaf in zip(user, leaves, strict=True)
         ]
@@ -155,7 +165,9 @@ def _capture(
         outputs += [Output("gradient", slot.input.name, False, slot.input.batch_dim) for slot, _ in found]
         tensors = [*(t for _, t in result.tensors), *(t for _, t in changed), *(t for _, t in found)]
         nodes = [tracer.node_of(unwrapped(t)) for t in tensors]
-        more_notes += _mutated_notes(slots, user, tracer)
+        kept = {slot for slot, _ in changed}
+        more_notes += _mutated_notes([slot for slot in [*slots, *filter(None, user)] if slot not in kept])
+        more_notes += _attribute_notes(attributes, _attributes(model))
         more_notes += precision.notes([slot.tensor for slot in slots if slot.input.kind == "parameter"])
 
     inputs = {tracer.node_of(slot.fake): slot.input for slot in [*slots, *filter(None, user)]}
@@ -197,6 +209,8 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                 f"{where}: FlexAttention is not supported, as its mask is a function that no rule can split; use "
                 "attn_implementation='sdpa', or torch.nn.functional.scaled_dot_product_attention with a mask"
             ) from error
+        if "mutating a non-functional tensor" in str(error):
+            raise CaptureError(f"{where}: {WRITES_OUTSIDE}") from error
         raise CaptureError(f"{where}: the model's forward raised {type(error).__name__}: {error}") from error
 
 
@@ -248,7 +262,10 @@ class _Slot:
             holder[key] = self.view
 
     def changed(self) -> Tensor | None:
-        """The buffer's new value, where the forward wrote one."""
+        """The new value of a buffer, or of a parameter as it is stored, where the forward wrote one."""
+        if self.input.kind == "parameter":
+            kept = self.input.dtypes is None or self.input.dtypes.stored == self.input.dtypes.computed
+            return self.view if kept and unwrapped(self.view) is not self.fake else None
         if self.input.kind != "buffer":
             return None
         holder, key = self.holders[0]
@@ -411,8 +428,8 @@ def _has_own_functions(outputs: list[Tensor]) -> bool:
     return False
 
 
-def _mutated_notes(slots: list[_Slot], user: list[_Slot | None], tracer: Tracer) -> list[str]:
-    written = [s.input for s in [*slots, *filter(None, user)] if unwrapped(s.view) is not s.fake]
+def _mutated_notes(slots: list[_Slot]) -> list[str]:
+    written = [slot.input for slot in slots if unwrapped(slot.view) is not slot.fake]
     return [
         f"{what.kind} {what.name}: the forward writes to it in place; only the graph sees what it wrote"
         for what in written
@@ -427,6 +444,30 @@ def _batch_dim(tensor: Tensor, batch_size: int | None) -> int | None:
 
 
 # ----------------------------------------------------------------------------------------------------- side effects
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """Numbers and tensors that modules hold outside of their tables, by the names that code has for them."""
+    return {
+        f"{prefix}.{key}" if prefix else key: value
+        for prefix, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if isinstance(value, (bool, int, float, Tensor))
+    }
+
+
+def _attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Of attributes that eager's next call would find changed."""
+
+    def changed(old: Any, new: Any) -> bool:
+        return old is not new and (isinstance(old, Tensor) or isinstance(new, Tensor) or old != new)
+
+    return [
+        f"attribute {name}: the forward changes it, and every step finds it as the first one did; what one step leaves "
+        "to the next is for a buffer"
+        for name, old in before.items()
+        if name in after and changed(old, after[name])
+    ]
+
+
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Put back, afterwards, every attribute of the model's modules, and what their lists, dicts and sets held."""

@@ -127,7 +127,8 @@ class LocalOutput:
     """An entry of the local graph's output tuple; the same order and names as the program's `outputs`.
 
     "output": the model returned it; its storage is how the computed parts lie (a loss is whole on every rank).
-    "buffer": the new value of a buffer, stored as the buffer is. "gradient": stored (and padded) as its parameter.
+    "buffer": the new value of a buffer or parameter, whole on every rank. "gradient": stored (and padded) as its
+    parameter.
     """
 
     kind: Literal["output", "buffer", "gradient"]

@@ -52,9 +52,9 @@ class Output:
     """What an entry of the graph's output tuple is.
 
     `output`: a tensor of what the model returned, `name` its path (`loss`, `logits`, `0`). `buffer`: the new value of
-    a buffer that the forward changed. `gradient`: of the parameter or input `name`. `shape` is that of an output
-    outside the graph, where what the graph gives is larger (`pad.pad`); a parameter's gradient is as large as its
-    placeholder.
+    a buffer, or parameter, that the forward changed. `gradient`: of the parameter or input `name`. `shape` is that of
+    an output outside the graph, where what the graph gives is larger (`pad.pad`); a parameter's gradient is as large as
+    its placeholder.
     """
 
     kind: OutputKind

@@ -54,6 +54,10 @@ _PYTHON_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 _SHAPED_BY_INTEGERS = {aten._ctc_loss.Tensor}
 _INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
 _MAX_INLINE_ELEMENTS = 2**24
+WRITES_OUTSIDE = (
+    "writes in place to a tensor that is no parameter, buffer or input, so that what it wrote would be lost; register "
+    "it as a buffer"
+)
 _BRANCHES_INSTEAD = "Use tensor ops (torch.where, masks) instead, or make it a constant of the model"
 _PICKS_INSTEAD = (
     "Compute every row and multiply what was not picked by zero, or sort rows by where they go (torch.argsort): shapes "
@@ -151,6 +155,8 @@ class Tracer(TorchDispatchMode):
                 "torch.nn.functional.batch_norm or torch.nn.BatchNorm"
             )
         if func._schema.is_mutable:
+            if isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
+                raise CaptureError(f"{self._location()}: {WRITES_OUTSIDE}")
             raise CaptureError(
                 f"{self._location()}: {func} writes to its operands; use an op that returns what it wrote"
             )

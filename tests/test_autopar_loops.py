@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -75,6 +76,88 @@ def _unfrozen_averaged_and_accumulated(rank: int, ranks: int) -> None:
 
 def test_unfrozen_averaged_and_accumulated() -> None:
     run_ranks(_unfrozen_averaged_and_accumulated, 2)
+
+
+class _Following(nn.Module):
+    """Writes to its parameters: rows of a table are cut to their norm, a second layer follows the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6, max_norm=1.0)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            for mean, parameter in zip(self.second.parameters(), self.first.parameters(), strict=True):
+                mean.lerp_(parameter, 0.2)
+        x = self.table(ids)
+        return (self.first(x) * self.second(x.tanh())).square().mean()
+
+
+def _parameters_that_forward_writes_to(rank: int, ranks: int, axes: tuple[str, ...], strategy: str) -> None:
+    mesh = init_device_mesh("cpu", (2,) * len(axes), mesh_dim_names=axes)
+    torch.manual_seed(0)
+    eager, batches = _Following(), torch.randint(0, 9, (6, BATCH, 4))
+    part = mesh.get_local_rank("dp")
+    mine = [batch.chunk(2)[part] for batch in batches]
+    options = autopar.Options(compile=False, progress=False)
+    plan = autopar.plan(eager, mesh, (mine[0],), strategy=strategy, options=options)
+    model = autopar.apply(eager, plan, mesh)
+    losses = []
+    for each, given in ((eager, batches), (model, mine)):
+        optim = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.5)
+        for one, other in zip(given[::2], given[1::2], strict=True):
+            for ids in (one, other):
+                loss = each(ids)
+                loss.backward()
+                losses.append(loss.item())
+            optim.step()
+            optim.zero_grad()
+    torch.testing.assert_close(losses[6:], losses[:6], rtol=1e-5, atol=0)
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert isinstance(p, DTensor)
+        assert_near(p.detach().full_tensor(), q.detach(), name)
+
+
+@pytest.mark.parametrize(("axes", "strategy"), [(("dp",), "fsdp"), (("dp", "tp"), "megatron")])
+def test_parameters_that_forward_writes_to(axes: tuple[str, ...], strategy: str) -> None:
+    run_ranks(_parameters_that_forward_writes_to, 2 ** len(axes), axes, strategy)
+
+
+class _Annealed(nn.Module):
+    """A loss with a weight that the loop sets, and a dropout that it turns off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.drop, self.beta = nn.Linear(6, 8), nn.Dropout(0.0), 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.up(x))
+        return y.square().mean() + self.beta * y.abs().mean()
+
+
+def _values_set_between_steps(rank: int, ranks: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    eager, x = _Annealed(), torch.randn(4, 6)
+    model = autopar.parallelize(
+        eager, mesh, (x.chunk(ranks)[rank],), options=autopar.Options(compile=False, progress=False)
+    )
+    found: dict[bool, list[float]] = {True: [], False: []}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for beta, p in ((0.1, 0.0), (5.0, 0.0), (0.1, 0.0), (5.0, 1.0)):
+            for each, given in ((eager, x), (model, x.chunk(ranks)[rank])):
+                each.beta, each.drop.p = beta, p
+                found[each is model].append(each(given).item())
+    torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=0)
+    return [str(one.message) for one in caught if "captured and planned anew" in str(one.message)]
+
+
+def test_values_set_between_steps() -> None:
+    first, second = run_ranks(_values_set_between_steps, 2)
+    assert [message.split(" changed")[0] for message in first] == ["beta (0.1, now 5.0)", "drop.p (0.0, now 1.0)"]
+    assert not second
 
 
 class _Scored(nn.Module):

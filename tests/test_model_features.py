@@ -292,6 +292,29 @@ def test_buffers_that_change_on_a_mesh() -> None:
     assert changed == {"mean", "seen", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 
+class Clamped(nn.Module):
+    """Each layer clamps its weight, then reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            layer.weight.data.clamp_(-0.1, 0.1)
+            x = x + layer(x).tanh()
+        return x.square().mean()
+
+
+def test_parameters_that_change_on_a_mesh() -> None:
+    torch.manual_seed(0)
+    model = Clamped()
+    parity = autopar.verify(model, MESH, {"x": torch.randn(8, 16)}, strategy="megatron")
+    assert parity.ok, parity
+    assert {t.name for t in parity.tensors if t.kind == "buffer"} == {f"layers.{i}.weight" for i in range(3)}
+    assert model.layers[0].weight.abs().max() > 0.1
+
+
 def test_packed_sequences_as_the_model_takes_them() -> None:
     """transformers keeps documents apart only without a cache; a step is what eager's is, and says so."""
     torch.manual_seed(0)

@@ -220,6 +220,34 @@ def test_frozen_unused_tied_and_mutated_state() -> None:
         torch.testing.assert_close(value, model.get_buffer(name))
 
 
+class Remembering(nn.Module):
+    """Keeps a count, a mean and its last loss in plain attributes."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.steps, self.mean, self.last, self.in_place = 0, torch.zeros(4), None, in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        self.steps += 1
+        if self.in_place:
+            self.mean.lerp_(y.detach().mean(0), 0.1)
+        else:
+            self.mean = self.mean.lerp(y.detach().mean(0), 0.1)
+        self.last = (y - self.mean).square().mean()
+        return self.last / self.steps
+
+
+def test_attributes_that_the_next_call_would_find_changed_are_named() -> None:
+    model = Remembering(in_place=False)
+    notes = capture(model, (torch.randn(2, 4),)).notes
+    assert [note.split(":")[0] for note in notes] == ["attribute steps", "attribute mean"]
+    assert (model.steps, model.mean.tolist(), model.last) == (0, [0.0] * 4, None)
+    with pytest.raises(CaptureError, match=r"test_passes_capture.py:\d+: .* register it as a buffer"):
+        capture(Remembering(in_place=True), (torch.randn(2, 4),))
+
+
 def test_a_registered_dataclass_rebuilds_the_output() -> None:
     program = capture(Odd(), (torch.randn(5, 6),))
     assert [o.name for o in program.outputs if o.kind == "output"] == ["loss", "hidden"]
