@@ -310,6 +310,11 @@ class _State:
         self.notes.append(_states_text(self.profiler.optimizer))
         if given := [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]:
             self.notes.append(f"not priced: {', '.join(given)}; what `options` gives hands them on to a plan")
+        if not any(c.fits for c in found):
+            self.notes.append(
+                "plans were played under named strategies; what `autopar.plan` solves under 'auto' splits sequences "
+                "too, and may fit where these do not"
+            )
         if not self.profiler.layers:
             self.notes.append("no repeated layers were found, or too few to cut: captured whole, no pipeline priced")
         return SearchResult(

@@ -212,6 +212,14 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     assert result.played < 12
 
 
+def test_where_no_strategy_fits_a_plan_may(found: SearchResult) -> None:
+    """In 32 MiB nothing fits: the note says who else may try; it is left out where something fits."""
+    tight = autopar.search(small(), 4, "h100", 8, sequence=512, options=replace(OPTIONS, memory_budget=32 << 20), top=1)
+    assert all(candidate.priced_only for candidate in tight.candidates)
+    assert any("under 'auto' splits sequences too" in note for note in tight.notes)
+    assert not any("under 'auto'" in note for note in found.notes)
+
+
 def test_micro_batches_divide_an_odd_batch() -> None:
     """A rank with 25 samples takes 1 or 5 at a time; 5 waits less for launches and collectives."""
     result = autopar.search(small(), 1, "h100", 25, sequence=512, options=OPTIONS, top=1)
