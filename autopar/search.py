@@ -43,7 +43,8 @@ _RECOMPUTE: Mapping[str, tuple[Mode, ...]] = {
     "auto": ("pointwise", "full"), "none": ("none",), "selective": ("selective",), "full": ("full",),
 }  # fmt: skip
 _MOST_MICRO_BATCHES = 4
-"""Micro-batch sizes tried per mesh: the largest that the batch allows, and halves of it."""
+"""So many micro-batch sizes are tried per mesh, the smallest that divide."""
+_LARGEST_MICRO_BATCH = 16
 _TRIED = 4
 """So many that cannot be listed are played, where no other of their kind is known to fit."""
 _ELSEWHERE = 8
@@ -309,6 +310,11 @@ class _State:
         self.notes.append(_states_text(self.profiler.optimizer))
         if given := [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]:
             self.notes.append(f"not priced: {', '.join(given)}; what `options` gives hands them on to a plan")
+        if not any(c.fits for c in found):
+            self.notes.append(
+                "plans were played under named strategies; what `autopar.plan` solves under 'auto' splits sequences "
+                "too, and may fit where these do not"
+            )
         if not self.profiler.layers:
             self.notes.append("no repeated layers were found, or too few to cut: captured whole, no pipeline priced")
         return SearchResult(
@@ -326,10 +332,8 @@ class _State:
         return [tp for tp in (1, 2, 4, 8, 16, 32, 64) if tp <= node and gpus % tp == 0]
 
     def micro_batches(self, local: int) -> list[int]:
-        """Sizes that divide a rank's part of the batch, the largest first, a few."""
-        sizes = [local >> shift for shift in range(local.bit_length()) if local % (1 << shift) == 0]
-        small = [size for size in (1, 2, 4, 8) if local % size == 0]
-        return sorted({*(size for size in sizes if size <= 16), *small})[:_MOST_MICRO_BATCHES]
+        """Sizes that divide a rank's part of the batch: the smallest of them."""
+        return [size for size in range(1, _LARGEST_MICRO_BATCH + 1) if local % size == 0][:_MOST_MICRO_BATCHES]
 
     def plans(self, gpus: int) -> Iterator[Setup]:
         """What plans can do."""
@@ -372,7 +376,7 @@ class _State:
                         for recompute in self.recompute:
                             yield from self.ways(Setup(
                                 dp_shard=data, tp=tp, pp=pp, cp=cp, micro_batch=micro, accumulate=local // micro,
-                                state="zero1", gradient_bytes=4, recompute=recompute,
+                                state="zero1", gradient_bytes=4, recompute=recompute, gathers_again=tp > 1,
                             ))  # fmt: skip
 
     def ways(self, setup: Setup) -> Iterator[Setup]:
@@ -418,6 +422,7 @@ class _State:
         fastest = sorted((c for c in else_ if not c.setup.offload), key=lambda c: c.step_time_s)
         kept = [c.setup for c in _distinct(c for c in fastest if c.setup.pp > 1)][:_ELSEWHERE]
         kept += [c.setup for c in fastest if c.setup.pp == c.setup.cp == 1 and c.setup.state == "zero3"][:1]
+        kept += [c.setup for c in fastest if c.setup.pp == 1 < c.setup.cp][:1]
         budget = _budget(self.options, self.profiler.hardware, gpus)
         return times_of(states, on(gpus, self.batch, kept), self.profiler, budget, either=self.either)
 

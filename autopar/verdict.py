@@ -1,4 +1,5 @@
-"""What a search says in words: is sharding the state enough, is sharding the computation needed, would a pipeline pay.
+"""What a search says in words: is sharding the state enough, is sharding the computation needed, would context
+parallelism or a pipeline pay.
 
 Each answer stands with the figures it follows from, so that who disagrees can see where.
 """
@@ -6,7 +7,7 @@ Each answer stands with the figures it follows from, so that who disagrees can s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from autopar.leads import ENOUGH, MEASURED_ERROR, chosen, close
@@ -16,10 +17,13 @@ from costmodel.memory import gib
 from passes.report_text import seconds_text
 from passes.setup import Setup
 
-Answer = Literal["state", "computation", "pipeline", "offload", "nothing"]
+Answer = Literal["state", "computation", "context", "pipeline", "offload", "nothing"]
 
-_SIMPLEST_FIRST: tuple[Answer, ...] = ("state", "computation", "pipeline")
-_NAMES = {"state": "sharded state", "computation": "sharded computation", "pipeline": "a pipeline"}
+_SIMPLEST_FIRST: tuple[Answer, ...] = ("state", "computation", "context", "pipeline")
+_NAMES = {
+    "state": "sharded state", "computation": "sharded computation", "context": "context parallelism",
+    "pipeline": "a pipeline",
+}  # fmt: skip
 
 
 class Priced(Protocol):
@@ -44,12 +48,13 @@ class Priced(Protocol):
 @dataclass(frozen=True)
 class Verdict:
     """`answer`: the least that is enough: sharded state (FSDP2), sharded computation too (TP with sequence
-    parallelism), a pipeline, offload, or nothing that was tried."""
+    parallelism), context parallelism without stages, a pipeline, offload, or nothing that was tried."""
 
     answer: Answer
     state_s: float | None
     """Fastest step that fits with sharded state alone; None where none fits. The same for the others."""
     computation_s: float | None
+    context_s: float | None
     pipeline_s: float | None
     offload_s: float | None
     text: tuple[str, ...]
@@ -79,9 +84,10 @@ def verdict(
 
     state = best(lambda s: simple(s) and s.tp == 1 and s.state == "zero3")
     computation = best(lambda s: simple(s) and s.tp > 1 and s.state == "zero3")
+    context = best(lambda s: s.pp == 1 and s.cp > 1)
     pipeline = best(lambda s: s.pp > 1)
     offloaded = best(lambda s: s.offload)
-    found_ways = zip(_SIMPLEST_FIRST, (state, computation, pipeline), strict=True)
+    found_ways = zip(_SIMPLEST_FIRST, (state, computation, context, pipeline), strict=True)
     resident: dict[Answer, Priced] = {name: c for name, c in found_ways if c is not None}
     ways = {name: c.step_time_s for name, c in resident.items()}
     text: list[str] = []
@@ -110,33 +116,36 @@ def verdict(
             f"{_against(state, computation)}."
         )
     else:
-        assert pipeline is not None
-        simpler = min((c for c in (state, computation) if c), key=lambda c: c.step_time_s, default=None)
+        way = resident[answer]
+        name = _NAMES[answer]
+        before = [each for each in _SIMPLEST_FIRST[: _SIMPLEST_FIRST.index(answer)] if each in resident]
+        simpler = min((resident[each] for each in before), key=lambda c: c.step_time_s, default=None)
+        gains = "is a little faster" if any(each in tied for each in before) else "pays"
         text.append(
-            f"A pipeline {'is a little faster' if len(tied) > 1 else 'pays'}: {_stages(pipeline.setup)} take "
-            f"{_s(pipeline.step_time_s)} a step (priced only){_against(simpler, pipeline)}."
+            f"{name[0].upper()}{name[1:]} {gains}: {_parts(way.setup)} {_s(way.step_time_s)} a step (priced only)"
+            f"{_against(simpler, way)}."
         )
     if len(tied) > 1:
         text.append(_too_close({name: ways[name] for name in tied}, answer))
-    if answer in ("computation", "pipeline", "nothing"):
+    if answer in ("computation", "context", "pipeline", "nothing"):
         text += _why_not_state(state, plain, profiler, gpus, batch, budget)
-    if answer in ("state", "computation"):
+    if answer in ("state", "computation", "context"):
         text.append(_pipeline_text(pipeline, ways[answer]))
     if answer == "state" and state is not None and pipeline is not None:
         text += _rests_on_overlap(state, pipeline)
     reach = None
     if times_on is not None and answer == "state":
         reach = reach_up(gpus, batch, times_on)
-    elif times_on is not None and answer in ("computation", "pipeline") and (batch % gpus or state):
+    elif times_on is not None and answer in _SIMPLEST_FIRST[1:] and (batch % gpus or state):
         reach = reach_down(gpus, batch, profiler.hardware.ranks_per_node, times_on)
     if reach is not None:
         text.append(_reach_text(reach, gpus, batch))
-    state_s, computation_s, pipeline_s, offload_s = (
-        c.step_time_s if c else None for c in (state, computation, pipeline, offloaded)
+    state_s, computation_s, context_s, pipeline_s, offload_s = (
+        c.step_time_s if c else None for c in (state, computation, context, pipeline, offloaded)
     )
     enough = reach.gpus if reach else None
     told = tied if len(tied) > 1 else ()
-    return Verdict(answer, state_s, computation_s, pipeline_s, offload_s, tuple(text), enough, told)
+    return Verdict(answer, state_s, computation_s, context_s, pipeline_s, offload_s, tuple(text), enough, told)
 
 
 def _s(seconds: float) -> str:
@@ -174,15 +183,22 @@ def _against(other: Priced | None, best: Priced) -> str:
 
 
 def _name(candidate: Priced) -> str:
-    setup = candidate.setup
-    return f"tensor parallelism over {setup.tp} without stages" if setup.tp > 1 else "sharded state alone"
+    named = _named(candidate.setup)
+    return f"{named} without stages" if named else "sharded state alone"
 
 
-def _stages(setup: Setup) -> str:
-    """`8 stages with tensor parallelism over 4 and context parallelism over 2`."""
+def _named(setup: Setup) -> str:
+    """`tensor parallelism over 4 and context parallelism over 2`."""
     ways = (("tensor", setup.tp), ("context", setup.cp))
-    named = " and ".join(f"{name} parallelism over {size}" for name, size in ways if size > 1)
-    return f"{setup.pp} stages" + (f" with {named}" if named else "")
+    return " and ".join(f"{name} parallelism over {size}" for name, size in ways if size > 1)
+
+
+def _parts(setup: Setup) -> str:
+    """`8 stages with tensor parallelism over 4 take`, `sequences in 2 parts with tensor parallelism over 4 take`."""
+    staged = setup.pp > 1
+    named = _named(setup if staged else replace(setup, cp=1))
+    parts = f"{setup.pp} stages" if staged else f"sequences in {setup.cp} parts"
+    return f"{parts}{f' with {named}' if named else ''} take"
 
 
 def _nothing_fits(found: Sequence[Priced], budget: int) -> str:
@@ -271,7 +287,7 @@ def _reach_text(reach: Reach, gpus: int, batch: int) -> str:
 
     still = "stays enough" if reach.gpus >= gpus else "is enough"
     last = f", where each has one sample{told(reach.times)}" if reach.gpus == batch else told(reach.times)
-    text = f"At this global batch sharded state {still} up to {reach.gpus} GPUs{last}"
+    text = f"At this global batch sharded state {still} up to {reach.gpus} GPU{'s' if reach.gpus > 1 else ''}{last}"
     if reach.beyond is not None and reach.times_beyond is not None:
         text += f", and no longer on {reach.beyond}{told(reach.times_beyond)}"
     elif reach.gpus == batch:

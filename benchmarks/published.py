@@ -101,11 +101,17 @@ class Run:
             recompute=self.recompute, whole_blocks=True,
             in_block="none" if self.line["compiled"] == "no" else "pointwise",
             sequence_parallel=self.line["sequence_parallel"] == "yes", tp_overlap=self.line["tp_overlap"] == "yes",
-            tp_waits=self.line["tp_overlap"] == "waited",
+            tp_waits=self.line["tp_overlap"] == "waited", gathers_again=self.gathers_again,
             state=cast(Any, state), fp8=self.line["precision"] == "fp8", offload="offload" in self.line["state"],
             gather_bytes_per_s=_WAITED_BYTES_PER_S if self.line["gathers"] == "waited" else 0.0,
             gradient_bytes=4 if self.line["gradients"] == "fp32" else 2,
         )  # fmt: skip
+
+    @property
+    def gathers_again(self) -> bool:
+        """Whether it kept a rank's part of what sequence parallelism gathers, as Megatron-LM's layers do."""
+        megatron = self.line["state"] != "zero3" and self.line["compiled"] == "layers"
+        return megatron and self.line["sequence_parallel"] == "yes" and self.number("tp") > 1
 
     @property
     def recompute(self) -> Mode:

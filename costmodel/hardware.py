@@ -228,7 +228,7 @@ class Topology:
                     f"crosses nodes, {axis.in_node} ranks in each of {axis.nodes} "
                     f"({machine.intra_node.name} inside, {machine.inter_node.name} between)"
                 )
-            lines.append(f"{axis.name}: {axis.size} ranks, {where}")
+            lines.append(f"{axis.name}: {axis.size} ranks, {where}" if axis.size > 1 else f"{axis.name}: 1 rank")
         return tuple(lines)
 
 

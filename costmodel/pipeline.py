@@ -4,6 +4,7 @@
 
     step = m * slowest stage + bubble + messages
     bubble = (p - 1) / v * one micro-batch of an average stage         arXiv 2104.04473, section 2.2
+             m < p: (m - 1) / v + p - m of these, as a chunk waits until all stages had the one before
     in flight on the first stage: min(m, p) micro-batches, and a share (p - 1) / (p v) more where interleaved
                                                                        arXiv 2205.05198, Eq 5
 """
@@ -21,7 +22,8 @@ def bubble_share(stages: int, micro_batches: int, virtual: int = 1) -> float:
     """
     if min(stages, micro_batches, virtual) < 1:
         raise ValueError(f"a pipeline of {stages} stages, {virtual} chunks and {micro_batches} micro-batches cannot be")
-    return (stages - 1) / (virtual * micro_batches)
+    together = min(stages, micro_batches)
+    return ((together - 1) / virtual + stages - together) / micro_batches
 
 
 def in_flight(stages: int, micro_batches: int, virtual: int = 1, stage: int = 0) -> float:
@@ -67,7 +69,7 @@ def step_s(
     micro-batch; an interleaved schedule sends while the next chunk computes, and waits only where the message takes
     longer than the chunk. Filling and draining pass `stages - 1` boundaries each.
     """
-    bubble_s = bubble_share(stages, 1, virtual) * average_s
+    bubble_s = bubble_share(stages, micro_batches, virtual) * micro_batches * average_s
     if stages == 1:
         return micro_batches * slowest_s, 0.0, 0.0
     exposed_s = message_s if virtual == 1 else max(0.0, message_s - slowest_s / (3 * virtual))

@@ -147,6 +147,17 @@ def _waited_by_layer_s(setup: Setup, found: Profile) -> float:
     return found.layer_total("hidden.activation.") - found.layer("slowed_s")
 
 
+def _gathered_again_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
+    """Per layer, what gathering its activations once more takes: they come beside the products that give the gradients
+    of what was gathered, as many as forward's, and take their share of those."""
+    if not setup.gathers_again or setup.tp == 1 or (setup.whole_blocks and setup.recompute == "full"):
+        return 0.0  # a whole layer that is run again has them back
+    mesh = topology(hardware, {"inner": setup.data_ranks * setup.cp, "tp": setup.tp})
+    gather_s = collective_s("all_gather", found.layer("gathered"), (1,), mesh)
+    hidden_s = min(gather_s, found.layer_total("compute.forward.matmul"))
+    return gather_s - hidden_s + taken_shares((1,), mesh)[0] * hidden_s
+
+
 def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     """State sharded over the batch axes, gathered for every micro-batch: the schedule itself."""
     found = profiler.profile(setup, replica=False)
@@ -203,7 +214,7 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     ring_s, attention_s = _context(setup, found, hardware)
     layer_s = found.layer("micro_s") + attention_s + ring_s + _rest_again_s(setup, found)
     by_parts_s = _hidden_by_parts_s(setup, found)
-    layer_s += _waited_by_layer_s(setup, found) - by_parts_s
+    layer_s += _waited_by_layer_s(setup, found) - by_parts_s + _gathered_again_s(setup, found, hardware)
     casts_s = _casts_s(setup, found, hardware) if setup.fp8 else 0.0
     layer_s += casts_s / layers
     outside_s = outside["micro_s"]

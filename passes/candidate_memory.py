@@ -4,8 +4,9 @@
     activations   what layers keep for backward: of each layer of the stage, of each micro-batch in flight
     working       on top of that, the more of two moments: the loss, or a layer's backward
 
-A layer that is run again as a whole keeps its input alone (2sbh bytes in bf16, arXiv 2205.05198 Table 2), but for the
-one that backward is in, which has all its activations back.
+A layer that is run again as a whole keeps its input alone (2sbh bytes in bf16, arXiv 2205.05198 Table 2), and one
+whose gathered activations are gathered again (`Setup.gathers_again`) a rank's part of them; but for the one that
+backward is in, which has all its activations back.
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ def _parameters(setup: Setup, found: Profile, elements: float) -> float:
 def _activations(setup: Setup, found: Profile, *, whole_blocks: bool) -> tuple[float, float]:
     """What layers keep for backward, and what is on top, of the first or the last stage: the one with more."""
     saved, rest, stages = found.saved_bytes, found.whole["rest"], setup.pp
-    input_bytes = found.layer("boundary") if whole_blocks else saved
-    backward = max(0.0, found.whole["alive.last layers"] - rest - found.layers * saved) + saved - input_bytes
+    spared = found.layer("gathered") - found.layer("gathered parts") if setup.gathers_again else 0.0
+    kept_bytes = found.layer("boundary") if whole_blocks else saved - spared
+    backward = max(0.0, found.whole["alive.last layers"] - rest - found.layers * saved) + saved - kept_bytes
     head = found.outside["alive.forward"] - found.outside["rest"]
     layers = -(-max(1, found.layers) // stages)
 
     def of(stage: int) -> tuple[float, float]:
-        kept = input_bytes * layers * in_flight(stages, setup.accumulate, setup.virtual, stage)
+        kept = kept_bytes * layers * in_flight(stages, setup.accumulate, setup.virtual, stage)
         return kept, max(backward, head) if stage == stages - 1 else backward
 
     return max(of(0), of(stages - 1), key=sum)

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from passes.moves import Run
+from passes.moves import Move, Run
 from passes.price import option_local_shapes
 from passes.schedule import Schedule
 from passes.space import Space, trained
@@ -81,7 +81,8 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
                 in backward; "within": those that do so within their readers, where they take no time of their own);
                 exposed.ROLE.PHASE.GROUP, hidden.ROLE.PHASE.GROUP
     bytes       alive.PLACE, rest (all step long), states (of it, what the optimizer keeps), gradients (of what it
-                updates), boundary (what one layer passes to the next), keys (attention's keys and values)
+                updates), boundary (what one layer passes to the next), keys (attention's keys and values), gathered
+                (activations that forward gathers and keeps whole for backward), gathered parts (a rank's own of those)
     counts      elements (of parameters on this rank in compute; `bytes`: theirs), stored (at rest; `stored bytes`:
                 theirs), operands (of matrix products)
     """
@@ -105,6 +106,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     found["gradients"] = sum(elements * site.stored_itemsize for site, elements in trained(space, assignment))
     _counts(found, space, assignment)
     _between(found, space, words, laid)
+    _gathered(found, laid)
     return dict(found)
 
 
@@ -194,3 +196,15 @@ def _between(found: dict[str, float], space: Space, words: Words, laid: Tracks) 
             other = words.layer(made.node.meta.get("module", ""))
             if other and other != here:
                 found["boundary"] += made.bytes
+
+
+def _gathered(found: dict[str, float], laid: Tracks) -> None:
+    """Bytes of activations that forward gathers and backward reads as they are, and of a rank's own part of them."""
+    items = tuple(zip(laid.items, laid.reads, laid.writes, strict=True))
+    late = {slot for item, read, _ in items if item.phase == "backward" for slot in read}
+    for item, read, made in items:
+        if not isinstance(item, Move) or item.phase == "backward" or made[0] not in late:
+            continue
+        if not laid.slots[made[0]].gathered and any(step.kind == "all_gather" for step in item.steps):
+            found["gathered"] += laid.slots[made[0]].bytes
+            found["gathered parts"] += laid.slots[read[0]].bytes

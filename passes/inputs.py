@@ -282,5 +282,5 @@ def _ask(model: nn.Module, wanted: Sequence[str], why: str) -> ValueError:
     return ValueError(
         f"example_inputs: {why}. Pass what one data-parallel rank feeds {type(model).__name__}: a tuple of positional "
         f"or a mapping of keyword arguments, such as {{'input_ids': ids, 'labels': ids}}; its forward takes "
-        f"{', '.join(wanted)}"
+        f"{', '.join(wanted)}. On the command line a function gives them with the model: file.py:function"
     )

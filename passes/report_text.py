@@ -130,7 +130,7 @@ def _decided(plan: Plan, width: int) -> list[str]:
     lines = [_title("What was decided", width)]
     for name, size in plan.axes:
         label = f"  {name} ({size}) "
-        first, *rest = wrapped_lines(role_text(plan.roles[name]), width - len(label), "") or [""]
+        first, *rest = wrapped_lines(role_text(plan.roles[name], size), width - len(label), "") or [""]
         lines += [f"{label}{first}", *(" " * len(label) + line for line in rest)]
     rows = []
     for placed in plan.parameters.values():
@@ -162,8 +162,10 @@ def _by_layer(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     return found
 
 
-def role_text(role: AxisRole) -> str:
+def role_text(role: AxisRole, ranks: int) -> str:
     """What an axis does, in a sentence."""
+    if ranks == 1:
+        return "one rank: nothing is split"
     products, others = _shares_text(role.products), _shares_text(role.others)
     parts = []
     if products == others:

@@ -397,7 +397,8 @@ def _map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
 
 
 class _Calls(TorchFunctionMode):
-    """Handles what is caught above aten: reads of values, `torch.tensor([scalar, ...])`, batch norms, `one_hot`."""
+    """Handles what is caught above aten: reads of values, `torch.tensor([scalar, ...])`, batch norms, `one_hot`,
+    attention."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -418,6 +419,8 @@ class _Calls(TorchFunctionMode):
             return _instance_norm(*args, **kwargs)
         if func is nn.functional.one_hot:
             return _one_hot(*args, **kwargs)
+        if func is nn.functional.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -426,6 +429,17 @@ def _one_hot(classes: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes <= 0:
         return nn.functional.one_hot(classes, num_classes)
     return (classes.unsqueeze(-1) == torch.arange(num_classes, device=classes.device)).to(torch.int64)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.scaled_dot_product_attention`. Where values have a smaller head size than queries (multi-head latent
+    attention), they get zeros up to it and the result loses them again, as `transformers` does for FlashAttention: the
+    CPU's fused op wants one size, else all scores are written out in fp32."""
+    attend, size = nn.functional.scaled_dot_product_attention, value.shape[-1]
+    if size >= query.shape[-1]:
+        return attend(query, key, value, *args, **kwargs)
+    value = nn.functional.pad(value, (0, query.shape[-1] - size))
+    return attend(query, key, value, *args, **kwargs)[..., :size]
 
 
 def _batch_norm(

@@ -82,6 +82,17 @@ def test_axes_are_described_in_words() -> None:
     assert "parameters on every rank" in replicated
 
 
+def test_an_axis_of_one_rank_splits_nothing() -> None:
+    model, args, kwargs = build("llama")
+    space, assignment, _ = planned(captured(model, kwargs, args), {"dp": 1, "tp": 2}, "auto")
+    plan = make_plan(
+        space, assignment, play(space, assignment), bound=Bound(1.0, 1.0, ""), baselines={}, budget_bytes=2 << 30
+    )
+    text = terminal_report(plan, 100)
+    assert "  dp: 1 rank\n" in text
+    assert "  dp (1) one rank: nothing is split\n" in text
+
+
 def test_baselines_stand_beside_the_plan() -> None:
     lines = section(terminal_report(made(), 100), "Beside").splitlines()
     ddp = next(line for line in lines if line.startswith("  ddp"))

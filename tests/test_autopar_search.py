@@ -212,6 +212,37 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     assert result.played < 12
 
 
+def test_where_no_strategy_fits_a_plan_may(found: SearchResult) -> None:
+    """In 32 MiB nothing fits: the note says who else may try; it is left out where something fits."""
+    tight = autopar.search(small(), 4, "h100", 8, sequence=512, options=replace(OPTIONS, memory_budget=32 << 20), top=1)
+    assert all(candidate.priced_only for candidate in tight.candidates)
+    assert any("under 'auto' splits sequences too" in note for note in tight.notes)
+    assert not any("under 'auto'" in note for note in found.notes)
+
+
+def test_micro_batches_divide_an_odd_batch() -> None:
+    """A rank with 25 samples takes 1 or 5 at a time; 5 waits less for launches and collectives."""
+    result = autopar.search(small(), 1, "h100", 25, sequence=512, options=OPTIONS, top=1)
+    assert result.best.setup.micro_batch == 5
+
+
+def test_context_parallelism_without_stages_is_simpler_than_a_pipeline(profiler: Profiler) -> None:
+    def priced(step_s: float, **setup: int) -> Candidate:
+        return Candidate(Setup(state="zero1", **setup), step_s, 1, 0, {}, {})  # type: ignore[arg-type]
+
+    stages, parts = priced(10.0, pp=2, cp=2), priced(10.4, cp=2, tp=2)
+    found = verdict([stages, parts], profiler, 4, 1, 1)
+    assert found.answer == "context"
+    assert found.context_s == 10.4
+    assert found.text[0] == (
+        "Context parallelism pays: sequences in 2 parts with tensor parallelism over 2 take 10.40 s a "
+        "step (priced only), and nothing simpler fits."
+    )
+    alone = verdict([priced(10.0, pp=2), priced(10.8, cp=4)], profiler, 4, 1, 1)
+    assert alone.answer == "pipeline"
+    assert "context parallelism over 4 without stages 10.80 s" in alone.text[0]
+
+
 def test_what_a_pipeline_hides_of_tensor_parallelism(profiler: Profiler) -> None:
     """8 layers on 2 stages, 6 micro-batches: what a stage's layers hide is saved once per micro-batch, and once more
     while the pipeline fills."""

@@ -45,6 +45,22 @@ def test_a_step_takes_what_a_played_pipeline_takes(stages: int, micro_batches: i
     assert messages_s == 0.0
 
 
+@pytest.mark.parametrize(
+    ("stages", "micro_batches", "virtual"), [(2, 1, 4), (4, 1, 1), (4, 3, 2), (4, 4, 2), (4, 8, 3)]
+)
+def test_a_forward_of_chunks_played(stages: int, micro_batches: int, virtual: int) -> None:
+    """Chunk c of the layers lies on stage c % p; groups of p micro-batches go through all chunks, chunk after chunk."""
+    clocks = [0.0] * stages
+    ends: dict[tuple[int, int], float] = {}
+    for first in range(0, micro_batches, stages):
+        group = range(first, min(first + stages, micro_batches))
+        for chunk, i in product(range(stages * virtual), group):
+            stage = chunk % stages
+            start = max(clocks[stage], ends.get((chunk - 1, i), 0.0))
+            clocks[stage] = ends[chunk, i] = start + 1.0 / virtual
+    assert max(clocks) == pytest.approx(step_s(micro_batches, 1.0, 1.0, 0.0, stages, virtual)[0])
+
+
 def test_interleaving_divides_the_bubble() -> None:
     """arXiv 2104.04473 section 2.2: (p - 1) / (v m)."""
     assert bubble_share(8, 32, 4) == pytest.approx(7 / 128)

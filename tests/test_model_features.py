@@ -424,3 +424,34 @@ def test_a_gradient_that_another_is_made_from() -> None:
         found = errors(model, local, inputs)
         assert found.output < 1e-5, (strategy, found)
         assert found.gradient < 1e-4, (strategy, found)
+
+
+class Latent(nn.Module):
+    """Causal attention whose values have a smaller head size (8) than queries and keys (12), and a given scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = 48, 48, 32
+        self.query, self.key, self.value = (nn.Linear(32, size, bias=False) for size in sizes)
+        self.out = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part(x).unflatten(-1, (4, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
+        return self.out(out.transpose(1, 2).flatten(2)).square().mean()
+
+
+def test_values_of_a_smaller_head_size_are_attended_to_by_one_op() -> None:
+    """No scores in the graph, and a step is eager's, which writes them out."""
+    torch.manual_seed(0)
+    model, kwargs = Latent(), {"x": torch.randn(4, 8, 32)}
+    program = captured(model, kwargs)
+    targets = [node.target for node in program.graph.graph.nodes]
+    assert torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default in targets
+    assert torch.ops.aten.bmm.default not in targets
+    _, _, local = planned(program, MESH, "auto")
+    found = errors(model, local, kwargs)
+    assert found.output < 1e-5, found
+    assert found.gradient < 1e-4, found

@@ -6,6 +6,7 @@ from depth is the difference between two depths, so that nothing outside the lay
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -73,6 +74,21 @@ def test_what_a_layer_keeps_under_tensor_parallelism(tensor: int, split: bool) -
     alone = profiler(9).profile(Setup(micro_batch=B, recompute="none"), replica=True)
     whole = (4 if split else 8) * SBH
     assert mine.saved_bytes == pytest.approx(whole + (alone.saved_bytes - whole) / tensor, rel=0.01)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_what_is_gathered_again_is_kept_in_parts(tensor: int) -> None:
+    """Eq 4: of all that a layer keeps a rank has its part. Backward has one layer's gathered results (4sbh) on top, and
+    waits for none of them: two gathers a layer take less than its products, and less than all of themselves."""
+    setup = Setup(tp=tensor, micro_batch=B, state="zero0", recompute="none")
+    alone = profiler(12).profile(Setup(micro_batch=B, recompute="none"), replica=True)
+    whole, parts = priced(12, setup), priced(12, replace(setup, gathers_again=True))
+    spared = 4 * SBH * (1 - 1 / tensor)
+    assert parts.bytes["activations"] == pytest.approx(12 * alone.saved_bytes / tensor, rel=0.01)
+    assert whole.bytes["activations"] - parts.bytes["activations"] == pytest.approx(12 * spared, rel=0.01)
+    assert parts.bytes["working"] - whole.bytes["working"] <= spared * 1.01
+    sent_s = 12 * 4 * SBH * (1 - 1 / tensor) / 450e9  # NVLink 4, one way
+    assert 0 < parts.step_s - whole.step_s < sent_s
 
 
 @pytest.mark.parametrize(("state", "per_parameter"), [("zero0", 18.0), ("zero1", 6 + 12 / 4), ("zero2", 2 + 16 / 4)])
