@@ -26,14 +26,13 @@ from autopar.heap import keep_freed
 from autopar.mixed import precision_of
 from autopar.module import ParallelModule, parallel_module, preload
 from autopar.optimizers import warn_of_optimizers
-from autopar.options import Options
+from autopar.options import Options, check_options
 from autopar.pipeline import Pipeline, PlanLike
 from autopar.reading import captured_together, gatherer, inputs_read, with_values
 from autopar.runtime import Executable, Tangents
 from autopar.stages import Stages
 from autopar.together import Together, together, watch
 from autopar.unwrapped import check_unwrapped
-from costmodel.memory import OPTIMIZERS as KNOWN
 from passes.errors import PlanMismatchError
 from passes.inputs import global_inputs, part_of_batch
 from passes.local import LocalProgram, Storage, bind_groups, groups_used
@@ -42,8 +41,6 @@ from passes.precision import Precision
 from passes.program import Program
 
 STRATEGIES = ("auto", "ddp", "fsdp", "megatron")
-OPTIMIZERS = (*KNOWN, "none")
-RECOMPUTE = ("auto", "none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -169,33 +166,6 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
     speaks = not dist.is_initialized() or dist.get_rank() == 0
     stages = Stages(shown=options.progress, speaks=speaks, prefix="autopar: ")
     return _Job(axes, batch_axes, options, pipeline, precision, stages)
-
-
-def check_options(options: Any) -> None:
-    """Refuse options that mean nothing, on any mesh.
-
-    Raises:
-        ValueError: names the option, what it is and what would do.
-    """
-    if not isinstance(options, Options):
-        raise ValueError(f"options is a {type(options).__name__}; pass autopar.Options(...)")
-    for name, value, known in (
-        ("recompute", options.recompute, RECOMPUTE),
-        ("optimizer", options.optimizer, OPTIMIZERS),
-    ):
-        if value not in known:
-            raise ValueError(f"Options({name}={value!r}): known are {', '.join(known)}")
-    budget: Any = options.memory_budget
-    if budget is not None and (not isinstance(budget, int | float) or budget <= 0):
-        raise ValueError(
-            f"Options(memory_budget={budget!r}): bytes per device, a positive number; None takes what the hardware has"
-        )
-    if options.reshard_after_forward not in (True, False, None):
-        raise ValueError(
-            f"Options(reshard_after_forward={options.reshard_after_forward!r}): True, False, or None to have it decided"
-        )
-    if options.accumulate < 1:
-        raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
 
 
 def _check_async_tp(options: Options, mesh: Any, axes: meshes.Axes, batch_axes: tuple[int, ...]) -> None:

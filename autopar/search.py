@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from autopar import examples
-from autopar.api import check_options
-from autopar.options import Options, Recompute
+from autopar.options import Options, Recompute, check_options
 from autopar.profiling import Captures, Profiler
 from autopar.ranking import NEAREST, ranking_table, ranking_text
 from autopar.reach import Times, on, times_of

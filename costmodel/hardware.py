@@ -565,7 +565,7 @@ _MOST = dict.fromkeys(
     ),
     1.0,
 ) | {"speed_spread": 0.1}
-"""Shares of a peak; and a spread with which the slowest of a million devices, five deviations off, has half its pace."""
+"""Shares of a peak; and a spread by which the slowest of a million devices, five deviations off, has half the pace."""
 
 
 def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:

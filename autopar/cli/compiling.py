@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from autopar import examples, meshes, planning
-from autopar.api import check_options, skeleton
+from autopar.api import skeleton
 from autopar.mixed import precision_of
 from autopar.options import Options
 from costmodel.hardware import Hardware
@@ -22,7 +22,6 @@ def captured(
     model: nn.Module, call: examples.Call, mesh: Mapping[str, int], options: Options, progress: Progress
 ) -> Program:
     """The program of the global batch, every data-parallel rank feeding `call`."""
-    check_options(options)  # a plan's file may have been edited
     axes = meshes.axes_of(mesh)
     batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
     progress("capturing the model")
