@@ -9,7 +9,6 @@ Between these, ranks agree: what one finds wrong, all raise.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import examples, meshes, tree
+from autopar.batches import BatchRanks
+from autopar.bytes_of import digest
 from autopar.groups import Groups
 from autopar.heap import keep_freed
 from autopar.mixed import precision_of
@@ -28,7 +29,7 @@ from autopar.module import ParallelModule, parallel_module, preload
 from autopar.optimizers import warn_of_optimizers
 from autopar.options import Options, check_options
 from autopar.pipeline import Pipeline, PlanLike
-from autopar.reading import captured_together, gatherer, inputs_read, with_values
+from autopar.reading import Gather, captured_together, gatherer, inputs_read, with_values
 from autopar.runtime import Executable, Tangents
 from autopar.stages import Stages
 from autopar.together import Together, together, watch
@@ -138,8 +139,7 @@ def parallelize_with(
         example = examples.described(call)
     if not ours.same(example):
         raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
-    groups = Groups(mesh, _names(job))
-    gather = gatherer(groups, job.batch_axes) if ours.ranks > 1 else None
+    gather = _gather(job, mesh, ours)
     with job.stages:
         program = captured_together(
             ours, lambda known: _captured(job, skeleton(model), call, known=known), call, gather
@@ -189,8 +189,9 @@ def _check_strategy(strategy: str) -> None:
         raise ValueError(f"unknown strategy {strategy!r}; known are {', '.join(STRATEGIES)}")
 
 
-def _names(job: _Job) -> tuple[str, ...]:
-    return tuple(name for name, _ in job.axes)
+def _gather(job: _Job, mesh: DeviceMesh, ours: Together) -> Gather | None:
+    """Makes inputs whole; None where they are, as there is but one rank."""
+    return gatherer(BatchRanks(mesh, job.batch_axes)) if ours.ranks > 1 else None
 
 
 def _ranks(mesh: Any) -> Together:
@@ -319,8 +320,8 @@ def _executable(
 def _applied(
     job: _Job, model: nn.Module, plan: Any, mesh: DeviceMesh, program: Program, call: examples.Call, ours: Together
 ) -> ParallelModule:
-    groups = Groups(mesh, _names(job))
-    gather = gatherer(groups, job.batch_axes) if ours.ranks > 1 else None
+    groups = Groups(mesh, tuple(name for name, _ in job.axes))
+    gather = _gather(job, mesh, ours)
     executable, local = _executable(job, ours, groups, program, plan)
     storages = {entry.name: entry.storage for entry in local.inputs if entry.kind == "parameter"}
     hardware, strategy = job.pipeline.hardware_of(plan), plan.strategy
@@ -368,17 +369,5 @@ def _values_alike(ours: Together, model: nn.Module) -> bool:
             "values (rank 0's are taken), or meta, and load after to_empty"
         )
     with ours.agreeing():
-        digest = _digest(tensors)
-    return ours.same(digest)
-
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A fingerprint of the values of what is not on the meta device."""
-    whole = hashlib.sha256()
-    for name, tensor in tensors.items():
-        if not tensor.is_meta and tensor.numel():
-            words = tensor.detach().contiguous().flatten().view(torch.uint8)
-            if words.numel() % 4 == 0:
-                words = words.view(torch.int32)
-            whole.update(f"{name}:{int(words.sum(dtype=torch.int64))}".encode())
-    return whole.hexdigest()
+        found = [(name, int(digest(tensor))) for name, tensor in tensors.items() if not tensor.is_meta]
+    return ours.same(str(found))

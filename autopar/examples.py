@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from autopar.bytes_of import bytes_of
 from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
 from passes.inputs import default_inputs, flatten_inputs
@@ -121,8 +122,7 @@ def as_described(text: str) -> Iterator[None]:
 
 
 def _packed(tensor: torch.Tensor) -> str:
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return base64.b64encode(zlib.compress(raw)).decode()
+    return base64.b64encode(zlib.compress(bytes_of(tensor.cpu()).numpy().tobytes())).decode()
 
 
 def _unpacked(text: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
