@@ -10,7 +10,7 @@ Between these, ranks agree: what one finds wrong, all raise.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -35,13 +35,13 @@ from autopar.stages import Stages
 from autopar.together import Together, together, watch
 from autopar.unwrapped import check_unwrapped
 from passes.errors import PlanMismatchError
-from passes.inputs import global_inputs, part_of_batch
+from passes.infeasible import Smaller
+from passes.inputs import global_inputs
 from passes.local import LocalProgram, Storage, bind_groups, groups_used
 from passes.lower import lower
+from passes.named import check_strategy
 from passes.precision import Precision
 from passes.program import Program
-
-STRATEGIES = ("auto", "ddp", "fsdp", "megatron")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def plan_with(
     """A plan for `model` on `mesh`; on a DeviceMesh of several ranks one plans and the others receive its plan."""
     check_unwrapped(model)
     job = _job(pipeline, mesh, options)
-    _check_strategy(strategy)
+    check_strategy(strategy)
     ours = _ranks(mesh)
     with ours.agreeing():
         call = examples.call_of(model, example_inputs)
@@ -184,11 +184,6 @@ def _check_is_mesh(name: str, mesh: Any) -> None:
         raise ValueError(f"{name} needs a DeviceMesh (init_device_mesh), not a {type(mesh).__name__}")
 
 
-def _check_strategy(strategy: str) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}; known are {', '.join(STRATEGIES)}")
-
-
 def _gather(job: _Job, mesh: DeviceMesh, ours: Together) -> Gather | None:
     """Makes inputs whole; None where they are, as there is but one rank."""
     return gatherer(BatchRanks(mesh, job.batch_axes)) if ours.ranks > 1 else None
@@ -225,19 +220,15 @@ def _captured(
     )  # fmt: skip
 
 
-def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Callable[[int], Program | None]:
-    """Captures the step of a batch that is some times smaller; None where the batch cannot be cut so."""
-
-    def program(divisor: int) -> Program | None:
-        cut = part_of_batch(*examples.on_cpu(call), divisor, job.batch_ranks, job.options.batch_dims)
-        return None if cut is None else _captured(job, skeleton(model), cut)
-
-    return program
+def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Smaller:
+    return examples.smaller(
+        call, job.batch_ranks, job.options.batch_dims, lambda cut: _captured(job, skeleton(model), cut)
+    )
 
 
 def _planned(
     job: _Job, program: Program, hardware: Any, strategy: str, example: str,
-    stored: Mapping[str, Storage] | None = None, smaller: Callable[[int], Program | None] | None = None,
+    stored: Mapping[str, Storage] | None = None, smaller: Smaller | None = None,
     keep_timeline: bool = False,
 ) -> Any:  # fmt: skip
     plan = job.pipeline.compile_plan(
@@ -250,7 +241,7 @@ def _planned(
 
 def _shared_plan(
     job: _Job, ours: Together, program: Program, hardware: Any, strategy: str, example: str,
-    stored: Mapping[str, Storage] | None, smaller: Callable[[int], Program | None] | None = None,
+    stored: Mapping[str, Storage] | None, smaller: Smaller | None = None,
 ) -> Any:  # fmt: skip
     """Rank 0's plan on every rank, after checking that all captured one graph."""
     if not ours.same(program.fingerprint):

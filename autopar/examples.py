@@ -19,7 +19,9 @@ from torch import nn
 from autopar.bytes_of import bytes_of
 from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
-from passes.inputs import default_inputs, flatten_inputs
+from passes.infeasible import Smaller
+from passes.inputs import default_inputs, flatten_inputs, part_of_batch
+from passes.program import Program
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments, the latter sorted by name."""
@@ -76,6 +78,18 @@ def on_cpu(call: Call) -> Call:
 
     args, kwargs = pytree.tree_map(moved, call)
     return args, kwargs
+
+
+def smaller(
+    call: Call, ranks: int, batch_dims: Mapping[str, int | None] | None, capture: Callable[[Call], Program]
+) -> Smaller:
+    """Captures the step of `ranks` data-parallel ranks that each feed a part of `call`, some times smaller."""
+
+    def program(divisor: int) -> Program | None:
+        cut = part_of_batch(*on_cpu(call), divisor, ranks, batch_dims)
+        return None if cut is None else capture(cut)
+
+    return program
 
 
 def described(call: Call, read: Collection[str] = ()) -> str:

@@ -171,8 +171,6 @@ def _capture(
         graph=graph_module(tracer.root, tracer.graph, class_name="Step"),
         inputs=(*(differentiated(slot) for slot in [*slots, *filter(None, user)]), *tangent_inputs),
         outputs=tuple(outputs),
-        in_spec=in_spec,
-        in_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)},
         out_spec=result.spec,
         out_constants=result.constants,
         aliases={alias: slot.input.name for slot in slots for alias in slot.aliases},

@@ -11,7 +11,7 @@ from autopar.api import skeleton
 from autopar.mixed import precision_of
 from autopar.options import Options
 from costmodel.hardware import Hardware
-from passes.inputs import global_inputs, part_of_batch
+from passes.inputs import global_inputs
 from passes.plan import Plan
 from passes.program import Program
 
@@ -48,12 +48,10 @@ def planned(
     program = captured(model, call, mesh, options, progress)
     axes = meshes.axes_of(mesh)
     batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
-
-    def smaller(divisor: int) -> Program | None:
-        ranks = meshes.batch_ranks(axes, batch_axes)
-        cut = part_of_batch(*examples.on_cpu(call), divisor, ranks, options.batch_dims)
-        return None if cut is None else captured(model, cut, mesh, options, progress)
-
+    smaller = examples.smaller(
+        call, meshes.batch_ranks(axes, batch_axes), options.batch_dims,
+        lambda cut: captured(model, cut, mesh, options, progress),
+    )  # fmt: skip
     return planning.planned(
         program,
         axes,
