@@ -328,6 +328,8 @@ def hardware(name: str | os.PathLike[str] | Hardware | None = None) -> Hardware:
         return name
     if name is None:
         return hardware(_gpu_preset(_gpu_model()) or "cpu")
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"hardware is a {type(name).__name__}; pass a name, a file's path or None for this machine")
     text = os.fspath(name)
     if text.lower() in hardware_names():
         return _preset(text.lower())

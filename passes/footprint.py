@@ -198,9 +198,9 @@ class _Lives:
 
     def _bases_of(self, index: int) -> tuple[int, ...]:
         slot = self.tracks.slots[index]
-        producer = self.tracks.items[slot.producer]
         if slot.producer < 0:
             return (index,)
+        producer = self.tracks.items[slot.producer]
         operands = self.tracks.reads[slot.producer]
         if isinstance(producer, Move):
             return (index,) if producer.steps else self.bases[operands[0]]

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import autopar
 from autopar import examples, meshes
 from autopar.api import apply_with, parallelize_with, plan_with
 from autopar.options import Options
@@ -307,6 +308,34 @@ def _differentiates_either(rank: int, ranks: int) -> None:
 
 def test_a_loss_with_two_names_is_one_loss() -> None:
     run_ranks(_differentiates_either, 1)
+
+
+def test_a_model_that_gives_back_its_input_is_planned_and_verified() -> None:
+    """A step without an op."""
+    made = autopar.verify(nn.Identity(), {"dp": 2, "tp": 2}, (torch.randn(2, 8),), options=EAGER)
+    assert made.ok
+    assert not made.collectives
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"options": Options(optimizer="lamb2")}, r"Options\(optimizer='lamb2'\)"),
+        ({"options": {"recompute": "full"}}, "options is a dict"),
+        ({"strategy": "zero"}, "unknown strategy 'zero'"),
+        ({"model": nn.Linear}, "model is the class Linear"),
+        ({"mesh": {1: 2}}, "mesh axis 1: a name is letters"),
+        ({"mesh": {"dp": True}}, "mesh axis 'dp' has size True"),
+        ({"hardware": 3}, "hardware is a int; pass a name"),
+    ],
+)
+def test_verify_refuses_what_plan_refuses(arguments: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "model": nn.Linear(8, 8), "mesh": {"dp": 2}, "example_inputs": (torch.zeros(2, 8),), "hardware": "h100",
+        **arguments,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        autopar.verify(**given)
 
 
 class Scaled(nn.Module):
