@@ -144,7 +144,6 @@ def parallelize_with(
         program = captured_together(
             ours, lambda known: _captured(job, skeleton(model), call, known=known), call, gather
         )
-        assert program is not None
         smaller = _smaller(job, model, call)
         plan = _shared_plan(job, ours, program, None, "auto", example, None, smaller)
         return _applied(job, model, plan, mesh, program, call, ours)
@@ -330,7 +329,6 @@ def _applied(
                 new_call,
                 gather,
             )
-            assert new_program is not None
             example = examples.described(new_call)
             new_plan = _shared_plan(job, again, new_program, hardware, strategy, example, storages)
             return _executable(job, again, groups, new_program, new_plan)[0]

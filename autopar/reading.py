@@ -46,12 +46,12 @@ def inputs_read(program: Program) -> tuple[str, ...]:
 
 
 def captured_together(
-    ours: Together, capture: Callable[[Mapping[str, Tensor]], Program | None], call: Any, gather: Gather | None
-) -> Program | None:
+    ours: Together, capture: Callable[[Mapping[str, Tensor]], Program], call: Any, gather: Gather | None
+) -> Program:
     """What `capture` gives with the whole batch's values of the inputs that it reads.
 
-    `capture` takes whole inputs by name and gives a program on rank 0 at least; `call` is this rank's part of the
-    inputs, `gather` None where there is but one rank.
+    `capture` takes whole inputs by name; `call` is this rank's part of the inputs, `gather` None where there is but one
+    rank.
     """
     known: dict[str, Tensor] = {}
     while True:
@@ -76,8 +76,7 @@ def captured_together(
         known |= {name: gather(parts[name], dim) for name, dim in missing.items()}
 
 
-def _dims_read(program: Program | None) -> list[tuple[str, int | None]]:
-    assert program is not None
+def _dims_read(program: Program) -> list[tuple[str, int | None]]:
     dims = {i.name: i.batch_dim for i in program.inputs if i.kind == "input"}
     return [(name, dims[name]) for name in inputs_read(program)]
 
