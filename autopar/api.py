@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import examples, meshes, tree
 from autopar.batches import BatchRanks
-from autopar.bytes_of import digest
+from passes.bytes_of import digest
 from autopar.groups import Groups
 from autopar.heap import keep_freed
 from autopar.mixed import precision_of

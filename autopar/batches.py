@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from autopar.bytes_of import bytes_of, digest
+from passes.bytes_of import bytes_of, digest
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from autopar.bytes_of import bytes_of
+from passes.bytes_of import bytes_of
 from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
 from passes.infeasible import Smaller

@@ -27,7 +27,7 @@ from autopar import buffers as buffers_
 from autopar import stored, tree
 from autopar.alone import guard
 from autopar.batches import BatchRanks
-from autopar.bytes_of import bytes_of
+from passes.bytes_of import bytes_of
 from autopar.call import call, call_key
 from autopar.examples import by_name
 from autopar.reading import Gather
