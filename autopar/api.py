@@ -9,9 +9,8 @@ Between these, ranks agree: what one finds wrong, all raise.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -21,29 +20,28 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import examples, meshes, tree
+from autopar.batches import BatchRanks
 from autopar.groups import Groups
 from autopar.heap import keep_freed
 from autopar.mixed import precision_of
 from autopar.module import ParallelModule, parallel_module, preload
 from autopar.optimizers import warn_of_optimizers
-from autopar.options import Options
+from autopar.options import Options, check_options
 from autopar.pipeline import Pipeline, PlanLike
-from autopar.reading import captured_together, gatherer, inputs_read, with_values
+from autopar.reading import Gather, captured_together, gatherer, inputs_read, with_values
 from autopar.runtime import Executable, Tangents
 from autopar.stages import Stages
 from autopar.together import Together, together, watch
 from autopar.unwrapped import check_unwrapped
-from costmodel.memory import OPTIMIZERS as KNOWN
+from passes.bytes_of import digest
 from passes.errors import PlanMismatchError
-from passes.inputs import global_inputs, part_of_batch
+from passes.infeasible import Smaller
+from passes.inputs import global_inputs
 from passes.local import LocalProgram, Storage, bind_groups, groups_used
 from passes.lower import lower
+from passes.named import check_strategy
 from passes.precision import Precision
 from passes.program import Program
-
-STRATEGIES = ("auto", "ddp", "fsdp", "megatron")
-OPTIMIZERS = (*KNOWN, "none")
-RECOMPUTE = ("auto", "none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def plan_with(
     """A plan for `model` on `mesh`; on a DeviceMesh of several ranks one plans and the others receive its plan."""
     check_unwrapped(model)
     job = _job(pipeline, mesh, options)
-    _check_strategy(strategy)
+    check_strategy(strategy)
     ours = _ranks(mesh)
     with ours.agreeing():
         call = examples.call_of(model, example_inputs)
@@ -141,13 +139,11 @@ def parallelize_with(
         example = examples.described(call)
     if not ours.same(example):
         raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
-    groups = Groups(mesh, _names(job))
-    gather = gatherer(groups, job.batch_axes) if ours.ranks > 1 else None
+    gather = _gather(job, mesh, ours)
     with job.stages:
         program = captured_together(
             ours, lambda known: _captured(job, skeleton(model), call, known=known), call, gather
         )
-        assert program is not None
         smaller = _smaller(job, model, call)
         plan = _shared_plan(job, ours, program, None, "auto", example, None, smaller)
         return _applied(job, model, plan, mesh, program, call, ours)
@@ -171,33 +167,6 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
     return _Job(axes, batch_axes, options, pipeline, precision, stages)
 
 
-def check_options(options: Any) -> None:
-    """Refuse options that mean nothing, on any mesh.
-
-    Raises:
-        ValueError: names the option, what it is and what would do.
-    """
-    if not isinstance(options, Options):
-        raise ValueError(f"options is a {type(options).__name__}; pass autopar.Options(...)")
-    for name, value, known in (
-        ("recompute", options.recompute, RECOMPUTE),
-        ("optimizer", options.optimizer, OPTIMIZERS),
-    ):
-        if value not in known:
-            raise ValueError(f"Options({name}={value!r}): known are {', '.join(known)}")
-    budget: Any = options.memory_budget
-    if budget is not None and (not isinstance(budget, int | float) or budget <= 0):
-        raise ValueError(
-            f"Options(memory_budget={budget!r}): bytes per device, a positive number; None takes what the hardware has"
-        )
-    if options.reshard_after_forward not in (True, False, None):
-        raise ValueError(
-            f"Options(reshard_after_forward={options.reshard_after_forward!r}): True, False, or None to have it decided"
-        )
-    if options.accumulate < 1:
-        raise ValueError(f"Options(accumulate={options.accumulate}): at least 1 micro-batch makes a step")
-
-
 def _check_async_tp(options: Options, mesh: Any, axes: meshes.Axes, batch_axes: tuple[int, ...]) -> None:
     if isinstance(mesh, DeviceMesh) and mesh.device_type != "cuda":
         raise ValueError(f"Options(async_tp=True): the mesh is on {mesh.device_type}; it takes a CUDA mesh")
@@ -214,13 +183,9 @@ def _check_is_mesh(name: str, mesh: Any) -> None:
         raise ValueError(f"{name} needs a DeviceMesh (init_device_mesh), not a {type(mesh).__name__}")
 
 
-def _check_strategy(strategy: str) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}; known are {', '.join(STRATEGIES)}")
-
-
-def _names(job: _Job) -> tuple[str, ...]:
-    return tuple(name for name, _ in job.axes)
+def _gather(job: _Job, mesh: DeviceMesh, ours: Together) -> Gather | None:
+    """Makes inputs whole; None where they are, as there is but one rank."""
+    return gatherer(BatchRanks(mesh, job.batch_axes)) if ours.ranks > 1 else None
 
 
 def _ranks(mesh: Any) -> Together:
@@ -254,19 +219,15 @@ def _captured(
     )  # fmt: skip
 
 
-def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Callable[[int], Program | None]:
-    """Captures the step of a batch that is some times smaller; None where the batch cannot be cut so."""
-
-    def program(divisor: int) -> Program | None:
-        cut = part_of_batch(*examples.on_cpu(call), divisor, job.batch_ranks, job.options.batch_dims)
-        return None if cut is None else _captured(job, skeleton(model), cut)
-
-    return program
+def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Smaller:
+    return examples.smaller(
+        call, job.batch_ranks, job.options.batch_dims, lambda cut: _captured(job, skeleton(model), cut)
+    )
 
 
 def _planned(
     job: _Job, program: Program, hardware: Any, strategy: str, example: str,
-    stored: Mapping[str, Storage] | None = None, smaller: Callable[[int], Program | None] | None = None,
+    stored: Mapping[str, Storage] | None = None, smaller: Smaller | None = None,
     keep_timeline: bool = False,
 ) -> Any:  # fmt: skip
     plan = job.pipeline.compile_plan(
@@ -279,7 +240,7 @@ def _planned(
 
 def _shared_plan(
     job: _Job, ours: Together, program: Program, hardware: Any, strategy: str, example: str,
-    stored: Mapping[str, Storage] | None, smaller: Callable[[int], Program | None] | None = None,
+    stored: Mapping[str, Storage] | None, smaller: Smaller | None = None,
 ) -> Any:  # fmt: skip
     """Rank 0's plan on every rank, after checking that all captured one graph."""
     if not ours.same(program.fingerprint):
@@ -349,8 +310,8 @@ def _executable(
 def _applied(
     job: _Job, model: nn.Module, plan: Any, mesh: DeviceMesh, program: Program, call: examples.Call, ours: Together
 ) -> ParallelModule:
-    groups = Groups(mesh, _names(job))
-    gather = gatherer(groups, job.batch_axes) if ours.ranks > 1 else None
+    groups = Groups(mesh, tuple(name for name, _ in job.axes))
+    gather = _gather(job, mesh, ours)
     executable, local = _executable(job, ours, groups, program, plan)
     storages = {entry.name: entry.storage for entry in local.inputs if entry.kind == "parameter"}
     hardware, strategy = job.pipeline.hardware_of(plan), plan.strategy
@@ -368,7 +329,6 @@ def _applied(
                 new_call,
                 gather,
             )
-            assert new_program is not None
             example = examples.described(new_call)
             new_plan = _shared_plan(job, again, new_program, hardware, strategy, example, storages)
             return _executable(job, again, groups, new_program, new_plan)[0]
@@ -398,17 +358,5 @@ def _values_alike(ours: Together, model: nn.Module) -> bool:
             "values (rank 0's are taken), or meta, and load after to_empty"
         )
     with ours.agreeing():
-        digest = _digest(tensors)
-    return ours.same(digest)
-
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A fingerprint of the values of what is not on the meta device."""
-    whole = hashlib.sha256()
-    for name, tensor in tensors.items():
-        if not tensor.is_meta and tensor.numel():
-            words = tensor.detach().contiguous().flatten().view(torch.uint8)
-            if words.numel() % 4 == 0:
-                words = words.view(torch.int32)
-            whole.update(f"{name}:{int(words.sum(dtype=torch.int64))}".encode())
-    return whole.hexdigest()
+        found = [(name, int(digest(tensor))) for name, tensor in tensors.items() if not tensor.is_meta]
+    return ours.same(str(found))

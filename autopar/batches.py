@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from passes.bytes_of import bytes_of, digest
+
 
 @dataclass(frozen=True)
 class BatchRanks:
@@ -51,12 +53,13 @@ class BatchRanks:
         """The parts of all data-parallel ranks, joined in dim 0; a DTensor is of the global batch, and made whole."""
         if isinstance(part, DTensor):
             return part.full_tensor()
-        whole = (part[None] if part.dim() == 0 else part).contiguous()
+        rows = part[None] if part.dim() == 0 else part
+        raw = bytes_of(rows)
         for axis in reversed(self.axes):
-            parts = [torch.empty_like(whole) for _ in range(self.mesh.shape[axis])]
-            dist.all_gather(parts, whole, group=self.mesh.get_group(axis))
-            whole = torch.cat(parts)
-        return whole
+            parts = [torch.empty_like(raw) for _ in range(self.mesh.shape[axis])]
+            dist.all_gather(parts, raw, group=self.mesh.get_group(axis))
+            raw = torch.cat(parts)
+        return raw.view(part.dtype).view(self.count * rows.shape[0], *rows.shape[1:])
 
     def summed(self, part: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         """The sum, or another reduction, over data-parallel ranks."""
@@ -83,7 +86,7 @@ class BatchRanks:
         axes = [axis for axis, size in enumerate(self.mesh.shape) if size > 1]
         if not inputs or not any(dim is None or axis not in self.axes for _, dim, _ in inputs for axis in axes):
             return
-        digests = torch.stack([_digest(tensor) for _, _, tensor in inputs])
+        digests = torch.stack([digest(tensor) for _, _, tensor in inputs])
         shared = torch.tensor([[dim is None or axis not in self.axes for _, dim, _ in inputs] for axis in axes])
         found = torch.zeros_like(shared, dtype=torch.int64, device=digests.device)
         for row, axis in enumerate(axes):
@@ -111,11 +114,3 @@ class BatchRanks:
             f"give them the same one (DistributedSampler(num_replicas={self.count}, rank={self.index}) on rank "
             f"{dist.get_rank()}, or autopar.accelerator.Accelerator's loaders), and draw what is random in it alike"
         )
-
-
-def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    """One int64 that follows from all values and their places."""
-    words = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if words.numel() % 4 == 0:
-        words = words.view(torch.int32)
-    return (words.long() * torch.arange(1, words.numel() + 1, device=words.device)).sum()

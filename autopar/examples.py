@@ -17,8 +17,11 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from passes.autocast import autocast_as, autocast_dtype
+from passes.bytes_of import bytes_of
 from passes.errors import PlanMismatchError
-from passes.inputs import default_inputs, flatten_inputs
+from passes.infeasible import Smaller
+from passes.inputs import default_inputs, flatten_inputs, part_of_batch
+from passes.program import Program
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments, the latter sorted by name."""
@@ -77,6 +80,18 @@ def on_cpu(call: Call) -> Call:
     return args, kwargs
 
 
+def smaller(
+    call: Call, ranks: int, batch_dims: Mapping[str, int | None] | None, capture: Callable[[Call], Program]
+) -> Smaller:
+    """Captures the step of `ranks` data-parallel ranks that each feed a part of `call`, some times smaller."""
+
+    def program(divisor: int) -> Program | None:
+        cut = part_of_batch(*on_cpu(call), divisor, ranks, batch_dims)
+        return None if cut is None else capture(cut)
+
+    return program
+
+
 def described(call: Call, read: Collection[str] = ()) -> str:
     """JSON of a call: tensors by shape and dtype, plain constants by value, other containers by their class and what is
     in them, anything else by its repr.
@@ -121,8 +136,7 @@ def as_described(text: str) -> Iterator[None]:
 
 
 def _packed(tensor: torch.Tensor) -> str:
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return base64.b64encode(zlib.compress(raw)).decode()
+    return base64.b64encode(zlib.compress(bytes_of(tensor.cpu()).numpy().tobytes())).decode()
 
 
 def _unpacked(text: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from costmodel.hardware import Hardware, Link
+from costmodel.hardware import Device, Hardware, Link
 from passes.plan import Plan
 
 COMPUTE = ("matmul", "attention", "other")
@@ -231,7 +231,8 @@ def corrected(hardware: Hardware, rows: Sequence[Beside], source: str) -> Hardwa
     """`hardware` whose rates are divided by how much longer each kind took than was predicted.
 
     Products by what they sustain, attention by its efficiencies, everything else by the memory's efficiency and the
-    launch; links by the time of all collectives, and where a link has figures per collective each by its own.
+    launch; links by the time of all collectives, and where a link has figures per collective each by its own. Where
+    that is more than all of a peak, the peak was too low and is raised.
     """
     ratio = {row.kind: row.ratio for row in rows if row.predicted_s > 0 and row.measured_s > 0}
     moved = [row for row in rows if row.kind in COLLECTIVES and row.kind in ratio]
@@ -250,10 +251,32 @@ def corrected(hardware: Hardware, rows: Sequence[Beside], source: str) -> Hardwa
     return replace(
         hardware,
         name=f"{hardware.name}-measured" if not hardware.name.endswith("-measured") else hardware.name,
-        device=device,
+        device=_in_shares(device),
         intra_node=_slower(hardware.intra_node, link_ratio, ratio),
         inter_node=_slower(hardware.inter_node, link_ratio, ratio),
         source=f"{hardware.source}; corrected by {source}",
+    )
+
+
+def _in_shares(device: Device) -> Device:
+    """The same rates of products, attention and memory, with no share of a peak above 1."""
+    products = max(1.0, device.sustained)
+    shares = {
+        "matmul_efficiency": device.matmul_efficiency * products,
+        "fp8_matmul_efficiency": device.fp8_matmul_efficiency * products,
+        "attention_efficiency": device.attention_efficiency,
+        "attention_backward_efficiency": device.attention_backward_efficiency,
+    }
+    peak, memory = max(1.0, *shares.values()), max(1.0, device.memory_efficiency)
+    lowered: dict[str, Any] = {name: share / peak for name, share in shares.items()}
+    return replace(
+        device,
+        peak_flops_per_s={dtype: rate * peak for dtype, rate in device.peak_flops_per_s.items()},
+        sustained=device.sustained / products,
+        memory_bytes_per_s=device.memory_bytes_per_s * memory,
+        memory_efficiency=device.memory_efficiency / memory,
+        cache_bytes_per_s=device.cache_bytes_per_s * memory,
+        **lowered,
     )
 
 

@@ -39,9 +39,9 @@ def axes_of(mesh: DeviceMesh | Mapping[str, int]) -> Axes:
     if not 1 <= len(axes) <= MAX_AXES:
         raise ValueError(f"the mesh has {len(axes)} axes; 1 to {MAX_AXES} work")
     for name, size in axes:
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"mesh axis {name!r} has size {size!r}; it must be a positive number")
-        if not name.isidentifier():
+        if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"mesh axis {name!r}: a name is letters, digits and underscores")
     return axes
 

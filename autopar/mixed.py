@@ -50,14 +50,16 @@ def policy_json(policy: MixedPrecisionPolicy | None) -> dict[str, Any] | None:
     return {name: dtype_text(x) if isinstance(x, torch.dtype) else x for name, x in asdict(policy).items()}
 
 
-def policy_from(kept: Mapping[str, Any] | None) -> MixedPrecisionPolicy | None:
+def policy_from(kept: Any) -> MixedPrecisionPolicy | None:
     """The policy that a plan's file has.
 
     Raises:
-        ValueError: an unknown field or dtype.
+        ValueError: no object, or an unknown field or dtype.
     """
     if kept is None:
         return None
+    if not isinstance(kept, Mapping):
+        raise ValueError(f"the plan's mp_policy is {kept!r}, no object of dtypes; write null where there is none")
     known = [field.name for field in fields(MixedPrecisionPolicy)]
     for name, value in kept.items():
         if name not in known:

@@ -153,16 +153,21 @@ def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wante
             ) from None
         raise ValueError(f"{name}: transformers cannot build it: {type(error).__name__}: {error}") from None
     if wanted.on_cpu:
-        count = sum(p.numel() for p in model.parameters())
-        if count > _MOST_CPU_PARAMETERS:
-            raise ValueError(
-                f"{name}: {count / 1e9:.1f} billion parameters are too many to play every rank on a CPU; pass "
-                "--layers 2, or a smaller config.json of the same architecture"
-            )
+        check_playable(name, model)
         torch.manual_seed(wanted.seed)
         model = build(made).train()
     inputs = default_inputs(model, wanted.batch or 1, sequence)
     return Named(model, inputs, name, tuple(notes))
+
+
+def check_playable(name: str, model: nn.Module) -> None:
+    """Refuse with a ValueError a model that is too large to play every rank on a CPU."""
+    count = sum(p.numel() for p in model.parameters())
+    if count > _MOST_CPU_PARAMETERS:
+        raise ValueError(
+            f"{name}: {count / 1e9:.1f} billion parameters are too many to play every rank on a CPU; pass "
+            "--layers 2, or a smaller config.json of the same architecture"
+        )
 
 
 _SMALL_VOCABULARY = ("llama", "gpt2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mixtral", "deepseek_v3")

@@ -31,6 +31,7 @@ from autopar.call import call, call_key
 from autopar.examples import by_name
 from autopar.reading import Gather
 from autopar.runtime import OWN_FORWARD, Executable, Remake, Runtime, device_of, has_gradients, runtime_of
+from passes.bytes_of import bytes_of
 from passes.errors import PlanMismatchError
 from passes.inputs import flatten_call
 from passes.local import Storage
@@ -206,9 +207,9 @@ def parallel_module(
     def agreed(old: torch.Tensor) -> torch.Tensor:
         if not from_first or old.is_meta:
             return old.detach()
-        whole = old.detach().to(device, copy=True)
-        dist.broadcast(whole, 0)
-        return whole
+        raw = bytes_of(old.to(device)).clone()
+        dist.broadcast(raw, 0)
+        return raw.view(old.dtype).view(old.shape)
 
     original = type(model)
     new = tree.copied(model, parameter, buffer)

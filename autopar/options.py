@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from costmodel.memory import OPTIMIZERS
 
 Recompute = Literal["auto", "none", "selective", "full"]
 
@@ -49,3 +52,61 @@ class Options:
     async_tp: bool = False
     seed: int = 0
     progress: bool = True
+
+
+def _as_argument(name: str, value: Any) -> str:
+    return f"Options({name}={value!r})"
+
+
+def check_options(options: Any, told: Callable[[str, Any], str] = _as_argument) -> None:
+    """Refuse options that mean nothing, on any mesh.
+
+    told: a field and its value as whoever gave them wrote them.
+
+    Raises:
+        ValueError: names the option, what it is and what would do.
+    """
+    if not isinstance(options, Options):
+        raise ValueError(f"options is a {type(options).__name__}; pass autopar.Options(...)")
+    recomputes, optimizers, either = get_args(Recompute), (*OPTIMIZERS, "none"), "True or False"
+    for name, good, wanted in (
+        ("recompute", options.recompute in recomputes, f"known are {', '.join(recomputes)}"),
+        ("optimizer", options.optimizer in optimizers, f"known are {', '.join(optimizers)}"),
+        (
+            "memory_budget", options.memory_budget is None or _is_positive(options.memory_budget),
+            "bytes per device, a positive number; None takes what the hardware has",
+        ),
+        (
+            "reshard_after_forward", options.reshard_after_forward in (True, False, None),
+            f"{either}, or None to have it decided",
+        ),
+        (
+            "accumulate", isinstance(options.accumulate, Integral) and options.accumulate >= 1,
+            "at least 1 micro-batch makes a step",
+        ),
+        ("seed", isinstance(options.seed, Integral), "a whole number"),
+        ("compile", options.compile in (True, False), either),
+        ("async_tp", options.async_tp in (True, False), either),
+        (
+            "batch_axes", options.batch_axes is None or _are_names(options.batch_axes),
+            "names of mesh axes, as in ('dp', 'ep')",
+        ),
+        (
+            "batch_dims", options.batch_dims is None or isinstance(options.batch_dims, Mapping),
+            "a mapping of inputs' names to dims",
+        ),
+        (
+            "pins", isinstance(options.pins, Mapping) and _are_names([*options.pins, *options.pins.values()]),
+            "a mapping of names' patterns to layouts, as in {'*.q_proj.weight': 'RS(0)'}",
+        ),
+    ):  # fmt: skip
+        if not good:
+            raise ValueError(f"{told(name, getattr(options, name))}: {wanted}")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def _are_names(values: Any) -> bool:
+    return not isinstance(values, str) and all(isinstance(value, str) for value in values)

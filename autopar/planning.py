@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from autopar.mixed import policy_from, policy_json
-from autopar.options import Options
+from autopar.options import Options, check_options
 from costmodel.hardware import Hardware, Topology, hardware_of, topology
 from costmodel.layout import parse_layout
 from passes.capture import capture
@@ -48,15 +48,17 @@ def options_of(plan: Plan) -> Options:
     """The options a plan was made with.
 
     Raises:
-        ValueError: options that this autopar does not know.
+        ValueError: options that this autopar does not know, or that mean nothing: its file may have been edited.
     """
     kept = {name: value for name, value in plan.options.items() if name not in (_FIGURES, _ASKED)}
     if unknown := kept.keys() - {field.name for field in fields(Options)}:
         raise ValueError(f"the plan's options have an unknown field {min(unknown)!r}; make the plan again")
-    if kept.get("batch_axes") is not None:
+    if isinstance(kept.get("batch_axes"), list):
         kept["batch_axes"] = tuple(kept["batch_axes"])
     kept["mp_policy"] = policy_from(kept.get("mp_policy"))
-    return Options(**kept)
+    options = Options(**kept)
+    check_options(options, lambda name, value: f"the plan's options: {name} is {json.dumps(value)}")
+    return options
 
 
 def asked_of(plan: Plan) -> str:

@@ -8,15 +8,13 @@ computed again the same way; a batch that gives others runs the graph captured f
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from autopar.groups import Groups
+from autopar.batches import BatchRanks
 from autopar.together import Together
 from passes.errors import CaptureError
 from passes.guards import broken
@@ -30,22 +28,13 @@ Gather = Callable[[Tensor, int | None], Tensor]
 """(this rank's part, batch dim) -> the whole, on the CPU, the same on every rank."""
 
 
-def gatherer(groups: Groups, batch_axes: Sequence[int]) -> Gather:
-    """Puts the parts of the batch axes' ranks end to end. Collective: every rank brings the same inputs, in order."""
-    names = ",".join(groups.axis_names[axis] for axis in batch_axes)
-    ranks = math.prod(groups.mesh.shape[axis] for axis in batch_axes)
+def gatherer(batch: BatchRanks) -> Gather:
+    """Puts the parts of data-parallel ranks end to end. Collective: every rank brings the same inputs, in order."""
 
     def gather(part: Tensor, dim: int | None) -> Tensor:
-        part = part.detach()
-        if dim is None or not names:
-            return part.cpu()
-        name = groups.names_for([names])[names]
-        raw = part.movedim(dim, 0).contiguous()
-        flat = raw.view(torch.uint8) if raw.dtype == torch.bool else raw
-        made = torch.ops._c10d_functional.all_gather_into_tensor(flat, ranks, name)
-        whole: Tensor = torch.ops._c10d_functional.wait_tensor(made)
-        whole = whole.view(torch.bool) if raw.dtype == torch.bool else whole
-        return whole.movedim(0, dim).cpu()
+        if dim is None:
+            return part.detach().cpu()
+        return batch.gathered(part.detach().movedim(dim, 0)).movedim(0, dim).cpu()
 
     return gather
 
@@ -57,12 +46,12 @@ def inputs_read(program: Program) -> tuple[str, ...]:
 
 
 def captured_together(
-    ours: Together, capture: Callable[[Mapping[str, Tensor]], Program | None], call: Any, gather: Gather | None
-) -> Program | None:
+    ours: Together, capture: Callable[[Mapping[str, Tensor]], Program], call: Any, gather: Gather | None
+) -> Program:
     """What `capture` gives with the whole batch's values of the inputs that it reads.
 
-    `capture` takes whole inputs by name and gives a program on rank 0 at least; `call` is this rank's part of the
-    inputs, `gather` None where there is but one rank.
+    `capture` takes whole inputs by name; `call` is this rank's part of the inputs, `gather` None where there is but one
+    rank.
     """
     known: dict[str, Tensor] = {}
     while True:
@@ -87,8 +76,7 @@ def captured_together(
         known |= {name: gather(parts[name], dim) for name, dim in missing.items()}
 
 
-def _dims_read(program: Program | None) -> list[tuple[str, int | None]]:
-    assert program is not None
+def _dims_read(program: Program) -> list[tuple[str, int | None]]:
     dims = {i.name: i.batch_dim for i in program.inputs if i.kind == "input"}
     return [(name, dims[name]) for name in inputs_read(program)]
 

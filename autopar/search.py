@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from autopar import examples
-from autopar.api import check_options
-from autopar.options import Options, Recompute
+from autopar.options import Options, Recompute, check_options
 from autopar.profiling import Captures, Profiler
 from autopar.ranking import NEAREST, ranking_table, ranking_text
 from autopar.reach import Times, on, times_of
+from autopar.unwrapped import check_unwrapped
 from autopar.verdict import Verdict, verdict
 from costmodel.hardware import Hardware, topology
 from costmodel.hardware import hardware as hardware_of
@@ -214,12 +214,13 @@ def search(
         ValueError: options that mean nothing here, GPUs that fill no nodes, a batch that no mesh divides, inputs of
             more than one sample.
     """
+    check_unwrapped(model)
     options = Options() if options is None else options
     check_options(options)
     if options.batch_axes is not None:
         raise ValueError(f"Options(batch_axes={options.batch_axes!r}): the axes are the search's own; leave it out")
     machine = hardware_of(hardware)
-    _check(gpus, global_batch, machine)
+    _check(gpus, global_batch, sequence, top, machine)
     length = sequence or _sequence_of(model, example_inputs)
     if example_inputs is not None:
         args, kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
@@ -248,11 +249,15 @@ def _optimizer(asked: str, model: nn.Module) -> str:
     return "adamw-master" if asked == "adamw" and low else "sgd" if asked == "none" else asked
 
 
-def _check(gpus: int, global_batch: int, machine: Hardware) -> None:
+def _check(gpus: int, global_batch: int, sequence: int | None, top: int, machine: Hardware) -> None:
     if gpus < 1:
         raise ValueError(f"gpus is {gpus}; at least 1")
     if global_batch < 1:
         raise ValueError(f"global_batch is {global_batch}; give the samples of one step over all GPUs")
+    if sequence is not None and sequence < 1:
+        raise ValueError(f"sequence is {sequence}; at least 1 token, or None for what the model's config has")
+    if top < 1:
+        raise ValueError(f"top is {top}; at least 1 plan is played to its end")
     node = machine.ranks_per_node
     if gpus > node and gpus % node:
         low = gpus // node * node

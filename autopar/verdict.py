@@ -90,41 +90,12 @@ def verdict(
     found_ways = zip(_SIMPLEST_FIRST, (state, computation, context, pipeline), strict=True)
     resident: dict[Answer, Priced] = {name: c for name, c in found_ways if c is not None}
     ways = {name: c.step_time_s for name, c in resident.items()}
-    text: list[str] = []
     answer: Answer = chosen(ways) if ways else "offload" if offloaded else "nothing"
     tied = tuple(close(ways)) if ways else ()
-    if not ways:
-        text.append(_nothing_fits([c for c in plain if not c.setup.offload], budget))
-        if offloaded:
-            text.append(
-                f"Offload is the only way: optimizer states in host memory, {_s(offloaded.step_time_s)} a step with "
-                f"{gib(offloaded.peak_memory_bytes)} (priced only)."
-            )
-    elif answer == "state":
-        assert state is not None
-        fastest = min(ways.values())
-        text.append(
-            f"Sharding the state (FSDP2) is enough: {_s(state.step_time_s)} a step{_beside(state, fastest)} in "
-            f"{gib(state.peak_memory_bytes)} of {gib(budget)}; {_share(state, 'exposed state')} of the step waits "
-            "for parameters and gradients."
-        )
-    elif answer == "computation":
-        assert computation is not None
-        text.append(
-            f"Sharding the computation (tensor and sequence parallelism over {computation.setup.tp}) "
-            f"{'is a little faster' if 'state' in tied else 'is needed'}: {_s(computation.step_time_s)} a step"
-            f"{_against(state, computation)}."
-        )
+    if answer in resident:
+        text = [_chosen_text(answer, resident, tied, budget)]
     else:
-        way = resident[answer]
-        name = _NAMES[answer]
-        before = [each for each in _SIMPLEST_FIRST[: _SIMPLEST_FIRST.index(answer)] if each in resident]
-        simpler = min((resident[each] for each in before), key=lambda c: c.step_time_s, default=None)
-        gains = "is a little faster" if any(each in tied for each in before) else "pays"
-        text.append(
-            f"{name[0].upper()}{name[1:]} {gains}: {_parts(way.setup)} {_s(way.step_time_s)} a step (priced only)"
-            f"{_against(simpler, way)}."
-        )
+        text = _nothing_resident_text(plain, offloaded, budget)
     if len(tied) > 1:
         text.append(_too_close({name: ways[name] for name in tied}, answer))
     if answer in ("computation", "context", "pipeline", "nothing"):
@@ -146,6 +117,43 @@ def verdict(
     enough = reach.gpus if reach else None
     told = tied if len(tied) > 1 else ()
     return Verdict(answer, state_s, computation_s, context_s, pipeline_s, offload_s, tuple(text), enough, told)
+
+
+def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[Answer], budget: int) -> str:
+    """That `answer` is enough, needed or pays, and what it takes beside the others."""
+    best, state = ways[answer], ways.get("state")
+    if answer == "state":
+        fastest = min(c.step_time_s for c in ways.values())
+        return (
+            f"Sharding the state (FSDP2) is enough: {_s(best.step_time_s)} a step{_beside(best, fastest)} in "
+            f"{gib(best.peak_memory_bytes)} of {gib(budget)}; {_share(best, 'exposed state')} of the step waits "
+            "for parameters and gradients."
+        )
+    if answer == "computation":
+        return (
+            f"Sharding the computation (tensor and sequence parallelism over {best.setup.tp}) "
+            f"{'is a little faster' if 'state' in tied else 'is needed'}: {_s(best.step_time_s)} a step"
+            f"{_against(state, best)}."
+        )
+    before = [each for each in _SIMPLEST_FIRST[: _SIMPLEST_FIRST.index(answer)] if each in ways]
+    simpler = min((ways[each] for each in before), key=lambda c: c.step_time_s, default=None)
+    gains = "is a little faster" if any(each in tied for each in before) else "pays"
+    name = _NAMES[answer]
+    return (
+        f"{name[0].upper()}{name[1:]} {gains}: {_parts(best.setup)} {_s(best.step_time_s)} a step (priced only)"
+        f"{_against(simpler, best)}."
+    )
+
+
+def _nothing_resident_text(found: Sequence[Priced], offloaded: Priced | None, budget: int) -> list[str]:
+    """What comes nearest to fitting, and what offload takes where it fits."""
+    text = [_nothing_fits([c for c in found if not c.setup.offload], budget)]
+    if offloaded:
+        text.append(
+            f"Offload is the only way: optimizer states in host memory, {_s(offloaded.step_time_s)} a step with "
+            f"{gib(offloaded.peak_memory_bytes)} (priced only)."
+        )
+    return text
 
 
 def _s(seconds: float) -> str:

@@ -23,13 +23,15 @@ from autopar import examples, meshes, planning
 from autopar.api import skeleton
 from autopar.certificate import Kind, Parity, TensorError, Tolerances
 from autopar.mixed import precision_of
-from autopar.options import Options
+from autopar.options import Options, check_options
+from autopar.unwrapped import check_unwrapped
 from autopar.varied import Batch, Variety, real_copy, varied_batch
 from costmodel.hardware import Hardware
 from passes.autocast import autocast_as, autocast_dtype
 from passes.bisect import Divergence, difference, first_divergence, run_program
 from passes.inputs import path_name
 from passes.local import LocalProgram
+from passes.named import check_strategy
 from passes.plan import Plan, check_plan
 from passes.precision import Precision, dtype_text
 from passes.program import Program
@@ -75,7 +77,10 @@ def verify(
     Raises:
         ValueError, CaptureError, NoFeasiblePlanError, PlanMismatchError: as `autopar.plan` and `autopar.apply`.
     """
+    check_unwrapped(model)
+    check_strategy(strategy)
     options = planning.options_of(plan) if plan is not None else options or Options()
+    check_options(options)
     axes = meshes.axes_of(mesh)
     autocast = autocast_dtype()
     with autocast_as(None):

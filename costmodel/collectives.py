@@ -54,36 +54,6 @@ def group(axes: Sequence[int], topology: Topology) -> Group:
     return Group(ranks, in_node, ranks // in_node)
 
 
-def all_gather_s(result_bytes: float, axes: Sequence[int], topology: Topology) -> float:
-    """Time after which every rank holds `result_bytes`, of which it held one part before."""
-    return collective_s("all_gather", result_bytes, tuple(axes), topology)
-
-
-def reduce_scatter_s(input_bytes: float, axes: Sequence[int], topology: Topology) -> float:
-    """Time to sum `input_bytes` over the ranks and leave each its part."""
-    return collective_s("reduce_scatter", input_bytes, tuple(axes), topology)
-
-
-def all_reduce_s(input_bytes: float, axes: Sequence[int], topology: Topology) -> float:
-    """Time to sum `input_bytes` over the ranks and leave the whole sum on each."""
-    return collective_s("all_reduce", input_bytes, tuple(axes), topology)
-
-
-def all_to_all_s(buffer_bytes: float, axes: Sequence[int], topology: Topology) -> float:
-    """Time for every rank to trade equal parts of `buffer_bytes` with every other."""
-    return collective_s("all_to_all", buffer_bytes, tuple(axes), topology)
-
-
-def broadcast_s(buffer_bytes: float, axes: Sequence[int], topology: Topology) -> float:
-    """Time for one rank's `buffer_bytes` to reach all."""
-    return collective_s("broadcast", buffer_bytes, tuple(axes), topology)
-
-
-def send_recv_s(message_bytes: float, axes: Sequence[int], topology: Topology) -> float:
-    """Time to pass `message_bytes` to the next rank of the axis; across nodes where any pair of neighbours is."""
-    return collective_s("send_recv", message_bytes, tuple(axes), topology)
-
-
 @lru_cache(maxsize=1 << 18)
 def collective_s(kind: str, bytes_: float, axes: tuple[int, ...], topology: Topology) -> float:
     """Seconds of one collective over the group that the mesh axes `axes` form.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, hypot
 
-from costmodel.hardware import Device, Link, dtype_name
+from costmodel.hardware import Device, dtype_name
 
 KINDS = ("matmul", "attention", "attention_backward", "pointwise", "reduction", "copy", "gather", "scatter", "view")
 """Kinds that `op_s` knows; any other is priced as a slow, memory-bound op."""
@@ -183,16 +183,6 @@ def update_traffic_s(elements: float, item_bytes: int, state_bytes: float, devic
         return moved / (device.memory_bytes_per_s * device.memory_efficiency)
     each = Work(0.0, moved * _UPDATE_TRAFFIC / _UPDATE_OPS, 0.0, "pointwise")
     return _UPDATE_OPS * _memory_s(each, device)
-
-
-def side_by_side_s(compute_s: float, comm_s: float, device: Device, link: Link) -> float:
-    """Time until both are done, where a collective of `comm_s` on `link` starts together with compute of `compute_s`.
-
-    The collective keeps `link.sms` SMs busy, and compute runs on the others until it ends.
-    """
-    share = min(1.0, link.sms / device.sm_count)
-    done_s = comm_s * (1.0 - share)
-    return comm_s + compute_s - done_s if compute_s > done_s else comm_s
 
 
 def _memory_s(work: Work, device: Device) -> float:

@@ -328,6 +328,8 @@ def hardware(name: str | os.PathLike[str] | Hardware | None = None) -> Hardware:
         return name
     if name is None:
         return hardware(_gpu_preset(_gpu_model()) or "cpu")
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"hardware is a {type(name).__name__}; pass a name, a file's path or None for this machine")
     text = os.fspath(name)
     if text.lower() in hardware_names():
         return _preset(text.lower())
@@ -554,6 +556,18 @@ _MAY_BE_ZERO = {
     "fp8_matmul_efficiency",
     "speed_spread",
 }
+_MOST = dict.fromkeys(
+    (
+        "matmul_efficiency",
+        "fp8_matmul_efficiency",
+        "memory_efficiency",
+        "attention_efficiency",
+        "attention_backward_efficiency",
+        "sustained",
+    ),
+    1.0,
+) | {"speed_spread": 0.1}
+"""Shares of a peak; and a spread by which the slowest of a million devices, five deviations off, has half the pace."""
 
 
 def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
@@ -568,6 +582,8 @@ def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
     for key, value in body.items():
         if known[key] in ("int", "float"):
             _check_number(value, f"{where}.{key}", zero=key in _MAY_BE_ZERO)
+            if value > _MOST.get(key, float("inf")):
+                raise ValueError(f"{where}.{key}: found {value!r}, expected a share of at most {_MOST[key]:g}")
             if known[key] == "int" and value != int(value):
                 raise ValueError(f"{where}.{key}: found {value!r}, expected a whole number")
         elif key == "measured":

@@ -18,9 +18,8 @@ from itertools import combinations
 
 from costmodel.collectives import collective_s
 from costmodel.hardware import Topology
-from costmodel.layout import Layout, Partial, Replicate, Shard, layout_text, local_shape
+from costmodel.layout import Layout, Partial, Replicate, Shard, local_shape
 
-MOVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "slice")
 _STEP_S = 1e-9
 """Tie-breaker: of two equally fast ways the one with fewer steps."""
 
@@ -184,8 +183,3 @@ def _steps_over(
             yield step("all_to_all", placement.dim, goal, here, 2 * here)
     elif goal is not None and fits(goal):
         yield step("slice", None, goal, here, here // ranks)
-
-
-def path_text(path: Sequence[Step]) -> str:
-    """`PR -> S(0)R -> RR`, for people."""
-    return " -> ".join([layout_text(path[0].before), *(layout_text(step.after) for step in path)]) if path else ""

@@ -229,7 +229,7 @@ def closed_forms() -> tuple[ClosedForm, ...]:
 
 
 def ring_s() -> Expr:
-    """Seconds of an all-gather or reduce-scatter on one kind of link; what `collectives.all_gather_s` computes."""
+    """Seconds of an all-gather or reduce-scatter on one kind of link; what `collectives.collective_s` computes."""
     part = S / n
     fill = part / (part + CHUNK_BYTES)
     return gamma + (n - 1) * (alpha + pi * fill) + (n - 1) * part / beta + COPY_PASSES * part / mu

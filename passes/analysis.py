@@ -7,7 +7,7 @@ gets. Sites read and give values; a `Wire` is a group of alike values with the s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -155,6 +155,42 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
     """
     folding = fold(program)
     found = dict(known or {})
+    calls, forms = _calls(folding, found)
+    atoms = unified(program, folding, forms)
+    ops = expand(atoms)
+    weights = program.weights()
+    moved = traffic(program.graph.graph, folding, calls, fused, weights)
+    returned = _returned(program)
+    places = [
+        *_folded_places(program, folding, calls, ops, moved, weights), *_returned_places(folding, ops, returned)
+    ]  # fmt: skip
+    wires = _wires(program, folding, returned, len(folding.members), weights)
+    batch, sequence = _data_atoms(program, folding, ops)
+    from_parameters = _from_parameters(places, wires)
+    from_data = _from_data(places, wires)
+    class_atoms, contracted_atoms = _weight_atoms(places, wires, from_parameters)
+    return Analysis(
+        program=program,
+        folding=folding,
+        unified=atoms,
+        places=tuple(places),
+        wires=wires,
+        replicated=tuple(dict.fromkeys(str(call.target) for call in calls if call and found.get(str(call)) == "")),
+        found=found,
+        batch_atoms=batch,
+        sequence_atoms=sequence,
+        from_parameters=from_parameters,
+        from_data=from_data,
+        class_atoms=class_atoms,
+        contracted_atoms=contracted_atoms,
+        blocked_atoms=frozenset().union(*(_blocked(places[index]) for index in from_data)),
+        weight_dims=_weight_dims(folding, places, ops),
+        added_in=_added_in(places, wires),
+    )
+
+
+def _calls(folding: Folding, found: dict[str, str]) -> tuple[list[Call | None], list[Form]]:
+    """Per site the call (alike ones are one object) and its form; None and a plain form where it is no op's."""
     by_call: dict[str, tuple[Call, Form]] = {}
     calls: list[Call | None] = []
     forms: list[Form] = []
@@ -170,62 +206,54 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
         else:
             calls.append(None)
             forms.append(_plain_form(node) if not is_getitem(node) else FormBuilder().form([], []))
-    atoms = unified(program, folding, forms)
-    ops = expand(atoms)
+    return calls, forms
+
+
+def _folded_places(
+    program: Program,
+    folding: Folding,
+    calls: Sequence[Call | None],
+    ops: Sequence[ExpandedOp],
+    moved: Sequence[Traffic | None],
+    weights: Mapping[fx.Node, int],
+) -> Iterator[Place]:
+    """The folded nodes: ops, what is stored and what is given."""
     inputs = dict(zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
-    places: list[Place] = []
-    weights = program.weights()
-    moved = traffic(program.graph.graph, folding, calls, fused, weights)
-    for members, made, op, moves in zip(folding.members, calls, ops, moved, strict=True):
+    for members, call, op, moves in zip(folding.members, calls, ops, moved, strict=True):
         node, count = members[0], sum(weights.get(member, 1) for member in members)
-        if made is not None:
+        if call is not None:
             phase = node.meta.get("phase", "forward")
-            places.append(Place("op", str(made.target), count, made, op, phase, traffic=moves))
+            yield Place("op", str(call.target), count, call, op, phase, traffic=moves)
             continue
         given = inputs.get(node)
         facts = facts_of(node.meta.get("val"))
         kind: SiteKind = "stored" if given is not None and given.kind in ("parameter", "buffer") else "given"
-        places.append(
-            Place(
-                kind,
-                given.name if given else str(node.target),
-                count,
-                dims=op.results[0] if op.results else (),
-                itemsize=facts.dtype.itemsize if facts else 8,
-                given=given,
-            )
+        yield Place(
+            kind,
+            given.name if given else str(node.target),
+            count,
+            dims=op.results[0] if op.results else (),
+            itemsize=facts.dtype.itemsize if facts else 8,
+            given=given,
         )
-    returned = []
-    for out, node_or_none, _, given in outputs_of(program):
-        if node_or_none is None or (out.kind == "gradient" and given is not None and given.kind == "parameter"):
-            continue
-        value = value_of(node_or_none, folding)
-        itemsize = node_or_none.meta["val"].dtype.itemsize
-        places.append(
-            Place("returned", out.name, 1, dims=ops[value.op].results[value.result], itemsize=itemsize, out=out)
-        )
-        returned.append((node_or_none, out))
-    wires = _wires(program, folding, returned, len(folding.members), weights)
-    batch, sequence = _data_atoms(program, folding, ops)
-    from_parameters = _from_parameters(places, wires)
-    from_data = _from_data(places, wires)
-    return Analysis(
-        program,
-        folding,
-        atoms,
-        tuple(places),
-        wires,
-        tuple(dict.fromkeys(str(c.target) for key, (c, _) in by_call.items() if found.get(key) == "")),
-        found,
-        batch,
-        sequence,
-        from_parameters,
-        from_data,
-        *_weight_atoms(places, wires, from_parameters),
-        frozenset().union(*(_blocked(places[index]) for index in from_data)),
-        _weight_dims(folding, places, ops),
-        _added_in(places, wires),
-    )
+
+
+def _returned(program: Program) -> list[tuple[fx.Node, Output]]:
+    """What the step gives to its caller: all but parameters' gradients, which go to where these are stored."""
+    return [
+        (node, out)
+        for out, node, _, given in outputs_of(program)
+        if node is not None and not (out.kind == "gradient" and given is not None and given.kind == "parameter")
+    ]
+
+
+def _returned_places(
+    folding: Folding, ops: Sequence[ExpandedOp], returned: Sequence[tuple[fx.Node, Output]]
+) -> Iterator[Place]:
+    for node, out in returned:
+        value = value_of(node, folding)
+        dims, itemsize = ops[value.op].results[value.result], node.meta["val"].dtype.itemsize
+        yield Place("returned", out.name, 1, dims=dims, itemsize=itemsize, out=out)
 
 
 def _weight_dims(

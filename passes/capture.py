@@ -11,17 +11,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import CaptureError
+from passes.fakes import told_once
 from passes.graphs import graph_module
 from passes.guards import guards_of
 from passes.inputs import flatten_inputs, path_name, refuse_hidden_tensors
@@ -29,7 +30,6 @@ from passes.normalize import normalize
 from passes.precision import Precision
 from passes.program import Input, InputKind, Output, Program
 from passes.provenance import Provenance, error_line
-from passes.quiet import told_once
 from passes.rebind import rebind
 from passes.tracing import (
     WRITES_OUTSIDE,
@@ -40,7 +40,7 @@ from passes.tracing import (
     tracing,
     unwrapped,
     wrapped,
-)
+)  # fmt: skip
 
 Tangents = Literal["loss", "all"]
 
@@ -125,24 +125,21 @@ def _capture(
     dims = list(batch_dims) if batch_dims is not None else [None] * len(leaves)
     if len(dims) != len(leaves):
         raise ValueError(f"batch_dims has {len(dims)} entries, but the inputs have {len(leaves)} leaves: {names}")
-    provenance, mode = Provenance(), fake_mode()
-    tracer = Tracer(mode, provenance, branches)
-
-    slots = _slots(model, precision)
+    provenance = Provenance()
+    tracer = Tracer(fake_mode(), provenance, branches)
+    held = _slots(model, precision)
+    user = [_user_slot(name, leaf, dim) for name, leaf, dim in zip(names, leaves, dims, strict=True)]
+    slots = [*held, *filter(None, user)]
     for slot in slots:
         slot.place(tracer, backward)
-    user = [_user_slot(name, leaf, dim) for name, leaf, dim in zip(names, leaves, dims, strict=True)]
-    for leaf_slot in user:
-        if leaf_slot is not None:
-            leaf_slot.place(tracer, backward)
     extra, notes = _extra_arguments(model, call_args, call_kwargs)
 
-    with _unchanged(model), torch.set_grad_enabled(backward), told_once(), tracing(tracer, mode):
-        for slot in [*slots, *filter(None, user)]:
-            slot.wrap()
+    with _unchanged(model), torch.set_grad_enabled(backward), told_once(), tracing(tracer):
         for slot in slots:
+            slot.wrap()
+        for slot in held:
             slot.swap_in()
-        rebind(model, {id(slot.tensor): slot.view for slot in slots})
+        rebind(model, {id(slot.tensor): slot.view for slot in held})
         attributes = _attributes(model)
         values = [
             leaf if slot is None else precision.cast_input(slot.view) for slot, leaf in zip(user, leaves, strict=True)
@@ -155,44 +152,59 @@ def _capture(
             result, more_notes = _flatten_outputs(out, precision)
             given = _tangents(tracer, result, tangents) if backward else []
             with provenance.backward():
-                found = gradients(given, [*slots, *filter(None, user)])
-        changed = [(slot, new) for slot in slots if (new := slot.changed()) is not None]
-        outputs = [
-            Output("output", name, bool(backward and t.requires_grad), _batch_dim(t, batch_size))
-            for name, t in result.tensors
-        ]
-        outputs += [Output("buffer", slot.input.name) for slot, _ in changed]
-        outputs += [Output("gradient", slot.input.name, False, slot.input.batch_dim) for slot, _ in found]
-        tensors = [*(t for _, t in result.tensors), *(t for _, t in changed), *(t for _, t in found)]
-        nodes = [tracer.node_of(unwrapped(t)) for t in tensors]
-        kept = {slot for slot, _ in changed}
-        more_notes += _mutated_notes([slot for slot in [*slots, *filter(None, user)] if slot not in kept])
+                found = gradients(given, slots)
+        outputs, nodes = _outputs(tracer, result, held, found, backward, batch_size)
+        changed = {output.name for output in outputs if output.kind == "buffer"}
+        more_notes += _mutated_notes([slot for slot in slots if slot.input.name not in changed])
         more_notes += _attribute_notes(attributes, _attributes(model))
-        more_notes += precision.notes([slot.tensor for slot in slots if slot.input.kind == "parameter"])
+        more_notes += precision.notes([slot.tensor for slot in held if slot.input.kind == "parameter"])
 
-    inputs = {tracer.node_of(slot.fake): slot.input for slot in [*slots, *filter(None, user)]}
-    guards = guards_of(tracer.root, tracer.reads, inputs, {slot.input.name for slot, _ in changed})
+    guards = guards_of(tracer.root, tracer.reads, {tracer.node_of(slot.fake): slot.input for slot in slots}, changed)
     tracer.graph.output(tuple(nodes))
-    trained = {slot.input.name for slot, _ in found}
-
-    def differentiated(slot: _Slot) -> Input:
-        return dataclasses.replace(slot.input, requires_grad=slot.input.name in trained)
-
-    tangent_inputs = [Input("tangent", t.name, False, _batch_dim(t.output, batch_size)) for t in given]
     program = Program(
         graph=graph_module(tracer.root, tracer.graph, class_name="Step"),
-        inputs=(*(differentiated(slot) for slot in [*slots, *filter(None, user)]), *tangent_inputs),
+        inputs=_inputs(slots, given, {slot.input.name for slot, _ in found}, batch_size),
         outputs=tuple(outputs),
-        in_spec=in_spec,
-        in_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)},
         out_spec=result.spec,
         out_constants=result.constants,
-        aliases={alias: slot.input.name for slot in slots for alias in slot.aliases},
+        aliases={alias: slot.input.name for slot in held for alias in slot.aliases},
         notes=tuple(dict.fromkeys([*notes, *more_notes, *tracer.notes])),
         has_loss=bool(given) and all(t.is_loss for t in given),
         guards=guards,
     )
     return normalize(program)
+
+
+def _outputs(
+    tracer: Tracer,
+    result: _Result,
+    held: Sequence[_Slot],
+    found: Sequence[tuple[_Slot, Tensor]],
+    backward: bool,
+    batch_size: int | None,
+) -> tuple[list[Output], list[fx.Node]]:
+    """What the step gives: what the model returned, what it wrote to, gradients; and the nodes that yield it."""
+    changed = [(slot, new) for slot in held if (new := slot.changed()) is not None]
+    outputs = [
+        *(
+            Output("output", name, bool(backward and t.requires_grad), _batch_dim(t, batch_size))
+            for name, t in result.tensors
+        ),
+        *(Output("buffer", slot.input.name) for slot, _ in changed),
+        *(Output("gradient", slot.input.name, False, slot.input.batch_dim) for slot, _ in found),
+    ]
+    tensors = [t for _, t in (*result.tensors, *changed, *found)]
+    return outputs, [tracer.node_of(unwrapped(t)) for t in tensors]
+
+
+def _inputs(
+    slots: Sequence[_Slot], given: Sequence[_Tangent], trained: Collection[str], batch_size: int | None
+) -> tuple[Input, ...]:
+    """What the step reads, tangents last; what is `trained` has a gradient."""
+    return (
+        *(dataclasses.replace(slot.input, requires_grad=slot.input.name in trained) for slot in slots),
+        *(Input("tangent", t.name, False, _batch_dim(t.output, batch_size)) for t in given),
+    )
 
 
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -428,7 +440,7 @@ def _has_own_functions(outputs: list[Tensor]) -> bool:
     return False
 
 
-def _mutated_notes(slots: list[_Slot]) -> list[str]:
+def _mutated_notes(slots: Sequence[_Slot]) -> list[str]:
     written = [slot.input for slot in slots if unwrapped(slot.view) is not slot.fake]
     return [
         f"{what.kind} {what.name}: the forward writes to it in place; only the graph sees what it wrote"

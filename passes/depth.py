@@ -57,11 +57,6 @@ class Profile:
         """The largest over the places."""
         return max(self.whole.get(f"alive.{place}", 0.0) for place in PLACES)
 
-    @property
-    def peak_place(self) -> str:
-        """Where that is."""
-        return max(PLACES, key=lambda place: self.whole.get(f"alive.{place}", 0.0))
-
 
 def profile(samples: Sequence[Mapping[str, float]], weights: Sequence[float], outside: Sequence[float],
             layers: int) -> Profile:  # fmt: skip

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from costmodel.hardware import Topology
 from costmodel.layout import Layout, local_shape
 from costmodel.reshard import Step
 from costmodel.state import chunks
+from passes.fakes import FakeTensorMode
 from passes.local import TOGETHER, WAIT, Storage
 from passes.precision import dtype_named
 

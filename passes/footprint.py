@@ -103,23 +103,6 @@ def footprint(
     )
 
 
-def kept_bytes(tracks: Tracks) -> int:
-    """Bytes that forward hands to backward: buffers made in forward that an op or a move of backward reads."""
-    bases: list[int] = []
-    for index, slot in enumerate(tracks.slots):
-        producer = tracks.items[slot.producer] if slot.producer >= 0 else None
-        view = isinstance(producer, Run) and tracks.costs[producer.site].fusing == "view"
-        bases.append(bases[tracks.reads[slot.producer][0]] if view and tracks.reads[slot.producer] else index)
-    crossing = {
-        bases[slot]
-        for index, item in enumerate(tracks.items)
-        if item.phase == "backward"
-        for slot in tracks.reads[index]
-        if tracks.slots[slot].producer >= 0 and tracks.items[tracks.slots[slot].producer].phase == "forward"
-    }
-    return sum(tracks.slots[slot].bytes for slot in crossing if tracks.slots[slot].producer >= 0)
-
-
 def _at_rest(
     space: Space, assignment: Sequence[int], words: Words, spec: OptimizerSpec, accumulate: int, end_s: float
 ) -> list[Buffer]:
@@ -215,9 +198,9 @@ class _Lives:
 
     def _bases_of(self, index: int) -> tuple[int, ...]:
         slot = self.tracks.slots[index]
-        producer = self.tracks.items[slot.producer]
         if slot.producer < 0:
             return (index,)
+        producer = self.tracks.items[slot.producer]
         operands = self.tracks.reads[slot.producer]
         if isinstance(producer, Move):
             return (index,) if producer.steps else self.bases[operands[0]]

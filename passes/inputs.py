@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from passes.fakes import FakeTensor
 
 _MAX_TILED_ELEMENTS = 2**26
 

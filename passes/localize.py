@@ -14,12 +14,12 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from costmodel.layout import Layout, Partial, Shard, local_shape
 from passes.dims import ExpandedOp
 from passes.emit import Emitter, Parts
 from passes.errors import UnsupportedOpError
+from passes.fakes import DynamicOutputShapeException
 from passes.randomness import emit_uniform
 from passes.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
 from passes.rules.call import Call, Operand, call_of, map_operands

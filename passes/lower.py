@@ -25,11 +25,11 @@ from torch import fx
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd  # ops go to their kernels at once
 from torch._inductor import compile as inductor_compile
 from torch._inductor.output_code import CompiledFxGraph
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from passes.behind import behind_writes
 from passes.booleans import as_bytes
+from passes.fakes import FakeTensorMode
 from passes.gloo import for_gloo, gloo_step
 from passes.graphs import graph_module
 from passes.layers import layer_patterns

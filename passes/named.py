@@ -23,9 +23,6 @@ from passes.work import VIEWS
 
 STRATEGIES = ("auto", "ddp", "fsdp", "megatron")
 
-Choices = tuple[tuple[Choice, ...], ...]
-"""Per group of axes that choose together, what they may choose."""
-
 
 def check_strategy(strategy: str) -> None:
     """Refuse an unknown strategy with a `ValueError`."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes.bytes_of import bytes_of
 from passes.order import settle_order
 from passes.program import Program
 
@@ -114,14 +115,16 @@ def _same_strides(a: Tensor, b: Tensor) -> bool:
 
 
 def drop_written_slices(graph: fx.Graph) -> None:
-    """Read what was just written to a slice from what was written: `select(select_scatter(x, y, d, i), d, i)` is y."""
+    """Read what was just written to a slice from what was written: `select(select_scatter(x, y, d, i), d, i)` is y, but
+    where writing cast it."""
     pairs = {aten.select.int: aten.select_scatter.default, aten.slice.Tensor: aten.slice_scatter.default}
     for node in list(graph.nodes):
         written = node.args[0] if node.op == "call_function" and node.target in pairs else None
         if not isinstance(written, fx.Node) or written.target is not pairs[node.target]:
             continue
         source: Any = written.args[1]
-        if node.args[1:] == written.args[2:] and not node.kwargs and not written.kwargs:
+        cast = source.meta["val"].dtype != node.meta["val"].dtype
+        if node.args[1:] == written.args[2:] and not node.kwargs and not written.kwargs and not cast:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
 
@@ -214,5 +217,4 @@ def _facts(val: Any) -> str:
 
 def content_of(constant: Tensor) -> str:
     """Equal for constants of the same bytes."""
-    raw = constant.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(raw).hexdigest()
+    return hashlib.sha256(bytes_of(constant).numpy().tobytes()).hexdigest()

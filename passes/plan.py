@@ -199,10 +199,11 @@ class Plan:
         """The plan that `to_json` wrote; `where` names the text in errors.
 
         Raises:
-            ValueError: not a plan's JSON, another version, a missing or wrong field, or a line of `parameters` that was
-                renamed, taken out or edited to what is no layout.
+            ValueError: not a plan's JSON, another version, a missing or wrong field, a time or size that cannot be, or
+                a line of `parameters` that was renamed, taken out or edited to what is no layout.
         """
         plan = parse(Plan, text, where)
+        _check_figures(plan, where)
         _check_lines(plan, where)
         return plan
 
@@ -517,6 +518,20 @@ def without(space: Space, ruled_out: Sequence[tuple[str, str]]) -> Space:
 
 def _kind(site: Site) -> str:
     return site.given.kind if site.given is not None else "constant"
+
+
+def _check_figures(plan: Plan, where: str) -> None:
+    """Refuse times and sizes that no step has, which would compare with another plan's as if they were better."""
+    figures: list[tuple[str, float]] = [
+        ("step_time_s", plan.step_time_s),
+        ("peak_memory_bytes", plan.peak_memory_bytes),
+        ("memory_budget_bytes", plan.memory_budget_bytes or 0),
+        *((f"collectives[{i}]: {name}", getattr(each, name))
+          for i, each in enumerate(plan.collectives) for name in ("bytes", "seconds", "count")),
+    ]  # fmt: skip
+    for name, value in figures:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{where}: {name}: found {value!r}, expected 0 or more")
 
 
 def _check_lines(plan: Plan, where: str) -> None:

@@ -153,7 +153,6 @@ class _Mark:
     compute_s: float
     contention_s: float
     by_kind: dict[str, float]
-    busy_s: tuple[float, ...]
     free_s: tuple[float, ...]
     running: tuple[Beside, ...]
     brought: dict[int, tuple[float, float]]
@@ -193,7 +192,6 @@ class Player:
         self.now_s = 0.0
         self.free_s = [0.0] * axes
         self.last_on: list[int | None] = [None] * axes
-        self.busy_s = [0.0] * axes
         self.compute_s = 0.0
         self.contention_s = 0.0
         self.by_kind: dict[str, float] = {"matmul": 0.0, "attention": 0.0, "other": 0.0}
@@ -306,7 +304,6 @@ class Player:
             self.compute_s,
             self.contention_s,
             dict(self.by_kind),
-            tuple(self.busy_s),
             tuple(max(0.0, free_s - now) for free_s in self.free_s),
             tuple(run.since(now) for run in self.running if run.end_s > now),
             {s: (max(0.0, b[0] - now), b[2]) for s, b in self.brought.items() if s in slots},
@@ -360,7 +357,6 @@ class Player:
         self.contention_s += runs * (self.contention_s - last.contention_s)
         for kind, seconds in last.by_kind.items():
             self.by_kind[kind] += runs * (self.by_kind[kind] - seconds)
-        self.busy_s = [now + runs * (now - then) for now, then in zip(self.busy_s, last.busy_s, strict=True)]
 
     def _leaving(self) -> Iterator[tuple[int, Brought | None]]:
         """What the step gives, in order; layers that others stand for behind those."""
@@ -482,8 +478,6 @@ class Player:
             last = self._record(indices, step, together, start_s, ready_s, last)
             for axis in self.streams_of(step):
                 self.free_s[axis], self.last_on[axis] = ready_s, last
-            for axis in step.axes:
-                self.busy_s[axis] += step.seconds
             if step.axes not in self.shares:
                 self.shares[step.axes] = taken_shares(step.axes, self.space.topology)
             sms, memory = self.shares[step.axes]

@@ -115,10 +115,6 @@ class Program:
     graph: fx.GraphModule
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
-    in_spec: Any
-    """pytree spec of `(args, kwargs)`; its leaves are the user's inputs, tensors and constants alike."""
-    in_constants: dict[int, Any]
-    """Leaf index in `in_spec` -> value, for inputs that are no tensors; the others match "input" Inputs in order."""
     out_spec: Any
     """pytree spec of what the model returned."""
     out_constants: dict[int, Any]

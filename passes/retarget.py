@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes.cuda_attention import CPU_ATTENTION, retarget_attention
+from passes.fakes import FakeTensorMode
 from passes.graphs import graph_module
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from costmodel.layout import Layout
 from passes.dims import is_getitem, value_of
 from passes.emit import Emitter, emit_steps, emit_together, relax_views
+from passes.fakes import FakeTensorMode
 from passes.graphs import graph_module
 from passes.itinerary import Returned, itinerary, returned
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage

@@ -84,7 +84,6 @@ class Schedule:
     exposed_s: Mapping[str, float]
     """Group of axes ("tp", "dp,tp") -> seconds that compute waits for its collectives."""
     hidden_s: Mapping[str, float]
-    stream_busy_s: Mapping[str, float]
     collectives: tuple[Collective, ...]
     """In the order in which the program issues them."""
     peak_memory_bytes: int
@@ -138,8 +137,6 @@ def play(
     memory = footprint(
         space, assignment, found, times, words, spec, accumulate=accumulate, fused=compiled, keep_buffers=events
     )
-    busy = {"compute": player.compute_s + player.contention_s}
-    busy |= {axis.name: busy_s for axis, busy_s in zip(space.topology.axes, player.busy_s, strict=True)}
     return Schedule(
         step_time_s=accumulate * player.now_s + update_s,
         micro_batch_s=player.now_s,
@@ -150,7 +147,6 @@ def play(
         contention_s=player.contention_s,
         exposed_s={_group(axes): seconds for axes, seconds in exposed.items()},
         hidden_s={_group(axes): seconds for axes, seconds in hidden.items()},
-        stream_busy_s=busy,
         collectives=collectives,
         peak_memory_bytes=memory.bytes,
         peak_moment=player.moment_text(memory.moment_s),

@@ -187,9 +187,3 @@ def plain_layouts(
 ) -> tuple[StoredOption, ...]:
     """Layouts a tensor can be handed to the user in: each axis replicates it or splits a dim."""
     return tuple(option for option in stored_options(dims, axis_sizes, shape) if not option.storage.state_axes)
-
-
-def expanded_layout(storage: Storage, dims: Sequence[Sequence[int]]) -> Layout:
-    """The layout, on expanded dims, of a tensor stored so with its state axes gathered."""
-    places = dict(leading_places(dims))
-    return tuple(Replicate() if shard is None else Shard(places[shard.dim]) for shard in storage.shards)

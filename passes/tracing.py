@@ -6,7 +6,7 @@ Autograd runs above, so forward and backward land in one graph; functionalisatio
 through views into pure ones. The tracer is a dispatch mode of its own, not `make_fx`: a node then costs about one fake
 dispatch, carries where it came from at once, and a value that the model reads can be answered (see `values`).
 
-All use of torch's private tracing API is in this file, `provenance` and `values`.
+All use of torch's private tracing API is in this file, `provenance`, `values` and, of fake tensors, `fakes`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.decompositions import DECOMPOSITIONS
 from passes.errors import CaptureError
+from passes.fakes import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from passes.guards import Read, shapes
 from passes.program import Fixed
 from passes.provenance import Place, Provenance, model_line, short_location
@@ -93,7 +88,7 @@ class Tracer(TorchDispatchMode):
         self.values = ExampleValues()
         self.notes: list[str] = []
         self.reads: list[Read] = []
-        self._fake_mode = fake_mode
+        self.fake_mode = fake_mode
         self._provenance = provenance
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Any] = []
@@ -346,7 +341,7 @@ class Tracer(TorchDispatchMode):
 
     def _fake_like(self, tensor: Tensor) -> Tensor:
         """An unrecorded fake CPU tensor of the same shape, strides and dtype."""
-        with off_the_record(), self._fake_mode:
+        with off_the_record(), self.fake_mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
     def _without_masks(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -502,7 +497,7 @@ _ASKS = re.compile("compiling|tracing")
 
 
 @contextmanager
-def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
+def tracing(tracer: Tracer) -> Iterator[None]:
     """Record what is run inside. Random state and global settings are as before afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -526,7 +521,7 @@ def tracing(tracer: Tracer, fake_mode: FakeTensorMode) -> Iterator[None]:
     torch._C._set_mkldnn_enabled(False)
     torch._enable_functionalization(reapply_views=True)
     try:
-        with fake_mode, tracer, _Calls(tracer):
+        with tracer.fake_mode, tracer, _Calls(tracer):
             yield
     finally:
         torch._disable_functionalization()

@@ -165,12 +165,18 @@ def made_here(folder: Path) -> Here:
     edit(plan, folder / "misspelt.json", "up.weight", in_compute="RQ")
     edit(plan, folder / "short.json", "up.weight", in_compute="R")
     text = plan.read_text(encoding="utf-8")
+    step = f'"step_time_s": {json.loads(text)["step_time_s"]!r}'
     for name, old, new in (
         ("renamed", '"up.weight": {', '"up.wieght": {'),
         ("unknown", '"seed":', '"seeds":'),
         ("newer", '"version": 1', '"version": 2'),
         ("budget", '"memory_budget": null', '"memory_budget": "much"'),
         ("recompute", '"recompute": "auto"', '"recompute": "some"'),
+        ("accumulate", '    "accumulate": 1', '    "accumulate": "2"'),
+        ("negative", step, '"step_time_s": -1.0'),
+        ("nan", step, '"step_time_s": NaN'),
+        ("pins", '"pins": {}', '"pins": [3]'),
+        ("policy", '"mp_policy": null', '"mp_policy": "bf16"'),
         ("inputs", '"example": "{', '"example": "'),
     ):
         assert old in text

@@ -236,8 +236,6 @@ def local_step(
         graph=gm,
         inputs=tuple(inputs),
         outputs=tuple(results),
-        in_spec=in_spec,
-        in_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)},
         out_spec=found["out_spec"],
         out_constants={i: leaf for i, leaf in enumerate(found["flat"]) if not isinstance(leaf, torch.Tensor)},
         aliases=aliases,

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import autopar
 from autopar import examples, meshes
 from autopar.api import apply_with, parallelize_with, plan_with
 from autopar.options import Options
@@ -307,3 +308,68 @@ def _differentiates_either(rank: int, ranks: int) -> None:
 
 def test_a_loss_with_two_names_is_one_loss() -> None:
     run_ranks(_differentiates_either, 1)
+
+
+def test_a_model_that_gives_back_its_input_is_planned_and_verified() -> None:
+    """A step without an op."""
+    made = autopar.verify(nn.Identity(), {"dp": 2, "tp": 2}, (torch.randn(2, 8),), options=EAGER)
+    assert made.ok
+    assert not made.collectives
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"options": Options(optimizer="lamb2")}, r"Options\(optimizer='lamb2'\)"),
+        ({"options": {"recompute": "full"}}, "options is a dict"),
+        ({"strategy": "zero"}, "unknown strategy 'zero'"),
+        ({"model": nn.Linear}, "model is the class Linear"),
+        ({"mesh": {1: 2}}, "mesh axis 1: a name is letters"),
+        ({"mesh": {"dp": True}}, "mesh axis 'dp' has size True"),
+        ({"hardware": 3}, "hardware is a int; pass a name"),
+    ],
+)
+def test_verify_refuses_what_plan_refuses(arguments: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "model": nn.Linear(8, 8), "mesh": {"dp": 2}, "example_inputs": (torch.zeros(2, 8),), "hardware": "h100",
+        **arguments,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        autopar.verify(**given)
+
+
+class Scaled(nn.Module):
+    """A product whose columns are put in an order and scaled by buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product = nn.Linear(8, 8)
+        self.register_buffer("order", torch.randperm(8))
+        self.register_buffer("counts", torch.randint(1, 9, (8,), dtype=torch.int16))
+        self.register_buffer("scales", torch.rand(8).to(torch.float8_e4m3fn))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.product(x)[:, self.order] * self.counts * self.scales.to(torch.float32)
+        return y.square().mean()
+
+
+def _buffers_that_differ(rank: int, ranks: int, alike: bool) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Buffers after `parallelize`, this rank's loss and that of rank 0's model; `alike`: in all but their order."""
+    torch.manual_seed(0 if alike else rank)
+    model = Scaled()
+    torch.manual_seed(rank)
+    model.order.copy_(torch.randperm(8))
+    torch.manual_seed(9)
+    x = torch.randn(4, 8)
+    parallel = parallelize_with(pipeline("ddp"), model, mesh_of((ranks,)), (x,), options=EAGER)
+    buffers = [buffer.float() for buffer in parallel.buffers()]
+    return buffers, parallel(x).detach(), model(x).detach()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_rank_0s_buffers_count_where_ranks_differ_in_order_alone_too(alike: bool) -> None:
+    first, second = run_ranks(_buffers_that_differ, 2, alike)
+    for ours, others in zip(first[0], second[0], strict=True):
+        assert torch.equal(ours, others)
+    for loss in (first[1], second[1]):
+        torch.testing.assert_close(loss, first[2])

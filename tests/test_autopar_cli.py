@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import Here, autopar, environment, started
@@ -86,6 +87,20 @@ def test_verify_passes_and_its_tolerance_decides(here: Here, capsys: pytest.Capt
     conforms(found)
     assert found["ok"] is False
     assert found["strategy"] == "megatron"
+
+
+@pytest.mark.parametrize("dtypes", [(), ("--param-dtype", "bf16")], ids=["bf16", "mixed"])
+def test_verify_checks_the_plan_of_a_config_on_the_plans_own_terms(dtypes: tuple[str, ...], tmp_path: Path) -> None:
+    """The plan is for bfloat16, or for float32 computed in it, and sequences of 12: `verify` is told none of it."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 64, **sizes}))
+    plan = tmp_path / "plan.json"
+    asked = ("--mesh", "dp=2,tp=2", "--hardware", "h100", "--batch", "2", "--seq", "12", *dtypes)
+    assert main(["plan", str(tmp_path / "config.json"), *asked, "-o", str(plan)]) == 0
+    ran = autopar("verify", tmp_path, "--plan", plan, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["batch_size"] == 4
+    assert ran.json["dtype"] == ("float32 computed in bfloat16" if dtypes else "bfloat16")
 
 
 def test_the_trace_is_the_step(here: Here) -> None:

@@ -9,7 +9,7 @@ import pytest
 from autopar.leads import chosen, close, is_enough
 from autopar.search import Candidate
 from autopar.verdict import verdict
-from costmodel.collectives import LEAST_TAKEN, all_gather_s, reduce_scatter_s, taken_shares
+from costmodel.collectives import LEAST_TAKEN, collective_s, taken_shares
 from costmodel.hardware import hardware, topology
 from passes.setup import Setup
 
@@ -53,7 +53,10 @@ def test_what_collectives_cost_published_runs_of_fsdp() -> None:
     layer_bytes = 2 * 12 * 12288**2
     for gpus in (128, 256, 512):
         mesh = topology(hardware("a100-80gb"), {"dp": gpus})
-        sent_s = 96 * (2 * all_gather_s(layer_bytes, (0,), mesh) + reduce_scatter_s(layer_bytes, (0,), mesh))
+        sent_s = 96 * (
+            2 * collective_s("all_gather", layer_bytes, (0,), mesh)
+            + collective_s("reduce_scatter", layer_bytes, (0,), mesh)
+        )
         assert waited_s / sent_s == pytest.approx(LEAST_TAKEN, abs=0.03)
         assert min(taken_shares((0,), mesh)) >= LEAST_TAKEN
 

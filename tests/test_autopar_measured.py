@@ -18,7 +18,7 @@ import autopar
 from autopar.cli import main
 from autopar.measured import KINDS, Beside, Measured, beside, corrected, measured
 from autopar.planning import hardware_in
-from costmodel.hardware import hardware
+from costmodel.hardware import Device, hardware, save_hardware
 
 # name, category, thread, start and duration in microseconds
 CPU = [
@@ -84,12 +84,34 @@ def test_a_trace_without_marks_is_told_as_one_step(tmp_path: Path, capsys: pytes
     assert "marks no steps" not in capsys.readouterr().out
 
 
+def rates(device: Device) -> dict[str, float]:
+    """What a device's products, attention and memory reach, per second."""
+    peak = device.peak_flops_per_s["float32"]
+    return {
+        "products": peak * device.matmul_efficiency * device.sustained,
+        "attention": peak * device.attention_efficiency,
+        "memory": device.memory_bytes_per_s * device.memory_efficiency,
+        "cache": device.memory_efficiency * device.cache_bytes_per_s,
+    }
+
+
+@pytest.mark.parametrize("faster", [1.1, 1.3, 4.0])
+def test_what_is_faster_than_a_peak_is_read_back_at_its_rates(faster: float, tmp_path: Path) -> None:
+    cpu = hardware("cpu")
+    rows = [Beside(kind, faster, 1.0) for kind in ("matmul", "attention", "other")]
+    save_hardware(corrected(cpu, rows, "a trace"), tmp_path / "corrected.json")
+    found = hardware(str(tmp_path / "corrected.json")).device
+    for name, rate in rates(cpu.device).items():
+        assert rates(found)[name] == pytest.approx(rate * faster), name
+
+
 def test_hardware_is_corrected_by_what_was_measured() -> None:
     h100 = hardware("h100")
     rows = [Beside("step", 1, 9), Beside("matmul", 1, 2), Beside("other", 2, 1), Beside("all_gather", 1, 4)]
     found = corrected(h100, [*rows, Beside("all_reduce", 3, 4), Beside("attention", 0, 1)], "a trace")
     assert found.device.sustained == pytest.approx(h100.device.sustained / 2)
-    assert found.device.memory_efficiency == pytest.approx(h100.device.memory_efficiency * 2)
+    assert rates(found.device)["memory"] == pytest.approx(rates(h100.device)["memory"] * 2)
+    assert found.device.memory_efficiency == 1.0  # a share is none above 1: the peak was too low
     assert found.device.attention_efficiency == h100.device.attention_efficiency  # nothing was predicted
     assert found.intra_node.bytes_per_s == pytest.approx(h100.intra_node.bytes_per_s / 2)  # 8 s for 4
     assert found.inter_node.latency_s == pytest.approx(h100.inter_node.latency_s * 2)
@@ -178,7 +200,7 @@ def test_a_real_trace_beside_its_plan_corrects_the_hardware(tmp_path: Path, caps
     assert main(call) == 0
     before, after = hardware_in(autopar.Plan.load(plan)), hardware(corrected_file)
     slower = kinds["matmul"]["measured_s"] / kinds["matmul"]["predicted_s"]
-    assert after.device.sustained == pytest.approx(before.device.sustained / slower)
+    assert rates(after.device)["products"] == pytest.approx(rates(before.device)["products"] / slower)
     made = autopar.plan(
         Mlp(), {"tp": 2}, (torch.empty(64, 256),), hardware=str(corrected_file),
         options=autopar.Options(compile=False, progress=False, pins={"up.weight": "S(0)", "down.weight": "S(1)"}),

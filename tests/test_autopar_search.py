@@ -186,6 +186,12 @@ def test_options_that_mean_nothing_are_named(options: dict[str, Any], said: str)
         autopar.search(small(), 8, "h100", 8, sequence=64, options=autopar.Options(**options))
 
 
+@pytest.mark.parametrize(("given", "said"), [({"top": 0}, "top is 0"), ({"sequence": -4}, "sequence is -4")])
+def test_counts_that_mean_nothing_are_named(given: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        autopar.search(small(), 8, "h100", 8, **given)
+
+
 def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     """Every plan of the search priced by hand: the fastest of each mesh that fits, with gathered parameters freed or
     kept, and bounds that are below it."""

@@ -12,13 +12,8 @@ import pytest
 
 from costmodel.collectives import (
     COLLECTIVES,
-    all_gather_s,
-    all_reduce_s,
-    all_to_all_s,
     collective_s,
     group,
-    reduce_scatter_s,
-    send_recv_s,
     taken_shares,
     wire_bytes,
 )
@@ -88,7 +83,7 @@ def test_each_kind_agrees_by_itself(collective: str) -> None:
 def test_all_to_all_inside_a_node() -> None:
     """autoparallel's fit for H100, 8 ranks and 32 MB or more: 380 GB/s and 50 us (collectives_busbw.csv)."""
     payload = 256e6
-    assert all_to_all_s(payload, (0,), topology(H100, {"ep": 8})) == pytest.approx(
+    assert collective_s("all_to_all", payload, (0,), topology(H100, {"ep": 8})) == pytest.approx(
         50e-6 + payload * 7 / 8 / 380e9, rel=0.15
     )
 
@@ -98,21 +93,21 @@ def test_large_all_gather_by_hand() -> None:
     payload = 64 * GIB
     mesh = topology(H100, {"dp": 16})
     by_hand = 15 / 16 * payload / 372e9 + 3 * payload / 16 / 3.35e12
-    assert all_gather_s(payload, (0,), mesh) == pytest.approx(by_hand, rel=0.005)
-    assert reduce_scatter_s(payload, (0,), mesh) == all_gather_s(payload, (0,), mesh)
+    assert collective_s("all_gather", payload, (0,), mesh) == pytest.approx(by_hand, rel=0.005)
+    assert collective_s("reduce_scatter", payload, (0,), mesh) == collective_s("all_gather", payload, (0,), mesh)
 
 
 def test_one_rank_per_node_has_one_network_card() -> None:
     """dp over 4 nodes beside tp=8: 3/4 of 4 GiB at 47.7 GB/s."""
     mesh = topology(H100, {"dp": 4, "tp": 8})
-    assert all_gather_s(4 * GIB, (0,), mesh) == pytest.approx(0.75 * 4 * GIB / 47.7e9, rel=0.02)
+    assert collective_s("all_gather", 4 * GIB, (0,), mesh) == pytest.approx(0.75 * 4 * GIB / 47.7e9, rel=0.02)
 
 
 def test_two_ranks_per_node_pool_their_cards() -> None:
     """dp=8 beside tp=4: 2 ranks in each of 4 nodes, so 7/8 of 4 GiB at 2 x 47.7 GB/s."""
     mesh = topology(H100, {"dp": 8, "tp": 4})
     assert group((0,), mesh) == (8, 2, 4)
-    assert all_gather_s(4 * GIB, (0,), mesh) == pytest.approx(7 / 8 * 4 * GIB / 95.4e9, rel=0.02)
+    assert collective_s("all_gather", 4 * GIB, (0,), mesh) == pytest.approx(7 / 8 * 4 * GIB / 95.4e9, rel=0.02)
 
 
 def test_rings_through_many_nodes_as_published() -> None:
@@ -127,22 +122,22 @@ def test_rings_through_many_nodes_as_published() -> None:
     extra_s = 0.18 * flops / 173e12
     assert extra_s == pytest.approx(3.06, rel=0.01)
     for gpus in (128, 256, 512):
-        gathers_s = 96 * all_gather_s(2 * 12 * 12288**2, (0,), topology(a100, {"dp": gpus}))
+        gathers_s = 96 * collective_s("all_gather", 2 * 12 * 12288**2, (0,), topology(a100, {"dp": gpus}))
         assert gathers_s == pytest.approx(extra_s, rel=0.15)
-    gather_s = all_gather_s(2e9, (0,), topology(H100, {"dp": 256}))
+    gather_s = collective_s("all_gather", 2e9, (0,), topology(H100, {"dp": 256}))
     assert 2e9 * 255 / 256 / gather_s == pytest.approx(200e9, rel=0.1)
 
 
 def test_small_messages_cost_latency_only() -> None:
     """A kilobyte over 8 ranks of a node: 8 us and 7 hops of 2.2 us."""
     mesh = topology(H100, {"tp": 8})
-    assert all_gather_s(1024, (0,), mesh) == pytest.approx(8e-6 + 7 * 2.2e-6, rel=0.01)
+    assert collective_s("all_gather", 1024, (0,), mesh) == pytest.approx(8e-6 + 7 * 2.2e-6, rel=0.01)
 
 
 def test_all_reduce_latency_grows_with_the_logarithm_of_nodes() -> None:
-    small = [all_reduce_s(1024, (0,), topology(H100, {"dp": 8 * nodes})) for nodes in (16, 32, 64)]
+    small = [collective_s("all_reduce", 1024, (0,), topology(H100, {"dp": 8 * nodes})) for nodes in (16, 32, 64)]
     assert small[1] - small[0] == pytest.approx(small[2] - small[1], rel=0.01)
-    gather = [all_gather_s(1024, (0,), topology(H100, {"dp": 8 * nodes})) for nodes in (16, 32, 64)]
+    gather = [collective_s("all_gather", 1024, (0,), topology(H100, {"dp": 8 * nodes})) for nodes in (16, 32, 64)]
     assert gather[2] - gather[1] == pytest.approx(2 * (gather[1] - gather[0]), rel=0.01)
 
 
@@ -177,18 +172,20 @@ def test_an_all_reduce_costs_no_more_than_its_two_halves() -> None:
     for mesh in ({"x": 2}, {"x": 8}, {"x": 32}, {"x": 1024}):
         laid = topology(H100, mesh)
         for payload in (1e3, 1e6, 1e9):
-            halves = all_gather_s(payload, (0,), laid) + reduce_scatter_s(payload, (0,), laid)
-            assert all_reduce_s(payload, (0,), laid) <= halves
+            halves = collective_s("all_gather", payload, (0,), laid) + collective_s(
+                "reduce_scatter", payload, (0,), laid
+            )
+            assert collective_s("all_reduce", payload, (0,), laid) <= halves
 
 
 def test_the_heavy_axis_belongs_inside_the_node() -> None:
     inside, across = topology(H100, {"dp": 8, "tp": 8}), topology(H100, {"tp": 8, "dp": 8})
-    assert all_reduce_s(1e8, (0,), across) > 5 * all_reduce_s(1e8, (1,), inside)
+    assert collective_s("all_reduce", 1e8, (0,), across) > 5 * collective_s("all_reduce", 1e8, (1,), inside)
 
 
 def test_point_to_point_by_hand() -> None:
     """100 MB between nodes at 47.7 GB/s and some latency."""
-    seconds = send_recv_s(1e8, (0,), topology(H100, {"pp": 4, "tp": 8}))
+    seconds = collective_s("send_recv", 1e8, (0,), topology(H100, {"pp": 4, "tp": 8}))
     assert seconds == pytest.approx(1e8 / 47.7e9 + 22e-6, rel=0.01)
 
 
@@ -220,20 +217,20 @@ def test_all_reduce_over_nodes_that_no_figure_was_taken_from(nodes: int, gb_per_
     The step down from 2 to 4 nodes is the tree's: 2 nodes carry the payload across once, 4 nodes twice.
     """
     payload, ranks = 16 * GIB, 8 * nodes
-    seconds = all_reduce_s(payload, (0,), topology(H100, {"x": ranks}))
+    seconds = collective_s("all_reduce", payload, (0,), topology(H100, {"x": ranks}))
     assert 2 * (ranks - 1) / ranks * payload / seconds == pytest.approx(gb_per_s * 1e9, rel=0.1)
 
 
 def test_a_tiny_all_reduce_over_32_nodes() -> None:
     """62 to 71 us for up to 128 bytes on 32 DGX A100 (NVIDIA/nccl issue 652): the right size, not more."""
-    assert 45e-6 < all_reduce_s(64, (0,), topology(hardware("a100-80gb"), {"x": 256})) < 100e-6
+    assert 45e-6 < collective_s("all_reduce", 64, (0,), topology(hardware("a100-80gb"), {"x": 256})) < 100e-6
 
 
 @pytest.mark.parametrize("nodes", [2, 4, 8])
 def test_all_to_all_over_nodes_is_bound_by_one_card(nodes: int) -> None:
     """A payload's rate of N / (N - 1) times a card's (NVIDIA/nccl-tests issue 130)."""
     ranks, payload = 8 * nodes, 16 * GIB
-    seconds = all_to_all_s(payload, (0,), topology(H100, {"ep": ranks}))
+    seconds = collective_s("all_to_all", payload, (0,), topology(H100, {"ep": ranks}))
     assert payload / seconds == pytest.approx(nodes / (nodes - 1) * 47.7e9, rel=0.02)
 
 
@@ -241,10 +238,12 @@ def test_calibrated_figures_replace_the_formulas() -> None:
     """4 ranks: 1 ms, 3 hops of 0.1 ms and 3/4 of 4 MB at 1 GB/s; kinds that were not measured keep the formula."""
     machine = replace(H100, intra_node=replace(H100.intra_node, measured={"all_gather": (1e-3, 1e-4, 1e9)}))
     mesh, plain = topology(machine, {"tp": 4}), topology(H100, {"tp": 4})
-    assert all_gather_s(4e6, (0,), mesh) == pytest.approx(1e-3 + 3e-4 + 3e-3)
-    assert reduce_scatter_s(4e6, (0,), mesh) == reduce_scatter_s(4e6, (0,), plain)
+    assert collective_s("all_gather", 4e6, (0,), mesh) == pytest.approx(1e-3 + 3e-4 + 3e-3)
+    assert collective_s("reduce_scatter", 4e6, (0,), mesh) == collective_s("reduce_scatter", 4e6, (0,), plain)
     across = topology(machine, {"dp": 4, "tp": 8})
-    assert all_gather_s(4e6, (0,), across) == all_gather_s(4e6, (0,), topology(H100, {"dp": 4, "tp": 8}))
+    assert collective_s("all_gather", 4e6, (0,), across) == collective_s(
+        "all_gather", 4e6, (0,), topology(H100, {"dp": 4, "tp": 8})
+    )
 
 
 def test_pricing_is_fast() -> None:

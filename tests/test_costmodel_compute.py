@@ -10,8 +10,8 @@ from importlib import resources
 import pytest
 
 from costmodel.collectives import collective_s
-from costmodel.compute import KINDS, Work, attention, fuse, matmul, op_s, pointwise, side_by_side_s, update_traffic_s
-from costmodel.hardware import Topology, hardware, topology
+from costmodel.compute import KINDS, Work, attention, fuse, matmul, op_s, pointwise, update_traffic_s
+from costmodel.hardware import Device, Link, Topology, hardware, topology
 
 A100 = hardware("a100-80gb").device
 GPUS = ("a100-40gb", "a100-80gb", "h100", "h200", "b200")
@@ -124,14 +124,6 @@ def test_negative_work_is_refused() -> None:
         op_s(Work(-1.0, 1.0, 1.0, "pointwise"), A100)
 
 
-def test_a_collective_takes_sms_from_compute() -> None:
-    """24 of 108 SMs for 1 s: 10 s of compute take 10 + 24/108 s; a short one hides behind the collective."""
-    link = hardware("a100-80gb").intra_node
-    assert side_by_side_s(10.0, 1.0, A100, link) == pytest.approx(10 + 24 / 108)
-    assert side_by_side_s(0.1, 1.0, A100, link) == 1.0
-    assert side_by_side_s(1.0, 0.0, A100, link) == 1.0
-
-
 def test_pricing_is_fast() -> None:
     """20,000 distinct products and as many repeats in well under a second."""
     works = [matmul(1 + i, 1024, 512) for i in range(20_000)]
@@ -185,6 +177,16 @@ def weight_gradient(n: int, k: int) -> Work:
 
 
 LINEARS = ((3 * WIDTH, HIDDEN), (HIDDEN, WIDTH), (FFN, HIDDEN), (HIDDEN, FFN))
+
+
+def side_by_side_s(compute_s: float, comm_s: float, device: Device, link: Link) -> float:
+    """Time until both are done, where a collective of `comm_s` on `link` starts together with compute of `compute_s`.
+
+    The collective keeps `link.sms` SMs busy, and compute runs on the others until it ends.
+    """
+    share = min(1.0, link.sms / device.sm_count)
+    done_s = comm_s * (1.0 - share)
+    return comm_s + compute_s - done_s if compute_s > done_s else comm_s
 
 
 def layer_seconds(mesh: Topology, sequence_parallel: bool, recompute: str) -> tuple[float, float]:

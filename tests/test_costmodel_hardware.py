@@ -230,6 +230,14 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
             "reserve_bytes: found 1000000000000, expected",
         ),
         (lambda c: c["hardware"]["device"].update(peak_flops_per_s={}), "peak_flops_per_s"),
+        (
+            lambda c: c["hardware"]["device"].update(sustained=1.2),
+            "device.sustained: found 1.2, expected a share of at most 1",
+        ),
+        (
+            lambda c: c["hardware"]["device"].update(speed_spread=0.5),
+            "device.speed_spread: found 0.5, expected a share of at most 0.1",
+        ),
         (lambda c: c["hardware"]["inter_node"].update(measured={"all_gather": [1]}), "measured.all_gather"),
         (
             lambda c: c["hardware"]["inter_node"].update(measured={"all_gather": [0, 0, 0]}),

@@ -144,6 +144,24 @@ def test_the_fingerprint_tells_structure_shapes_and_dtypes_apart() -> None:
     assert len({one.fingerprint, *(p.fingerprint for p in others)}) == 6
 
 
+@pytest.mark.parametrize("constant", [torch.arange(4.0)[::2][:0], torch.ones(4, dtype=torch.complex64)[::2][:1]])
+def test_a_constant_that_lies_in_strides_has_a_fingerprint(constant: Tensor) -> None:
+    class Adds(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum() + constant.abs().sum()
+
+    assert capture(Adds(), (torch.randn(2),)).fingerprint
+
+
+def test_what_was_cast_as_it_was_written_is_read_as_it_was_cast() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.select_scatter(torch.zeros(2, 3, dtype=torch.float64), x, 0, 0)[0]
+
+    (out,) = capture(Writes(), (torch.randn(3),)).graph(torch.ones(3))
+    assert out.dtype == torch.float64
+
+
 @pytest.mark.parametrize("seed", ["0", "1"])
 def test_the_fingerprint_is_the_same_in_another_process(seed: str) -> None:
     code = (

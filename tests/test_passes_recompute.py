@@ -13,7 +13,6 @@ from torch import nn
 
 from costmodel.hardware import hardware, topology
 from passes.analysis import Analysis, analyse
-from passes.footprint import kept_bytes
 from passes.moves import Run
 from passes.partition import split
 from passes.price import price
@@ -25,7 +24,7 @@ from passes.simulate import ledger
 from passes.solve import solve
 from passes.space import Space, search_space
 from passes.strategies import Option
-from passes.tracks import tracks
+from passes.tracks import Tracks, tracks
 
 
 @lru_cache
@@ -89,6 +88,23 @@ def test_each_mode_keeps_no_more_than_the_one_before(name: str) -> None:
         )
     assert sizes[0] > sizes[1] >= sizes[2] > 0
     assert sizes[3] < sizes[1]
+
+
+def kept_bytes(tracks: Tracks) -> int:
+    """Bytes that forward hands to backward: buffers made in forward that an op or a move of backward reads."""
+    bases: list[int] = []
+    for index, slot in enumerate(tracks.slots):
+        producer = tracks.items[slot.producer] if slot.producer >= 0 else None
+        view = isinstance(producer, Run) and tracks.costs[producer.site].fusing == "view"
+        bases.append(bases[tracks.reads[slot.producer][0]] if view and tracks.reads[slot.producer] else index)
+    crossing = {
+        bases[slot]
+        for index, item in enumerate(tracks.items)
+        if item.phase == "backward"
+        for slot in tracks.reads[index]
+        if tracks.slots[slot].producer >= 0 and tracks.items[tracks.slots[slot].producer].phase == "forward"
+    }
+    return sum(tracks.slots[slot].bytes for slot in crossing if tracks.slots[slot].producer >= 0)
 
 
 @pytest.mark.parametrize(("name", "mode", "strategy"), [

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from autopar import examples, meshes, planning
-from autopar.api import check_options, skeleton
+from autopar.api import skeleton
 from autopar.mixed import precision_of
 from autopar.options import Options
 from costmodel.hardware import Hardware
-from passes.inputs import global_inputs, part_of_batch
+from passes.inputs import global_inputs
 from passes.plan import Plan
 from passes.program import Program
 
@@ -22,7 +22,6 @@ def captured(
     model: nn.Module, call: examples.Call, mesh: Mapping[str, int], options: Options, progress: Progress
 ) -> Program:
     """The program of the global batch, every data-parallel rank feeding `call`."""
-    check_options(options)  # a plan's file may have been edited
     axes = meshes.axes_of(mesh)
     batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
     progress("capturing the model")
@@ -49,12 +48,10 @@ def planned(
     program = captured(model, call, mesh, options, progress)
     axes = meshes.axes_of(mesh)
     batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
-
-    def smaller(divisor: int) -> Program | None:
-        ranks = meshes.batch_ranks(axes, batch_axes)
-        cut = part_of_batch(*examples.on_cpu(call), divisor, ranks, options.batch_dims)
-        return None if cut is None else captured(model, cut, mesh, options, progress)
-
+    smaller = examples.smaller(
+        call, meshes.batch_ranks(axes, batch_axes), options.batch_dims,
+        lambda cut: captured(model, cut, mesh, options, progress),
+    )  # fmt: skip
     return planning.planned(
         program,
         axes,

@@ -2,7 +2,8 @@
 
 Every rank is played in this process, on random weights. Compared with the unmodified model given the whole batch:
 outputs, every gradient, the parameters after a step of AdamW. Where they part, the first node that differs is named.
-A preset is scaled down; a config.json is taken as it is (see --layers). Exits 1 where the check fails.
+A preset is scaled down; a config.json is taken as it is (see --layers), and so is the model that a --plan was made for,
+with the plan's inputs and dtypes. Exits 1 where the check fails.
 
 example:
   autopar verify llama3-8b --mesh dp=2,tp=2 --strategy megatron
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from autopar import examples, planning
 from autopar.certificate import Tolerances, parity_text
 from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of, tolerance
 from autopar.cli.terminal import clean_output, painted, progress
+from autopar.model_argument import Named, check_playable
 from autopar.verify import verify
 from passes.plan import Plan
 from passes.tables import terminal_width
@@ -41,7 +44,7 @@ def run(given: argparse.Namespace) -> int:
         mesh = given.mesh or (plan.mesh if plan is not None else None)
         if mesh is None:
             raise ValueError("no mesh; pass --mesh dp=2,tp=2, or --plan PLAN, which has one")
-        named = named_model(given, on_cpu=True)
+        named = named_model(given, on_cpu=True) if plan is None else _as_planned(given, plan)
         found = verify(
             named.model, mesh, named.inputs, plan=plan, strategy=given.strategy or "auto", options=options_of(given),
             hardware=given.hardware, tolerances=Tolerances(given.loss_tolerance, given.tolerance), progress=tell,
@@ -54,3 +57,13 @@ def run(given: argparse.Namespace) -> int:
         print(painted(head, "green" if found.ok else "red"))
         print(rest, end="")
     return 0 if found.ok else 1
+
+
+def _as_planned(given: argparse.Namespace, plan: Plan) -> Named:
+    """The model and inputs that a plan was made for: of the model's own size, in the dtype that its options store."""
+    named = named_model(given, options=planning.options_of(plan))
+    check_playable(given.model, named.model)
+    if given.batch or given.seq or examples.described(examples.call_of(named.model, named.inputs)) == plan.example:
+        return named
+    args, kwargs = examples.restored(plan.example)
+    return replace(named, inputs=kwargs or args)
