@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -12,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from autopar import settings
 from autopar.examples import by_name
 from autopar.parameters import checked
 from autopar.reading import MOST_GRAPHS, Values, too_many
@@ -39,7 +38,6 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     key = call_key(runtime, leaves, in_spec, parameters.trained if trains else None)
     executable = _fitting(runtime, key, inputs)
     if executable is None:
-        _warn_of_settings(runtime, module, key)
         with torch.inference_mode(False), torch.set_grad_enabled(trains):
             executable = runtime.remake(plain_module(module, parameters.trained), args, kwargs, "loss", trains)
         runtime.executables.setdefault(key, []).insert(0, executable)
@@ -69,14 +67,17 @@ def _check_batch(runtime: Runtime, executable: Executable, inputs: Sequence[torc
 
 
 def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Executable | None:
-    """What runs calls of this kind with the values that `inputs` hold; None where it must be made.
+    """What runs calls of this kind with the values that modules and `inputs` hold; None where it must be made.
 
     Raises:
         CaptureError: the model reads another value at every call.
     """
     known = runtime.executables.get(key, [])
+    fitting = [executable for executable in known if settings.hold(runtime, executable)]
+    if known and not fitting:
+        settings.warn_of_new(runtime, known[0])
     values: Values | None = None
-    for executable in known:
+    for executable in fitting:
         program = executable.local.program
         if program.guards is None:
             return executable
@@ -87,7 +88,7 @@ def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Exec
             known.remove(executable)
             known.insert(0, executable)
             return executable
-        if len(known) >= MOST_GRAPHS and executable is known[-1]:
+        if len(fitting) >= MOST_GRAPHS and executable is fitting[-1]:
             raise too_many(fixed)
     return None
 
@@ -137,22 +138,4 @@ def call_key(runtime: Runtime, leaves: Sequence[Any], in_spec: Any, trained: tup
         for leaf in leaves
     )
     modes = tuple(module.training for module in runtime.modules)
-    settings = _constant(tuple(map(getattr, *runtime.settings, repeat(None))))
-    return str(in_spec), what, trained, modes, autocast_dtype(), settings
-
-
-def _warn_of_settings(runtime: Runtime, module: nn.Module, key: Any) -> None:
-    """Says which plain values of modules are new, where nothing else tells a call from an earlier one."""
-    alike = [known for known in runtime.executables if known[:-1] == key[:-1]]
-    if alike and key not in alike and runtime.mesh.get_rank() == 0:
-        names = {id(each): f"{name}." if name else "" for name, each in module.named_modules()}
-        changed = [
-            f"{names.get(id(owner), '')}{name} ({old!r}, now {new!r})"
-            for owner, name, old, new in zip(*runtime.settings, alike[-1][-1][1], key[-1][1], strict=False)
-            if old != new
-        ]
-        warnings.warn(
-            f"{', '.join(changed[:3])} changed: the step is captured and planned anew, which takes seconds for each "
-            "new value; what changes often belongs in a buffer that is written in place, or in an input",
-            stacklevel=2,
-        )
+    return str(in_spec), what, trained, modes, autocast_dtype()

@@ -45,8 +45,9 @@ class Runtime:
     `specs`: how each parameter is stored, by the first of its names. `batch`: who has which part of the batch;
     `accelerated`: whether our `Accelerator` has prepared the module; `accelerating`: whether it is about to.
     `steps` counts training calls, for random ops. `executables` has, per kind of call, one for each kind of values
-    that the model reads of its inputs, the last used first. `gather` makes inputs whole; None: they are. `bindings`
-    and `checked`: what `step.bound` and `parameters.checked` found out that holds for the next call too.
+    that the model reads of its modules and inputs, the last used first. `gather` makes inputs whole; None: they are.
+    `bindings`, `settings` and `checked`: what `step.bound`, `settings.hold` and `parameters.checked` found out that
+    holds for the next call too.
     """
 
     mesh: DeviceMesh
@@ -66,6 +67,7 @@ class Runtime:
     executables: dict[Any, list[Executable]] = field(default_factory=dict)
     with_all: dict[int, Executable] = field(default_factory=dict)
     bindings: dict[int, tuple[Executable, Any]] = field(default_factory=dict)
+    settings: dict[int, Any] = field(default_factory=dict)
     checked: Any = None
     accelerated: bool = False
     accelerating: bool = False
@@ -74,18 +76,6 @@ class Runtime:
     def parameter_slots(self) -> tuple[tree.Slot, ...]:
         """Where each parameter hangs, in the order of `specs`."""
         return tuple(self.slots[name] for name in self.specs)
-
-    @functools.cached_property
-    def settings(self) -> tuple[tuple[nn.Module, ...], tuple[str, ...]]:
-        """Modules, and for each the name of a plain value that it holds, which its forward may read."""
-        own = vars(nn.Module())
-        found = [
-            (module, name)
-            for module in self.modules
-            for name, value in vars(module).items()
-            if name not in own and isinstance(value, bool | int | float | str | None)
-        ]
-        return tuple(module for module, _ in found), tuple(name for _, name in found)
 
     @property
     def axis_sizes(self) -> tuple[int, ...]:

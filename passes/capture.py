@@ -31,6 +31,7 @@ from passes.precision import Precision
 from passes.program import Input, InputKind, Output, Program
 from passes.provenance import Provenance, error_line
 from passes.rebind import rebind
+from passes.settings import settings_read
 from passes.tracing import (
     WRITES_OUTSIDE,
     Branches,
@@ -146,7 +147,7 @@ def _capture(
         ]
         traced_args, traced_kwargs = pytree.tree_unflatten(values, in_spec)
         with provenance.watching(model):
-            with autocast_as(autocast):
+            with autocast_as(autocast), settings_read(model) as settings:
                 out = run_model(model, traced_args, {**traced_kwargs, **extra})
             refuse_hidden_tensors(leaves, names)
             result, more_notes = _flatten_outputs(out, precision)
@@ -171,6 +172,7 @@ def _capture(
         notes=tuple(dict.fromkeys([*notes, *more_notes, *tracer.notes])),
         has_loss=bool(given) and all(t.is_loss for t in given),
         guards=guards,
+        settings=settings,
     )
     return normalize(program)
 

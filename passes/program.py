@@ -130,6 +130,8 @@ class Program:
     """Hash of the graph's structure, shapes and dtypes; equal for equal captures in any process."""
     guards: Guards | None = None
     """What the graph takes for granted about its inputs' values; None: nothing."""
+    settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    """Plain values of modules that the forward read: see `passes/settings.py`."""
     repeated: tuple[Repeated, ...] = ()
     """Layers that stand for others, where some were left out."""
 
