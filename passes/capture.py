@@ -41,7 +41,7 @@ from passes.tracing import (
     tracing,
     unwrapped,
     wrapped,
-)  # fmt: skip
+)
 
 Tangents = Literal["loss", "all"]
 

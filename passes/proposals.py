@@ -346,16 +346,9 @@ class Search:
     ) -> Candidate:
         """The solution's step with weight gradients behind what is sent; with all at once, where what waits would not
         fit. `unlimited`: nothing was left out for its bytes."""
-        request = self.request
         for postpone in (True, False):
             space = replace(posed.space, recomputed=replace(posed.space.recomputed, postpone=postpone))
-            schedule = play(
-                space,
-                assignment,
-                optimizer=OPTIMIZERS[request.optimizer],
-                accumulate=request.accumulate,
-                compiled=request.compiled,
-            )
+            schedule = _as_asked(space, assignment, self.request)
             fits = schedule.peak_memory_bytes <= self.budget
             if fits or not any(c.role == "activation" and c.phase == "backward" for c in schedule.collectives):
                 break  # the latter: nothing waited
@@ -419,14 +412,18 @@ def _kept(candidate: Candidate, mode: Mode, request: Request) -> Candidate:
     if mode != candidate.recompute:
         recomputed = replace(recomputation(candidate.padding.analysis, mode), postpone=recomputed.postpone)
     space = replace(candidate.space, recomputed=replace(recomputed, reshard=False))
-    schedule = play(
+    return replace(candidate, space=space, schedule=_as_asked(space, candidate.assignment, request))
+
+
+def _as_asked(space: Space, assignment: Sequence[int], request: Request) -> Schedule:
+    """The step as it is played with the optimizer, micro-batches and compiler that were asked for."""
+    return play(
         space,
-        candidate.assignment,
+        assignment,
         optimizer=OPTIMIZERS[request.optimizer],
         accumulate=request.accumulate,
         compiled=request.compiled,
     )
-    return replace(candidate, space=space, schedule=schedule)
 
 
 def _slowing(axes: Sequence[str], topology: Topology) -> float:

@@ -16,10 +16,9 @@ Settings = dict[tuple[str, str], Any]
 def settings_read(model: nn.Module) -> Iterator[Settings]:
     """Gives what is read of the model's plain values meanwhile, with the values they have now."""
     own = vars(nn.Module())
-    names = {id(module): prefix for prefix, module in model.named_modules()}
     held = {
-        (id(module), key): value
-        for module in model.modules()
+        (id(module), key): (prefix, value)
+        for prefix, module in model.named_modules()
         for key, value in vars(module).items()
         if key not in own and isinstance(value, bool | int | float | str | None)
     }
@@ -27,7 +26,8 @@ def settings_read(model: nn.Module) -> Iterator[Settings]:
 
     def getattribute(module: nn.Module, key: str) -> Any:
         if (id(module), key) in held:
-            read[names[id(module)], key] = held[id(module), key]
+            prefix, value = held[id(module), key]
+            read[prefix, key] = value
         return super(nn.Module, module).__getattribute__(key)
 
     nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign, assignment]

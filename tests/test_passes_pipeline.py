@@ -72,30 +72,19 @@ def test_a_tensor_axis_of_one_rank_changes_nothing() -> None:
         assert alone.placements[name].at_rest.count("(") == placed.at_rest.count("("), name
 
 
-def test_tensor_axes_that_choose_together_are_one_axis() -> None:
+@pytest.mark.parametrize("data", [False, True], ids=["tensor axes", "data axes"])
+def test_axes_that_choose_together_are_one_axis(data: bool) -> None:
     """The least sum of costs there is that of the mesh with one axis of as many ranks; apart it is no more."""
 
-    def least_s(*tensor: tuple[str, int], joined: bool = False, share: float = 1.0) -> float:
-        topology = on_mesh("h100", (("dp", 2), *tensor))
-        space = search_space(program(), topology, (0,), joined=joined)
+    def least_s(*axes: tuple[str, int], joined: bool = False, share: float = 1.0) -> float:
+        mesh = (*axes, ("tp", 2)) if data else (("dp", 2), *axes)
+        space = search_space(program(), on_mesh("h100", mesh), range(len(axes) if data else 1), joined=joined)
         return solve(price(space).weighed(share), gap=1e-6).seconds
 
     for share in (1.0, 0.05):
-        one, two = least_s(("tp", 4), share=share), least_s(("a", 2), ("b", 2), joined=True, share=share)
+        one, two = least_s(("one", 4), share=share), least_s(("a", 2), ("b", 2), joined=True, share=share)
         assert two == pytest.approx(one, rel=1e-6)
-    assert least_s(("a", 2), ("b", 2)) <= least_s(("tp", 4)) * (1 + 1e-5)
-
-
-def test_data_axes_that_choose_together_are_one_axis() -> None:
-    def least_s(*data: tuple[str, int], joined: bool = False, share: float = 1.0) -> float:
-        topology = on_mesh("h100", (*data, ("tp", 2)))
-        space = search_space(program(), topology, tuple(range(len(data))), joined=joined)
-        return solve(price(space).weighed(share), gap=1e-6).seconds
-
-    for share in (1.0, 0.05):
-        one, two = least_s(("dp", 4), share=share), least_s(("a", 2), ("b", 2), joined=True, share=share)
-        assert two == pytest.approx(one, rel=1e-6)
-    assert least_s(("a", 2), ("b", 2)) <= least_s(("dp", 4)) * (1 + 1e-5)
+    assert least_s(("a", 2), ("b", 2)) <= least_s(("one", 4)) * (1 + 1e-5)
 
 
 def test_a_plan_for_two_data_axes_is_not_behind_that_for_one() -> None:
