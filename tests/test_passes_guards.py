@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from passes.capture import capture
 from passes.guards import broken
 from passes.pipeline import prepare
-from passes.program import Program
+from passes.program import Fixed, Guards, Program
 
 
 class Reads(nn.Module):
@@ -139,3 +139,14 @@ def test_a_model_that_is_told_that_it_is_compiled_is_named_in_the_report() -> No
     (note,) = [note for note in program.notes if "whether it is compiled" in note]
     assert "test_passes_guards.py:" in note
     assert torch.compiler.is_compiling.__module__ == "torch.compiler"
+
+
+def test_a_tensor_with_nan_holds_for_the_same_and_for_no_other() -> None:
+    def guard(x: Tensor) -> tuple[Tensor]:
+        return (x * 1,)
+
+    value = torch.tensor([1.0, float("nan")])
+    guards = Guards(torch.fx.symbolic_trace(guard), ("x",), (Fixed("line", "numpy", value),))
+    assert not broken(guards, {"x": value.clone()})
+    for other in (torch.tensor([1.0, 2.0]), torch.tensor([float("nan"), 1.0]), value[:1]):
+        assert broken(guards, {"x": other})
