@@ -14,19 +14,18 @@ Halves of several nodes of the search tree are the cases of one `Messages`, whic
 
 from __future__ import annotations
 
-import heapq
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
 
 import numpy as np
 
 from passes.descent import Descent
 from passes.errors import NoFeasiblePlanError
 from passes.messages import Flags, Floats, Messages, State, most_s
-from passes.problem import Problem, evaluate
+from passes.problem import Problem
+from passes.tree import Node, Tree, bytes_of
 
 _CASES = 8
 """How many are looked at at once."""
@@ -44,12 +43,10 @@ _STATES_BYTES = 1 << 30
 
 
 @dataclass(order=True)
-class _Node:
+class _Node(Node):
     """Plans of the options allowed, where not all are; `picks` were read off at the price, `over` and `within` at a
     lower and a higher one. `unsure`: the variable whose pick has the most excess."""
 
-    bound_s: float
-    order: int
     s_per_byte: float = field(compare=False)
     allowed: Mapping[int, Flags] = field(compare=False)
     state: State = field(compare=False)
@@ -80,50 +77,13 @@ class _Node:
         self.unsure = max(range(len(excess_s)), key=lambda v: float(excess_s[v][self.picks[v]]))
 
 
-class _Search:
-    """The search tree, and the best that was found so far."""
+class _Search(Tree[_Node]):
+    """The search tree, and what picks are made better with."""
 
     def __init__(self, problem: Problem, gap: float) -> None:
-        self.problem, self.gap = problem, gap
-        self.most_s = most_s(problem) * (1 + 1e-6) + 1e-9
-        self.best: tuple[float, tuple[int, ...]] | None = None
-        self.open: list[_Node] = []
-        self.closed_s = math.inf
+        super().__init__(problem, gap, most_s(problem) * (1 + 1e-6) + 1e-9)
         self.descent = Descent(problem)
-        self.known: dict[tuple[int, ...], tuple[float, float]] = {}
-        self.order = count()
-        self.bytes_of = _bytes_of(problem)
-
-    @property
-    def best_s(self) -> float:
-        return self.best[0] if self.best is not None else math.inf
-
-    @property
-    def enough_s(self) -> float:
-        """A bound that proves enough."""
-        if self.best is None:
-            return self.most_s
-        return self.best_s - self.gap * abs(self.best_s)
-
-    def meet(self, picks: tuple[int, ...]) -> tuple[float, float]:
-        """Seconds and bytes of picks; the best that fit are kept."""
-        if picks not in self.known:
-            seconds, size = self.known[picks] = evaluate(self.problem, picks)
-            if size <= self.problem.budget_bytes and seconds < self.best_s:
-                self.best = (seconds, picks)
-        return self.known[picks]
-
-    def add(self, node: _Node) -> None:
-        """Leave a node for later, unless its bound proves enough already."""
-        if node.bound_s >= self.enough_s:
-            self.closed_s = min(self.closed_s, node.bound_s)
-        else:
-            heapq.heappush(self.open, node)
-
-    def bound_s(self) -> float:
-        """What no picks that fit cost less than."""
-        left = self.open[0].bound_s if self.open else math.inf
-        return min(left, self.closed_s, self.best_s)
+        self.bytes_of = bytes_of(problem)
 
 
 def cheapest_within(problem: Problem, *, gap: float, time_limit_s: float) -> tuple[tuple[int, ...], float]:
@@ -138,19 +98,15 @@ def cheapest_within(problem: Problem, *, gap: float, time_limit_s: float) -> tup
     messages = _begin(search)
     size = sum(part.nbytes for link in messages.state(0) for part in link)
     most_open = max(4, _STATES_BYTES // max(size, 1))
-    while search.open and search.open[0].bound_s < search.enough_s:
+    while not search.is_done():
         if time.process_time() > end or len(search.open) > most_open:
             break
         halves: list[_Node] = []
-        while search.open and len(halves) < _CASES and search.open[0].bound_s < search.enough_s:
-            halves += _halves(search, heapq.heappop(search.open))
+        while len(halves) < _CASES and not search.is_done():
+            halves += _halves(search, search.next())
         if halves:
             _look(search, messages, halves)
-    if search.best is None:
-        if search.open:
-            raise NoFeasiblePlanError(f"the solver found no plan that fits in {time_limit_s:.0f} s")
-        raise NoFeasiblePlanError("no choice of layouts satisfies the memory budget and the pins")
-    return search.best[1], search.bound_s()
+    return search.found(time_limit_s)
 
 
 def _begin(search: _Search) -> Messages:
@@ -238,7 +194,7 @@ def _halves(search: _Search, node: _Node) -> list[_Node]:
         every = enumerate(search.problem.option_s)
         seconds, size = search.meet(tuple(int(node.options(v, len(costs)).argmax()) for v, costs in every))
         if size <= search.problem.budget_bytes:
-            search.closed_s = min(search.closed_s, seconds)
+            search.close(seconds)
         return []
     variable, part = _split(search, node, free)
     allowed = node.options(variable, len(part))
@@ -262,13 +218,3 @@ def _split(search: _Search, node: _Node, free: Sequence[int]) -> tuple[int, Flag
     options = node.options(variable, len(sizes[variable]))
     pick = node.picks[variable] if node.picks and options[node.picks[variable]] else int(options.argmax())
     return variable, np.arange(len(options)) == pick
-
-
-def _bytes_of(problem: Problem) -> list[Floats]:
-    """By variable and option, its bytes and what it has held."""
-    found = [np.array(sizes) for sizes in problem.option_bytes]
-    for hold in problem.holds:
-        paid = np.array(hold.state_bytes) * hold.count
-        for reader in dict.fromkeys(hold.readers):
-            found[reader.variable] = found[reader.variable] + paid[list(reader.states)]
-    return found

@@ -1,7 +1,7 @@
 """The exact solver: the cheapest picks of a `Problem`, with the proof.
 
-A small problem is one linear program (`milp.py`). Over several tensor axes layouts multiply, and few of them are near
-any good plan. So there:
+A small problem is branched on by linear programs (`linear.py`), mostly one. Over several tensor axes layouts multiply,
+and few of them are near any good plan. So there:
 
     messages -> a bound, and picks: where they cost as much as the bound, that is it
              -> the excess of each option -> the few options with little of it, solved exactly
@@ -21,17 +21,18 @@ import numpy as np
 from passes.branch import cheapest_within
 from passes.descent import Descent
 from passes.errors import NoFeasiblePlanError
+from passes.linear import cheapest
 from passes.messages import Floats, Messages
-from passes.milp import cheapest
 from passes.problem import Problem, Reader, evaluate
 
-_FEW = 8000
-"""Pairs of states up to which a problem is solved as one linear program: messages would take as long."""
+_FEW, _FEW_BUDGETED = 8000, 20000
+"""Pairs of states up to which a problem is solved by linear programs: messages would take as long; within a budget
+ten times as long."""
 _GAP, _LIMIT_S = 1e-4, 120.0
 _WIDE_GAP = 8e-3
 """What is proved where there are more: a share of costs that are themselves known to several percent."""
-_BUDGETED_GAP, _BUDGETED_LIMIT_S = 8e-3, 15.0
-"""What is proved, and the seconds it may take, where nothing else is asked for."""
+_BUDGETED_GAP, _BUDGETED_LIMIT_S = 4e-3, 15.0
+"""What is proved within a budget, and the seconds it may take, where nothing else is asked for."""
 _PASSES = 20
 """How often messages are passed before the linear program is asked, and then again at most."""
 _AT_ONCE = 4
@@ -64,8 +65,9 @@ def solve(problem: Problem, *, gap: float | None = None, time_limit_s: float | N
         NoFeasiblePlanError: nothing fits the budget, or no plan was found in time.
     """
     budgeted = math.isfinite(problem.budget_bytes)
-    few = _pairs(problem) <= _FEW
-    gap = (_BUDGETED_GAP if budgeted else _GAP if few else _WIDE_GAP) if gap is None else gap
+    few = _pairs(problem) <= (_FEW_BUDGETED if budgeted else _FEW)
+    if gap is None:
+        gap = _WIDE_GAP if not few else _BUDGETED_GAP if budgeted else _GAP
     time_limit_s = (_BUDGETED_LIMIT_S if budgeted else _LIMIT_S) if time_limit_s is None else time_limit_s
     if few:
         return _exactly(problem, gap, time_limit_s)

@@ -1,22 +1,28 @@
-"""A `Problem` as a mixed-integer linear program for HiGHS.
+"""What plans of a `Problem` cost at least: its linear relaxation, in HiGHS.
 
-One binary per option. A flow with one reader is a transport polytope between the producer's states and the reader's:
-its marginals are equalities, so the relaxation is tight along chains. With several readers each has a transport of its
-own, and a state is paid for as often as the reader that needs it most (a maximum, not a sum). Only options are
-integral.
+One column per option, from 0 to 1. A flow with one reader is a transport polytope between the producer's states and the
+reader's: its marginals are equalities, so the relaxation is tight along chains. With several readers each has a
+transport of its own, and a state is paid for as often as the reader that needs it most (a maximum, not a sum). A budget
+is one more row; its dual is what a byte is worth. Without that row the relaxation mostly is a plan; with it, mostly a
+mix of two that differ in a few variables (`linear.py`).
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import highspy
 import numpy as np
+import numpy.typing as npt
 
-from passes.errors import NoFeasiblePlanError
 from passes.problem import Flow, Hold, Problem, Reader
+
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 
 _INTEGRAL = 1e-6
 """How far from 0 or 1 a value of the relaxation may be to count as such."""
@@ -24,21 +30,81 @@ _SCALE = 1e6
 """Seconds to the objective's microseconds: HiGHS's tolerances are absolute."""
 
 
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """No plan costs less than `seconds`, which a mix of options does; by variable and option, `parts` of it. A byte is
+    worth `s_per_byte`. `basis`: what HiGHS starts from where fewer options are allowed."""
+
+    seconds: float
+    parts: tuple[Floats, ...]
+    s_per_byte: float
+    basis: Any
+
+    @cached_property
+    def picks(self) -> tuple[int, ...]:
+        """Of each variable the option that is most of it."""
+        return tuple(int(part.argmax()) for part in self.parts)
+
+    @cached_property
+    def mixed(self) -> tuple[int, ...]:
+        """Variables that are no single option."""
+        return tuple(variable for variable, part in enumerate(self.parts) if part.max() < 1.0 - _INTEGRAL)
+
+
+class Relaxation:
+    """A problem's linear program, solved for plans of some options at a time."""
+
+    def __init__(self, problem: Problem) -> None:
+        model = _Model()
+        options = [[model.column(seconds * _SCALE) for seconds in costs] for costs in problem.option_s]
+        for columns in options:
+            model.row([(column, 1.0) for column in columns], 1.0, 1.0)
+        for flow in problem.flows:
+            _add_flow(model, flow, options)
+        self._budget_bytes = problem.budget_bytes
+        if math.isfinite(problem.budget_bytes):
+            _add_budget(model, problem, options)
+        self._ends = np.cumsum([len(columns) for columns in options])
+        self._solver = highspy.Highs()
+        self._solver.setOptionValue("output_flag", False)
+        self._solver.setOptionValue("threads", 1)
+        self._solver.setOptionValue("random_seed", 0)
+        self._solver.passModel(model.lp())
+
+    def among(self, allowed: Sequence[Flags], basis: Any = None) -> Mix | None:
+        """The cheapest mix of the options `allowed`, by variable; None where there is none that fits."""
+        solver, most = self._solver, np.concatenate(allowed).astype(float)
+        count = len(most)
+        solver.changeColsBounds(count, np.arange(count, dtype=np.int32), np.zeros(count), most)
+        if basis is not None:
+            solver.setBasis(basis)
+        solver.run()
+        status = solver.getModelStatus()
+        if status == highspy.HighsModelStatus.kInfeasible:
+            return None
+        assert status == highspy.HighsModelStatus.kOptimal, status
+        values = solver.getSolution()
+        parts = np.split(np.array(values.col_value[:count]), self._ends[:-1])
+        price = 0.0
+        if math.isfinite(self._budget_bytes):
+            price = max(0.0, -values.row_dual[-1]) / _SCALE / max(self._budget_bytes, 1.0)
+        seconds = solver.getInfo().objective_function_value / _SCALE
+        return Mix(seconds, tuple(parts), price, solver.getBasis())
+
+
 class _Model:
     """Columns and rows as they are added, in HiGHS's sparse form."""
 
     def __init__(self) -> None:
         self.cost: list[float] = []
-        self.integral: list[bool] = []
         self.starts: list[int] = []
         self.columns: list[int] = []
         self.values: list[float] = []
         self.lower: list[float] = []
         self.upper: list[float] = []
 
-    def column(self, cost: float, *, integral: bool = False) -> int:
+    def column(self, cost: float) -> int:
         self.cost.append(cost)
-        self.integral.append(integral)
         return len(self.cost) - 1
 
     def row(self, terms: Sequence[tuple[int, float]], lower: float, upper: float) -> None:
@@ -59,75 +125,7 @@ class _Model:
         lp.a_matrix_.start_ = np.array([*self.starts, len(self.columns)])
         lp.a_matrix_.index_ = np.array(self.columns)
         lp.a_matrix_.value_ = np.array(self.values)
-        kinds = {True: highspy.HighsVarType.kInteger, False: highspy.HighsVarType.kContinuous}
-        lp.integrality_ = [kinds[i] for i in self.integral]
         return lp
-
-
-def cheapest(problem: Problem, *, gap: float, time_limit_s: float) -> tuple[tuple[int, ...], float]:
-    """The cheapest picks that fit, proved to within `gap` (relative), and what no picks cost less than; or what was
-    found in the time (of the processor).
-
-    Raises:
-        NoFeasiblePlanError: nothing fits the budget, or no plan was found in time.
-    """
-    model = _Model()
-    options = [
-        [model.column(seconds * _SCALE, integral=len(costs) > 1) for seconds in costs] for costs in problem.option_s
-    ]
-    for columns in options:
-        model.row([(column, 1.0) for column in columns], 1.0, 1.0)
-    for flow in problem.flows:
-        _add_flow(model, flow, options)
-    if math.isfinite(problem.budget_bytes):
-        _add_budget(model, problem, options)
-
-    lp, integral = model.lp(), any(model.integral)
-    if integral and not math.isfinite(problem.budget_bytes):
-        # Without a budget the relaxation is nearly always integral: then it is the answer, and proved.
-        relaxed = _solver(gap, time_limit_s)
-        kinds, lp.integrality_ = lp.integrality_, []
-        relaxed.passModel(lp)
-        relaxed.run()
-        values = relaxed.getSolution().col_value
-        done = relaxed.getModelStatus() == highspy.HighsModelStatus.kOptimal
-        if done and all(min(values[c], 1.0 - values[c]) < _INTEGRAL for columns in options for c in columns):
-            return _picks(options, values), relaxed.getInfo().objective_function_value / _SCALE
-        lp.integrality_ = kinds
-    solver = _solver(gap, time_limit_s)
-    solver.passModel(lp)
-    solver.run()
-    status = solver.getModelStatus()
-    info = solver.getInfo()
-    if status == highspy.HighsModelStatus.kInfeasible:
-        raise NoFeasiblePlanError("no choice of layouts satisfies the memory budget and the pins")
-    if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-        raise NoFeasiblePlanError(f"the solver found no plan in {time_limit_s:.0f} s (status {status.name})")
-    bound = info.mip_dual_bound / _SCALE if integral else math.inf
-    return _picks(options, solver.getSolution().col_value), bound
-
-
-def _solver(gap: float, time_limit_s: float) -> highspy.Highs:
-    """A solver that stops after so much time of the processor: HiGHS's own limit is by the wall's clock, and what is
-    proved would depend on what else the machine does."""
-    end = time.process_time() + time_limit_s
-
-    def stop_late(event: highspy.HighsCallbackEvent) -> None:
-        event.interrupt(time.process_time() > end)
-
-    solver = highspy.Highs()
-    solver.cbMipInterrupt += stop_late
-    solver.cbSimplexInterrupt += stop_late
-    solver.setOptionValue("output_flag", False)
-    solver.setOptionValue("threads", 1)
-    solver.setOptionValue("random_seed", 0)
-    solver.setOptionValue("mip_rel_gap", gap)
-    return solver
-
-
-def _picks(options: Sequence[Sequence[int]], values: Sequence[float]) -> tuple[int, ...]:
-    """The picks that the columns' `values` name."""
-    return tuple(max(range(len(columns)), key=lambda i: values[columns[i]]) for columns in options)
 
 
 def _marginal(states: Sequence[int], columns: Sequence[int]) -> dict[int, list[int]]:

@@ -1,0 +1,102 @@
+"""What branch and bound keeps: the best picks met so far, and the parts of a `Problem`'s plans not looked at yet."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from passes.errors import NoFeasiblePlanError
+from passes.problem import Problem, evaluate
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(order=True)
+class Node:
+    """Plans that cost no less than `bound_s`."""
+
+    bound_s: float
+    order: int
+
+
+AnyNode = TypeVar("AnyNode", bound=Node)
+
+
+@dataclass
+class Tree(Generic[AnyNode]):
+    """Nodes, the lowest bound first, until none can lead to picks that are cheaper than the best by more than `gap`
+    (relative). No plan costs more than `most_s`."""
+
+    problem: Problem
+    gap: float
+    most_s: float = math.inf
+    best_s: float = math.inf
+    picks: tuple[int, ...] = ()
+    open: list[AnyNode] = field(default_factory=list)
+    order: count[int] = field(default_factory=count)
+    _closed_s: float = math.inf
+    _known: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
+
+    def meet(self, picks: tuple[int, ...]) -> tuple[float, float]:
+        """Seconds and bytes of picks; the best that fit are kept."""
+        if picks not in self._known:
+            seconds, size = self._known[picks] = evaluate(self.problem, picks)
+            if size <= self.problem.budget_bytes and seconds < self.best_s:
+                self.best_s, self.picks = seconds, picks
+        return self._known[picks]
+
+    @property
+    def enough_s(self) -> float:
+        """A bound that proves enough."""
+        return self.best_s - self.gap * abs(self.best_s) if self.picks else self.most_s
+
+    def add(self, node: AnyNode) -> None:
+        """Leave a node for later, unless its bound proves enough already."""
+        if node.bound_s >= self.enough_s:
+            self.close(node.bound_s)
+        else:
+            heapq.heappush(self.open, node)
+
+    def close(self, bound_s: float) -> None:
+        """Leave plans out that cost no less than that."""
+        self._closed_s = min(self._closed_s, bound_s)
+
+    def is_done(self) -> bool:
+        """Whether the nodes left hold nothing that is cheaper by more than the gap."""
+        return not self.open or self.open[0].bound_s >= self.enough_s
+
+    def next(self) -> AnyNode:
+        """The node with the lowest bound, taken out."""
+        return heapq.heappop(self.open)
+
+    def bound_s(self) -> float:
+        """What no picks that fit cost less than."""
+        return min(self.open[0].bound_s if self.open else math.inf, self._closed_s, self.best_s)
+
+    def found(self, time_limit_s: float) -> tuple[tuple[int, ...], float]:
+        """The best picks, and what none cost less than, after so much time at most.
+
+        Raises:
+            NoFeasiblePlanError: nothing fits, or nothing that does was met.
+        """
+        if not self.picks:
+            if self.open:
+                raise NoFeasiblePlanError(f"the solver found no plan that fits in {time_limit_s:.0f} s")
+            raise NoFeasiblePlanError("no choice of layouts satisfies the memory budget and the pins")
+        return self.picks, self.bound_s()
+
+
+def bytes_of(problem: Problem) -> list[Floats]:
+    """By variable and option, its bytes and what it has held."""
+    found = [np.array(sizes) for sizes in problem.option_bytes]
+    for hold in problem.holds:
+        paid = np.array(hold.state_bytes) * hold.count
+        for reader in dict.fromkeys(hold.readers):
+            found[reader.variable] = found[reader.variable] + paid[list(reader.states)]
+    return found
