@@ -155,7 +155,7 @@ def _compiled(
         budget_bytes=budget,
         notes=(
             *chosen.space.program.notes,
-            *padding_notes(chosen.padding, chosen.space, chosen.assignment),
+            *padding_notes(chosen.padding, chosen.space, chosen.assignment, chosen.untried),
             *_states_notes(chosen, request.optimizer),
             *_async_tp_notes(chosen, request),
         ),

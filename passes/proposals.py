@@ -14,6 +14,7 @@ from costmodel.collectives import taken_shares
 from costmodel.hardware import Topology
 from costmodel.memory import OPTIMIZERS
 from passes.analysis import analyse
+from passes.blocks import NotPeriodicError
 from passes.errors import NoFeasiblePlanError
 from passes.fusion import Fused
 from passes.local import Storage
@@ -40,6 +41,8 @@ _HIDDEN_SHARES = (1.0, 0.3, 0.05)
 exposed behind compute, or next to nothing. Each gives a proposal; the schedule judges them."""
 _SOLUTION_S = 15.0
 """Seconds of the processor that one solution within a budget may take."""
+_LEFT_OUT_S = 30.0
+"""Seconds of the processor after which no further padded dim is left out to see whether that is faster."""
 _TIGHTENED = 4
 """How often a problem is solved, each time within fewer bytes, until its step fits."""
 _AUTO: tuple[Mode, ...] = ("pointwise", "selective", "full")
@@ -82,7 +85,7 @@ class Candidate:
 
     `unbound`: the budget kept nothing from being faster. `share`: what the solver counted of the time of state gathers
     and gradient reductions. `joined`: as in `Search`. `solved`: what the solution was found with; the step as played
-    may compute more again, or keep gathered parameters.
+    may compute more again, or keep gathered parameters. `untried`: the pads that there was no time to leave out.
     """
 
     strategy: str
@@ -95,6 +98,7 @@ class Candidate:
     share: float
     joined: bool
     solved: Recomputation
+    untried: tuple[Pad, ...] = ()
 
     @property
     def recompute(self) -> Mode:
@@ -222,7 +226,8 @@ class Search:
     def _padded(self, name: str) -> list[Candidate]:
         """Solutions under a strategy with dims padded where that helps.
 
-        A named strategy pads what it wants to split and cannot otherwise. `auto` pads where that is faster, dim by dim.
+        A named strategy pads what it wants to split and cannot otherwise. `auto` pads where that is faster, dim by dim,
+        the one with the most padding first.
 
         Raises:
             NoFeasiblePlanError: there is none.
@@ -243,7 +248,7 @@ class Search:
             if used == wanted:
                 padded += found
             elif used != needed or paddings is not plainly:
-                padded += self._tried(name, paddings, used)
+                padded += self._tried(name, paddings, used) or found
         if name != "auto":
             return padded if best(padded, self.budget) else self._solved(name, plainly, needed)
         if not padded:
@@ -251,20 +256,27 @@ class Search:
         needed = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
         plain = self._tried(name, plainly, needed)
         chosen = best([*plain, *padded], self.budget)
+        end_s, untried = time.process_time() + _LEFT_OUT_S, set()
         for pad in sorted({p for each in padded for p in each.padding.pads}, key=lambda p: (p.size / p.padded, p.node)):
-            if chosen is not None and pad in chosen.padding.pads and pad not in needed:
-                fewer = tuple(p for p in chosen.padding.pads if p != pad)
-                padded += self._tried(name, paddings, fewer, _HIDDEN_SHARES[:1])
-                chosen = best([*plain, *padded], self.budget)
+            if chosen is None or pad not in chosen.padding.pads or pad in needed:
+                continue
+            if time.process_time() > end_s:
+                untried.add(pad)
+                continue
+            fewer = tuple(p for p in chosen.padding.pads if p != pad)
+            padded += self._tried(name, paddings, fewer, _HIDDEN_SHARES[:1])
+            chosen = best([*plain, *padded], self.budget)
+        padded = [replace(each, untried=tuple(p for p in each.padding.pads if p in untried)) for each in padded]
         return [*plain, *padded]
 
     def _tried(
         self, name: str, paddings: Paddings, pads: tuple[Pad, ...], shares: Sequence[float] | None = None
     ) -> list[Candidate]:
-        """Solutions with these dims padded; none where nothing fits, or a pin asks for what only others allow."""
+        """Solutions with these dims padded; none where nothing fits, a pin asks for what only others allow, or layers
+        that are alike would differ, which only the whole graph could play."""
         try:
             return self._solved(name, paddings, pads, shares)
-        except (NoFeasiblePlanError, ValueError):
+        except (NoFeasiblePlanError, NotPeriodicError, ValueError):
             return []
 
     def _solved(

@@ -82,8 +82,9 @@ def used_pads(padding: Padding, space: Space, assignment: Sequence[int]) -> tupl
     return tuple(each for each in padding.pads if _new_atom(padding, each) in split)
 
 
-def padding_notes(padding: Padding, space: Space, assignment: Sequence[int]) -> list[str]:
-    """A line per padded dim: what it is, which axes split it, and how much more work it is."""
+def padding_notes(padding: Padding, space: Space, assignment: Sequence[int], untried: Sequence[Pad] = ()) -> list[str]:
+    """A line per padded dim: what it is, which axes split it, how much more work it is, and whether there was no time
+    to plan without it."""
     words, split = Words(space), _split_atoms(space, assignment)
     notes = ["keys and values of grouped attention are repeated, so that query heads can be split"]
     notes = notes if padding.repeated_keys else []
@@ -95,6 +96,7 @@ def padding_notes(padding: Padding, space: Space, assignment: Sequence[int]) -> 
         notes.append(
             f"{word or 'a dim of ' + each.node} {each.size} padded to {each.padded}{over}, "
             f"{100 * (each.padded - each.size) / each.size:.2g}% more work"
+            f"{'; there was no time to plan without that' if each in untried else ''}"
         )
     return notes
 

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from costmodel.hardware import hardware, topology
 from costmodel.layout import Replicate, Shard
+from passes import proposals
 from passes.analysis import Analysis, analyse
 from passes.bisect import run_program
+from passes.blocks import NotPeriodicError
 from passes.local import LocalProgram, Storage
 from passes.pad import Pad, pad
 from passes.pipeline import Request, compile_plan, local_program, on_mesh
@@ -291,13 +293,40 @@ def test_what_is_padded_of_a_layers_parameters_is_the_layers_work() -> None:
     assert padded == [[8] * 2, [8] * 3]  # of four projections, in forward and in backward
 
 
-def test_gpt2s_vocabulary_is_split_eight_ways_and_logits_stay() -> None:
+def gpt2() -> Program:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_layer=2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0))
         ids = torch.zeros(8, 128, dtype=torch.long)
-    program = captured(model, {"input_ids": ids, "labels": ids})
+    return captured(model, {"input_ids": ids, "labels": ids})
+
+
+def test_padded_dims_that_there_is_no_time_to_leave_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where layers would differ without one, it stays padded."""
+    program, late = gpt2(), "no time to plan without that"
+    plan, _ = planned(program, {"tp": 5}, "auto", "h100")
+    assert plan.padded
+    assert not any(late in note for note in plan.notes)
+    monkeypatch.setattr(proposals, "_LEFT_OUT_S", -1.0)
+    hurried, _ = planned(program, {"tp": 5}, "auto", "h100")
+    assert sum("padded to" in note and late in note for note in hurried.notes) == len(hurried.padded) > 0
+    assert hurried.step_time_s >= plan.step_time_s
+    monkeypatch.setattr(proposals, "_LEFT_OUT_S", 100.0)
+    solved = proposals.Search._solved
+
+    def differing(self: proposals.Search, *args: Any) -> list[proposals.Candidate]:
+        if args[3:] not in ((), (None,)):  # some of the shares alone: a dim is left out
+            raise NotPeriodicError("layers differ")
+        return solved(self, *args)
+
+    monkeypatch.setattr(proposals.Search, "_solved", differing)
+    left, _ = planned(program, {"tp": 5}, "auto", "h100")
+    assert (left.padded, left.step_time_s) == (hurried.padded, hurried.step_time_s)
+
+
+def test_gpt2s_vocabulary_is_split_eight_ways_and_logits_stay() -> None:
+    program = gpt2()
     plan, local = planned(program, {"tp": 8}, "megatron", "h100")
     assert any("vocab 50257 padded to 50264 over tp, 0.014% more work" in note for note in plan.notes)
     table = next(x.storage for x in local.inputs if x.name == "transformer.wte.weight")
