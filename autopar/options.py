@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -102,6 +102,20 @@ def check_options(options: Any, told: Callable[[str, Any], str] = _as_argument) 
     ):  # fmt: skip
         if not good:
             raise ValueError(f"{told(name, getattr(options, name))}: {wanted}")
+
+
+def check_async_tp(options: Options, axes: Sequence[tuple[str, int]], batch_axes: Sequence[int]) -> None:
+    """Refuse `async_tp` where it can do nothing.
+
+    Raises:
+        ValueError: the step is not compiled, or all axes of the mesh split the batch.
+    """
+    if not options.compile:
+        raise ValueError("Options(async_tp=True, compile=False): it is a pass of the compiler's; leave compile=True")
+    if len(batch_axes) == len(axes):
+        raise ValueError(
+            f"Options(async_tp=True): every axis of {dict(axes)} splits the batch; add one for tensors, such as tp"
+        )
 
 
 def _is_positive(value: Any) -> bool:

@@ -227,8 +227,8 @@ def _async_tp_notes(chosen: Candidate, request: Request) -> list[str]:
     if played.step_time_s > _WORTH_SAYING * now_s:
         return []
     return [
-        f"Options(async_tp=True) is predicted to take {seconds_text(played.step_time_s)} per step instead of "
-        f"{seconds_text(now_s)}: products go in parts beside the collectives of activations"
+        f"Options(async_tp=True) or --async-tp is predicted to take {seconds_text(played.step_time_s)} per step "
+        f"instead of {seconds_text(now_s)}: products go in parts beside the collectives of activations"
     ]
 
 

@@ -187,6 +187,14 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
         "--reduce-dtype", type=dtype, metavar="DTYPE", help="add gradients over ranks in this (default: --param-dtype)"
     )
     parser.add_argument(
+        "--reshard-after-forward", action=argparse.BooleanOptionalAction,
+        help="free gathered parameters after forward and gather them again for backward, or keep them (auto decides)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--async-tp", action=argparse.BooleanOptionalAction,
+        help="products in parts beside the collectives of activations, by torch's micro-pipelined tensor parallelism",
+    )  # fmt: skip
+    parser.add_argument(
         "--pin", type=pin, action="append", default=[], metavar="PATTERN=LAYOUT",
         help="fix a parameter's layout in compute, as in '*.q_proj.weight=RS(0)'; may be given again",
     )  # fmt: skip
@@ -201,6 +209,8 @@ def options_of(given: argparse.Namespace, kept: Options | None = None) -> Option
         "recompute": given.recompute,
         "batch_axes": given.batch_axes,
         "mp_policy": _policy(given),
+        "reshard_after_forward": given.reshard_after_forward,
+        "async_tp": given.async_tp,
     }
     kept = kept or Options()
     pins = {key: layout for key, layout in kept.pins.items() if not any(fnmatchcase(key, new) for new, _ in given.pin)}
