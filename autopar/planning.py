@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from autopar.meshes import axis_notes
 from autopar.mixed import policy_from, policy_json
 from autopar.options import Options, check_async_tp, check_options
 from costmodel.hardware import Hardware, Topology, hardware_of, topology
@@ -145,6 +146,8 @@ def planned(
         known=known,
     )
     notes = (*plan.notes, _PIPELINED) if options.async_tp else plan.notes
+    if options.batch_axes is None:
+        notes = (*notes, *axis_notes(axes, batch_axes))
     marked = {key: _marked(placed, options) for key, placed in plan.parameters.items()}
     return replace(plan, parameters=marked, notes=notes)
 

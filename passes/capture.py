@@ -141,7 +141,7 @@ def _capture(
         for slot in held:
             slot.swap_in()
         rebind(model, {id(slot.tensor): slot.view for slot in held})
-        attributes = _attributes(model)
+        attributes = _attributes(model) | _empty_buffers(model)
         values = [
             leaf if slot is None else precision.cast_input(slot.view) for slot, leaf in zip(user, leaves, strict=True)
         ]
@@ -157,7 +157,7 @@ def _capture(
         outputs, nodes = _outputs(tracer, result, held, found, backward, batch_size)
         changed = {output.name for output in outputs if output.kind == "buffer"}
         more_notes += _mutated_notes([slot for slot in slots if slot.input.name not in changed])
-        more_notes += _attribute_notes(attributes, _attributes(model))
+        more_notes += _attribute_notes(attributes, _attributes(model) | dict(model.named_buffers()))
         more_notes += precision.notes([slot.tensor for slot in held if slot.input.kind == "parameter"])
 
     guards = guards_of(tracer.root, tracer.reads, {tracer.node_of(slot.fake): slot.input for slot in slots}, changed)
@@ -468,6 +468,16 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def _empty_buffers(model: nn.Module) -> dict[str, None]:
+    """Buffers without a tensor, by name."""
+    return {
+        f"{prefix}.{key}" if prefix else key: None
+        for prefix, module in model.named_modules()
+        for key, value in module._buffers.items()
+        if value is None
+    }
+
+
 def _attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Of attributes that eager's next call would find changed."""
 
@@ -476,7 +486,7 @@ def _attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
 
     return [
         f"attribute {name}: the forward changes it, and every step finds it as the first one did; what one step leaves "
-        "to the next is for a buffer"
+        "to the next is for a buffer that is a tensor from the start"
         for name, old in before.items()
         if name in after and changed(old, after[name])
     ]

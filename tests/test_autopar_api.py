@@ -255,6 +255,19 @@ def test_axes_split_the_batch_by_name() -> None:
     assert meshes.batch_axes_of(axes, ()) == ()
 
 
+def test_an_axis_that_looks_as_if_it_split_the_batch_is_named() -> None:
+    batch = (torch.zeros(4, 4),)
+
+    def notes(mesh: dict[str, int], **options: Any) -> list[str]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(0))
+        made = autopar.plan(model, mesh, batch, hardware="h100", options=autopar.Options(progress=False, **options))
+        return [note for note in made.notes if "splits no batch" in note]
+
+    (note,) = notes({"ddp": 2, "tp": 2})
+    assert note.startswith("axis 'ddp' splits no batch: those named batch, data, dp,")
+    assert notes({"dp": 2, "tp": 2}) == notes({"ddp": 2, "tp": 2}, batch_axes=("ddp",)) == []
+
+
 def test_the_users_model_stays_as_it_was() -> None:
     run_ranks(_leaves_the_model, 1)
 
