@@ -11,7 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 Axes = tuple[tuple[str, int], ...]
 
-BATCH_NAMES = frozenset({"dp", "dp_replicate", "dp_shard", "fsdp", "data", "batch"})
+BATCH_NAMES = frozenset(
+    {"dp", "dp_replicate", "dp_shard", "fsdp", "data", "batch", "ddp", "replicate", "shard", "data_parallel"}
+)
+"""As autopar's, torch's and Lightning's documents name axes over which data differ."""
 MAX_AXES = 5
 
 

@@ -24,7 +24,8 @@ class Options:
         FSDP2's policy says; for the model as a whole (docs/precision.md). None: all in the model's own dtype.
     optimizer: whose states to budget for: "adamw", "adam", "sgd", "momentum", "none", "adamw-bf16", "adamw-8bit",
         "lion", "adafactor", or "adamw-master", which keeps an fp32 copy of each parameter beside two states.
-    batch_axes: mesh axes that split the batch; None: by name (dp, dp_replicate, dp_shard, fsdp, data, batch).
+    batch_axes: mesh axes that split the batch; None: by name (dp, dp_replicate, dp_shard, fsdp, data, batch,
+        ddp, replicate, shard, data_parallel).
     batch_dims: input path -> the dim the batch axes split, or None for an input every rank shares.
     pins: parameter-name pattern (fnmatch) -> placements in compute such as "RS(0)", one per mesh axis, or at rest and
         in compute: "S(0)S(0) -> RS(0)".

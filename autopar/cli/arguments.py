@@ -177,7 +177,7 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
     add_recompute(parser)
     parser.add_argument(
         "--batch-axes", type=axes_named, metavar="AXES",
-        help="axes that split the batch, as in dp,ep (dp, dp_replicate, dp_shard, fsdp, data and batch do)",
+        help="axes that split the batch, as in dp,ep (dp, dp_replicate, dp_shard, fsdp, data, batch and the like do)",
     )  # fmt: skip
     parser.add_argument(
         "--param-dtype", type=dtype, metavar="DTYPE",
