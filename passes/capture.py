@@ -44,6 +44,7 @@ from passes.tracing import (
 )
 
 Tangents = Literal["loss", "all"]
+_RAISED = "the model's forward raised"
 
 
 def capture(
@@ -93,9 +94,33 @@ def capture(
         try:
             return taken(Branches(may_read_inputs=True, as_compiled=True))
         except CaptureError as error:
-            if not getattr(model, "_can_set_experts_implementation", lambda: False)():
+            helps = _of_rows(args, kwargs, batch_dims, batch_size, error)
+            if getattr(model, "_can_set_experts_implementation", lambda: False)():
+                helps += _of_experts(model, error)
+            if not helps:
                 raise
-            raise CaptureError(f"{error}{_of_experts(model, error)}") from error
+            raise CaptureError(f"{error}{helps}") from error
+
+
+def _of_rows(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    batch_dims: Sequence[int | None] | None,
+    batch_size: int | None,
+    error: CaptureError,
+) -> str:
+    """Where the forward failed: inputs that were taken for several rows per sample, and may be none of the batch."""
+    leaves, _, names = flatten_inputs(tuple(args), dict(kwargs or {}))
+    dims = batch_dims or [None] * len(leaves)
+    rows = {
+        name: leaf.shape[dim] // batch_size
+        for name, leaf, dim in zip(names, leaves, dims, strict=True)
+        if dim is not None and batch_size and leaf.shape[dim] > batch_size
+    }
+    if not rows or _RAISED not in str(error):
+        return ""
+    told = " and ".join(f"{name!r} was taken for {count} rows per sample" for name, count in rows.items())
+    return f". Input {told}; where all samples share it, say Options(batch_dims={dict.fromkeys(rows)})"
 
 
 def _of_experts(model: nn.Module, error: CaptureError) -> str:
@@ -225,7 +250,7 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             ) from error
         if "mutating a non-functional tensor" in str(error):
             raise CaptureError(f"{where}: {WRITES_OUTSIDE}") from error
-        raise CaptureError(f"{where}: the model's forward raised {type(error).__name__}: {error}") from error
+        raise CaptureError(f"{where}: {_RAISED} {type(error).__name__}: {error}") from error
 
 
 def _passed_through(error: BaseException, module: str) -> bool:
