@@ -69,8 +69,8 @@ def parallelize(
 ) -> ParallelModule:
     """`model` laid out over `mesh` by the fastest plan found, ready to train.
 
-    mesh: one to five axes, named; `dp`, `dp_replicate`, `dp_shard`, `fsdp`, `data` and `batch` split the batch. Each
-        further axis that splits tensors makes planning several times as long.
+    mesh: one to five axes, named; `dp`, `dp_replicate`, `dp_shard`, `fsdp`, `data`, `batch` and the like split the
+        batch. Each further axis that splits tensors makes planning several times as long.
     example_inputs: what one data-parallel rank feeds the model, a tuple of positional or a mapping of keyword
         arguments; None: taken from a Hugging Face model's config. plan: one made earlier, for this graph and mesh,
         with options of its own.

@@ -26,7 +26,7 @@ from autopar.heap import keep_freed
 from autopar.mixed import precision_of
 from autopar.module import ParallelModule, parallel_module, preload
 from autopar.optimizers import warn_of_optimizers
-from autopar.options import Options, check_options
+from autopar.options import Options, check_async_tp, check_options
 from autopar.pipeline import Pipeline, PlanLike
 from autopar.reading import Gather, captured_together, gatherer, inputs_read, with_values
 from autopar.runtime import Executable, Tangents
@@ -170,12 +170,7 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
 def _check_async_tp(options: Options, mesh: Any, axes: meshes.Axes, batch_axes: tuple[int, ...]) -> None:
     if isinstance(mesh, DeviceMesh) and mesh.device_type != "cuda":
         raise ValueError(f"Options(async_tp=True): the mesh is on {mesh.device_type}; it takes a CUDA mesh")
-    if not options.compile:
-        raise ValueError("Options(async_tp=True, compile=False): it is a pass of the compiler's; leave compile=True")
-    if len(batch_axes) == len(axes):
-        raise ValueError(
-            f"Options(async_tp=True): every axis of {dict(axes)} splits the batch; add one for tensors, such as tp"
-        )
+    check_async_tp(options, axes, batch_axes)
 
 
 def _check_is_mesh(name: str, mesh: Any) -> None:

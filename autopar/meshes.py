@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
@@ -10,7 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 Axes = tuple[tuple[str, int], ...]
 
-BATCH_NAMES = frozenset({"dp", "dp_replicate", "dp_shard", "fsdp", "data", "batch"})
+BATCH_NAMES = frozenset(
+    {"dp", "dp_replicate", "dp_shard", "fsdp", "data", "batch", "ddp", "replicate", "shard", "data_parallel"}
+)
+"""As autopar's, torch's and Lightning's documents name axes over which data differ."""
 MAX_AXES = 5
 
 
@@ -58,6 +62,16 @@ def batch_axes_of(axes: Axes, chosen: Sequence[str] | None) -> tuple[int, ...]:
     if unknown := [name for name in chosen if name not in names]:
         raise ValueError(f"batch_axes names {unknown}, but the mesh has {names}")
     return tuple(index for index, name in enumerate(names) if name in chosen)
+
+
+def axis_notes(axes: Sequence[tuple[str, int]], batch_axes: Sequence[int]) -> list[str]:
+    """Of axes that split no batch, as none of the known names is theirs, but may be meant to."""
+    return [
+        f"axis {name!r} splits no batch: those named {', '.join(sorted(BATCH_NAMES))} do, or Options(batch_axes=...) "
+        "names them"
+        for index, (name, _) in enumerate(axes)
+        if index not in batch_axes and re.search("dp|data|batch|shard|replica", name.lower())
+    ]
 
 
 def batch_ranks(axes: Axes, batch_axes: Sequence[int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -24,7 +24,8 @@ class Options:
         FSDP2's policy says; for the model as a whole (docs/precision.md). None: all in the model's own dtype.
     optimizer: whose states to budget for: "adamw", "adam", "sgd", "momentum", "none", "adamw-bf16", "adamw-8bit",
         "lion", "adafactor", or "adamw-master", which keeps an fp32 copy of each parameter beside two states.
-    batch_axes: mesh axes that split the batch; None: by name (dp, dp_replicate, dp_shard, fsdp, data, batch).
+    batch_axes: mesh axes that split the batch; None: by name (dp, dp_replicate, dp_shard, fsdp, data, batch,
+        ddp, replicate, shard, data_parallel).
     batch_dims: input path -> the dim the batch axes split, or None for an input every rank shares.
     pins: parameter-name pattern (fnmatch) -> placements in compute such as "RS(0)", one per mesh axis, or at rest and
         in compute: "S(0)S(0) -> RS(0)".
@@ -102,6 +103,20 @@ def check_options(options: Any, told: Callable[[str, Any], str] = _as_argument) 
     ):  # fmt: skip
         if not good:
             raise ValueError(f"{told(name, getattr(options, name))}: {wanted}")
+
+
+def check_async_tp(options: Options, axes: Sequence[tuple[str, int]], batch_axes: Sequence[int]) -> None:
+    """Refuse `async_tp` where it can do nothing.
+
+    Raises:
+        ValueError: the step is not compiled, or all axes of the mesh split the batch.
+    """
+    if not options.compile:
+        raise ValueError("Options(async_tp=True, compile=False): it is a pass of the compiler's; leave compile=True")
+    if len(batch_axes) == len(axes):
+        raise ValueError(
+            f"Options(async_tp=True): every axis of {dict(axes)} splits the batch; add one for tensors, such as tp"
+        )
 
 
 def _is_positive(value: Any) -> bool:

@@ -8,8 +8,9 @@ from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from autopar.meshes import axis_notes
 from autopar.mixed import policy_from, policy_json
-from autopar.options import Options, check_options
+from autopar.options import Options, check_async_tp, check_options
 from costmodel.hardware import Hardware, Topology, hardware_of, topology
 from costmodel.layout import parse_layout
 from passes.capture import capture
@@ -108,6 +109,9 @@ def planned(
     """The plan for `program` on a mesh of `axes`.
 
     `without`: (place, option) that it may not choose. `smaller`, `diagnose` and `known`: see `compile_plan`.
+
+    Raises:
+        ValueError: the mesh or the hardware cannot do what the options ask for.
     """
     request = Request(
         strategy=strategy,
@@ -123,6 +127,10 @@ def planned(
         without=tuple(without),
     )
     mesh = on_mesh(hardware, axes)
+    if options.async_tp:
+        check_async_tp(options, axes, batch_axes)
+        if mesh.device.is_cpu:
+            raise ValueError(f"async_tp is for GPUs that reach each other's memory; {mesh.hardware.name!r} is a CPU")
     figures = json.loads(json.dumps(asdict(mesh.hardware)))
     plan = compile_plan(
         program,
@@ -138,6 +146,8 @@ def planned(
         known=known,
     )
     notes = (*plan.notes, _PIPELINED) if options.async_tp else plan.notes
+    if options.batch_axes is None:
+        notes = (*notes, *axis_notes(axes, batch_axes))
     marked = {key: _marked(placed, options) for key, placed in plan.parameters.items()}
     return replace(plan, parameters=marked, notes=notes)
 

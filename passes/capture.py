@@ -44,6 +44,7 @@ from passes.tracing import (
 )
 
 Tangents = Literal["loss", "all"]
+_RAISED = "the model's forward raised"
 
 
 def capture(
@@ -93,9 +94,33 @@ def capture(
         try:
             return taken(Branches(may_read_inputs=True, as_compiled=True))
         except CaptureError as error:
-            if not getattr(model, "_can_set_experts_implementation", lambda: False)():
+            helps = _of_rows(args, kwargs, batch_dims, batch_size, error)
+            if getattr(model, "_can_set_experts_implementation", lambda: False)():
+                helps += _of_experts(model, error)
+            if not helps:
                 raise
-            raise CaptureError(f"{error}{_of_experts(model, error)}") from error
+            raise CaptureError(f"{error}{helps}") from error
+
+
+def _of_rows(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    batch_dims: Sequence[int | None] | None,
+    batch_size: int | None,
+    error: CaptureError,
+) -> str:
+    """Where the forward failed: inputs that were taken for several rows per sample, and may be none of the batch."""
+    leaves, _, names = flatten_inputs(tuple(args), dict(kwargs or {}))
+    dims = batch_dims or [None] * len(leaves)
+    rows = {
+        name: leaf.shape[dim] // batch_size
+        for name, leaf, dim in zip(names, leaves, dims, strict=True)
+        if dim is not None and batch_size and leaf.shape[dim] > batch_size
+    }
+    if not rows or _RAISED not in str(error):
+        return ""
+    told = " and ".join(f"{name!r} was taken for {count} rows per sample" for name, count in rows.items())
+    return f". Input {told}; where all samples share it, say Options(batch_dims={dict.fromkeys(rows)})"
 
 
 def _of_experts(model: nn.Module, error: CaptureError) -> str:
@@ -141,7 +166,7 @@ def _capture(
         for slot in held:
             slot.swap_in()
         rebind(model, {id(slot.tensor): slot.view for slot in held})
-        attributes = _attributes(model)
+        attributes = _attributes(model) | _empty_buffers(model)
         values = [
             leaf if slot is None else precision.cast_input(slot.view) for slot, leaf in zip(user, leaves, strict=True)
         ]
@@ -157,7 +182,7 @@ def _capture(
         outputs, nodes = _outputs(tracer, result, held, found, backward, batch_size)
         changed = {output.name for output in outputs if output.kind == "buffer"}
         more_notes += _mutated_notes([slot for slot in slots if slot.input.name not in changed])
-        more_notes += _attribute_notes(attributes, _attributes(model))
+        more_notes += _attribute_notes(attributes, _attributes(model) | dict(model.named_buffers()))
         more_notes += precision.notes([slot.tensor for slot in held if slot.input.kind == "parameter"])
 
     guards = guards_of(tracer.root, tracer.reads, {tracer.node_of(slot.fake): slot.input for slot in slots}, changed)
@@ -225,7 +250,7 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             ) from error
         if "mutating a non-functional tensor" in str(error):
             raise CaptureError(f"{where}: {WRITES_OUTSIDE}") from error
-        raise CaptureError(f"{where}: the model's forward raised {type(error).__name__}: {error}") from error
+        raise CaptureError(f"{where}: {_RAISED} {type(error).__name__}: {error}") from error
 
 
 def _passed_through(error: BaseException, module: str) -> bool:
@@ -468,6 +493,16 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def _empty_buffers(model: nn.Module) -> dict[str, None]:
+    """Buffers without a tensor, by name."""
+    return {
+        f"{prefix}.{key}" if prefix else key: None
+        for prefix, module in model.named_modules()
+        for key, value in module._buffers.items()
+        if value is None
+    }
+
+
 def _attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Of attributes that eager's next call would find changed."""
 
@@ -476,7 +511,7 @@ def _attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
 
     return [
         f"attribute {name}: the forward changes it, and every step finds it as the first one did; what one step leaves "
-        "to the next is for a buffer"
+        "to the next is for a buffer that is a tensor from the start"
         for name, old in before.items()
         if name in after and changed(old, after[name])
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -41,62 +41,102 @@ def followed(analysis: Analysis, rows: Collection[str], columns: Collection[str]
 
     A value that `columns` make a sum over ranks is taken as summed, and whole from there on.
     """
-    names = _parameters(analysis)
-    split: dict[Value, Layout] = {}
-    for site, own in names.items():
-        for wanted, dim in ((rows, 0), (columns, 1)):
-            if not own.isdisjoint(wanted):
-                layout = _stored(analysis.places[site], dim, ranks)
-                if layout is None:
-                    return Followed(f"{min(own)} cannot be split along dim {dim} over {ranks} ranks")
-                split[Value(site, 0)] = layout
-    reads: dict[tuple[int, int], set[Value]] = defaultdict(set)
-    readers: dict[Value, set[int]] = defaultdict(set)
-    for wire in analysis.wires:
-        for port in wire.ports:
-            if analysis.places[port.site].op is not None and not port.stores:
-                reads[port.site, port.operand].add(wire.value)
-                readers[wire.value].add(port.site)
-    trained = _trained(analysis, reads)
-    made_of = _made_of(analysis, reads, names)
-    shared: set[str] = set()
-    todo = sorted({site for value in split for site in readers[value]})
-    done: set[int] = set()
-    while todo:
-        site = heapq.heappop(todo)
-        if site in done:
-            continue
-        done.add(site)
-        place = analysis.places[site]
-        assert place.op is not None
-        given = [reads[site, k] for k in range(len(place.op.operands))]
-        laid = [{split.get(value, _WHOLE) for value in values} or {_WHOLE} for values in given]
-        if any(len(layouts) > 1 for layouts in laid):
-            return Followed(f"{_op(place)} reads a part in one layer and the whole in another")
-        operands = tuple(next(iter(layouts)) for layouts in laid)
-        option = next((o for o in op_options(place.op, (ranks,)) if o.operands == operands), None)
-        if option is None:
-            texts = ", ".join(map(layout_text, operands))
-            return Followed(f"{_op(place)} cannot run on {texts}")
-        own = frozenset[str]().union(*(made_of[value] for values in given for value in values))
-        if site not in analysis.from_parameters and own.isdisjoint({*rows, *columns}):
-            for k, layout in enumerate(operands):
-                if layout != _WHOLE or not any(value in trained for value in given[k]):
+    walk = _Walk(analysis, frozenset(rows), frozenset(columns), ranks)
+    try:
+        walk.through()
+    except _InTheWayError as problem:
+        return Followed(str(problem))
+    dims = {value: _dim(place.op.results[value.result], layout) for value, layout in walk.split.items()
+            if (place := analysis.places[value.op]).op is not None}  # fmt: skip
+    return Followed("", frozenset(walk.shared), dims)
+
+
+class _InTheWayError(Exception):
+    """Why a rank's part is not enough."""
+
+
+class _Walk:
+    """From the parameters that are split to all that reads what they make."""
+
+    def __init__(self, analysis: Analysis, rows: frozenset[str], columns: frozenset[str], ranks: int) -> None:
+        self.split: dict[Value, Layout] = {}
+        self.shared: set[str] = set()
+        self._analysis, self._rows, self._columns, self._ranks = analysis, rows, columns, ranks
+        self._reads: dict[tuple[int, int], set[Value]] = defaultdict(set)
+        self._readers: dict[Value, set[int]] = defaultdict(set)
+        for wire in analysis.wires:
+            for port in wire.ports:
+                if analysis.places[port.site].op is not None and not port.stores:
+                    self._reads[port.site, port.operand].add(wire.value)
+                    self._readers[wire.value].add(port.site)
+        self._parameters = _parameters(analysis)
+        self._trained = _trained(analysis, self._reads)
+        self._made_of = _made_of(analysis, self._reads, self._parameters)
+
+    def through(self) -> None:
+        """Visit every site that reads something split, in program order.
+
+        Raises:
+            _InTheWayError: at the first of them that a part is not enough for.
+        """
+        self._split_parameters()
+        todo = sorted({site for value in self.split for site in self._readers[value]})
+        done: set[int] = set()
+        while todo:
+            site = heapq.heappop(todo)
+            if site in done:
+                continue
+            done.add(site)
+            for value in self._visit(site):
+                for reader in self._readers[value]:
+                    heapq.heappush(todo, reader)
+
+    def _split_parameters(self) -> None:
+        for site, own in self._parameters.items():
+            for wanted, dim in ((self._rows, 0), (self._columns, 1)):
+                if own.isdisjoint(wanted):
                     continue
-                params = frozenset[str]().union(*(made_of[value] for value in given[k]))
-                if not params:
-                    return Followed(f"{_op(place)} reads a part together with a whole result that has a gradient")
-                shared |= params
+                layout = _stored(self._analysis.places[site], dim, self._ranks)
+                if layout is None:
+                    raise _InTheWayError(f"{min(own)} cannot be split along dim {dim} over {self._ranks} ranks")
+                self.split[Value(site, 0)] = layout
+
+    def _visit(self, site: int) -> list[Value]:
+        """Lay out what a site gives, by what it reads; the results that are split."""
+        place = self._analysis.places[site]
+        assert place.op is not None
+        given = [self._reads[site, k] for k in range(len(place.op.operands))]
+        laid = [{self.split.get(value, _WHOLE) for value in values} or {_WHOLE} for values in given]
+        if any(len(layouts) > 1 for layouts in laid):
+            raise _InTheWayError(f"{_op(place)} reads a part in one layer and the whole in another")
+        operands = tuple(next(iter(layouts)) for layouts in laid)
+        option = next((o for o in op_options(place.op, (self._ranks,)) if o.operands == operands), None)
+        if option is None:
+            raise _InTheWayError(f"{_op(place)} cannot run on {', '.join(map(layout_text, operands))}")
+        own = self._parameters_of(value for values in given for value in values)
+        if site not in self._analysis.from_parameters and own.isdisjoint(self._rows | self._columns):
+            self._share(place, [values for values, layout in zip(given, operands, strict=True) if layout == _WHOLE])
+        made = []
         for r, layout in enumerate(option.results):
             if isinstance(layout[0], Shard):
-                split[Value(site, r)] = layout
-                for reader in readers[Value(site, r)]:
-                    heapq.heappush(todo, reader)
-            elif layout != _WHOLE and own.isdisjoint(columns):
-                return Followed(f"{_op(place)} adds up over what is split")
-    dims = {value: _dim(place.op.results[value.result], layout) for value, layout in split.items()
-            if (place := analysis.places[value.op]).op is not None}  # fmt: skip
-    return Followed("", frozenset(shared), dims)
+                self.split[Value(site, r)] = layout
+                made.append(Value(site, r))
+            elif layout != _WHOLE and own.isdisjoint(self._columns):
+                raise _InTheWayError(f"{_op(place)} adds up over what is split")
+        return made
+
+    def _share(self, place: Place, whole: Sequence[Collection[Value]]) -> None:
+        """Whole operands that are read beside a part: where they have gradients, they have to be parameters."""
+        for values in whole:
+            if self._trained.isdisjoint(values):
+                continue
+            parameters = self._parameters_of(values)
+            if not parameters:
+                raise _InTheWayError(f"{_op(place)} reads a part together with a whole result that has a gradient")
+            self.shared |= parameters
+
+    def _parameters_of(self, values: Iterable[Value]) -> frozenset[str]:
+        return frozenset[str]().union(*(self._made_of[value] for value in values))
 
 
 def as_followed(analysis: Analysis, found: Followed, part: fx.Graph, ranks: int) -> bool:

@@ -158,6 +158,7 @@ def _compiled(
             *padding_notes(chosen.padding, chosen.space, chosen.assignment, chosen.untried),
             *_states_notes(chosen, request.optimizer),
             *_async_tp_notes(chosen, request),
+            *_tight_notes(chosen),
         ),
         padded=chosen.padding.pads,
         repeated_keys=chosen.padding.repeated_keys,
@@ -227,8 +228,25 @@ def _async_tp_notes(chosen: Candidate, request: Request) -> list[str]:
     if played.step_time_s > _WORTH_SAYING * now_s:
         return []
     return [
-        f"Options(async_tp=True) is predicted to take {seconds_text(played.step_time_s)} per step instead of "
-        f"{seconds_text(now_s)}: products go in parts beside the collectives of activations"
+        f"Options(async_tp=True) or --async-tp is predicted to take {seconds_text(played.step_time_s)} per step "
+        f"instead of {seconds_text(now_s)}: products go in parts beside the collectives of activations"
+    ]
+
+
+_RESERVED = 1.14
+"""What torch's allocator holds to what tensors take of it, in published runs (benchmarks/published_results.md)."""
+
+
+def _tight_notes(chosen: Candidate) -> list[str]:
+    """Where the step may not fit for what the allocator cannot use."""
+    device = chosen.space.topology.device
+    share = chosen.schedule.peak_memory_bytes / device.usable_bytes
+    if device.is_cpu or share * _RESERVED <= 1:
+        return []
+    return [
+        f"tensors take {share:.0%} of what the device has for them, and published runs reserve 14% to 20% more than "
+        "theirs take: should it run out of memory, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True loses less, and a "
+        "lower memory budget leaves more room"
     ]
 
 

@@ -88,72 +88,91 @@ class Tracks:
 
 def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
     """Number the tensors of the plan that gives site i option `assignment[i]`."""
-    slots: list[Slot] = []
-    at: dict[fx.Node, list[tuple[str, Layout | StoredOption, int]]] = defaultdict(list)
-    """Of a node, its slots as they were made: for which phase, how they lie, and their numbers."""
+    made = _Slots(space, assignment)
+    operands_of = space.analysis.flow.operands
     reads: list[tuple[int, ...]] = []
     writes: list[tuple[int, ...]] = []
     costs: dict[int, OpCost] = {}
-    moved_bytes: dict[tuple[Value, Layout | StoredOption], int] = {}
-    flow = space.analysis.flow
+    items = tuple(itinerary(space, assignment))
+    for index, item in enumerate(items):
+        if isinstance(item, Move):
+            reads.append((made.find(item.value, item.era, item.source),))
+            writes.append((made.by_move(item, index),))
+            continue
+        cost = costs.get(item.site)
+        if cost is None:
+            cost = costs[item.site] = op_cost(space, item.site, item.option)
+        operands = zip(operands_of[item.node], item.option.operands, strict=True)
+        reads.append(tuple(made.find(node, item.phase, where) for node, where in operands))
+        writes.append(made.by_op(item, cost.result_bytes, index))
+    source = space.analysis.flow.source
+    leaving = tuple(
+        (made.find(source.get(out.node, out.node), out.phase, out.target), out.phase, out.stores)
+        for out in returned(space, assignment)
+    )
+    return Tracks(items, tuple(made.slots), tuple(reads), tuple(writes), costs, leaving)
 
-    def slot(node: fx.Node, era: str, where: Layout | StoredOption, size: int, producer: int) -> int:
-        at[node].append((era, where, len(slots)))
-        slots.append(Slot(node, size, producer, era))
-        return len(slots) - 1
 
-    def bytes_of(value: Value, where: Layout | StoredOption) -> int:
-        key = (value, where)
-        if key not in moved_bytes:
-            moved_bytes[key] = part_bytes(space, value, where)
-        return moved_bytes[key]
+class _Slots:
+    """Slots, numbered as they are made."""
 
-    def find(node: fx.Node, era: str, where: Layout | StoredOption) -> int:
+    def __init__(self, space: Space, assignment: Sequence[int]) -> None:
+        self.slots: list[Slot] = []
+        self._space, self._assignment, self._flow = space, assignment, space.analysis.flow
+        self._at: dict[fx.Node, list[tuple[str, Layout | StoredOption, int]]] = defaultdict(list)
+        """Of a node, its slots as they were made: for which phase, how they lie, and their numbers."""
+        self._bytes: dict[tuple[Value, Layout | StoredOption], int] = {}
+
+    def by_move(self, move: Move, index: int) -> int:
+        """What a move brings."""
+        value = self._flow.value[move.value]
+        made = self._new(move.value, move.era, move.target, self._bytes_of(value, move.target), index)
+        self.slots[made].gathered = self._space.sites[value.op].kind == "stored" and move.reader is not None
+        return made
+
+    def by_op(self, run: Run, sizes: Sequence[int], index: int) -> tuple[int, ...]:
+        """What an op gives, as far as something reads it."""
+        results = run.option.results
+        if not (len(sizes) > 1 or isinstance(run.node.meta["val"], list | tuple)):
+            return tuple(self._new(run.node, run.era, results[0], size, index) for size in sizes)
+        picked = ((self._flow.picked.get((run.node, number)), number) for number in range(len(sizes)))
+        return tuple(
+            self._new(node, run.era, results[number], sizes[number], index)
+            for node, number in picked
+            if node is not None
+        )
+
+    def find(self, node: fx.Node, era: str, where: Layout | StoredOption) -> int:
+        """A node's slot that lies so: one made for the phase, else one for all; or what is there from the start."""
         found = None
-        for made_for, made, number in reversed(at[node]):  # few: a comparison of each is less than a hash
+        for made_for, made, number in reversed(self._at[node]):  # few: a comparison of each is less than a hash
             if made == where:
                 if made_for == era:
                     return number
                 if found is None and not made_for:
                     found = number
-        if found is None:
-            value = flow.value[node]
-            site = space.sites[value.op]
-            assert site.kind != "op", f"{node.name}: read as {where} before it is there"
-            assert where == given_state(site, site.options[assignment[value.op]], 0), f"{node.name}: not at {where}"
-            found = slot(node, "", where, bytes_of(value, where), -1)
-            slots[found].stored = True
-        return found
+        return self._given(node, where) if found is None else found
 
-    items = tuple(itinerary(space, assignment))
-    for index, item in enumerate(items):
-        if isinstance(item, Move):
-            source = find(item.value, item.era, item.source)
-            reads.append((source,))
-            value = flow.value[item.value]
-            made = slot(item.value, item.era, item.target, bytes_of(value, item.target), index)
-            slots[made].gathered = space.sites[value.op].kind == "stored" and item.reader is not None
-            writes.append((made,))
-            continue
-        cost = costs.get(item.site)
-        if cost is None:
-            cost = costs[item.site] = op_cost(space, item.site, item.option)
-        operands = flow.operands[item.node]
-        reads.append(tuple(find(x, item.phase, where) for x, where in zip(operands, item.option.operands, strict=True)))
-        made_here = []
-        if len(cost.result_bytes) > 1 or isinstance(item.node.meta["val"], list | tuple):
-            for result, size in enumerate(cost.result_bytes):
-                node = flow.picked.get((item.node, result))
-                if node is not None:
-                    made_here.append(slot(node, item.era, item.option.results[result], size, index))
-        elif cost.result_bytes:
-            made_here.append(slot(item.node, item.era, item.option.results[0], cost.result_bytes[0], index))
-        writes.append(tuple(made_here))
-    leaving = []
-    for out in returned(space, assignment):
-        found = find(flow.source.get(out.node, out.node), out.phase, out.target)
-        leaving.append((found, out.phase, out.stores))
-    return Tracks(items, tuple(slots), tuple(reads), tuple(writes), costs, tuple(leaving))
+    def _given(self, node: fx.Node, where: Layout | StoredOption) -> int:
+        value = self._flow.value[node]
+        site = self._space.sites[value.op]
+        assert site.kind != "op", f"{node.name}: read as {where} before it is there"
+        given = given_state(site, site.options[self._assignment[value.op]], 0)
+        assert where == given, f"{node.name}: not at {where}"
+        number = self._new(node, "", where, self._bytes_of(value, where), -1)
+        self.slots[number].stored = True
+        return number
+
+    def _new(self, node: fx.Node, era: str, where: Layout | StoredOption, size: int, producer: int) -> int:
+        self._at[node].append((era, where, len(self.slots)))
+        self.slots.append(Slot(node, size, producer, era))
+        return len(self.slots) - 1
+
+    def _bytes_of(self, value: Value, where: Layout | StoredOption) -> int:
+        key = (value, where)
+        if key not in self._bytes:
+            self._bytes[key] = part_bytes(self._space, value, where)
+        return self._bytes[key]
 
 
 def part_bytes(space: Space, value: Value, where: Layout | StoredOption) -> int:

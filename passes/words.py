@@ -5,21 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from costmodel.layout import Layout, Partial, Shard
 from costmodel.reshard import Step
+from passes.atom_names import atom_names, stored_atoms
 from passes.dims import Leaf, Value, is_getitem, value_of
 from passes.layers import layer_patterns
 from passes.moves import Move
-from passes.routed_ops import ROUTED_MM
 from passes.rules.call import op_text
-from passes.rules.matmul import PRODUCTS
 from passes.space import Space
 from passes.strategies import StoredOption
 from passes.work import VIEWS
@@ -36,8 +33,8 @@ class Words:
         names = [given.name for given in space.program.inputs if given.kind in ("parameter", "buffer")]
         self._pattern, self.layers = layer_patterns(names)
         self._instances: dict[str, str] = {}
-        self._tensor_atoms = _stored_atoms(space)
-        self._atoms = _atom_names(space, self._tensor_atoms)
+        self._tensor_atoms = stored_atoms(space)
+        self._atoms = atom_names(space, self._tensor_atoms)
         self._gradients = space.analysis.gradients
         self._given = {
             node: given.name
@@ -156,110 +153,6 @@ class Words:
             return "what the step returns"
         where = self._pattern(node.meta.get("module", ""))
         return f"{op_text(node.target)} in {where}" if where else op_text(node.target)
-
-
-def _stored_atoms(space: Space) -> dict[int, list[int | None]]:
-    """Per stored or given site, the identity of the atom at each expanded dim, as far as a reader names it."""
-    found: dict[int, list[int | None]] = {}
-    for wire in space.wires:
-        if space.sites[wire.value.op].kind == "op":
-            continue
-        atoms = found.setdefault(wire.value.op, [None] * len(space.shape_of(wire.value)))
-        for port in wire.ports:
-            op = space.sites[port.site].op
-            if op is None or port.stores:
-                continue
-            for leaf in op.leaves:
-                position = leaf.operands[port.operand]
-                if position is not None:
-                    atoms[position] = atoms[position] or leaf.atom
-    return found
-
-
-def _atom_names(space: Space, stored: dict[int, list[int | None]]) -> dict[int, str]:
-    """Words for atoms, from what the ops that use them mean by them."""
-    analysis = space.analysis
-    names: dict[int, str] = dict.fromkeys(analysis.batch_atoms, "batch")
-    names |= dict.fromkeys(analysis.sequence_atoms, "sequence")
-    contracted: Counter[int] = Counter()
-    sizes: dict[int, int] = {}
-    stacked: set[int] = set()
-    routed: set[int] = set()
-    for index, place in enumerate(analysis.places):
-        if place.call is None or place.op is None or place.phase != "forward":
-            continue
-        atoms, leaves, on_data = place.op.result_atoms, place.op.leaves, index in analysis.from_data
-        if place.call.target is aten.embedding.default and atoms and atoms[0]:
-            if on_data:
-                names |= {atom: "hidden" for atom in atoms[0][-1] if atom not in names}
-            for leaf in leaves:
-                if leaf.operands[0] == 0:
-                    names.setdefault(leaf.atom, "vocab" if on_data else "positions")
-                    sizes[leaf.atom] = leaf.size
-        elif "scaled_dot_product" in str(place.call.target) and atoms:
-            heads = atoms[0][1]
-            for atom, word in zip(heads, ("heads",) if len(heads) == 1 else ("kv_heads", "group"), strict=False):
-                names.setdefault(atom, word)
-            for atom in atoms[0][3]:
-                names.setdefault(atom, "head_size")
-        elif place.call.target in PRODUCTS and on_data:
-            contracted.update(leaf.atom for leaf in leaves if leaf.results and leaf.results[0] is None)
-            sizes |= {leaf.atom: leaf.size for leaf in leaves}
-            if place.call.target is ROUTED_MM:
-                names |= {leaf.atom: "experts" for leaf in leaves if leaf.operands[1] == 0}
-                routed.update(leaf.atom for leaf in leaves if leaf.operands[1] and leaf.results[0] is not None)
-            stacked.update(leaf.atom for leaf in leaves if None not in (*leaf.operands, leaf.results[0]))
-    weights = [positions for site, positions in stored.items() if _is_weight(space, site)]
-    vocabularies = {sizes[atom] for atom, word in names.items() if word == "vocab"}
-    for atom in analysis.class_atoms - routed:
-        if sizes.get(atom) in vocabularies:
-            names.setdefault(atom, "vocab")
-    if "hidden" not in names.values() and contracted:
-        names.setdefault(contracted.most_common(1)[0][0], "hidden")
-    for site, positions in stored.items():
-        if _is_weight(space, site) and len(space.sites[site].dims) == 3:
-            names |= {atom: "experts" for atom in positions[:1] if atom in stacked and atom not in names}
-    _name_routers(names, sizes, weights, analysis.weight_dims)
-    for dims in analysis.weight_dims:
-        if len(dims) >= 2:
-            names.setdefault(dims[-1][0], "head_size")
-            names.setdefault(dims[-2][0], "heads")
-    _name_inner(names, weights, set(contracted) | routed)
-    return names
-
-
-def _name_routers(
-    names: dict[int, str],
-    sizes: Mapping[int, int],
-    weights: Sequence[Sequence[int | None]],
-    weight_dims: Sequence[Sequence[tuple[int, int]]],
-) -> None:
-    """A router's columns are the experts, or groups of them."""
-    counts = {sizes[atom] for atom, word in names.items() if word == "experts" and atom in sizes}
-    for dims in weight_dims:
-        if math.prod(size for _, size in dims) in counts and not any(atom in names for atom, _ in dims):
-            names |= dict(zip((atom for atom, _ in dims[-2:]), ("groups", "experts"), strict=False))
-    for columns, rows in (positions for positions in weights if len(positions) == 2):
-        if columns is not None and rows is not None and names.get(rows) == "hidden" and sizes.get(columns) in counts:
-            names.setdefault(columns, "experts")
-
-
-def _name_inner(names: dict[int, str], weights: Sequence[Sequence[int | None]], inner: AbstractSet[int]) -> None:
-    """What one weight makes and another contracts: an FFN's width lies between hidden and hidden, others elsewhere."""
-    beside: dict[int, set[str]] = {}
-    for positions in weights:
-        for atom in positions:
-            if atom is not None and atom in inner and atom not in names:
-                others = {names.get(other, "") for other in positions if other is not None and other != atom}
-                beside.setdefault(atom, set()).update(others)
-    for atom, others in beside.items():
-        if "vocab" not in others and "hidden" in others:
-            names[atom] = "ffn" if others <= {"hidden", "experts"} else "latent"
-
-
-def _is_weight(space: Space, site: int) -> bool:
-    given = space.sites[site].given
-    return given is not None and given.kind == "parameter" and len(space.sites[site].dims) >= 2
 
 
 # -- many names as one -------------------------------------------------------------------------------------------------

@@ -252,7 +252,22 @@ def test_axes_split_the_batch_by_name() -> None:
     assert meshes.batch_axes_of([(name.upper(), size) for name, size in axes], None) == (0, 2)
     assert meshes.batch_ranks(axes, (0, 2)) == 6
     assert meshes.batch_axes_of(axes, ("tp",)) == (1,)
+    elsewhere = meshes.axes_of({"replicate": 2, "shard": 2, "data_parallel": 2, "tensor_parallel": 2})
+    assert meshes.batch_axes_of(elsewhere, None) == (0, 1, 2)
     assert meshes.batch_axes_of(axes, ()) == ()
+
+
+def test_an_axis_that_looks_as_if_it_split_the_batch_is_named() -> None:
+    batch = (torch.zeros(4, 4),)
+
+    def notes(mesh: dict[str, int], **options: Any) -> list[str]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(0))
+        made = autopar.plan(model, mesh, batch, hardware="h100", options=autopar.Options(progress=False, **options))
+        return [note for note in made.notes if "splits no batch" in note]
+
+    (note,) = notes({"edp": 2, "tp": 2})
+    assert note.startswith("axis 'edp' splits no batch: those named batch, data, data_parallel, ddp, dp,")
+    assert notes({"dp": 2, "tp": 2}) == notes({"edp": 2, "tp": 2}, batch_axes=("edp",)) == []
 
 
 def test_the_users_model_stays_as_it_was() -> None:

@@ -38,6 +38,21 @@ def test_plan_as_json_is_the_plans_file_and_nothing_else(here: Here) -> None:
     assert here.as_json.json["strategy"] == "fsdp"
 
 
+def test_a_plan_has_the_options_of_its_flags(here: Here) -> None:
+    on = ("plan", here.model, "--mesh", "dp=2,tp=2", "--hardware", "h100", "--strategy", "fsdp", "--json")
+    assert not autopar(*on).json["options"]["async_tp"]
+    for flag, name, asked in (
+        ("--async-tp", "async_tp", True),
+        ("--reshard-after-forward", "reshard_after_forward", True),
+        ("--no-reshard-after-forward", "reshard_after_forward", False),
+    ):
+        found = autopar(*on, flag).json
+        assert found["options"][name] is asked
+        if name == "reshard_after_forward":
+            gathers = [c for c in found["collectives"] if c["role"] == "parameter" and c["phase"] == "backward"]
+            assert bool(gathers) is asked
+
+
 def test_a_plan_that_does_not_fit_exits_1_and_says_what_would(here: Here) -> None:
     ran = autopar("plan", here.model, "--mesh", "dp=2", "--hardware", "h100", "--memory-budget", "20KiB")
     assert ran.code == 1

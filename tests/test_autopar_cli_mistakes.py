@@ -27,6 +27,8 @@ MISTAKES = [
     ("plan MODEL --mesh a=1,b=1,c=1,d=1,e=1,f=1", "6 axes"),
     ("plan MODEL --mesh dp=2 --hardware h9", "unknown hardware 'h9'; known are a100-40gb"),
     ("plan MODEL --mesh dp=2 --strategy zero", "choose from"),
+    ("plan MODEL --mesh dp=2,tp=2 --hardware cpu --async-tp", "reach each other's memory; 'cpu' is a CPU"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --async-tp", "every axis of {'dp': 2} splits the batch; add one"),
     ("plan MODEL --mesh dp=2 --batch none", "positive whole number"),
     ("plan llama3-8b --mesh dp=2 --hardware h100 --batch 99999999", "a batch of 99,999,999 is 1,526 GiB of inputs"),
     ("plan MODEL --mesh dp=2 --memory-budget much", "is no size; write bytes, or 80GiB"),

@@ -65,7 +65,7 @@ def trained(rank: int, ranks: int) -> tuple[float, float, list[int], list[str]]:
 
     lower.inductor_compile = without_kernels  # type: ignore[assignment]
     options = autopar.Options(async_tp=True, progress=False)
-    plan = autopar.plan(model, mesh, batch, strategy="megatron", hardware="cpu", options=options)
+    plan = autopar.plan(model, mesh, batch, strategy="megatron", hardware="h100", options=options)
     parallel: Any = autopar.apply(model, plan, mesh)
     loss = parallel(**batch).loss
     loss.backward()

@@ -220,16 +220,19 @@ def test_frozen_unused_tied_and_mutated_state() -> None:
 
 
 class Remembering(nn.Module):
-    """Keeps a count, a mean and its last loss in plain attributes."""
+    """Keeps a count, a mean and its last loss in plain attributes, and the first row in a buffer that has none yet."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
         self.steps, self.mean, self.last, self.in_place = 0, torch.zeros(4), None, in_place
+        self.register_buffer("first", None)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
         self.steps += 1
+        if self.first is None:
+            self.first = y.detach()[0]
         if self.in_place:
             self.mean.lerp_(y.detach().mean(0), 0.1)
         else:
@@ -241,8 +244,8 @@ class Remembering(nn.Module):
 def test_attributes_that_the_next_call_would_find_changed_are_named() -> None:
     model = Remembering(in_place=False)
     notes = capture(model, (torch.randn(2, 4),)).notes
-    assert [note.split(":")[0] for note in notes] == ["attribute steps", "attribute mean"]
-    assert (model.steps, model.mean.tolist(), model.last) == (0, [0.0] * 4, None)
+    assert [note.split(":")[0] for note in notes] == ["attribute steps", "attribute mean", "attribute first"]
+    assert (model.steps, model.mean.tolist(), model.last, model.first) == (0, [0.0] * 4, None, None)
     with pytest.raises(CaptureError, match=r"test_passes_capture.py:\d+: .* register it as a buffer"):
         capture(Remembering(in_place=True), (torch.randn(2, 4),))
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import autopar
 from costmodel.hardware import hardware, topology
 from passes.capture import capture
+from passes.errors import CaptureError
 from passes.inputs import default_inputs, global_inputs, one_sample
 from passes.pipeline import prepare
 from passes.space import search_space
@@ -31,6 +33,31 @@ def test_flattened_patches_are_a_multiple_of_the_batch() -> None:
     found = global_inputs((), batch, 2)
     assert found.batch_size == 4
     assert found.kwargs["pixel_values"].shape == (64, 48)
+
+
+class Placed(nn.Module):
+    """Adds to each sample's sequence where its elements lie, which is the same for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where = nn.Linear(3, 8)
+
+    def forward(self, x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        return (x + self.where(where)).square().mean()
+
+
+def test_a_table_taken_for_rows_of_the_batch_is_named_where_forward_fails() -> None:
+    call = torch.zeros(2, 16, 8), torch.zeros(16, 3)
+
+    def planned(**options: object) -> autopar.Plan:
+        return autopar.plan(Placed(), {"dp": 2}, call, hardware="h100", options=autopar.Options(**options))  # type: ignore[arg-type]
+
+    with pytest.raises(CaptureError, match=r"raised RuntimeError: .*'where' was taken for 8 rows per sample; where"):
+        planned()
+    assert planned(batch_dims={"where": None}).axes
+    with pytest.raises(CaptureError) as raised:
+        autopar.plan(Placed(), {"dp": 2}, (torch.zeros(2, 16, 8), torch.zeros(2, 4, 3)), hardware="h100")
+    assert "rows per sample" not in str(raised.value)
 
 
 def test_positions_and_square_masks_are_shared() -> None:

@@ -12,6 +12,7 @@ from small_models import build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
+from costmodel.hardware import Hardware, hardware
 from costmodel.layout import parse_layout
 from passes.capture import capture
 from passes.errors import NoFeasiblePlanError, PlanMismatchError
@@ -32,17 +33,17 @@ def program(name: str = "llama") -> Program:
     return prepare(capture(model, args, kwargs, batch_dims=[0, 0], batch_size=8))
 
 
-def plan(request: Request, hardware: str = "h100") -> Plan:
-    return compile_plan(program(), on_mesh(hardware, MESH), (0,), request)
+def plan(request: Request, on: str | Hardware = "h100") -> Plan:
+    return compile_plan(program(), on_mesh(on, MESH), (0,), request)
 
 
 def test_the_plan_chosen_is_never_behind_a_plan_made_by_hand() -> None:
-    for hardware in ("h100", "a100-40gb", "cpu"):
-        chosen = plan(Request(), hardware)
+    for name in ("h100", "a100-40gb", "cpu"):
+        chosen = plan(Request(), name)
         assert set(chosen.baselines) == {"ddp", "fsdp", "megatron"}
-        for name, baseline in chosen.baselines.items():
-            assert chosen.step_time_s <= baseline.step_time_s * 1.002, name
-            same = chosen.strategy == name and chosen.reshard  # baselines free gathered parameters
+        for strategy, baseline in chosen.baselines.items():
+            assert chosen.step_time_s <= baseline.step_time_s * 1.002, strategy
+            same = chosen.strategy == strategy and chosen.reshard  # baselines free gathered parameters
             assert chosen.step_time_s == pytest.approx(baseline.step_time_s) or not same
 
 
@@ -118,6 +119,24 @@ def test_memory_decides_between_plans() -> None:
     chosen = on_line(budget_bytes=tight)
     assert chosen.peak_memory_bytes <= tight
     assert not chosen.baselines["ddp"].fits
+
+
+def test_a_plan_that_leaves_the_allocator_little_room_says_so() -> None:
+    """14% more than its tensors is more than the device has, or just not; a CPU's has none that reserves."""
+    peak = plan(Request()).peak_memory_bytes
+
+    def said(name: str, usable: int) -> list[str]:
+        known = hardware(name)
+        device = replace(known.device, memory_bytes=usable + known.device.reserve_bytes)
+        made = plan(Request(), replace(known, device=device))
+        assert made.peak_memory_bytes == peak or name == "cpu"
+        return [note for note in made.notes if "leaves more room" in note]
+
+    (note,) = said("h100", round(peak * 1.13))
+    assert note.startswith("tensors take 88% of what the device has for them")
+    assert said("h100", round(peak * 1.15)) == []
+    four = 4 * plan(Request(), "cpu").peak_memory_bytes  # ranks share the host
+    assert said("cpu", round(four * 1.01)) == []
 
 
 def test_where_memory_binds_the_plan_is_not_behind_any_way_to_save_it() -> None:

@@ -177,7 +177,7 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
     add_recompute(parser)
     parser.add_argument(
         "--batch-axes", type=axes_named, metavar="AXES",
-        help="axes that split the batch, as in dp,ep (dp, dp_replicate, dp_shard, fsdp, data and batch do)",
+        help="axes that split the batch, as in dp,ep (dp, dp_replicate, dp_shard, fsdp, data, batch and the like do)",
     )  # fmt: skip
     parser.add_argument(
         "--param-dtype", type=dtype, metavar="DTYPE",
@@ -186,6 +186,14 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reduce-dtype", type=dtype, metavar="DTYPE", help="add gradients over ranks in this (default: --param-dtype)"
     )
+    parser.add_argument(
+        "--reshard-after-forward", action=argparse.BooleanOptionalAction,
+        help="free gathered parameters after forward and gather them again for backward, or keep them (auto decides)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--async-tp", action=argparse.BooleanOptionalAction,
+        help="products in parts beside the collectives of activations, by torch's micro-pipelined tensor parallelism",
+    )  # fmt: skip
     parser.add_argument(
         "--pin", type=pin, action="append", default=[], metavar="PATTERN=LAYOUT",
         help="fix a parameter's layout in compute, as in '*.q_proj.weight=RS(0)'; may be given again",
@@ -201,6 +209,8 @@ def options_of(given: argparse.Namespace, kept: Options | None = None) -> Option
         "recompute": given.recompute,
         "batch_axes": given.batch_axes,
         "mp_policy": _policy(given),
+        "reshard_after_forward": given.reshard_after_forward,
+        "async_tp": given.async_tp,
     }
     kept = kept or Options()
     pins = {key: layout for key, layout in kept.pins.items() if not any(fnmatchcase(key, new) for new, _ in given.pin)}
