@@ -26,6 +26,8 @@ Flags = npt.NDArray[np.bool_]
 
 _INTEGRAL = 1e-6
 """How far from 0 or 1 a value of the relaxation may be to count as such."""
+_NOTHING_FITS = (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible)
+"""As no cost is negative, nothing is unbounded."""
 _SCALE = 1e6
 """Seconds to the objective's microseconds: HiGHS's tolerances are absolute."""
 
@@ -76,13 +78,8 @@ class Relaxation:
         solver, most = self._solver, np.concatenate(allowed).astype(float)
         count = len(most)
         solver.changeColsBounds(count, np.arange(count, dtype=np.int32), np.zeros(count), most)
-        if basis is not None:
-            solver.setBasis(basis)
-        solver.run()
-        status = solver.getModelStatus()
-        if status == highspy.HighsModelStatus.kInfeasible:
+        if not self._run(basis):
             return None
-        assert status == highspy.HighsModelStatus.kOptimal, status
         values = solver.getSolution()
         parts = np.split(np.array(values.col_value[:count]), self._ends[:-1])
         price = 0.0
@@ -90,6 +87,20 @@ class Relaxation:
             price = max(0.0, -values.row_dual[-1]) / _SCALE / max(self._budget_bytes, 1.0)
         seconds = solver.getInfo().objective_function_value / _SCALE
         return Mix(seconds, tuple(parts), price, solver.getBasis())
+
+    def _run(self, basis: Any) -> bool:
+        """Solve from a basis, or anew where that ends in neither; whether there is a solution."""
+        for start in (basis, None):
+            self._solver.clearSolver()
+            if start is not None:
+                self._solver.setBasis(start)
+            self._solver.run()
+            status = self._solver.getModelStatus()
+            if status == highspy.HighsModelStatus.kOptimal:
+                return True
+            if status in _NOTHING_FITS:
+                return False
+        raise RuntimeError(f"HiGHS ended with {self._solver.modelStatusToString(status)}")
 
 
 class _Model:
