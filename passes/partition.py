@@ -241,7 +241,7 @@ def _with_own_results(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _extent(node: fx.Node) -> tuple[fx.Node, int, int]:
-    """The node whose buffer `node` names, and which of its elements: from the first to behind the last."""
+    """The node whose buffer `node` names, and which of its bytes: from the first to behind the last."""
     views = []
     base = node
     while base.op == "call_function" and _is_named_anew(base):
@@ -253,9 +253,10 @@ def _extent(node: fx.Node) -> tuple[fx.Node, int, int]:
     for view in reversed(views):
         part = view.target(*(part if arg is view.all_input_nodes[0] else arg for arg in view.args), **view.kwargs)  # type: ignore[operator]
     if part.untyped_storage()._cdata != whole.untyped_storage()._cdata:  # a reshape that copies
-        return base, 0, whole.numel()
-    begin = part.storage_offset()
-    return base, begin, begin + 1 + sum((size - 1) * step for size, step in zip(part.shape, part.stride(), strict=True))
+        return base, 0, whole.untyped_storage().nbytes()
+    first = part.storage_offset()
+    last = first + sum((size - 1) * step for size, step in zip(part.shape, part.stride(), strict=True))
+    return base, first * part.element_size(), (last + 1) * part.element_size()
 
 
 def _is_named_anew(node: fx.Node) -> bool:
