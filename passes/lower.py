@@ -239,13 +239,13 @@ class _Runner:
             parts, each = self._parts(gm, True, whole=True)
         results: Any = gm.graph.output_node().args[0]
         reduced = set(parts.drains)
-        made = {node for region in parts.regions for node in region.gives}
-        partial = list(dict.fromkeys(x for n in parts.drains for x in n.all_input_nodes if x in made))
-        placeholders = [x for n in parts.drains for x in n.all_input_nodes if x.op == "placeholder"]
+        read = dict.fromkeys(x for n in parts.drains for x in n.all_input_nodes if x not in reduced)
+        constant = [x for x in read if x.op == "placeholder" and x.name in self.constants]
+        partial = [x for x in read if x not in constant]
         ours = [None if node in reduced else node for node in results]
         rest = [node if node in reduced else None for node in results]
-        first = self._outer(gm, replace(parts, drains=()), each, [*ours, *partial, *placeholders])
-        second = assembled([*partial, *placeholders], map(op_step, parts.drains), rest, {})
+        first = self._outer(gm, replace(parts, drains=()), each, [*ours, *partial, *constant])
+        second = assembled([*partial, *constant], map(op_step, parts.drains), rest, {})
         return Apart(first, second, len(ours), len(partial))
 
     def _body(self, gm: fx.GraphModule) -> Boxed:

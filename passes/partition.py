@@ -33,7 +33,7 @@ class Halves:
     forward: takes every placeholder but the tangents; gives the outputs and new buffers (`outputs` of them), then the
         saved values that are no placeholders.
     backward: takes the placeholders `saved_inputs` (indices into the forward's), the forward's saved values, then the
-        tangents; gives the gradients. None where the step has no gradients.
+        tangents; gives the gradients, each in memory of its own. None where the step has no gradients.
     """
 
     forward: fx.GraphModule
@@ -77,7 +77,7 @@ def split(local: LocalProgram) -> Halves:
     saved = [node for node in graph.nodes if node in kept and node.op != "placeholder"]
     return Halves(
         _extract(local.graph, inputs, [*outputs, *saved], frozenset(), {}),
-        _extract(local.graph, [*saved_inputs, *saved, *tangents], gradients, backward, twins),
+        _with_own_results(_extract(local.graph, [*saved_inputs, *saved, *tangents], gradients, backward, twins)),
         len(outputs),
         tuple(inputs.index(p) for p in saved_inputs),
     )
@@ -213,3 +213,52 @@ def _extract(
     graph.output(tuple(copies[node] if isinstance(node, fx.Node) else node for node in outputs))
     graph.lint()
     return graph_module(owner, graph)
+
+
+def _with_own_results(gm: fx.GraphModule) -> fx.GraphModule:
+    """`gm` with a copy of each result whose memory an input, or a result before it, has too.
+
+    Gradients are changed in place, each by itself: added to, clipped. Two biases whose outputs are added have one.
+    """
+    taken: dict[fx.Node, list[tuple[int, int]]] = {}
+    own: list[Any] = []
+    for node in _results(gm):
+        if isinstance(node, fx.Node):
+            base, begin, end = _extent(node)
+            parts = taken.setdefault(base, [])
+            if base.op == "placeholder" or any(begin < other_end and other < end for other, other_end in parts):
+                with gm.graph.inserting_before(gm.graph.output_node()):
+                    copy = gm.graph.call_function(aten.clone.default, (node,))
+                copy.meta = {**node.meta, "val": node.meta["val"].clone()}
+                node = copy
+            else:
+                parts.append((begin, end))
+        own.append(node)
+    gm.graph.output_node().args = (tuple(own),)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _extent(node: fx.Node) -> tuple[fx.Node, int, int]:
+    """The node whose buffer `node` names, and which of its bytes: from the first to behind the last."""
+    views = []
+    base = node
+    while base.op == "call_function" and _is_named_anew(base):
+        views.append(base)
+        (base,) = base.all_input_nodes
+    val = base.meta["val"]
+    whole = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
+    part: Any = whole
+    for view in reversed(views):
+        part = view.target(*(part if arg is view.all_input_nodes[0] else arg for arg in view.args), **view.kwargs)  # type: ignore[operator]
+    if part.untyped_storage()._cdata != whole.untyped_storage()._cdata:  # a reshape that copies
+        return base, 0, whole.untyped_storage().nbytes()
+    first = part.storage_offset()
+    last = first + sum((size - 1) * step for size, step in zip(part.shape, part.stride(), strict=True))
+    return base, first * part.element_size(), (last + 1) * part.element_size()
+
+
+def _is_named_anew(node: fx.Node) -> bool:
+    """Whether a node is a view, or a part of what a view gives."""
+    return is_view(node) or (node.target is operator.getitem and is_view(node.all_input_nodes[0]))

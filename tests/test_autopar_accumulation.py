@@ -31,6 +31,20 @@ class Plain(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())}
 
 
+class Alike(nn.Module):
+    """Parameters whose gradients are one tensor, a part of one, or what arrives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.first = nn.Parameter(torch.randn(4))
+        self.table, self.scale = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(()))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.left(x) + self.right(x.square()) + nn.functional.pad(self.first, (0, 4))
+        return {"loss": self.head(hidden.tanh()).square().mean() + self.table.sum() + self.scale}
+
+
 MODELS = {"stack": lambda: Stack(4), "plain": Plain}
 MICRO_BATCHES = 3
 ROWS = 2
@@ -156,3 +170,32 @@ def _issues_its_ledger(rank: int, ranks: int) -> None:
 def test_collectives_issued_are_the_plans_ledger() -> None:
     """Counts by torch's profiler; bytes by a dispatch mode of this test."""
     run_ranks(_issues_its_ledger, 4, timeout_s=280)
+
+
+def _alike(rank: int, ranks: int, axis: str, compile: bool) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=(axis,))
+    torch.manual_seed(0)
+    batches = [torch.randn(8, 8) for _ in range(MICRO_BATCHES)]
+    eager = Alike()
+    parts = [batch.chunk(ranks)[rank] if axis == "dp" else batch for batch in batches]
+    model = autopar.parallelize(eager, mesh, {"x": parts[0]}, options=autopar.Options(compile=compile, progress=False))
+    for syncs in (True, False):
+        for index, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+            eager(batch)["loss"].backward()
+            model.set_requires_gradient_sync(syncs or index == MICRO_BATCHES - 1)
+            model(part)["loss"].backward()
+        for each in (eager, model):
+            nn.utils.clip_grad_norm_(each.parameters(), 0.1)
+        for (name, p), q in zip(eager.named_parameters(), model.named_parameters(), strict=True):
+            torch.testing.assert_close(q[1].grad.full_tensor(), p.grad, msg=lambda text, of=name: f"{of}: {text}")
+            p.grad = q[1].grad = None
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("ranks", "axis", "compile"), [(1, "dp", True), (2, "dp", True), (2, "dp", False), (2, "tp", False)]
+)
+def test_gradients_that_are_one_tensor_are_added_up_and_clipped_each_by_itself(
+    ranks: int, axis: str, compile: bool
+) -> None:
+    run_ranks(_alike, ranks, axis, compile, timeout_s=280)
