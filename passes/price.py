@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from costmodel.collectives import collective_s
 from costmodel.compute import op_s, update_traffic_s
 from costmodel.hardware import Topology
 from costmodel.layout import Layout, Partial, Replicate, local_shape
@@ -426,8 +427,20 @@ def _costs_s(
         for j, q in enumerate(asked):
             path = _conversion(of, p, q)
             of_state = isinstance(p, StoredOption) or isinstance(q, StoredOption)
-            (state_s if of_state else always_s)[i, j] = math.inf if path is None else reshard_s(path)
+            seconds = math.inf if path is None else reshard_s(path)
+            if path is not None and isinstance(p, StoredOption):
+                seconds += _alone_s(path, of.topology)
+            (state_s if of_state else always_s)[i, j] = seconds
     return always_s, state_s
+
+
+def _alone_s(path: Sequence[Step], topology: Topology) -> float:
+    """What a gather of state takes more where another collective follows on it, so that it goes in no bucket: a latency
+    that the parameters of a bucket share. It tells moving a weight from moving what it is transposed to."""
+    sent = [step for step in path if step.is_collective]
+    if [step.kind for step in sent[:1]] != ["state_gather"] or len(sent) == 1:
+        return 0.0
+    return collective_s("all_gather", 0.0, sent[0].axes, topology)
 
 
 def conversion(

@@ -339,11 +339,11 @@ class Search:
             assignment = posed.priced.assignment(solution.picks, len(posed.space.sites))
             if last is not None and assignment == last.assignment:
                 break
-            last = self._played(posed, share, assignment, solution, unlimited=math.isinf(limit))
+            last, quickest_s = self._played(posed, share, assignment, solution, unlimited=math.isinf(limit))
             over = last.schedule.peak_memory_bytes - self.budget
             if over <= 0:
                 enough.step_s = min(enough.step_s, last.schedule.step_time_s)
-            if over <= 0 or (last.schedule.step_time_s >= enough.step_s and not math.isinf(limit)):
+            if over <= 0 or (quickest_s >= enough.step_s and not math.isinf(limit)):
                 enough.cost_s[share] = min(enough.cost_s[share], solution.seconds)
                 return last
             limit = min(limit, solution.bytes) - over
@@ -355,17 +355,19 @@ class Search:
 
     def _played(
         self, posed: _Posed, share: float, assignment: tuple[int, ...], solution: Solution, *, unlimited: bool
-    ) -> Candidate:
+    ) -> tuple[Candidate, float]:
         """The solution's step with weight gradients behind what is sent; with all at once, where what waits would not
-        fit. `unlimited`: nothing was left out for its bytes."""
+        fit; and the seconds of the quicker one. `unlimited`: nothing was left out for its bytes."""
+        quickest_s = math.inf
         for postpone in (True, False):
             space = replace(posed.space, recomputed=replace(posed.space.recomputed, postpone=postpone))
             schedule = _as_asked(space, assignment, self.request)
+            quickest_s = min(quickest_s, schedule.step_time_s)
             fits = schedule.peak_memory_bytes <= self.budget
             if fits or not any(c.role == "activation" and c.phase == "backward" for c in schedule.collectives):
                 break  # the latter: nothing waited
         unbound = unlimited and postpone and fits
-        return Candidate(
+        candidate = Candidate(
             posed.strategy,
             space,
             assignment,
@@ -377,6 +379,7 @@ class Search:
             self.joined,
             posed.space.recomputed,
         )
+        return candidate, quickest_s
 
 
 def best(found: Sequence[Candidate], budget: float) -> Candidate | None:
