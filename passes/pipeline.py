@@ -175,18 +175,19 @@ def _bound(chosen: Candidate, played: int) -> Bound:
     if played > 1:
         note = f"it is the fastest that fits of the {played} solutions that were played as schedules"
     counted = "with no overlap counted"
-    if chosen.share < 1.0:
-        counted = f"with {chosen.share:.0%} of the time of state gathers and gradient reductions"
+    origin = chosen.origin
+    if origin.share < 1.0:
+        counted = f"with {origin.share:.0%} of the time of state gathers and gradient reductions"
     mesh = chosen.space.topology
-    alike = [axes for axes in alike_axes(mesh.sizes, chosen.space.batch_axes) if chosen.joined and len(axes) > 1]
+    alike = [axes for axes in alike_axes(mesh.sizes, chosen.space.batch_axes) if origin.joined and len(axes) > 1]
     among = ", and ".join(" and ".join(mesh.axes[axis].name for axis in axes) for axes in alike)
     among = f" where {among} do the same" if among else ""
-    solved, played_as = chosen.solved, chosen.space.recomputed
+    solved, played_as = origin.recomputed, chosen.space.recomputed
     if solved.mode != played_as.mode:
         among += f" with recompute {solved.mode!r}"
     if solved.reshard and not played_as.reshard:
         among += " with parameters gathered again for backward"
-    return Bound(chosen.solution.seconds, chosen.solution.bound_s, note, counted, among)
+    return Bound(origin.solution.seconds, origin.solution.bound_s, note, counted, among)
 
 
 _IN_FP32 = {"adamw": "adamw-bf16", "adam": "adamw-bf16"}

@@ -80,24 +80,33 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """How a candidate was found: what the solver proved, and of what.
+
+    `share`: what was counted of the time of state gathers and gradient reductions. `joined`: as in `Search`.
+    `recomputed`: what the costs were of; the step as played may compute more again, or keep gathered parameters.
+    """
+
+    solution: Solution
+    share: float
+    joined: bool
+    recomputed: Recomputation
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A solution under one strategy, and its step as played.
 
-    `unbound`: the budget kept nothing from being faster. `share`: what the solver counted of the time of state gathers
-    and gradient reductions. `joined`: as in `Search`. `solved`: what the solution was found with; the step as played
-    may compute more again, or keep gathered parameters. `untried`: the pads that there was no time to leave out.
+    `unbound`: the budget kept nothing from being faster. `untried`: the pads that there was no time to leave out.
     """
 
     strategy: str
     space: Space
     assignment: tuple[int, ...]
-    solution: Solution
     schedule: Schedule
-    unbound: bool
     padding: Padding
-    share: float
-    joined: bool
-    solved: Recomputation
+    origin: Origin
+    unbound: bool
     untried: tuple[Pad, ...] = ()
 
     @property
@@ -366,19 +375,9 @@ class Search:
             fits = schedule.peak_memory_bytes <= self.budget
             if fits or not any(c.role == "activation" and c.phase == "backward" for c in schedule.collectives):
                 break  # the latter: nothing waited
+        origin = Origin(solution, share, self.joined, posed.space.recomputed)
         unbound = unlimited and postpone and fits
-        candidate = Candidate(
-            posed.strategy,
-            space,
-            assignment,
-            solution,
-            schedule,
-            unbound,
-            posed.padding,
-            share,
-            self.joined,
-            posed.space.recomputed,
-        )
+        candidate = Candidate(posed.strategy, space, assignment, schedule, posed.padding, origin, unbound)
         return candidate, quickest_s
 
 
