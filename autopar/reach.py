@@ -6,12 +6,13 @@ at all. What a verdict says of the GPUs asked for is checked here on twice, four
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.leads import is_enough
-from passes.candidate import Estimate, Profiler, freed_and_kept, lower_bound
+from passes.candidate import Profiler, freed_and_kept, lower_bound
 from passes.setup import Setup
 
 
@@ -31,7 +32,8 @@ class Times:
 _HALVINGS = 4
 """So often fewer GPUs are tried."""
 _PLAYED = 2
-"""So many plans with state sharded over as many ranks are played on each number of GPUs: those that may be fastest."""
+"""So many plans with state sharded over as many ranks are played on each number of GPUs at most: those that may be
+fastest."""
 
 
 @dataclass(frozen=True)
@@ -94,23 +96,25 @@ def times_of(
     """Of plans that shard the state alone, and of other setups, on one number of GPUs; `either`: gathered parameters
     may be freed or kept."""
     bounded = sorted((lower_bound(setup, profiler), i, setup) for i, setup in enumerate(states))
-    likely: dict[int, list[Setup]] = defaultdict(list)
-    for (_, size), _, setup in bounded:
-        if size <= budget and len(likely[setup.dp_shard]) < _PLAYED:
-            likely[setup.dp_shard].append(setup)
+    likely: dict[int, int] = defaultdict(int)
+    state_s = math.inf
+    for (least_s, size), _, setup in bounded:
+        if least_s >= state_s:
+            break
+        if size <= budget and likely[setup.dp_shard] < _PLAYED:
+            likely[setup.dp_shard] += 1
+            state_s = min([state_s, *_steps_s([setup], profiler, budget, either)])
+    others = list(others)
+    plain = _steps_s((each for each in others if each.pp == 1), profiler, budget, either)
+    staged = _steps_s((each for each in others if each.pp > 1), profiler, budget, either)
+    fastest = tuple(min(steps_s) for steps_s in (plain, staged) if steps_s)
+    return Times(None if math.isinf(state_s) else state_s, fastest)
 
-    def priced(setups: Iterable[Setup]) -> list[Estimate]:
-        return [each for setup in setups for each in freed_and_kept(setup, profiler, budget, either=either)]
 
-    def fastest(found: Iterable[Estimate]) -> tuple[float, ...]:
-        steps_s = [each.step_s for each in found if each.peak_bytes <= budget]
-        return (min(steps_s),) if steps_s else ()
-
-    found = priced(others)
-    staged = [each for each in found if each.setup.pp > 1]
-    plain = [each for each in found if each.setup.pp == 1]
-    state = fastest(each for setups in likely.values() for each in priced(setups))
-    return Times(state[0] if state else None, fastest(plain) + fastest(staged))
+def _steps_s(setups: Iterable[Setup], profiler: Profiler, budget: int, either: bool) -> list[float]:
+    """Step times of those that fit."""
+    found = (each for setup in setups for each in freed_and_kept(setup, profiler, budget, either=either))
+    return [each.step_s for each in found if each.peak_bytes <= budget]
 
 
 def on(gpus: int, batch: int, setups: Iterable[Setup]) -> Iterator[Setup]:
