@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from torch import fx
 
+from costmodel.reshard import Step
 from passes.dims import is_getitem, outputs_of
 from passes.layers import layer_patterns
 from passes.moves import Move, Run
@@ -99,8 +100,12 @@ def _home(item: Run | Move, home: Mapping[fx.Node, object], label: object) -> ob
 
 
 def _is_gather(move: Move) -> bool:
-    stored = isinstance(move.source, StoredOption) and move.reader is not None
-    return stored and [step.kind for step in move.steps if step.is_collective] == ["state_gather"]
+    return isinstance(move.source, StoredOption) and move.reader is not None and sends_one_gather(move.steps)
+
+
+def sends_one_gather(path: Sequence[Step]) -> bool:
+    """Whether steps from a stored parameter can go with others of its layer: a gather is all that is sent."""
+    return [step.kind for step in path if step.is_collective] == ["state_gather"]
 
 
 class Gradients:

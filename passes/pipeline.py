@@ -35,6 +35,7 @@ from passes.proposals import (
     Progress,
     Request,
     Search,
+    as_asked,
     best,
     smallest,
     with_parameters_kept,
@@ -43,7 +44,6 @@ from passes.randomness import own_randomness
 from passes.report_text import seconds_text
 from passes.rewrite import rewrite
 from passes.routing import one_form
-from passes.schedule import play
 from passes.shorten import shorten
 from passes.space import Pin, Space, search_space, trained
 from passes.timeline import Timeline, timeline_of
@@ -223,9 +223,7 @@ def _async_tp_notes(chosen: Candidate, request: Request) -> list[str]:
     if not tensor_axes(mesh.sizes, chosen.space.batch_axes):
         return []
     space, now_s = replace(chosen.space, async_tp=True), chosen.schedule.step_time_s
-    played = play(
-        space, chosen.assignment, optimizer=request.optimizer, accumulate=request.accumulate, compiled=request.compiled
-    )
+    played = as_asked(space, chosen.assignment, request)
     if played.step_time_s > _WORTH_SAYING * now_s:
         return []
     return [
@@ -253,10 +251,7 @@ def _tight_notes(chosen: Candidate) -> list[str]:
 
 def _timeline(chosen: Candidate, request: Request) -> Timeline:
     """The chosen step, played once more with everything that happens in it kept."""
-    schedule = play(
-        chosen.space, chosen.assignment, optimizer=request.optimizer, accumulate=request.accumulate, events=True,
-        compiled=request.compiled,
-    )  # fmt: skip
+    schedule = as_asked(chosen.space, chosen.assignment, request, events=True)
     return timeline_of(schedule, 1 if chosen.space.topology.device.is_cpu else ALLOCATION_BYTES)
 
 

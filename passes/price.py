@@ -22,6 +22,7 @@ from costmodel.hardware import Topology
 from costmodel.layout import Layout, Partial, Replicate, local_shape
 from costmodel.reshard import Step, reshard_s, steps
 from costmodel.state import cast, state_gather, state_pad, state_scatter
+from passes.buckets import sends_one_gather
 from passes.dims import Value, expanded_shape
 from passes.errors import NoFeasiblePlanError
 from passes.precision import Dtypes, dtype_text
@@ -437,10 +438,10 @@ def _costs_s(
 def _alone_s(path: Sequence[Step], topology: Topology) -> float:
     """What a gather of state takes more where another collective follows on it, so that it goes in no bucket: a latency
     that the parameters of a bucket share. It tells moving a weight from moving what it is transposed to."""
-    sent = [step for step in path if step.is_collective]
-    if [step.kind for step in sent[:1]] != ["state_gather"] or len(sent) == 1:
+    gather = next((step for step in path if step.kind == "state_gather"), None)
+    if gather is None or sends_one_gather(path):
         return 0.0
-    return collective_s("all_gather", 0.0, sent[0].axes, topology)
+    return collective_s("all_gather", 0.0, gather.axes, topology)
 
 
 def conversion(

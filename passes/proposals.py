@@ -370,7 +370,7 @@ class Search:
         quickest_s = math.inf
         for postpone in (True, False):
             space = replace(posed.space, recomputed=replace(posed.space.recomputed, postpone=postpone))
-            schedule = _as_asked(space, assignment, self.request)
+            schedule = as_asked(space, assignment, self.request)
             quickest_s = min(quickest_s, schedule.step_time_s)
             fits = schedule.peak_memory_bytes <= self.budget
             if fits or not any(c.role == "activation" and c.phase == "backward" for c in schedule.collectives):
@@ -426,16 +426,18 @@ def _kept(candidate: Candidate, mode: Mode, request: Request) -> Candidate:
     if mode != candidate.recompute:
         recomputed = replace(recomputation(candidate.padding.analysis, mode), postpone=recomputed.postpone)
     space = replace(candidate.space, recomputed=replace(recomputed, reshard=False))
-    return replace(candidate, space=space, schedule=_as_asked(space, candidate.assignment, request))
+    return replace(candidate, space=space, schedule=as_asked(space, candidate.assignment, request))
 
 
-def _as_asked(space: Space, assignment: Sequence[int], request: Request) -> Schedule:
-    """The step as it is played with the optimizer, micro-batches and compiler that were asked for."""
+def as_asked(space: Space, assignment: Sequence[int], request: Request, *, events: bool = False) -> Schedule:
+    """The step as it is played with the optimizer, micro-batches and compiler that were asked for; `events`: see
+    `play`."""
     return play(
         space,
         assignment,
         optimizer=OPTIMIZERS[request.optimizer],
         accumulate=request.accumulate,
+        events=events,
         compiled=request.compiled,
     )
 
