@@ -22,7 +22,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from autopar import examples, meshes, tree
 from autopar.batches import BatchRanks
 from autopar.groups import Groups
-from autopar.heap import keep_freed
 from autopar.mixed import precision_of
 from autopar.module import ParallelModule, parallel_module, preload
 from autopar.optimizers import warn_of_optimizers
@@ -33,6 +32,7 @@ from autopar.runtime import Executable, Tangents
 from autopar.stages import Stages
 from autopar.together import Together, together, watch
 from autopar.unwrapped import check_unwrapped
+from costmodel.heap import keep_freed
 from passes.bytes_of import digest
 from passes.errors import PlanMismatchError
 from passes.infeasible import Smaller

@@ -33,6 +33,7 @@ from torch.multiprocessing.spawn import spawn
 from costmodel.collectives import collective_s, ring_hops, wire_bytes
 from costmodel.compute import Work, attention, matmul, op_s
 from costmodel.hardware import Device, Hardware, Link, hardware, load_hardware, preset_of, save_hardware, topology
+from costmodel.heap import keep_freed
 from costmodel.products import product
 
 __all__ = [
@@ -121,14 +122,17 @@ _TOUCHED_BYTES = 32 << 20
 _MOST_OPERANDS = 64
 _KEPT = 4
 """Results of ops that are still there when a CPU makes the next."""
+_FREED_BYTES = 1 << 28
+"""More than a measured op takes and frees: it stays with the process, as what a step frees does."""
 
 _KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
 
-def _seconds(run: Callable[[], Any], device: torch.device, budget_s: float) -> float:
+def _seconds(run: Callable[[], Any], device: torch.device, budget_s: float, before: int = 1) -> float:
     """Seconds of `run`: the median of 3 blocks that take about `budget_s` together, each the mean of its runs.
 
-    Means within a block, because where ranks outnumber cores a run now and then waits for its turn.
+    Means within a block, because where ranks outnumber cores a run now and then waits for its turn. `before`: runs
+    after which a CPU has mapped all memory that they take.
     """
 
     def block(runs: int) -> float:
@@ -139,7 +143,7 @@ def _seconds(run: Callable[[], Any], device: torch.device, budget_s: float) -> f
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) / runs
 
-    block(1)
+    block(1 if device.type == "cuda" else before)
     runs = max(1, min(100_000, int(budget_s / 4 / max(block(2), 1e-7))))
     return median([block(runs) for _ in range(3)])
 
@@ -177,7 +181,7 @@ def measure_memory(device: torch.device, budget_s: float) -> tuple[MemorySample,
 def _sum_seconds(count: int, device: torch.device, budget_s: float) -> float:
     pairs = _untouched(lambda: (torch.ones(count, device=device), torch.ones(count, device=device)), 12 * count, device)
     results: deque[torch.Tensor] = deque(maxlen=1 if device.type == "cuda" else _KEPT)
-    return _seconds(lambda: results.append(torch.add(*next(pairs))), device, budget_s)
+    return _seconds(lambda: results.append(torch.add(*next(pairs))), device, budget_s, before=2 * _KEPT)
 
 
 def _untouched(make: Callable[[], Any], size: int, device: torch.device) -> Iterator[Any]:
@@ -252,6 +256,7 @@ def measure_attention(device: torch.device, dtype: torch.dtype, budget_s: float)
 def measure_collectives(
     group: dist.ProcessGroup | None = None,
     *,
+    crossing: dist.ProcessGroup | None = None,
     device: torch.device | str = "cpu",
     across: bool = False,
     budget_s: float = 6.0,
@@ -259,8 +264,12 @@ def measure_collectives(
     """Each collective at several sizes over `group` (default: all ranks); every rank of it has to call.
 
     A sample is the time of the slowest rank. `across` says that no two ranks of the group share a node. On a CPU each
-    collective follows work of a few milliseconds, whose own time is taken off: ranks that come from work are not there
+    collective follows work of some milliseconds, whose own time is taken off: ranks that come from work are not there
     all at once, least of all where they outnumber the cores, and their caches are full of other things.
+
+    `crossing`: this rank's group of another axis of the mesh, of as many ranks. Calls go to the two in turn, and every
+    rank of the job has to call: as in training no part of the job runs ahead while another waits, which hides what a
+    collective takes where ranks share cores.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
@@ -273,15 +282,22 @@ def measure_collectives(
         return ()
     payloads = _CUDA_PAYLOADS if place.type == "cuda" else _CPU_PAYLOADS
     each_s = budget_s / (len(payloads) * len(_KINDS))
+    groups, everyone = ([group], group) if crossing is None else ([group, crossing], None)
     found = []
     for payload in payloads:
         count = payload // 4 // ranks * ranks
         full, part, out = (torch.ones(size, device=place) for size in (count, count // ranks, count))
         for kind in _KINDS:
-            run = _collective(kind, full, part, out, group)
-            seconds, cpu_s = _collective_seconds(run, place, group, each_s)
+            run = _in_turn([_collective(kind, full, part, out, each) for each in groups])
+            seconds, cpu_s = _collective_seconds(run, place, everyone, each_s)
             found.append(CollectiveSample(kind, ranks, 4 * count, across, seconds, cpu_s))
     return tuple(found)
+
+
+def _in_turn(runs: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """Runs one of them a call, each in its turn."""
+    turns = cycle(runs)
+    return lambda: next(turns)()
 
 
 def _collective(
@@ -354,8 +370,8 @@ def _collective_seconds(
 
 
 def _work() -> Callable[[], Any]:
-    """A few milliseconds of a layer's work: two products and what is pointwise, over more than a core's cache holds."""
-    rows, wide, narrow = torch.ones(768, 256), torch.ones(256, 384), torch.ones(384, 256)
+    """Some milliseconds of a layer's work: two products and what is pointwise, over more than a core's cache holds."""
+    rows, wide, narrow = torch.ones(1536, 256), torch.ones(256, 384), torch.ones(384, 256)
     return lambda: product(product(rows, wide).mul(0.5), narrow).add(1.0)
 
 
@@ -374,6 +390,8 @@ def measure(
     grouped = dist.is_initialized() and dist.get_world_size() > 1
     share = budget_s / (2.0 if grouped else 1.2)
     kinds = tuple(dtypes or (torch.float32, torch.bfloat16))
+    if place.type == "cpu":
+        keep_freed(_FREED_BYTES)
 
     def together() -> None:
         if grouped:
@@ -416,20 +434,37 @@ def measure(
 
 
 def _measure_groups(place: torch.device, world: int, per_node: int, budget_s: float) -> tuple[CollectiveSample, ...]:
-    """Groups of a whole node, of half a node, and of one rank per node; all groups of a kind run at once."""
-    layouts: list[tuple[bool, list[list[int]]]] = []
+    """Groups of a whole node, of half a node, and of one rank per node; all groups of a kind run at once.
+
+    Where ranks share cores, half a node's are measured beside those that cross them.
+    """
+    layouts: list[tuple[bool, list[list[int]], list[list[int]]]] = []
     for size in sorted({per_node, max(2, per_node // 2)} - {1}):
-        if size <= per_node and per_node % size == 0:
-            layouts.append((False, [list(range(start, start + size)) for start in range(0, world, size)]))
+        if per_node % size == 0:
+            inside = [list(range(start, start + size)) for start in range(0, world, size)]
+            parts = per_node // size
+            strided = [
+                list(range(node + start, node + per_node, parts))
+                for node in range(0, world, per_node)
+                for start in range(parts)
+            ]
+            layouts.append((False, inside, strided if parts > 1 and place.type == "cpu" else []))
     if per_node < world:
-        layouts.append((True, [list(range(start, world, per_node)) for start in range(per_node)]))
+        layouts.append((True, [list(range(start, world, per_node)) for start in range(per_node)], []))
     found: list[CollectiveSample] = []
-    for across, members in layouts:
-        groups = [dist.new_group(ranks) for ranks in members]
-        own = next(group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks)
-        found += measure_collectives(own, device=place, across=across, budget_s=budget_s / len(layouts))
+    for across, members, others in layouts:
+        own, crossing = _own_group(members), _own_group(others)
+        share_s = budget_s / len(layouts)
+        found += measure_collectives(own, crossing=crossing, device=place, across=across, budget_s=share_s)
         dist.barrier()
     return tuple(found)
+
+
+def _own_group(members: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """Makes all these groups, on every rank; the one that this rank is in."""
+    groups = [dist.new_group(list(ranks)) for ranks in members]
+    own = [group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks]
+    return own[0] if own else None
 
 
 def _agree(mine: Samples) -> Samples:

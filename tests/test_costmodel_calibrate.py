@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,6 +126,16 @@ def test_calibrating_two_ranks_gives_a_file_that_reads_back(tmp_path: Path) -> N
     for base_s, hop_s, rate in rank.hardware.intra_node.measured.values():
         assert base_s + hop_s >= 0
         assert 1e5 < rate < 1e12
+
+
+def test_four_ranks_measure_groups_of_all_and_of_half(tmp_path: Path) -> None:
+    """Half the ranks in turn with groups that cross theirs: where ranks could wait for each other forever."""
+    path = tmp_path / "here.json"
+    cal.save_calibration(path, device="cpu", ranks=4, budget_s=1.0)
+    samples = json.loads(path.read_text())["samples"]["collectives"]
+    sizes = {(sample["kind"], sample["ranks"]) for sample in samples}
+    assert sizes == {(kind, ranks) for kind in KINDS for ranks in (2, 4)}
+    assert all(sample["seconds"] > 0 for sample in samples)
 
 
 def test_mistakes_are_refused() -> None:

@@ -8,7 +8,7 @@ import sys
 _BLOCKS = """
 import os, resource
 import torch
-from autopar.heap import keep_freed
+from costmodel.heap import keep_freed
 
 MIB, PAGE = 2**20, resource.getpagesize()
 
@@ -24,7 +24,8 @@ assert not keep_freed(256 * MIB)
 del os.environ["MALLOC_TRIM_THRESHOLD_"]
 assert faults() > 100 * MIB  # of 192
 assert keep_freed(256 * MIB) and keep_freed(MIB)  # the most that was asked for stays
-faults()
+for _ in range(3):  # until freed blocks are where they stay
+    faults()
 assert faults() < 2 * MIB
 large = torch.ones(300 * MIB // 4)
 held = int(open("/proc/self/statm").read().split()[1]) * PAGE
