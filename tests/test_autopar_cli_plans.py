@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from commands import Here, autopar, edit
 
 from autopar.cli import main
+from autopar.cli.comparing import compare_plans
+from passes.plan import Plan
 
 
 def test_diff_says_what_changed_and_exits_1_where_it_got_worse(here: Here) -> None:
@@ -36,6 +39,17 @@ def test_check_plans_again_and_fails_on_a_plan_that_got_worse(here: Here, capsys
     assert ran.code == 1
     assert ran.json["worse"] == ["step"]
     assert main(["check", str(kept), here.model, "--max-regression", "150%"]) == 0
+
+
+def test_diff_with_a_plan_of_another_model_counts_the_names_that_both_have(here: Here) -> None:
+    plan = Plan.load(here.plan)
+    first, *others = plan.parameters
+    kept = len(plan.placements)
+    gone = len(replace(plan, parameters={first: plan.parameters[first]}).placements)
+    fewer = replace(plan, parameters={key: plan.parameters[key] for key in others})
+    (change,) = compare_plans(plan, fewer).made_for
+    assert (change.name, change.before) == ("parameters", f"{kept}")
+    assert change.after == f"{kept - gone}, of which {kept - gone} by the same name"
 
 
 def test_an_edited_line_is_kept_when_the_plan_is_solved_again(here: Here, capsys: pytest.CaptureFixture[str]) -> None:

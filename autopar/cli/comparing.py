@@ -54,7 +54,7 @@ class Comparison:
     """What `diff` and `check` print."""
 
     made_for: tuple[Change, ...]
-    """Graph, mesh, hardware and strategy, where they differ."""
+    """Graph, parameters' names, mesh, hardware and strategy, where they differ."""
     figures: tuple[Figure, ...]
     parameters: tuple[Change, ...]
     decisions: tuple[Change, ...]
@@ -70,6 +70,7 @@ def compare_plans(before: Plan, after: Plan) -> Comparison:
         Change(name, str(one), str(other))
         for name, one, other in (
             ("graph", before.fingerprint[:12], after.fingerprint[:12]),
+            ("parameters", *_names(before, after)),
             ("mesh", _mesh(before), _mesh(after)),
             ("hardware", before.hardware, after.hardware),
             ("strategy", before.strategy, after.strategy),
@@ -80,6 +81,12 @@ def compare_plans(before: Plan, after: Plan) -> Comparison:
     return Comparison(
         tuple(made_for), tuple(_figures(before, after)), _changes(*placed), _changes(before.decisions, after.decisions)
     )
+
+
+def _names(before: Plan, after: Plan) -> tuple[str, str]:
+    """How many parameters each has, and in the second how many of the first's: few of another model."""
+    one, other = before.placements.keys(), after.placements.keys()
+    return f"{len(one)}", f"{len(other)}" + (f", of which {len(one & other)} by the same name" if one != other else "")
 
 
 def _mesh(plan: Plan) -> str:
