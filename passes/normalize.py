@@ -37,8 +37,8 @@ def settled_in_order(program: Program) -> Program:
     """What follows from inputs and buffers alone put in an order that is the same in every process; the fingerprint
     set."""
     placeholders = program.graph.graph.find_nodes(op="placeholder")
-    kinds = {node: entry.kind for node, entry in zip(placeholders, program.inputs, strict=True)}
-    free = {node for node, kind in kinds.items() if kind in ("input", "buffer")}
+    given = zip(placeholders, program.inputs, strict=True)
+    free = {node: f"{entry.kind} {entry.name}" for node, entry in given if entry.kind in ("input", "buffer")}
     settle_order(program.graph.graph, free, lambda node, known: _line(program, node, known))
     return dataclasses.replace(program, fingerprint=fingerprint(program))
 

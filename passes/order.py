@@ -10,7 +10,7 @@ between is put in the order in which it is first read, depth first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import fx
@@ -19,10 +19,13 @@ Text = Callable[[fx.Node, dict[fx.Node, str]], str]
 """A node's op and arguments as text, given those of its operands."""
 
 
-def settle_order(graph: fx.Graph, free: set[fx.Node], text: Text) -> None:
-    """Reorder what depends on `free` placeholders alone; `text` says what a node is."""
+def settle_order(graph: fx.Graph, free: Mapping[fx.Node, str], text: Text) -> None:
+    """Reorder what depends on `free` placeholders alone, whose names are given; `text` says what a node is.
+
+    By names, not by places: the order is the same in a model with more layers.
+    """
     places = {node: place for place, node in enumerate(graph.nodes)}
-    digests = {node: f"input {place}" for node, place in places.items() if node in free}
+    digests = {node: f"input {name}" for node, name in free.items()}
     for before, run in list(_runs(graph, digests, text)):
         inside = set(run)
 
