@@ -37,11 +37,3 @@ def guard(root: nn.Module) -> None:
     for name, module in root.named_modules():
         if name and any(isinstance(p, DTensor) for p in module._parameters.values()):
             module.register_forward_pre_hook(Alone(name), with_kwargs=True)
-
-
-def unguard(root: nn.Module) -> None:
-    """Undo `guard`."""
-    for module in root.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, Alone)]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,8 @@ from autopar.reading import MOST_GRAPHS, Values, too_many
 from autopar.runtime import Executable, Runtime, device_of, plain_module, runtime_of
 from autopar.step import Differentiable, bound
 from autopar.together import watch
-from passes.autocast import autocast_dtype
+from passes.autocast import autocast_as, autocast_dtype
+from passes.errors import PlanMismatchError
 from passes.inputs import flatten_call
 
 
@@ -32,6 +34,7 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     device = device_of(runtime.mesh)
     if any(isinstance(leaf, torch.Tensor) and (leaf.device != device or isinstance(leaf, DTensor)) for leaf in leaves):
         raise _wrong_input(args, kwargs, device)
+    _check_modules(runtime)
     parameters = checked(runtime, device)
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     trains = torch.is_grad_enabled() and (any(parameters.trained) or any(leaf.requires_grad for leaf in inputs))
@@ -44,11 +47,15 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     if id(executable) not in runtime.bindings:  # the first call of its kind
         _check_batch(runtime, executable, inputs)
     step = bound(runtime, executable, parameters, inputs, device)
+    _, _, _, modes, autocast = key
 
     def with_all() -> Executable:
         if id(executable) not in runtime.with_all:
-            with torch.enable_grad():
+            with torch.enable_grad(), autocast_as(autocast):  # all as it was at the call, whatever it is now
                 plain = plain_module(module, parameters.trained)
+                for each, training in zip(plain.modules(), modes, strict=True):
+                    each.training = training
+                settings.put_back(plain, executable)
                 runtime.with_all[id(executable)] = runtime.remake(plain, args, kwargs, "all", True)
         return runtime.with_all[id(executable)]
 
@@ -59,6 +66,17 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     for index, value in zip((i for i in range(len(result)) if i not in program.out_constants), outputs, strict=True):
         result[index] = value
     return pytree.tree_unflatten(result, program.out_spec)
+
+
+def _check_modules(runtime: Runtime) -> None:
+    """Refuse a tree in which a module is gone or another: the program is of those that it was made from."""
+    tables, keys, modules, names = runtime.children
+    if not all(map(is_, map(dict.get, tables, keys), modules)):
+        changed = next(n for t, k, m, n in zip(tables, keys, modules, names, strict=True) if t.get(k) is not m)
+        raise PlanMismatchError(
+            f"{changed} was replaced or taken out, and the plan is for the module that was there; change the model "
+            "before parallelize"
+        )
 
 
 def _check_batch(runtime: Runtime, executable: Executable, inputs: Sequence[torch.Tensor]) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autopar import buffers as buffers_
-from autopar import stored, tree
+from autopar import hooks, stored, tree
 from autopar.alone import guard
 from autopar.batches import BatchRanks
 from autopar.call import call, call_key
@@ -222,6 +222,7 @@ def parallel_module(
         aliases=dict(aliases),
         slots=slots,
         modules=list(new.modules()),
+        children=tree.children(new),
         original=original,
         remake=remake,
         seed=seed,
@@ -231,6 +232,7 @@ def parallel_module(
     if "forward" in new.__dict__:
         new.__dict__[OWN_FORWARD] = new.__dict__.pop("forward")
     new.__class__ = _parallel_class(original)  # type: ignore[arg-type]
+    hooks.set_aside(new)
     guard(new)
     return cast(ParallelModule, new)
 

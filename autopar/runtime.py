@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from autopar import tree
-from autopar.alone import unguard
+from autopar import hooks, tree
 from autopar.batches import BatchRanks
 from autopar.reading import Gather
 from passes.local import LocalProgram, Storage
@@ -57,6 +56,7 @@ class Runtime:
     aliases: Mapping[str, str]
     slots: Mapping[str, tree.Slot]
     modules: Sequence[nn.Module]
+    children: tree.Children
     original: type[nn.Module]
     remake: Remake
     seed: int = 0
@@ -122,5 +122,5 @@ def plain_module(module: nn.Module, trained: Sequence[bool]) -> nn.Module:
     plain.__dict__.pop("forward", None)  # what was put around the parallel module's (accelerate's autocast)
     if OWN_FORWARD in plain.__dict__:
         plain.__dict__["forward"] = plain.__dict__.pop(OWN_FORWARD)
-    unguard(plain)
+    hooks.put_back(plain)
     return plain

@@ -43,6 +43,14 @@ def warn_of_new(runtime: Runtime, executable: Executable) -> None:
     )
 
 
+def put_back(plain: nn.Module, executable: Executable) -> None:
+    """Gives the modules of `plain` the values that the executable was captured with."""
+    modules = dict(plain.named_modules())
+    for (prefix, name), value in executable.local.program.settings.items():
+        if prefix in modules:
+            setattr(modules[prefix], name, value)
+
+
 def _read(runtime: Runtime, executable: Executable) -> Read:
     known = runtime.settings.get(id(executable))
     if known is None:

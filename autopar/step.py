@@ -267,6 +267,7 @@ class Differentiable(torch.autograd.Function):
     def forward(ctx: Any, step: Step, *differentiable: Any) -> tuple[torch.Tensor, ...]:
         outputs, saved = step.run()
         ctx.step = step
+        ctx.versions = _versions(step)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*(o for o, c in zip(outputs, step.binding.constant, strict=True) if c))
@@ -294,16 +295,44 @@ class Differentiable(torch.autograd.Function):
                 arrived[name] = arrived[name] + gradient if name in arrived else gradient
         if arrived.keys() <= binding.tangents:
             saved = list(ctx.saved_tensors)
+            _check_unchanged(step, ctx.versions, saved)
             if (clear := getattr(ctx, "maybe_clear_saved_tensors", None)) is not None:
                 clear()
             found = step.gradients(step.executable, saved, arrived, 1)
         else:
             assert step.with_all is not None
+            _check_unchanged(step, ctx.versions, step.values)
             other = step.with_all()
             saved = list(other.lowered.forward(step.values)[1])
             # That program averages over the batch's ranks what each brings; these are gradients of one global value.
             found = step.gradients(other, saved, arrived, runtime.batch.count)
         return None, *_as_stored(step, found), *_of_inputs(step, found)
+
+
+def _versions(step: Step) -> list[int]:
+    """How often each parameter, then each other value, was written to."""
+    others = [step.values[place] for place, _ in step.binding.others]
+    return [0 if each.is_inference() else each._version for each in (*step.parameters.tensors, *others)]
+
+
+def _check_unchanged(step: Step, versions: Sequence[int], read: Sequence[torch.Tensor]) -> None:
+    """Refuse to go on with values that were written to since the forward, as autograd does on one device.
+
+    By itself it would not see it: ops on a DTensor do not count as writes to its part, and a forward that is run again
+    reads its inputs again.
+    """
+    if (now := _versions(step)) == versions:
+        return
+    others = step.binding.others
+    names = (*step.runtime.specs, *(entry.name for _, entry in others))
+    parts = (*step.parameters.parts, *(step.values[place] for place, _ in others))
+    here = set(map(id, read))
+    for name, part, before, after in zip(names, parts, versions, now, strict=True):
+        if before != after and id(part) in here:
+            raise RuntimeError(
+                f"{name} was changed in place after a forward whose backward needs it as it was: run backward before "
+                "the optimizer's step or the next batch, or give it a copy"
+            )
 
 
 def _one_name(program: Program, asked: Collection[str]) -> dict[str, str]:

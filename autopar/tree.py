@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -19,6 +19,26 @@ TABLES = (
     "_load_state_dict_post_hooks", "_state_dict_pre_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
+
+
+class Children(NamedTuple):
+    """By place: a module's `_modules`, a key of it, the module there, and its name."""
+
+    tables: tuple[dict[str, Any], ...] = ()
+    keys: tuple[str, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+def children(root: nn.Module) -> Children:
+    """Where each module below `root` hangs."""
+    found = [
+        (module._modules, key, child, f"{prefix}.{key}" if prefix else key)
+        for prefix, module in root.named_modules()
+        for key, child in module._modules.items()
+        if child is not None
+    ]
+    return Children(*zip(*found, strict=True)) if found else Children()
 
 
 def copied(root: nn.Module, parameter: Callable[[str, Any], Any], buffer: Callable[[str, Any], Any]) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 Settings = dict[tuple[str, str], Any]
-"""(module's name, attribute's name) -> bool, number, string or None."""
+"""(module's name, attribute's name) -> bool, number, string, None, or a tuple of them."""
 
 
 @contextmanager
@@ -19,8 +19,8 @@ def settings_read(model: nn.Module) -> Iterator[Settings]:
     held = {
         (id(module), key): (prefix, value)
         for prefix, module in model.named_modules()
-        for key, value in vars(module).items()
-        if key not in own and isinstance(value, bool | int | float | str | None)
+        for key, value in {**_of_class(type(module)), **vars(module)}.items()
+        if key not in own and _is_plain(value)
     }
     read: Settings = {}
 
@@ -35,3 +35,17 @@ def settings_read(model: nn.Module) -> Iterator[Settings]:
         yield read
     finally:
         del nn.Module.__getattribute__
+
+
+def _of_class(kind: type) -> dict[str, Any]:
+    """What a module's class says that a module may say otherwise."""
+    found: dict[str, Any] = {}
+    for each in reversed(kind.__mro__[: kind.__mro__.index(nn.Module)]):
+        found.update((key, value) for key, value in vars(each).items() if not key.startswith("__"))
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | None)

@@ -500,6 +500,7 @@ _ASKS = re.compile("compiling|tracing")
 def tracing(tracer: Tracer) -> Iterator[None]:
     """Record what is run inside. Random state and global settings are as before afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    known = _random_states()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     compiling, is_compiling = torch.compiler._is_compiling_flag, torch.compiler.is_compiling
     torch.compiler._is_compiling_flag = tracer.branches.as_compiled
@@ -531,9 +532,22 @@ def tracing(tracer: Tracer) -> Iterator[None]:
         if asking and tracer.branches.as_compiled:
             places = ", ".join(list(asking)[:3]) + (", ..." if len(asking) > 3 else "")
             tracer.notes.append(f"the model asks whether it is compiled, and is told that it is, at {places}")
+        tracer.notes.extend(
+            f"the forward draws random numbers from {library}: every step finds those of the first one, where torch's "
+            "are new in each"
+            for library, state in _random_states().items()
+            if state != known[library]
+        )
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
+
+
+def _random_states() -> dict[str, Any]:
+    """Of the libraries whose random numbers no graph has as ops, by name."""
+    of_numpy: Any = np.random.get_state()
+    kind, numbers, *rest = of_numpy
+    return {"Python's random": random.getstate(), "NumPy": (kind, bytes(numbers), rest)}
 
 
 def wrapped(fake: Tensor, requires_grad: bool) -> Tensor:

@@ -73,7 +73,9 @@ class ExampleValues:
             self._known.update(self._run(order, {}))
             return self._known[node]
         low, high = (self._run(order, dict.fromkeys(_UNIFORM, u))[node] for u in (0.0, 1.0 - 2.0**-24))
-        if not torch.equal(low, high):
+        with off_the_record():
+            same = torch.equal(low, high)
+        if not same:
             raise UnknownValueError("random numbers")
         self._known[node] = low
         return low

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar.together import RankFailedError
+from passes.errors import PlanMismatchError
 
 BATCH = 8
 
@@ -125,15 +126,18 @@ def test_parameters_that_forward_writes_to(axes: tuple[str, ...], strategy: str)
 
 
 class _Annealed(nn.Module):
-    """A loss with a weight that the loop sets, and a dropout that it turns off."""
+    """A loss with weights that the loop sets, of which one is the class's, and a dropout that it turns off."""
+
+    gain = 1.0
 
     def __init__(self) -> None:
         super().__init__()
         self.up, self.drop, self.beta, self.epoch = nn.Linear(6, 8), nn.Dropout(0.0), 0.1, 0
+        self.range = (0.0, 9.0)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.drop(self.up(x))
-        return y.square().mean() + self.beta * y.abs().mean()
+        return self.gain * y.square().mean() + self.beta * y.abs().clamp(*self.range).mean()
 
 
 def _values_set_between_steps(rank: int, ranks: int) -> list[str]:
@@ -150,14 +154,121 @@ def _values_set_between_steps(rank: int, ranks: int) -> list[str]:
             for each, given in ((eager, x), (model, x.chunk(ranks)[rank])):
                 each.beta, each.drop.p, each.epoch = beta, p, epoch + rank  # no forward reads the last
                 found[each is model].append(each(given).item())
+        for each, given in ((eager, x), (model, x.chunk(ranks)[rank])):
+            each.drop.p, each.gain, each.range = 0.0, 3.0, (0.2, 0.4)
+            found[each is model].append(each(given).item())
     torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=0)
     return [str(one.message) for one in caught if "captured and planned anew" in str(one.message)]
 
 
 def test_values_set_between_steps() -> None:
     first, second = run_ranks(_values_set_between_steps, 2)
-    assert [message.split(" changed")[0] for message in first] == ["beta (0.1, now 5.0)", "drop.p (0.0, now 1.0)"]
+    assert [message.split(" changed")[0] for message in first] == [
+        "beta (0.1, now 5.0)", "drop.p (0.0, now 1.0)",
+        "drop.p (1.0, now 0.0), gain (1.0, now 3.0), range ((0.0, 9.0), now (0.2, 0.4))",
+    ]  # fmt: skip
     assert not second
+
+
+class _Normed(nn.Module):
+    """Features and their loss, by layers that depend on the mode, on a number and on autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.act: nn.Module = nn.GELU()
+        self.beta = 0.5
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.down(self.act(self.norm(self.up(x)))) * self.beta
+        y = 3 * y if y.dtype == torch.bfloat16 else y
+        return {"y": y, "loss": y.square().mean()}
+
+
+def _all_changed_before_backward(rank: int, ranks: int) -> None:
+    """A backward is of the forward that it belongs to, whatever was set in between; what cannot be is refused."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    eager, x = _Normed(), torch.randn(8, 6)
+    mine = x.chunk(ranks)[rank]
+    model = autopar.parallelize(eager, mesh, (mine,), options=autopar.Options(compile=False, progress=False))
+
+    def gradients(each: nn.Module, given: Tensor, cast: bool) -> Tensor:
+        each.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out = each(given)
+        y = out["y"].full_tensor() if isinstance(out["y"], DTensor) else out["y"]
+        each.eval()
+        each.beta = 7.0
+        (out["loss"] + y.float().abs().mean()).backward()
+        each.train()
+        each.beta = 0.5
+        found = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in each.parameters()]
+        return torch.cat([gradient.flatten() for gradient in found])  # type: ignore[union-attr]
+
+    for cast, tolerance in ((False, 1e-5), (True, 2e-2)):
+        assert_near(gradients(model, mine, cast), gradients(eager, x, cast), f"gradients, cast={cast}", tolerance)
+    for each, given in ((eager, x), (model, mine)):
+        for of in ("loss", "y"):
+            value = each(given)[of].square().mean()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            with torch.no_grad():
+                each.up.bias.mul_(2)  # not read by a backward
+                each.down.weight.mul_(2)
+            with pytest.raises(RuntimeError, match=r"inplace operation|\w+\.\w+ was changed in place after a forward"):
+                value.backward()
+
+    for each, given in ((eager, x.clone()), (model, mine.clone())):
+        value = each(given)["y"].square().mean()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        given.zero_()
+        with pytest.raises(RuntimeError, match=r"inplace operation|^x was changed in place"):
+            value.backward()
+
+    model.act = nn.ReLU()
+    with pytest.raises(PlanMismatchError, match=r"^act was replaced or taken out"):
+        model(mine)
+
+
+def test_all_changed_before_backward() -> None:
+    run_ranks(_all_changed_before_backward, 2)
+
+
+def _shifted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, {"x": kwargs["x"] + 1}
+
+
+def _doubled(module: nn.Module, args: tuple[Any, ...], out: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**out, "loss": 2 * out["loss"]}
+
+
+def _hooks(rank: int, ranks: int) -> None:
+    """Hooks that the model comes with are captured once; those registered later run on the parallel module itself."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    eager, x = _Normed().eval(), torch.randn(8, 6)
+    eager.register_forward_pre_hook(_shifted, with_kwargs=True)
+    eager.register_forward_hook(_doubled)
+    eager.up.register_forward_hook(lambda module, args, out: out * 3)
+    eager.down.register_full_backward_hook(lambda module, before, after: tuple(2 * g for g in before))
+    model = autopar.parallelize(
+        eager, mesh, {"x": x.chunk(ranks)[rank]}, options=autopar.Options(compile=False, progress=False)
+    )
+    for rows in (8, 4):  # the second kind of call is captured anew
+        for later in (False, True):
+            handles = [each.register_forward_hook(_doubled) for each in (eager, model) if later]
+            loss, whole = model(x=x[:rows].chunk(ranks)[rank])["loss"], eager(x=x[:rows])["loss"]
+            assert_near(loss, whole.detach(), f"loss of {rows} rows")
+            loss.backward()
+            whole.backward()
+            for handle in handles:
+                handle.remove()
+    for name, parameter in copy.deepcopy(model).named_parameters():
+        assert_near(parameter.grad.full_tensor(), eager.get_parameter(name).grad, name)
+
+
+def test_hooks_of_modules() -> None:
+    run_ranks(_hooks, 2)
 
 
 class _Scored(nn.Module):

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.utils._pytree as pytree
@@ -248,6 +249,30 @@ def test_attributes_that_the_next_call_would_find_changed_are_named() -> None:
     assert (model.steps, model.mean.tolist(), model.last, model.first) == (0, [0.0] * 4, None, None)
     with pytest.raises(CaptureError, match=r"test_passes_capture.py:\d+: .* register it as a buffer"):
         capture(Remembering(in_place=True), (torch.randn(2, 4),))
+
+
+class Skipping(nn.Module):
+    """A layer that is left out by chance, as layer drop is written."""
+
+    def __init__(self, chance: Callable[[], Any]) -> None:
+        super().__init__()
+        self.linear, self.chance = nn.Linear(4, 4), chance
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.chance() < 0.5:
+            x = self.linear(x)
+        return (self.linear(x) - x).square().mean()
+
+
+def test_chance_that_no_op_draws_is_named() -> None:
+    x = torch.randn(2, 4)
+    (note,) = capture(Skipping(random.random), (x,)).notes
+    assert note.startswith("the forward draws random numbers from Python's random: every step finds those of the first")
+    (note,) = capture(Skipping(np.random.rand), (x,)).notes
+    assert note.startswith("the forward draws random numbers from NumPy")
+    assert not capture(Skipping(lambda: torch.rand(()) - 2), (x,)).notes
+    with pytest.raises(CaptureError, match=r"test_passes_capture.py:\d+: .*random numbers"):
+        capture(Skipping(lambda: torch.rand(())), (x,))
 
 
 def test_a_registered_dataclass_rebuilds_the_output() -> None:
