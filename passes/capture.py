@@ -109,17 +109,21 @@ def _of_rows(
     batch_size: int | None,
     error: CaptureError,
 ) -> str:
-    """Where the forward failed: inputs that were taken for several rows per sample, and may be none of the batch."""
+    """Where the forward failed: inputs that were taken for several rows per sample, or for one number of each, and may
+    be none of the batch."""
     leaves, _, names = flatten_inputs(tuple(args), dict(kwargs or {}))
     dims = batch_dims or [None] * len(leaves)
     rows = {
         name: leaf.shape[dim] // batch_size
         for name, leaf, dim in zip(names, leaves, dims, strict=True)
-        if dim is not None and batch_size and leaf.shape[dim] > batch_size
+        if dim is not None and batch_size and (leaf.shape[dim] > batch_size or leaf.dim() == 1)
     }
     if not rows or _RAISED not in str(error):
         return ""
-    told = " and ".join(f"{name!r} was taken for {count} rows per sample" for name, count in rows.items())
+    told = " and ".join(
+        f"{name!r} was taken for {f'{count} rows' if count > 1 else 'one number'} per sample"
+        for name, count in rows.items()
+    )
     return f". Input {told}; where all samples share it, say Options(batch_dims={dict.fromkeys(rows)})"
 
 

@@ -60,6 +60,22 @@ def test_a_table_taken_for_rows_of_the_batch_is_named_where_forward_fails() -> N
     assert "rows per sample" not in str(raised.value)
 
 
+def test_positions_as_many_as_samples_are_named_where_forward_fails() -> None:
+    class Positioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(9, 8)
+
+        def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+            return (x + self.table(at)).square().mean()
+
+    call = torch.zeros(3, 3, 8), torch.arange(3)
+    with pytest.raises(CaptureError, match=r"'at' was taken for one number per sample; .*batch_dims=\{'at': None\}"):
+        autopar.plan(Positioned(), {"dp": 2}, call, hardware="h100")
+    options = autopar.Options(batch_dims={"at": None})
+    assert autopar.plan(Positioned(), {"dp": 2}, call, hardware="h100", options=options).axes
+
+
 def test_positions_and_square_masks_are_shared() -> None:
     batch = {
         "ids": torch.zeros(2, 8), "labels": torch.zeros(2, 8), "positions": torch.arange(8), "mask": torch.zeros(8, 8),
