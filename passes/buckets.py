@@ -67,11 +67,14 @@ def bucketed(program: Program, items: Sequence[Run | Move], gradients: Gradients
 
 
 def layer_labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
-    """Per item, the layer it belongs to: (phase, layer), or what it lies in between layers."""
+    """Per item, the layer it belongs to: (phase, layer), or what it lies in between layers.
+
+    What no module is named for belongs to the layer around it; backward never to the layer that forward ended with.
+    """
     pattern, layers = layer_patterns([x.name for x in program.inputs if x.kind in ("parameter", "buffer")])
     found: list[object] = []
     layer_of: dict[str, str] = {}
-    between, inside = 0, False
+    between, inside, last_phase = 0, False, ""
     label: object = None
     for item in items:
         node = item.node if isinstance(item, Run) else item.reader or item.value
@@ -85,8 +88,9 @@ def layer_labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
             inside, label = True, (phase, layer)
         elif not layers:
             label = (phase, name)
-        elif name or label is None or not inside:
+        elif name or label is None or not inside or phase != last_phase:
             inside, label = False, (phase, between)
+        last_phase = phase
         found.append(label)
     return found
 

@@ -137,6 +137,15 @@ def _reshape(op: LocalOp) -> fx.Node:
     return op.emit.view(op.operands[0], op.result_shapes[0])
 
 
+@localizer(aten.view_as_complex.default)
+def _view_as_complex(op: LocalOp) -> fx.Node:
+    """Pairs are read where they stand, which a slice of uneven rows (a padded dim's) has at odd places."""
+    x = op.operands[0]
+    value = x.meta["val"]
+    paired = value.stride(-1) == 1 and not any(n % 2 for n in (*value.stride()[:-1], value.storage_offset()))
+    return op.emit.call(aten.view_as_complex.default, x if paired else op.emit.contiguous(x))
+
+
 @localizer(aten.expand.default)
 def _expand(op: LocalOp) -> fx.Node:
     return op.emit.call(aten.expand.default, op.operands[0], list(op.result_shapes[0]))

@@ -364,7 +364,9 @@ def _instructions(module: fx.GraphModule, slots: Mapping[fx.Node, int]) -> Itera
         val = node.meta.get("val")
         shape = tuple(val.shape) if isinstance(val, Tensor) else None
         if node.target in COLLECTIVES or node.target == WAIT:
-            yield _Instruction(node, slots[node], tuple(slots[x] for x in node.all_input_nodes), None, shape, frees)
+            sent: Any = node.args[0]  # a tensor, or those that go together, where one may be sent twice
+            read = tuple(slots[x] for x in (sent if isinstance(sent, list | tuple) else [sent]))
+            yield _Instruction(node, slots[node], read, None, shape, frees)
             continue
         operands: list[int] = []
         call = _compiled(module, node, slots, operands)

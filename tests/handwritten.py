@@ -285,6 +285,24 @@ class Stacked(nn.Module):
         return {"loss": -logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).mean()}
 
 
+class Normalised(Decoder):
+    """Tables whose rows are scaled to length one in each step, and logits scaled by a parameter, the way of nGPT.
+
+    No module is called behind the last block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(FusedChunk)
+        self.scale = nn.Parameter(torch.ones(VOCAB))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = F.embedding(ids, F.normalize(self.embed.weight, dim=-1))
+        for block in self.blocks:
+            x = block(x)
+        logits = self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.head.weight, dim=-1))
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
 class Images(nn.Module):
     """A convolutional stem, a class token, `nn.TransformerEncoder`."""
 
@@ -401,6 +419,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], dic
     "torch.library": (lambda: Decoder(CustomOp), _tokens),
     "recurrent": (lambda: Decoder(Recurrent), _tokens),
     "stacked": (Stacked, _tokens),
+    "normalised tables": (Normalised, _tokens),
     "conv stem, nn.TransformerEncoder": (Images, _pixels),
     "nn.Transformer": (Translation, _pairs),
     "experts in a loop": (lambda: Decoder(Experts), _tokens),

@@ -394,3 +394,27 @@ def test_an_added_key_that_is_no_number_is_not_looked_at() -> None:
     pads = uneven_dims(analysis, (2,), ())
     assert [(each.size, each.padded) for each in pads] == [(33, 34)]
     same_on_one_device(model, pad(analysis, pads).program, kwargs)
+
+
+class PairsOfASlice(nn.Module):
+    """Rotary positions as complex numbers on the last columns of a product, the way of DeepSeek-V2's shared key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 20), nn.Linear(16, 8)
+        self.turns = nn.Parameter(torch.randn(2, 2))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        latent, key = self.down(x).split([16, 4], -1)
+        turned = torch.view_as_complex(key.unflatten(-1, (2, 2))) * torch.view_as_complex(self.turns)
+        return {"loss": self.up(latent).square().mean() + torch.view_as_real(turned).square().mean()}
+
+
+def test_ranks_read_complex_numbers_in_rows_of_odd_length() -> None:
+    torch.manual_seed(0)
+    model, kwargs = PairsOfASlice(), {"x": torch.randn(4, 6, 8)}
+    plan, local = planned(captured(model, kwargs), {"tp": 3}, "megatron")
+    assert (20, 21) in [(each.size, each.padded) for each in plan.padded]
+    found = errors(model, local, kwargs)
+    assert found.output < 1e-5, found
+    assert found.gradient < 1e-4, found

@@ -145,6 +145,17 @@ def test_collectives_are_the_arithmetic_they_stand_for(axes: tuple[tuple[str, in
             assert torch.equal(doubled, 2 * swapped)
 
 
+def test_a_tensor_may_be_sent_twice_together() -> None:
+    build = Builder()
+    x, y = build.input(2), build.input(3)
+    sent = build(c10d.all_gather_into_tensor_coalesced.default, [x, y, x], 2, "tp")
+    module = build.module(*(build(operator.getitem, sent, place) for place in range(3)))
+    given = [[values(rank, 2), values(10 + rank, 3)] for rank in range(2)]
+    (found, other) = simulate(program_of(module, (("tp", 2),)), given)
+    wanted = [torch.cat([mine[place] for mine in given]) for place in (0, 1, 0)]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(wanted, found, other, strict=True))
+
+
 def test_all_to_all_whose_rows_do_not_fit_is_refused() -> None:
     """Each rank would send one row to rank 0 and two to rank 1, which expects one from each."""
     build = Builder()
