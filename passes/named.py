@@ -107,7 +107,7 @@ def _fixed(
     if index not in analysis.from_data:
         return None
     if free:
-        return None if strategy == "auto" else _tensor_parallel(analysis, place, everything)
+        return None if strategy == "auto" else _tensor_parallel(analysis, place, parts, used, everything)
     return _data_parallel(analysis, place, parts, used)
 
 
@@ -122,10 +122,13 @@ def _data_parallel(analysis: Analysis, place: Place, parts: int, used: dict[int,
     return None
 
 
-def _tensor_parallel(analysis: Analysis, place: Place, choices: Sequence[Choice]) -> set[Choice] | None:
+def _tensor_parallel(
+    analysis: Analysis, place: Place, parts: int, used: dict[int, int], choices: Sequence[Choice]
+) -> set[Choice] | None:
     """Matrix products split a dim of a weight, embeddings their vocabulary, and logits stay split by class.
 
-    Everything else that is as large as an activation is split too, along the sequence where nothing else is given.
+    Everything else that is as large as an activation is split too, along the sequence where nothing else is given,
+    unless the batch axes have split that (of what has no batch: a bias's gradient) and leave too little.
     """
     assert place.op is not None
     assert place.call is not None
@@ -141,7 +144,11 @@ def _tensor_parallel(analysis: Analysis, place: Place, choices: Sequence[Choice]
     if classes:
         return classes
     atoms = {atom for dims in place.op.result_atoms for dim in dims for atom in dim}
-    sequence = any(leaves[c].atom in analysis.sequence_atoms for c in choices if c is not None and c < len(leaves))
+    sequence = any(
+        leaves[c].atom in analysis.sequence_atoms and leaves[c].size % (used.get(leaves[c].atom, 1) * parts) == 0
+        for c in choices
+        if c is not None and c < len(leaves)
+    )
     if sequence and place.call.target not in VIEWS and atoms & analysis.contracted_atoms:
         return set(choices) - {None}
     return None

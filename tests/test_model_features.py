@@ -455,3 +455,32 @@ def test_values_of_a_smaller_head_size_are_attended_to_by_one_op() -> None:
     found = errors(model, local, kwargs)
     assert found.output < 1e-5, found
     assert found.gradient < 1e-4, found
+
+
+class Decaying(nn.Module):
+    """A weight per head and distance, made a matrix by cutting a row that is repeated: RWKV-5's parallel form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(32, 32, bias=False) for _ in range(4))
+        self.decay = nn.Parameter(torch.rand(4, LENGTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part(x).unflatten(-1, (4, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        rows = F.pad(self.decay, (0, LENGTH)).repeat(1, LENGTH)[:, :-LENGTH]
+        weights = rows.view(4, LENGTH, 2 * LENGTH - 1)[:, :, LENGTH - 1 :]
+        scores = query @ key.transpose(-1, -2) * weights
+        mixed = (scores @ value).transpose(1, 2).flatten(2)
+        return self.out(F.group_norm(mixed.flatten(0, 1), 4).view_as(mixed)).square().mean()
+
+
+def test_a_gradient_without_a_batch_takes_the_whole_sequence_of_the_batch_axis() -> None:
+    """Under `megatron`, 8 ranks split it along the sequence, of which two are left for 4."""
+    torch.manual_seed(0)
+    model, kwargs = Decaying(), {"x": torch.randn(16, LENGTH, 32)}
+    _, _, local = planned(captured(model, kwargs), {"dp": 8, "tp": 4}, "megatron")
+    found = errors(model, local, kwargs)
+    assert found.output < 1e-5, found
+    assert found.gradient < 1e-4, found
