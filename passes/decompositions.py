@@ -310,6 +310,8 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.addmv.default: _addmv,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split_with_sizes,
+    aten.unsafe_split.Tensor: _split,  # of a graph without writes these are no other
+    aten.unsafe_split_with_sizes.default: _split_with_sizes,
     aten.unbind.int: _unbind,
     aten.zeros.default: _filled(0),
     aten.ones.default: _filled(1),

@@ -359,7 +359,8 @@ class Search:
             if limit <= 0:
                 break
         if last is None:
-            raise NoFeasiblePlanError("the pins and the strategy leave no way from some op to the next")
+            given = "the pins and the strategy leave" if self.request.pins else "the strategy leaves"
+            raise NoFeasiblePlanError(f"{given} no way from some op to the next")
         return last
 
     def _played(
