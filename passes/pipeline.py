@@ -20,6 +20,7 @@ from costmodel.hardware import Hardware, Topology, hardware, topology
 from costmodel.memory import ALLOCATION_BYTES, OptimizerSpec, gib
 from costmodel.memory import optimizer as optimizer_of
 from passes.blocks import NotPeriodicError
+from passes.chunks import split_chunks
 from passes.errors import NoFeasiblePlanError
 from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
 from passes.local import LocalProgram
@@ -55,7 +56,7 @@ __all__ = ["Progress", "Request", "compile_plan", "local_program", "on_mesh", "p
 
 def prepare(program: Program) -> Program:
     """What is done to a captured program before it is planned."""
-    return prepare_again(one_form(own_randomness(use_causal_flag(program))))
+    return prepare_again(split_chunks(one_form(own_randomness(use_causal_flag(program)))))
 
 
 def on_mesh(hardware_: str | Hardware | None, axes: Sequence[tuple[str, int]]) -> Topology:

@@ -82,6 +82,8 @@ def _others() -> list[tuple[Any, ...]]:
         (aten.split.Tensor, x, 3, 1),
         (aten.split.Tensor, x, 9),
         (aten.split_with_sizes.default, x, [1, 4, 2], 1),
+        (aten.unsafe_split.Tensor, x, 3, 1),
+        (aten.unsafe_split_with_sizes.default, x, [1, 4, 2], 1),
         (aten.unbind.int, x, 1),
         (aten.zeros.default, [3, 5]),
         (aten.ones.default, [3, 5]),
