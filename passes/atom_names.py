@@ -61,7 +61,9 @@ def atom_names(space: Space, stored: dict[int, list[int | None]]) -> dict[int, s
             names |= {atom: "experts" for atom in positions[:1] if atom in heard.stacked and atom not in names}
     _name_routers(names, sizes, weights, analysis.weight_dims)
     for dims in analysis.weight_dims:
-        if len(dims) >= 2:
+        if len(dims) >= 2 and dims[-1][0] in heard.contracted and dims[-2][0] not in heard.contracted:
+            names.setdefault(dims[-2][0], "parts")  # of a fused product, each with the columns that another contracts
+        elif len(dims) >= 2:
             names.setdefault(dims[-1][0], "head_size")
             names.setdefault(dims[-2][0], "heads")
     _name_inner(names, weights, set(heard.contracted) | heard.routed)
@@ -137,7 +139,7 @@ def _name_inner(names: dict[int, str], weights: Sequence[Sequence[int | None]], 
         for atom in positions:
             if atom is not None and atom in inner and atom not in names:
                 others = {names.get(other, "") for other in positions if other is not None and other != atom}
-                beside.setdefault(atom, set()).update(others)
+                beside.setdefault(atom, set()).update(others - {"parts"})
     for atom, others in beside.items():
         if "vocab" not in others and "hidden" in others:
             names[atom] = "ffn" if others <= {"hidden", "experts"} else "latent"

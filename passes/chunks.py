@@ -21,7 +21,6 @@ from torch import fx
 from passes.emit import Emitter, relax_views
 from passes.graphs import graph_module
 from passes.program import Program
-from passes.rules.matmul import PRODUCTS
 
 aten = torch.ops.aten
 _Part = tuple[fx.Node, int, int]
@@ -86,7 +85,7 @@ def _is_product(node: fx.Node) -> bool:
     columns, at = _columns(node), cast(Any, node)
     while isinstance(at, fx.Node) and at.target in (aten.view.default, aten.add.Tensor):
         at = at.args[0]
-    return isinstance(at, fx.Node) and at.target in PRODUCTS and _columns(at) == columns
+    return isinstance(at, fx.Node) and at.target is aten.mm.default and _columns(at) == columns
 
 
 def _cut_of(node: fx.Node) -> tuple[int, int, int] | None:

@@ -114,3 +114,14 @@ def test_what_is_no_product_or_not_all_of_it_stays() -> None:
 
     program = captured(Halves(), {"x": torch.randn(4, 8, WIDE)})
     assert split_chunks(program) is program
+
+
+def test_the_columns_of_a_part_are_called_what_they_are() -> None:
+    with torch.device("meta"):
+        model = _phi3()
+    ids = torch.empty(16, 1024, dtype=torch.long, device="meta")
+    batch = {"input_ids": ids, "labels": ids}
+    plan = autopar.plan(model, {"dp": 2, "tp": 4}, batch, hardware="h100", strategy="megatron")
+    dims = {name: placed.dims for name, placed in plan.parameters.items()}
+    assert dims["model.layers.*.mlp.gate_up_proj.weight"] == ("parts*ffn", "hidden")
+    assert dims["model.layers.*.mlp.down_proj.weight"] == ("hidden", "ffn")
