@@ -11,11 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from autopar.tree import HOOKS
+
 _KEPT = "_autopar_own_hooks"
-_TABLES = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
 _KIND = "_is_full_backward_hook"
 
 
@@ -23,8 +21,8 @@ def set_aside(root: nn.Module) -> None:
     """Have no module of `root` run the hooks that it has."""
     for module in root.modules():
         held: dict[str, Any] = module.__dict__
-        held[_KEPT] = {name: held[name] for name in (*_TABLES, _KIND) if name in held}
-        held.update({name: OrderedDict() if name in _TABLES else None for name in held[_KEPT]})
+        held[_KEPT] = {name: held[name] for name in (*HOOKS, _KIND) if name in held}
+        held.update({name: OrderedDict() if name in HOOKS else None for name in held[_KEPT]})
 
 
 def put_back(root: nn.Module) -> None:

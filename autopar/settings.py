@@ -45,17 +45,20 @@ def warn_of_new(runtime: Runtime, executable: Executable) -> None:
 
 def put_back(plain: nn.Module, executable: Executable) -> None:
     """Gives the modules of `plain` the values that the executable was captured with."""
-    modules = dict(plain.named_modules())
-    for (prefix, name), value in executable.local.program.settings.items():
-        if prefix in modules:
-            setattr(modules[prefix], name, value)
+    for module, _, name, value in _held(plain, executable):
+        setattr(module, name, value)
 
 
 def _read(runtime: Runtime, executable: Executable) -> Read:
     known = runtime.settings.get(id(executable))
     if known is None:
-        modules = dict(runtime.modules[0].named_modules())
-        settings = executable.local.program.settings.items()
-        found = [(modules[prefix], prefix, name, value) for (prefix, name), value in settings if prefix in modules]
+        found = _held(runtime.modules[0], executable)
         known = runtime.settings[id(executable)] = Read(*zip(*found, strict=True)) if found else Read()
     return known
+
+
+def _held(root: nn.Module, executable: Executable) -> list[tuple[nn.Module, str, str, Any]]:
+    """What `Read` has by place, of the modules of `root`."""
+    modules = dict(root.named_modules())
+    settings = executable.local.program.settings.items()
+    return [(modules[prefix], prefix, name, value) for (prefix, name), value in settings if prefix in modules]

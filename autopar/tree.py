@@ -13,11 +13,14 @@ from passes.rebind import rebind
 Slot = tuple[dict[str, Any], str]
 """Where a parameter or buffer hangs: a module's `_parameters` or `_buffers`, and the key."""
 
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+"""A module's tables of hooks around its forward and backward."""
 TABLES = (
-    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_forward_hooks", "_forward_pre_hooks",
-    "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks", "_state_dict_pre_hooks", "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *HOOKS, "_state_dict_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_pre_hooks",
 )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def _seconds(run: Callable[[], Any], device: torch.device, budget_s: float, befo
     """Seconds of `run`: the median of 3 blocks that take about `budget_s` together, each the mean of its runs.
 
     Means within a block, because where ranks outnumber cores a run now and then waits for its turn. `before`: runs
-    after which a CPU has mapped all memory that they take.
+    after which all memory that they take is mapped.
     """
 
     def block(runs: int) -> float:
@@ -143,7 +143,7 @@ def _seconds(run: Callable[[], Any], device: torch.device, budget_s: float, befo
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) / runs
 
-    block(1 if device.type == "cuda" else before)
+    block(before)
     runs = max(1, min(100_000, int(budget_s / 4 / max(block(2), 1e-7))))
     return median([block(runs) for _ in range(3)])
 
@@ -180,8 +180,9 @@ def measure_memory(device: torch.device, budget_s: float) -> tuple[MemorySample,
 
 def _sum_seconds(count: int, device: torch.device, budget_s: float) -> float:
     pairs = _untouched(lambda: (torch.ones(count, device=device), torch.ones(count, device=device)), 12 * count, device)
-    results: deque[torch.Tensor] = deque(maxlen=1 if device.type == "cuda" else _KEPT)
-    return _seconds(lambda: results.append(torch.add(*next(pairs))), device, budget_s, before=2 * _KEPT)
+    kept = 1 if device.type == "cuda" else _KEPT
+    results: deque[torch.Tensor] = deque(maxlen=kept)
+    return _seconds(lambda: results.append(torch.add(*next(pairs))), device, budget_s, before=2 * kept)
 
 
 def _untouched(make: Callable[[], Any], size: int, device: torch.device) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from passes.emit import Emitter, relax_views
+from passes.emit import emitter_like, relax_views
 from passes.graphs import graph_module
 from passes.program import Program
 
@@ -34,8 +34,7 @@ def split_chunks(program: Program) -> Program:
     if not parts:
         return program
     counts = {(count, _columns(part)) for part, (_, count, _) in parts.items()}
-    mode = next(v.fake_mode for n in old.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
-    emit = Emitter(fx.Graph(), mode, None)  # type: ignore[arg-type]
+    emit = emitter_like(old)
     new: dict[fx.Node, fx.Node] = {}
     whole: dict[fx.Node, fx.Node] = {}
     for node in old.nodes:
@@ -48,8 +47,8 @@ def split_chunks(program: Program) -> Program:
             new[node] = emit.call(aten.select.int, whole[source], -2, which)
         elif node.target is aten.slice_backward.default and (cut := _cut_of(node)) and cut[:2] in counts:
             grad, sizes = new[node.args[0]], node.meta["val"].shape
-            entries = [*sizes[:-1], *cut[:2]]
-            new[node] = emit.view(emit.call(aten.select_backward.default, grad, entries, -2, cut[2]), sizes)
+            apart = [*sizes[:-1], *cut[:2]]
+            new[node] = emit.view(emit.call(aten.select_backward.default, grad, apart, -2, cut[2]), sizes)
         elif (joined := _joined(node)) and (len(joined), _columns(joined[0])) in counts:
             entries = [emit.call(aten.unsqueeze.default, new[part], -2) for part in joined]
             new[node] = emit.view(emit.call(aten.cat.default, entries, -2), node.meta["val"].shape)
@@ -81,7 +80,7 @@ def _parts(source: fx.Node) -> Iterator[tuple[fx.Node, _Part]]:
 
 
 def _is_product(node: fx.Node) -> bool:
-    """Whether it is a product with a parameter, with or without a bias, seen as a tensor of more dims."""
+    """Whether it is a matrix product, with or without a bias, seen as a tensor of more dims."""
     columns, at = _columns(node), cast(Any, node)
     while isinstance(at, fx.Node) and at.target in (aten.view.default, aten.add.Tensor):
         at = at.args[0]

@@ -153,6 +153,12 @@ class Emitter:
         return self.call(WAIT, x)
 
 
+def emitter_like(graph: fx.Graph) -> Emitter:
+    """An emitter of an empty graph on the fake tensors of `graph`, for programs that are not laid out yet."""
+    mode = next(v.fake_mode for n in graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
+    return Emitter(fx.Graph(), mode, None)  # type: ignore[arg-type]
+
+
 def relax_views(graph: fx.Graph) -> None:
     """Make views reshapes, where tensors may lie otherwise in memory than when the graph was captured."""
     for view in SAME_STRIDES:

@@ -13,9 +13,10 @@ it can.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from passes.analysis import Analysis, Place
+from passes.dims import Leaf
 from passes.rules.index import EMBEDDINGS
 from passes.rules.matmul import PRODUCTS
 from passes.strategies import Choice, StoredOption, every_choice
@@ -116,10 +117,15 @@ def _data_parallel(analysis: Analysis, place: Place, parts: int, used: dict[int,
     assert place.op is not None
     for atoms in (analysis.batch_atoms, analysis.sequence_atoms):
         for i, leaf in enumerate(place.op.leaves):
-            if leaf.atom in atoms and leaf.size % (used.get(leaf.atom, 1) * parts) == 0:
+            if leaf.atom in atoms and _divides(leaf, parts, used):
                 used[leaf.atom] = used.get(leaf.atom, 1) * parts
                 return {i}
     return None
+
+
+def _divides(leaf: Leaf, parts: int, used: Mapping[int, int]) -> bool:
+    """Whether so many parts can be cut of what other axes left of the dim."""
+    return leaf.size % (used.get(leaf.atom, 1) * parts) == 0
 
 
 def _tensor_parallel(
@@ -145,7 +151,7 @@ def _tensor_parallel(
         return classes
     atoms = {atom for dims in place.op.result_atoms for dim in dims for atom in dim}
     sequence = any(
-        leaves[c].atom in analysis.sequence_atoms and leaves[c].size % (used.get(leaves[c].atom, 1) * parts) == 0
+        leaves[c].atom in analysis.sequence_atoms and _divides(leaves[c], parts, used)
         for c in choices
         if c is not None and c < len(leaves)
     )

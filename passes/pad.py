@@ -29,7 +29,7 @@ from torch import fx
 
 from passes.analysis import Analysis
 from passes.dims import Atom, atoms_of, is_getitem, outputs_of, value_of
-from passes.emit import Emitter, relax_views
+from passes.emit import emitter_like, relax_views
 from passes.graphs import graph_module
 from passes.harmless import Key, Need, Place, Reading, fill_of, keeps_values, needs_of, result_zone
 from passes.localize import LocalOp, run_locally
@@ -130,9 +130,7 @@ class _Padding:
         self.analysis = analysis
         self.program = analysis.program
         self.sizes = sizes
-        graph = self.program.graph.graph
-        mode = next(v.fake_mode for n in graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
-        self.emit = Emitter(fx.Graph(), mode, None)  # type: ignore[arg-type]
+        self.emit = emitter_like(self.program.graph.graph)
         self.known: dict[fx.Node, _Known] = {}
         self.results: dict[fx.Node, list[_Known]] = {}
         self.copies: dict[fx.Node, fx.Node] = {}

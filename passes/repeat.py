@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.emit import Emitter, relax_views
+from passes.emit import Emitter, emitter_like, relax_views
 from passes.graphs import graph_module
 from passes.program import Program
 
@@ -50,8 +50,7 @@ def is_worth_repeating(program: Program, parts: int) -> bool:
 def repeat_keys(program: Program) -> Program:
     """The program with the keys and values of grouped attention repeated. It keeps its fingerprint."""
     old = program.graph.graph
-    mode = next(v.fake_mode for n in old.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
-    emit = Emitter(fx.Graph(), mode, None)  # type: ignore[arg-type]
+    emit = emitter_like(old)
     new: dict[fx.Node, fx.Node] = {}
     for node in old.nodes:
         if node in new:  # a part of an attention's gradient

@@ -500,7 +500,6 @@ _ASKS = re.compile("compiling|tracing")
 def tracing(tracer: Tracer) -> Iterator[None]:
     """Record what is run inside. Random state and global settings are as before afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    known = _random_states()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     compiling, is_compiling = torch.compiler._is_compiling_flag, torch.compiler.is_compiling
     torch.compiler._is_compiling_flag = tracer.branches.as_compiled
@@ -535,19 +534,19 @@ def tracing(tracer: Tracer) -> Iterator[None]:
         tracer.notes.extend(
             f"the forward draws random numbers from {library}: every step finds those of the first one, where torch's "
             "are new in each"
-            for library, state in _random_states().items()
-            if state != known[library]
+            for library in _drawn_from(*states[1:])
         )
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
 
 
-def _random_states() -> dict[str, Any]:
-    """Of the libraries whose random numbers no graph has as ops, by name."""
-    of_numpy: Any = np.random.get_state()
-    kind, numbers, *rest = of_numpy
-    return {"Python's random": random.getstate(), "NumPy": (kind, bytes(numbers), rest)}
+def _drawn_from(python: Any, numpy: Any) -> Iterator[str]:
+    """Libraries whose random numbers no graph has as ops, where their state is another than it was."""
+    if random.getstate() != python:
+        yield "Python's random"
+    if any(np.any(now != then) for now, then in zip(np.random.get_state(), numpy, strict=True)):
+        yield "NumPy"
 
 
 def wrapped(fake: Tensor, requires_grad: bool) -> Tensor:
