@@ -19,9 +19,10 @@ from autopar import planning
 from autopar.options import Options
 from costmodel.layout import Layout, Placement, Replicate, Shard, layout_text, parse_layout
 from costmodel.memory import gib
+from passes.decisions import Place, places
 from passes.errors import NoFeasiblePlanError
 from passes.pipeline import on_mesh, space_of
-from passes.plan import Place, Placements, Plan, places
+from passes.plan import Placements, Plan
 from passes.program import Program
 from passes.report_text import seconds_text
 

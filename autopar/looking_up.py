@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from passes.plan import Place, Placements, Plan
+from passes.decisions import Place
+from passes.plan import Placements, Plan
 from passes.rules.call import op_text
 from passes.rules.matmul import PRODUCTS
 from passes.schedule import Collective

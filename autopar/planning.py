@@ -11,7 +11,8 @@ from typing import Any
 from autopar.meshes import axis_notes
 from autopar.mixed import policy_from, policy_json
 from autopar.options import Options, check_async_tp, check_options
-from costmodel.hardware import Hardware, Topology, hardware_of, topology
+from costmodel.hardware import Hardware, Topology, topology
+from costmodel.hardware_file import hardware_of
 from costmodel.layout import parse_layout
 from passes.capture import capture
 from passes.collector import settled

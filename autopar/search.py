@@ -28,8 +28,8 @@ from autopar.reach import Times, on, times_of
 from autopar.unwrapped import check_unwrapped
 from autopar.verdict import Verdict, verdict
 from costmodel.hardware import Hardware, topology
-from costmodel.hardware import hardware as hardware_of
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
+from costmodel.presets import hardware as hardware_of
 from passes.candidate import Estimate, estimate, freed_and_kept, lower_bound
 from passes.collector import settled
 from passes.errors import NoFeasiblePlanError

@@ -33,8 +33,9 @@ from transformers import (
 )
 
 from autopar.profiling import Captures, Profiler
-from costmodel.hardware import Hardware, fitted, hardware, with_attention
+from costmodel.hardware import Hardware
 from costmodel.memory import OPTIMIZERS
+from costmodel.presets import fitted, hardware, with_attention
 from passes.analysis import Analysis
 from passes.candidate import Estimate, estimate
 from passes.precision import Precision

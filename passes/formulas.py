@@ -10,7 +10,8 @@ from typing import Any
 from sympy.printing.mathml import mathml
 
 from costmodel import symbolic
-from costmodel.hardware import Link, hardware_of
+from costmodel.hardware import Link
+from costmodel.hardware_file import hardware_of
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from costmodel.hardware import Hardware, Topology, hardware, topology
+from costmodel.hardware import Hardware, Topology, topology
 from costmodel.memory import ALLOCATION_BYTES, OptimizerSpec, gib
 from costmodel.memory import optimizer as optimizer_of
+from costmodel.presets import hardware
 from passes.blocks import NotPeriodicError
 from passes.chunks import split_chunks
+from passes.decisions import assignment_of
 from passes.errors import NoFeasiblePlanError
 from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
 from passes.local import LocalProgram
+from passes.make_plan import baseline, make_plan
 from passes.masks import use_causal_flag
 from passes.named import alike_axes, check_strategy, tensor_axes
-from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, check_plan, make_plan
+from passes.plan import Baseline, Bound, Plan, check_plan
 from passes.program import Program
 from passes.proposals import (
     BY_HAND,

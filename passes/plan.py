@@ -1,22 +1,20 @@
 """A plan: what was decided, what it costs, and what it was made for, in names that outlive the process.
 
 A plan is kept in a file people can read and edit: decisions are keyed by parameter-name patterns and places in the
-model, and written as DTensor's placements are (`S(0)S(0) -> RS(0)`). `assignment_of` turns them back into options.
+model, and written as DTensor's placements are (`S(0)S(0) -> RS(0)`). `decisions.py` turns them back into options.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from costmodel.layout import Partial, layout_text, parse_layout
-from costmodel.memory import gib
-from passes.errors import NoFeasiblePlanError, PlanMismatchError
+from costmodel.layout import parse_layout
+from passes.errors import PlanMismatchError
 from passes.footprint import TopTensor
 from passes.pad import Pad
 from passes.plan_json import NOT_IN_THE_FILE, dump, parse
@@ -24,15 +22,9 @@ from passes.plots import FrontierPoint
 from passes.recompute import Mode
 from passes.report_html import frame_html, plan_html
 from passes.report_text import plan_text
-from passes.rules.call import op_text
-from passes.schedule import Collective, Schedule
-from passes.shorten import all_names
-from passes.space import Site, Space
-from passes.strategies import Option, StoredOption
+from passes.schedule import Collective
 from passes.timeline import Timeline
-from passes.tracks import op_cost
-from passes.words import Words, at_rest_text, fold_names, tensor_layout_text, unfold_names
-from passes.work import VIEWS
+from passes.words import unfold_names
 
 
 @dataclass(frozen=True)
@@ -236,290 +228,6 @@ class Plan:
         return plan_text(self)
 
 
-def make_plan(
-    space: Space,
-    assignment: Sequence[int],
-    schedule: Schedule,
-    *,
-    bound: Bound,
-    baselines: Mapping[str, Baseline] | None = None,
-    budget_bytes: int | None = None,
-    notes: Iterable[str] = (),
-    padded: tuple[Pad, ...] = (),
-    repeated_keys: bool = False,
-    strategy: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    example: str = "",
-) -> Plan:
-    """The plan that gives site i of `space` option `assignment[i]`, priced by `schedule`."""
-    words = Words(space)
-    names = [axis.name for axis in space.topology.axes]
-    breakdown = Breakdown(
-        compute_s=schedule.compute_s,
-        compute_by_kind=dict(schedule.compute_by_kind),
-        contention_s=schedule.contention_s,
-        exposed_s=dict(schedule.exposed_s),
-        hidden_s=dict(schedule.hidden_s),
-        optimizer_s=schedule.optimizer_s,
-        memory_bytes=dict(schedule.memory.by_kind),
-        peak_moment=schedule.peak_moment,
-        top_tensors=schedule.memory.top,
-    )
-    parameters = _parameters(space, assignment, words)
-    return Plan(
-        fingerprint=space.program.fingerprint,
-        axes=tuple((axis.name, axis.size) for axis in space.topology.axes),
-        batch_axes=tuple(names[axis] for axis in space.batch_axes),
-        strategy=strategy or space.strategy,
-        hardware=space.topology.hardware.name,
-        step_time_s=schedule.step_time_s,
-        peak_memory_bytes=schedule.peak_memory_bytes,
-        memory_budget_bytes=budget_bytes,
-        accumulate=schedule.accumulate,
-        recompute=space.recomputed.mode,
-        breakdown=breakdown,
-        machine=space.topology.describe(),
-        roles=_roles(space, assignment, words),
-        parameters=parameters,
-        collectives=folded(schedule.collectives, words),
-        bound=bound,
-        baselines=dict(baselines or {}),
-        notes=tuple(dict.fromkeys([*notes, *_notes(space, assignment)])),
-        decisions={key: texts[pick] for (key, texts), pick in zip(choices(space), assignment, strict=True)},
-        solved={key: str(placed) for key, placed in parameters.items()},
-        rules=dict(space.analysis.found),
-        aliases=dict(space.program.aliases),
-        padded=padded,
-        repeated_keys=repeated_keys,
-        reshard=space.recomputed.reshard,
-        postpone=space.recomputed.postpone,
-        options=dict(options or {}),
-        example=example,
-    )
-
-
-def baseline(schedule: Schedule, budget_bytes: int | None = None) -> Baseline:
-    """A played step as a baseline."""
-    over = schedule.peak_memory_bytes - budget_bytes if budget_bytes is not None else 0
-    reason = f"{gib(over)} over the budget, at {schedule.peak_moment}" if over > 0 else ""
-    return Baseline(schedule.step_time_s, schedule.peak_memory_bytes, over <= 0, reason)
-
-
-# -- what a plan says --------------------------------------------------------------------------------------------------
-
-
-def folded(collectives: Sequence[Collective], words: Words) -> tuple[Collective, ...]:
-    """Alike collectives of repeated layers as one with a count; the most seconds first."""
-    groups: dict[tuple[object, ...], list[Collective]] = defaultdict(list)
-    for each in collectives:
-        module = words.pattern(each.module)
-        key = (each.kind, each.axes, each.bytes, each.phase, each.role, each.source, module, each.value, each.reason)
-        groups[key].append(each)
-    found = [
-        Collective(
-            kind=alike[0].kind,
-            axes=alike[0].axes,
-            bytes=alike[0].bytes,
-            seconds=sum(x.seconds for x in alike),
-            phase=alike[0].phase,
-            exposed_s=sum(x.exposed_s for x in alike),
-            hidden_s=sum(x.hidden_s for x in alike),
-            role=alike[0].role,
-            source=alike[0].source,
-            module=words.pattern(alike[0].module),
-            value=alike[0].value,
-            reason=alike[0].reason,
-            tensors=alike[0].tensors,
-            count=sum(x.count for x in alike),
-            start_s=min(x.start_s for x in alike),
-        )
-        for alike in groups.values()
-    ]
-    return tuple(sorted(found, key=lambda each: -each.seconds))
-
-
-def _parameters(space: Space, assignment: Sequence[int], words: Words) -> dict[str, Placements]:
-    read_as = _read_as(space, assignment)
-    found: dict[str, Placements] = {}
-    inputs = dict(zip(space.program.graph.graph.find_nodes(op="placeholder"), space.program.inputs, strict=True))
-    for index, members in enumerate(space.folding.members):
-        site = space.sites[index]
-        if site.given is None or site.given.kind != "parameter":
-            continue
-        option = site.options[assignment[index]]
-        assert isinstance(option, StoredOption)
-        names = [name for node in members for name in all_names(inputs[node].name, space.program.repeated)]
-        stored = math.prod(option.storage.padded_shape(space.topology.sizes)) * site.stored_itemsize
-        layout = read_as.get(index, option.layout)
-        found[_unique(words.pattern(site.name), found)] = Placements(
-            at_rest=at_rest_text(option),
-            in_compute=tensor_layout_text(layout, site.dims),
-            shape=option.storage.shape,
-            dims=words.tensor_dims(index),
-            names=fold_names(names),
-            count=len(names),
-            bytes=stored * len(names),
-        )
-    return found
-
-
-def _roles(space: Space, assignment: Sequence[int], words: Words) -> dict[str, AxisRole]:
-    sizes = space.topology.sizes
-    products: list[dict[str, float]] = [defaultdict(float) for _ in sizes]
-    others: list[dict[str, float]] = [defaultdict(float) for _ in sizes]
-    stored, split, elements = [0.0] * len(sizes), [0.0] * len(sizes), 0.0
-    for index, (site, pick) in enumerate(zip(space.sites, assignment, strict=True)):
-        option = site.options[pick]
-        if isinstance(option, Option):
-            assert site.op is not None
-            cost = op_cost(space, index, option)
-            for axis, leaf in enumerate(option.splits):
-                partial = leaf is None and any(isinstance(r[axis], Partial) for r in option.results)
-                word = words.atom(site.op.leaves[leaf]) if leaf is not None else "partial sums" if partial else ""
-                (others if cost.kind == "other" else products)[axis][word] += cost.seconds * site.count
-        elif site.given is not None and site.given.kind == "parameter":
-            size = math.prod(option.storage.shape) * site.count
-            elements += size
-            for axis, shard in enumerate(option.storage.shards):
-                stored[axis] += size * (axis in option.storage.state_axes)
-                split[axis] += size * (shard is not None)
-
-    def shares(seconds: Mapping[str, float]) -> dict[str, float]:
-        total = sum(seconds.values()) or 1.0
-        return {word: s / total for word, s in sorted(seconds.items(), key=lambda item: -item[1]) if s}
-
-    return {
-        axis.name: AxisRole(
-            shares(products[i]), shares(others[i]), stored[i] / (elements or 1), split[i] / (elements or 1)
-        )
-        for i, axis in enumerate(space.topology.axes)
-    }
-
-
-def _read_as(space: Space, assignment: Sequence[int]) -> dict[int, Any]:
-    """Per stored site, the layout that its first reader asks for."""
-    found: dict[int, Any] = {}
-    for wire in space.wires:
-        if space.sites[wire.value.op].kind != "stored":
-            continue
-        for port in wire.ports:
-            option = space.sites[port.site].options[assignment[port.site]]
-            if isinstance(option, Option) and not port.stores:
-                found.setdefault(wire.value.op, option.operands[port.operand])
-    return found
-
-
-def _notes(space: Space, assignment: Sequence[int]) -> list[str]:
-    """What a user should know: ops without a rule, stored tensors that are padded."""
-    notes = [f"no rule for {op_text(op)}: it runs whole on every rank" for op in space.replicated]
-    found = {
-        str(site.call.target): rule
-        for site in space.sites
-        if site.call and (rule := space.analysis.found.get(str(site.call)))
-    }
-    notes += [f"{op_text(op)}: its rule was found by running it on shards: {rule}" for op, rule in found.items()]
-    sizes = space.topology.sizes
-    for site, pick in zip(space.sites, assignment, strict=True):
-        option = site.options[pick]
-        if site.kind != "stored" or not isinstance(option, StoredOption) or not option.storage.state_axes:
-            continue
-        ways = math.prod(sizes[axis] for axis in option.storage.state_axes)
-        dim = option.storage.state_dim
-        rows = option.storage.computed_shape(sizes)[dim]
-        stored = option.storage.padded_shape(sizes)[dim] * ways
-        if stored > rows and stored > 1.05 * rows:
-            words = f"{rows} rows over {ways} ranks take the room of {stored}"
-            notes.append(f"{site.name}{f' and {site.count - 1} alike' if site.count > 1 else ''}: padded, {words}")
-    return notes
-
-
-def _unique(key: str, taken: Mapping[str, Any]) -> str:
-    """`key`, or `key#2` and so on where it is taken."""
-    found, number = key, 1
-    while found in taken:
-        number += 1
-        found = f"{key}#{number}"
-    return found
-
-
-# -- decisions ---------------------------------------------------------------------------------------------------------
-
-
-def option_text(site: Site, option: Option | StoredOption) -> str:
-    """An option as a plan's file has it: placements at rest and in compute, or those of operands and results."""
-    if isinstance(option, StoredOption):
-        return f"{at_rest_text(option)} -> {layout_text(option.layout)}"
-    operands = ", ".join(map(layout_text, option.operands)) or "()"
-    return f"{operands} -> {', '.join(map(layout_text, option.results))}"
-
-
-def choices(space: Space) -> list[tuple[str, list[str]]]:
-    """Per site, its key in a plan's file and the text of each of its options."""
-    words = Words(space)
-    taken: dict[str, None] = {}
-    found = []
-    texts: dict[int, list[str]] = {}
-    for index, site in enumerate(space.sites):
-        if index < len(space.folding.members):
-            node = space.folding.members[index][0]
-            module = words.pattern(node.meta.get("module", ""))
-            place = f"{module}: {op_text(site.name)}" if module else op_text(site.name)
-            key = f"{site.phase} {place}" if site.kind == "op" else f"{_kind(site)} {words.pattern(site.name)}"
-        else:
-            key = f"output {site.name}"
-        key = _unique(key, taken)
-        taken[key] = None
-        if id(site.options) not in texts:
-            texts[id(site.options)] = [option_text(site, option) for option in site.options]
-        found.append((key, texts[id(site.options)]))
-    return found
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a plan decides: its key in `Plan.decisions`, the op's line in the model, and how many layouts it had."""
-
-    key: str
-    source: str
-    layouts: int
-    moves: bool
-    """Whether it is more than a view of a tensor."""
-
-
-def places(space: Space) -> list[Place]:
-    """All places of a space, in program order."""
-    found = []
-    for index, (key, texts) in enumerate(choices(space)):
-        members = space.folding.members[index] if index < len(space.folding.members) else ()
-        call = space.sites[index].call
-        moves = call is None or call.target not in VIEWS
-        found.append(Place(key, members[0].meta.get("source", "") if members else "", len(set(texts)), moves))
-    return found
-
-
-def without(space: Space, ruled_out: Sequence[tuple[str, str]]) -> Space:
-    """`space` without some options: (place, the option as a plan's file has it); places that it lacks are left out.
-
-    Raises:
-        NoFeasiblePlanError: a place has no other option.
-    """
-    sites = list(space.sites)
-    keys = {key: (index, texts) for index, (key, texts) in enumerate(choices(space))} if ruled_out else {}
-    for key, text in ruled_out:
-        if key not in keys:
-            continue
-        index, texts = keys[key]
-        kept: Any = tuple(o for o, of in zip(sites[index].options, texts, strict=True) if of != text)
-        if not kept:
-            raise NoFeasiblePlanError(f"{key} has no other layout than {text}")
-        sites[index] = replace(sites[index], options=kept)
-    return replace(space, sites=tuple(sites))
-
-
-def _kind(site: Site) -> str:
-    return site.given.kind if site.given is not None else "constant"
-
-
 def _check_figures(plan: Plan, where: str) -> None:
     """Refuse times and sizes that no step has, which would compare with another plan's as if they were better."""
     figures: list[tuple[str, float]] = [
@@ -586,35 +294,3 @@ def check_plan(plan: Plan, fingerprint: str, axes: Sequence[tuple[str, int]]) ->
             f"{fingerprint[:12]}; make a plan for them, or use the model, input shapes and library versions that the "
             "plan was made with"
         )
-
-
-def assignment_of(plan: Plan, space: Space) -> tuple[int, ...]:
-    """The option of each site of `space` that `plan` decided on; `space` is searched under the plan's strategy.
-
-    Raises:
-        PlanMismatchError: another graph or mesh, or a decision that names no place or no option.
-    """
-    check_solved(plan)
-    check_plan(plan, space.program.fingerprint, [(axis.name, axis.size) for axis in space.topology.axes])
-    names = tuple(space.topology.axes[axis].name for axis in space.batch_axes)
-    if names != plan.batch_axes:
-        raise PlanMismatchError(
-            f"the plan splits the batch over {plan.batch_axes} but was given batch axes {names}; set batch_axes alike"
-        )
-    picks = []
-    open_to = choices(space)
-    for key, texts in open_to:
-        wanted = plan.decisions.get(key)
-        if wanted is None:
-            raise PlanMismatchError(f"the plan decides nothing about {key!r}; make the plan anew")
-        if wanted not in texts:
-            shown = "; ".join(texts[:8]) + ("; ..." if len(texts) > 8 else "")
-            raise PlanMismatchError(
-                f"the plan lays out {key!r} as {wanted!r}, which is none of its {len(texts)} options under "
-                f"{space.strategy!r}: {shown}"
-            )
-        picks.append(texts.index(wanted))
-    unknown = next((key for key in plan.decisions if key not in {key for key, _ in open_to}), None)
-    if unknown is not None:
-        raise PlanMismatchError(f"the plan lays out {unknown!r}, which is no place of this graph; remove that line")
-    return tuple(picks)

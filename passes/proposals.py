@@ -15,12 +15,12 @@ from costmodel.hardware import Topology
 from costmodel.memory import OPTIMIZERS
 from passes.analysis import analyse
 from passes.blocks import NotPeriodicError
+from passes.decisions import without
 from passes.errors import NoFeasiblePlanError
 from passes.fusion import Fused
 from passes.local import Storage
 from passes.named import alike_axes
 from passes.pad import Pad
-from passes.plan import without
 from passes.price import Budgeted, Priced, price
 from passes.program import Program
 from passes.recompute import Mode, Recomputation, recomputation

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
+from costmodel.presets import hardware
 from passes.capture import capture
 from passes.local import LocalProgram
 from passes.pipeline import prepare

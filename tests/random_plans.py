@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
+from costmodel.presets import hardware
 from passes.dims import Value
 from passes.local import LocalProgram
 from passes.price import conversion, given_state, stored_state

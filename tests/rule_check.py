@@ -19,8 +19,9 @@ from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
 from costmodel.layout import Layout, Partial, Shard, local_shape
+from costmodel.presets import hardware
 from passes.dims import ExpandedOp, expand, unified
 from passes.emit import Emitter, Parts
 from passes.layers import fold

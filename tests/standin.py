@@ -10,8 +10,8 @@ from torch import nn
 
 from autopar.options import Options
 from autopar.pipeline import Pipeline
-from costmodel.hardware import hardware as hardware_named
 from costmodel.hardware import topology
+from costmodel.presets import hardware as hardware_named
 from passes.capture import capture as capture_
 from passes.local import DimShard, LocalProgram, Storage
 from passes.price import price

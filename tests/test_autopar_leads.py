@@ -10,7 +10,8 @@ from autopar.leads import chosen, close, is_enough
 from autopar.search import Candidate
 from autopar.verdict import verdict
 from costmodel.collectives import LEAST_TAKEN, collective_s, taken_shares
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
+from costmodel.presets import hardware
 from passes.setup import Setup
 
 

@@ -18,7 +18,9 @@ import autopar
 from autopar.cli import main
 from autopar.measured import KINDS, Beside, Measured, beside, corrected, measured
 from autopar.planning import hardware_in
-from costmodel.hardware import Device, hardware, save_hardware
+from costmodel.hardware import Device
+from costmodel.hardware_file import save_hardware
+from costmodel.presets import hardware
 
 # name, category, thread, start and duration in microseconds
 CPU = [

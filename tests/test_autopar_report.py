@@ -12,7 +12,8 @@ from parity import captured, planned
 from small_models import build
 
 from autopar.report import terminal_report
-from passes.plan import Baseline, Bound, Plan, make_plan
+from passes.make_plan import make_plan
+from passes.plan import Baseline, Bound, Plan
 from passes.report_text import seconds_text
 from passes.schedule import play
 from passes.tables import cut

@@ -20,8 +20,8 @@ from autopar.profiling import Captures, Profiler
 from autopar.reach import Times, on, reach_down, reach_up, times_of
 from autopar.search import Candidate, SearchResult
 from autopar.verdict import verdict
-from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
+from costmodel.presets import hardware
 from passes.candidate import estimate, lower_bound
 from passes.recompute import Mode
 from passes.setup import Setup

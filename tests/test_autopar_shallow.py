@@ -10,8 +10,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 import autopar
 from autopar.profiling import Captures, Profiler
 from autopar.shallow import Prefix, Shallow, _depths, shallow
-from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
+from costmodel.presets import hardware
 from passes.depth import PLACES, Profile
 from passes.setup import Setup
 

@@ -21,8 +21,9 @@ import torch
 from parity import captured
 
 from costmodel import symbolic as sym
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
 from costmodel.layout import Shard
+from costmodel.presets import hardware
 from passes.analysis import Analysis, analyse
 from passes.itinerary import itinerary
 from passes.moves import Run

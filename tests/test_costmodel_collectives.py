@@ -17,7 +17,8 @@ from costmodel.collectives import (
     taken_shares,
     wire_bytes,
 )
-from costmodel.hardware import Hardware, hardware, topology
+from costmodel.hardware import Hardware, topology
+from costmodel.presets import hardware
 
 H100 = hardware("h100")
 PRESETS = {"A100": "a100-80gb", "H100": "h100", "H200": "h200", "B200": "b200-efa"}

@@ -11,7 +11,8 @@ import pytest
 
 from costmodel.collectives import collective_s
 from costmodel.compute import KINDS, Work, attention, fuse, matmul, op_s, pointwise, update_traffic_s
-from costmodel.hardware import Device, Link, Topology, hardware, topology
+from costmodel.hardware import Device, Link, Topology, topology
+from costmodel.presets import hardware
 
 A100 = hardware("a100-80gb").device
 GPUS = ("a100-40gb", "a100-80gb", "h100", "h200", "b200")

@@ -10,18 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from costmodel.hardware import (
-    dtype_name,
-    fitted,
-    hardware,
-    hardware_names,
-    load_hardware,
-    preset_of,
-    save_hardware,
-    sources,
-    topology,
-    with_attention,
-)
+from costmodel.hardware import dtype_name, topology
+from costmodel.hardware_file import load_hardware, save_hardware
+from costmodel.presets import fitted, hardware, hardware_names, preset_of, sources, with_attention
 
 H100 = hardware("h100")
 

@@ -6,9 +6,9 @@ from itertools import product
 
 import pytest
 
-from costmodel.hardware import hardware
 from costmodel.offload import HOST_BYTES_PER_S, host_update_s
 from costmodel.pipeline import bubble_share, in_flight, slowest_stage_s, step_s
+from costmodel.presets import hardware
 
 
 def played_1f1b(stages: int, micro_batches: int, forward_s: float, backward_s: float) -> float:

@@ -8,7 +8,8 @@ import pytest
 
 from costmodel import symbolic as sym
 from costmodel.collectives import collective_s
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
+from costmodel.presets import hardware
 
 GPT3 = {"b": 1, "s": 2048, "h": 12288, "a": 96, "L": 96, "V": 51200, "t": 8, "p": 8, "v": 3, "m": 16, "d": 4}
 GPT22B = {"b": 4, "s": 2048, "h": 6144, "a": 64, "L": 48, "V": 51200, "t": 8, "p": 1, "v": 1}

@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import autopar
-from costmodel.hardware import load_hardware
+from costmodel.hardware_file import load_hardware
 from passes.retarget import retarget
 from passes.simulate import simulate_step
 

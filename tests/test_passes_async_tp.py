@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
 from autopar import api
-from costmodel.hardware import hardware
+from costmodel.presets import hardware
 from passes import lower
 from passes.report_text import seconds_text
 

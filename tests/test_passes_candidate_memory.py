@@ -14,8 +14,8 @@ import torch
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from autopar.profiling import Captures, Profiler
-from costmodel.hardware import hardware
 from costmodel.memory import OPTIMIZERS
+from costmodel.presets import hardware
 from passes.candidate import Estimate, estimate
 from passes.setup import Setup
 

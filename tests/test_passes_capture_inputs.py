@@ -8,7 +8,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import autopar
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
+from costmodel.presets import hardware
 from passes.capture import capture
 from passes.errors import CaptureError
 from passes.inputs import default_inputs, global_inputs, one_sample

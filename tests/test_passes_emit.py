@@ -11,8 +11,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
 from costmodel.layout import Layout, Partial, Replicate, Shard, layout_text, local_shape
+from costmodel.presets import hardware
 from costmodel.reshard import steps
 from costmodel.state import chunks, state_gather, state_scatter
 from passes.emit import Emitter, emit_steps

@@ -14,8 +14,8 @@ from torch import nn
 
 from autopar import Options
 from autopar import plan as plan_of
-from costmodel.hardware import hardware
 from costmodel.layout import parse_layout
+from costmodel.presets import hardware
 from passes import infeasible
 from passes.capture import capture
 from passes.errors import NoFeasiblePlanError

@@ -12,7 +12,8 @@ from parity import captured, errors
 from stacks import Stack
 from torch import nn
 
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
+from costmodel.presets import hardware
 from passes import proposals
 from passes.errors import NoFeasiblePlanError
 from passes.lower import lower

@@ -16,8 +16,9 @@ from random_plans import every_option, random_plan
 from torch import nn
 from torch.nn import functional as F
 
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
 from costmodel.layout import Replicate, Shard
+from costmodel.presets import hardware
 from passes import proposals
 from passes.analysis import Analysis, analyse
 from passes.bisect import run_program

@@ -12,8 +12,9 @@ from small_models import build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
-from costmodel.hardware import Hardware, hardware
+from costmodel.hardware import Hardware
 from costmodel.layout import parse_layout
+from costmodel.presets import hardware
 from passes.capture import capture
 from passes.errors import NoFeasiblePlanError, PlanMismatchError
 from passes.pipeline import Request, compile_plan, local_program, on_mesh, prepare

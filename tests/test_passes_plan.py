@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from parity import captured, planned
 from small_models import build
 
+from passes.decisions import assignment_of
 from passes.errors import PlanMismatchError
 from passes.local import LocalProgram
-from passes.plan import Baseline, Bound, Plan, assignment_of, baseline, make_plan
+from passes.make_plan import baseline, make_plan
+from passes.plan import Baseline, Bound, Plan
 from passes.program import Program
 from passes.schedule import play
 from passes.space import Space, search_space

@@ -11,7 +11,8 @@ from parity import captured, errors
 from small_models import build
 from torch import nn
 
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
+from costmodel.presets import hardware
 from passes.analysis import Analysis, analyse
 from passes.moves import Run
 from passes.partition import split

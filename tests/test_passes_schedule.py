@@ -16,12 +16,13 @@ from parity import captured, planned
 from small_models import build
 from torch import fx, nn
 
-from costmodel.hardware import Topology, hardware, topology
+from costmodel.hardware import Topology, topology
 from costmodel.layout import Replicate
+from costmodel.presets import hardware
 from costmodel.reshard import Step
 from passes.by_parts import ByParts, by_parts
+from passes.decisions import option_text
 from passes.moves import Move, Run
-from passes.plan import option_text
 from passes.player import Player
 from passes.price import price
 from passes.program import Program

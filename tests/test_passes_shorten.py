@@ -11,9 +11,10 @@ from torch import fx, nn
 import passes.pipeline
 from passes.blocks import NotPeriodicError, blocks
 from passes.capture import capture
+from passes.decisions import assignment_of
 from passes.moves import Run
 from passes.pipeline import compile_plan, on_mesh, prepare, space_of
-from passes.plan import Plan, assignment_of
+from passes.plan import Plan
 from passes.program import Program, Repeated
 from passes.proposals import Request
 from passes.recompute import Mode

@@ -7,7 +7,8 @@ from moe_models import MOE, build_moe
 from parity import captured
 from small_models import build
 
-from costmodel.hardware import hardware, topology
+from costmodel.hardware import topology
+from costmodel.presets import hardware
 from passes.routing import route_by_blocks
 from passes.space import search_space
 from passes.words import Words

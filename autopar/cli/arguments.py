@@ -13,9 +13,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from autopar.model_argument import Named, Wanted, load_model
 from autopar.options import Options
-from costmodel.hardware import hardware_names
 from costmodel.layout import parse_layout
 from costmodel.memory import OPTIMIZERS
+from costmodel.presets import hardware_names
 from passes.named import STRATEGIES
 from passes.precision import dtype_named
 

@@ -25,8 +25,10 @@ from autopar.cli.comparing import print_measured
 from autopar.cli.terminal import clean_output, painted, progress, table, wrapped
 from autopar.measured import beside, corrected, measured
 from costmodel.calibrate import save_calibration
-from costmodel.hardware import Hardware, hardware, save_hardware
+from costmodel.hardware import Hardware
+from costmodel.hardware_file import save_hardware
 from costmodel.memory import gib
+from costmodel.presets import hardware
 from passes.plan import Plan
 from passes.report_text import seconds_text
 

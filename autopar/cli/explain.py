@@ -26,7 +26,8 @@ from autopar.looking_up import Found, look_up
 from autopar.model_argument import Wanted, load_model
 from costmodel.layout import Shard, parse_layout
 from costmodel.memory import gib
-from passes.plan import Place, Placements, Plan, check_solved
+from passes.decisions import Place
+from passes.plan import Placements, Plan, check_solved
 from passes.report_text import seconds_text
 from passes.schedule import Collective
 

@@ -23,7 +23,8 @@ import autopar
 from autopar.measured import beside, read_trace
 from autopar.measured import measured as measured_kinds
 from costmodel.compute import matmul, op_s
-from costmodel.hardware import Device, hardware
+from costmodel.hardware import Device
+from costmodel.presets import hardware
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from by_hand import sharded

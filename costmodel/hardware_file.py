@@ -1,0 +1,146 @@
+"""Hardware as a file: versioned JSON, each figure checked when it is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from costmodel.hardware import Device, Hardware, Link
+
+FILE_FORMAT = "autopar-hardware"
+FILE_VERSION = 2
+
+
+def save_hardware(hardware: Hardware, path: str | os.PathLike[str], samples: Mapping[str, Any] | None = None) -> None:
+    """Write `hardware` as versioned JSON; `samples` are the measurements behind it, kept for the reader."""
+    content = {
+        "format": FILE_FORMAT,
+        "version": FILE_VERSION,
+        "hardware": asdict(hardware),
+        "samples": dict(samples or {}),
+    }
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load_hardware(path: str | os.PathLike[str]) -> Hardware:
+    """The hardware of a file that `save_hardware` wrote.
+
+    Raises:
+        ValueError: no such file, not JSON, another format or version, or a figure that is missing or makes no sense.
+    """
+    where = os.fspath(path)
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"hardware file {where!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"hardware file {where!r} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
+        raise ValueError(f"{where!r} is not a hardware file; `autopar calibrate -o FILE` writes one")
+    if content.get("version") != FILE_VERSION:
+        raise ValueError(
+            f"hardware file {where!r} has version {content.get('version')!r}; this autopar reads version "
+            f"{FILE_VERSION}: calibrate again"
+        )
+    return hardware_of(content.get("hardware"), where)
+
+
+def hardware_of(body: Any, where: str) -> Hardware:
+    """The hardware that `dataclasses.asdict` made `body` of; `where` it stands, for errors.
+
+    Raises:
+        ValueError: a figure that is missing or makes no sense.
+    """
+    parts = dict(_typed(body, Hardware, f"{where}: hardware"))
+    device = parts["device"] = Device(**_typed(parts["device"], Device, f"{where}: hardware.device"))
+    if device.reserve_bytes >= device.memory_bytes:
+        raise ValueError(
+            f"{where}: hardware.device.reserve_bytes: found {device.reserve_bytes}, expected less than memory_bytes, "
+            f"{device.memory_bytes}"
+        )
+    for link in ("intra_node", "inter_node"):
+        if isinstance(parts[link], dict):  # files that were written before there was this figure
+            parts[link] = {"wide_bytes_per_s": 0.0, **parts[link]}
+        body = dict(_typed(parts[link], Link, f"{where}: hardware.{link}"))
+        body["measured"] = {kind: tuple(figures) for kind, figures in body["measured"].items()}
+        parts[link] = Link(**body)
+    return Hardware(**parts)
+
+
+_MAY_BE_ZERO = {
+    "latency_s",
+    "pipeline_s",
+    "base_s",
+    "multicast_bytes_per_s",
+    "wide_bytes_per_s",
+    "sms",
+    "reserve_bytes",
+    "kernel_launch_s",
+    "update_s",
+    "cache_bytes",
+    "cache_bytes_per_s",
+    "fp8_matmul_efficiency",
+    "speed_spread",
+}
+_MOST = dict.fromkeys(
+    (
+        "matmul_efficiency",
+        "fp8_matmul_efficiency",
+        "memory_efficiency",
+        "attention_efficiency",
+        "attention_backward_efficiency",
+        "sustained",
+    ),
+    1.0,
+) | {"speed_spread": 0.1}
+"""Shares of a peak; and a spread by which the slowest of a million devices, five deviations off, has half the pace."""
+
+
+def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
+    """`body` with exactly the fields of `cls`, numbers in range."""
+    if not isinstance(body, dict):
+        raise ValueError(f"{where}: found {type(body).__name__}, expected an object")
+    known = {entry.name: str(entry.type) for entry in fields(cls)}
+    missing = sorted(set(known) - set(body))
+    extra = sorted(set(body) - set(known))
+    if missing or extra:
+        raise ValueError(f"{where}: missing {missing or 'nothing'}, unknown {extra or 'nothing'}")
+    for key, value in body.items():
+        if known[key] in ("int", "float"):
+            _check_number(value, f"{where}.{key}", zero=key in _MAY_BE_ZERO)
+            if value > _MOST.get(key, float("inf")):
+                raise ValueError(f"{where}.{key}: found {value!r}, expected a share of at most {_MOST[key]:g}")
+            if known[key] == "int" and value != int(value):
+                raise ValueError(f"{where}.{key}: found {value!r}, expected a whole number")
+        elif key == "measured":
+            _check_measured(value, f"{where}.{key}")
+        elif known[key].startswith("Mapping"):
+            if not isinstance(value, dict) or not value:
+                raise ValueError(f"{where}.{key}: found {value!r}, expected dtype names and their rates")
+            for dtype, rate in value.items():
+                _check_number(rate, f"{where}.{key}.{dtype}", zero=False)
+        elif known[key] == "str" and not isinstance(value, str):
+            raise ValueError(f"{where}.{key}: found {value!r}, expected text")
+        elif known[key] == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{where}.{key}: found {value!r}, expected true or false")
+    return body
+
+
+def _check_measured(value: Any, where: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: found {value!r}, expected collectives and their figures")
+    for kind, figures in value.items():
+        if not isinstance(figures, (list, tuple)) or len(figures) != 3:
+            raise ValueError(f"{where}.{kind}: found {figures!r}, expected [base_s, hop_s, bytes_per_s]")
+        for index, figure in enumerate(figures):
+            _check_number(figure, f"{where}.{kind}[{index}]", zero=index < 2)
+
+
+def _check_number(value: Any, where: str, *, zero: bool) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not good or not (value > 0 or (zero and value == 0)) or value == float("inf"):
+        raise ValueError(f"{where}: found {value!r}, expected a {'non-negative' if zero else 'positive'} number")

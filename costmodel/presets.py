@@ -1,0 +1,192 @@
+"""Hardware by name: presets, with the source of each figure, and the machine we are on.
+
+Figures and their sources are in `data/hardware.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from costmodel.hardware import Device, Hardware, Link
+from costmodel.hardware_file import load_hardware
+
+
+def hardware_names() -> tuple[str, ...]:
+    """Names that `hardware` knows."""
+    return (*_data()["presets"], "cpu")
+
+
+def hardware(name: str | os.PathLike[str] | Hardware | None = None) -> Hardware:
+    """A preset by name, a file that `save_hardware` wrote by path, or (`None`) the machine we are on.
+
+    Raises:
+        ValueError: no such preset and no such file, or a file that is none of ours.
+    """
+    if isinstance(name, Hardware):
+        return name
+    if name is None:
+        return hardware(_gpu_preset(_gpu_model()) or "cpu")
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"hardware is a {type(name).__name__}; pass a name, a file's path or None for this machine")
+    text = os.fspath(name)
+    if text.lower() in hardware_names():
+        return _preset(text.lower())
+    if text.endswith(".json") or Path(text).exists():
+        return load_hardware(text)
+    raise ValueError(
+        f"unknown hardware {text!r}; known are {', '.join(hardware_names())}, or the path of a file that "
+        "`autopar calibrate` wrote"
+    )
+
+
+def with_attention(hardware: Hardware, kernels: str) -> Hardware:
+    """`hardware` whose attention runs in other kernels than its preset's: "fa2" or "cudnn".
+
+    Raises:
+        ValueError: no figures for these kernels on this device.
+    """
+    table: dict[str, dict[str, list[Any]]] = _data()["attention_kernels"]
+    known = table.get(hardware.device.name, {})
+    if kernels not in known:
+        raise ValueError(
+            f"no figures for attention kernels {kernels!r} on {hardware.device.name}; known are "
+            f"{', '.join(known) or 'none'}"
+        )
+    (forward, backward), _ = known[kernels]
+    device = replace(hardware.device, attention_efficiency=forward, attention_backward_efficiency=backward)
+    return replace(hardware, device=device)
+
+
+def preset_of(device_name: str) -> str | None:
+    """Preset for what `torch.cuda.get_device_name()` says, or `None`."""
+    return _gpu_preset(device_name)
+
+
+def sources(name: str) -> dict[str, tuple[Any, str]]:
+    """Every figure of the preset `name` -> (value, where it is from), for reports."""
+    entry = _entry(name)
+    texts = _data()["sources"]
+    found: dict[str, tuple[Any, str]] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, child in node.items():
+                visit(f"{prefix}.{key}" if prefix else key, child)
+        elif isinstance(node, list) and len(node) == 2 and node[1] in texts:
+            found[prefix] = (node[0], texts[node[1]])
+
+    visit("", entry)
+    return found
+
+
+def fitted() -> dict[str, str]:
+    """Parameters fitted to runs rather than read off a datasheet -> value and runs; for reports and benchmarks."""
+    return dict(_data()["fitted"])
+
+
+@lru_cache(maxsize=1)
+def _data() -> dict[str, Any]:
+    text = resources.files("costmodel").joinpath("data/hardware.json").read_text()
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def _entry(name: str) -> dict[str, Any]:
+    """A preset's entry, with what it takes over from its base."""
+    data = _data()
+    if name == "cpu":
+        entry: dict[str, Any] = data["cpu_core"]
+        return entry
+    entry = data["presets"][name]
+    if "base" not in entry:
+        return dict(entry)
+    base = _entry(entry["base"])
+    device = {**base["device"], **entry.get("device", {})}
+    return {**base, **entry, "device": device, "cuda_names": entry.get("cuda_names", [])}
+
+
+def _values(section: Mapping[str, Any]) -> dict[str, Any]:
+    """`section` without the sources: `[value, source] -> value`."""
+    return {key: value[0] if isinstance(value, list) else value for key, value in section.items()}
+
+
+@lru_cache(maxsize=32)
+def _preset(name: str) -> Hardware:
+    entry = _entry(name)
+    if name == "cpu":
+        return _generic_cpu(entry)
+    return Hardware(
+        name=name,
+        device=Device(name=name, **_values(entry["device"])),
+        intra_node=Link(**_values(entry["intra_node"])),
+        inter_node=Link(**_values(entry["inter_node"])),
+        ranks_per_node=entry["ranks_per_node"][0],
+        pcie_bytes_per_s=entry["pcie_bytes_per_s"][0],
+        source="preset; see costmodel/data/hardware.json",
+    )
+
+
+def _generic_cpu(entry: Mapping[str, Any]) -> Hardware:
+    """This machine's CPU by core count and memory; rates are rough until it is calibrated."""
+    core = _values({key: value for key, value in entry.items() if key != "link"})
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    link = Link(**_values(entry["link"]))
+    peak = {dtype: flops * cores for dtype, flops in core.pop("peak_flops_per_s").items()}
+    rate = core.pop("memory_bytes_per_s") * cores
+    device = Device(
+        name="cpu",
+        peak_flops_per_s=peak,
+        memory_bytes_per_s=rate,
+        memory_bytes=memory_bytes,
+        reserve_bytes=memory_bytes // 8,
+        sm_count=cores,
+        tile_m=16,
+        tile_n=16,
+        **core,
+    )
+    return Hardware(
+        name="cpu",
+        device=device,
+        intra_node=replace(link, bytes_per_s=link.bytes_per_s * cores),
+        inter_node=link,
+        ranks_per_node=1 << 20,
+        pcie_bytes_per_s=rate,
+        source="generic figures per core; `autopar calibrate` measures them",
+        shared_host=True,
+    )
+
+
+@lru_cache(maxsize=1)
+def _gpu_model() -> str:
+    """Model of the first NVIDIA GPU the driver reports, or ''."""
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in file.read_text(errors="replace").splitlines():
+            if line.startswith("Model:"):
+                return line.removeprefix("Model:").strip()
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    query = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 and answer.stdout else ""
+
+
+def _gpu_preset(model: str) -> str | None:
+    """The preset whose device names occur in `model`."""
+    for name, entry in _data()["presets"].items():
+        if any(known.lower() in model.lower() for known in entry.get("cuda_names", ())):
+            return str(name)
+    return None
