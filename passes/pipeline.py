@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from costmodel.hardware import Hardware, Topology, topology
@@ -94,15 +94,12 @@ def compile_plan(
     """
     check_strategy(request.strategy)
     progress("analysing the graph")
-
-    def made(of: Program, known: dict[str, list[Candidate]] | None) -> tuple[Plan, Candidate]:
-        return _compiled(of, topology_, batch_axes, request, options, example, smaller, diagnose, progress, known)
-
+    asked = _Asked(topology_, tuple(batch_axes), request, dict(options or {}), example, smaller, diagnose, progress)
     try:
         # a pin may name one layer alone
-        plan, chosen = made(program if request.pins else shorten(program), known)
+        plan, chosen = _compiled(program if request.pins else shorten(program), asked, {} if known is None else known)
     except NotPeriodicError:
-        plan, chosen = made(program, None)  # what is known is of the shorter program
+        plan, chosen = _compiled(program, asked, {})  # what is known is of the shorter program
     if not keep_timeline:
         return plan
     if chosen.space.program.repeated:
@@ -112,27 +109,30 @@ def compile_plan(
     return replace(plan, timeline=_timeline(chosen, request))
 
 
-def _compiled(
-    program: Program,
-    topology_: Topology,
-    batch_axes: Sequence[int],
-    request: Request,
-    options: Mapping[str, Any] | None,
-    example: str,
-    smaller: Smaller | None,
-    diagnose: bool,
-    progress: Progress,
-    known: dict[str, list[Candidate]] | None,
-) -> tuple[Plan, Candidate]:
-    """The plan, and the candidate that it is."""
-    paddings = PaddingsOf(program, topology_.sizes, tuple(batch_axes), fused=request.compiled)
+@dataclass(frozen=True)
+class _Asked:
+    """What `compile_plan` was asked for, of whichever program."""
+
+    topology: Topology
+    batch_axes: tuple[int, ...]
+    request: Request
+    options: Mapping[str, Any]
+    example: str
+    smaller: Smaller | None
+    diagnose: bool
+    progress: Progress
+
+
+def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]) -> tuple[Plan, Candidate]:
+    """The plan, and the candidate that it is; `found`: candidates by strategy, to which new ones are added."""
+    topology_, request = asked.topology, asked.request
+    paddings = PaddingsOf(program, topology_.sizes, asked.batch_axes, fused=request.compiled)
     budget = request.budget_on(topology_)
-    search = Search(paddings, topology_, tuple(batch_axes), request, budget, progress)
-    found = {} if known is None else known
+    search = Search(paddings, topology_, asked.batch_axes, request, budget, asked.progress)
     reasons: dict[str, str] = {}
-    asked = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
+    names = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
     beside = BY_HAND if request.stored is None else ()
-    for name in (*beside, *(name for name in asked if name not in beside)):
+    for name in (*beside, *(name for name in names if name not in beside)):
         if name in found:
             continue
         fits = best([candidate for others in found.values() for candidate in others], budget)
@@ -141,14 +141,14 @@ def _compiled(
             found[name] = replace(search, fastest_s=fastest_s).candidates(name)
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
-    competing = [candidate for name in asked for candidate in found.get(name, [])]
+    competing = [candidate for name in names for candidate in found.get(name, [])]
     if request.strategy == "auto" and request.reshard is None:
         competing += with_parameters_kept(competing, budget, request)
     chosen = best(competing, budget)
     if chosen is None:
-        if not diagnose:
+        if not asked.diagnose:
             raise NoFeasiblePlanError(what_is_needed(search, competing, reasons))
-        raise why_nothing_fits(search, competing, reasons, smaller)
+        raise why_nothing_fits(search, competing, reasons, asked.smaller)
     baselines = {name: _as_baseline(found.get(name, []), reasons.get(name, ""), budget) for name in BY_HAND}
     plan = make_plan(
         chosen.space,
@@ -167,8 +167,8 @@ def _compiled(
         padded=chosen.padding.pads,
         repeated_keys=chosen.padding.repeated_keys,
         strategy=chosen.strategy,
-        options=dict(options or {}),
-        example=example,
+        options=asked.options,
+        example=asked.example,
     )
     return plan, chosen
 
