@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from costmodel.memory import OPTIMIZERS
 
-Recompute = Literal["auto", "none", "selective", "full"]
+Recompute = Literal["auto", "none", "selective", "widening", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,8 @@ from passes.recompute import Mode
 from passes.setup import Setup
 
 _RECOMPUTE: Mapping[str, tuple[Mode, ...]] = {
-    "auto": ("pointwise", "full"), "none": ("none",), "selective": ("selective",), "full": ("full",),
+    "auto": ("pointwise", "widening", "full"), "none": ("none",), "selective": ("selective",),
+    "widening": ("widening",), "full": ("full",),
 }  # fmt: skip
 _MOST_MICRO_BATCHES = 4
 """So many micro-batch sizes are tried per mesh, the smallest that divide."""

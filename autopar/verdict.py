@@ -251,10 +251,11 @@ def _why_not_state(
             f"Sharded state alone waits {_share(state, 'exposed state')} of its step for parameters and gradients: "
             f"{per} per GPU and step are too little compute to hide them behind."
         )
-    elif state.setup.recompute == "full":
+    elif state.setup.recompute in ("widening", "full"):
+        layers = "layers" if state.setup.recompute == "full" else "the wide products of layers"
         text.append(
-            f"Sharded state alone fits only where backward computes layers again, {_share(state, 'recompute')} of its "
-            f"step: each GPU holds whole samples."
+            f"Sharded state alone fits only where backward computes {layers} again, {_share(state, 'recompute')} of "
+            f"its step: each GPU holds whole samples."
         )
     return text
 

@@ -179,7 +179,7 @@ def cases() -> list[Case]:
         for compile in (False, True)
         for strategy, mesh in meshes.items()
     ]
-    return every + [Case("llama", "fsdp", dp, False, mode) for mode in ("none", "selective", "full")]
+    return every + [Case("llama", "fsdp", dp, False, mode) for mode in ("none", "selective", "widening", "full")]
 
 
 def row(case: Case, found: Measured) -> list[str]:

@@ -45,7 +45,7 @@ _LEFT_OUT_S = 30.0
 """Seconds of the processor after which no further padded dim is left out to see whether that is faster."""
 _TIGHTENED = 4
 """How often a problem is solved, each time within fewer bytes, until its step fits."""
-_AUTO: tuple[Mode, ...] = ("pointwise", "selective", "full")
+_AUTO: tuple[Mode, ...] = ("pointwise", "selective", "widening", "full")
 """What `recompute="auto"` tries, each only where the one before does not fit at its fastest: to compute pointwise ops
 again costs next to nothing, as they fuse with what reads them."""
 

@@ -4,6 +4,8 @@
     none        views, constants, and what is made of parameters by casts and views
     pointwise   also pointwise ops and copies, which Inductor fuses with what reads them
     selective   also the attention core and its softmax
+    widening    pointwise ops, softmax, and products inside a repeated block that give more than they read: what spreads
+                into an FFN or experts, scores of attention, heads from a latent
     full        also everything inside a repeated block, so that little but the blocks' inputs is kept
 
 What one block hands to the next in forward is never computed again: it would take a chain through all blocks, whose
@@ -30,12 +32,14 @@ from passes.analysis import Analysis, Place
 from passes.cut import UNBOUNDED, Values, cheapest_cut, reached
 from passes.dims import Value, is_getitem
 from passes.randomness import UNIFORM
+from passes.routed_ops import ROUTED_MM
+from passes.rules.call import Call
 from passes.work import VIEWS
 
 aten = torch.ops.aten
 
-Mode = Literal["none", "pointwise", "selective", "full"]
-MODES: tuple[Mode, ...] = ("none", "pointwise", "selective", "full")
+Mode = Literal["none", "pointwise", "selective", "widening", "full"]
+MODES: tuple[Mode, ...] = ("none", "pointwise", "selective", "widening", "full")
 """From the least computed again to the most."""
 
 COPIES = {
@@ -74,6 +78,14 @@ ATTENTION = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
 }
+PRODUCTS = {
+    aten.mm.default: 0,
+    aten.addmm.default: 1,
+    aten.bmm.default: 0,
+    aten.baddbmm.default: 1,
+    ROUTED_MM: 0,
+}
+"""Products, and which operand is their left side."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +199,25 @@ def _allowed(analysis: Analysis, mode: Mode) -> frozenset[int]:
         if is_view_op(target) or not place.call.operands:
             found.add(index)
         elif mode != "none" and inside.get(index, True):
-            of_mode = (mode == "selective" and target in ATTENTION) or (mode == "full" and index in inside)
-            if of_mode or is_cheap_op(target):
+            of_mode = {
+                "selective": target in ATTENTION,
+                "widening": target is aten._softmax.default or (index in inside and _widens(place.call)),
+                "full": index in inside,
+            }
+            if of_mode.get(mode, False) or is_cheap_op(target):
                 found.add(index)
     return frozenset(found)
+
+
+def _widens(call: Call) -> bool:
+    """Whether an op is a product whose result has more entries than its left side, which is the activation where the
+    other is a weight.
+
+    To compute it again costs least for what that frees: its operations are its entries times what they are summed over.
+    """
+    if call.target not in PRODUCTS or call.results[0] is None:
+        return False
+    return prod(call.results[0].shape) > prod(call.operands[PRODUCTS[call.target]].shape)
 
 
 def _inside_blocks(analysis: Analysis) -> dict[int, bool]:

@@ -21,6 +21,7 @@ RECOMPUTED = {
     "none": "nothing",
     "pointwise": "pointwise ops (recompute 'pointwise')",
     "selective": "pointwise ops and the attention core (recompute 'selective')",
+    "widening": "pointwise ops and products that give more than they read (recompute 'widening')",
     "full": "all of a layer but its collectives, from the layer's input (recompute 'full')",
 }
 """A plan's `recompute` in words."""

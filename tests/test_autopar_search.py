@@ -199,7 +199,7 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     options = autopar.Options(memory_budget=budget)
     result = autopar.search(small(), 4, "h100", 4, sequence=512, options=options, top=2)
     fastest: dict[int, float] = {}
-    modes: tuple[Mode, ...] = ("pointwise", "full")
+    modes: tuple[Mode, ...] = ("pointwise", "widening", "full")
     for tp, micro, recompute, freed in itertools.product((1, 2, 4), (1, 2, 4), modes, (True, False)):
         if tp % micro == 0:
             setup = Setup(
@@ -215,7 +215,7 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     best = dict(sorted(fastest.items(), key=lambda item: item[1])[:2])
     assert len(best) == 2
     assert {tp: listed[tp] for tp in best} == pytest.approx(best)
-    assert result.played < 12
+    assert result.played < 18  # setups, each with parameters freed and kept
 
 
 def test_where_no_strategy_fits_a_plan_may(found: SearchResult) -> None:

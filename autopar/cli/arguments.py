@@ -7,12 +7,13 @@ import re
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from autopar.model_argument import Named, Wanted, load_model
-from autopar.options import Options
+from autopar.options import Options, Recompute
 from costmodel.layout import parse_layout
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware_names
@@ -162,7 +163,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 def add_recompute(parser: argparse.ArgumentParser) -> None:
     """--recompute."""
     parser.add_argument(
-        "--recompute", choices=("auto", "none", "selective", "full"),
+        "--recompute", choices=get_args(Recompute),
         help="what backward computes again: the least that fits (auto, the default), nothing, the attention core, or "
         "all of a layer",
     )  # fmt: skip

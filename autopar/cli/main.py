@@ -94,7 +94,7 @@ def _run(given: argparse.Namespace) -> int:
 
 
 _FLAGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
-    (r"\brecompute '(none|selective|full)'", r"--recompute \1"),
+    (r"\brecompute '(none|selective|widening|full)'", r"--recompute \1"),
     (r"\bstrategy '(\w+)'", r"--strategy \1"),
     (r"\bthe pin '([^']+)': (\S+ -> \S+?|\S+?)(?=[;:,.]? |[;:,.]?$)", r"--pin '\1=\2'"),
     (r"\ba memory budget of ([\d.]+ \w+) \((\d+) bytes\)", r"--memory-budget \2 (\1)"),
