@@ -125,7 +125,7 @@ def parity_text(parity: Parity, width: int = 100) -> str:
     mode = "train" if parity.training else "eval"
     each = f", {parity.batch_size // parity.batch_ranks} for each of {parity.batch_ranks} data-parallel ranks"
     facts = [
-        ("model", f"{parity.model}, {parity.parameters:,} parameters, {parity.dtype}, {mode} mode"),
+        ("model", f"{parity.model}, {parity.parameters:,} parameters, {parity.dtype or 'no dtype'}, {mode} mode"),
         ("mesh", f"{mesh}: {parity.ranks} ranks played in one CPU process"),
         ("plan", f"{parity.strategy!r}, priced for {parity.hardware}; graph {parity.fingerprint[:12]}"),
         ("batch", f"{parity.batch_size}{each if parity.batch_ranks > 1 else ''}; seed {parity.seed}"),

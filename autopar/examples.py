@@ -175,5 +175,10 @@ def restored(text: str) -> Call:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
         raise PlanMismatchError(f"the plan's inputs ('example') are no JSON: {error}; make the plan again") from None
-    args, kwargs = decode(whole.get("call", whole))
+    try:
+        args, kwargs = decode(whole.get("call", whole))
+    except (AttributeError, RuntimeError, TypeError, ValueError, zlib.error) as error:
+        raise PlanMismatchError(
+            f"the plan's inputs ('example') are none that a plan is written with: {error}; make the plan again"
+        ) from None
     return args, kwargs

@@ -16,13 +16,14 @@ BATCH_NAMES = frozenset(
 )
 """As autopar's, torch's and Lightning's documents name axes over which data differ."""
 MAX_AXES = 5
+MAX_RANKS = 2**31
 
 
 def axes_of(mesh: DeviceMesh | Mapping[str, int]) -> Axes:
     """(name, size) per axis, outermost first; one axis without a name is `dp`.
 
     Raises:
-        ValueError: several axes without names, or a size that is no positive number.
+        ValueError: several axes without names, a size that is no positive number, or more ranks than can be counted.
     """
     if isinstance(mesh, DeviceMesh):
         names = mesh.mesh_dim_names
@@ -47,6 +48,8 @@ def axes_of(mesh: DeviceMesh | Mapping[str, int]) -> Axes:
             raise ValueError(f"mesh axis {name!r} has size {size!r}; it must be a positive number")
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"mesh axis {name!r}: a name is letters, digits and underscores")
+    if (ranks := math.prod(size for _, size in axes)) > MAX_RANKS:
+        raise ValueError(f"the mesh has {ranks:,} ranks; at most {MAX_RANKS:,} work")
     return axes
 
 

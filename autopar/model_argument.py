@@ -23,6 +23,8 @@ from passes.inputs import default_inputs
 
 _MOST_CPU_PARAMETERS = 10**9
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_DECODER_LAYER_KEYS = ("num_decoder_layers",)
+"""Of models with two stacks of layers, the other's."""
 _POSITION_KEYS = ("max_position_embeddings", "n_positions")
 _NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
@@ -140,7 +142,7 @@ def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wante
     sequence = _sequence(name, config, wanted)
     config = {"use_cache": False, **dict.fromkeys(_NO_DROPOUT, 0.0)} | config if kind == "gpt2" else config
     if wanted.on_cpu:
-        config |= {key: value for key, value in _ENDS.items() if key in config or kind in _SMALL_VOCABULARY}
+        config |= {key: value for key, value in _ENDS.items() if _needs_end(config, key, kind)}
     try:
         made = transformers.CONFIG_MAPPING[kind](**config)
         build = getattr(transformers, model_class, None) or transformers.AutoModelForCausalLM.from_config
@@ -170,6 +172,14 @@ def check_playable(name: str, model: nn.Module) -> None:
         )
 
 
+def _needs_end(config: Mapping[str, Any], key: str, kind: str) -> bool:
+    """Whether the token that `key` names, or that its architecture has where nothing is said, may be no word."""
+    token, words = config.get(key), config.get("vocab_size")
+    if isinstance(token, int) and isinstance(words, int):
+        return not 0 <= token < words
+    return key in config or kind in _SMALL_VOCABULARY
+
+
 _SMALL_VOCABULARY = ("llama", "gpt2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mixtral", "deepseek_v3")
 
 
@@ -189,6 +199,7 @@ def _set_layers(name: str, config: dict[str, Any], layers: int) -> None:
     if not keys:
         raise ValueError(f"{name}: --layers {layers}, but the config has none of {', '.join(_LAYER_KEYS)}")
     config[keys[0]] = layers
+    config |= {key: layers for key in _DECODER_LAYER_KEYS if key in config}
     if isinstance(config.get("layer_types"), list):
         config["layer_types"] = (config["layer_types"] * layers)[:layers]
 

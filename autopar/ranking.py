@@ -34,7 +34,7 @@ _COLUMNS = {
 def ranking_text(result: SearchResult, name: str | None, top: int) -> str:
     """The verdict and the ranking, as wide as the terminal; `name` is what the model is called."""
     where = f", sequence {result.sequence}" if result.sequence else ""
-    rest = "no other plan fits"
+    rest = "none of the others fits and takes 1% less than one of its mesh that was"
     if result.bound_s < math.inf:
         rest = f"none of the others takes less than {_time(result.bound_s)}, or 1% less than one of its mesh that was"
     table = ranking_table(result, top)

@@ -119,11 +119,12 @@ def _steps_s(setups: Iterable[Setup], profiler: Profiler, budget: int, either: b
 
 def on(gpus: int, batch: int, setups: Iterable[Setup]) -> Iterator[Setup]:
     """The setups with so many data-parallel ranks that they take `gpus`, where these divide the batch; replicas of the
-    state stay as large where that goes."""
+    state stay as large where that goes, and micro-batches where a rank's part of the batch has so many samples."""
     for setup in setups:
         data, rest = divmod(gpus, setup.tp * setup.pp * setup.cp)
-        if rest or not data or batch % (data * setup.micro_batch):
+        if rest or not data or batch % data:
             continue
         shard = setup.dp_shard if setup.dp_replicate > 1 and data % setup.dp_shard == 0 else data
-        accumulate = batch // (data * setup.micro_batch)
-        yield replace(setup, dp_replicate=data // shard, dp_shard=shard, accumulate=accumulate)
+        micro = math.gcd(setup.micro_batch, batch // data)
+        accumulate = batch // (data * micro)
+        yield replace(setup, dp_replicate=data // shard, dp_shard=shard, micro_batch=micro, accumulate=accumulate)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from autopar import examples
@@ -90,8 +91,8 @@ class Candidate:
 class SearchResult:
     """What was found: `candidates` fit, fastest first; `too_large` do not, the nearest first.
 
-    `bound_s`: no plan's candidate whose schedule was not played takes less, but for those that another of their mesh
-    beats, or loses to by less than a hundredth; infinity where none of them would fit.
+    `bound_s`: no plan's candidate whose schedule was not played takes less, but for those that do not fit, and those
+    that another of their mesh beats, or loses to by less than a hundredth; infinity where there are no others.
     """
 
     model: str
@@ -213,13 +214,15 @@ def search(
 
     Raises:
         ValueError: options that mean nothing here, GPUs that fill no nodes, a batch that no mesh divides, inputs of
-            more than one sample.
+            more than one sample, a model without parameters.
     """
     check_unwrapped(model)
     options = Options() if options is None else options
     check_options(options)
     if options.batch_axes is not None:
         raise ValueError(f"Options(batch_axes={options.batch_axes!r}): the axes are the search's own; leave it out")
+    if not any(True for _ in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameters, so there is nothing to train")
     machine = hardware_of(hardware)
     _check(gpus, global_batch, sequence, top, machine)
     length = sequence or _sequence_of(model, example_inputs)
@@ -266,9 +269,10 @@ def _check(gpus: int, global_batch: int, sequence: int | None, top: int, machine
 
 
 def _sequence_of(model: nn.Module, example_inputs: Any) -> int | None:
-    call = examples.call_of(model, example_inputs)
-    tensors = [x for x in (*call[0], *call[1].values()) if isinstance(x, torch.Tensor) and x.dim() >= 2]
-    return int(tensors[0].shape[1]) if tensors else None
+    """Tokens of a sample: the length of the first input of token ids; None where there is none, as for images."""
+    args, kwargs = examples.call_of(model, example_inputs)
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim() == 2]
+    return next((int(x.shape[1]) for x in tensors if not x.is_floating_point() and x.dtype != torch.bool), None)
 
 
 class _State:

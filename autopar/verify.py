@@ -160,11 +160,7 @@ class _Check:
         values = _Values.of(program, model, batch, self.options.seed)
         random = any(given.kind == "seed" for given in program.inputs)
         self.progress("running the reference")
-        with autocast_as(None if random else self.autocast):
-            if random:
-                reference = _on_one_device(program, values)
-            else:
-                reference = eager(model, batch, program, values.tangents, self.precision)
+        reference = self._reference(program, values, random)
         self.progress(f"playing {math.prod(size for _, size in self.axes)} ranks")
         tensors: tuple[TensorError, ...] = ()
         failure, step = "", ""
@@ -201,6 +197,24 @@ class _Check:
             notes=(*_doubts(reference), *notes, *program.notes),
             without_randomness=without,
         )
+
+    def _reference(self, program: Program, values: _Values, random: bool) -> StepValues:
+        """What the step gives on one device: by the model, or by its captured graph where random numbers are drawn.
+
+        Raises:
+            ValueError: it cannot be run on these values, which capture has not seen.
+        """
+        try:
+            with autocast_as(None if random else self.autocast):
+                if random:
+                    return _on_one_device(program, values)
+                return eager(self.model, self.batch, program, values.tangents, self.precision)
+        except Exception as error:  # whatever a model's ops make of values
+            first, *_ = str(error).splitlines() or [""]
+            raise ValueError(
+                f"{type(self.model).__name__} fails on one device, before any rank is played: {type(error).__name__}: "
+                f"{first}; pass example inputs that it can run on"
+            ) from error
 
     @property
     def precision(self) -> Precision | None:

@@ -207,7 +207,8 @@ class Topology:
     def describe(self) -> tuple[str, ...]:
         """One line for the machine and one per axis, saying what lies inside a node and what crosses nodes."""
         machine = self.hardware
-        lines = [f"{self.ranks} x {machine.device.name}, {min(machine.ranks_per_node, self.ranks)} ranks per node"]
+        in_node = min(machine.ranks_per_node, self.ranks)
+        lines = [f"{self.ranks} x {machine.device.name}, {in_node} rank{'s' if in_node > 1 else ''} per node"]
         for axis in self.axes:
             if not axis.crosses_nodes:
                 where = f"inside a node ({machine.intra_node.name})"

@@ -99,7 +99,7 @@ def capture(
                 helps += _of_experts(model, error)
             if not helps:
                 raise
-            raise CaptureError(f"{error}{helps}") from error
+            raise CaptureError(f"{str(error).rstrip('.')}{helps}") from error
 
 
 def _of_rows(

@@ -81,6 +81,11 @@ class Breakdown:
     peak_moment: str
     top_tensors: tuple[TopTensor, ...]
 
+    @property
+    def slows(self) -> bool:
+        """Whether collectives slow compute beside them, by more than rounding."""
+        return self.contention_s > 1e-9 * self.compute_s
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -191,11 +196,13 @@ class Plan:
         """The plan that `to_json` wrote; `where` names the text in errors.
 
         Raises:
-            ValueError: not a plan's JSON, another version, a missing or wrong field, a time or size that cannot be, or
-                a line of `parameters` that was renamed, taken out or edited to what is no layout.
+            ValueError: not a plan's JSON, another version, a missing or wrong field, a time or size that cannot be, an
+                axis without ranks or one that the mesh has not, or a line of `parameters` that was renamed, taken out
+                or edited to what is no layout.
         """
         plan = parse(Plan, text, where)
         _check_figures(plan, where)
+        _check_axes(plan, where)
         _check_lines(plan, where)
         return plan
 
@@ -240,6 +247,16 @@ def _check_figures(plan: Plan, where: str) -> None:
     for name, value in figures:
         if not 0 <= value < math.inf:
             raise ValueError(f"{where}: {name}: found {value!r}, expected 0 or more")
+
+
+def _check_axes(plan: Plan, where: str) -> None:
+    """Refuse a mesh that is none, and axes that split the batch without being the mesh's."""
+    for name, size in plan.axes:
+        if size < 1:
+            raise ValueError(f"{where}: axes: {name!r} has {size} ranks, expected 1 or more")
+    for name in plan.batch_axes:
+        if name not in plan.mesh:
+            raise ValueError(f"{where}: batch_axes: the mesh has no axis {name!r}; it has {', '.join(plan.mesh)}")
 
 
 def _check_lines(plan: Plan, where: str) -> None:

@@ -202,7 +202,7 @@ def time_bars(plan: Plan) -> tuple[tuple[Piece, ...], tuple[Piece, ...], float]:
     groups = dict.fromkeys([*parts.exposed_s, *parts.hidden_s])
     colors = {group: _AXIS_COLORS[i % len(_AXIS_COLORS)] for i, group in enumerate(groups)}
     rows = [("compute", parts.compute_s * times, "k0", "")]
-    if parts.contention_s:
+    if parts.slows:
         rows.append(("compute slowed", parts.contention_s * times, "k1", "by collectives that run beside it"))
     rows += [(f"exposed {group}", s * times, colors[group], "") for group, s in parts.exposed_s.items()]
     rows.append(("optimizer", parts.optimizer_s, "rest", "once per step" if times > 1 else ""))

@@ -139,6 +139,8 @@ def _decided(plan: Plan, width: int) -> list[str]:
         rows.append(
             [placed.names.replace(".weight", ""), dims, f"{placed}{', pinned' * placed.pinned}", gib(placed.bytes)]
         )
+    if not rows:
+        return [*lines, "", "  The model has no parameters."]
     lines.append("")
     headers = ["parameter", "dims", "at rest -> compute", "per rank"]
     if table_width([headers, *rows]) > width:
@@ -205,7 +207,7 @@ def _time(plan: Plan, width: int) -> list[str]:
         rows.append([name, seconds_text(seconds), percent_text(share), note])
 
     row("compute", parts.compute_s * times, kinds)
-    if parts.contention_s:
+    if parts.slows:
         row("compute slowed", parts.contention_s * times, "by collectives that run beside it")
     for group in parts.exposed_s:
         exposed, hidden = parts.exposed_s[group] * times, parts.hidden_s[group] * times
@@ -296,11 +298,11 @@ def _ledger(plan: Plan, width: int) -> list[str]:
         for each in state:
             groups[each.kind, each.group, each.phase, _state_text(each)].append(each)
         rows = [_row(kind, group, phase, what, alike) for (kind, group, phase, what), alike in groups.items()]
-        lines += ["  State:", *text_table(rows, headers, width, shrink=[3, 1], right=right)]
+        lines += ["  State:", *text_table(rows, headers, width, shrink=[3, 1], last=[0], right=right)]
     if rest:
         lines += [*([""] if state else []), "  Activations, with the reason and the line of the model:"]
         rows = [_row(e.kind, e.group, e.phase, e.module or "(model)", [e]) for e in rest[:_LEDGER_LINES]]
-        head, bodies = text_rows(rows, headers, width, shrink=[3, 1], right=right)
+        head, bodies = text_rows(rows, headers, width, shrink=[3, 1], last=[0], right=right)
         lines += head
         for body, each in zip(bodies, rest, strict=False):
             why = f"{each.reason}  ({each.source})" if each.source else each.reason

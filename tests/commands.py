@@ -178,6 +178,9 @@ def made_here(folder: Path) -> Here:
         ("pins", '"pins": {}', '"pins": [3]'),
         ("policy", '"mp_policy": null', '"mp_policy": "bf16"'),
         ("inputs", '"example": "{', '"example": "'),
+        ("batch-axes", '"batch_axes": ["dp"]', '"batch_axes": ["pp"]'),
+        ("no-ranks", '["dp", 2]', '["dp", 0]'),
+        ("other-inputs", f'"example": {json.dumps(json.loads(text)["example"])}', '"example": "{\\"a\\": 1}"'),
     ):
         assert old in text
         (folder / f"{name}.json").write_text(text.replace(old, new, 1), encoding="utf-8")

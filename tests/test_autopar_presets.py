@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from autopar.model_argument import Wanted, load_model
@@ -70,6 +73,16 @@ def test_the_small_model_is_of_the_same_class_and_has_the_same_parts(name: str) 
     assert "scaled down" in small.notes[0]
     assert sum(p.numel() for p in small.model.parameters()) < 10**6
     assert small.model(**small.inputs).loss.item() == small.model(**small.inputs).loss.item()  # nothing random
+
+
+def test_both_stacks_of_an_encoder_and_decoder_are_as_deep_as_asked_for_and_keep_their_tokens(tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_decoder_layers": 6, "num_heads": 4}
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 128, **sizes}
+    file = tmp_path / "t5.json"
+    file.write_text(json.dumps({**config, "decoder_start_token_id": 0, "pad_token_id": 0}), encoding="utf-8")
+    named = load_model(str(file), Wanted(layers=2, on_cpu=True))
+    assert (len(named.model.encoder.block), len(named.model.decoder.block)) == (2, 2)
+    assert named.model(**named.inputs).loss.isfinite()
 
 
 def test_batch_sequence_and_layers_are_as_asked_for() -> None:

@@ -46,6 +46,22 @@ def test_no_line_is_wider_than_the_terminal(strategy: str, width: int) -> None:
     assert not any(line != line.rstrip() for line in text.splitlines())
 
 
+def test_long_names_of_axes_leave_the_width() -> None:
+    plan = made()
+    names = ("dp_replicate", "dp_shard")
+    long = replace(plan, collectives=tuple(replace(each, axes=names) for each in plan.collectives))
+    assert max(map(len, terminal_report(long, 80).splitlines())) <= 80
+
+
+def test_there_is_no_row_or_table_of_nothing() -> None:
+    plan = made()
+    none = replace(plan, parameters={}, breakdown=replace(plan.breakdown, contention_s=1e-20))
+    text = terminal_report(none, 100)
+    assert "The model has no parameters." in text
+    assert "at rest -> compute" not in text
+    assert "compute slowed" not in text
+
+
 def test_the_decision_comes_first_and_doubts_last() -> None:
     text = terminal_report(made(), 100)
     titles = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -307,6 +308,15 @@ def test_how_far_sharded_state_goes(last: int) -> None:
         assert (down.gpus, down.beyond) == (max(tried([16, 8, 4, 2])), 32)
 
 
+def test_what_is_as_fast_elsewhere_has_smaller_micro_batches_where_a_rank_has_fewer_samples() -> None:
+    fastest = Setup(dp_shard=8, tp=2, micro_batch=4)
+    (more,) = on(32, 32, [fastest])
+    assert (more.dp_shard, more.micro_batch, more.accumulate) == (16, 2, 1)
+    (fewer,) = on(8, 32, [fastest])
+    assert (fewer.dp_shard, fewer.micro_batch, fewer.accumulate) == (4, 4, 2)
+    assert not list(on(128, 32, [fastest]))
+
+
 def test_the_verdict_says_how_far_it_goes() -> None:
     state = Candidate(Setup(dp_shard=64), 10.0, 1, 0, {"compute": 9.0}, {})
     stages = Candidate(Setup(dp_shard=8, pp=8, state="zero1"), 12.0, 1, 0, {"bubble": 1.2}, {})
@@ -323,6 +333,31 @@ def test_the_verdict_says_how_far_it_goes() -> None:
     found = verdict([state, stages], unused, 64, 64, 1, lambda n: Times())
     assert found.enough_gpus == 64
     assert found.text[-1].endswith("up to 64 GPUs, where each has one sample; more it cannot use.")
+
+
+def test_only_token_ids_make_a_sequence() -> None:
+    class Pixels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(3 * 8 * 8, 4)
+
+        def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.out(pixels.flatten(1)), labels)
+
+    inputs = {"pixels": torch.zeros(1, 3, 8, 8), "labels": torch.zeros(1, dtype=torch.long)}
+    result = autopar.search(Pixels(), 2, "h100", 2, inputs, top=1)
+    assert result.sequence is None
+    assert "samples/s/GPU" in result.text()
+
+
+def test_a_model_without_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="ReLU has no parameters, so there is nothing to train"):
+        autopar.search(nn.ReLU(), 2, "h100", 2, (torch.zeros(1, 4),))
+
+
+def test_what_is_said_of_plans_that_were_not_played(found: SearchResult) -> None:
+    told = "none of the others fits and takes 1% less than one of its mesh that was"
+    assert told in " ".join(replace(found, bound_s=math.inf).text().split())
 
 
 def test_inputs_are_of_one_sample() -> None:

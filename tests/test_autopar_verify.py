@@ -152,6 +152,12 @@ def test_a_model_on_the_meta_device_gets_values() -> None:
     assert not any("same on every" in note for note in found.notes)
 
 
+def test_inputs_that_the_model_cannot_run_on_are_told() -> None:
+    ids = torch.full((2, 8), 64)
+    with pytest.raises(ValueError, match=r"Mlp fails on one device.*IndexError: index out of range.*example inputs"):
+        verify(Mlp(), MESH, {"ids": ids, "labels": ids % 64}, hardware="h100")
+
+
 def test_bf16_is_allowed_its_own_rounding() -> None:
     model, inputs = example("llama")
     found = verify(model.bfloat16(), MESH, inputs, strategy="megatron", hardware="h100")

@@ -150,6 +150,7 @@ def test_describe_says_what_crosses_nodes() -> None:
     assert lines[1].startswith("dp_replicate: 2 ranks, crosses nodes, one rank in each of 2")
     assert lines[2].startswith("dp_shard: 16 ranks, crosses nodes, 2 ranks in each of 8")
     assert lines[3].startswith("tp: 4 ranks, inside a node")
+    assert topology(H100, {"dp": 1}).describe()[0] == "1 x h100, 1 rank per node"
 
 
 @pytest.mark.parametrize("size", [0, -2, 2.0, "4", True])

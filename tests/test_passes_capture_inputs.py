@@ -47,6 +47,15 @@ class Placed(nn.Module):
         return (x + self.where(where)).square().mean()
 
 
+def test_a_sentence_that_forward_fails_with_goes_on_with_one_stop() -> None:
+    class Refuses(nn.Module):
+        def forward(self, x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+            raise ValueError("It cannot be.")
+
+    with pytest.raises(CaptureError, match=r"It cannot be\. Input 'where' was taken for 8 rows"):
+        autopar.plan(Refuses(), {"dp": 2}, (torch.zeros(2, 16, 8), torch.zeros(16, 3)), hardware="h100")
+
+
 def test_a_table_taken_for_rows_of_the_batch_is_named_where_forward_fails() -> None:
     call = torch.zeros(2, 16, 8), torch.zeros(16, 3)
 

@@ -29,6 +29,17 @@ def test_columns_that_fit_are_left_as_they_are() -> None:
     assert lines == ["  name   n", "  ----  --", "  a b    1", "  c     22"]
 
 
+def test_columns_that_give_way_last_do_so_where_the_others_are_not_enough() -> None:
+    row, headers = ["reduce_scatter", "first second third", "12"], ["what", "of", "n"]
+    assert text_table([row], headers, 32, shrink=[1], last=[0])[2:] == [
+        "  reduce_scatter  first   12",
+        "                  second",
+        "                  third",
+    ]
+    assert max(map(len, text_table([row], headers, 26, shrink=[1], last=[0]))) <= 26
+    assert max(map(len, text_table([row], headers, 26, shrink=[1]))) > 26
+
+
 @pytest.mark.parametrize(
     ("text", "width", "lines"),
     [
@@ -37,6 +48,7 @@ def test_columns_that_fit_are_left_as_they_are() -> None:
         ("model.layers.*.self_attn.q_proj", 18, ["model.layers.*", "  .self_attn", "  .q_proj"]),
         ("incomprehensible", 10, ["inc~nsible"]),
         ("short", 10, ["short"]),
+        ("shard,tp", 7, ["shard,", "  tp"]),
     ],
 )
 def test_where_a_cell_is_broken(text: str, width: int, lines: list[str]) -> None:

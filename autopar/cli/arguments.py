@@ -33,7 +33,7 @@ def mesh(text: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.strip().partition("=")
-        if not equals or not name.isidentifier() or not size.isdigit() or int(size) < 1:
+        if not equals or not name.isidentifier() or not size.isdecimal() or int(size) < 1:
             raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is no axis; write name=ranks, as in dp=4,tp=2")
         if name in found:
             raise argparse.ArgumentTypeError(f"axis {name!r} stands twice in {text!r}")
@@ -73,7 +73,7 @@ def share(text: str) -> float:
 
 def count(text: str) -> int:
     """A positive whole number."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
 
@@ -85,6 +85,23 @@ def output(text: str) -> str:
         found = f"no folder {folder}" if not folder.is_dir() else "a folder"
         raise argparse.ArgumentTypeError(f"cannot write {text}: {found}; name a file in a folder that is there")
     return text
+
+
+def check_outputs(model: str, **outputs: str | None) -> None:
+    """Refuse files to be written that are one file, or the one that `model` is in; `outputs`: flag -> file.
+
+    Raises:
+        ValueError: names both.
+    """
+    path, _, function = model.rpartition(":")
+    taken = {Path(path if function and path.endswith(".py") else model).resolve(): f"MODEL ({model})"}
+    for flag, file in outputs.items():
+        if file is None:
+            continue
+        where = Path(file).resolve()
+        if where in taken:
+            raise ValueError(f"--{flag} and {taken[where]} are one file, {file}; write to another")
+        taken[where] = f"--{flag}"
 
 
 def pin(text: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import argparse
 import json
 
 from autopar import examples, planning
-from autopar.cli.arguments import add_json, count, output, share, stored_dtype
+from autopar.cli.arguments import add_json, check_outputs, count, output, share, stored_dtype
 from autopar.cli.comparing import compare_plans, comparison_json, print_comparison
 from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, progress
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Plan again, compare and print."""
+    check_outputs(given.model, output=given.output)
     kept = Plan.load(given.plan)
     check_solved(kept)
     with clean_output(), progress() as tell:

@@ -171,7 +171,7 @@ def _print_collectives(issued: Sequence[Collective]) -> None:
         for c in issued
     ]  # fmt: skip
     headers = ["collective", "axes", "phase", "of", "count", "bytes", "time", "exposed"]
-    head, bodies = table_rows(rows, headers, shrink=[3, 1], right=[4, 5, 6, 7])
+    head, bodies = table_rows(rows, headers, shrink=[3, 1], last=[0], right=[4, 5, 6, 7])
     print(head)
     for body, c in zip(bodies, issued, strict=True):
         print(body)

@@ -18,7 +18,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from autopar import examples, planning
-from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of, output
+from autopar.cli.arguments import (
+    add_json,
+    add_mesh,
+    add_model,
+    add_planning,
+    check_outputs,
+    named_model,
+    options_of,
+    output,
+)
 from autopar.cli.compiling import planned
 from autopar.cli.terminal import clean_output, painted, progress, wrapped
 from autopar.eject import eject
@@ -52,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Plan and print."""
+    check_outputs(given.model, output=given.output, html=given.html, trace=given.trace, eject=given.eject)
     with clean_output(), progress() as tell:
         kept = Plan.load(given.kept) if given.kept else None
         mesh = given.mesh or (kept.mesh if kept is not None else None)
@@ -61,11 +71,12 @@ def run(given: argparse.Namespace) -> int:
         named = named_model(given, options=options)
         same = kept is not None and not given.batch and not given.seq
         call = examples.restored(kept.example) if kept and same else examples.call_of(named.model, named.inputs)
+        hardware = planning.hardware_in(kept) if kept is not None and given.hardware is None else given.hardware
         made = planned(
             named.model,
             call,
             mesh,
-            hardware=given.hardware or (planning.hardware_in(kept) if kept is not None else None),
+            hardware=hardware,
             strategy=given.strategy or (planning.asked_of(kept) if kept is not None else "auto"),
             options=options,
             progress=tell,

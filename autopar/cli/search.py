@@ -16,7 +16,7 @@ import argparse
 from torch import nn
 
 from autopar import examples
-from autopar.cli.arguments import add_hardware, add_json, add_memory, add_recompute, count, output
+from autopar.cli.arguments import add_hardware, add_json, add_memory, add_recompute, check_outputs, count, output
 from autopar.cli.compiling import Progress, planned
 from autopar.cli.terminal import clean_output, progress
 from autopar.model_argument import Wanted, load_model
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Search and print."""
+    check_outputs(given.model, html=given.html)
     options = Options(
         memory_budget=given.memory_budget, optimizer=given.optimizer or "adamw", recompute=given.recompute or "auto"
     )

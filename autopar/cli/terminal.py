@@ -40,10 +40,11 @@ def table(
 
 
 def table_rows(
-    rows: Sequence[Row], headers: Row, *, shrink: Sequence[int] = (0,), right: Sequence[int] = (), indent: int = 0
-) -> tuple[str, list[str]]:
+    rows: Sequence[Row], headers: Row, *, shrink: Sequence[int] = (0,), last: Sequence[int] = (),
+    right: Sequence[int] = (), indent: int = 0,
+) -> tuple[str, list[str]]:  # fmt: skip
     """The head of such a table, and each of its rows, which may be several lines."""
-    head, bodies = text_rows(rows, headers, terminal_width(), shrink=shrink, right=right, indent=indent)
+    head, bodies = text_rows(rows, headers, terminal_width(), shrink=shrink, last=last, right=right, indent=indent)
     return "\n".join(head), ["\n".join(body) for body in bodies]
 
 
