@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from costmodel.files import write_whole
 from costmodel.hardware import Device, Hardware, Link
 
 FILE_FORMAT = "autopar-hardware"
@@ -23,7 +24,7 @@ def save_hardware(hardware: Hardware, path: str | os.PathLike[str], samples: Map
         "hardware": asdict(hardware),
         "samples": dict(samples or {}),
     }
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def load_hardware(path: str | os.PathLike[str]) -> Hardware:

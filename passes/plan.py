@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from costmodel.files import write_whole
 from costmodel.layout import parse_layout
 from passes.errors import PlanMismatchError
 from passes.footprint import TopTensor
@@ -207,8 +208,8 @@ class Plan:
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Write its file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write its file; one that was there stays if that fails."""
+        write_whole(path, self.to_json())
 
     def report(self, path: str | Path, frontier: Sequence[FrontierPoint] = ()) -> None:
         """One self-contained HTML file; `frontier` are the plans that a search found, drawn by time and memory."""
