@@ -354,7 +354,7 @@ class _State:
             if self.batch % data:
                 continue
             local = self.batch // data
-            shards = {data, *(s for s in (node // tp, 4 * node // tp) if 1 < s < data and data % s == 0)}
+            shards = {1, data, *(s for s in (node // tp, 4 * node // tp) if 1 < s < data and data % s == 0)}
             for micro in self.micro_batches(local):
                 for recompute in self.recompute:
                     for shard in sorted(shards):

@@ -97,7 +97,7 @@ def verdict(
     else:
         text = _nothing_resident_text(plain, offloaded, budget)
     if len(tied) > 1:
-        text.append(_too_close({name: ways[name] for name in tied}, answer))
+        text.append(_too_close({name: resident[name] for name in tied}, answer))
     if answer in ("computation", "context", "pipeline", "nothing"):
         text += _why_not_state(state, plain, profiler, gpus, batch, budget)
     if answer in ("state", "computation", "context"):
@@ -124,10 +124,13 @@ def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[A
     best, state = ways[answer], ways.get("state")
     if answer == "state":
         fastest = min(c.step_time_s for c in ways.values())
+        way, waits = "Sharding the state (FSDP2)", "parameters and gradients"
+        if _is_copied(best.setup):
+            way, waits = "Splitting the batch over copies of the model (DDP)", "gradients"
         return (
-            f"Sharding the state (FSDP2) is enough: {_s(best.step_time_s)} a step{_beside(best, fastest)} in "
+            f"{way} is enough: {_s(best.step_time_s)} a step{_beside(best, fastest)} in "
             f"{gib(best.peak_memory_bytes)} of {gib(budget)}; {_share(best, 'exposed state')} of the step waits "
-            "for parameters and gradients."
+            f"for {waits}."
         )
     if answer == "computation":
         return (
@@ -164,14 +167,15 @@ def _share(candidate: Priced, name: str) -> str:
     return f"{candidate.seconds.get(name, 0.0) / candidate.step_time_s:.0%}"
 
 
-def _too_close(ways: Mapping[Answer, float], answer: Answer) -> str:
+def _too_close(ways: Mapping[Answer, Priced], answer: Answer) -> str:
     """That predictions cannot tell these apart, and what chose one of them."""
-    told = ", ".join(f"{_NAMES[name]} {_s(step_s)}" for name, step_s in ways.items())
-    fastest = ways[answer] == min(ways.values())
+    names = {name: "copies of the model" if _is_copied(c.setup) else _NAMES[name] for name, c in ways.items()}
+    told = ", ".join(f"{names[name]} {_s(c.step_time_s)}" for name, c in ways.items())
+    fastest = ways[answer].step_time_s == min(c.step_time_s for c in ways.values())
     why = "the fastest" if fastest else f"the simplest within {ENOUGH:.0%} of the fastest"
     return (
         f"Too close to call: {told}; predictions are off by {MEASURED_ERROR:.0%} on average. The choice is "
-        f"{_NAMES[answer]}, {why}."
+        f"{names[answer]}, {why}."
     )
 
 
@@ -192,7 +196,13 @@ def _against(other: Priced | None, best: Priced) -> str:
 
 def _name(candidate: Priced) -> str:
     named = _named(candidate.setup)
-    return f"{named} without stages" if named else "sharded state alone"
+    alone = "copies of the model alone" if _is_copied(candidate.setup) else "sharded state alone"
+    return f"{named} without stages" if named else alone
+
+
+def _is_copied(setup: Setup) -> bool:
+    """Whether each data-parallel rank has all of the state, and nothing but the batch is split."""
+    return setup.dp_shard == setup.tp == setup.pp == setup.cp == 1 < setup.dp_replicate
 
 
 def _named(setup: Setup) -> str:
