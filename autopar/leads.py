@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 MEASURED_ERROR = 0.08
-"""Mean error of predicted steps: 6.8% over 171 published runs without pipelines, and 10.0% over 59 with them
+"""Mean error of predicted steps: 6.8% over 171 published runs without pipelines, and 8.3% over 59 with them
 (benchmarks/published_results.md)."""
 ENOUGH = 0.05
 """Slower than the best by up to this share, the simpler way is called enough."""

@@ -386,7 +386,8 @@ class _State:
                         for recompute in self.recompute:
                             yield from self.ways(Setup(
                                 dp_shard=data, tp=tp, pp=pp, cp=cp, micro_batch=micro, accumulate=local // micro,
-                                state="zero1", gradient_bytes=4, recompute=recompute, gathers_again=tp > 1,
+                                state="zero1", gradient_bytes=4, adds_in_products=True, recompute=recompute,
+                                gathers_again=tp > 1,
                             ))  # fmt: skip
 
     def ways(self, setup: Setup) -> Iterator[Setup]:

@@ -75,8 +75,10 @@ class Run:
 
     @property
     def machine(self) -> Hardware:
-        """The preset; with the run's own network between nodes, where its source gives another."""
+        """The preset; with the run's own nodes and network between them, where its source gives others."""
         found = hardware(self.line["hardware"])
+        if cards := self.told("node_gpus"):
+            found = replace(found, ranks_per_node=int(cards))
         if self.line["attention"] in ("fa1", "fa2", "cudnn"):
             found = with_attention(found, self.line["attention"])
         told = self.told("node_gbps")
@@ -105,7 +107,7 @@ class Run:
             tp_waits=self.line["tp_overlap"] == "waited", gathers_again=self.gathers_again,
             state=cast(Any, state), fp8=self.line["precision"] == "fp8", offload="offload" in self.line["state"],
             gather_bytes_per_s=_WAITED_BYTES_PER_S if self.line["gathers"] == "waited" else 0.0,
-            gradient_bytes=4 if self.line["gradients"] == "fp32" else 2,
+            gradient_bytes=4 if self.line["gradients"] == "fp32" else 2, adds_in_products=self.adds_in_products,
         )  # fmt: skip
 
     @property
@@ -113,6 +115,12 @@ class Run:
         """Whether it kept a rank's part of what sequence parallelism gathers, as Megatron-LM's layers do."""
         megatron = self.line["state"] != "zero3" and self.line["compiled"] == "layers"
         return megatron and self.line["sequence_parallel"] == "yes" and self.number("tp") > 1
+
+    @property
+    def adds_in_products(self) -> bool:
+        """Whether weight gradients' products add to the sum over micro-batches: in Megatron-LM's layers since the end
+        of 2021, a version that does not wait for its collectives either."""
+        return self.line["compiled"] == "layers" and self.line["tp_overlap"] != "waited"
 
     @property
     def recompute(self) -> Mode:
@@ -179,7 +187,7 @@ _NODE_GBPS = {"a100-40gb": 1600, "a100-80gb": 1600, "h100": 3200, "h200": 3200, 
 
 def _with_network(machine: Hardware, preset: str, node_gbps: float) -> Hardware:
     """`machine` with that many gigabits per second into a node instead of the preset's."""
-    share = node_gbps / _NODE_GBPS[preset]
+    share = node_gbps / (_NODE_GBPS[preset] / 8 * machine.ranks_per_node)
     link = machine.inter_node
     slower = replace(
         link, name=f"{node_gbps:g} Gb/s a node", bytes_per_s=share * link.bytes_per_s,
@@ -253,7 +261,7 @@ class Prices:
 
     def of(self, run: Run) -> Estimate:
         """The run as the product prices it."""
-        names = ("hardware", "attention", "compiled", "recompute", "node_gbps")
+        names = ("hardware", "attention", "compiled", "recompute", "node_gbps", "node_gpus")
         key = tuple(run.told(name) for name in names)
         if key not in self.profilers:
             self.profilers[key] = Profiler(

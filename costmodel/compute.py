@@ -185,6 +185,12 @@ def update_traffic_s(elements: float, item_bytes: int, state_bytes: float, devic
     return _UPDATE_OPS * _memory_s(each, device)
 
 
+def addition_s(elements: float, item_bytes: float, sum_bytes: float, device: Device) -> float:
+    """Seconds that a further micro-batch's gradient takes to be added to the sum of those before it: `elements` of
+    `item_bytes` are read, and as many of `sum_bytes` read and written, as one kernel."""
+    return op_s(pointwise(elements * (item_bytes + sum_bytes), elements * sum_bytes), device)
+
+
 def _memory_s(work: Work, device: Device) -> float:
     rate = device.memory_bytes_per_s * device.memory_efficiency * _RATE.get(work.kind, _UNKNOWN_RATE)
     if not device.cache_bytes:

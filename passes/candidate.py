@@ -16,6 +16,7 @@ from typing import Protocol
 
 from costmodel import offload, pipeline
 from costmodel.collectives import collective_s, taken_shares
+from costmodel.compute import addition_s
 from costmodel.hardware import Hardware, topology
 from costmodel.memory import OptimizerSpec
 from passes.candidate_memory import at_rest, replicated_bytes, sharded_peak_bytes
@@ -94,7 +95,8 @@ def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
     forward_bytes = whole["alive.forward"] - whole["rest"] - found.outside["gradients"]
     working_bytes = max(found.layers * found.saved_bytes, forward_bytes)
     micro_s = whole["micro_s"] + _slowed_at_least_s(setup, found, profiler.hardware)
-    return setup.accumulate * micro_s + update_s, at_rest_bytes + working_bytes
+    added_s = (setup.accumulate - 1) * whole["added_s"] / setup.dp_shard
+    return setup.accumulate * micro_s + added_s + update_s, at_rest_bytes + working_bytes
 
 
 def _slowed_at_least_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
@@ -183,13 +185,15 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
         "exposed activations": found.total("exposed.activation."),
     }
     seconds = {name: setup.accumulate * value for name, value in seconds.items()}
+    added_s = (setup.accumulate - 1) * whole["added_s"]
+    seconds["compute"] += added_s
     seconds["optimizer"] = update_s
     bytes_ = at_rest(found, setup)
     peak = sharded_peak_bytes(found, _layer(setup, profiler, replica=False))
     if setup.offload:
         seconds["optimizer"] = offload.host_update_s(whole["stored"], profiler.hardware)
         peak -= bytes_.pop("optimizer")
-    step = setup.accumulate * (micro_s + casts_s) + seconds["optimizer"]
+    step = setup.accumulate * (micro_s + casts_s) + added_s + seconds["optimizer"]
     seconds["between"] = max(0.0, step - sum(seconds.values()))
     bytes_["activations and working"] = max(0.0, peak - sum(bytes_.values()))
     hidden_s = 0.0
@@ -230,10 +234,11 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     share = max(-(-layers // stages) / layers, 1 / stages)
     elements = (found.layer("elements") * layers * share) + (outside["elements"] * (1.0 if stages == 1 else 0.5))
     waits_s, behind_s, slowed_s, update_s = _state(setup, elements, found, slowest_s, hardware)
-    step = passed_s + waits_s + slowed_s + update_s
+    added_s = _added_s(setup, elements, found, hardware)
+    step = passed_s + added_s + waits_s + slowed_s + update_s
     hidden_s = behind_s + max(0.0, sent_s - messages_s) + micro * layers / stages * by_parts_s
     seconds = {
-        "compute": micro * slowest_s,
+        "compute": micro * slowest_s + added_s,
         "bubble": bubble_s,
         "messages": messages_s,
         "slowed": slowed_s,
@@ -264,9 +269,23 @@ def _context(setup: Setup, found: Profile, hardware: Hardware) -> tuple[float, f
 
 
 def _casts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
-    """Casts to fp8 of the layers' operands, each once per product."""
-    moved = _CAST_BYTES * found.layers * found.layer("operands")
+    """Casts to fp8 of the layers' operands, each once per product, in a micro-batch. Parameters that stay on a rank are
+    cast once per step, as Transformer Engine's weight caching does: its share of that."""
+    operands = found.layer("operands")
+    if setup.state != "zero3":
+        operands -= 2 * found.layer("elements") * (1 - 1 / setup.accumulate)
+    moved = _CAST_BYTES * found.layers * max(0.0, operands)
     return moved / (hardware.device.memory_bytes_per_s * hardware.device.memory_efficiency)
+
+
+def _added_s(setup: Setup, elements: float, found: Profile, hardware: Hardware) -> float:
+    """Once per step: gradients of all micro-batches but the first, added to the sum of those before."""
+    if setup.adds_in_products:
+        return 0.0
+    item = found.whole["bytes"] / found.whole["elements"]
+    if setup.state in ("zero2", "zero3"):
+        elements /= setup.data_ranks * setup.cp
+    return (setup.accumulate - 1) * addition_s(elements, item, setup.gradient_bytes, hardware.device)
 
 
 def _state(

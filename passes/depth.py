@@ -72,8 +72,9 @@ def profile(samples: Sequence[Mapping[str, float]], weights: Sequence[float], ou
 def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tracks) -> dict[str, float]:
     """The numbers of one played plan with its tracks, of one micro-batch but for `optimizer_s` and what is alive.
 
-    seconds     micro_s, forward_s, optimizer_s, slowed_s; compute.PHASE.KIND (PHASE "again": forward ops that run again
-                in backward; "within": those that do so within their readers, where they take no time of their own);
+    seconds     micro_s, forward_s, optimizer_s, added_s, slowed_s; compute.PHASE.KIND (PHASE "again": forward ops that
+                run again in backward; "within": those that do so within their readers, where they take no time of
+                their own);
                 exposed.ROLE.PHASE.GROUP, hidden.ROLE.PHASE.GROUP
     bytes       alive.PLACE, rest (all step long), states (of it, what the optimizer keeps), gradients (of what it
                 updates), boundary (what one layer passes to the next), keys (attention's keys and values), gathered
@@ -85,6 +86,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     words = Words(space)
     found["micro_s"], found["forward_s"] = schedule.micro_batch_s, schedule.forward_s
     found["optimizer_s"], found["slowed_s"] = schedule.optimizer_s, schedule.contention_s
+    found["added_s"] = schedule.added_s
     within = laid.fused_again
     for index, item in enumerate(laid.items):
         if isinstance(item, Run):

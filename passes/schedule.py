@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from costmodel.compute import update_traffic_s
+from costmodel.compute import addition_s, update_traffic_s
 from costmodel.memory import OptimizerSpec
 from costmodel.memory import optimizer as optimizer_of
 from passes.footprint import Footprint, Times, footprint
@@ -70,11 +70,13 @@ class Collective:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a step takes; all but `step_time_s` and `optimizer_s` is of one micro-batch."""
+    """What a step takes; all but `step_time_s` and `optimizer_s` is of one micro-batch, `compute_s` on average."""
 
     step_time_s: float
     micro_batch_s: float
     optimizer_s: float
+    added_s: float
+    """What it takes to add a further micro-batch's gradients to those before."""
     accumulate: int
     compute_s: float
     compute_by_kind: Mapping[str, float]
@@ -126,7 +128,8 @@ def play(
     found = tracks(space, assignment) if laid is None else laid
     player = Player(space, words, found, events)
     player.play()
-    update_s = _update_s(space, assignment, spec)
+    update_s, added_s = _update_s(space, assignment, spec), _added_s(space, assignment)
+    average_s = added_s * (accumulate - 1) / accumulate
     collectives = _Ledger(player, words).collectives()
     exposed: dict[tuple[str, ...], float] = defaultdict(float)
     hidden: dict[tuple[str, ...], float] = defaultdict(float)
@@ -138,12 +141,13 @@ def play(
         space, assignment, found, times, words, spec, accumulate=accumulate, fused=compiled, keep_buffers=events
     )
     return Schedule(
-        step_time_s=accumulate * player.now_s + update_s,
+        step_time_s=accumulate * (player.now_s + average_s) + update_s,
         micro_batch_s=player.now_s,
         optimizer_s=update_s,
+        added_s=added_s,
         accumulate=accumulate,
-        compute_s=player.compute_s,
-        compute_by_kind=dict(player.by_kind),
+        compute_s=player.compute_s + average_s,
+        compute_by_kind={**player.by_kind, "other": player.by_kind.get("other", 0.0) + average_s},
         contention_s=player.contention_s,
         exposed_s={_group(axes): seconds for axes, seconds in exposed.items()},
         hidden_s={_group(axes): seconds for axes, seconds in hidden.items()},
@@ -166,6 +170,15 @@ def _update_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> f
     device, states = space.topology.device, spec.state_bytes_per_param + spec.master_bytes_per_param
     return sum(
         site.count * (device.update_s + update_traffic_s(elements / site.count, site.stored_itemsize, states, device))
+        for site, elements in trained(space, assignment)
+    )
+
+
+def _added_s(space: Space, assignment: Sequence[int]) -> float:
+    """The addition of what a rank has of each parameter's gradient, an op each as autograd runs it."""
+    return sum(
+        site.count
+        * addition_s(elements / site.count, site.stored_itemsize, site.stored_itemsize, space.topology.device)
         for site, elements in trained(space, assignment)
     )
 

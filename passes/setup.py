@@ -47,6 +47,9 @@ class Setup:
     """Where a framework's zero3 stops compute for each gather and each reduction: the rate at which it gathers. 0: they
     run beside compute, as fast as the wires are."""
     gradient_bytes: int = 2
+    adds_in_products: bool = False
+    """Where a framework's products of weight gradients add to the sum over micro-batches themselves, as Megatron-LM's
+    do since late 2021. Elsewhere it is an op beside them."""
     overlap: bool = True
     """Whether a replica's gradient reduction runs behind backward, where the state is not zero3."""
 
