@@ -296,14 +296,13 @@ class _State:
 
     def result(self, model: nn.Module, length: int | None) -> SearchResult:
         machine = self.profiler.hardware
-        plans = list(self.plans(self.gpus))
-        if not plans:
+        plans, priced = list(self.plans(self.gpus)), list(self.formulas())
+        if not plans and not priced:
             widest = max(self.widths(self.gpus))
             raise ValueError(
                 f"no mesh of {self.gpus} GPUs divides a global batch of {self.batch}: with tensor parallelism of up to "
                 f"{widest} it is split over {self.gpus // widest} ranks or more; use a multiple of that"
             )
-        priced = list(self.formulas())
         self.progress(f"pricing {len(priced)} setups by formula")
         others = [self.candidate(estimate(setup, self.profiler)) for setup in priced]
         found, unplayed, bound_s = self.play(plans, others)
