@@ -14,7 +14,7 @@ from parity import assert_near
 from ranks import rank_outcomes, run_ranks
 from standin import pipeline
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import autopar
@@ -135,11 +135,11 @@ def _refuses(rank: int, ranks: int) -> None:
         parallelize_with(stages, model, {"dp": 2}, mine)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no names for its axes"):
         parallelize_with(stages, model, init_device_mesh("cpu", (1, 2)), mine)
+    with pytest.raises(ValueError, match=r"ranks fall along axis 'dp' of the mesh \[1, 0\]"):
+        parallelize_with(stages, model, DeviceMesh("cpu", [1, 0], mesh_dim_names=("dp",)), mine, options=EAGER)
     part = dist.new_group([0])
     assert part is not None
     if rank == 0:
-        from torch.distributed.device_mesh import DeviceMesh
-
         alone = DeviceMesh.from_group(
             dist.new_group([0], use_local_synchronization=True), "cpu", mesh_dim_names=("dp",)
         )
