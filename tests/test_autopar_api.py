@@ -164,7 +164,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"options": Options(recompute="some")}, r"Options\(recompute='some'\): known are auto"),  # type: ignore[arg-type]
         ({"options": Options(optimizer="lamb2")}, r"Options\(optimizer='lamb2'\)"),
         ({"options": Options(accumulate=0)}, "at least 1 micro-batch"),
-        ({"options": Options(memory_budget=-1)}, "a positive number"),
+        ({"options": Options(accumulate=True)}, r"accumulate=True\): at least 1 micro-batch"),
+        ({"options": Options(compile=1)}, r"compile=1\): True or False"),  # type: ignore[arg-type]
+        ({"options": Options(memory_budget=-1)}, "a positive number, as an int"),
+        ({"options": Options(memory_budget=8e10)}, r"memory_budget=80000000000.0\): bytes per device"),  # type: ignore[arg-type]
         ({"options": Options(memory_budget="80GiB")}, r"memory_budget='80GiB'\): bytes per device"),  # type: ignore[arg-type]
         ({"options": Options(batch_axes=("cp",))}, r"batch_axes names \['cp'\], but the mesh has \['dp'\]"),
         ({"options": Options(batch_dims={"mask": 0})}, "batch_dims names"),
