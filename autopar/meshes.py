@@ -83,7 +83,10 @@ def batch_ranks(axes: Axes, batch_axes: Sequence[int]) -> int:
 
 
 def check_world(mesh: DeviceMesh) -> None:
-    """Raises ValueError where the mesh is not the whole job, each rank once."""
+    """Raises ValueError where the mesh is not the whole job, each rank once, or an axis has ranks in another order.
+
+    A process group numbers its ranks as they rise, so along such an axis each would get another one's part.
+    """
     world = dist.get_world_size()
     if mesh.size() != world:
         raise ValueError(
@@ -92,3 +95,9 @@ def check_world(mesh: DeviceMesh) -> None:
         )
     if mesh.get_coordinate() is None:
         raise ValueError(f"rank {dist.get_rank()} is not on the mesh {dict(axes_of(mesh))}")
+    for axis, (name, _) in enumerate(axes_of(mesh)):
+        if (mesh.mesh.diff(dim=axis) < 0).any():
+            raise ValueError(
+                f"ranks fall along axis {name!r} of the mesh {mesh.mesh.tolist()}, and torch's process groups have "
+                "them as they rise; lay the mesh out by rank, as init_device_mesh does"
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -75,19 +74,17 @@ def check_options(options: Any, told: Callable[[str, Any], str] = _as_argument) 
         ("optimizer", options.optimizer in optimizers, f"known are {', '.join(optimizers)}"),
         (
             "memory_budget", options.memory_budget is None or _is_positive(options.memory_budget),
-            "bytes per device, a positive number; None takes what the hardware has",
+            "bytes per device, a positive number, as an int; None takes what the hardware has",
         ),
         (
-            "reshard_after_forward", options.reshard_after_forward in (True, False, None),
+            "reshard_after_forward",
+            options.reshard_after_forward is None or isinstance(options.reshard_after_forward, bool),
             f"{either}, or None to have it decided",
         ),
-        (
-            "accumulate", isinstance(options.accumulate, Integral) and options.accumulate >= 1,
-            "at least 1 micro-batch makes a step",
-        ),
-        ("seed", isinstance(options.seed, Integral), "a whole number"),
-        ("compile", options.compile in (True, False), either),
-        ("async_tp", options.async_tp in (True, False), either),
+        ("accumulate", _is_positive(options.accumulate), "at least 1 micro-batch makes a step; give an int"),
+        ("seed", _is_whole(options.seed), "an int"),
+        ("compile", isinstance(options.compile, bool), either),
+        ("async_tp", isinstance(options.async_tp, bool), either),
         (
             "batch_axes", options.batch_axes is None or _are_names(options.batch_axes),
             "names of mesh axes, as in ('dp', 'ep')",
@@ -120,7 +117,12 @@ def check_async_tp(options: Options, axes: Sequence[tuple[str, int]], batch_axes
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
+    return _is_whole(value) and value > 0
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a plan's file can keep a value as an integer, which NumPy's are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _are_names(values: Any) -> bool:

@@ -246,7 +246,8 @@ def _parameter_options(
         read = f" (the model reads {', '.join(parts)}, and the first is what is split)" if parts else ""
         raise ValueError(
             f"pin {pattern!r}: {place.name} of shape {shape}{read} cannot be {fixed} over axes of {tuple(sizes)} "
-            "ranks; split a dim that they divide, or give R; what compute leaves whole may be S(0) at rest"
+            "ranks; split a dim that they divide, or give R; at rest, what compute splits is split alike, and what it "
+            "leaves whole may be S(0)"
         )
     return kept
 

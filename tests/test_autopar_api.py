@@ -14,7 +14,7 @@ from parity import assert_near
 from ranks import rank_outcomes, run_ranks
 from standin import pipeline
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import autopar
@@ -135,11 +135,11 @@ def _refuses(rank: int, ranks: int) -> None:
         parallelize_with(stages, model, {"dp": 2}, mine)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no names for its axes"):
         parallelize_with(stages, model, init_device_mesh("cpu", (1, 2)), mine)
+    with pytest.raises(ValueError, match=r"ranks fall along axis 'dp' of the mesh \[1, 0\]"):
+        parallelize_with(stages, model, DeviceMesh("cpu", [1, 0], mesh_dim_names=("dp",)), mine, options=EAGER)
     part = dist.new_group([0])
     assert part is not None
     if rank == 0:
-        from torch.distributed.device_mesh import DeviceMesh
-
         alone = DeviceMesh.from_group(
             dist.new_group([0], use_local_synchronization=True), "cpu", mesh_dim_names=("dp",)
         )
@@ -164,7 +164,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"options": Options(recompute="some")}, r"Options\(recompute='some'\): known are auto"),  # type: ignore[arg-type]
         ({"options": Options(optimizer="lamb2")}, r"Options\(optimizer='lamb2'\)"),
         ({"options": Options(accumulate=0)}, "at least 1 micro-batch"),
-        ({"options": Options(memory_budget=-1)}, "a positive number"),
+        ({"options": Options(accumulate=True)}, r"accumulate=True\): at least 1 micro-batch"),
+        ({"options": Options(compile=1)}, r"compile=1\): True or False"),  # type: ignore[arg-type]
+        ({"options": Options(memory_budget=-1)}, "a positive number, as an int"),
+        ({"options": Options(memory_budget=8e10)}, r"memory_budget=80000000000.0\): bytes per device"),  # type: ignore[arg-type]
         ({"options": Options(memory_budget="80GiB")}, r"memory_budget='80GiB'\): bytes per device"),  # type: ignore[arg-type]
         ({"options": Options(batch_axes=("cp",))}, r"batch_axes names \['cp'\], but the mesh has \['dp'\]"),
         ({"options": Options(batch_dims={"mask": 0})}, "batch_dims names"),

@@ -15,6 +15,7 @@ MISTAKES = [
     ("plan", "required: MODEL"),
     ("plan MODEL", "pass --mesh dp=2,tp=2, or --from PLAN"),
     ("plan MODEL --from HERE/edited-badly.json", "cannot be RR -> RS(1) over axes of (2, 2) ranks"),
+    ("plan MODEL --from HERE/edited-badly.json", "at rest, what compute splits is split alike"),
     ("explain HERE/edited.json up.weight", "was edited after it was solved"),
     ("check HERE/edited.json MODEL", "was edited after it was solved"),
     ("verify MODEL --plan HERE/edited.json", "was edited after it was solved"),
