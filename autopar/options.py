@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -28,7 +29,7 @@ class Options:
     batch_dims: input path -> the dim the batch axes split, or None for an input every rank shares.
     pins: parameter-name pattern (fnmatch) -> placements in compute such as "RS(0)", one per mesh axis, or at rest and
         in compute: "S(0)S(0) -> RS(0)".
-    recompute: which activations to compute again in backward.
+    recompute: what of the activations backward computes again (docs/strategies.md, "Memory"): "auto" decides by memory.
     reshard_after_forward: whether gathered parameters are freed after forward and gathered again for backward, as
         FSDP2's argument of this name; None: "auto" decides by time and memory, other strategies free them.
     accumulate: micro-batches per optimizer step.
@@ -53,6 +54,10 @@ class Options:
     seed: int = 0
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.memory_budget, float) and math.isfinite(self.memory_budget):  # 80e9
+            object.__setattr__(self, "memory_budget", int(self.memory_budget))
+
 
 def _as_argument(name: str, value: Any) -> str:
     return f"Options({name}={value!r})"
@@ -74,7 +79,7 @@ def check_options(options: Any, told: Callable[[str, Any], str] = _as_argument) 
         ("optimizer", options.optimizer in optimizers, f"known are {', '.join(optimizers)}"),
         (
             "memory_budget", options.memory_budget is None or _is_positive(options.memory_budget),
-            "bytes per device, a positive number, as an int; None takes what the hardware has",
+            "bytes per device, a positive number; None takes what the hardware has",
         ),
         (
             "reshard_after_forward",

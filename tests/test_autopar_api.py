@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -166,8 +167,8 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"options": Options(accumulate=0)}, "at least 1 micro-batch"),
         ({"options": Options(accumulate=True)}, r"accumulate=True\): at least 1 micro-batch"),
         ({"options": Options(compile=1)}, r"compile=1\): True or False"),  # type: ignore[arg-type]
-        ({"options": Options(memory_budget=-1)}, "a positive number, as an int"),
-        ({"options": Options(memory_budget=8e10)}, r"memory_budget=80000000000.0\): bytes per device"),  # type: ignore[arg-type]
+        ({"options": Options(memory_budget=-1)}, "a positive number"),
+        ({"options": Options(memory_budget=math.inf)}, r"memory_budget=inf\): bytes per device"),  # type: ignore[arg-type]
         ({"options": Options(memory_budget="80GiB")}, r"memory_budget='80GiB'\): bytes per device"),  # type: ignore[arg-type]
         ({"options": Options(batch_axes=("cp",))}, r"batch_axes names \['cp'\], but the mesh has \['dp'\]"),
         ({"options": Options(batch_dims={"mask": 0})}, "batch_dims names"),
@@ -391,3 +392,8 @@ def test_rank_0s_buffers_count_where_ranks_differ_in_order_alone_too(alike: bool
         assert torch.equal(ours, others)
     for loss in (first[1], second[1]):
         torch.testing.assert_close(loss, first[2])
+
+
+def test_a_budget_may_be_written_as_a_float() -> None:
+    assert Options(memory_budget=80e9).memory_budget == 80_000_000_000  # type: ignore[arg-type]
+    assert isinstance(Options(memory_budget=80e9).memory_budget, int)  # type: ignore[arg-type]

@@ -219,6 +219,30 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     assert result.played < 18  # setups, each with parameters freed and kept
 
 
+def test_copies_of_the_model_are_tried_too() -> None:
+    """DDP's step is that of the plan for it; where it is the fastest that fits, the verdict says so."""
+    result = autopar.search(small(), 4, "h100", 8, sequence=512)
+    copied = next(c for c in result.candidates if c.mesh == {"dp_replicate": 4})
+    ids = torch.empty(copied.setup.micro_batch, 512, dtype=torch.long, device="meta")
+    options = result.options(copied)
+    plan = autopar.plan(
+        small(), {"dp": 4}, {"input_ids": ids, "labels": ids}, strategy="ddp", hardware="h100", options=options
+    )
+    assert copied.step_time_s == pytest.approx(plan.step_time_s, rel=1e-6)
+    assert copied.peak_memory_bytes == pytest.approx(plan.peak_memory_bytes, rel=1e-3)
+    wide = autopar.search(llama(64, 4, 4, 128, 100), 4, "h100", 256, sequence=64)
+    assert wide.best.mesh == {"dp_replicate": 4}
+    assert wide.verdict.text[0].startswith("Splitting the batch over copies of the model (DDP) is enough")
+
+
+def test_a_batch_that_only_stages_divide() -> None:
+    """One sample on 16 GPUs: tensor parallelism in a node leaves two data-parallel ranks, two stages one."""
+    result = autopar.search(small(), 16, "h100", 1, sequence=512)
+    assert result.candidates
+    assert all(c.setup.pp > 1 and c.setup.data_ranks == 1 for c in result.candidates)
+    assert result.verdict.answer == "pipeline"
+
+
 def test_where_no_strategy_fits_a_plan_may(found: SearchResult) -> None:
     """In 32 MiB nothing fits: the note says who else may try; it is left out where something fits."""
     tight = autopar.search(small(), 4, "h100", 8, sequence=512, options=replace(OPTIONS, memory_budget=32 << 20), top=1)
