@@ -133,9 +133,10 @@ def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[A
             f"for {waits}."
         )
     if answer == "computation":
+        gains = "is needed" if state is None else "is a little faster" if "state" in tied else "pays"
         return (
             f"Sharding the computation (tensor and sequence parallelism over {best.setup.tp}) "
-            f"{'is a little faster' if 'state' in tied else 'is needed'}: {_s(best.step_time_s)} a step"
+            f"{gains}: {_s(best.step_time_s)} a step"
             f"{_against(state, best)}."
         )
     before = [each for each in _SIMPLEST_FIRST[: _SIMPLEST_FIRST.index(answer)] if each in ways]
