@@ -165,7 +165,7 @@ def test_ranks_of_one_host_share_its_memory() -> None:
         (12, 24, "12 GPUs fill no whole number of nodes of 8; use 8 or 16"),
         (0, 8, "at least 1"),
         (8, 0, "global_batch is 0"),
-        (64, 3, "no mesh of 64 GPUs divides a global batch of 3: .* up to 8 it is split over 8 ranks"),
+        (128, 3, "no mesh of 128 GPUs divides a global batch of 3: .* up to 8 it is split over 16 ranks"),
         (7, 8, "no mesh of 7 GPUs divides a global batch of 8: .* up to 1 it is split over 7 ranks"),
     ],
 )
@@ -384,7 +384,9 @@ def test_the_verdict_says_how_far_it_goes() -> None:
     assert found.text[-1].endswith("up to 64 GPUs, where each has one sample; more it cannot use.")
 
 
-def test_only_token_ids_make_a_sequence() -> None:
+def test_only_token_ids_make_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
     class Pixels(nn.Module):
         def __init__(self) -> None:
             super().__init__()
