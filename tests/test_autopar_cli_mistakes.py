@@ -120,6 +120,7 @@ MISTAKES = [
     ("plan MODEL --mesh dp=2 --eject HERE/models.py", "models.py:build) are one file"),
     ("search MODEL --gpus 2 --global-batch 2 --html HERE/models.py", "models.py:build) are one file"),
     ("check HERE/plan.json MODEL -o HERE/models.py", "models.py:build) are one file"),
+    ("calibrate --from-trace HERE/a --plan HERE/plan.json -o HERE/a", "--output and --from-trace"),
     ("plan MODEL --mesh dp=2 --html HERE", "a folder; name a file"),
     ("calibrate --seconds 1 -o HERE/none/hardware.json", "no folder"),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -87,14 +88,19 @@ def output(text: str) -> str:
     return text
 
 
-def check_outputs(model: str, **outputs: str | None) -> None:
-    """Refuse files to be written that are one file, or the one that `model` is in; `outputs`: flag -> file.
+def check_outputs(read: Mapping[str, str | None], **outputs: str | None) -> None:
+    """Refuse files to be written that are one file, or one that is read; `read`: argument -> file, or a model in one;
+    `outputs`: flag -> file.
 
     Raises:
         ValueError: names both.
     """
-    path, _, function = model.rpartition(":")
-    taken = {Path(path if function and path.endswith(".py") else model).resolve(): f"MODEL ({model})"}
+    taken: dict[Path, str] = {}
+    for name, source in read.items():
+        if source is not None:
+            path, _, function = source.rpartition(":")
+            file_of = path if function and path.endswith(".py") else source
+            taken[Path(file_of).resolve()] = f"{name} ({source})"
     for flag, file in outputs.items():
         if file is None:
             continue

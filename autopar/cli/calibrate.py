@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from autopar import planning
-from autopar.cli.arguments import add_json, count, output
+from autopar.cli.arguments import add_json, check_outputs, count, output
 from autopar.cli.comparing import print_measured
 from autopar.cli.terminal import clean_output, painted, progress, table, wrapped
 from autopar.measured import beside, corrected, measured
@@ -74,6 +74,7 @@ def _from_trace(given: argparse.Namespace) -> int:
     """Correct a plan's hardware by a trace of its step."""
     if not given.plan:
         raise ValueError("--from-trace needs --plan PLAN, the plan whose step was recorded")
+    check_outputs({"--from-trace": given.from_trace, "--plan": given.plan}, output=given.output)
     plan = Plan.load(given.plan)
     base = hardware(given.hardware) if given.hardware else planning.hardware_in(plan)
     step = measured(given.from_trace)

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Plan again, compare and print."""
-    check_outputs(given.model, output=given.output)
+    check_outputs({"MODEL": given.model}, output=given.output)
     kept = Plan.load(given.plan)
     check_solved(kept)
     with clean_output(), progress() as tell:

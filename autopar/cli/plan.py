@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Plan and print."""
-    check_outputs(given.model, output=given.output, html=given.html, trace=given.trace, eject=given.eject)
+    check_outputs({"MODEL": given.model}, output=given.output, html=given.html, trace=given.trace, eject=given.eject)
     with clean_output(), progress() as tell:
         kept = Plan.load(given.kept) if given.kept else None
         mesh = given.mesh or (kept.mesh if kept is not None else None)

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Search and print."""
-    check_outputs(given.model, html=given.html)
+    check_outputs({"MODEL": given.model}, html=given.html)
     options = Options(
         memory_budget=given.memory_budget, optimizer=given.optimizer or "adamw", recompute=given.recompute or "auto"
     )
