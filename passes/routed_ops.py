@@ -26,6 +26,11 @@ _SCHEMAS = {
 }
 
 
+_STEP = 32
+"""The faster library multiplies rows in steps of so many: it makes code for each shape that it meets and keeps it, ten
+MiB and more where groups have any number of rows."""
+
+
 def _groups(rows: Tensor, bounds: Tensor) -> list[tuple[int, int, int]]:
     """(expert, first row, last row + 1) of every group that has rows."""
     step = rows.shape[0] // bounds.shape[0]
@@ -37,11 +42,30 @@ def _groups(rows: Tensor, bounds: Tensor) -> list[tuple[int, int, int]]:
     ]
 
 
+def _parts(rows: Tensor, bounds: Tensor) -> list[tuple[int, int, int]]:
+    """The same on a CPU in parts: steps of rows, and those that are left over."""
+    groups = _groups(rows, bounds)
+    if not rows.is_cpu:
+        return groups
+    cuts = [(expert, first, last - (last - first) % _STEP, last) for expert, first, last in groups]
+    return [
+        (expert, start, end)
+        for expert, first, cut, last in cuts
+        for start, end in ((first, cut), (cut, last))
+        if start < end
+    ]
+
+
+def _multiplied(a: Tensor, b: Tensor, rows: int) -> Tensor:
+    """`a @ b`, of so many rows of a group."""
+    return product(a, b) if rows % _STEP == 0 else torch.mm(a, b)
+
+
 @torch.library.custom_op("autopar::routed_mm", mutates_args=(), schema=_SCHEMAS["routed_mm"])
 def _routed_mm(rows: Tensor, matrices: Tensor, bounds: Tensor) -> Tensor:
     made = rows.new_zeros(rows.shape[0], matrices.shape[2])
-    for expert, first, last in _groups(rows, bounds):
-        made[first:last] = product(rows[first:last], matrices[expert])
+    for expert, first, last in _parts(rows, bounds):
+        made[first:last] = _multiplied(rows[first:last], matrices[expert], last - first)
     return made
 
 
@@ -53,8 +77,8 @@ def _(rows: Tensor, matrices: Tensor, bounds: Tensor) -> Tensor:
 @torch.library.custom_op("autopar::routed_mm_weight", mutates_args=(), schema=_SCHEMAS["routed_mm_weight"])
 def _routed_mm_weight(rows: Tensor, gradient: Tensor, bounds: Tensor) -> Tensor:
     made = rows.new_zeros(bounds.shape[1] - 1, rows.shape[1], gradient.shape[1])
-    for expert, first, last in _groups(rows, bounds):
-        made[expert] += product(rows[first:last].T, gradient[first:last])
+    for expert, first, last in _parts(rows, bounds):
+        made[expert] += _multiplied(rows[first:last].T, gradient[first:last], last - first)
     return made
 
 

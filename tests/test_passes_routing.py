@@ -183,3 +183,21 @@ def test_experts_in_a_python_loop_are_refused_with_what_to_do() -> None:
     model.set_experts_implementation("eager")
     with pytest.raises(CaptureError, match=r"modeling_mixtral.py:\d+.*set_experts_implementation\('grouped_mm'\)"):
         capture(model, (), kwargs)
+
+
+def test_products_of_groups_of_any_number_of_rows() -> None:
+    """Two blocks, groups of 0 to 70 rows and some behind the last: each row times its expert's matrix, by hand."""
+    torch.manual_seed(0)
+    rows, matrices, gradient = torch.randn(208, 128), torch.randn(3, 128, 256), torch.randn(208, 256)
+    bounds = torch.tensor([[0, 70, 70, 102], [0, 1, 65, 104]], dtype=torch.int32)
+    made = torch.ops.autopar.routed_mm(rows, matrices, bounds)
+    by_matrix = torch.ops.autopar.routed_mm_weight(rows, gradient, bounds)
+    wanted = torch.zeros_like(matrices)
+    for block, cuts in enumerate(bounds.tolist()):
+        for row in range(104):
+            expert = sum(row >= cut for cut in cuts) - 1
+            at = 104 * block + row
+            if expert < 3:
+                assert torch.allclose(made[at], rows[at] @ matrices[expert], rtol=1e-4, atol=1e-4)
+                wanted[expert] += torch.outer(rows[at], gradient[at])
+    assert torch.allclose(by_matrix, wanted, rtol=1e-4, atol=1e-4)
