@@ -40,10 +40,8 @@ from passes.plots import FrontierPoint
 from passes.recompute import Mode
 from passes.setup import Setup
 
-_RECOMPUTE: Mapping[str, tuple[Mode, ...]] = {
-    "auto": ("pointwise", "widening", "full"), "none": ("none",), "selective": ("selective",),
-    "widening": ("widening",), "full": ("full",),
-}  # fmt: skip
+_AUTO: tuple[Mode, ...] = ("pointwise", "widening", "full")
+"""What `recompute="auto"` tries."""
 _MOST_MICRO_BATCHES = 4
 """So many micro-batch sizes are tried per mesh, the smallest that divide."""
 _LARGEST_MICRO_BATCH = 16
@@ -221,7 +219,7 @@ def search(
     check_options(options)
     if options.batch_axes is not None:
         raise ValueError(f"Options(batch_axes={options.batch_axes!r}): the axes are the search's own; leave it out")
-    if not any(True for _ in model.parameters()):
+    if next(model.parameters(), None) is None:
         raise ValueError(f"{type(model).__name__} has no parameters, so there is nothing to train")
     machine = hardware_of(hardware)
     _check(gpus, global_batch, sequence, top, machine)
@@ -287,7 +285,7 @@ class _State:
         self.batch = batch
         self.budget = _budget(options, profiler.hardware, gpus)
         self.options = options
-        self.recompute = _RECOMPUTE[options.recompute]
+        self.recompute = _AUTO if options.recompute == "auto" else (options.recompute,)
         self.either = options.reshard_after_forward is None
         self.top = top
         self.length = splits

@@ -60,12 +60,12 @@ def _shares_memory(matrix: Tensor) -> bool:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` by the faster library."""
-    return _linear(a, b, None) if a.device.type == "cpu" and is_for_onednn(a, b) else torch.mm(a, b)
+    return _linear(a, b, None) if is_for_onednn(a, b) else torch.mm(a, b)
 
 
 def is_for_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN is faster for the product of two matrices on this CPU; looks at their shapes and dtypes."""
-    if a.dtype != torch.float32 or b.dtype != torch.float32:
+    """Whether oneDNN is faster for a product of two matrices, and they are on this CPU; looks at no values."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or b.dtype != torch.float32:
         return False
     return 2 * a.shape[0] * a.shape[1] * b.shape[1] >= _LEAST_FLOPS and _has_what_mkl_leaves()
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from costmodel.products import product
+from costmodel.products import is_for_onednn, product
 
 _SCHEMAS = {
     "routed_mm": "(Tensor rows, Tensor matrices, Tensor bounds) -> Tensor",
@@ -27,8 +27,8 @@ _SCHEMAS = {
 
 
 _STEP = 32
-"""The faster library multiplies rows in steps of so many: it makes code for each shape that it meets and keeps it, ten
-MiB and more where groups have any number of rows."""
+"""oneDNN multiplies rows in steps of so many: it makes code for each shape that it meets and keeps it, ten MiB and more
+where groups have any number of rows."""
 
 
 def _groups(rows: Tensor, bounds: Tensor) -> list[tuple[int, int, int]]:
@@ -42,30 +42,21 @@ def _groups(rows: Tensor, bounds: Tensor) -> list[tuple[int, int, int]]:
     ]
 
 
-def _parts(rows: Tensor, bounds: Tensor) -> list[tuple[int, int, int]]:
-    """The same on a CPU in parts: steps of rows, and those that are left over."""
-    groups = _groups(rows, bounds)
-    if not rows.is_cpu:
-        return groups
-    cuts = [(expert, first, last - (last - first) % _STEP, last) for expert, first, last in groups]
-    return [
-        (expert, start, end)
-        for expert, first, cut, last in cuts
-        for start, end in ((first, cut), (cut, last))
-        if start < end
-    ]
-
-
-def _multiplied(a: Tensor, b: Tensor, rows: int) -> Tensor:
-    """`a @ b`, of so many rows of a group."""
-    return product(a, b) if rows % _STEP == 0 else torch.mm(a, b)
+def _in_steps(a: Tensor, b: Tensor, rows: int) -> int:
+    """How many of a group's rows oneDNN multiplies: whole steps of them where it is the faster library, else none."""
+    return rows - rows % _STEP if is_for_onednn(a, b) else 0
 
 
 @torch.library.custom_op("autopar::routed_mm", mutates_args=(), schema=_SCHEMAS["routed_mm"])
 def _routed_mm(rows: Tensor, matrices: Tensor, bounds: Tensor) -> Tensor:
     made = rows.new_zeros(rows.shape[0], matrices.shape[2])
-    for expert, first, last in _parts(rows, bounds):
-        made[first:last] = _multiplied(rows[first:last], matrices[expert], last - first)
+    for expert, first, last in _groups(rows, bounds):
+        matrix = matrices[expert]
+        cut = first + _in_steps(rows[first:last], matrix, last - first)
+        if first < cut:
+            made[first:cut] = product(rows[first:cut], matrix)
+        if cut < last:
+            made[cut:last] = torch.mm(rows[cut:last], matrix)
     return made
 
 
@@ -77,8 +68,12 @@ def _(rows: Tensor, matrices: Tensor, bounds: Tensor) -> Tensor:
 @torch.library.custom_op("autopar::routed_mm_weight", mutates_args=(), schema=_SCHEMAS["routed_mm_weight"])
 def _routed_mm_weight(rows: Tensor, gradient: Tensor, bounds: Tensor) -> Tensor:
     made = rows.new_zeros(bounds.shape[1] - 1, rows.shape[1], gradient.shape[1])
-    for expert, first, last in _parts(rows, bounds):
-        made[expert] += _multiplied(rows[first:last].T, gradient[first:last], last - first)
+    for expert, first, last in _groups(rows, bounds):
+        cut = first + _in_steps(rows[first:last].T, gradient[first:last], last - first)
+        if first < cut:
+            made[expert] += product(rows[first:cut].T, gradient[first:cut])
+        if cut < last:
+            made[expert].addmm_(rows[cut:last].T, gradient[cut:last])
     return made
 
 

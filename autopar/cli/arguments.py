@@ -187,8 +187,8 @@ def add_recompute(parser: argparse.ArgumentParser) -> None:
     """--recompute."""
     parser.add_argument(
         "--recompute", choices=get_args(Recompute),
-        help="what backward computes again: the least that fits (auto, the default), nothing, the attention core, or "
-        "all of a layer",
+        help="what backward computes again: the least that fits (auto, the default), nothing, the attention core "
+        "(selective), products that give more than they read (widening), or all of a layer",
     )  # fmt: skip
 
 

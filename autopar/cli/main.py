@@ -10,10 +10,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from autopar.cli import calibrate, check, diff, explain, inspect, plan, search, verify
 from autopar.cli.terminal import quiet_libraries, wrapped
+from autopar.options import Recompute
 from passes.errors import AutoparError, NoFeasiblePlanError
 
 COMMANDS = (inspect, plan, search, explain, diff, check, verify, calibrate)
@@ -94,7 +95,7 @@ def _run(given: argparse.Namespace) -> int:
 
 
 _FLAGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
-    (r"\brecompute '(none|selective|widening|full)'", r"--recompute \1"),
+    (rf"\brecompute '({'|'.join(get_args(Recompute)[1:])})'", r"--recompute \1"),
     (r"\bstrategy '(\w+)'", r"--strategy \1"),
     (r"\bthe pin '([^']+)': (\S+ -> \S+?|\S+?)(?=[;:,.]? |[;:,.]?$)", r"--pin '\1=\2'"),
     (r"\ba memory budget of ([\d.]+ \w+) \((\d+) bytes\)", r"--memory-budget \2 (\1)"),
