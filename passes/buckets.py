@@ -5,11 +5,13 @@ stood. What happens to its gradients once they are computed (their moves, and op
 the layer's last other op. What lies between layers is a layer of its own; where no layer repeats, each module is.
 
 A bucket is one collective over several tensors, which keep their own memory: nothing is packed.
+
+Small partial sums that one op reads (a loss's sum and its count) are added up as one, too. These are packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import TypeVar
@@ -25,6 +27,9 @@ from passes.strategies import StoredOption
 
 TOGETHER = ("state_gather", "state_scatter", "all_reduce", "state_slice", "state_pad", "state_cut", "cast")
 """Steps that a bucket can do for all its tensors at once (the last four are local)."""
+
+SMALL_BYTES = 1 << 16
+"""Of a sum that takes its latency to add up, whatever its size."""
 
 T = TypeVar("T")
 
@@ -50,6 +55,8 @@ def bucketed(program: Program, items: Sequence[Run | Move], gradients: Gradients
                 home[item.node] = label
     moved = {index for indices in (*gathers.values(), *late.values()) for index in indices}
     before = {indices[0]: indices for indices in gathers.values()}
+    sums = _small_sums(items, moved)
+    moved |= {index for first, moves in sums.items() for index in range(first, first + len(moves))}
     behind: dict[int, list[int]] = {}
     for label, indices in late.items():
         behind.setdefault(ends.get(label, indices[-1]), []).extend(indices)
@@ -58,6 +65,9 @@ def bucketed(program: Program, items: Sequence[Run | Move], gradients: Gradients
     for index, item in enumerate(items):
         if index in before:
             found += _numbered([items[i] for i in before[index]], numbers)
+        if index in sums:
+            number = next(numbers)
+            found += [replace(move, bucket=number, packed=True) for move in sums[index]]
         if index not in moved:
             found.append(item)
         if index in behind:
@@ -105,6 +115,29 @@ def _home(item: Run | Move, home: Mapping[fx.Node, object], label: object) -> ob
 
 def _is_gather(move: Move) -> bool:
     return isinstance(move.source, StoredOption) and move.reader is not None and sends_one_gather(move.steps)
+
+
+def _small_sums(items: Sequence[Run | Move], moved: Container[int]) -> dict[int, list[Move]]:
+    """Moves that follow one another and add up small partial sums of activations alike, by where the first stands."""
+    found: dict[int, list[Move]] = {}
+    first, last = 0, None
+    for index, item in enumerate(items):
+        kind = None
+        if isinstance(item, Move) and index not in moved and (kind := _small_sum(item)) is not None:
+            first = first if kind == last else index
+            found.setdefault(first, []).append(item)
+        last = kind
+    return {first: moves for first, moves in found.items() if len(moves) > 1}
+
+
+def _small_sum(move: Move) -> tuple[object, ...] | None:
+    """What small partial sums agree in that can be added up as one; None: it is no such sum."""
+    if len(move.steps) != 1:
+        return None
+    (step,) = move.steps
+    if step.kind != "all_reduce" or not step.is_collective or step.full_bytes > SMALL_BYTES:
+        return None
+    return move.phase, step.axes, step.op, move.value.meta["val"].dtype
 
 
 def sends_one_gather(path: Sequence[Step]) -> bool:

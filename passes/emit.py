@@ -6,6 +6,7 @@ atom), where a layout is a plain one; reshapes between the two cost nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -240,6 +241,24 @@ def emit_together(
             raise AssertionError(first)
         parts = [_moved(emit, x, 0, dim) for x, dim in zip(parts, dims, strict=True)]
     return parts
+
+
+def emit_packed(emit: Emitter, xs: Sequence[fx.Node], steps: Sequence[Step]) -> list[fx.Node]:
+    """Add up partial sums as one tensor, by the one step that each of them would take."""
+    (step,) = steps
+    _, name = emit.group(step.axes)
+    shapes = [emit.shape(x) for x in xs]
+    packed = emit.call(
+        aten.cat.default, [emit.view(x, (math.prod(shape),)) for x, shape in zip(xs, shapes, strict=True)]
+    )
+    made = emit.call(c10d.all_reduce.default, packed, step.op, name)
+    made.meta["packed"] = len(xs)
+    summed = emit.wait(made)
+    ends = itertools.accumulate(map(math.prod, shapes))
+    return [
+        emit.view(emit.call(aten.slice.Tensor, summed, 0, end - math.prod(shape), end), shape)
+        for end, shape in zip(ends, shapes, strict=True)
+    ]
 
 
 def _collected(emit: Emitter, collective: Any, xs: Sequence[fx.Node], *rest: Any) -> list[fx.Node]:

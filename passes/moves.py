@@ -35,7 +35,8 @@ class Move:
     `era` is the phase for stored tensors that are gathered for forward and again for backward, "backward" for what is
     computed again, and "" for others.
     `reader` is the op it is needed by, or None where it is an output; `stores` marks a gradient on its way to how its
-    parameter is stored. Moves that follow one another with one `bucket` (-1: none) go through their steps together.
+    parameter is stored. Moves that follow one another with one `bucket` (-1: none) go through their steps together,
+    `packed` into one tensor or each with memory of its own.
     """
 
     value: fx.Node
@@ -47,6 +48,7 @@ class Move:
     reader: fx.Node | None
     stores: bool = False
     bucket: int = -1
+    packed: bool = False
 
     @property
     def place(self) -> fx.Node:

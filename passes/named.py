@@ -113,8 +113,11 @@ def _fixed(
 
 
 def _data_parallel(analysis: Analysis, place: Place, parts: int, used: dict[int, int]) -> set[Choice] | None:
-    """The batch while it divides, then the sequence."""
+    """The batch while it divides, then the sequence; what is summed over the batch (a position's gradient) may stay a
+    partial sum."""
     assert place.op is not None
+    if analysis.batch_atoms and not any(leaf.atom in analysis.batch_atoms for leaf in place.op.leaves):
+        return None
     for atoms in (analysis.batch_atoms, analysis.sequence_atoms):
         for i, leaf in enumerate(place.op.leaves):
             if leaf.atom in atoms and _divides(leaf, parts, used):

@@ -51,11 +51,11 @@ class Event:
 def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
     """Per item, the moves to issue right before it (by item), in program order; the last entry is the step's end.
 
-    A bucket is issued as one, where its first gather or its last gradient is. A parameter's gather is issued where the
-    layer before it that gathers something begins (what lies between repeated layers counts as one layer, and each
-    module where no layer repeats). An activation is sent where its layer's ops begin or right after it was made,
-    whichever is later; one that was kept from forward, where its reader's module begins. A gradient is sent as soon as
-    it is there.
+    A bucket is issued as one, where its first gather or its last gradient is, or the last of its sums can be sent. A
+    parameter's gather is issued where the layer before it that gathers something begins (what lies between repeated
+    layers counts as one layer, and each module where no layer repeats). An activation is sent where its layer's ops
+    begin or right after it was made, whichever is later; one that was kept from forward, where its reader's module
+    begins. A gradient is sent as soon as it is there.
     """
     items = found.items
     issue: list[list[int]] = [[] for _ in range(len(items) + 1)]
@@ -66,6 +66,8 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
     unit: object = None
     gathering: object = None
     unit_start = gathering_start = gathering_before = 0
+    packed: list[tuple[int, int]] = []
+    """Sums that go together, and where each could be sent."""
     for index, item in enumerate(items):
         node = item.node if isinstance(item, Run) else item.reader
         if node is not None:
@@ -81,7 +83,7 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
         if isinstance(item, Run):
             continue
         gathered = found.slots[found.writes[index][0]].gathered
-        if item.reader is None or (item.bucket >= 0 and not gathered):
+        if not item.packed and (item.reader is None or (item.bucket >= 0 and not gathered)):
             issue[ends.get(item.bucket, index)].append(index)
             continue
         producer = found.slots[found.reads[index][0]].producer
@@ -93,7 +95,11 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
             first = layer_start
         else:
             first = module_start
-        issue[max(first, producer + 1)].append(index)
+        packed = packed if item.packed else []
+        packed.append((max(first, producer + 1), index))
+        if not item.packed or index == ends[item.bucket]:
+            issue[max(start for start, _ in packed)] += [move for _, move in packed]
+            packed = []
     return issue
 
 

@@ -27,7 +27,8 @@ _PRODUCTS = {aten.mm.default, aten.bmm.default, ROUTED_MM_WEIGHT}
 
 def postponed(program: Program, items: Sequence[Run | Move], gradients: Gradients) -> list[Run | Move]:
     """`items` with weight gradients of a layer put behind what is sent next in it; `gradients`: the program's."""
-    if not any(map(_is_sent, items)):
+    sent = [_is_sent(item) and not (i and _goes_with(item, items[i - 1])) for i, item in enumerate(items)]
+    if not any(sent):
         return list(items)
     labels = layer_labels(program, items)
     ends = {label: index for index, label in enumerate(labels)}
@@ -44,21 +45,25 @@ def postponed(program: Program, items: Sequence[Run | Move], gradients: Gradient
             last = min(last, ends[labels[index]]) if waiting else ends[labels[index]]
             waiting.append(item)
             continue
-        if waiting and _is_sent(item):
-            share = -(-len(waiting) // _sent_from(items, labels, range(index, last + 1), gradients))
+        if waiting and sent[index]:
+            share = -(-len(waiting) // _sent_from(items, labels, sent, range(index, last + 1), gradients))
             found += waiting[:share]
             del waiting[:share]
         found.append(item)
     return found + waiting
 
 
-def _sent_from(items: Sequence[Run | Move], labels: Sequence[object], rest: range, gradients: Gradients) -> int:
+def _sent_from(
+    items: Sequence[Run | Move], labels: Sequence[object], sent: Sequence[bool], rest: range, gradients: Gradients
+) -> int:
     """How many collectives the rest of a layer has before its next weight gradient; the first item is one."""
     found = 0
-    for item, label in zip(items[rest.start : rest.stop], labels[rest.start : rest.stop], strict=True):
-        if label == labels[rest.start] and _is_weight_gradient(item, gradients):
+    for index in rest:
+        if labels[index] != labels[rest.start]:
+            continue
+        if _is_weight_gradient(items[index], gradients):
             break
-        found += label == labels[rest.start] and _is_sent(item)
+        found += sent[index]
     return found
 
 
@@ -71,10 +76,17 @@ def _is_weight_gradient(item: Run | Move, gradients: Gradients) -> bool:
 
 def _is_sent(item: Run | Move) -> bool:
     """Whether an item sends an activation between ranks."""
-    if not isinstance(item, Move) or item.phase != "backward" or item.reader is None or item.bucket >= 0:
+    if not isinstance(item, Move) or item.phase != "backward" or item.reader is None:
+        return False
+    if item.bucket >= 0 and not item.packed:
         return False
     stored = isinstance(item.source, StoredOption) or isinstance(item.target, StoredOption)
     return not stored and any(step.is_collective for step in item.steps)
+
+
+def _goes_with(item: Run | Move, before: Run | Move) -> bool:
+    """Whether an item is sent together with the one before it."""
+    return isinstance(item, Move) and isinstance(before, Move) and item.packed and item.bucket == before.bucket
 
 
 def _reads(item: Run | Move) -> set[fx.Node]:

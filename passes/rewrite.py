@@ -15,7 +15,7 @@ from torch import fx
 
 from costmodel.layout import Layout
 from passes.dims import is_getitem, value_of
-from passes.emit import Emitter, emit_steps, emit_together, relax_views
+from passes.emit import Emitter, emit_packed, emit_steps, emit_together, relax_views
 from passes.fakes import FakeTensorMode
 from passes.graphs import graph_module
 from passes.itinerary import Returned, itinerary, returned
@@ -171,7 +171,12 @@ class _Rewriter:
             option = next((x for x in (move.source, move.target) if isinstance(x, StoredOption)), None)
             stored.append((option.storage, option.padding) if option else (None, ()))
         parts = [self._get(move.value, move.source, move.era) for move in moves]
-        moved = emit_together(self.emit, parts, [move.steps for move in moves], stored)
+        if moves[0].packed:
+            before = self.emit.last()
+            moved = emit_packed(self.emit, parts, moves[0].steps)
+            self.sent.append(self.emit.since(before))
+        else:
+            moved = emit_together(self.emit, parts, [move.steps for move in moves], stored)
         for move, part in zip(moves, moved, strict=True):
             self._put(move.value, move.target, part, move.era)
 

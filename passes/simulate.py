@@ -567,5 +567,5 @@ def _issued(node: fx.Node) -> Issued:
         module=node.meta.get("module", ""),
         node=node.name,
         op=str(op),
-        tensors=len(given),
+        tensors=node.meta.get("packed", len(given)),
     )

@@ -190,6 +190,21 @@ def test_an_activation_is_sent_while_other_ops_of_the_layer_run() -> None:
     assert exposed(played) == [1]
 
 
+def test_packed_sums_are_sent_once_when_the_last_of_them_is_there() -> None:
+    tape = Tape(quiet(tp=2))
+    first, last = tape.op(10, module="layers.0"), tape.op(4, module="layers.0")
+    tape.op(2, module="layers.0")
+    brought = [tape.send(3, made, "layers.0") for made in (first, last)]
+    for index in (3, 4):
+        tape.items[index] = replace(tape.items[index], bucket=0, packed=True)  # type: ignore[arg-type]
+    tape.op(5, *brought, module="layers.0")
+    played = tape.play()
+    took_s = played.played[0].step.seconds  # one collective of both: what it takes is worked out anew
+    assert starts(played) == [14, 14]
+    assert [each.counts for each in played.played] == [True, False]
+    assert played.now_s == pytest.approx(14 + max(2, took_s) + 5)
+
+
 @pytest.mark.parametrize(("gathered_s", "end_s"), [(6.0, 8.0), (7.0, 9.0), (10.0, 12.0)])
 def test_a_product_multiplies_each_part_when_it_has_come(gathered_s: float, end_s: float) -> None:
     """8 s in 4 parts: the last part takes 2 s and starts when all has come, or when the other three are done."""
@@ -367,6 +382,17 @@ def test_ddp_moves_every_gradient_twice_around_the_ring() -> None:
     gradients = [c for c in played("ddp", 4).collectives if c.role == "gradient"]
     volume = sum(c.bytes * (2 if c.kind == "all_reduce" else 1) for c in gradients)
     assert volume == 2 * parameter_bytes()
+
+
+def test_ddp_sends_gradients_and_the_loss_and_its_count_as_one() -> None:
+    others = [c for c in played("ddp", 4).collectives if c.role != "gradient"]
+    assert [(c.kind, c.phase, c.bytes, c.tensors, c.count) for c in others] == [("all_reduce", "forward", 8, 2, 1)]
+
+
+def test_ddp_scatters_nothing_that_was_summed_over_the_batch() -> None:
+    space, assignment, local = planned(program_of("gpt2"), {"dp": 4}, "ddp")  # its positions' gradient
+    assert {c.kind for c in play(space, assignment).collectives} == {"all_reduce"}
+    assert {c.kind for c in ledger(local)} == {"all_reduce"}
 
 
 def test_fsdp_gathers_every_parameter_twice_and_scatters_its_gradient_once() -> None:
