@@ -6,7 +6,7 @@ the layer's last other op. What lies between layers is a layer of its own; where
 
 A bucket is one collective over several tensors, which keep their own memory: nothing is packed.
 
-Small partial sums that one op reads (a loss's sum and its count) are added up as one, too. These are packed.
+Small partial sums that are needed at once (a loss's sum and its count) are added up as one, too. These are packed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from passes.strategies import StoredOption
 TOGETHER = ("state_gather", "state_scatter", "all_reduce", "state_slice", "state_pad", "state_cut", "cast")
 """Steps that a bucket can do for all its tensors at once (the last four are local)."""
 
-SMALL_BYTES = 1 << 16
+_SMALL_BYTES = 1 << 16
 """Of a sum that takes its latency to add up, whatever its size."""
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ def _is_gather(move: Move) -> bool:
 
 
 def _small_sums(items: Sequence[Run | Move], moved: Container[int]) -> dict[int, list[Move]]:
-    """Moves that follow one another and add up small partial sums of activations alike, by where the first stands."""
+    """Moves that follow one another and add up small partial sums alike, by where the first stands."""
     found: dict[int, list[Move]] = {}
     first, last = 0, None
     for index, item in enumerate(items):
@@ -135,7 +135,7 @@ def _small_sum(move: Move) -> tuple[object, ...] | None:
     if len(move.steps) != 1:
         return None
     (step,) = move.steps
-    if step.kind != "all_reduce" or not step.is_collective or step.full_bytes > SMALL_BYTES:
+    if step.kind != "all_reduce" or not step.is_collective or step.full_bytes > _SMALL_BYTES:
         return None
     return move.phase, step.axes, step.op, move.value.meta["val"].dtype
 
