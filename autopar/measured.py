@@ -85,7 +85,10 @@ def read_trace(path: str | Path) -> list[Slice]:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: an event that torch.profiler does not write; pass a trace of its own") from None
     if not any(each.category in ("cpu_op", "kernel") for each in found):
-        raise ValueError(f"{path}: a trace without ops or kernels; record a step with torch.profiler and export it")
+        raise ValueError(
+            f"{path}: a trace without ops or kernels; record a step with torch.profiler and export it (under "
+            "profile(schedule=...) in on_trace_ready: torch forgets the steps afterwards)"
+        )
     return found
 
 

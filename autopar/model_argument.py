@@ -125,6 +125,12 @@ def _from_config(path: Path, wanted: Wanted) -> Named:
     kind = config.pop("model_type")
     classes = config.pop("architectures", None) or [""]
     notes = []
+    said = config.get("dtype", config.get("torch_dtype"))
+    if not wanted.on_cpu and wanted.dtype == "bfloat16" != said:
+        notes.append(
+            f"parameters are planned in bfloat16; the config {f'says {said}' if said else 'names no dtype'} "
+            "(--param-dtype bfloat16 keeps them in float32 and computes in bfloat16)"
+        )
     if classes[0] and not hasattr(_transformers(), classes[0]):
         notes.append(f"transformers has no {classes[0]} ('architectures'); its causal language model is used instead")
     return _built(str(path), kind, classes[0], config, wanted, notes)

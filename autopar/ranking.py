@@ -26,6 +26,7 @@ _COLUMNS = {
     "pp": "pipeline stages / parts of the model on each, taken in turn",
     "cp": "ranks that split the sequence inside attention",
     "batch": "samples per micro-batch x micro-batches per step",
+    "recompute": "full, whole: layers are run again to their end, what they send too, as checkpointing does",
     "gathered": "parameters that stay from forward to backward; others are freed and gathered again",
     "priced only": "what of it no plan does yet",
 }
@@ -72,6 +73,8 @@ def _columns(result: SearchResult, top: int) -> list[str]:
     left_out = {name for name in ("pp", "cp") if all(getattr(setup, name) == 1 for setup in setups)}
     if all(setup.reshard for setup in setups):
         left_out.add("gathered")
+    if not any(setup.runs_whole for setup in setups):
+        left_out.add("recompute")
     return [f"{column}: {meaning}" for column, meaning in _COLUMNS.items() if column not in left_out]
 
 
@@ -101,7 +104,7 @@ def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
         (f"{setup.pp}" + (f"/{setup.virtual}" if setup.virtual > 1 else "")) if setup.pp > 1 else "",
         str(setup.cp) if setup.cp > 1 else "",
         f"{setup.micro_batch} x {setup.accumulate}",
-        setup.recompute,
+        "full, whole" if setup.runs_whole else setup.recompute,
         "" if setup.reshard else "kept",
         _time(candidate.step_time_s),
         f"{speed:.0f}",

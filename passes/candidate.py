@@ -115,7 +115,7 @@ def _slowed_at_least_s(setup: Setup, found: Profile, hardware: Hardware) -> floa
 
 def _rest_again_s(setup: Setup, found: Profile) -> float:
     """What a layer's forward holds beyond what backward computes again."""
-    if not setup.whole_blocks or setup.recompute != "full":
+    if not setup.runs_whole:
         return 0.0
     kinds = ("matmul", "attention", "other")
     rest = sum(
@@ -128,7 +128,7 @@ def _rest_again_s(setup: Setup, found: Profile) -> float:
 def _waited_s(setup: Setup, found: Profile) -> float:
     """Gathers and reductions of a micro-batch one after another: parameters come for forward, for backward, and for
     forward once more where layers are run again as a whole."""
-    passes = 3 if setup.whole_blocks and setup.recompute == "full" else 2
+    passes = 3 if setup.runs_whole else 2
     reduced_s = found.total("exposed.gradient.") + found.total("hidden.gradient.")
     return passes * found.whole["bytes"] / setup.gather_bytes_per_s + reduced_s
 
@@ -152,7 +152,7 @@ def _waited_by_layer_s(setup: Setup, found: Profile) -> float:
 def _gathered_again_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
     """Per layer, what gathering its activations once more takes: they come beside the products that give the gradients
     of what was gathered, as many as forward's, and take their share of those."""
-    if not setup.gathers_again or setup.tp == 1 or (setup.whole_blocks and setup.recompute == "full"):
+    if not setup.gathers_again or setup.tp == 1 or setup.runs_whole:
         return 0.0  # a whole layer that is run again has them back
     mesh = topology(hardware, {"inner": setup.data_ranks * setup.cp, "tp": setup.tp})
     gather_s = collective_s("all_gather", found.layer("gathered"), (1,), mesh)
@@ -204,7 +204,7 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
 
 def _layer(setup: Setup, profiler: Profiler, *, replica: bool) -> Profile | None:
     """Where layers are run again as a whole, the profile of the setup without that."""
-    if not setup.whole_blocks or setup.recompute != "full":
+    if not setup.runs_whole:
         return None
     return profiler.profile(replace(setup, recompute=setup.in_block), replica=replica)
 

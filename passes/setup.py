@@ -54,6 +54,11 @@ class Setup:
     """Whether a replica's gradient reduction runs behind backward, where the state is not zero3."""
 
     @property
+    def runs_whole(self) -> bool:
+        """Whether layers are run again to their end."""
+        return self.whole_blocks and self.recompute == "full"
+
+    @property
     def ranks(self) -> int:
         return self.dp_replicate * self.dp_shard * self.tp * self.pp * self.cp
 

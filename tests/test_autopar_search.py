@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +133,18 @@ def test_a_ranking_fits_the_terminal_and_explains_its_columns(
     assert any(line.startswith("batch: samples per micro-batch") for line in lines)
     assert any(line.startswith("pp: pipeline stages") for line in lines)
     assert not any(line.startswith("cp: ") for line in lines)
+
+
+def test_layers_run_again_to_their_end_are_told_from_those_that_are_not(
+    found: SearchResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    first = found.candidates[0]
+    setups = [replace(first.setup, recompute="full", whole_blocks=whole) for whole in (True, False)]
+    text = replace(found, candidates=tuple(replace(first, setup=setup) for setup in setups)).text()
+    assert text.count("full, whole") == 2  # a row, and what the words mean
+    assert "recompute: full, whole: layers are run again to their end" in text
+    assert "full, whole" not in replace(found, candidates=(replace(first, setup=setups[1]),), too_large=()).text()
 
 
 def test_what_does_not_fit_says_by_how_much() -> None:
@@ -421,6 +434,20 @@ def test_the_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str])
     call = ["search", "llama3-8b", "--gpus", "12", "--hardware", "h100", "--global-batch", "12", "--seq", "128"]
     assert main(call) == 2
     assert "12 GPUs fill no whole number of nodes" in capsys.readouterr().err
+
+
+def test_the_command_line_says_in_what_dtype_a_config_is_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    call = ["search", str(tmp_path), "--gpus", "2", "--hardware", "h100", "--global-batch", "2", "--seq", "16"]
+    for said, words in (None, "names no dtype"), ("float32", "says float32"), ("bfloat16", None):
+        content = {"model_type": "llama", "vocab_size": 64, **sizes} | ({"dtype": said} if said else {})
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert main([*call, "--json"]) == 0
+        notes = " ".join(json.loads(capsys.readouterr().out)["notes"])
+        assert ("planned in bfloat16" in notes) == (words is not None)
+        assert (words or "") in notes
 
 
 # -- published: what is enough for what size ---------------------------------------------------------------------------

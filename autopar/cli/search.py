@@ -12,6 +12,7 @@ example:
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from torch import nn
 
@@ -58,6 +59,7 @@ def run(given: argparse.Namespace) -> int:
             named.model, given.gpus, given.hardware, given.global_batch, None if told else sample[0] or sample[1],
             sequence=length, options=options, top=given.top, progress=tell,
         )  # fmt: skip
+        found = replace(found, notes=(*named.notes, *found.notes))
         fits = any(not candidate.priced_only for candidate in found.candidates)
         if given.html and fits:
             _report(given, named.model, sample, found, tell)
