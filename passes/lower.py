@@ -27,6 +27,7 @@ from torch._inductor import compile as inductor_compile
 from torch._inductor.output_code import CompiledFxGraph
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from passes.apart import with_parts_apart
 from passes.behind import behind_writes
 from passes.booleans import as_bytes
 from passes.fakes import FakeTensorMode
@@ -303,10 +304,13 @@ def compiled(gm: fx.GraphModule, pipelined: bool = False) -> Callable[[list[torc
     with FakeTensorMode(shape_env=ShapeEnv()):  # Inductor's cache of compiled graphs asks for one
         examples = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
     sends = any(node.target in COLLECTIVES for node in gm.graph.nodes)
+    if sends:
+        with_parts_apart(gm.graph)
+        gm.recompile()
     settings = {**_AS_ORDERED, "_micro_pipeline_tp": pipelined} if sends else None
     with torch.no_grad(), behind_writes():
         made = inductor_compile(_of_a_list(gm), [examples], settings)  # type: ignore[list-item]
-    inner = _within(made)
+    inner = _as_read(_within(made), gm)
     return functools.partial(_with, inner, constants) if constants else inner
 
 
@@ -360,6 +364,30 @@ def _within(made: Callable[[list[torch.Tensor]], Any]) -> Callable[[list[torch.T
         return made
     (graph,) = found.values()
     return lambda values: graph(values)  # a function, as `made` is: copies of a module share it
+
+
+def _as_read(run: Callable[[list[torch.Tensor]], Any], gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
+    """`run`, with results in the strides that capture saw where Inductor gives others, as its decompositions may (of
+    `lerp`): what reads them was compiled for those."""
+    given = next((each.output_strides for each in _closed_over(run) if isinstance(each, CompiledFxGraph)), None)
+    outputs: Any = gm.graph.output_node().args[0]
+    results = [node.meta["val"] if isinstance(node, fx.Node) else None for node in outputs]
+    if given is None or len(given) != len(results):
+        return run
+
+    def differs(value: Any, strides: Sequence[str] | None) -> bool:
+        if not isinstance(value, torch.Tensor) or strides is None:
+            return False
+        found = zip(value.shape, value.stride(), map(int, strides), strict=True)
+        return any(wanted != made for size, wanted, made in found if size > 1)
+
+    pairs = zip(results, given, strict=True)
+    others = {i: value.stride() for i, (value, made) in enumerate(pairs) if value is not None and differs(value, made)}
+    if not others:
+        return run
+    return lambda values: tuple(
+        laid_out(value, others[i]) if i in others else value for i, value in enumerate(run(values))
+    )
 
 
 def _closed_over(function: Callable[..., Any]) -> list[Any]:
