@@ -129,7 +129,7 @@ def _from_config(path: Path, wanted: Wanted) -> Named:
     if not wanted.on_cpu and wanted.dtype == "bfloat16" != said:
         notes.append(
             f"parameters are planned in bfloat16; the config {f'says {said}' if said else 'names no dtype'} "
-            "(--param-dtype bfloat16 keeps them in float32 and computes in bfloat16)"
+            "(plan's --param-dtype bfloat16 keeps them in float32 and computes in bfloat16)"
         )
     if classes[0] and not hasattr(_transformers(), classes[0]):
         notes.append(f"transformers has no {classes[0]} ('architectures'); its causal language model is used instead")
@@ -144,7 +144,7 @@ def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wante
         raise ValueError(f"{name}: transformers {transformers.__version__} has no model type {kind!r}{hint}")
     if wanted.layers is not None:
         _set_layers(name, config, wanted.layers)
-        notes.append(f"{wanted.layers} layers instead of the model's own")
+        notes.append(f"{wanted.layers} layer{'s' if wanted.layers > 1 else ''} instead of the model's own")
     sequence = _sequence(name, config, wanted)
     config = {"use_cache": False, **dict.fromkeys(_NO_DROPOUT, 0.0)} | config if kind == "gpt2" else config
     if wanted.on_cpu:

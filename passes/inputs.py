@@ -259,7 +259,9 @@ def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int =
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         if isinstance(height, int) and isinstance(width, int) and "input_ids" not in wanted:
             _check_size(batch_size, 4 * channels * height * width)
-            inputs = {"pixel_values": torch.randn(batch_size, channels, height, width, generator=random)}
+            pixels = torch.randn(batch_size, channels, height, width, generator=random)
+            floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+            inputs = {"pixel_values": pixels.to(next(floats, pixels.dtype))}
             if "labels" in wanted and not kind.endswith("ForImageClassification"):
                 raise _ask(model, wanted, f"the labels of a {kind} are not known")
             return {**inputs, "labels": torch.zeros(batch_size, dtype=torch.long)} if "labels" in wanted else inputs

@@ -54,7 +54,8 @@ def run(given: argparse.Namespace) -> int:
         named = load_model(given.model, Wanted(sequence=given.seq))
         sample = one_sample(*examples.call_of(named.model, named.inputs))
         told = ":" not in given.model
-        length = int(next(iter(named.inputs.values())).shape[1]) if told else None
+        first = next(iter(named.inputs.values())) if told else None
+        length = int(first.shape[1]) if first is not None and not first.is_floating_point() else None
         found = search(
             named.model, given.gpus, given.hardware, given.global_batch, None if told else sample[0] or sample[1],
             sequence=length, options=options, top=given.top, progress=tell,
