@@ -32,6 +32,9 @@ class Options:
     recompute: what of the activations backward computes again (docs/strategies.md, "Memory"): "auto" decides by memory.
     reshard_after_forward: whether gathered parameters are freed after forward and gathered again for backward, as
         FSDP2's argument of this name; None: "auto" decides by time and memory, other strategies free them.
+    regather_activations: whether activations that forward gathered are freed there and gathered again for backward,
+        so that a rank keeps its part of them alone, as Megatron's sequence parallelism does; None: where memory asks
+        for it.
     accumulate: micro-batches per optimizer step.
     async_tp: has torch split the matrix products beside an all-gather or reduce-scatter of activations, and run each
         part's beside its transfer (micro-pipelined tensor parallelism). On CUDA, between GPUs that reach each other's
@@ -49,6 +52,7 @@ class Options:
     pins: Mapping[str, str] = field(default_factory=dict)
     recompute: Recompute = "auto"
     reshard_after_forward: bool | None = None
+    regather_activations: bool | None = None
     accumulate: int = 1
     async_tp: bool = False
     seed: int = 0
@@ -81,10 +85,9 @@ def check_options(options: Any, told: Callable[[str, Any], str] = _as_argument) 
             "memory_budget", options.memory_budget is None or _is_positive(options.memory_budget),
             "bytes per device, a positive number; None takes what the hardware has",
         ),
-        (
-            "reshard_after_forward",
-            options.reshard_after_forward is None or isinstance(options.reshard_after_forward, bool),
-            f"{either}, or None to have it decided",
+        *(
+            (name, isinstance(getattr(options, name), bool | None), f"{either}, or None to have it decided")
+            for name in ("reshard_after_forward", "regather_activations")
         ),
         ("accumulate", _is_positive(options.accumulate), "at least 1 micro-batch makes a step; give an int"),
         ("seed", _is_whole(options.seed), "an int"),

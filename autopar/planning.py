@@ -121,6 +121,7 @@ def planned(
         accumulate=options.accumulate,
         recompute=options.recompute,
         reshard=options.reshard_after_forward,
+        regather=options.regather_activations,
         compiled=options.compile,
         pins=pins_of(options),
         stored=stored,

@@ -164,6 +164,7 @@ class Profiler:
             split,
             setup.tp_overlap and not replica,
             setup.reshard or replica,
+            setup.gathers_again and not replica,
         )
         if key not in self._profiles:
             self._profiles[key] = self._made(setup, batch, parts, axes, whole=replica)
@@ -213,7 +214,8 @@ class Profiler:
             key = id(analysis), setup.recompute
             if key not in self._recomputations:
                 self._recomputations[key] = self.recomputation(analysis, setup.recompute)
-            again = replace(self._recomputations[key], reshard=setup.reshard or whole)
+            regather = setup.gathers_again and not whole
+            again = replace(self._recomputations[key], reshard=setup.reshard or whole, regather=regather)
             return replace(space, recomputed=again, async_tp=setup.tp_overlap and not whole)
 
         if like is not None and [(p.size, p.padded) for p in wanted] == [(p.size, p.padded) for p in like.wanted]:

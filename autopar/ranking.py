@@ -13,6 +13,7 @@ from passes.tables import terminal_width, text_table
 
 if TYPE_CHECKING:
     from autopar.search import Candidate, SearchResult
+    from passes.setup import Setup
 
 NEAREST = 5
 """So many that do not fit are shown."""
@@ -27,7 +28,8 @@ _COLUMNS = {
     "cp": "ranks that split the sequence inside attention",
     "batch": "samples per micro-batch x micro-batches per step",
     "recompute": "full, whole: layers are run again to their end, what they send too, as checkpointing does",
-    "gathered": "parameters that stay from forward to backward; others are freed and gathered again",
+    "gathered": "kept: parameters stay from forward to backward, others are freed and gathered again; again: so are "
+    "activations, others stay",
     "priced only": "what of it no plan does yet",
 }
 
@@ -71,7 +73,7 @@ def _columns(result: SearchResult, top: int) -> list[str]:
     """What the columns are that do not say it themselves."""
     setups = [c.setup for c in (*result.candidates[:top], *result.too_large[:NEAREST])]
     left_out = {name for name in ("pp", "cp") if all(getattr(setup, name) == 1 for setup in setups)}
-    if all(setup.reshard for setup in setups):
+    if all(setup.reshard and not setup.gathers_again for setup in setups):
         left_out.add("gathered")
     if not any(setup.runs_whole for setup in setups):
         left_out.add("recompute")
@@ -105,13 +107,18 @@ def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
         str(setup.cp) if setup.cp > 1 else "",
         f"{setup.micro_batch} x {setup.accumulate}",
         "full, whole" if setup.runs_whole else setup.recompute,
-        "" if setup.reshard else "kept",
+        ", ".join(gathered_words(setup)),
         _time(candidate.step_time_s),
         f"{speed:.0f}",
         gib(candidate.peak_memory_bytes),
         "" if candidate.fits else gib(candidate.over_bytes),
         ", ".join(candidate.priced_only),
     ]
+
+
+def gathered_words(setup: Setup) -> list[str]:
+    """What becomes of gathered parameters and activations, where it is not the usual."""
+    return [*([] if setup.reshard else ["kept"]), *(["again"] if setup.gathers_again else [])]
 
 
 def _time(seconds: float) -> str:

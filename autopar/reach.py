@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.leads import is_enough
-from passes.candidate import Profiler, freed_and_kept, lower_bound
+from passes.candidate import Either, Profiler, lower_bound, ways_of
 from passes.setup import Setup
 
 
@@ -91,10 +91,9 @@ def _doubled(gpus: int, batch: int) -> Sequence[int]:
 
 
 def times_of(
-    states: Iterable[Setup], others: Iterable[Setup], profiler: Profiler, budget: int, *, either: bool
+    states: Iterable[Setup], others: Iterable[Setup], profiler: Profiler, budget: int, *, either: Either
 ) -> Times:
-    """Of plans that shard the state alone, and of other setups, on one number of GPUs; `either`: gathered parameters
-    may be freed or kept."""
+    """Of plans that shard the state alone, and of other setups, on one number of GPUs."""
     bounded = sorted((lower_bound(setup, profiler), i, setup) for i, setup in enumerate(states))
     likely: dict[int, int] = defaultdict(int)
     state_s = math.inf
@@ -111,9 +110,9 @@ def times_of(
     return Times(None if math.isinf(state_s) else state_s, fastest)
 
 
-def _steps_s(setups: Iterable[Setup], profiler: Profiler, budget: int, either: bool) -> list[float]:
+def _steps_s(setups: Iterable[Setup], profiler: Profiler, budget: int, either: Either) -> list[float]:
     """Step times of those that fit."""
-    found = (each for setup in setups for each in freed_and_kept(setup, profiler, budget, either=either))
+    found = (each for setup in setups for each in ways_of(setup, profiler, budget, either))
     return [each.step_s for each in found if each.peak_bytes <= budget]
 
 

@@ -24,14 +24,14 @@ from torch import nn
 from autopar import examples
 from autopar.options import Options, Recompute, check_options
 from autopar.profiling import Captures, Profiler
-from autopar.ranking import NEAREST, ranking_table, ranking_text
+from autopar.ranking import NEAREST, gathered_words, ranking_table, ranking_text
 from autopar.reach import Times, on, times_of
 from autopar.unwrapped import check_unwrapped
 from autopar.verdict import Verdict, verdict
 from costmodel.hardware import Hardware, topology
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
 from costmodel.presets import hardware as hardware_of
-from passes.candidate import Estimate, estimate, freed_and_kept, lower_bound
+from passes.candidate import Either, Estimate, estimate, lower_bound, ways_of, with_least_memory
 from passes.collector import settled
 from passes.errors import NoFeasiblePlanError
 from passes.inputs import default_inputs, global_inputs
@@ -127,9 +127,10 @@ class SearchResult:
         asked = self.asked
         recompute: Recompute = "auto" if setup.recompute == "pointwise" else setup.recompute
         reshard = asked.reshard_after_forward if setup.reshard else False
+        regather = True if setup.gathers_again and setup.state == "zero3" else asked.regather_activations
         return replace(
             asked, accumulate=setup.accumulate, recompute=recompute, reshard_after_forward=reshard,
-            async_tp=asked.async_tp and setup.tp > 1,
+            regather_activations=regather, async_tp=asked.async_tp and setup.tp > 1,
         )  # fmt: skip
 
     def frontier(self, plan: Plan | None = None) -> tuple[FrontierPoint, ...]:
@@ -174,7 +175,7 @@ class SearchResult:
 def _point(candidate: Candidate, chosen: bool) -> FrontierPoint:
     setup = candidate.setup
     parts = [f"{name}={size}" for name, size in candidate.mesh.items()]
-    parts += [f"{setup.micro_batch} x {setup.accumulate}", setup.recompute, *([] if setup.reshard else ["kept"])]
+    parts += [f"{setup.micro_batch} x {setup.accumulate}", setup.recompute, *gathered_words(setup)]
     return FrontierPoint(
         " ".join(parts), candidate.step_time_s, candidate.peak_memory_bytes, candidate.fits, chosen,
         ", ".join(candidate.priced_only),
@@ -207,8 +208,8 @@ def search(
     """Rank the ways to train `model` on `gpus` devices with `global_batch` samples a step; no process group is built.
 
     example_inputs: of one sample; None: taken from the model's config, `sequence` long (Hugging Face models).
-    options: `memory_budget`, `optimizer` ("adamw": with an fp32 copy of parameters in a lower precision), `recompute`
-        and `reshard_after_forward` are heeded. top: as many plans as are played to their end.
+    options: `memory_budget`, `optimizer` ("adamw": with an fp32 copy of parameters in a lower precision), `recompute`,
+        `reshard_after_forward` and `regather_activations` are heeded. top: as many plans as are played to their end.
 
     Raises:
         ValueError: options that mean nothing here, GPUs that fill no nodes, a batch that no mesh divides, inputs of
@@ -286,7 +287,7 @@ class _State:
         self.budget = _budget(options, profiler.hardware, gpus)
         self.options = options
         self.recompute = _AUTO if options.recompute == "auto" else (options.recompute,)
-        self.either = options.reshard_after_forward is None
+        self.either = Either(options.reshard_after_forward is None, options.regather_activations is None)
         self.top = top
         self.length = splits
         self.progress = progress
@@ -344,7 +345,7 @@ class _State:
 
     def plans(self, gpus: int) -> Iterator[Setup]:
         """What plans can do."""
-        reshard = self.options.reshard_after_forward is not False
+        reshard, regather = self.options.reshard_after_forward is not False, self.options.regather_activations is True
         node = self.profiler.hardware.ranks_per_node
         for tp in self.widths(gpus):
             data = gpus // tp
@@ -358,6 +359,7 @@ class _State:
                         yield Setup(
                             dp_replicate=data // shard, dp_shard=shard, tp=tp, micro_batch=micro,
                             accumulate=local // micro, recompute=recompute, reshard=reshard,
+                            gathers_again=regather and tp > 1,
                         )  # fmt: skip
 
     def formulas(self) -> Iterator[Setup]:
@@ -445,7 +447,7 @@ class _State:
     def play(self, plans: Sequence[Setup], others: Sequence[Candidate]) -> tuple[list[Candidate], int, float]:
         """Plans that can be listed beside `others`, played; how many were not, and what those take at least."""
         self.progress(f"bounding {len(plans)} plans")
-        bounded = [(lower_bound(setup, self.profiler), setup) for setup in plans]
+        bounded = [(lower_bound(with_least_memory(setup, self.either), self.profiler), setup) for setup in plans]
         fastest: dict[Setup, float] = {}
         nearest: dict[Setup, int] = {}
 
@@ -483,17 +485,17 @@ class _State:
             nearer = sum(each <= over for each in nearest.values())
             if nearer < NEAREST and over < nearest.get(_parallelism(setup), math.inf):
                 unplayed -= 1
-                found.append(self.candidate(estimate(setup, self.profiler)))
+                found.append(self.candidate(estimate(with_least_memory(setup, self.either), self.profiler)))
                 note(found[-1])
         return found, unplayed, reached
 
     def played(self, setup: Setup) -> Iterator[Candidate]:
-        """A plan's setup, with gathered parameters freed, kept or both, as was asked."""
+        """A plan's setup, with gathered parameters and activations freed, kept or either, as was asked."""
         self.progress(
             f"playing: {setup.dp_replicate} x {setup.dp_shard} x {setup.tp}, micro-batches {setup.micro_batch} x "
             f"{setup.accumulate}, recompute {setup.recompute}"
         )
-        yield from map(self.candidate, freed_and_kept(setup, self.profiler, self.budget, either=self.either))
+        yield from map(self.candidate, ways_of(setup, self.profiler, self.budget, self.either))
 
 
 def _states_text(spec: OptimizerSpec) -> str:
@@ -507,8 +509,9 @@ def _states_text(spec: OptimizerSpec) -> str:
 def _parallelism(setup: Setup) -> Setup:
     """What is listed once: the setup without micro-batch, virtual stages, recompute and what becomes of gathers."""
     return replace(
-        setup, micro_batch=1, accumulate=1, recompute="pointwise", whole_blocks=False, virtual=1, reshard=True
-    )
+        setup, micro_batch=1, accumulate=1, recompute="pointwise", whole_blocks=False, virtual=1, reshard=True,
+        gathers_again=False,
+    )  # fmt: skip
 
 
 def _distinct(candidates: Iterable[Candidate]) -> Iterator[Candidate]:

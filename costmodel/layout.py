@@ -10,6 +10,7 @@ Written the way people write them: `S(0)R` is dim 0 split over axis 0 and whole 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,15 @@ def ways(layout: Layout, axis_sizes: Sequence[int], dim: int) -> int:
         if placement == Shard(dim):
             parts *= size
     return parts
+
+
+def is_gather(source: Layout, target: Layout, axis_sizes: Sequence[int]) -> bool:
+    """Whether a rank has more of a tensor in `target` than in `source`, with nothing to add up."""
+
+    def parts(layout: Layout) -> int:
+        return math.prod(size for placed, size in zip(layout, axis_sizes, strict=True) if isinstance(placed, Shard))
+
+    return not any(isinstance(placed, Partial) for placed in source) and parts(source) > parts(target)
 
 
 def local_shape(shape: Sequence[int], layout: Layout, axis_sizes: Sequence[int]) -> tuple[int, ...]:

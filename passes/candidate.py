@@ -66,14 +66,43 @@ def estimate(setup: Setup, profiler: Profiler) -> Estimate:
     return _replicated(setup, profiler)
 
 
-def freed_and_kept(setup: Setup, profiler: Profiler, budget: float, *, either: bool) -> Iterator[Estimate]:
-    """`setup` as it is; where `either` may be done, with gathered parameters freed, and with them kept for backward
-    where that can fit and pay: it saves no more than the step waits for state and is slowed down by what is sent."""
-    freed = estimate(replace(setup, reshard=True) if either else setup, profiler)
+@dataclass(frozen=True)
+class Either:
+    """What a plan decides by itself: whether gathered parameters are kept for backward, and gathered activations."""
+
+    reshard: bool = True
+    regather: bool = True
+
+
+def ways_of(setup: Setup, profiler: Profiler, budget: float, either: Either) -> Iterator[Estimate]:
+    """`setup` as it is; where `either` may be done, with gathered activations gathered again for backward where they do
+    not fit."""
+    first: Estimate | None = None
+    for each in _freed_and_kept(setup, profiler, budget, either):
+        first = first or each
+        yield each
+    if first is not None and first.peak_bytes > budget and _may_regather(setup, either):
+        yield from _freed_and_kept(replace(setup, gathers_again=True), profiler, budget, either)
+
+
+def with_least_memory(setup: Setup, either: Either) -> Setup:
+    """`setup` with activations gathered again, where a plan may do that."""
+    return replace(setup, gathers_again=True) if _may_regather(setup, either) else setup
+
+
+def _may_regather(setup: Setup, either: Either) -> bool:
+    played = setup.pp == setup.cp == 1 and setup.state == "zero3"
+    return either.regather and played and setup.tp > 1 and not setup.gathers_again
+
+
+def _freed_and_kept(setup: Setup, profiler: Profiler, budget: float, either: Either) -> Iterator[Estimate]:
+    """`setup` as it is; where either may be done, with gathered parameters freed, and with them kept for backward where
+    that can fit and pay: it saves no more than the step waits for state and is slowed down by what is sent."""
+    freed = estimate(replace(setup, reshard=True) if either.reshard else setup, profiler)
     yield freed
     may_save_s = freed.seconds["exposed state"] + freed.seconds["slowed"]
     gathers = setup.dp_shard > 1 and setup.pp == 1 and setup.state == "zero3"
-    if not either or not gathers or may_save_s < _LEAST_GAIN * freed.step_s:
+    if not either.reshard or not gathers or may_save_s < _LEAST_GAIN * freed.step_s:
         return
     found = profiler.profile(setup, replica=False)
     gathered = found.layers * found.layer("elements") * found.whole["bytes"] / found.whole["elements"]
@@ -86,14 +115,15 @@ def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
     """Seconds and bytes that a plan's setup cannot go below.
 
     Seconds: its replica's step, slowed down by parameters gathered once and gradients reduced behind it. Bytes: its
-    share of the state at rest, and what is alive as forward ends, without gradients.
+    share of the state at rest, and what is alive as forward ends, less gradients and what is gathered again.
     """
     found = profiler.profile(setup, replica=True)
     whole = found.whole
     update_s = whole["optimizer_s"] / setup.dp_shard
     at_rest_bytes = (whole["stored bytes"] + whole["states"]) / setup.dp_shard
     forward_bytes = whole["alive.forward"] - whole["rest"] - found.outside["gradients"]
-    working_bytes = max(found.layers * found.saved_bytes, forward_bytes)
+    spared = found.layers * found.layer("gathered") if setup.gathers_again else 0.0  # parts may be made again
+    working_bytes = max(found.layers * found.saved_bytes, forward_bytes) - spared
     micro_s = whole["micro_s"] + _slowed_at_least_s(setup, found, profiler.hardware)
     added_s = (setup.accumulate - 1) * whole["added_s"] / setup.dp_shard
     return setup.accumulate * micro_s + added_s + update_s, at_rest_bytes + working_bytes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from costmodel.layout import Layout
+from costmodel.layout import Layout, is_gather
 from costmodel.reshard import Step
 from passes.buckets import bucketed
 from passes.dims import Value, outputs_of
@@ -92,9 +92,11 @@ class _Walk:
         era = phase if isinstance(source, StoredOption) and self.space.recomputed.reshard else ""
         if phase == "backward" and self.flow.op[node] in self.again:
             era = phase
+        value = self.flow.value[node]
+        if self._is_regathered(value, source, target):
+            era = phase
         if (node, era, target) in self.seen or (node, "", target) in self.seen:
             return
-        value = self.flow.value[node]
         key = (value, source, target)
         if key not in self.memo:
             path = conversion(self.space, value, source, target)
@@ -106,6 +108,14 @@ class _Walk:
         if not self.memo[key] and not stores:
             return
         yield Move(node, source, target, self.memo[key], phase, era, reader, stores)
+
+    def _is_regathered(self, value: Value, source: Layout | StoredOption, target: Layout | StoredOption) -> bool:
+        """Whether the plan gathers a value of forward anew for backward."""
+        if not self.space.recomputed.regather or isinstance(source, StoredOption) or isinstance(target, StoredOption):
+            return False
+        site = self.space.sites[value.op]
+        forward = site.kind == "op" and site.phase == "forward"
+        return forward and is_gather(source, target, self.space.topology.sizes)
 
     def _computed_again(self, node: fx.Node) -> Iterator[Run | Move]:
         """What has to run once more before backward can read `node`, which is gone."""

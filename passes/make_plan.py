@@ -77,6 +77,7 @@ def make_plan(
         padded=padded,
         repeated_keys=repeated_keys,
         reshard=space.recomputed.reshard,
+        regather=space.recomputed.regather,
         postpone=space.recomputed.postpone,
         options=dict(options or {}),
         example=example,

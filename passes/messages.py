@@ -282,8 +282,8 @@ def _needs_nobody(problem: Problem) -> bool:
 def tables_of(problem: Problem) -> tuple[Table, ...]:
     """The problem's flows and holds, without states that no option has.
 
-    A hold is paid for in bytes: what backward computes again anyway it has, each other state that is asked for is paid
-    for once. Where nothing is computed again, its producer is one more variable, behind all others, with one option.
+    A hold is paid for in bytes: what backward makes anyway it has, each other state that is asked for is paid for
+    once. Where nothing is computed again, its producer is one more variable, behind all others, with one option.
     Where a flow has no way, the cost is beyond any plan's, so that sums stay finite.
     """
     costs = [np.array(flow.cost_s) * flow.count for flow in problem.flows]
@@ -293,10 +293,9 @@ def tables_of(problem: Problem) -> tuple[Table, ...]:
         cost = np.where(np.isfinite(cost), cost, 1.0 + 2.0 * most)
         found.append(_table(flow.producer, flow.states, flow.readers, cost, of_bytes=False))
     for hold in problem.holds:
-        paid = np.array(hold.state_bytes) * hold.count
-        cost = np.vstack([np.where(np.eye(len(paid), dtype=bool), 0.0, paid), paid])
+        cost = np.array(hold.bytes_by()) * hold.count
         given = hold.given or Reader(len(problem.option_s), (-1,))
-        states = [state if state >= 0 else len(paid) for state in given.states]
+        states = [state if state >= 0 else len(cost) - 1 for state in given.states]
         found.append(_table(given.variable, states, hold.readers, cost, of_bytes=True))
     return tuple(found)
 

@@ -189,6 +189,8 @@ def _bound(chosen: Candidate, played: int) -> Bound:
     solved, played_as = origin.recomputed, chosen.space.recomputed
     if solved.mode != played_as.mode:
         among += f" with recompute {solved.mode!r}"
+    if solved.regather:
+        among += " with activations gathered again for backward"
     if solved.reshard and not played_as.reshard:
         among += " with parameters gathered again for backward"
     return Bound(origin.solution.seconds, origin.solution.bound_s, note, counted, among)
@@ -289,7 +291,7 @@ def space_of(
         reshard=plan.reshard,
         analysis=analysis,
     )
-    return replace(space, recomputed=replace(space.recomputed, postpone=plan.postpone))
+    return replace(space, recomputed=replace(space.recomputed, regather=plan.regather, postpone=plan.postpone))
 
 
 def _as_baseline(found: Sequence[Candidate], reason: str, budget: int) -> Baseline | None:

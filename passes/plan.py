@@ -158,6 +158,8 @@ class Plan:
     """Whether keys and values of grouped attention are repeated before that."""
     reshard: bool = True
     """Whether gathered parameters are freed after forward and gathered again (FSDP2's `reshard_after_forward`)."""
+    regather: bool = False
+    """Whether activations that forward gathered are freed there and gathered again for backward."""
     postpone: bool = True
     """Whether weight gradients wait until something is sent that they can run beside."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ import torch
 from costmodel.collectives import collective_s
 from costmodel.compute import op_s, update_traffic_s
 from costmodel.hardware import Topology
-from costmodel.layout import Layout, Partial, Replicate, local_shape
+from costmodel.layout import Layout, Partial, Replicate, is_gather, local_shape
 from costmodel.reshard import Step, reshard_s, steps
 from costmodel.state import cast, state_gather, state_pad, state_scatter
 from passes.buckets import sends_one_gather
@@ -375,18 +375,46 @@ def _flows(
     where: Mapping[int, tuple[int, int]],
     table: Sequence[Sequence[tuple[int, ...]]],
 ) -> list[tuple[Flow, tuple[Floats, Floats]]]:
-    """Stored tensors are gathered for each phase, unless they stay gathered; other values are converted once."""
-    stored = space.sites[wire.value.op].kind == "stored" and space.recomputed.reshard
-    phases = ("forward", "backward") if stored else ("",)
-    flows = []
-    for phase in phases:
-        again = space.recomputed.again if phase == "backward" else frozenset()
-        ports = [port for port in wire.ports if not phase or port.phase == phase or port.site in again]
-        if ports:
-            flow = _flow(space, wire, ports, where, table)
-            if flow is not None:
-                flows.append(flow)
-    return flows
+    """Stored tensors are gathered for each phase, unless they stay gathered, and so are activations where they are
+    gathered again; else values are converted once."""
+    site = space.sites[wire.value.op]
+    again = space.recomputed.again
+
+    def ports_of(phase: str) -> list[Port]:
+        more = again if phase == "backward" else frozenset()
+        return [port for port in wire.ports if port.phase == phase or port.site in more]
+
+    phases = (ports_of("forward"), ports_of("backward"))
+    asked: list[tuple[Sequence[Port], Costs]] = [(wire.ports, _all_of)]
+    if site.kind == "stored" and space.recomputed.reshard:
+        asked = [(ports, _all_of) for ports in phases]
+    elif space.recomputed.regather and site.kind == "op" and site.phase == "forward" and all(phases):
+        asked = [(wire.ports, _gathers_free), *((ports, _gathers_alone) for ports in phases)]
+    found = (_flow(space, wire, ports, where, table, costs) for ports, costs in asked if ports)
+    return [flow for flow in found if flow is not None]
+
+
+Costs = Callable[[Floats, npt.NDArray[np.bool_]], Floats]
+"""Of the costs from state to state, those to count; flags mark gathers."""
+
+
+def _all_of(costs: Floats, gathers: npt.NDArray[np.bool_]) -> Floats:
+    return costs
+
+
+def _gathers_alone(costs: Floats, gathers: npt.NDArray[np.bool_]) -> Floats:
+    return np.where(gathers, costs, 0.0)
+
+
+def _gathers_free(costs: Floats, gathers: npt.NDArray[np.bool_]) -> Floats:
+    return np.where(gathers & np.isfinite(costs), 0.0, costs)
+
+
+def _gathers(space: Space, given: Iterable[object], asked: Sequence[object]) -> npt.NDArray[np.bool_]:
+    """Which changes from a state that is given to one that is asked for are gathers of an activation."""
+    sizes = space.topology.sizes
+    plain = [[isinstance(p, tuple) and isinstance(q, tuple) and is_gather(p, q, sizes) for q in asked] for p in given]
+    return np.array(plain, dtype=bool)
 
 
 def _flow(
@@ -395,7 +423,9 @@ def _flow(
     ports: Sequence[Port],
     where: Mapping[int, tuple[int, int]],
     table: Sequence[Sequence[tuple[int, ...]]],
+    costs: Costs,
 ) -> tuple[Flow, tuple[Floats, Floats]] | None:
+    """One of a wire's flows, of what `costs` counts; None where nobody else reads it, or nothing of that has a cost."""
     producer, place = where[wire.value.op]
     given, asked = _States(), _States()
     states = tuple(given(_given(space, wire.value, row[place])) for row in table[producer])
@@ -410,6 +440,11 @@ def _flow(
     if not readers:
         return None
     parts = _costs_s(moved(space, wire.value), tuple(given.index), tuple(asked.index))
+    if costs is not _all_of:
+        gathers = _gathers(space, given.index, tuple(asked.index))
+        parts = (costs(parts[0], gathers), costs(parts[1], gathers))
+        if not parts[0].any() and not parts[1].any():
+            return None
     return Flow(producer, states, tuple(readers), _rows(parts[0] + parts[1]), wire.count), parts
 
 
@@ -476,7 +511,8 @@ def _hold(
     where: Mapping[int, tuple[int, int]],
     table: Sequence[Sequence[tuple[int, ...]]],
 ) -> Hold | None:
-    """What backward keeps of a forward value, in each layout it reads it in; what is computed again only as moved."""
+    """What backward keeps of a forward value, in each layout it reads it in; what is computed again only as moved. What
+    is gathered again it keeps as it was."""
     made = space.sites[wire.value.op]
     if made.kind != "op" or made.phase != "forward":
         return None
@@ -490,10 +526,11 @@ def _hold(
     if not readers:
         return None
     given = None
-    if wire.value not in space.recomputed.held and wire.value.op in again:
-        variable, k = where[wire.value.op]
-        found = tuple(states.index.get(_given(space, wire.value, row[k]), -1) for row in table[variable])
-        given = Reader(variable, found)
+    anew = wire.value not in space.recomputed.held and wire.value.op in again
+    variable, k = where[wire.value.op]
+    made_in = [_given(space, wire.value, row[k]) for row in table[variable]]
+    if anew:
+        given = Reader(variable, tuple(states.index.get(state, -1) for state in made_in))
     shape, itemsize, sizes = space.shape_of(wire.value), space.itemsize_of(wire.value), space.topology.sizes
 
     def state_bytes(state: Layout | StoredOption) -> float:
@@ -501,4 +538,18 @@ def _hold(
         plain = tuple(Replicate() if isinstance(p, Partial) else p for p in layout)
         return float(math.prod(local_shape(shape, plain, sizes)) * itemsize)
 
-    return Hold(tuple(readers), tuple(state_bytes(state) for state in states.index), wire.count, given)
+    each = tuple(state_bytes(state) for state in states.index)
+    if space.recomputed.regather:
+        own = _States()
+        maker = Reader(variable, tuple(own(state) for state in made_in))
+        gathers = _gathers(space, own.index, tuple(states.index))
+
+        def takes(i: int, p: Layout | StoredOption, j: int, q: Layout | StoredOption) -> float:
+            if anew and (gathers[i, j] or p == q):
+                return 0.0
+            return state_bytes(p) if gathers[i, j] else each[j]
+
+        if gathers.any():
+            rows = tuple(tuple(takes(i, p, j, q) for j, q in enumerate(states.index)) for i, p in enumerate(own.index))
+            return Hold(tuple(readers), each, wire.count, maker, rows)
+    return Hold(tuple(readers), each, wire.count, given)

@@ -4,7 +4,7 @@ Each *variable* picks one of its options. An option has a price in seconds and b
 *flows*: one producer, several readers; the producer's option gives the tensor's state, each reader's option asks for
 one, and every state that is asked for and not the producer's own is paid for once, however many readers ask.
 A *hold* keeps tensors in memory for backward: each state that a reader asks for is paid in bytes, once; where it has a
-producer, the producer's own state is free.
+producer, the producer's own state is free, or what a state takes depends on the producer's.
 """
 
 from __future__ import annotations
@@ -42,12 +42,22 @@ class Hold:
     """`count` alike tensors kept for backward readers, in each state they ask for.
 
     `given`: a variable and, per option of it, the state that costs nothing (-1: none), because it is computed again.
+    `rows`: where there are any, `rows[p][q]` is what state q takes where `given` is in state p; these are numbered
+    apart then.
     """
 
     readers: tuple[Reader, ...]
     state_bytes: tuple[float, ...]
     count: int = 1
     given: Reader | None = None
+    rows: tuple[tuple[float, ...], ...] = ()
+
+    def bytes_by(self) -> tuple[tuple[float, ...], ...]:
+        """What each state that is asked for takes, by the state of `given`; the last row is of -1, and of nobody."""
+        if self.rows:
+            return self.rows
+        own = range(len(self.state_bytes))
+        return (*(tuple(0.0 if p == q else self.state_bytes[q] for q in own) for p in own), self.state_bytes)
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,6 @@ def evaluate(problem: Problem, picks: Sequence[int]) -> tuple[float, float]:
         seconds += flow.count * sum(flow.cost_s[given][state] for state in asked)
     for hold in problem.holds:
         kept = {reader.states[picks[reader.variable]] for reader in hold.readers}
-        if hold.given is not None:
-            kept.discard(hold.given.states[picks[hold.given.variable]])
-        size += hold.count * sum(hold.state_bytes[state] for state in kept)
+        row = hold.bytes_by()[-1 if hold.given is None else hold.given.states[picks[hold.given.variable]]]
+        size += hold.count * sum(row[state] for state in kept)
     return seconds, size

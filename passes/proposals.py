@@ -3,6 +3,7 @@ and the schedule makes of it."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -56,8 +57,8 @@ class Request:
 
     `budget_bytes`: per device; None: what the hardware has, less its reserve.
     `recompute`: a mode of `passes/recompute.py`, or "auto": the least that fits. `compiled`: whether the step runs
-    compiled, which takes less memory. `stored`: parameters that already lie somewhere. `reshard`: see `Recomputation`;
-    None: "auto" decides.
+    compiled, which takes less memory. `stored`: parameters that already lie somewhere. `reshard`, `regather`: see
+    `Recomputation`; None: "auto" decides by time and memory, or memory alone.
     """
 
     strategy: str = "auto"
@@ -66,6 +67,7 @@ class Request:
     accumulate: int = 1
     recompute: Mode | Literal["auto"] = "auto"
     reshard: bool | None = None
+    regather: bool | None = None
     compiled: bool = True
     pins: Mapping[str, Pin] = field(default_factory=dict)
     stored: Mapping[str, Storage] | None = None
@@ -295,6 +297,9 @@ class Search:
         request, padding = self.request, paddings.of(pads)
         self.progress(f"solving {name}" + (f", {len(pads)} dims padded" if pads else ""))
         modes = _AUTO if request.recompute == "auto" else (request.recompute,)
+        either = (False, True) if request.regather is None else (request.regather,)
+        if name not in ("auto", "megatron") or all(axis in self.batch_axes for axis in range(len(self.topology.sizes))):
+            either = either[:1]  # state is gathered there, no activations
         space = search_space(
             padding.analysis.program,
             self.topology,
@@ -309,13 +314,17 @@ class Search:
         )
         space = without(replace(space, async_tp=request.async_tp), request.without)
         shares = shares or _HIDDEN_SHARES[: self.most if name == "auto" else 1]
-        unique: dict[tuple[Mode, tuple[int, ...]], Candidate] = {}
+        unique: dict[tuple[Mode, bool, tuple[int, ...]], Candidate] = {}
+        enough_of: set[bool] = set()
         enough = _Enough(self.fastest_s)
         end_s = time.process_time() + self.budgeted_s
-        for mode in modes:
-            if mode != modes[0]:
-                recomputed = recomputation(padding.analysis, mode)
-                space = replace(space, recomputed=replace(recomputed, reshard=space.recomputed.reshard))
+        for mode, regather in itertools.product(modes, either):
+            if regather in enough_of:
+                continue
+            recomputed = space.recomputed
+            if mode != recomputed.mode:
+                recomputed = replace(recomputation(padding.analysis, mode), reshard=recomputed.reshard)
+            space = replace(space, recomputed=replace(recomputed, regather=regather))
             priced = price(space, Budgeted(int(OPTIMIZERS[request.optimizer].state_bytes_per_param)))
             posed = _Posed(name, padding, space, priced, end_s)
             unbound = True
@@ -324,9 +333,9 @@ class Search:
                 if candidate is None:
                     continue
                 unbound = unbound and candidate.unbound
-                unique.setdefault((mode, candidate.assignment), candidate)
+                unique.setdefault((mode, regather, candidate.assignment), candidate)
             if unbound:
-                break
+                enough_of.add(regather)
         return list(unique.values())
 
     def _fitting(self, posed: _Posed, share: float, enough: _Enough) -> Candidate | None:
@@ -425,7 +434,8 @@ def _kept(candidate: Candidate, mode: Mode, request: Request) -> Candidate:
     """The candidate's layouts with gathered parameters kept for backward, which computes again what `mode` says."""
     recomputed = candidate.space.recomputed
     if mode != candidate.recompute:
-        recomputed = replace(recomputation(candidate.padding.analysis, mode), postpone=recomputed.postpone)
+        again = recomputation(candidate.padding.analysis, mode)
+        recomputed = replace(again, regather=recomputed.regather, postpone=recomputed.postpone)
     space = replace(candidate.space, recomputed=replace(recomputed, reshard=False))
     return replace(candidate, space=space, schedule=as_asked(space, candidate.assignment, request))
 

@@ -13,8 +13,8 @@ links would be there at once, as backward asks for the last first.
 
 The choice is a minimum cut over the values of one batch, whole tensors, alike layers as one. It depends on the graph
 alone, not on the mesh, so one decision holds for prices, schedule and emitted program: `itinerary` runs the sites of
-`again` once more in backward. What a collective of forward brought is kept as it came, and never sent again; parameters
-are gathered for each phase, unless a plan keeps them gathered.
+`again` once more in backward. What a collective of forward brought is kept as it came, unless a plan gathers
+activations again (`regather`); parameters are gathered for each phase, unless a plan keeps them gathered.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ class Recomputation:
 
     `reshard`: parameters gathered for forward are freed there and gathered again for backward, as FSDP2 does by
     default; else they stay from their forward gather to their last reader in backward (ZeRO-2's time, more memory).
+    `regather`: activations that forward gathered are freed there and gathered again for backward, so that a rank keeps
+    its part of them alone (arXiv 2205.05198, section 4.2.2); else they stay.
     `postpone`: weight gradients wait until something is sent (`passes/postpone.py`): less time, more memory.
     """
 
@@ -101,6 +103,7 @@ class Recomputation:
     held: frozenset[Value]
     again: frozenset[int]
     reshard: bool = True
+    regather: bool = False
     postpone: bool = True
 
 

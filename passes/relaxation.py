@@ -10,7 +10,7 @@ mix of two that differ in a few variables (`linear.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -147,7 +147,11 @@ def _marginal(states: Sequence[int], columns: Sequence[int]) -> dict[int, list[i
     return marginal
 
 
-def _add_flow(model: _Model, flow: Flow, options: Sequence[Sequence[int]]) -> None:
+def _add_flow(
+    model: _Model, flow: Flow, options: Sequence[Sequence[int]], pay: Callable[[float], int] | None = None
+) -> None:
+    """`pay`: a column for something that costs so much; seconds are the model's own costs."""
+    pay = pay or (lambda cost: model.column(cost * _SCALE))
     given = _marginal(flow.states, options[flow.producer])
     readers = tuple(dict.fromkeys(flow.readers))
     paid: dict[tuple[int, int], int] = {}
@@ -157,15 +161,15 @@ def _add_flow(model: _Model, flow: Flow, options: Sequence[Sequence[int]]) -> No
         needed: dict[int, list[tuple[int, float]]] = {q: [] for q in asked}
         for p in given:
             for q in asked:
-                cost = flow.cost_s[p][q] * flow.count * _SCALE
+                cost = flow.cost_s[p][q] * flow.count
                 if math.isinf(cost):
                     continue
-                column = model.column(cost if len(readers) == 1 else 0.0)
+                column = pay(cost) if len(readers) == 1 else model.column(0.0)
                 moved[p].append((column, 1.0))
                 needed[q].append((column, 1.0))
                 if len(readers) > 1 and cost > 0:
                     if (p, q) not in paid:
-                        paid[p, q] = model.column(cost)
+                        paid[p, q] = pay(cost)
                     model.row([(paid[p, q], 1.0), (column, -1.0)], 0.0, math.inf)
         for p, terms in moved.items():
             model.row([*terms, *((column, -1.0) for column in given[p])], 0.0, 0.0)
@@ -188,6 +192,16 @@ def _add_budget(model: _Model, problem: Problem, options: Sequence[Sequence[int]
 def _add_hold(
     model: _Model, hold: Hold, options: Sequence[Sequence[int]], terms: dict[int, float], scale: float
 ) -> None:
+    def pay(size: float) -> int:
+        column = model.column(0.0)
+        if size:
+            terms[column] = size * scale
+        return column
+
+    if hold.rows and hold.given is not None:
+        flow = Flow(hold.given.variable, hold.given.states, hold.readers, hold.rows, hold.count)
+        _add_flow(model, flow, options, pay)
+        return
     readers: tuple[Reader, ...] = tuple(dict.fromkeys(hold.readers))
     if len(readers) == 1 and hold.given is None:
         for state, column in zip(readers[0].states, options[readers[0].variable], strict=True):

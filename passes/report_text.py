@@ -236,6 +236,11 @@ def _memory(plan: Plan, width: int) -> list[str]:
         lines += wrapped_lines(
             "gathered parameters stay from forward to backward (reshard_after_forward=False)", width, "  "
         )
+    if plan.regather:
+        lines += wrapped_lines(
+            "activations that forward gathered are freed there and gathered again (regather_activations=True)", width,
+            "  ",
+        )  # fmt: skip
     if not plan.postpone:
         lines += wrapped_lines(
             "weight gradients run at once, not beside what is sent next, for memory's sake", width, "  "

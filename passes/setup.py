@@ -41,8 +41,9 @@ class Setup:
     tp_waits: bool = False
     """Where a framework's tensor parallelism waits for each collective: weight gradients do not run beside it."""
     gathers_again: bool = False
-    """Where a framework keeps a rank's part of what tensor parallelism gathers for products, and gathers it once more
-    behind backward's products, as Megatron-LM does (arXiv 2205.05198, section 4.2.2). Plans keep it whole."""
+    """Whether a rank keeps its part alone of what tensor parallelism gathers for products, and gathers it once more for
+    backward, as Megatron-LM does (arXiv 2205.05198, section 4.2.2): played where plans do (`Recomputation.regather`),
+    else behind backward's products."""
     gather_bytes_per_s: float = 0.0
     """Where a framework's zero3 stops compute for each gather and each reduction: the rate at which it gathers. 0: they
     run beside compute, as fast as the wires are."""

@@ -96,7 +96,7 @@ def bytes_of(problem: Problem) -> list[Floats]:
     """By variable and option, its bytes and what it has held."""
     found = [np.array(sizes) for sizes in problem.option_bytes]
     for hold in problem.holds:
-        paid = np.array(hold.state_bytes) * hold.count
+        paid = np.array(hold.bytes_by()).max(axis=0) * hold.count
         for reader in dict.fromkeys(hold.readers):
             found[reader.variable] = found[reader.variable] + paid[list(reader.states)]
     return found

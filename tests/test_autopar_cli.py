@@ -45,6 +45,7 @@ def test_a_plan_has_the_options_of_its_flags(here: Here) -> None:
         ("--async-tp", "async_tp", True),
         ("--reshard-after-forward", "reshard_after_forward", True),
         ("--no-reshard-after-forward", "reshard_after_forward", False),
+        ("--regather-activations", "regather_activations", True),
     ):
         found = autopar(*on, flag).json
         assert found["options"][name] is asked

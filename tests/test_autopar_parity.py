@@ -71,7 +71,8 @@ def train(
 
 def makes(plan: autopar.Plan) -> str:
     """What of a plan its program is made of: alike plans, as `auto`'s and `fsdp`'s often are, run the same steps."""
-    kept = (plan.decisions, plan.solved, plan.padded, plan.repeated_keys, plan.reshard, plan.postpone, plan.recompute)
+    ways = (plan.reshard, plan.regather, plan.postpone, plan.recompute)
+    kept = (plan.decisions, plan.solved, plan.padded, plan.repeated_keys, ways)
     return repr((kept, sorted(str(c) for c in plan.collectives)))
 
 

@@ -24,7 +24,7 @@ from autopar.search import Candidate, SearchResult
 from autopar.verdict import verdict
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
-from passes.candidate import estimate, lower_bound
+from passes.candidate import Either, estimate, lower_bound
 from passes.recompute import Mode
 from passes.setup import Setup, State
 
@@ -208,22 +208,25 @@ def test_counts_that_mean_nothing_are_named(given: dict[str, int], said: str) ->
 
 def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     """Every plan of the search priced by hand: the fastest of each mesh that fits, with gathered parameters freed or
-    kept, and bounds that are below it."""
+    kept, activations gathered again where they do not fit, and bounds that are below it."""
     budget = 170 << 20
     options = autopar.Options(memory_budget=budget)
     result = autopar.search(small(), 4, "h100", 4, sequence=512, options=options, top=2)
     fastest: dict[int, float] = {}
     modes: tuple[Mode, ...] = ("pointwise", "widening", "full")
     for tp, micro, recompute, freed in itertools.product((1, 2, 4), (1, 2, 4), modes, (True, False)):
-        if tp % micro == 0:
-            setup = Setup(
-                dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=tp // micro, recompute=recompute, reshard=freed
-            )
+        if tp % micro:
+            continue
+        plain = Setup(
+            dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=tp // micro, recompute=recompute, reshard=freed
+        )
+        fits = estimate(replace(plain, reshard=True), profiler).peak_bytes <= budget
+        for setup in (plain, replace(plain, gathers_again=True)):
             played = estimate(setup, profiler)
             bound_s, bound_bytes = lower_bound(setup, profiler)
             assert bound_s <= played.step_s * (1 + 1e-9)
             assert bound_bytes <= played.peak_bytes
-            if played.peak_bytes <= budget:
+            if played.peak_bytes <= budget and not (setup.gathers_again and fits):
                 fastest[tp] = min(fastest.get(tp, played.step_s), played.step_s)
     listed = {c.setup.tp: c.step_time_s for c in result.candidates if not c.priced_only}
     best = dict(sorted(fastest.items(), key=lambda item: item[1])[:2])
@@ -450,6 +453,17 @@ def test_the_command_line_says_in_what_dtype_a_config_is_planned(
         assert (words or "") in notes
 
 
+def test_images_are_no_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor are their pixels in another dtype than the model's parameters, which a Swin's convolution refuses."""
+    content = {
+        "model_type": "swinv2", "architectures": ["Swinv2ForImageClassification"], "image_size": 32, "patch_size": 4,
+        "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert main(["search", str(tmp_path), "--gpus", "2", "--hardware", "h100", "--global-batch", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sequence"] is None
+
+
 # -- published: what is enough for what size ---------------------------------------------------------------------------
 
 
@@ -552,7 +566,7 @@ def test_steps_on_other_numbers_of_gpus_are_those_of_a_search_there(profiler: Pr
     best = min(priced, key=lambda each: priced[each].step_s)
     assert best == (setups[0], False)
     for either in (True, False):
-        state = times_of(setups, [], profiler, 1 << 40, either=either).state_s
+        state = times_of(setups, [], profiler, 1 << 40, either=Either(reshard=either)).state_s
         assert state == min(each.step_s for (_, freed), each in priced.items() if freed or either)
     wide = Setup(dp_replicate=4, dp_shard=8, tp=2, recompute="none")
     assert list(on(128, 64, [wide])) == [replace(wide, dp_replicate=8)]

@@ -32,11 +32,14 @@ def program() -> Program:
     return captured(model, {"input_ids": ids, "labels": ids})
 
 
-@pytest.mark.parametrize(("strategy", "mode"), [("fsdp", "pointwise"), ("megatron", "none"), ("ddp", "full")])
-def test_the_peak_is_that_of_the_emitted_program(strategy: str, mode: Mode) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "mode", "regather"),
+    [("fsdp", "pointwise", False), ("megatron", "none", False), ("megatron", "none", True), ("ddp", "full", False)],
+)
+def test_the_peak_is_that_of_the_emitted_program(strategy: str, mode: Mode, regather: bool) -> None:
     """Uncompiled, where each op's result is a tensor. The schedule also has two layers' weights gathered at a time."""
     space, assignment, _ = planned(program(), {"dp": 2, "tp": 2}, strategy, name="cpu")
-    space = replace(space, recomputed=recomputation(space.analysis, mode))
+    space = replace(space, recomputed=replace(recomputation(space.analysis, mode), regather=regather))
     schedule = play(space, assignment, optimizer="sgd", compiled=False)
     emitted, _ = step_peak(rewrite(space, assignment))
     assert schedule.peak_memory_bytes == pytest.approx(emitted, rel=0.08)

@@ -19,7 +19,7 @@ from passes.solve import solve
 
 
 def random_problem(seed: int) -> Problem:
-    rng = random.Random(seed)
+    rng, more = random.Random(seed), random.Random(-1 - seed)
     variables = rng.randint(2, 6)
     counts = [rng.randint(1, 4) for _ in range(variables)]
     seconds = tuple(tuple(rng.choice([0.0, rng.random()]) for _ in range(n)) for n in counts)
@@ -38,7 +38,12 @@ def random_problem(seed: int) -> Problem:
         flows.append(Flow(producer, states, readers, cost, rng.randint(1, 5)))
         given = Reader(producer, tuple(rng.randrange(-1, 3) for _ in range(counts[producer])))
         free = rng.choice([None, given, Reader(readers[0].variable, readers[0].states)])
-        holds.append(Hold(readers, tuple(float(rng.randint(0, 5)) for _ in range(3)), rng.randint(1, 3), free))
+        sizes_of = tuple(float(rng.randint(0, 5)) for _ in range(3))
+        hold = Hold(readers, sizes_of, rng.randint(1, 3), free)
+        if more.random() < 0.3:
+            rows = tuple(tuple(float(more.randint(0, 5)) for _ in range(3)) for _ in range(2))
+            hold = replace(hold, given=Reader(producer, states), rows=rows)
+        holds.append(hold)
     budget = rng.choice([math.inf, float(rng.randint(5, 60))])
     return Problem(seconds, sizes, tuple(flows), tuple(holds), budget)
 
@@ -56,7 +61,9 @@ def price(problem: Problem, picks: tuple[int, ...]) -> tuple[float, float]:
                 seconds += flow.count * row[q]
     for hold in problem.holds:
         for q, each in enumerate(hold.state_bytes):
-            free = hold.given is not None and hold.given.states[picks[hold.given.variable]] == q
+            if hold.rows:
+                each = hold.rows[hold.given.states[picks[hold.given.variable]]][q]
+            free = not hold.rows and hold.given is not None and hold.given.states[picks[hold.given.variable]] == q
             if not free and any(r.states[picks[r.variable]] == q for r in hold.readers):
                 size += hold.count * each
     return seconds, size

@@ -215,6 +215,11 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
         help="free gathered parameters after forward and gather them again for backward, or keep them (auto decides)",
     )  # fmt: skip
     parser.add_argument(
+        "--regather-activations", action=argparse.BooleanOptionalAction,
+        help="free gathered activations after forward and gather them again for backward, or keep them (where memory "
+        "asks for it)",
+    )  # fmt: skip
+    parser.add_argument(
         "--async-tp", action=argparse.BooleanOptionalAction,
         help="products in parts beside the collectives of activations, by torch's micro-pipelined tensor parallelism",
     )  # fmt: skip
@@ -234,6 +239,7 @@ def options_of(given: argparse.Namespace, kept: Options | None = None) -> Option
         "batch_axes": given.batch_axes,
         "mp_policy": _policy(given),
         "reshard_after_forward": given.reshard_after_forward,
+        "regather_activations": given.regather_activations,
         "async_tp": given.async_tp,
     }
     kept = kept or Options()
