@@ -334,6 +334,8 @@ class Search:
                     continue
                 unbound = unbound and candidate.unbound
                 unique.setdefault((mode, regather, candidate.assignment), candidate)
+            if unbound and regather == either[0]:
+                break  # nothing that takes less memory is needed
             if unbound:
                 enough_of.add(regather)
         return list(unique.values())
