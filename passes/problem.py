@@ -81,6 +81,12 @@ def evaluate(problem: Problem, picks: Sequence[int]) -> tuple[float, float]:
         seconds += flow.count * sum(flow.cost_s[given][state] for state in asked)
     for hold in problem.holds:
         kept = {reader.states[picks[reader.variable]] for reader in hold.readers}
-        row = hold.bytes_by()[-1 if hold.given is None else hold.given.states[picks[hold.given.variable]]]
-        size += hold.count * sum(row[state] for state in kept)
+        paid = hold.state_bytes
+        if hold.given is not None:
+            given = hold.given.states[picks[hold.given.variable]]
+            if hold.rows:
+                paid = hold.rows[given]
+            else:
+                kept.discard(given)
+        size += hold.count * sum(paid[state] for state in kept)
     return seconds, size
