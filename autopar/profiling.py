@@ -23,22 +23,23 @@ from passes.collector import settled
 from passes.depth import Profile, profile, sample
 from passes.fusion import Fused
 from passes.inputs import global_inputs
+from passes.named import stored_choices
 from passes.pad import Pad
 from passes.pipeline import prepare
 from passes.precision import Precision
 from passes.price import Budgeted, price
 from passes.program import Program
-from passes.proposals import PaddingsOf
+from passes.proposals import HIDDEN_SHARES, PaddingsOf
 from passes.rebatch import Told, copy_of, rebatched, told
 from passes.recompute import Mode, Recomputation, recomputation
 from passes.rules.index import EMBEDDINGS
 from passes.rules.matmul import PRODUCTS
-from passes.schedule import play
+from passes.schedule import Schedule, play
 from passes.setup import Setup
 from passes.solve import solve
 from passes.space import Site, Space, search_space
 from passes.strategies import Option, StoredOption
-from passes.tracks import tracks
+from passes.tracks import Tracks, tracks
 from passes.uneven import uneven_dims, used_pads
 
 Call = Callable[[int], Any]
@@ -165,6 +166,7 @@ class Profiler:
             setup.tp_overlap and not replica,
             setup.reshard or replica,
             setup.gathers_again and not replica,
+            setup.solved,
         )
         if key not in self._profiles:
             self._profiles[key] = self._made(setup, batch, parts, axes, whole=replica)
@@ -184,15 +186,7 @@ class Profiler:
     def _sample(self, picked: _Picked, setup: Setup, *, whole: bool) -> dict[str, float]:
         space, assignment = picked.space, picked.assignment
         laid = tracks(space, assignment)
-        schedule = play(
-            space,
-            assignment,
-            optimizer=self.optimizer,
-            accumulate=1 if whole else min(2, setup.accumulate),
-            compiled=self.in_place,
-            laid=laid,
-        )
-        return sample(space, assignment, schedule, laid)
+        return sample(space, assignment, self._played(space, assignment, laid, setup, whole), laid)
 
     def _picked(
         self, prefix: int, batch: int, parts: int, axes: dict[str, int], setup: Setup, hardware: Hardware,
@@ -202,7 +196,7 @@ class Profiler:
         the same as for a deeper one (`like`) where both decide among the same options, or what the solver finds."""
         mesh = topology(hardware, axes, setup.ranks)
         batch_axes = tuple(i for i, name in enumerate(axes) if name.startswith("dp"))
-        strategy = "megatron" if axes.get("tp", 1) > 1 else "ddp" if whole else "fsdp"
+        strategy = _strategy(setup, whole=whole)
         of = self.captures.paddings(prefix, batch, parts, self.fused, mesh.sizes, batch_axes)
         paddings = of.under(strategy, of.may_repeat_keys(strategy))
         wanted = uneven_dims(paddings.whole, mesh.sizes, batch_axes, strategy)
@@ -223,18 +217,32 @@ class Profiler:
             if [(s.name, s.options) for s in space.sites] == [(s.name, s.options) for s in like.space.sites]:
                 return replace(like, space=space, wanted=wanted)
         space = space_of(wanted)
-        assignment = self._solved(space)
+        assignment = self._quickest(space, setup, whole=whole)
         used = used_pads(paddings.of(wanted), space, assignment)
         if used != wanted:
             space = space_of(used)
-            assignment = self._solved(space)
+            assignment = self._quickest(space, setup, whole=whole)
         return _Picked(space, assignment, wanted, tuple(pad in used for pad in wanted))
 
-    def _solved(self, space: Space) -> tuple[int, ...]:
+    def _quickest(self, space: Space, setup: Setup, *, whole: bool) -> tuple[int, ...]:
+        """What the solver finds; under `auto` with all that state takes counted, or what often stays exposed of it,
+        whichever the schedule has as faster. On one data-parallel rank, whose step is a bound, all is counted."""
         spec = self.optimizer
         budgeted = Budgeted(int(spec.state_bytes_per_param + spec.master_bytes_per_param))
         priced = price(space, budgeted, self._seconds[id(space.sites)])
-        return priced.assignment(solve(priced.problem).picks, len(space.sites))
+        problems = [priced.problem]
+        if space.strategy == "auto" and not whole:
+            problems.append(priced.weighed(HIDDEN_SHARES[1]))
+        found = {priced.assignment(solve(problem).picks, len(space.sites)): None for problem in problems}
+        if len(found) == 1:
+            return next(iter(found))
+        return min(found, key=lambda each: self._played(space, each, tracks(space, each), setup, whole).micro_batch_s)
+
+    def _played(self, space: Space, assignment: tuple[int, ...], laid: Tracks, setup: Setup, whole: bool) -> Schedule:
+        accumulate = 1 if whole else min(2, setup.accumulate)
+        return play(
+            space, assignment, optimizer=self.optimizer, accumulate=accumulate, compiled=self.in_place, laid=laid
+        )
 
     def _space(
         self, analysis: Analysis, mesh: Topology, batch_axes: tuple[int, ...], strategy: str, *, split: bool
@@ -243,6 +251,8 @@ class Profiler:
         key = (id(analysis), mesh, strategy, split)
         if key not in self._spaces:
             space = search_space(analysis.program, mesh, batch_axes, strategy=strategy, analysis=analysis)
+            if strategy == "auto":
+                space = _data_parallel_apart(space, analysis)
             if any(axis.name == "dp_replicate" for axis in mesh.axes):
                 space = _replicating(space, analysis, strategy)
             self._spaces[key] = space if split else _residual_whole(space, analysis)
@@ -259,10 +269,39 @@ class _Picked:
     kept: tuple[bool, ...]
 
 
+def _strategy(setup: Setup, *, whole: bool) -> str:
+    """What a setup's plan is restricted to; `whole`: on one data-parallel rank."""
+    if setup.tp > 1:
+        return "auto" if setup.solved else "megatron"
+    return "ddp" if whole else "fsdp"
+
+
 def _axes(setup: Setup) -> dict[str, int]:
     """The mesh of a setup that a plan can do, outermost axis first."""
     axes = {"dp_replicate": setup.dp_replicate, "dp_shard": setup.dp_shard, "tp": setup.tp}
     return {name: size for name, size in axes.items() if size > 1} or {"dp_shard": 1}
+
+
+def _data_parallel_apart(space: Space, analysis: Analysis) -> Space:
+    """`space` with parameters stored over the batch axes as by hand, split over all of them, and no samples split by
+    other axes: those would be batch axes of another mesh."""
+    sizes, batch_axes = space.topology.sizes, space.batch_axes
+
+    def splits_samples(option: Option, site: Site) -> bool:
+        assert site.op is not None
+        leaves = [leaf for axis, leaf in enumerate(option.splits) if axis not in batch_axes and leaf is not None]
+        return any(site.op.leaves[leaf].atom in analysis.batch_atoms for leaf in leaves)
+
+    sites = []
+    for site in space.sites:
+        if site.given is not None and site.given.kind == "parameter":
+            options = tuple(o for o in site.options if isinstance(o, StoredOption))
+            site = replace(site, options=stored_choices(options, "megatron", sizes, batch_axes))
+        elif site.op is not None:
+            kept = tuple(o for o in site.options if isinstance(o, Option) and not splits_samples(o, site))
+            site = replace(site, options=kept or site.options)
+        sites.append(site)
+    return replace(space, sites=tuple(sites))
 
 
 def _replicating(space: Space, analysis: Analysis, strategy: str) -> Space:

@@ -22,6 +22,7 @@ _HEADERS = ("", "dp x shard x tp", "pp", "cp", "batch", "recompute", "gathered",
 _NUMBERS = (0, 2, 3, 7, 8, 9)
 _LESS = ((8,), (8, 0), (8, 0, 5))
 """Columns that a narrow terminal goes without."""
+_SOLVED = "*"
 _COLUMNS = {
     "dp x shard x tp": "ranks that replicate the state x that shard it x that split the computation",
     "pp": "pipeline stages / parts of the model on each, taken in turn",
@@ -77,7 +78,10 @@ def _columns(result: SearchResult, top: int) -> list[str]:
         left_out.add("gathered")
     if not any(setup.runs_whole for setup in setups):
         left_out.add("recompute")
-    return [f"{column}: {meaning}" for column, meaning in _COLUMNS.items() if column not in left_out]
+    lines = [f"{column}: {meaning}" for column, meaning in _COLUMNS.items() if column not in left_out]
+    if any(setup.solved for setup in setups):
+        lines.insert(1, f"{_SOLVED}: ranks that split the computation as the solver found, others as Megatron-LM does")
+    return lines
 
 
 def _table(rows: Sequence[Sequence[str]], counted: str) -> str:
@@ -102,7 +106,7 @@ def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
     speed = result.global_batch * (result.sequence or 1) / candidate.step_time_s / result.gpus
     return [
         str(rank) if rank else "",
-        f"{setup.dp_replicate} x {setup.dp_shard} x {setup.tp}",
+        f"{setup.dp_replicate} x {setup.dp_shard} x {setup.tp}{_SOLVED * setup.solved}",
         (f"{setup.pp}" + (f"/{setup.virtual}" if setup.virtual > 1 else "")) if setup.pp > 1 else "",
         str(setup.cp) if setup.cp > 1 else "",
         f"{setup.micro_batch} x {setup.accumulate}",

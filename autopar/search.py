@@ -11,6 +11,7 @@ bound above the slowest that is listed, or above another of its mesh, so nothing
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from autopar.verdict import Verdict, verdict
 from costmodel.hardware import Hardware, topology
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
 from costmodel.presets import hardware as hardware_of
-from passes.candidate import Either, Estimate, estimate, lower_bound, ways_of, with_least_memory
+from passes.candidate import LEAST_GAIN, Either, Estimate, estimate, lower_bound, ways_of, with_least_memory
 from passes.collector import settled
 from passes.errors import NoFeasiblePlanError
 from passes.inputs import default_inputs, global_inputs
@@ -175,7 +176,8 @@ class SearchResult:
 def _point(candidate: Candidate, chosen: bool) -> FrontierPoint:
     setup = candidate.setup
     parts = [f"{name}={size}" for name, size in candidate.mesh.items()]
-    parts += [f"{setup.micro_batch} x {setup.accumulate}", setup.recompute, *gathered_words(setup)]
+    parts += [f"{setup.micro_batch} x {setup.accumulate}", setup.recompute]
+    parts += [*(["tp by solver"] if setup.solved else []), *gathered_words(setup)]
     return FrontierPoint(
         " ".join(parts), candidate.step_time_s, candidate.peak_memory_bytes, candidate.fits, chosen,
         ", ".join(candidate.priced_only),
@@ -296,8 +298,8 @@ class _State:
     def result(self, model: nn.Module, length: int | None) -> SearchResult:
         machine = self.profiler.hardware
         plans, priced = list(self.plans(self.gpus)), list(self.formulas())
+        widest = max(self.widths(self.gpus))
         if not plans and not priced:
-            widest = max(self.widths(self.gpus))
             raise ValueError(
                 f"no mesh of {self.gpus} GPUs divides a global batch of {self.batch}: with tensor parallelism of up to "
                 f"{widest} it is split over {self.gpus // widest} ranks or more; use a multiple of that"
@@ -318,10 +320,15 @@ class _State:
         self.notes.append(_states_text(self.profiler.optimizer))
         if given := [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]:
             self.notes.append(f"not priced: {', '.join(given)}; what `options` gives hands them on to a plan")
-        if not any(c.fits for c in found):
+        if not plans:
             self.notes.append(
-                "plans were played under named strategies; what `autopar.plan` solves under 'auto' splits sequences "
-                "too, and may fit where these do not"
+                f"no mesh of plans divides a global batch of {self.batch}: with tensor parallelism of up to {widest} "
+                f"it is split over {self.gpus // widest} ranks or more"
+            )
+        elif not any(c.fits for c in found):
+            self.notes.append(
+                "what plans' ranks do was solved for the least time; `autopar.plan` solves within the memory of a GPU, "
+                "and may fit where these do not"
             )
         if not self.profiler.layers:
             self.notes.append("no repeated layers were found, or too few to cut: captured whole, no pipeline priced")
@@ -355,11 +362,11 @@ class _State:
             shards = {1, data, *(s for s in (node // tp, 4 * node // tp) if 1 < s < data and data % s == 0)}
             for micro in self.micro_batches(local):
                 for recompute in self.recompute:
-                    for shard in sorted(shards):
+                    for shard, solved in itertools.product(sorted(shards), (False, True) if tp > 1 else (False,)):
                         yield Setup(
                             dp_replicate=data // shard, dp_shard=shard, tp=tp, micro_batch=micro,
                             accumulate=local // micro, recompute=recompute, reshard=reshard,
-                            gathers_again=regather and tp > 1,
+                            gathers_again=regather and tp > 1, solved=solved,
                         )  # fmt: skip
 
     def formulas(self) -> Iterator[Setup]:
@@ -385,8 +392,8 @@ class _State:
                         for recompute in self.recompute:
                             yield from self.ways(Setup(
                                 dp_shard=data, tp=tp, pp=pp, cp=cp, micro_batch=micro, accumulate=local // micro,
-                                state="zero1", gradient_bytes=4, adds_in_products=True, recompute=recompute,
-                                gathers_again=tp > 1,
+                                state="zero1" if data * cp > 1 else "zero0", gradient_bytes=4, adds_in_products=True,
+                                recompute=recompute, gathers_again=tp > 1,
                             ))  # fmt: skip
 
     def ways(self, setup: Setup) -> Iterator[Setup]:
@@ -448,6 +455,9 @@ class _State:
         """Plans that can be listed beside `others`, played; how many were not, and what those take at least."""
         self.progress(f"bounding {len(plans)} plans")
         bounded = [(lower_bound(with_least_memory(setup, self.either), self.profiler), setup) for setup in plans]
+        by_hand_s = {setup: seconds for (seconds, _), setup in bounded if not setup.solved}
+        fits: set[Setup] = set()
+        """What was played and fits."""
         fastest: dict[Setup, float] = {}
         nearest: dict[Setup, int] = {}
 
@@ -461,11 +471,23 @@ class _State:
         reached = math.inf
         tried = {True: 0, False: 0}
         """Whether state alone is sharded -> how many were played until one fits: the verdict asks for one of each."""
-        fitting = sorted((seconds, i) for i, ((seconds, size), _) in enumerate(bounded) if size <= self.budget)
-        for seconds, index in fitting:
-            setup = bounded[index][1]
+
+        def gains_little(setup: Setup, seconds: float) -> bool:
+            """Whether what the solver finds for tensor-parallel ranks takes hardly less than what they do by hand."""
+            return setup.solved and seconds > (1 - LEAST_GAIN) * by_hand_s[replace(setup, solved=False)]
+
+        def turn(index: int) -> tuple[float, int]:
+            """When a setup's turn comes: where the solver gains little, after the one by hand."""
+            (seconds, _), setup = bounded[index]
+            late = gains_little(setup, seconds)
+            return (max(seconds, by_hand_s[replace(setup, solved=False)]) if late else seconds), index
+
+        for index in sorted((i for i, ((_, size), _) in enumerate(bounded) if size <= self.budget), key=turn):
+            (seconds, _), setup = bounded[index]
             if seconds >= fastest.get(_parallelism(setup), math.inf):
                 continue  # its mesh is listed with what was played
+            if gains_little(setup, seconds) and replace(setup, solved=False) in fits:
+                continue
             alone = setup.tp == 1
             known = tried[alone] >= _TRIED or any((c.setup.tp == 1) == alone and c.fits for c in found)
             if known and len(fastest) >= self.top and seconds >= sorted(fastest.values())[self.top - 1]:
@@ -476,6 +498,7 @@ class _State:
             for each in self.played(setup):
                 found.append(each)
                 note(each)
+                fits.update([setup] if each.fits else [])
         for candidate in others:
             if not candidate.fits:
                 note(candidate)
@@ -507,10 +530,11 @@ def _states_text(spec: OptimizerSpec) -> str:
 
 
 def _parallelism(setup: Setup) -> Setup:
-    """What is listed once: the setup without micro-batch, virtual stages, recompute and what becomes of gathers."""
+    """What is listed once: the setup without micro-batch, virtual stages, recompute, what becomes of gathers, and who
+    says what tensor-parallel ranks do."""
     return replace(
         setup, micro_batch=1, accumulate=1, recompute="pointwise", whole_blocks=False, virtual=1, reshard=True,
-        gathers_again=False,
+        gathers_again=False, solved=False,
     )  # fmt: skip
 
 

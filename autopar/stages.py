@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -21,13 +22,16 @@ log = logging.getLogger(__name__)
 _PART = re.compile(r"(\w+): ")
 _SILENCE_S = 10.0
 """After so many seconds without a line a part of a stage is told again."""
+_STILL_S = 30.0
+"""After so many it is said that a stage goes on."""
 
 
 class Stages:
     """Says which stage begins, when called with its name; a context that can be entered again.
 
     A stage of many parts (`playing: 1 x 8 x 4`) is told part by part by the bar; among lines it is told once, and again
-    where nothing was told for a while.
+    where nothing was told for a while. A stage that takes long is told again with the time it has taken; the bar shows
+    the time all along.
 
     shown: whether to print; logging happens anyway. speaks: whether this rank says anything at all. prefix: of a line.
     """
@@ -40,25 +44,44 @@ class Stages:
         self._told_s = self._start_s
         self._known: set[str] = set()
         self._bar: tqdm | None = None
+        self._stage, self._since_s = "", self._start_s
+        self._ended = threading.Event()
+        self._watch: threading.Thread | None = None
 
     def __enter__(self) -> Stages:
         self._start_s = self._told_s = time.monotonic()
         self._known.clear()
         if self._shown and sys.stderr.isatty():
             self._bar = tqdm(bar_format=self._prefix + "{desc} [{elapsed}]", leave=False, file=sys.stderr)
+        if self._shown:
+            self._ended.clear()
+            self._watch = threading.Thread(target=self._tell_it_goes_on, name="autopar-progress", daemon=True)
+            self._watch.start()
         return self
 
     def __call__(self, stage: str) -> None:
         if not self._speaks:
             return
         log.info(stage)
+        self._stage, self._since_s = stage, time.monotonic()
         if self._bar is not None:
             self._bar.set_description_str(stage)
             self._bar.refresh()
         elif self._shown and self._is_news(stage):
-            passed_s = time.monotonic() - self._start_s
-            print(f"{self._prefix}[{passed_s:6.1f} s] {stage}", file=sys.stderr, flush=True)
-            self._told_s = time.monotonic()
+            self._print(stage)
+
+    def _print(self, text: str) -> None:
+        self._told_s = time.monotonic()
+        print(f"{self._prefix}[{self._told_s - self._start_s:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def _tell_it_goes_on(self) -> None:
+        """Run beside the stages until they end."""
+        while not self._ended.wait(1.0):
+            now_s = time.monotonic()
+            if self._bar is not None:
+                self._bar.refresh()
+            elif self._stage and now_s - self._told_s > _STILL_S:
+                self._print(f"still {self._stage}, {now_s - self._since_s:.0f} s so far")
 
     def _is_news(self, stage: str) -> bool:
         part = _PART.match(stage)
@@ -71,6 +94,10 @@ class Stages:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
+        if self._watch is not None:
+            self._watch.join()
+            self._watch = None
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -82,6 +82,8 @@ def verdict(
     def simple(setup: Setup) -> bool:
         return setup.pp == setup.cp == 1 and not setup.offload
 
+    divides = any(simple(c.setup) for c in plain)
+
     state = best(lambda s: simple(s) and s.tp == 1 and s.state == "zero3")
     computation = best(lambda s: simple(s) and s.tp > 1 and s.state == "zero3")
     context = best(lambda s: s.pp == 1 and s.cp > 1)
@@ -93,7 +95,9 @@ def verdict(
     answer: Answer = chosen(ways) if ways else "offload" if offloaded else "nothing"
     tied = tuple(close(ways)) if ways else ()
     if answer in resident:
-        text = [_chosen_text(answer, resident, tied, budget)]
+        samples = f"{batch} sample{'s' * (batch > 1)}"
+        none = ", and nothing simpler fits" if divides else f", and no simpler mesh divides {samples}"
+        text = [_chosen_text(answer, resident, tied, budget, none)]
     else:
         text = _nothing_resident_text(plain, offloaded, budget)
     if len(tied) > 1:
@@ -119,8 +123,9 @@ def verdict(
     return Verdict(answer, state_s, computation_s, context_s, pipeline_s, offload_s, tuple(text), enough, told)
 
 
-def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[Answer], budget: int) -> str:
-    """That `answer` is enough, needed or pays, and what it takes beside the others."""
+def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[Answer], budget: int, none: str) -> str:
+    """That `answer` is enough, needed or pays, and what it takes beside the others; `none`: what is said where there
+    is nothing simpler."""
     best, state = ways[answer], ways.get("state")
     if answer == "state":
         fastest = min(c.step_time_s for c in ways.values())
@@ -137,7 +142,7 @@ def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[A
         return (
             f"Sharding the computation (tensor and sequence parallelism over {best.setup.tp}) "
             f"{gains}: {_s(best.step_time_s)} a step"
-            f"{_against(state, best)}."
+            f"{_against(state, best, none)}."
         )
     before = [each for each in _SIMPLEST_FIRST[: _SIMPLEST_FIRST.index(answer)] if each in ways]
     simpler = min((ways[each] for each in before), key=lambda c: c.step_time_s, default=None)
@@ -145,7 +150,7 @@ def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[A
     name = _NAMES[answer]
     return (
         f"{name[0].upper()}{name[1:]} {gains}: {_parts(best.setup)} {_s(best.step_time_s)} a step (priced only)"
-        f"{_against(simpler, best)}."
+        f"{_against(simpler, best, none)}."
     )
 
 
@@ -186,9 +191,9 @@ def _beside(candidate: Priced, fastest: float) -> str:
     return f", {more:.0%} more than with {others}" if more > 0.005 else f" (no faster with {others})"
 
 
-def _against(other: Priced | None, best: Priced) -> str:
+def _against(other: Priced | None, best: Priced, none: str) -> str:
     if other is None:
-        return ", and nothing simpler fits"
+        return none
     times = other.step_time_s / best.step_time_s
     if times <= 1.0 + MEASURED_ERROR:
         return f", {_name(other)} {_s(other.step_time_s)}"

@@ -26,8 +26,11 @@ from passes.setup import Setup
 _CAST_BYTES = 2.0
 """Each tensor that layers multiply is an operand of two products: it is read in 2 bytes, and written in 1 as it is and
 in 1 transposed, 4 for both."""
-_LEAST_GAIN = 0.01
-"""Of a step, that keeping gathered parameters may save where it is priced too."""
+LEAST_GAIN = 0.01
+"""Of a step, that another way of running the same setup may save where it is priced too."""
+
+_GATHERED = 3
+"""Layers whose parameters are there at once where they are freed after use, and gathered ahead."""
 
 
 @dataclass(frozen=True)
@@ -101,21 +104,24 @@ def _freed_and_kept(setup: Setup, profiler: Profiler, budget: float, either: Eit
     freed = estimate(replace(setup, reshard=True) if either.reshard else setup, profiler)
     yield freed
     may_save_s = freed.seconds["exposed state"] + freed.seconds["slowed"]
-    gathers = setup.dp_shard > 1 and setup.pp == 1 and setup.state == "zero3"
-    if not either.reshard or not gathers or may_save_s < _LEAST_GAIN * freed.step_s:
+    gathers = (setup.dp_shard > 1 or setup.solved) and setup.pp == 1 and setup.state == "zero3"
+    if not either.reshard or not gathers or may_save_s < LEAST_GAIN * freed.step_s or freed.peak_bytes > budget:
         return
     found = profiler.profile(setup, replica=False)
-    gathered = found.layers * found.layer("elements") * found.whole["bytes"] / found.whole["elements"]
+    gathered = found.layer("elements") * found.whole["bytes"] / found.whole["elements"]
     at_rest_bytes = sum(size for name, size in freed.bytes.items() if name != "activations and working")
-    if at_rest_bytes + gathered <= budget:
+    backward_bytes = found.whole.get("alive.last layers", 0.0)  # with what a few layers have gathered
+    least = max(at_rest_bytes + found.layers * gathered, backward_bytes + (found.layers - _GATHERED) * gathered)
+    if least <= budget:
         yield estimate(replace(setup, reshard=False), profiler)
 
 
 def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
     """Seconds and bytes that a plan's setup cannot go below.
 
-    Seconds: its replica's step, slowed down by parameters gathered once and gradients reduced behind it. Bytes: its
-    share of the state at rest, and what is alive as forward ends, less gradients and what is gathered again.
+    Seconds: its replica's step, slowed down by parameters gathered once and gradients reduced behind it, less what it
+    would not gather again if it kept parameters. Bytes: its share of the state at rest, and what is alive as forward
+    ends, less gradients and what is gathered again.
     """
     found = profiler.profile(setup, replica=True)
     whole = found.whole
@@ -125,6 +131,10 @@ def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
     spared = found.layers * found.layer("gathered") if setup.gathers_again else 0.0  # parts may be made again
     working_bytes = max(found.layers * found.saved_bytes, forward_bytes) - spared
     micro_s = whole["micro_s"] + _slowed_at_least_s(setup, found, profiler.hardware)
+    if setup.solved:  # its tensor-parallel ranks may gather parameters too
+        waited_s, behind_s = (found.total(f"{kind}.parameter.backward.") for kind in ("exposed", "hidden"))
+        mesh = topology(profiler.hardware, {"dp": setup.data_ranks, "tp": setup.tp})
+        micro_s -= waited_s + max(taken_shares((1,), mesh)) * behind_s
     added_s = (setup.accumulate - 1) * whole["added_s"] / setup.dp_shard
     return setup.accumulate * micro_s + added_s + update_s, at_rest_bytes + working_bytes
 

@@ -243,6 +243,8 @@ def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int =
         ids = torch.randint(min(4, text.vocab_size - 1), text.vocab_size, (batch_size, length), generator=random)
         inputs = {"input_ids": ids}
         if "labels" not in wanted:
+            if "pixel_values" in wanted:
+                raise _ask(model, wanted, f"a {kind} reads images too, and which go with which text is not known")
             if "decoder_input_ids" in wanted:
                 inputs["decoder_input_ids"] = ids.clone()
             return inputs

@@ -37,7 +37,7 @@ BY_HAND = ("ddp", "fsdp", "megatron")
 SIMPLEST_FIRST = (*BY_HAND, "auto")
 _TIE = 1e-3
 """Relative step time within which the simpler plan is taken."""
-_HIDDEN_SHARES = (1.0, 0.3, 0.05)
+HIDDEN_SHARES = (1.0, 0.3, 0.05)
 """What `auto` counts of the time that state gathers and gradient reductions take: all of it, or what often stays
 exposed behind compute, or next to nothing. Each gives a proposal; the schedule judges them."""
 _SOLUTION_S = 15.0
@@ -202,7 +202,7 @@ class Search:
     request: Request
     budget: float
     progress: Progress = lambda stage: None
-    most: int = len(_HIDDEN_SHARES)
+    most: int = len(HIDDEN_SHARES)
     budgeted_s: float = 60.0
     joined: bool = False
     fastest_s: float = math.inf
@@ -275,7 +275,7 @@ class Search:
                 untried.add(pad)
                 continue
             fewer = tuple(p for p in chosen.padding.pads if p != pad)
-            padded += self._tried(name, paddings, fewer, _HIDDEN_SHARES[:1])
+            padded += self._tried(name, paddings, fewer, HIDDEN_SHARES[:1])
             chosen = best([*plain, *padded], self.budget)
         padded = [replace(each, untried=tuple(p for p in each.padding.pads if p in untried)) for each in padded]
         return [*plain, *padded]
@@ -313,7 +313,7 @@ class Search:
             analysis=padding.analysis,
         )
         space = without(replace(space, async_tp=request.async_tp), request.without)
-        shares = shares or _HIDDEN_SHARES[: self.most if name == "auto" else 1]
+        shares = shares or HIDDEN_SHARES[: self.most if name == "auto" else 1]
         unique: dict[tuple[Mode, bool, tuple[int, ...]], Candidate] = {}
         enough_of: set[bool] = set()
         enough = _Enough(self.fastest_s)

@@ -36,6 +36,8 @@ class Setup:
     """Whether zero3 frees gathered parameters after forward and gathers them again for backward."""
     fp8: bool = False
     offload: bool = False
+    solved: bool = False
+    """Whether tensor-parallel ranks do what the solver finds, as plans under `auto` may; else what Megatron-LM does."""
     tp_overlap: bool = False
     """Tensor parallelism's collectives run in parts beside the products they feed (`_hidden_by_parts`)."""
     tp_waits: bool = False

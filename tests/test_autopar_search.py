@@ -94,20 +94,46 @@ def test_bounds_count_what_the_optimizer_keeps(case: str) -> None:
 
 def test_nothing_that_plans_can_do_is_faster(found: SearchResult, profiler: Profiler) -> None:
     """Every mesh, micro-batch and storage by hand, with gathered parameters freed and kept."""
-    best = min(
-        estimate(
+    by_hand = {
+        (solved, tp, micro, freed): estimate(
             Setup(
-                dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=2 * tp // micro, recompute="full", reshard=freed
+                dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=2 * tp // micro, recompute="full", reshard=freed,
+                solved=solved,
             ),
             profiler,
         ).step_s
-        for freed in (True, False)
-        for tp in (1, 2, 4)
-        for micro in (1, 2, 4, 8)
+        for solved, tp, micro, freed in itertools.product((False, True), (1, 2, 4), (1, 2, 4, 8), (True, False))
         if 2 * tp % micro == 0
-    )
-    assert found.best.step_time_s == pytest.approx(best)
+    }  # fmt: skip
+    assert found.best.step_time_s <= min(s for (solved, *_), s in by_hand.items() if not solved) * (1 + 1e-9)
+    assert 0.99 * found.best.step_time_s <= min(by_hand.values())  # what may gain less is not played
     assert not dist.is_initialized()
+
+
+def test_tensor_parallel_ranks_may_do_what_the_solver_finds() -> None:
+    """It splits a long sequence rather than weights, and keeps what it gathered of these: the search finds the step
+    that a plan on that mesh has, which no plan by Megatron-LM's rules reaches."""
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4,
+        vocab_size=4000, max_position_embeddings=16384, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    result = autopar.search(model, 4, "h100", 1, sequence=16384, top=1)
+    ids = torch.zeros(1, 16384, dtype=torch.long)
+    plans = {
+        strategy: autopar.plan(
+            model, {"tp": 4}, {"input_ids": ids, "labels": ids}, hardware="h100", strategy=strategy,
+            options=autopar.Options(optimizer="adamw-master"),
+        )
+        for strategy in ("auto", "megatron")
+    }  # fmt: skip
+    assert result.best.mesh == {"tp": 4}
+    assert result.best.setup.solved
+    assert result.best.step_time_s == pytest.approx(plans["auto"].step_time_s, rel=0.02)
+    assert result.best.step_time_s < 0.9 * plans["megatron"].step_time_s
+    assert " x 4*" in str(result)
+    assert "as the solver found" in str(result)
 
 
 def test_a_ranking_is_sorted_and_says_what_plans_cannot_do(found: SearchResult) -> None:
@@ -208,18 +234,21 @@ def test_counts_that_mean_nothing_are_named(given: dict[str, int], said: str) ->
 
 def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     """Every plan of the search priced by hand: the fastest of each mesh that fits, with gathered parameters freed or
-    kept, activations gathered again where they do not fit, and bounds that are below it."""
+    kept, activations gathered again where they do not fit, and bounds that are below it. What the solver finds for
+    tensor-parallel ranks is played where it may gain 1%."""
     budget = 170 << 20
     options = autopar.Options(memory_budget=budget)
     result = autopar.search(small(), 4, "h100", 4, sequence=512, options=options, top=2)
     fastest: dict[int, float] = {}
     modes: tuple[Mode, ...] = ("pointwise", "widening", "full")
-    for tp, micro, recompute, freed in itertools.product((1, 2, 4), (1, 2, 4), modes, (True, False)):
-        if tp % micro:
+    ways = itertools.product((1, 2, 4), (1, 2, 4), modes, (True, False), (True, False))
+    for tp, micro, recompute, freed, solved in ways:
+        if tp % micro or (solved and tp == 1):
             continue
         plain = Setup(
-            dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=tp // micro, recompute=recompute, reshard=freed
-        )
+            dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=tp // micro, recompute=recompute, reshard=freed,
+            solved=solved,
+        )  # fmt: skip
         fits = estimate(replace(plain, reshard=True), profiler).peak_bytes <= budget
         for setup in (plain, replace(plain, gathers_again=True)):
             played = estimate(setup, profiler)
@@ -231,7 +260,7 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     listed = {c.setup.tp: c.step_time_s for c in result.candidates if not c.priced_only}
     best = dict(sorted(fastest.items(), key=lambda item: item[1])[:2])
     assert len(best) == 2
-    assert {tp: listed[tp] for tp in best} == pytest.approx(best)
+    assert all(best_s * (1 - 1e-9) <= listed[tp] <= best_s / 0.99 for tp, best_s in best.items())
     assert result.played < 18  # setups, each with parameters freed and kept
 
 
@@ -263,8 +292,8 @@ def test_where_no_strategy_fits_a_plan_may(found: SearchResult) -> None:
     """In 32 MiB nothing fits: the note says who else may try; it is left out where something fits."""
     tight = autopar.search(small(), 4, "h100", 8, sequence=512, options=replace(OPTIONS, memory_budget=32 << 20), top=1)
     assert all(candidate.priced_only for candidate in tight.candidates)
-    assert any("under 'auto' splits sequences too" in note for note in tight.notes)
-    assert not any("under 'auto'" in note for note in found.notes)
+    assert any("`autopar.plan` solves within the memory of a GPU" in note for note in tight.notes)
+    assert not any("`autopar.plan`" in note for note in found.notes)
 
 
 def test_micro_batches_divide_an_odd_batch() -> None:
@@ -283,7 +312,7 @@ def test_context_parallelism_without_stages_is_simpler_than_a_pipeline(profiler:
     assert found.context_s == 10.4
     assert found.text[0] == (
         "Context parallelism pays: sequences in 2 parts with tensor parallelism over 2 take 10.40 s a "
-        "step (priced only), and nothing simpler fits."
+        "step (priced only), and no simpler mesh divides 1 sample."
     )
     alone = verdict([priced(10.0, pp=2), priced(10.8, cp=4)], profiler, 4, 1, 1)
     assert alone.answer == "pipeline"

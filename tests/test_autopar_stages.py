@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,18 @@ def test_a_stage_of_many_parts_is_one_line(capfd: pytest.CaptureFixture[str]) ->
             tell(stage)
     told = [line.partition("s] ")[2] for line in capfd.readouterr().err.splitlines()]
     assert told == ["pricing", "playing: 1 x 4 x 1", "drawing"]
+
+
+def test_a_stage_that_takes_long_is_told_again_with_its_time(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autopar.stages._STILL_S", 0.5)
+    with Stages() as tell:
+        tell("compiling")
+        time.sleep(1.5)
+    time.sleep(1.2)
+    told = [line.partition("s] ")[2] for line in capfd.readouterr().err.splitlines()]
+    assert told == ["compiling", "still compiling, 1 s so far"]
 
 
 def test_a_quiet_call_logs_and_prints_nothing(
