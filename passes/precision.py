@@ -65,7 +65,7 @@ class Precision:
         for dtypes in dict.fromkeys(every):
             stored, computed, reduced = map(dtype_text, (dtypes.stored, dtypes.computed, dtypes.reduced))
             found.append(
-                f"mixed precision: parameters, gradients and what the optimizer keeps are {stored}; parameters are "
+                f"mixed precision: parameters and gradients are {stored}, as the optimizer finds them; parameters are "
                 f"gathered and computed with in {computed}, their gradients added over ranks in {reduced}"
             )
             if dtypes.computed.itemsize > dtypes.stored.itemsize:

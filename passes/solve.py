@@ -25,9 +25,9 @@ from passes.linear import cheapest
 from passes.messages import Floats, Messages
 from passes.problem import Problem, Reader, evaluate
 
-_FEW, _FEW_BUDGETED = 8000, 20000
-"""Pairs of states up to which a problem is solved by linear programs: messages would take as long; within a budget
-ten times as long."""
+_FEW, _FEW_BUDGETED = 30000, 20000
+"""Pairs of states up to which a problem is solved by linear programs: messages would take as long or longer, also
+within a budget."""
 _GAP, _LIMIT_S = 1e-4, 120.0
 _WIDE_GAP = 8e-3
 """What is proved where there are more: a share of costs that are themselves known to several percent."""

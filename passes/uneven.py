@@ -86,6 +86,8 @@ def padding_notes(padding: Padding, space: Space, assignment: Sequence[int], unt
     """A line per padded dim: what it is, which axes split it, how much more work it is, and whether there was no time
     to plan without it."""
     words, split = Words(space), _split_atoms(space, assignment)
+    taken = space.program.graph.graph.find_nodes(op="placeholder")
+    names = {node.name: what.name for node, what in zip(taken, space.program.inputs, strict=True)}
     notes = ["keys and values of grouped attention are repeated, so that query heads can be split"]
     notes = notes if padding.repeated_keys else []
     for each in padding.pads:
@@ -94,7 +96,7 @@ def padding_notes(padding: Padding, space: Space, assignment: Sequence[int], unt
         axes = " and ".join(space.topology.axes[axis].name for axis in sorted(split.get(atom, set())))
         over = f" over {axes}" if axes else ", as it is stored"
         notes.append(
-            f"{word or 'a dim of ' + each.node} {each.size} padded to {each.padded}{over}, "
+            f"{word or 'a dim of ' + names.get(each.node, each.node)} {each.size} padded to {each.padded}{over}, "
             f"{100 * (each.padded - each.size) / each.size:.2g}% more work"
             f"{'; there was no time to plan without that' if each in untried else ''}"
         )

@@ -158,6 +158,12 @@ def test_a_model_that_does_not_tell_asks() -> None:
 
     with pytest.raises(ValueError, match=r"example_inputs: .*one data-parallel rank feeds Own.*takes pixels, scale"):
         default_inputs(Own())
+    config = transformers.CLIPConfig(
+        text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
+        vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
+    )
+    with torch.device("meta"), pytest.raises(ValueError, match=r"reads images too, .*takes input_ids, pixel_values"):
+        default_inputs(transformers.CLIPModel(config))
 
 
 def test_a_batch_that_the_batch_axes_do_not_divide_is_refused() -> None:

@@ -15,7 +15,9 @@ from parity import captured, eager, errors, relative
 from random_plans import every_option, random_plan
 from torch import nn
 from torch.nn import functional as F
+from transformers import GPTJConfig, GPTJForCausalLM
 
+import autopar
 from costmodel.hardware import topology
 from costmodel.layout import Replicate, Shard
 from costmodel.presets import hardware
@@ -34,6 +36,17 @@ from passes.strategies import stored_options
 from passes.uneven import uneven_dims
 
 aten = torch.ops.aten
+
+
+def test_a_padded_dim_without_a_word_is_told_by_its_parameter() -> None:
+    """GPT-J's rotary embedding leaves its heads without a name."""
+    config = GPTJConfig(
+        n_embd=32, n_layer=1, n_head=4, rotary_dim=4, vocab_size=60, n_positions=24, use_cache=False,
+    )  # fmt: skip
+    model = GPTJForCausalLM(config)
+    ids = torch.zeros(1, 24, dtype=torch.long)
+    plan = autopar.plan(model, {"tp": 3}, {"input_ids": ids, "labels": ids}, strategy="megatron", hardware="cpu")
+    assert any(note.startswith("a dim of transformer.h.0.attn.k_proj.weight 4 padded to 6") for note in plan.notes)
 
 
 class Small(nn.Module):
