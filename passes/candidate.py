@@ -28,7 +28,6 @@ _CAST_BYTES = 2.0
 in 1 transposed, 4 for both."""
 LEAST_GAIN = 0.01
 """Of a step, that another way of running the same setup may save where it is priced too."""
-
 _GATHERED = 3
 """Layers whose parameters are there at once where they are freed after use, and gathered ahead."""
 
