@@ -47,6 +47,8 @@ class Case:
     mesh: tuple[tuple[str, int], ...]
     compile: bool
     recompute: str = "auto"
+    regather: bool | None = None
+    """Whether activations that tensor parallelism gathers are gathered again for backward; None: as the plan finds."""
 
     @property
     def ranks(self) -> int:
@@ -115,7 +117,9 @@ def rank_main(case: Case, folder: Path) -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", tuple(s for _, s in case.mesh), mesh_dim_names=tuple(n for n, _ in case.mesh))
     model, inputs = model_of(case.model)
-    options = autopar.Options(compile=case.compile, recompute=case.recompute)  # type: ignore[arg-type]
+    options = autopar.Options(
+        compile=case.compile, recompute=case.recompute, regather_activations=case.regather,  # type: ignore[arg-type]
+    )  # fmt: skip
     plan = autopar.plan(model, mesh, inputs, strategy=case.strategy, options=options)
     parallel = autopar.apply(model, plan, mesh)
     del model
@@ -170,7 +174,8 @@ def run(case: Case) -> Measured:
 
 
 def cases() -> list[Case]:
-    """Models under strategies, uncompiled and compiled; each way to recompute on one of them."""
+    """Models under strategies, uncompiled and compiled; each way to recompute, and activations gathered again for
+    backward, on one of them."""
     dp, tp, both = (("dp", 2),), (("tp", 2),), (("dp", 2), ("tp", 2))
     meshes = {"ddp": dp, "fsdp": dp, "megatron": tp, "auto": both}
     every = [
@@ -179,7 +184,11 @@ def cases() -> list[Case]:
         for compile in (False, True)
         for strategy, mesh in meshes.items()
     ]
-    return every + [Case("llama", "fsdp", dp, False, mode) for mode in ("none", "selective", "widening", "full")]
+    every += [Case("llama", "fsdp", dp, False, mode) for mode in ("none", "selective", "widening", "full")]
+    again = (("auto", True), ("full", None), ("full", True))
+    return every + [
+        Case("llama", "megatron", tp, compile, mode, regather) for compile in (False, True) for mode, regather in again
+    ]
 
 
 def row(case: Case, found: Measured) -> list[str]:
@@ -188,7 +197,8 @@ def row(case: Case, found: Measured) -> list[str]:
     chosen = case.strategy if case.strategy == found.strategy else f"{case.strategy} ({found.strategy})"
     error = found.predicted / found.peak - 1
     return [
-        case.model, chosen, mesh, "compiled" if case.compile else "uncompiled", found.recompute,
+        case.model, chosen, mesh, "compiled" if case.compile else "uncompiled",
+        f"{found.recompute}{', gathered again' if case.regather else ''}",
         f"{found.peak / 2**20:.0f}", f"{found.predicted / 2**20:.0f}", f"{error:+.1%}", found.moment,
     ]  # fmt: skip
 
@@ -226,7 +236,8 @@ def main() -> None:
         rank_main(Case(**{**given, "mesh": tuple(map(tuple, given["mesh"]))}), options.folder)
         return
     for case in cases():
-        words = {case.model, case.strategy, "compiled" if case.compile else "uncompiled", f"recompute={case.recompute}"}
+        words = {case.model, case.strategy, "compiled" if case.compile else "uncompiled", f"recompute={case.recompute}",
+                 f"regather={case.regather}"}  # fmt: skip
         if not set(options.only) <= words:
             continue
         start = time.monotonic()
