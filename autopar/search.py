@@ -299,11 +299,12 @@ class _State:
         machine = self.profiler.hardware
         plans, priced = list(self.plans(self.gpus)), list(self.formulas())
         widest = max(self.widths(self.gpus))
+        undivided = (
+            f"divides a global batch of {self.batch}: with tensor parallelism of up to {widest} it is split over "
+            f"{self.gpus // widest} ranks or more"
+        )
         if not plans and not priced:
-            raise ValueError(
-                f"no mesh of {self.gpus} GPUs divides a global batch of {self.batch}: with tensor parallelism of up to "
-                f"{widest} it is split over {self.gpus // widest} ranks or more; use a multiple of that"
-            )
+            raise ValueError(f"no mesh of {self.gpus} GPUs {undivided}; use a multiple of that")
         self.progress(f"pricing {len(priced)} setups by formula")
         others = [self.candidate(estimate(setup, self.profiler)) for setup in priced]
         found, unplayed, bound_s = self.play(plans, others)
@@ -321,10 +322,7 @@ class _State:
         if given := [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]:
             self.notes.append(f"not priced: {', '.join(given)}; what `options` gives hands them on to a plan")
         if not plans:
-            self.notes.append(
-                f"no mesh of plans divides a global batch of {self.batch}: with tensor parallelism of up to {widest} "
-                f"it is split over {self.gpus // widest} ranks or more"
-            )
+            self.notes.append(f"no mesh of plans {undivided}")
         elif not any(c.fits for c in found):
             self.notes.append(
                 "what plans' ranks do was solved for the least time; `autopar.plan` solves within the memory of a GPU, "
@@ -498,7 +496,8 @@ class _State:
             for each in self.played(setup):
                 found.append(each)
                 note(each)
-                fits.update([setup] if each.fits else [])
+                if each.fits:
+                    fits.add(setup)
         for candidate in others:
             if not candidate.fits:
                 note(candidate)

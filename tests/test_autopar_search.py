@@ -29,10 +29,12 @@ from passes.recompute import Mode
 from passes.setup import Setup, State
 
 
-def llama(hidden: int, layers: int, heads: int, ffn: int, vocab: int = 32000) -> nn.Module:
+def llama(
+    hidden: int, layers: int, heads: int, ffn: int, vocab: int = 32000, *, kv_heads: int | None = None, most: int = 4096
+) -> nn.Module:
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        vocab_size=vocab, max_position_embeddings=4096, use_cache=False,
+        num_key_value_heads=kv_heads, vocab_size=vocab, max_position_embeddings=most, use_cache=False,
     )  # fmt: skip
     with torch.device("meta"):
         return LlamaForCausalLM(config).to(torch.bfloat16)
@@ -113,12 +115,7 @@ def test_nothing_that_plans_can_do_is_faster(found: SearchResult, profiler: Prof
 def test_tensor_parallel_ranks_may_do_what_the_solver_finds() -> None:
     """It splits a long sequence rather than weights, and keeps what it gathered of these: the search finds the step
     that a plan on that mesh has, which no plan by Megatron-LM's rules reaches."""
-    config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4,
-        vocab_size=4000, max_position_embeddings=16384, use_cache=False,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = llama(1024, 8, 16, 2048, 4000, kv_heads=4, most=16384)
     result = autopar.search(model, 4, "h100", 1, sequence=16384, top=1)
     ids = torch.zeros(1, 16384, dtype=torch.long)
     plans = {
