@@ -10,6 +10,9 @@ from typing import Any, Literal
 from passes.bisect import Divergence
 from passes.tables import text_table
 
+_ROUNDINGS = 10
+"""How many times what one rounding of each parameter makes of a step may be what those of all its ops make."""
+
 Kind = Literal["output", "gradient", "parameter", "buffer"]
 
 _TITLES: dict[Kind, str] = {
@@ -80,6 +83,9 @@ class Parity:
     """What ended the simulation early."""
     captured_error: float | None = None
     """Where the check failed: the worst error of the captured graph on one device against the unmodified model."""
+    rounding_error: float | None = None
+    """Where the check failed: the worst error of the unmodified model against itself, with each parameter moved by a
+    rounding."""
     notes: tuple[str, ...] = ()
     without_randomness: Parity | None = None
     """The same check in eval mode, against the unmodified model, where the step draws random numbers."""
@@ -89,6 +95,13 @@ class Parity:
         """Whether every tensor is as near as it has to be."""
         own = bool(self.tensors) and not self.failure and all(tensor.ok for tensor in self.tensors)
         return own and (self.without_randomness is None or self.without_randomness.ok)
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the check failed by no more than rounding may make of the unmodified model itself."""
+        worst = max((tensor.error for tensor in self.tensors), default=math.inf)
+        moved = self.rounding_error or 0.0
+        return not self.ok and math.isfinite(worst) and worst <= _ROUNDINGS * moved
 
     @property
     def ranks(self) -> int:
@@ -159,6 +172,11 @@ def parity_text(parity: Parity, width: int = 100) -> str:
     if parity.captured_error is not None:
         told = f"the captured graph on one device is off by {parity.captured_error:.1e} from the unmodified model"
         lines += _wrapped([("capture", told)], width)
+    if parity.rounding_error is not None:
+        told = f"moving every parameter by one moves the unmodified model itself by {parity.rounding_error:.1e}"
+        if parity.is_rounding:
+            told += ": what differs may be rounding alone, which this model makes that large"
+        lines += _wrapped([("rounding", told)], width)
     if parity.notes:
         lines += ["", *(line for note in parity.notes for line in _wrapped([("note", note)], width))]
     if parity.without_randomness is not None:

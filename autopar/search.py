@@ -226,7 +226,7 @@ def search(
         raise ValueError(f"{type(model).__name__} has no parameters, so there is nothing to train")
     machine = hardware_of(hardware)
     _check(gpus, global_batch, sequence, top, machine)
-    length = sequence or _sequence_of(model, example_inputs)
+    length = sequence or sequence_of(model, example_inputs)
     if example_inputs is not None:
         args, kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
         if (samples := global_inputs(args, kwargs, 1).batch_size) != 1:
@@ -269,7 +269,7 @@ def _check(gpus: int, global_batch: int, sequence: int | None, top: int, machine
         raise ValueError(f"{gpus} GPUs fill no whole number of nodes of {node}; use {low} or {low + node}")
 
 
-def _sequence_of(model: nn.Module, example_inputs: Any) -> int | None:
+def sequence_of(model: nn.Module, example_inputs: Any) -> int | None:
     """Tokens of a sample: the length of the first input of token ids; None where there is none, as for images."""
     args, kwargs = examples.call_of(model, example_inputs)
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim() == 2]
@@ -454,6 +454,9 @@ class _State:
         self.progress(f"bounding {len(plans)} plans")
         bounded = [(lower_bound(with_least_memory(setup, self.either), self.profiler), setup) for setup in plans]
         by_hand_s = {setup: seconds for (seconds, _), setup in bounded if not setup.solved}
+        least_s = {setup: (1 - LEAST_GAIN) * seconds for setup, seconds in by_hand_s.items()}
+        gains_little = {setup for (seconds, _), setup in bounded if setup.solved and seconds > least_s[_by_hand(setup)]}
+        """Those whose tensor-parallel ranks take hardly less by what the solver finds than by hand."""
         fits: set[Setup] = set()
         """What was played and fits."""
         fastest: dict[Setup, float] = {}
@@ -470,21 +473,16 @@ class _State:
         tried = {True: 0, False: 0}
         """Whether state alone is sharded -> how many were played until one fits: the verdict asks for one of each."""
 
-        def gains_little(setup: Setup, seconds: float) -> bool:
-            """Whether what the solver finds for tensor-parallel ranks takes hardly less than what they do by hand."""
-            return setup.solved and seconds > (1 - LEAST_GAIN) * by_hand_s[replace(setup, solved=False)]
-
         def turn(index: int) -> tuple[float, int]:
             """When a setup's turn comes: where the solver gains little, after the one by hand."""
             (seconds, _), setup = bounded[index]
-            late = gains_little(setup, seconds)
-            return (max(seconds, by_hand_s[replace(setup, solved=False)]) if late else seconds), index
+            return (max(seconds, by_hand_s[_by_hand(setup)]) if setup in gains_little else seconds), index
 
         for index in sorted((i for i, ((_, size), _) in enumerate(bounded) if size <= self.budget), key=turn):
             (seconds, _), setup = bounded[index]
             if seconds >= fastest.get(_parallelism(setup), math.inf):
                 continue  # its mesh is listed with what was played
-            if gains_little(setup, seconds) and replace(setup, solved=False) in fits:
+            if setup in gains_little and _by_hand(setup) in fits:
                 continue
             alone = setup.tp == 1
             known = tried[alone] >= _TRIED or any((c.setup.tp == 1) == alone and c.fits for c in found)
@@ -518,6 +516,11 @@ class _State:
             f"{setup.accumulate}, recompute {setup.recompute}"
         )
         yield from map(self.candidate, ways_of(setup, self.profiler, self.budget, self.either))
+
+
+def _by_hand(setup: Setup) -> Setup:
+    """The setup whose tensor-parallel ranks do what they would by hand."""
+    return replace(setup, solved=False)
 
 
 def _states_text(spec: OptimizerSpec) -> str:

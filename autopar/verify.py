@@ -174,6 +174,7 @@ class _Check:
             failure = str(error)
         failed = bool(failure) or any(not tensor.ok for tensor in tensors)
         divergence, captured_error = self._explained(local, values, reference, random) if failed else (None, None)
+        rounding_error = self._moved_by_rounding(program, values, reference) if failed and not random else None
         without = self._without_randomness(plan) if random and model.training else None
         return Parity(
             model=type(model).__name__,
@@ -194,6 +195,7 @@ class _Check:
             divergence=divergence,
             failure=failure,
             captured_error=captured_error,
+            rounding_error=rounding_error,
             notes=(*_doubts(reference), *notes, *program.notes),
             without_randomness=without,
         )
@@ -251,6 +253,24 @@ class _Check:
         alone = _on_one_device(local.program, values)
         tensors, _ = compare(alone, reference, values.parameters, self.tolerances, low)
         return found, max((tensor.error for tensor in tensors), default=0.0)
+
+    def _moved_by_rounding(self, program: Program, values: _Values, reference: StepValues) -> float:
+        """How far the reference moves where each of its parameters is moved by a rounding, up or down."""
+        self.progress("moving the reference by a rounding")
+        low = _is_low(program, self.autocast)
+        random = torch.Generator().manual_seed(self.options.seed)
+        before = [(parameter, parameter.detach().clone()) for parameter in self.model.parameters()]
+        try:
+            with torch.no_grad():
+                for parameter, _ in before:
+                    signs = torch.randint(0, 2, parameter.shape, generator=random) * 2 - 1
+                    parameter.add_((parameter * signs * _eps(low)).to(parameter.dtype))
+            moved = self._reference(program, values, random=False)
+        finally:
+            for parameter, old in before:
+                parameter.data.copy_(old)
+        tensors, _ = compare(moved, reference, values.parameters, self.tolerances, low)
+        return max((tensor.error for tensor in tensors), default=0.0)
 
     def _without_randomness(self, plan: Plan) -> Parity:
         self.progress("again in eval mode")
@@ -431,6 +451,11 @@ def _is_low(program: Program, autocast: torch.dtype | None) -> bool:
     return autocast in _LOW or any(node.meta["val"].dtype in _LOW for node, what in given if what.kind == "parameter")
 
 
+def _eps(low: bool) -> float:
+    """A rounding, relative; `low`: in half precision."""
+    return 2.0**-8 if low else 2.0**-23
+
+
 def _limits(tolerances: Tolerances, low: bool) -> tuple[float, float]:
     """(of scalar outputs, of all other tensors)."""
     loss, gradient = (2e-2, 5e-2) if low else (1e-5, 1e-4)
@@ -445,7 +470,6 @@ def compare(
 ) -> tuple[tuple[TensorError, ...], str]:
     """Every tensor's error, and what the optimizer's step was; `low`: where half precision rounded."""
     of_loss, of_rest = _limits(tolerances, low)
-    eps = 2.0**-8 if low else 2.0**-23
     total = math.sqrt(sum(float(g.double().square().sum()) for g in wanted.gradients.values()))
     errors = []
     for name, value in found.outputs.items():
@@ -453,7 +477,7 @@ def compare(
         errors.append(_error("output", name, value, wanted.outputs.get(name), limit))
     for name in dict.fromkeys([*wanted.gradients, *found.gradients]):
         pair = found.gradients.get(name), wanted.gradients.get(name)
-        errors.append(_error("gradient", name, *pair, of_rest, floor=eps * total / of_rest if of_rest else 0.0))
+        errors.append(_error("gradient", name, *pair, of_rest, floor=_eps(low) * total / of_rest if of_rest else 0.0))
     for name in dict.fromkeys([*wanted.buffers, *found.buffers]):
         errors.append(_error("buffer", name, found.buffers.get(name), wanted.buffers.get(name), of_rest))
     trained = {n: p for n, p in parameters.items() if n in wanted.gradients and n in found.gradients}

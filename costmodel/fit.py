@@ -17,6 +17,9 @@ from costmodel.hardware import Device, Hardware, Link, topology
 from costmodel.presets import hardware, preset_of
 from costmodel.samples import AttentionSample, CollectiveSample, MatmulSample, MemorySample, Samples
 
+LEAST_SHARE = 0.01
+"""Of the longest sample's time: a slope that explains less of it is noise."""
+
 
 def fit(samples: Samples, base: Hardware | None = None) -> Hardware:
     """The hardware that explains `samples` best; what was not measured is taken from `base`.
@@ -167,7 +170,11 @@ def _kept_busy(collectives: Sequence[CollectiveSample], samples: Samples) -> flo
 
 
 def _fit_collective(samples: Sequence[CollectiveSample]) -> tuple[float, float, float]:
-    """(base_s, hop_s, bytes_per_s) of the least relative error."""
+    """(base_s, hop_s, bytes_per_s) of the least relative error.
+
+    Where the time hardly grows with the size, noise alone makes the slope: the rate is then the highest one seen, a
+    bound from below.
+    """
     several = len({sample.ranks for sample in samples}) > 1
     columns = [
         (
@@ -178,8 +185,9 @@ def _fit_collective(samples: Sequence[CollectiveSample]) -> tuple[float, float, 
         for sample in samples
     ]
     base_s, hop_s, per_byte = _non_negative(columns, [sample.seconds for sample in samples])
-    slowest = max(wire_bytes(sample.kind, sample.bytes, sample.ranks) / sample.seconds for sample in samples)
-    return base_s, hop_s, 1 / per_byte if per_byte > 0 else slowest
+    wires = [wire for _, _, wire in columns]
+    told = per_byte * max(wires) > LEAST_SHARE * max(sample.seconds for sample in samples)
+    return base_s, hop_s, 1 / per_byte if told else max(w / s.seconds for w, s in zip(wires, samples, strict=True))
 
 
 def _non_negative(columns: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:

@@ -315,11 +315,11 @@ class Search:
         space = without(replace(space, async_tp=request.async_tp), request.without)
         shares = shares or HIDDEN_SHARES[: self.most if name == "auto" else 1]
         unique: dict[tuple[Mode, bool, tuple[int, ...]], Candidate] = {}
-        enough_of: set[bool] = set()
+        regathering_suffices = False
         enough = _Enough(self.fastest_s)
         end_s = time.process_time() + self.budgeted_s
         for mode, regather in itertools.product(modes, either):
-            if regather in enough_of:
+            if regather and regathering_suffices:
                 continue
             recomputed = space.recomputed
             if mode != recomputed.mode:
@@ -336,8 +336,7 @@ class Search:
                 unique.setdefault((mode, regather, candidate.assignment), candidate)
             if unbound and regather == either[0]:
                 break  # nothing that takes less memory is needed
-            if unbound:
-                enough_of.add(regather)
+            regathering_suffices = regathering_suffices or unbound
         return list(unique.values())
 
     def _fitting(self, posed: _Posed, share: float, enough: _Enough) -> Candidate | None:

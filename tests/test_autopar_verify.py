@@ -231,6 +231,7 @@ def test_a_dropped_reduction_is_named_with_its_line(monkeypatch: pytest.MonkeyPa
     assert found.divergence.source in str(found)
     assert found.captured_error is not None
     assert found.captured_error < 1e-5
+    assert not found.is_rounding
 
 
 def test_gradients_that_are_not_averaged_over_ranks_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +272,34 @@ def test_a_wrong_captured_graph_is_told_apart(monkeypatch: pytest.MonkeyPatch) -
     assert found.divergence is None
     assert found.captured_error is not None
     assert found.captured_error > 1e-4
+    assert not found.is_rounding
+
+
+def test_a_model_that_blows_up_roundings_is_told_apart() -> None:
+    """Forty steps of a logistic map blow an error up a millionfold, and ranks add up a batch's mean in another order."""
+
+    class Chaotic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.up(x)
+            x = (x - x.mean(0)).sigmoid()
+            for _ in range(40):
+                x = 3.9 * x * (1 - x)
+            return x.mean()
+
+    torch.manual_seed(0)
+    model = Chaotic()
+    before = copy.deepcopy(model.state_dict())
+    found = verify(model, {"dp": 2}, (torch.randn(32, 16),), strategy="ddp", hardware="h100")
+    assert not found.ok
+    assert found.rounding_error is not None
+    assert found.rounding_error > 1e-3
+    assert found.is_rounding
+    assert "may be rounding alone" in " ".join(str(found).split())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

@@ -87,6 +87,13 @@ def test_fit_explains_its_samples() -> None:
         assert max(map(abs, values)) < (0.15 if kind == "matmul" else 0.03), kind
 
 
+def test_a_time_that_hardly_grows_with_size_tells_no_rate() -> None:
+    """On a busy machine all sizes take about as long; a slope through the noise once was 2e12 bytes/s."""
+    sizes = (4096, 1 << 18, 1 << 22, 1 << 24)
+    flat = tuple(CollectiveSample("all_gather", 2, n, False, 50e-3 * (1 + n / 2e12), 1e-3) for n in sizes)
+    assert 1.6e8 < fit(replace(invented(), collectives=flat)).intra_node.measured["all_gather"][2] / 4 < 1.7e8
+
+
 def test_a_rank_of_a_smaller_group_gets_a_larger_share() -> None:
     fitted = fit(invented())
     two, four = (topology(fitted, {"x": ranks}).device for ranks in (2, 4))

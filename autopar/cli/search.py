@@ -22,7 +22,7 @@ from autopar.cli.compiling import Progress, planned
 from autopar.cli.terminal import clean_output, progress
 from autopar.model_argument import Wanted, load_model
 from autopar.options import Options
-from autopar.search import SearchResult, search
+from autopar.search import SearchResult, search, sequence_of
 from passes.inputs import global_inputs, one_sample
 
 HELP = "rank mesh shapes by predicted step time and memory"
@@ -54,8 +54,7 @@ def run(given: argparse.Namespace) -> int:
         named = load_model(given.model, Wanted(sequence=given.seq))
         sample = one_sample(*examples.call_of(named.model, named.inputs))
         told = ":" not in given.model
-        first = next(iter(named.inputs.values())) if told else None
-        length = int(first.shape[1]) if first is not None and not first.is_floating_point() else None
+        length = sequence_of(named.model, named.inputs) if told else None
         found = search(
             named.model, given.gpus, given.hardware, given.global_batch, None if told else sample[0] or sample[1],
             sequence=length, options=options, top=given.top, progress=tell,
