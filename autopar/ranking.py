@@ -51,7 +51,7 @@ def ranking_text(result: SearchResult, name: str | None, top: int) -> str:
         table,
         "",
         *_columns(result, top),
-        f"{result.counted} candidates were priced, {result.played} of their schedules played; {rest}",
+        f"{result.counted} candidates were considered, schedules of {result.played} played; {rest}",
         *(f"- {note}" for note in result.notes),
     ]
     return "\n".join(line if line is table else _filled(line) for line in lines)

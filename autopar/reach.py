@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.leads import is_enough
-from passes.candidate import Either, Profiler, lower_bound, ways_of
+from autopar.waiting import Waiting
+from passes.candidate import Either, Profiler, is_settled, lower_bound, ways_of
 from passes.setup import Setup
 
 
@@ -94,15 +95,18 @@ def times_of(
     states: Iterable[Setup], others: Iterable[Setup], profiler: Profiler, budget: int, *, either: Either
 ) -> Times:
     """Of plans that shard the state alone, and of other setups, on one number of GPUs."""
-    bounded = sorted((lower_bound(setup, profiler), i, setup) for i, setup in enumerate(states))
+    waiting = Waiting(states, lambda setup: lower_bound(setup, profiler), budget)
     likely: dict[int, int] = defaultdict(int)
     state_s = math.inf
-    for (least_s, size), _, setup in bounded:
+    for least_s, setup in waiting:
         if least_s >= state_s:
             break
-        if size <= budget and likely[setup.dp_shard] < _PLAYED:
+        if likely[setup.dp_shard] < _PLAYED:
             likely[setup.dp_shard] += 1
-            state_s = min([state_s, *_steps_s([setup], profiler, budget, either)])
+            ways = list(ways_of(setup, profiler, budget, either))
+            state_s = min([state_s, *(each.step_s for each in ways if each.peak_bytes <= budget)])
+            if not is_settled(ways, profiler, budget, either):
+                waiting.ask_for_more(setup)
     others = list(others)
     plain = _steps_s((each for each in others if each.pp == 1), profiler, budget, either)
     staged = _steps_s((each for each in others if each.pp > 1), profiler, budget, either)

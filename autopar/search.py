@@ -29,10 +29,11 @@ from autopar.ranking import NEAREST, gathered_words, ranking_table, ranking_text
 from autopar.reach import Times, on, times_of
 from autopar.unwrapped import check_unwrapped
 from autopar.verdict import Verdict, verdict
+from autopar.waiting import Waiting, least_recomputed
 from costmodel.hardware import Hardware, topology
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
 from costmodel.presets import hardware as hardware_of
-from passes.candidate import LEAST_GAIN, Either, Estimate, estimate, lower_bound, ways_of, with_least_memory
+from passes.candidate import LEAST_GAIN, Either, Estimate, estimate, is_settled, lower_bound, ways_of, with_least_memory
 from passes.collector import settled
 from passes.errors import NoFeasiblePlanError
 from passes.inputs import default_inputs, global_inputs
@@ -306,7 +307,7 @@ class _State:
         if not plans and not priced:
             raise ValueError(f"no mesh of {self.gpus} GPUs {undivided}; use a multiple of that")
         self.progress(f"pricing {len(priced)} setups by formula")
-        others = [self.candidate(estimate(setup, self.profiler)) for setup in priced]
+        others = list(self.priced(priced))
         found, unplayed, bound_s = self.play(plans, others)
         everything = [*found, *others]
         self.progress("pricing fp8 and offload")
@@ -452,37 +453,31 @@ class _State:
     def play(self, plans: Sequence[Setup], others: Sequence[Candidate]) -> tuple[list[Candidate], int, float]:
         """Plans that can be listed beside `others`, played; how many were not, and what those take at least."""
         self.progress(f"bounding {len(plans)} plans")
-        bounded = [(lower_bound(with_least_memory(setup, self.either), self.profiler), setup) for setup in plans]
-        by_hand_s = {setup: seconds for (seconds, _), setup in bounded if not setup.solved}
-        least_s = {setup: (1 - LEAST_GAIN) * seconds for setup, seconds in by_hand_s.items()}
-        gains_little = {setup for (seconds, _), setup in bounded if setup.solved and seconds > least_s[_by_hand(setup)]}
-        """Those whose tensor-parallel ranks take hardly less by what the solver finds than by hand."""
         fits: set[Setup] = set()
         """What was played and fits."""
         fastest: dict[Setup, float] = {}
         nearest: dict[Setup, int] = {}
+        found: list[Candidate] = []
 
         def note(candidate: Candidate) -> None:
             kind, best = _parallelism(candidate.setup), fastest if candidate.fits else nearest
             value = candidate.step_time_s if candidate.fits else candidate.over_bytes
             best[kind] = min(best.get(kind, math.inf), value)  # type: ignore[assignment]
 
-        found: list[Candidate] = []
-        unplayed = len(plans)
+        def turn(setup: Setup) -> float:
+            """When a setup's turn comes: where the solver gains little, after the one by hand."""
+            seconds, _ = self.bound(setup)
+            return max(seconds, self.bound(_by_hand(setup))[0]) if self.gains_little(setup) else seconds
+
         reached = math.inf
         tried = {True: 0, False: 0}
         """Whether state alone is sharded -> how many were played until one fits: the verdict asks for one of each."""
-
-        def turn(index: int) -> tuple[float, int]:
-            """When a setup's turn comes: where the solver gains little, after the one by hand."""
-            (seconds, _), setup = bounded[index]
-            return (max(seconds, by_hand_s[_by_hand(setup)]) if setup in gains_little else seconds), index
-
-        for index in sorted((i for i, ((_, size), _) in enumerate(bounded) if size <= self.budget), key=turn):
-            (seconds, _), setup = bounded[index]
+        asked = 0
+        waiting = Waiting(plans, self.bound, self.budget, turn)
+        for seconds, setup in waiting:
             if seconds >= fastest.get(_parallelism(setup), math.inf):
                 continue  # its mesh is listed with what was played
-            if setup in gains_little and _by_hand(setup) in fits:
+            if _by_hand(setup) in fits and self.gains_little(setup):
                 continue
             alone = setup.tp == 1
             known = tried[alone] >= _TRIED or any((c.setup.tp == 1) == alone and c.fits for c in found)
@@ -490,32 +485,52 @@ class _State:
                 reached = min(reached, seconds)
                 continue
             tried[alone] += 1
-            unplayed -= 1
-            for each in self.played(setup):
+            asked += 1
+            ways = self.played(setup)
+            for each in map(self.candidate, ways):
                 found.append(each)
                 note(each)
                 if each.fits:
                     fits.add(setup)
+            if not is_settled(ways, self.profiler, self.budget, self.either):
+                waiting.ask_for_more(setup)
         for candidate in others:
             if not candidate.fits:
                 note(candidate)
-        large = sorted((size - self.budget, i) for i, ((_, size), _) in enumerate(bounded) if size > self.budget)
-        for over, index in large:
-            setup = bounded[index][1]
+        for over, _, setup in sorted(waiting.too_large, key=lambda each: each[:2]):
             nearer = sum(each <= over for each in nearest.values())
             if nearer < NEAREST and over < nearest.get(_parallelism(setup), math.inf):
-                unplayed -= 1
+                asked += 1
                 found.append(self.candidate(estimate(with_least_memory(setup, self.either), self.profiler)))
                 note(found[-1])
-        return found, unplayed, reached
+        return found, len(plans) - asked, reached
 
-    def played(self, setup: Setup) -> Iterator[Candidate]:
+    def bound(self, setup: Setup) -> tuple[float, float]:
+        """Seconds and bytes that a plan's setup cannot go below."""
+        return lower_bound(with_least_memory(setup, self.either), self.profiler)
+
+    def gains_little(self, setup: Setup) -> bool:
+        """Whether what the solver finds for tensor-parallel ranks takes hardly less than what they do by hand."""
+        return setup.solved and self.bound(setup)[0] > (1 - LEAST_GAIN) * self.bound(_by_hand(setup))[0]
+
+    def priced(self, setups: Iterable[Setup]) -> Iterator[Candidate]:
+        """By formula; of what differs in what is computed again alone, no more than the first that fits."""
+        fits: set[Setup] = set()
+        for setup in setups:
+            if (kind := least_recomputed(setup)) in fits:
+                continue
+            found = self.candidate(estimate(setup, self.profiler))
+            if found.fits:
+                fits.add(kind)
+            yield found
+
+    def played(self, setup: Setup) -> list[Estimate]:
         """A plan's setup, with gathered parameters and activations freed, kept or either, as was asked."""
         self.progress(
             f"playing: {setup.dp_replicate} x {setup.dp_shard} x {setup.tp}, micro-batches {setup.micro_batch} x "
             f"{setup.accumulate}, recompute {setup.recompute}"
         )
-        yield from map(self.candidate, ways_of(setup, self.profiler, self.budget, self.either))
+        return list(ways_of(setup, self.profiler, self.budget, self.either))
 
 
 def _by_hand(setup: Setup) -> Setup:

@@ -10,7 +10,7 @@ top of a played replica, and says so in `priced_only`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -87,6 +87,18 @@ def ways_of(setup: Setup, profiler: Profiler, budget: float, either: Either) -> 
         yield from _freed_and_kept(replace(setup, gathers_again=True), profiler, budget, either)
 
 
+def is_settled(ways: Sequence[Estimate], profiler: Profiler, budget: float, either: Either) -> bool:
+    """Whether to compute more again would make none of a setup's `ways` faster: what it is fits with all that is
+    gathered as it came, or keeping gathered parameters too pays nothing, or fits beside no activations."""
+    freed = ways[0]
+    if freed.peak_bytes > budget:
+        return False
+    if not _may_keep(freed, either):
+        return True
+    kept = [way for way in ways if not way.setup.reshard and not (way.setup.gathers_again > freed.setup.gathers_again)]
+    return any(way.peak_bytes <= budget for way in kept) or _kept_bytes(freed, profiler) > budget
+
+
 def with_least_memory(setup: Setup, either: Either) -> Setup:
     """`setup` with activations gathered again, where a plan may do that."""
     return replace(setup, gathers_again=True) if _may_regather(setup, either) else setup
@@ -102,17 +114,33 @@ def _freed_and_kept(setup: Setup, profiler: Profiler, budget: float, either: Eit
     that can fit and pay: it saves no more than the step waits for state and is slowed down by what is sent."""
     freed = estimate(replace(setup, reshard=True) if either.reshard else setup, profiler)
     yield freed
-    may_save_s = freed.seconds["exposed state"] + freed.seconds["slowed"]
-    gathers = (setup.dp_shard > 1 or setup.solved) and setup.pp == 1 and setup.state == "zero3"
-    if not either.reshard or not gathers or may_save_s < LEAST_GAIN * freed.step_s or freed.peak_bytes > budget:
+    if not _may_keep(freed, either) or freed.peak_bytes > budget:
         return
-    found = profiler.profile(setup, replica=False)
-    gathered = found.layer("elements") * found.whole["bytes"] / found.whole["elements"]
-    at_rest_bytes = sum(size for name, size in freed.bytes.items() if name != "activations and working")
+    found = profiler.profile(freed.setup, replica=False)
     backward_bytes = found.whole.get("alive.last layers", 0.0)  # with what a few layers have gathered
-    least = max(at_rest_bytes + found.layers * gathered, backward_bytes + (found.layers - _GATHERED) * gathered)
-    if least <= budget:
+    rest = (found.layers - _GATHERED) * _gathered_bytes(found)
+    if max(_kept_bytes(freed, profiler), backward_bytes + rest) <= budget:
         yield estimate(replace(setup, reshard=False), profiler)
+
+
+def _may_keep(freed: Estimate, either: Either) -> bool:
+    """Whether keeping gathered parameters may pay: at most what the step waits for state and is slowed down by it."""
+    setup = freed.setup
+    gathers = (setup.dp_shard > 1 or setup.solved) and setup.pp == 1 and setup.state == "zero3"
+    may_save_s = freed.seconds["exposed state"] + freed.seconds["slowed"]
+    return either.reshard and gathers and may_save_s >= LEAST_GAIN * freed.step_s
+
+
+def _kept_bytes(freed: Estimate, profiler: Profiler) -> float:
+    """What is at rest, and every layer's parameters as gathered."""
+    found = profiler.profile(freed.setup, replica=False)
+    at_rest_bytes = sum(size for name, size in freed.bytes.items() if name != "activations and working")
+    return at_rest_bytes + found.layers * _gathered_bytes(found)
+
+
+def _gathered_bytes(found: Profile) -> float:
+    """A layer's parameters as gathered."""
+    return found.layer("elements") * found.whole["bytes"] / found.whole["elements"]
 
 
 def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:

@@ -181,7 +181,7 @@ def test_what_does_not_fit_says_by_how_much() -> None:
 
 
 def test_ranks_of_one_host_share_its_memory() -> None:
-    """On as much as one rank takes alone, four do not fit; on more, all that is said to fit does, four times."""
+    """On as much as one rank takes alone, four do not fit; on more, all that is said to fit does on each."""
     machine = hardware("cpu")
 
     def searched(ranks: int, memory_bytes: int) -> SearchResult:
@@ -190,9 +190,10 @@ def test_ranks_of_one_host_share_its_memory() -> None:
 
     alone = searched(1, 1 << 40).best.peak_memory_bytes
     assert not searched(4, alone).candidates
-    found = searched(4, 4 * alone)
+    found = searched(2, 2 * alone)
     assert found.budget_bytes == alone
-    assert all(4 * candidate.peak_memory_bytes <= 4 * alone for candidate in found.candidates)
+    assert found.candidates
+    assert all(candidate.peak_memory_bytes <= alone for candidate in found.candidates)
 
 
 @pytest.mark.parametrize(
@@ -233,17 +234,17 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     """Every plan of the search priced by hand: the fastest of each mesh that fits, with gathered parameters freed or
     kept, activations gathered again where they do not fit, and bounds that are below it. What the solver finds for
     tensor-parallel ranks is played where it may gain 1%."""
-    budget = 170 << 20
+    budget = 300 << 20
     options = autopar.Options(memory_budget=budget)
-    result = autopar.search(small(), 4, "h100", 4, sequence=512, options=options, top=2)
+    result = autopar.search(small(), 2, "h100", 2, sequence=512, options=options, top=2)
     fastest: dict[int, float] = {}
     modes: tuple[Mode, ...] = ("pointwise", "widening", "full")
-    ways = itertools.product((1, 2, 4), (1, 2, 4), modes, (True, False), (True, False))
+    ways = itertools.product((1, 2), (1, 2), modes, (True, False), (True, False))
     for tp, micro, recompute, freed, solved in ways:
         if tp % micro or (solved and tp == 1):
             continue
         plain = Setup(
-            dp_shard=4 // tp, tp=tp, micro_batch=micro, accumulate=tp // micro, recompute=recompute, reshard=freed,
+            dp_shard=2 // tp, tp=tp, micro_batch=micro, accumulate=tp // micro, recompute=recompute, reshard=freed,
             solved=solved,
         )  # fmt: skip
         fits = estimate(replace(plain, reshard=True), profiler).peak_bytes <= budget
@@ -263,17 +264,17 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
 
 def test_copies_of_the_model_are_tried_too() -> None:
     """DDP's step is that of the plan for it; where it is the fastest that fits, the verdict says so."""
-    result = autopar.search(small(), 4, "h100", 8, sequence=512)
-    copied = next(c for c in result.candidates if c.mesh == {"dp_replicate": 4})
+    result = autopar.search(small(), 2, "h100", 4, sequence=512)
+    copied = next(c for c in result.candidates if c.mesh == {"dp_replicate": 2})
     ids = torch.empty(copied.setup.micro_batch, 512, dtype=torch.long, device="meta")
     options = result.options(copied)
     plan = autopar.plan(
-        small(), {"dp": 4}, {"input_ids": ids, "labels": ids}, strategy="ddp", hardware="h100", options=options
+        small(), {"dp": 2}, {"input_ids": ids, "labels": ids}, strategy="ddp", hardware="h100", options=options
     )
     assert copied.step_time_s == pytest.approx(plan.step_time_s, rel=1e-6)
     assert copied.peak_memory_bytes == pytest.approx(plan.peak_memory_bytes, rel=1e-3)
-    wide = autopar.search(llama(64, 4, 4, 128, 100), 4, "h100", 256, sequence=64)
-    assert wide.best.mesh == {"dp_replicate": 4}
+    wide = autopar.search(llama(64, 4, 4, 128, 100), 2, "h100", 128, sequence=64)
+    assert wide.best.mesh == {"dp_replicate": 2}
     assert wide.verdict.text[0].startswith("Splitting the batch over copies of the model (DDP) is enough")
 
 
@@ -603,7 +604,7 @@ def test_gathered_parameters_are_kept_where_that_is_faster() -> None:
     """Gathers that do not hide behind one short sample; the same plans, made at full depth."""
     model, options = small(), autopar.Options(recompute="none")
     kept, asked = (
-        autopar.search(model, 8, "h100", 8, sequence=512, options=replace(options, reshard_after_forward=how), top=1)
+        autopar.search(model, 4, "h100", 4, sequence=512, options=replace(options, reshard_after_forward=how), top=1)
         for how in (None, False)
     )
     assert not kept.best.setup.reshard

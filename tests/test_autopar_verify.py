@@ -276,7 +276,7 @@ def test_a_wrong_captured_graph_is_told_apart(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_model_that_blows_up_roundings_is_told_apart() -> None:
-    """Forty steps of a logistic map blow an error up a millionfold, and ranks add up a batch's mean in another order."""
+    """Forty steps of a logistic map blow an error up a millionfold; ranks add a batch's mean up in another order."""
 
     class Chaotic(nn.Module):
         def __init__(self) -> None:

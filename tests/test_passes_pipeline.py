@@ -124,19 +124,20 @@ def test_memory_decides_between_plans() -> None:
 
 def test_a_plan_that_leaves_the_allocator_little_room_says_so() -> None:
     """14% more than its tensors is more than the device has, or just not; a CPU's has none that reserves."""
-    peak = plan(Request()).peak_memory_bytes
+    request = Request(strategy="fsdp")
+    peak = plan(request).peak_memory_bytes
 
     def said(name: str, usable: int) -> list[str]:
         known = hardware(name)
         device = replace(known.device, memory_bytes=usable + known.device.reserve_bytes)
-        made = plan(Request(), replace(known, device=device))
+        made = plan(request, replace(known, device=device))
         assert made.peak_memory_bytes == peak or name == "cpu"
         return [note for note in made.notes if "leaves more room" in note]
 
     (note,) = said("h100", round(peak * 1.13))
     assert note.startswith("tensors take 88% of what the device has for them")
     assert said("h100", round(peak * 1.15)) == []
-    four = 4 * plan(Request(), "cpu").peak_memory_bytes  # ranks share the host
+    four = 4 * plan(request, "cpu").peak_memory_bytes  # ranks share the host
     assert said("cpu", round(four * 1.01)) == []
 
 
@@ -148,16 +149,16 @@ def test_where_memory_binds_the_plan_is_not_behind_any_way_to_save_it() -> None:
             num_key_value_heads=8, vocab_size=1024, use_cache=False,
         )  # fmt: skip
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-        ids = torch.empty(4, 256, dtype=torch.long)
+        ids = torch.empty(64, 256, dtype=torch.long)
     inputs = {"input_ids": ids, "labels": ids}
+    step = prepare(capture(model, (), inputs, batch_dims=[0, 0], batch_size=64))
 
-    def asked(strategy: str = "auto", **options: Any) -> Plan:
-        made = autopar.Options(**options)
-        return autopar.plan(model, {"dp": 16}, inputs, strategy=strategy, hardware="b200", options=made)
+    def asked(strategy: str = "auto", **request: Any) -> Plan:
+        return compile_plan(step, on_mesh("b200", (("dp", 16),)), (0,), Request(strategy=strategy, **request))
 
-    modes = ("auto", "selective", "full")  # with no budget, auto computes pointwise ops again
-    pairs = [asked("fsdp", recompute=mode, reshard_after_forward=freed) for mode in modes for freed in (True, False)]
-    chosen = {budget: asked(memory_budget=budget) for budget in {pair.peak_memory_bytes for pair in pairs}}
+    modes: tuple[Any, ...] = ("auto", "selective", "full")  # with no budget, auto computes pointwise ops again
+    pairs = [asked("fsdp", recompute=mode, reshard=freed) for mode in modes for freed in (True, False)]
+    chosen = {budget: asked(budget_bytes=budget) for budget in {pair.peak_memory_bytes for pair in pairs}}
     for budget, plan in chosen.items():
         assert plan.peak_memory_bytes <= budget
         assert plan.step_time_s <= 1.001 * min(p.step_time_s for p in pairs if p.peak_memory_bytes <= budget)
