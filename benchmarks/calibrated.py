@@ -2,8 +2,9 @@
 
 Calibrates this machine with four gloo ranks (or takes a file of `autopar calibrate --ranks 4`), plans the demo's model
 on the demo's meshes with it, and times the demo's own training step on real ranks. Prints predicted and measured
-seconds, the error, and the machine's load: a loaded machine slows calibration and training unequally, so figures count
-only where the load was near 0 before.
+seconds, the error, and how fast the machine is now: the products and sums that were timed to calibrate are timed again
+before and after the steps, as a machine shared with others may do a third less a minute later. What no plan can know is
+in "slower by", and the last column is without it. A loaded machine slows both unequally: see the load.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import autopar
 from costmodel.calibrate import save_calibration
+from costmodel.time_ops import measure_matmuls, measure_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import demo
@@ -51,16 +53,38 @@ def time_rank(index: int, hardware: str, steps: int, out: Path, *, compile: bool
     optim = demo.optimizer(module)
     for _ in range(2):
         demo.train_step(module, optim, ids)
+    speeds = [slower_by(hardware)]
     seconds = []
     for _ in range(steps):
         dist.barrier()
         start = time.perf_counter()
         demo.train_step(module, optim, ids)
         seconds.append(time.perf_counter() - start)
+    speeds.append(slower_by(hardware))
     if dist.get_rank() == 0:
-        found = {"predicted": plan.step_time_s, "measured": statistics.median(seconds), "fastest": min(seconds)}
+        found = {
+            "slower": statistics.mean(speeds),
+            "predicted": plan.step_time_s,
+            "measured": statistics.median(seconds),
+            "fastest": min(seconds),
+        }
         out.write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
+
+
+def slower_by(hardware: str) -> float:
+    """How many times as long products and sums take as when the machine was calibrated; all ranks ask at once."""
+    known = json.loads(Path(hardware).read_text(encoding="utf-8"))["samples"]
+    dist.barrier()
+    products = measure_matmuls(torch.device("cpu"), [torch.float32], 2.0)
+    sums = measure_memory(torch.device("cpu"), 1.0)
+    dist.barrier()
+    before = {tuple(each[k] for k in ("dtype", "m", "n", "k")): each["seconds"] for each in known["matmuls"]}
+    before |= {each["bytes_moved"]: each["seconds"] for each in known["memory"]}
+    now = {(each.dtype, each.m, each.n, each.k): each.seconds for each in products}
+    return statistics.geometric_mean(
+        seconds / before[what] for what, seconds in (*now.items(), *((s.bytes_moved, s.seconds) for s in sums))
+    )
 
 
 def start_ranks(arguments: list[str]) -> None:
@@ -102,9 +126,11 @@ def main() -> None:
             start_ranks([*arguments, *(["--no-compile"] if given.no_compile else [])])
             found = json.loads(out.read_text(encoding="utf-8"))
             error = found["predicted"] / found["measured"] - 1
+            same = found["predicted"] * found["slower"] / found["measured"] - 1
             times = [f"{found[name] * 1e3:.1f} ms" for name in ("predicted", "measured", "fastest")]
-            rows.append([title, *times, f"{error:+.0%}"])
-    headers = ["mesh, strategy", "predicted", "measured (median)", "fastest step", "error of the median"]
+            rows.append([title, *times, f"{error:+.0%}", f"{found['slower'] - 1:+.0%}", f"{same:+.0%}"])
+    headers = ["mesh, strategy", "predicted", "measured (median)", "fastest step", "error of the median",
+               "machine slower by", "error at its speed"]  # fmt: skip
     print(tabulate(rows, headers=headers, tablefmt="github"))
     cores = len(os.sched_getaffinity(0))
     print(f"\n{cores} cores; load {load:.1f} before, {os.getloadavg()[0]:.1f} at the end (of this run: {demo.RANKS})")

@@ -1,0 +1,53 @@
+"""Setups in turn, against all of them bounded and sorted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from autopar.waiting import Waiting
+from passes.recompute import Mode
+from passes.setup import Setup
+
+MODES: tuple[Mode, ...] = ("pointwise", "widening", "full")
+SETUPS = [Setup(micro_batch=micro, recompute=mode) for micro in (1, 2, 4) for mode in MODES]
+
+
+def bound(setup: Setup) -> tuple[float, float]:
+    """The more is computed again, the longer it takes and the less memory; larger micro-batches are faster, larger."""
+    more = MODES.index(setup.recompute)
+    return 10.0 + more - setup.micro_batch, 8.0 * setup.micro_batch / 2**more
+
+
+@pytest.mark.parametrize("budget", [1.0, 4.0, 8.0, 16.0, 100.0])
+def test_the_first_of_each_that_may_fit_come_in_turn(budget: float) -> None:
+    asked: list[Setup] = []
+
+    def noted(setup: Setup) -> tuple[float, float]:
+        asked.append(setup)
+        return bound(setup)
+
+    waiting = Waiting(SETUPS, noted, budget)
+    came = list(waiting)
+    firsts = [
+        next(s for s in SETUPS if s.micro_batch == micro and bound(s)[1] <= budget)
+        for micro in (1, 2, 4)
+        if any(s.micro_batch == micro and bound(s)[1] <= budget for s in SETUPS)
+    ]
+    assert came == sorted(((bound(s)[0], s) for s in firsts), key=lambda each: each[0])
+    assert {s for _, _, s in waiting.too_large} == {s for s in SETUPS if bound(s)[1] > budget}
+    assert set(asked) == {s for _, s in came} | {s for _, _, s in waiting.too_large}
+
+
+def test_what_computes_more_comes_where_it_is_asked_for() -> None:
+    """In its turn: behind what was there before and takes less."""
+    waiting = Waiting(SETUPS, bound, 100.0)
+    came = []
+    for seconds, setup in waiting:
+        came.append((seconds, setup.micro_batch, setup.recompute))
+        if setup.micro_batch == 4:
+            waiting.ask_for_more(replace(setup, recompute="full"))
+    assert came == [
+        (6.0, 4, "pointwise"), (7.0, 4, "widening"), (8.0, 2, "pointwise"), (8.0, 4, "full"), (9.0, 1, "pointwise"),
+    ]  # fmt: skip
