@@ -1,10 +1,16 @@
-"""Hardware as a file: versioned JSON, each figure checked when it is read."""
+"""Hardware as a file: versioned JSON, each figure checked when it is read.
+
+A file may name a preset as its `base` and hold only what is otherwise:
+
+    {"format": "autopar-hardware", "version": 2, "base": "h100",
+     "hardware": {"ranks_per_node": 4, "inter_node": {"bytes_per_s": 12e9}}}
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -27,8 +33,14 @@ def save_hardware(hardware: Hardware, path: str | os.PathLike[str], samples: Map
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
-def load_hardware(path: str | os.PathLike[str]) -> Hardware:
-    """The hardware of a file that `save_hardware` wrote.
+_SCALED = ("wide_bytes_per_s", "multicast_bytes_per_s")
+"""Rates of a link that are shares of its `bytes_per_s`, where a file says that alone."""
+
+
+def load_hardware(path: str | os.PathLike[str], preset: Callable[[str], Hardware] | None = None) -> Hardware:
+    """The hardware of a file that `save_hardware` wrote, or one that says what is other than in a preset, its `base`.
+
+    preset: gives presets by name; None: a file with a `base` is refused.
 
     Raises:
         ValueError: no such file, not JSON, another format or version, or a figure that is missing or makes no sense.
@@ -41,13 +53,46 @@ def load_hardware(path: str | os.PathLike[str]) -> Hardware:
     except ValueError as error:
         raise ValueError(f"hardware file {where!r} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
-        raise ValueError(f"{where!r} is not a hardware file; `autopar calibrate -o FILE` writes one")
+        raise ValueError(
+            f"{where!r} is not a hardware file; `autopar calibrate -o FILE` writes one, and "
+            f'{{"format": "{FILE_FORMAT}", "version": {FILE_VERSION}, "base": "h100", "hardware": {{...}}}} says what '
+            "is other than in a preset"
+        )
     if content.get("version") != FILE_VERSION:
         raise ValueError(
             f"hardware file {where!r} has version {content.get('version')!r}; this autopar reads version "
             f"{FILE_VERSION}: calibrate again"
         )
-    return hardware_of(content.get("hardware"), where)
+    body = content.get("hardware")
+    if (base := content.get("base")) is not None:
+        if preset is None or not isinstance(base, str):
+            raise ValueError(f"hardware file {where!r}: base: found {base!r}, expected a preset's name")
+        try:
+            body = _changed(preset(base), body, where)
+        except ValueError as error:
+            raise ValueError(f"hardware file {where!r}: base: {error}") from error
+    return hardware_of(body, where)
+
+
+def _changed(base: Hardware, body: Any, where: str) -> Any:
+    """The fields of `base` with those of `body` in their place; what is none of a hardware's is left for the check."""
+    if not isinstance(body, dict):
+        return body
+    source = f"the preset {base.name}, but for {', '.join(sorted(body)) or 'nothing'} ({where})"
+    found = {**asdict(base), "name": Path(where).stem, "source": source}
+    for key, value in body.items():
+        if not isinstance(value, dict) or not isinstance(found.get(key), dict):
+            found[key] = value
+            continue
+        before = found[key]
+        found[key] = {**before, **value}
+        if isinstance(peaks := value.get("peak_flops_per_s"), dict):
+            found[key]["peak_flops_per_s"] = {**before["peak_flops_per_s"], **peaks}
+        rate = value.get("bytes_per_s")
+        if isinstance(rate, int | float) and rate > 0:
+            shares = {name: before[name] * rate / before["bytes_per_s"] for name in _SCALED if name in before}
+            found[key] |= {"name": f"{8 * rate / 1e9:g} Gb/s per rank", **shares, **value}
+    return found
 
 
 def hardware_of(body: Any, where: str) -> Hardware:

@@ -26,7 +26,7 @@ def hardware_names() -> tuple[str, ...]:
 
 
 def hardware(name: str | os.PathLike[str] | Hardware | None = None) -> Hardware:
-    """A preset by name, a file that `save_hardware` wrote by path, or (`None`) the machine we are on.
+    """A preset by name, a file (`hardware_file.py`) by path, or (`None`) the machine we are on.
 
     Raises:
         ValueError: no such preset and no such file, or a file that is none of ours.
@@ -41,11 +41,18 @@ def hardware(name: str | os.PathLike[str] | Hardware | None = None) -> Hardware:
     if text.lower() in hardware_names():
         return _preset(text.lower())
     if text.endswith(".json") or Path(text).exists():
-        return load_hardware(text)
-    raise ValueError(
-        f"unknown hardware {text!r}; known are {', '.join(hardware_names())}, or the path of a file that "
-        "`autopar calibrate` wrote"
-    )
+        return load_hardware(text, _named)
+    raise ValueError(f"{_unknown(text)}, or the path of a file that `autopar calibrate` wrote or that changes a preset")
+
+
+def _named(name: str) -> Hardware:
+    if name.lower() not in hardware_names():
+        raise ValueError(_unknown(name))
+    return _preset(name.lower())
+
+
+def _unknown(name: str) -> str:
+    return f"unknown hardware {name!r}; known are {', '.join(hardware_names())}"
 
 
 def with_attention(hardware: Hardware, kernels: str) -> Hardware:

@@ -199,6 +199,43 @@ def test_a_saved_file_is_read_back(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["samples"] == {"matmul": [1, 2]}
 
 
+def test_a_file_says_what_is_other_than_in_a_preset(tmp_path: Path) -> None:
+    """Rates that are shares of a link's go with it; everything else stays as it was."""
+    path = tmp_path / "slow.json"
+    device = {"memory_bytes": 64 << 30, "peak_flops_per_s": {"bfloat16": 5e14}}
+    body = {"ranks_per_node": 4, "inter_node": {"bytes_per_s": 12e9}, "device": device}
+    content = {"format": "autopar-hardware", "version": 2, "base": "h100", "hardware": body}
+    path.write_text(json.dumps(content))
+    found = hardware(path)
+    half = 12e9 / H100.inter_node.bytes_per_s
+    inter = replace(
+        H100.inter_node,
+        name="96 Gb/s per rank",
+        bytes_per_s=12e9,
+        wide_bytes_per_s=half * H100.inter_node.wide_bytes_per_s,
+    )
+    peaks = {**H100.device.peak_flops_per_s, "bfloat16": 5e14}
+    assert found.name == "slow"
+    assert found.ranks_per_node == 4
+    assert found.intra_node == H100.intra_node
+    assert found.inter_node == inter
+    assert found.device == replace(H100.device, memory_bytes=64 << 30, peak_flops_per_s=peaks)
+    assert found.source.startswith("the preset h100, but for device, inter_node, ranks_per_node")
+    with pytest.raises(ValueError, match="base: found 'h100', expected"):
+        load_hardware(path)
+    for change, message in (
+        ({"base": "h900"}, "slow.json': base: unknown hardware 'h900'; known are a100-40gb"),
+        ({"base": 7}, "base: found 7, expected a preset's name"),
+        ({"hardware": {"colour": "red"}}, "unknown \\['colour'\\]"),
+        ({"hardware": {"inter_node": {"bytes_per_s": -1}}}, "inter_node.bytes_per_s: found -1"),
+        ({"hardware": {"inter_node": 12e9}}, "hardware.inter_node: found float, expected an object"),
+        ({"hardware": 12}, "hardware: found int, expected an object"),
+    ):
+        path.write_text(json.dumps(content | change))
+        with pytest.raises(ValueError, match=message):
+            hardware(path)
+
+
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     with pytest.raises(ValueError, match="cannot be read"):

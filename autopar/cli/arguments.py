@@ -170,7 +170,7 @@ def add_hardware(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hardware",
         metavar="NAME",
-        help=f"{', '.join(hardware_names())}, or a file that calibrate wrote (default: this machine)",
+        help=f"{', '.join(hardware_names())}, or a file: calibrate's, or what changes these (default: this machine)",
     )
 
 
