@@ -311,7 +311,7 @@ class _State:
         found, unplayed, bound_s = self.play(plans, others)
         everything = [*found, *others]
         self.progress("pricing fp8 and offload")
-        everything += [self.candidate(estimate(setup, self.profiler)) for setup in self.variants(everything)]
+        everything += list(self.variants(everything))
         fitting = sorted((c for c in everything if c.fits), key=lambda c: c.step_time_s)
         large = sorted((c for c in everything if not c.fits), key=lambda c: c.over_bytes)
         device = machine.device
@@ -419,17 +419,24 @@ class _State:
             return [1]
         return [cp for cp in (1, 2, 4, 8, 16) if cp == 1 or self.length >= cp * _LEAST_PART]
 
-    def variants(self, found: Sequence[Candidate]) -> Iterator[Setup]:
-        """The fastest with fp8 products, and what comes nearest to fitting with its optimizer offloaded."""
+    def variants(self, found: Sequence[Candidate]) -> Iterator[Candidate]:
+        """The fastest with fp8 products where these are faster, and what comes nearest to fitting with its optimizer
+        offloaded."""
         fp8 = "float8" in self.profiler.hardware.device.peak_flops_per_s
         fitting = sorted((c for c in found if c.fits), key=lambda c: c.step_time_s)
+        gains: list[Candidate] = []
         if fp8:
             for kind in ((c for c in fitting if not c.priced_only), (c for c in fitting if c.priced_only)):
                 for candidate in list(kind)[:2]:
-                    yield replace(candidate.setup, fp8=True)
+                    faster = self.candidate(estimate(replace(candidate.setup, fp8=True), self.profiler))
+                    if faster.step_time_s < candidate.step_time_s:
+                        gains.append(faster)
+            if fitting and not gains:
+                self.notes.append("fp8 products would make none of the fastest faster")
+        yield from gains
         plans = [c for c in found if c.setup.state == "zero3" and not self.profiler.hardware.shared_host]
         for candidate in sorted(plans, key=lambda c: (c.over_bytes, c.step_time_s))[:6]:
-            yield replace(candidate.setup, offload=True)
+            yield self.candidate(estimate(replace(candidate.setup, offload=True), self.profiler))
 
     def times_on(self, gpus: int, found: Sequence[Candidate]) -> Times:
         """Steps on another number of GPUs: of sharded state alone, and of what here was fastest of all else."""

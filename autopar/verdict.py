@@ -100,6 +100,9 @@ def verdict(
         text = [_chosen_text(answer, resident, tied, budget, none)]
     else:
         text = _nothing_resident_text(plain, offloaded, budget)
+    copied = best(lambda s: simple(s) and _is_copied(s) and s.state == "zero3")
+    if answer == "state" and state is not None and copied is not None:
+        text += _copies_would_do(copied, state)
     if len(tied) > 1:
         text.append(_too_close({name: resident[name] for name in tied}, answer))
     if answer in ("computation", "context", "pipeline", "nothing"):
@@ -152,6 +155,17 @@ def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[A
         f"{name[0].upper()}{name[1:]} {gains}: {_parts(best.setup)} {_s(best.step_time_s)} a step (priced only)"
         f"{_against(simpler, best, none)}."
     )
+
+
+def _copies_would_do(copied: Priced, state: Priced) -> list[str]:
+    """Where copies of the model fit, and are hardly slower than sharded state."""
+    more = copied.step_time_s / state.step_time_s - 1
+    if _is_copied(state.setup) or more > ENOUGH:
+        return []
+    return [
+        f"Copies of the model (DDP), which is simpler, would do too: {_s(copied.step_time_s)}, {more:.1%} more, in "
+        f"{gib(copied.peak_memory_bytes)}."
+    ]
 
 
 def _nothing_resident_text(found: Sequence[Priced], offloaded: Priced | None, budget: int) -> list[str]:
