@@ -88,15 +88,14 @@ def ways_of(setup: Setup, profiler: Profiler, budget: float, either: Either) -> 
 
 
 def is_settled(ways: Sequence[Estimate], profiler: Profiler, budget: float, either: Either) -> bool:
-    """Whether to compute more again would make none of a setup's `ways` faster: what it is fits with all that is
-    gathered as it came, or keeping gathered parameters too pays nothing, or fits beside no activations."""
+    """Whether to compute more again gains a setup nothing, by its `ways`: it fits as it is, and to keep its gathered
+    parameters fits too, or pays nothing, or fits beside no activations."""
     freed = ways[0]
     if freed.peak_bytes > budget:
         return False
     if not _may_keep(freed, either):
         return True
-    kept = [way for way in ways if not way.setup.reshard and not (way.setup.gathers_again > freed.setup.gathers_again)]
-    return any(way.peak_bytes <= budget for way in kept) or _kept_bytes(freed, profiler) > budget
+    return any(kept.peak_bytes <= budget for kept in ways[1:]) or _kept_bytes(freed, profiler) > budget
 
 
 def with_least_memory(setup: Setup, either: Either) -> Setup:
