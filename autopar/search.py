@@ -314,7 +314,6 @@ class _State:
         everything += list(self.variants(everything))
         fitting = sorted((c for c in everything if c.fits), key=lambda c: c.step_time_s)
         large = sorted((c for c in everything if not c.fits), key=lambda c: c.over_bytes)
-        device = machine.device
         self.progress("pricing other numbers of GPUs")
         found_verdict = verdict(
             everything, self.profiler, self.gpus, self.batch, self.budget, lambda n: self.times_on(n, everything)
@@ -333,7 +332,7 @@ class _State:
             self.notes.append("no repeated layers were found, or too few to cut: captured whole, no pipeline priced")
         return SearchResult(
             getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__,
-            self.gpus, device.name, self.batch, length, self.budget, tuple(_distinct(fitting)),
+            self.gpus, machine.label, self.batch, length, self.budget, tuple(_distinct(fitting)),
             tuple(_distinct(large)), found_verdict,
             len(priced) + len(found) + unplayed, len(found), bound_s, tuple(self.notes), self.options,
         )  # fmt: skip

@@ -143,6 +143,11 @@ class Hardware:
     def __hash__(self) -> int:
         return hash((self.name, self.device, self.ranks_per_node))
 
+    @property
+    def label(self) -> str:
+        """The device, and what else the hardware is called: `h100`, `h100 as in my-cluster`."""
+        return self.device.name if self.name == self.device.name else f"{self.device.name} as in {self.name}"
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -208,7 +213,7 @@ class Topology:
         """One line for the machine and one per axis, saying what lies inside a node and what crosses nodes."""
         machine = self.hardware
         in_node = min(machine.ranks_per_node, self.ranks)
-        lines = [f"{self.ranks} x {machine.device.name}, {in_node} rank{'s' if in_node > 1 else ''} per node"]
+        lines = [f"{self.ranks} x {machine.label}, {in_node} rank{'s' if in_node > 1 else ''} per node"]
         for axis in self.axes:
             if not axis.crosses_nodes:
                 where = f"inside a node ({machine.intra_node.name})"

@@ -215,7 +215,7 @@ def test_a_file_says_what_is_other_than_in_a_preset(tmp_path: Path) -> None:
         wide_bytes_per_s=half * H100.inter_node.wide_bytes_per_s,
     )
     peaks = {**H100.device.peak_flops_per_s, "bfloat16": 5e14}
-    assert found.name == "slow"
+    assert (found.name, found.label, H100.label) == ("slow", "h100 as in slow", "h100")
     assert found.ranks_per_node == 4
     assert found.intra_node == H100.intra_node
     assert found.inter_node == inter
