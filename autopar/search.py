@@ -503,7 +503,7 @@ class _State:
         for candidate in others:
             if not candidate.fits:
                 note(candidate)
-        for over, _, setup in sorted(waiting.too_large, key=lambda each: each[:2]):
+        for over, _, setup in sorted(waiting.too_large):
             nearer = sum(each <= over for each in nearest.values())
             if nearer < NEAREST and over < nearest.get(_parallelism(setup), math.inf):
                 asked += 1

@@ -31,7 +31,7 @@ class Waiting:
         self, setups: Iterable[Setup], bound: Bound, budget_bytes: float, turn: Callable[[Setup], float] | None = None
     ) -> None:
         self.too_large: list[tuple[float, int, Setup]] = []
-        """What cannot fit: (bytes too many, place, setup)."""
+        """What cannot fit: (bytes too many, place, setup); no two share a place."""
         self._bound = bound
         self._budget_bytes = budget_bytes
         self._turn = turn or (lambda setup: bound(setup)[0])

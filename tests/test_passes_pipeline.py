@@ -156,7 +156,7 @@ def test_where_memory_binds_the_plan_is_not_behind_any_way_to_save_it() -> None:
     def asked(strategy: str = "auto", **request: Any) -> Plan:
         return compile_plan(step, on_mesh("b200", (("dp", 16),)), (0,), Request(strategy=strategy, **request))
 
-    modes: tuple[Any, ...] = ("auto", "full")  # with no budget, auto computes pointwise ops again
+    modes: tuple[Any, ...] = ("auto", "selective", "full")  # with no budget, auto computes pointwise ops again
     pairs = [asked("fsdp", recompute=mode, reshard=freed) for mode in modes for freed in (True, False)]
     chosen = {budget: asked(budget_bytes=budget) for budget in {pair.peak_memory_bytes for pair in pairs}}
     for budget, plan in chosen.items():
