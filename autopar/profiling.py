@@ -39,7 +39,7 @@ from passes.setup import Setup
 from passes.solve import solve
 from passes.space import Site, Space, search_space
 from passes.strategies import Option, StoredOption
-from passes.tracks import Tracks, tracks
+from passes.tracks import Costs, Tracks, tracks
 from passes.uneven import uneven_dims, used_pads
 
 Call = Callable[[int], Any]
@@ -141,6 +141,8 @@ class Profiler:
         self._recomputations: dict[tuple[int, Mode], Recomputation] = {}
         self._seconds: dict[int, dict[tuple[int, int], float]] = defaultdict(dict)
         """Sites of a space that is kept, by identity -> see `price`."""
+        self._costs: dict[int, Costs] = defaultdict(dict)
+        """The same -> see `tracks`."""
 
     @property
     def layers(self) -> int:
@@ -185,7 +187,7 @@ class Profiler:
 
     def _sample(self, picked: _Picked, setup: Setup, *, whole: bool) -> dict[str, float]:
         space, assignment = picked.space, picked.assignment
-        laid = tracks(space, assignment)
+        laid = self._tracks(space, assignment)
         return sample(space, assignment, self._played(space, assignment, laid, setup, whole), laid)
 
     def _picked(
@@ -236,7 +238,11 @@ class Profiler:
         found = {priced.assignment(solve(problem).picks, len(space.sites)): None for problem in problems}
         if len(found) == 1:
             return next(iter(found))
-        return min(found, key=lambda each: self._played(space, each, tracks(space, each), setup, whole).micro_batch_s)
+        plays = {each: self._played(space, each, self._tracks(space, each), setup, whole) for each in found}
+        return min(plays, key=lambda each: plays[each].micro_batch_s)
+
+    def _tracks(self, space: Space, assignment: tuple[int, ...]) -> Tracks:
+        return tracks(space, assignment, self._costs[id(space.sites)])
 
     def _played(self, space: Space, assignment: tuple[int, ...], laid: Tracks, setup: Setup, whole: bool) -> Schedule:
         accumulate = 1 if whole else min(2, setup.accumulate)

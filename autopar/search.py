@@ -36,9 +36,9 @@ from costmodel.presets import hardware as hardware_of
 from passes.candidate import LEAST_GAIN, Either, Estimate, estimate, is_settled, lower_bound, ways_of, with_least_memory
 from passes.collector import settled
 from passes.errors import NoFeasiblePlanError
+from passes.frontier import FrontierPoint
 from passes.inputs import default_inputs, global_inputs
 from passes.plan import Plan
-from passes.plots import FrontierPoint
 from passes.recompute import Mode
 from passes.setup import Setup
 

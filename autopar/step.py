@@ -23,8 +23,8 @@ from autopar.together import watch
 from passes.autocast import autocast_as
 from passes.errors import PlanMismatchError
 from passes.local import LocalProgram, Storage
-from passes.lower import laid_out
 from passes.program import Program
+from passes.strides import laid_out
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.moves import Move, Run
-from passes.price import option_local_shapes
 from passes.schedule import Schedule
 from passes.space import Space, trained
 from passes.strategies import StoredOption
 from passes.tracks import Tracks
 from passes.words import Words
-from passes.work import work_of
 
 PLACES = ("forward", "last layers", "first layers", "end")
 """Where memory may peak: until backward reaches a repeated layer; in the last one or two; in the first two; after."""
@@ -102,6 +100,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     _alive(found, schedule)
     found["gradients"] = sum(elements * site.stored_itemsize for site, elements in trained(space, assignment))
     _counts(found, space, assignment)
+    found["operands"] = sum(cost.operands * space.sites[site].count for site, cost in laid.costs.items())
     _between(found, space, words, laid)
     _gathered(found, laid)
     return dict(found)
@@ -159,21 +158,15 @@ def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) ->
     sizes = space.topology.sizes
     for index, site in enumerate(space.sites):
         option = site.options[assignment[index]]
-        if isinstance(option, StoredOption):
-            if site.kind in ("stored", "given") and site.given is not None and site.given.kind == "parameter":
-                computed = math.prod(option.storage.computed_shape(sizes)) * site.count
-                found["elements"] += computed
-                found["bytes"] += computed * site.itemsize
-                stored = math.prod(option.storage.padded_shape(sizes)) * site.count
-                found["stored"] += stored
-                found["stored bytes"] += stored * site.stored_itemsize
+        if not isinstance(option, StoredOption) or site.kind not in ("stored", "given") or site.given is None:
             continue
-        assert site.call is not None
-        operands, results = option_local_shapes(site, option, sizes)
-        work = work_of(site.call, operands, results)
-        if work.kind == "matmul":
-            found["operands"] += work.batch * (work.m * work.k + work.k * work.n) * site.count
-            found["products"] += work.flops * site.count
+        if site.given.kind == "parameter":
+            computed = math.prod(option.storage.computed_shape(sizes)) * site.count
+            found["elements"] += computed
+            found["bytes"] += computed * site.itemsize
+            stored = math.prod(option.storage.padded_shape(sizes)) * site.count
+            found["stored"] += stored
+            found["stored bytes"] += stored * site.stored_itemsize
 
 
 def _between(found: dict[str, float], space: Space, words: Words, laid: Tracks) -> None:

@@ -41,7 +41,8 @@ def cheapest(problem: Problem, *, gap: float, time_limit_s: float) -> tuple[tupl
     """
     end = time.process_time() + time_limit_s
     tree: Tree[_Node] = Tree(problem, gap)
-    relaxation, descent, sizes = Relaxation(problem), Descent(problem), bytes_of(problem)
+    relaxation, sizes = Relaxation(problem), bytes_of(problem)
+    descent: Descent | None = None  # mostly the first mix is a plan
     node = _Node(-math.inf, next(tree.order), [np.ones(len(costs), dtype=bool) for costs in problem.option_s])
     while True:
         mix = relaxation.among(node.allowed, node.basis)
@@ -51,6 +52,7 @@ def cheapest(problem: Problem, *, gap: float, time_limit_s: float) -> tuple[tupl
             if not mix.mixed and size <= problem.budget_bytes:
                 tree.close(bound_s)
             else:
+                descent = descent or Descent(problem)
                 tree.meet(descent.within_budget(mix.picks, mix.s_per_byte))
                 for half in _halves(node.allowed, mix, sizes):
                     tree.add(_Node(bound_s, next(tree.order), half, mix.basis))

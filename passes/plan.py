@@ -17,11 +17,10 @@ from costmodel.files import write_whole
 from costmodel.layout import parse_layout
 from passes.errors import PlanMismatchError
 from passes.footprint import TopTensor
+from passes.frontier import FrontierPoint
 from passes.pad import Pad
 from passes.plan_json import NOT_IN_THE_FILE, dump, parse
-from passes.plots import FrontierPoint
 from passes.recompute import Mode
-from passes.report_html import frame_html, plan_html
 from passes.report_text import plan_text
 from passes.schedule import Collective
 from passes.timeline import Timeline
@@ -215,9 +214,13 @@ class Plan:
 
     def report(self, path: str | Path, frontier: Sequence[FrontierPoint] = ()) -> None:
         """One self-contained HTML file; `frontier` are the plans that a search found, drawn by time and memory."""
+        from passes.report_html import plan_html  # what draws its pages takes a second to import
+
         Path(path).write_text(plan_html(self, frontier), encoding="utf-8")
 
     def _repr_html_(self) -> str:
+        from passes.report_html import frame_html
+
         return frame_html(self)
 
     @staticmethod

@@ -9,11 +9,11 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
 from costmodel.memory import Buffer
+from passes.frontier import FrontierPoint, frontier
 from passes.player import Event
 from passes.timeline import Timeline, layer_span, memory_over_time, merged, moments, top_names
 
@@ -47,18 +47,6 @@ _SETTINGS = {
 _LONG = re.compile(r"-?\d+\.\d{3,}")
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
-
-
-@dataclass(frozen=True)
-class FrontierPoint:
-    """What a search priced: `label` says which (mesh, micro-batches); `priced_only`, what of it no plan does yet."""
-
-    label: str
-    step_time_s: float
-    memory_bytes: int
-    fits: bool = True
-    chosen: bool = False
-    priced_only: str = ""
 
 
 def available() -> bool:
@@ -173,15 +161,6 @@ def frontier_drawing(points: Sequence[FrontierPoint], budget_bytes: int | None) 
         axes.set_xlabel(f"{memory_unit} per rank")
         axes.set_ylabel(f"{time_unit} per step")
         return _svg(figure, "frontier", "Step time against memory per rank of the plans that the search found")
-
-
-def frontier(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
-    """The points that no other beats in both time and memory, least memory first."""
-    best: list[FrontierPoint] = []
-    for point in sorted(points, key=lambda p: (p.memory_bytes, p.step_time_s)):
-        if not best or point.step_time_s < best[-1].step_time_s:
-            best.append(point)
-    return best
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------

@@ -192,8 +192,7 @@ def option_local_shapes(site: Site, option: Option, sizes: Sequence[int]) -> tup
 def price(space: Space, optimizer: Budgeted | None = None, known: dict[tuple[int, int], float] | None = None) -> Priced:
     """The problem of choosing an option for every site.
 
-    known: seconds of the same sites' options, by identity, from where other ops were computed again; what is found is
-    added.
+    known: seconds of the same sites' options, from where other ops were computed again; what is found is added.
 
     Raises:
         NoFeasiblePlanError: a site has no option left.
@@ -206,20 +205,12 @@ def price(space: Space, optimizer: Budgeted | None = None, known: dict[tuple[int
     where = {site: (v, k) for v, group in enumerate(groups) for k, site in enumerate(group)}
     seconds, sizes = [], []
     twice = {i for i in space.recomputed.again if not is_cheap_op(space.sites[i].call.target)}  # type: ignore[union-attr]
-    op_cost: dict[tuple[int, int], float] = {}
-    shared: dict[tuple[int, int], float] = {} if known is None else known
+    op_cost: dict[tuple[int, int], float] = {} if known is None else known
 
     def site_s(site_index: int, option_index: int) -> float:
-        key = (site_index, option_index)
+        site, key = space.sites[site_index], (site_index, option_index)
         if key not in op_cost:
-            site = space.sites[site_index]
-            option = site.options[option_index]
-            alike = (id(site.call), id(option))
-            if site.call is not None and alike in shared:
-                op_cost[key] = shared[alike]
-            else:
-                op_cost[key] = shared[alike] = _option_s(space, site, option, optimizer)
-        site = space.sites[site_index]
+            op_cost[key] = _option_s(space, site, site.options[option_index], optimizer)
         return op_cost[key] * site.count * (2 if site_index in twice else 1)
 
     for group, rows in zip(groups, table, strict=True):

@@ -19,8 +19,8 @@ from markupsafe import escape
 from costmodel.memory import gib
 from passes import plots
 from passes.formulas import link_figures, published_formulas, ring_formulas
+from passes.frontier import FrontierPoint
 from passes.mesh_drawing import MeshDrawing, mesh_drawing
-from passes.plots import FrontierPoint
 from passes.report_text import MEMORY_KINDS, bound_text, percent_text, role_text, seconds_text, title_text
 
 if TYPE_CHECKING:

@@ -40,6 +40,12 @@ class OpCost:
     kind: Literal["matmul", "attention", "other"]
     fusing: Fusing
     result_bytes: tuple[int, ...]
+    operands: float = 0.0
+    """Elements that a matrix product reads."""
+
+
+Costs = dict[tuple[int, int], OpCost]
+"""By site and the number of its option."""
 
 
 @dataclass(slots=True)
@@ -86,9 +92,12 @@ class Tracks:
         return frozenset(found)
 
 
-def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
-    """Number the tensors of the plan that gives site i option `assignment[i]`."""
-    made = _Slots(space, assignment)
+def tracks(space: Space, assignment: Sequence[int], known: Costs | None = None) -> Tracks:
+    """Number the tensors of the plan that gives site i option `assignment[i]`.
+
+    known: of the same sites, from plans that compute other ops again; what is found is added.
+    """
+    made, known = _Slots(space, assignment), {} if known is None else known
     operands_of = space.analysis.flow.operands
     reads: list[tuple[int, ...]] = []
     writes: list[tuple[int, ...]] = []
@@ -101,7 +110,11 @@ def tracks(space: Space, assignment: Sequence[int]) -> Tracks:
             continue
         cost = costs.get(item.site)
         if cost is None:
-            cost = costs[item.site] = op_cost(space, item.site, item.option)
+            key = (item.site, assignment[item.site])
+            cost = known.get(key)
+            if cost is None:
+                cost = known[key] = op_cost(space, item.site, item.option)
+            costs[item.site] = cost
         operands = zip(operands_of[item.node], item.option.operands, strict=True)
         reads.append(tuple(made.find(node, item.phase, where) for node, where in operands))
         writes.append(made.by_op(item, cost.result_bytes, index))
@@ -209,4 +222,5 @@ def op_cost(space: Space, site_index: int, option: Option) -> OpCost:
         fusing = "pointwise"
     elif work.kind == "reduction":
         fusing = "reduction"
-    return OpCost(seconds, kind, fusing, sizes)
+    read = work.batch * (work.m * work.k + work.k * work.n) if kind == "matmul" else 0.0
+    return OpCost(seconds, kind, fusing, sizes, read)

@@ -35,6 +35,7 @@ PRELOAD = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.t5.modeling_t5",
     "autopar.cli",
+    "passes.inductor",
     "autopar.trainer",
     "hypothesis",
     "pytest",

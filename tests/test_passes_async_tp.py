@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import autopar
 from autopar import api
 from costmodel.presets import hardware
-from passes import lower
+from passes import inductor, lower
 from passes.report_text import seconds_text
 
 
@@ -63,7 +63,7 @@ def trained(rank: int, ranks: int) -> tuple[float, float, list[int], list[str]]:
             fused.append(sum("symm_mem.fused" in str(node.target) for node in gm.graph.nodes))
         return lambda values: OnCpu(gm).run(values)
 
-    lower.inductor_compile = without_kernels  # type: ignore[assignment]
+    inductor.inductor_compile = without_kernels  # type: ignore[assignment]
     options = autopar.Options(async_tp=True, progress=False)
     plan = autopar.plan(model, mesh, batch, strategy="megatron", hardware="h100", options=options)
     parallel: Any = autopar.apply(model, plan, mesh)

@@ -21,7 +21,7 @@ import pytest
 from test_passes_report_html import with_timeline
 
 from passes import plots
-from passes.plots import FrontierPoint
+from passes.frontier import FrontierPoint
 from passes.report_html import plan_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
