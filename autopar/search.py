@@ -29,7 +29,7 @@ from autopar.ranking import NEAREST, gathered_words, ranking_table, ranking_text
 from autopar.reach import Times, on, times_of
 from autopar.unwrapped import check_unwrapped
 from autopar.verdict import Verdict, verdict
-from autopar.waiting import Waiting, least_recomputed
+from autopar.waiting import TooLarge, Waiting, least_recomputed
 from costmodel.hardware import Hardware, topology
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
 from costmodel.presets import hardware as hardware_of
@@ -520,14 +520,18 @@ class _State:
         return setup.solved and self.bound(setup)[0] > (1 - LEAST_GAIN) * self.bound(_by_hand(setup))[0]
 
     def priced(self, setups: Iterable[Setup]) -> Iterator[Candidate]:
-        """By formula; of what differs in what is computed again alone, no more than the first that fits."""
+        """By formula; of what differs in what is computed again alone, no more than the first that fits, and of what
+        differs in micro-batches, no more than the smallest that does not."""
         fits: set[Setup] = set()
+        larger = TooLarge()
         for setup in setups:
-            if (kind := least_recomputed(setup)) in fits:
+            if (kind := least_recomputed(setup)) in fits or larger.covers(setup):
                 continue
             found = self.candidate(estimate(setup, self.profiler))
             if found.fits:
                 fits.add(kind)
+            else:
+                larger.note(setup)
             yield found
 
     def played(self, setup: Setup) -> list[Estimate]:

@@ -147,7 +147,8 @@ def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
 
     Seconds: its replica's step, slowed down by parameters gathered once and gradients reduced behind it, less what it
     would not gather again if it kept parameters. Bytes: its share of the state at rest, and what is alive as forward
-    ends, less gradients and what is gathered again.
+    ends, less gradients and what is gathered again; of what a solver finds for a replica or of what is done by hand,
+    the less, as the solver's picks for sharded state are others.
     """
     found = profiler.profile(setup, replica=True)
     whole = found.whole
@@ -162,7 +163,10 @@ def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
         mesh = topology(profiler.hardware, {"dp": setup.data_ranks, "tp": setup.tp})
         micro_s -= waited_s + max(taken_shares((1,), mesh)) * behind_s
     added_s = (setup.accumulate - 1) * whole["added_s"] / setup.dp_shard
-    return setup.accumulate * micro_s + added_s + update_s, at_rest_bytes + working_bytes
+    size = at_rest_bytes + working_bytes
+    if setup.solved:  # one replica alone has no state to gather, and less reason to split its parameters
+        size = min(size, lower_bound(replace(setup, solved=False), profiler)[1])
+    return setup.accumulate * micro_s + added_s + update_s, size
 
 
 def _slowed_at_least_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
