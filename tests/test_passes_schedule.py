@@ -374,6 +374,23 @@ def test_every_product_runs_on_the_compute_stream(strategy: str) -> None:
     assert len(products_s) == sum(site.count for site in space.sites if site.name == "aten.mm.default")
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "auto"])
+def test_the_solver_prices_each_op_as_the_schedule_plays_it(strategy: str) -> None:
+    """Also where two ops are alike but for what they are fused with."""
+    space, _ = planned_llama(strategy, 2, 2)
+    priced = price(space)
+    compared = 0
+    for group, rows, seconds in zip(priced.groups, priced.table, priced.problem.option_s, strict=True):
+        if any(space.sites[site].kind != "op" or site in space.recomputed.again for site in group):
+            continue
+        for row, found in zip(rows, seconds, strict=True):
+            options = ((site, space.sites[site].options[number]) for site, number in zip(group, row, strict=True))
+            parts = [space.sites[s].count * op_cost(space, s, option).seconds for s, option in options]  # type: ignore[arg-type]
+            assert found == pytest.approx(sum(parts))
+            compared += 1
+    assert compared > 100
+
+
 def parameter_bytes() -> int:
     return sum(p.numel() * p.element_size() for p in llama()[0].parameters())
 
