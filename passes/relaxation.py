@@ -71,7 +71,6 @@ class Relaxation:
         self._solver.setOptionValue("output_flag", False)
         self._solver.setOptionValue("threads", 1)
         self._solver.setOptionValue("random_seed", 0)
-        self._solver.setOptionValue("presolve", "off")  # takes longer than it saves on programs of this size
         self._solver.passModel(model.lp())
 
     def among(self, allowed: Sequence[Flags], basis: Any = None) -> Mix | None:
