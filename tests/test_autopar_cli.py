@@ -225,3 +225,11 @@ def test_a_config_json_and_its_folder_are_models(here: Here, capsys: pytest.Capt
         found = json.loads(capsys.readouterr().out)
         assert found["layers"] == {"model.layers.*": 2}
         assert found["inputs"]["input_ids"] == [2, 32]
+
+
+def test_what_compiles_and_what_draws_is_imported_when_it_is_used() -> None:
+    """Each takes a second, which no plan and no search has to wait for."""
+    names = ("matplotlib", "torch._inductor.scheduler", "transformers")
+    code = f"import sys, autopar.cli; print([name for name in {names} if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
