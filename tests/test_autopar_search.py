@@ -276,6 +276,21 @@ def test_what_the_solver_finds_for_sharded_state_may_need_less_than_for_a_replic
                 assert bound_bytes <= played.peak_bytes
 
 
+def test_larger_micro_batches_keep_more(profiler: Profiler) -> None:
+    """What fits no small micro-batch fits no larger one of the same step: the search asks for none."""
+    for tp, pp, mode, micro_batches in itertools.product((1, 2), (1, 2, 4), ("pointwise", "full"), (2, 4, 16)):
+        for virtual, state in itertools.product({1, 8 // pp if pp > 1 else 1}, ("zero1", "zero2")):
+            setup = Setup(
+                dp_shard=2, tp=tp, pp=pp, virtual=virtual, recompute=mode, state=state, accumulate=micro_batches,
+                gradient_bytes=4,
+            )  # fmt: skip
+            larger = replace(setup, micro_batch=2, accumulate=micro_batches // 2)
+            assert estimate(setup, profiler).peak_bytes <= estimate(larger, profiler).peak_bytes
+        plan = Setup(dp_shard=2, tp=tp, recompute=mode, accumulate=micro_batches)
+        larger = replace(plan, micro_batch=2, accumulate=micro_batches // 2)
+        assert lower_bound(plan, profiler)[1] <= lower_bound(larger, profiler)[1]
+
+
 def test_copies_of_the_model_are_tried_too() -> None:
     """DDP's step is that of the plan for it; where it is the fastest that fits, the verdict says so."""
     result = autopar.search(small(), 2, "h100", 4, sequence=512)
