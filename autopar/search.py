@@ -238,10 +238,14 @@ def search(
             return example_inputs
         return default_inputs(model, 1, length // parts) if length else default_inputs(model, 1)
 
+    stateless = options.optimizer == "none"
     options = replace(options, optimizer=_optimizer(options.optimizer, model))
     profiler = Profiler(Captures(model, inputs, progress=progress), machine, OPTIMIZERS[options.optimizer])
     splits = length if example_inputs is None else None
-    return _State(profiler, gpus, global_batch, options, top, splits, progress).result(model, length)
+    state = _State(profiler, gpus, global_batch, options, top, splits, progress)
+    if stateless:
+        state.notes.append("no optimizer is priced as sgd is, which keeps nothing either")
+    return state.result(model, length)
 
 
 def _budget(options: Options, machine: Hardware, gpus: int) -> int:

@@ -406,6 +406,9 @@ def test_what_is_budgeted_for_the_optimizer_is_said(found: SearchResult) -> None
     with pytest.raises(ValueError, match="batch_axes"):
         autopar.search(small(), 1, "h100", 1, sequence=512, options=replace(OPTIONS, batch_axes=("dp",)))
     assert not any("not priced" in note for note in found.notes)
+    none = autopar.search(small(), 1, "h100", 1, sequence=512, options=replace(OPTIONS, optimizer="none"), top=1)
+    assert none.notes[0] == "no optimizer is priced as sgd is, which keeps nothing either"
+    assert "optimizer sgd: 0 bytes per parameter" in " ".join(none.notes)
     assert full.options().optimizer == "adamw"
 
 
