@@ -1,10 +1,10 @@
 """Why no plan fits, and what would: the smallest set of constraints that conflict, and plans near the one asked for.
 
 What a user asks for is a set of constraints: the budget, a strategy, pins, layouts that parameters already have, a way
-to recompute. A subset conflicts where no plan satisfies all of it. Subsets are tried from the smallest up, so the first
-that conflicts is a smallest one. Then each change that a user could make is planned: to let go of one constraint, the
-same ranks as another mesh, fewer sequences at a time, more ranks. Every figure is that of a plan that was played. The
-whole look has an end: what was not looked at by then, the error says.
+to recompute, that what was gathered stays. A subset conflicts where no plan satisfies all of it. Subsets are tried from
+the smallest up, so the first that conflicts is a smallest one. Then each change that a user could make is planned: to
+let go of one constraint, the same ranks as another mesh, fewer sequences at a time, more ranks. Every figure is that of
+a plan that was played. The whole look has an end: what was not looked at by then, the error says.
 """
 
 from __future__ import annotations
@@ -128,6 +128,10 @@ def _constraints(request: Request) -> dict[str, Callable[[Request], Request]]:
     found: dict[str, Callable[[Request], Request]] = {}
     if request.recompute != "auto":
         found[f"recompute {request.recompute!r}"] = lambda r: replace(r, recompute="auto")
+    if request.reshard is False:
+        found["reshard_after_forward=False"] = lambda r: replace(r, reshard=None)
+    if request.regather is False:
+        found["regather_activations=False"] = lambda r: replace(r, regather=None)
     if request.strategy != "auto":
         found[f"strategy {request.strategy!r}"] = lambda r: replace(r, strategy="auto")
     for pattern, pin in request.pins.items():

@@ -102,6 +102,29 @@ def test_a_fixed_recompute_conflicts_with_the_budget() -> None:
     assert re.search(r"MiB, [\d.]+ ms per step", way)
 
 
+@pytest.mark.parametrize(
+    ("asked", "length", "stays", "name"),
+    [  # where parameters are most of what there is, and where activations are
+        (Request(strategy="fsdp", optimizer="sgd"), 8, {"reshard": False}, "reshard_after_forward=False"),
+        (Request(strategy="megatron", recompute="none"), 512, {"regather": False}, "regather_activations=False"),
+    ],
+)
+def test_what_has_to_stay_gathered_conflicts_too(
+    asked: Request, length: int, stays: dict[str, bool], name: str
+) -> None:
+
+    def needed(request: Request) -> int:
+        error = refused(replace(request, budget_bytes=WEIGHTS // 4), length=length)
+        return int(re.search(r"\((\d+) bytes\)", error.ways[-1])[1])  # type: ignore[index]
+
+    kept = needed(replace(asked, **stays))  # type: ignore[arg-type]
+    assert needed(asked) < kept
+    error = refused(replace(asked, budget_bytes=kept - 1, **stays), length=length)  # type: ignore[arg-type]
+    assert name in error.conflict
+    (way,) = [way for way in error.ways if way.startswith(f"without {name}: ")]
+    assert asked.strategy in way.rpartition("(")[2]
+
+
 def test_weight_gradients_run_at_once_where_what_they_read_would_not_fit() -> None:
     def under(budget: int) -> Plan:
         return planned(Request(strategy="megatron", recompute="full", budget_bytes=budget))
