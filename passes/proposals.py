@@ -318,6 +318,8 @@ class Search:
         regathering_suffices = False
         enough = _Enough(self.fastest_s)
         end_s = time.process_time() + self.budgeted_s
+        optimizer = Budgeted(int(OPTIMIZERS[request.optimizer].state_bytes_per_param))
+        known: dict[tuple[int, int], float] = {}
         for mode, regather in itertools.product(modes, either):
             if regather and regathering_suffices:
                 continue
@@ -325,7 +327,7 @@ class Search:
             if mode != recomputed.mode:
                 recomputed = replace(recomputation(padding.analysis, mode), reshard=recomputed.reshard)
             space = replace(space, recomputed=replace(recomputed, regather=regather))
-            priced = price(space, Budgeted(int(OPTIMIZERS[request.optimizer].state_bytes_per_param)))
+            priced = price(space, optimizer, known)
             posed = _Posed(name, padding, space, priced, end_s)
             unbound = True
             for share in shares:
