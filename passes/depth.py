@@ -157,10 +157,10 @@ def _entered(schedule: Schedule) -> list[float]:
 def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) -> None:
     sizes = space.topology.sizes
     for index, site in enumerate(space.sites):
-        option = site.options[assignment[index]]
-        if not isinstance(option, StoredOption) or site.kind not in ("stored", "given") or site.given is None:
+        option, given = site.options[assignment[index]], site.given
+        if not isinstance(option, StoredOption) or site.kind not in ("stored", "given"):
             continue
-        if site.given.kind == "parameter":
+        if given is not None and given.kind == "parameter":
             computed = math.prod(option.storage.computed_shape(sizes)) * site.count
             found["elements"] += computed
             found["bytes"] += computed * site.itemsize

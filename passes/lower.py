@@ -5,8 +5,8 @@
         -arranged-> outer programs
 
 A step is captured on fake CPU tensors; `retarget` makes it one of another device. Where no layer repeats, forward and
-backward are one region each, collectives and all, but for ops that cannot be compiled. `inductor.py` is the
-one file that calls Inductor.
+backward are one region each, collectives and all, but for ops that cannot be compiled. `inductor.py` is the one file
+that calls Inductor.
 """
 
 from __future__ import annotations

@@ -205,13 +205,13 @@ def price(space: Space, optimizer: Budgeted | None = None, known: dict[tuple[int
     where = {site: (v, k) for v, group in enumerate(groups) for k, site in enumerate(group)}
     seconds, sizes = [], []
     twice = {i for i in space.recomputed.again if not is_cheap_op(space.sites[i].call.target)}  # type: ignore[union-attr]
-    op_cost: dict[tuple[int, int], float] = {} if known is None else known
+    known = {} if known is None else known
 
     def site_s(site_index: int, option_index: int) -> float:
         site, key = space.sites[site_index], (site_index, option_index)
-        if key not in op_cost:
-            op_cost[key] = _option_s(space, site, site.options[option_index], optimizer)
-        return op_cost[key] * site.count * (2 if site_index in twice else 1)
+        if key not in known:
+            known[key] = _option_s(space, site, site.options[option_index], optimizer)
+        return known[key] * site.count * (2 if site_index in twice else 1)
 
     for group, rows in zip(groups, table, strict=True):
         seconds.append(tuple(sum(site_s(s, o) for s, o in zip(group, row, strict=True)) for row in rows))

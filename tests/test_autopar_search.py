@@ -277,7 +277,7 @@ def test_what_the_solver_finds_for_sharded_state_may_need_less_than_for_a_replic
 
 
 def test_larger_micro_batches_keep_more(profiler: Profiler) -> None:
-    """What fits no small micro-batch fits no larger one of the same step: the search asks for none."""
+    """A step that does not fit in small micro-batches does not in larger ones, so the search does not ask for them."""
     for tp, pp, mode, micro_batches in itertools.product((1, 2), (1, 2, 4), ("pointwise", "full"), (2, 4, 16)):
         for virtual, state in itertools.product({1, 8 // pp if pp > 1 else 1}, ("zero1", "zero2")):
             setup = Setup(

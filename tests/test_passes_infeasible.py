@@ -112,7 +112,6 @@ def test_a_fixed_recompute_conflicts_with_the_budget() -> None:
 def test_what_has_to_stay_gathered_conflicts_too(
     asked: Request, length: int, stays: dict[str, bool], name: str
 ) -> None:
-
     def needed(request: Request) -> int:
         error = refused(replace(request, budget_bytes=WEIGHTS // 4), length=length)
         return int(re.search(r"\((\d+) bytes\)", error.ways[-1])[1])  # type: ignore[index]
