@@ -75,6 +75,7 @@ def _views() -> list[Sample]:
         s(aten.squeeze.dim, f(4, 1, 6), 1, splits=2),
         s(aten.squeeze.dims, f(1, 4, 1, 6), [0, -2], splits=2),
         s(aten.unsqueeze.default, f(4, 6), -1, splits=2),
+        s(aten.unsqueeze.default, f(0, 6), 0, splits=1),
         s(aten.expand.default, f(4, 1, 6), [4, 8, 6], splits=3),
         s(aten.expand.default, f(4, 1), [2, -1, 6], splits=3),
         s(aten.slice.Tensor, f(4, 6), 1, 1, 5, splits=1),
@@ -344,6 +345,9 @@ def _indexing() -> list[Sample]:
             ]
         ],
         s(aten.index_put.default, f(8, 6), [i(8, 40)], f(40, 6), True, splits=3),
+        s(aten.index_put.default, f(8, 6), [i(8, 0)], f(0, 6)),  # nothing was picked
+        s(aten.index_put.default, f(4, 8, 6), [i(4, 0), None, i(6, 0)], f(0, 8)),
+        s(aten.index.Tensor, f(8, 6), [i(8, 0)]),
         s(aten.index_put.default, f(4, 6), [b(4, 6)], f()),
         s(aten.searchsorted.Tensor, f(5).sort().values, f(4, 6), splits=2),
         s(aten.searchsorted.Tensor, f(4, 5).sort().values, f(4, 6), right=True, splits=2),

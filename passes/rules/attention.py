@@ -34,7 +34,7 @@ def _dims(build: FormBuilder, call: Call) -> tuple[Dims, Dims, Dims, Dims]:
 def _mask_dims(shape: tuple[int, ...], query: Dims, key: Dims) -> Dims:
     full = (query[0], query[1], query[2], key[2])
     skip = len(full) - len(shape)
-    return tuple(full[skip + i] if size > 1 else () for i, size in enumerate(shape))
+    return tuple(full[skip + i] if size != 1 else () for i, size in enumerate(shape))
 
 
 def _lse_dims(call: Call, facts_shape: tuple[int, ...], lse: Dims) -> Dims:

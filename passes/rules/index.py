@@ -168,7 +168,7 @@ def _index_dims(
     special: dict[str, Any] = indexed if len(placed) == 1 else {"whole": True}
     dims = tuple(build.factor(size, **(special if d in positions else {})) for d, size in enumerate(shape))
     index_dims = [
-        tuple(over[len(broadcast) - len(s) + i] if size > 1 else () for i, size in enumerate(s)) for _, s in placed
+        tuple(over[len(broadcast) - len(s) + i] if size != 1 else () for i, size in enumerate(s)) for _, s in placed
     ]
     rest = [dims[d] for d in range(len(shape)) if d not in positions]
     before = positions[0] if positions == list(range(positions[0], positions[-1] + 1)) else 0
@@ -201,5 +201,5 @@ def _index_put(call: Call) -> Form:
     if not adds:
         build.whole |= {f for index in index_dims for dim in index for f in dim}
     skip = len(picked) - len(values)
-    value_dims = tuple(picked[skip + i] if size > 1 else () for i, size in enumerate(values))
+    value_dims = tuple(picked[skip + i] if size != 1 else () for i, size in enumerate(values))
     return build.form([dims, *index_dims, value_dims], [dims], [[0, len(index_dims) + 1]] if adds else [])

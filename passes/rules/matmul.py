@@ -42,7 +42,7 @@ def _addmm(call: Call) -> Form:
     rows, inner, columns = build.factor(m), build.factor(k, reduce="sum"), build.factor(n)
     full = (rows, columns)
     bias = call.operands[0].shape
-    added = tuple(full[2 - len(bias) + i] if size > 1 else () for i, size in enumerate(bias))
+    added = tuple(full[2 - len(bias) + i] if size != 1 else () for i, size in enumerate(bias))
     return build.form([added, (rows, inner), (inner, columns)], [full])
 
 
@@ -53,5 +53,5 @@ def _baddbmm(call: Call) -> Form:
     batch, rows, inner, columns = build.factor(b), build.factor(m), build.factor(k, reduce="sum"), build.factor(n)
     full = (batch, rows, columns)
     bias = call.operands[0].shape
-    added = tuple(full[3 - len(bias) + i] if size > 1 else () for i, size in enumerate(bias))
+    added = tuple(full[3 - len(bias) + i] if size != 1 else () for i, size in enumerate(bias))
     return build.form([added, (batch, rows, inner), (batch, inner, columns)], [full])

@@ -39,7 +39,7 @@ def broadcast_form(call: Call, linear: Iterable[Iterable[int]] = ()) -> Form:
     operands = []
     for operand in call.operands:
         skip = len(shape) - len(operand.shape)
-        operands.append(tuple(dims[skip + i] if size > 1 else () for i, size in enumerate(operand.shape)))
+        operands.append(tuple(dims[skip + i] if size != 1 else () for i, size in enumerate(operand.shape)))
     return build.form(operands, [dims for _ in call.results], linear)
 
 

@@ -62,7 +62,7 @@ def _size_one_dims(call: Call) -> Form:
     build = FormBuilder()
     dims = build.dims(source)
     kept = iter([dim for dim in dims if dim])
-    return build.form([dims], [tuple(next(kept) if size > 1 else () for size in target)], [[0]])
+    return build.form([dims], [tuple(next(kept) if size != 1 else () for size in target)], [[0]])
 
 
 @rule(aten.expand.default)
@@ -71,7 +71,7 @@ def _expand(call: Call) -> Form:
     build = FormBuilder()
     dims = build.dims(target)
     skip = len(target) - len(source)
-    return build.form([tuple(dims[skip + i] if s > 1 else () for i, s in enumerate(source))], [dims], [[0]])
+    return build.form([tuple(dims[skip + i] if s != 1 else () for i, s in enumerate(source))], [dims], [[0]])
 
 
 def _cut(call: Call, result: Dims | None = None) -> Form:
