@@ -44,7 +44,10 @@ class Descent:
             size = self._sweep(now, asked, factor * s_per_byte, size)
         if size <= budget:
             for factor in _FALLING:
+                before = now.copy()
                 size = self._sweep(now, asked, factor * s_per_byte, size)
+                if now == before and not s_per_byte:
+                    break  # the next sweep is at the same price
         return tuple(now[: len(picks)])
 
     @staticmethod

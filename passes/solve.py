@@ -1,7 +1,7 @@
 """The exact solver: the cheapest picks of a `Problem`, with the proof.
 
-A small problem is branched on by linear programs (`linear.py`), mostly one. Over several tensor axes layouts multiply,
-and few of them are near any good plan. So there:
+A problem is branched on by linear programs (`linear.py`), mostly one, where tensors can go between a few hundred pairs
+of states each. Over several tensor axes layouts multiply, and few of them are near any good plan. So there:
 
     messages -> a bound, and picks: where they cost as much as the bound, that is it
              -> the excess of each option -> the few options with little of it, solved exactly
@@ -25,9 +25,9 @@ from passes.linear import cheapest
 from passes.messages import Floats, Messages
 from passes.problem import Problem, Reader, evaluate
 
-_FEW, _FEW_BUDGETED = 30000, 20000
-"""Pairs of states up to which a problem is solved by linear programs: messages would take as long or longer, also
-within a budget."""
+_FEW = 250
+"""Pairs of states per link up to which linear programs are quicker. Their time is in the pairs, some 60 microseconds
+each; that of messages in the links of tensors and readers, half a millisecond each and pass, up to twenty times."""
 _GAP, _LIMIT_S = 1e-4, 120.0
 _WIDE_GAP = 8e-3
 """What is proved where there are more: a share of costs that are themselves known to several percent."""
@@ -65,7 +65,7 @@ def solve(problem: Problem, *, gap: float | None = None, time_limit_s: float | N
         NoFeasiblePlanError: nothing fits the budget, or no plan was found in time.
     """
     budgeted = math.isfinite(problem.budget_bytes)
-    few = _pairs(problem) <= (_FEW_BUDGETED if budgeted else _FEW)
+    few = _pairs_per_link(problem) <= _FEW
     if gap is None:
         gap = _WIDE_GAP if not few else _BUDGETED_GAP if budgeted else _GAP
     time_limit_s = (_BUDGETED_LIMIT_S if budgeted else _LIMIT_S) if time_limit_s is None else time_limit_s
@@ -97,11 +97,10 @@ def _near(picks: tuple[int, ...], descent: Descent) -> Iterator[tuple[int, ...]]
     yield descent.within_budget(picks, 0.0)
 
 
-def _pairs(problem: Problem) -> int:
-    """How many pairs of states tensors can go between."""
-    return sum(
-        len(set(flow.states)) * len(set(reader.states)) for flow in problem.flows for reader in set(flow.readers)
-    )
+def _pairs_per_link(problem: Problem) -> float:
+    """Between how many pairs of states a tensor can go to a reader, on average; 0 where nothing is read."""
+    pairs = [len(set(flow.states)) * len(set(reader.states)) for flow in problem.flows for reader in set(flow.readers)]
+    return sum(pairs) / max(len(pairs), 1)
 
 
 def _solution(problem: Problem, picks: tuple[int, ...], bound_s: float) -> Solution:

@@ -73,7 +73,6 @@ def price(problem: Problem, picks: tuple[int, ...]) -> tuple[float, float]:
 def test_solve_finds_the_cheapest_picks(seed: int, few: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """By linear programs, and as large problems are solved: by messages, and branch and bound within a budget."""
     monkeypatch.setattr(solving, "_FEW", few)
-    monkeypatch.setattr(solving, "_FEW_BUDGETED", few)
     problem = random_problem(seed)
     all_picks = product(*(range(len(costs)) for costs in problem.option_s))
     fitting = [
@@ -122,7 +121,6 @@ def test_stopped_early_a_solution_fits_and_its_bound_is_one(
     seed: int, few: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(solving, "_FEW", few)
-    monkeypatch.setattr(solving, "_FEW_BUDGETED", few)
     problem = random_problem(seed)
     budget = problem.budget_bytes if math.isfinite(problem.budget_bytes) else 12.0
     problem = replace(problem, budget_bytes=budget)
@@ -152,6 +150,23 @@ def test_the_time_of_linear_programs_is_the_processors(monkeypatch: pytest.Monke
     stopped = solve(problem, gap=1e-9, time_limit_s=1.0)
     assert stopped.gap > 1e-9
     assert stopped.bound_s <= proved.seconds <= stopped.seconds
+
+
+def test_many_ops_with_few_ways_between_them_need_no_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long chain, whose cheapest picks dynamic programming finds: messages would visit every link again and again."""
+    rng = np.random.default_rng(0)
+    own, change = rng.random((320, 10)), rng.random((10, 10))
+    states = tuple(range(10))
+    cost_s = tuple(map(tuple, change.tolist()))
+    flows = tuple(Flow(v, states, (Reader(v + 1, states),), cost_s) for v in range(len(own) - 1))
+    problem = Problem(tuple(map(tuple, own.tolist())), ((0.0,) * 10,) * len(own), flows)
+    least = own[0]
+    for each in own[1:]:
+        least = (least[:, None] + change).min(axis=0) + each
+    monkeypatch.setattr(solving, "Messages", None)
+    found = solve(problem)
+    assert found.seconds == pytest.approx(least.min())
+    assert found.gap <= 1e-9
 
 
 def test_messages_solve_a_chain_in_one_pass() -> None:
