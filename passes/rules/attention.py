@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from passes.rules.call import Call, Operand
-from passes.rules.form import Dims, Form, FormBuilder
+from passes.rules.form import Dims, Form, FormBuilder, broadcast
 from passes.rules.table import rule
 
 aten = torch.ops.aten
@@ -32,9 +32,7 @@ def _dims(build: FormBuilder, call: Call) -> tuple[Dims, Dims, Dims, Dims]:
 
 
 def _mask_dims(shape: tuple[int, ...], query: Dims, key: Dims) -> Dims:
-    full = (query[0], query[1], query[2], key[2])
-    skip = len(full) - len(shape)
-    return tuple(full[skip + i] if size != 1 else () for i, size in enumerate(shape))
+    return broadcast((query[0], query[1], query[2], key[2]), shape)
 
 
 def _lse_dims(call: Call, facts_shape: tuple[int, ...], lse: Dims) -> Dims:

@@ -86,6 +86,12 @@ class FormBuilder:
         )
 
 
+def broadcast(dims: Dims, shape: Sequence[int]) -> Dims:
+    """Dims of a tensor of `shape` that is broadcast to one of `dims`: a size of 1 has no factor there."""
+    skip = len(dims) - len(shape)
+    return tuple(dims[skip + i] if size != 1 else () for i, size in enumerate(shape))
+
+
 def einsum_form(equation: str, shapes: Sequence[Sequence[int]], linear: Iterable[Iterable[int]] = ()) -> Form:
     """Form of `"mk,kn->mn"` for operands of `shapes`; letters that a result lacks are summed."""
     left, right = equation.split("->")

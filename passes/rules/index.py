@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from passes.rules.call import Call, Operand
-from passes.rules.form import Dims, Form, FormBuilder
+from passes.rules.form import Dims, Form, FormBuilder, broadcast
 from passes.rules.table import rule, whole_form
 
 aten = torch.ops.aten
@@ -162,14 +162,12 @@ def _index_dims(
     shape = call.operands[0].shape
     indices = call.get("indices")
     placed = [(d, call.operands[index.index].shape) for d, index in enumerate(indices) if isinstance(index, Operand)]
-    broadcast = torch.broadcast_shapes(*(s for _, s in placed))
-    over = build.dims(broadcast, reduce=loop)
+    looked_up = torch.broadcast_shapes(*(s for _, s in placed))
+    over = build.dims(looked_up, reduce=loop)
     positions = [d for d, _ in placed]
     special: dict[str, Any] = indexed if len(placed) == 1 else {"whole": True}
     dims = tuple(build.factor(size, **(special if d in positions else {})) for d, size in enumerate(shape))
-    index_dims = [
-        tuple(over[len(broadcast) - len(s) + i] if size != 1 else () for i, size in enumerate(s)) for _, s in placed
-    ]
+    index_dims = [broadcast(over, s) for _, s in placed]
     rest = [dims[d] for d in range(len(shape)) if d not in positions]
     before = positions[0] if positions == list(range(positions[0], positions[-1] + 1)) else 0
     return dims, index_dims, (*rest[:before], *over, *rest[before:])
@@ -194,12 +192,10 @@ def _index_put(call: Call) -> Form:
         return whole_form(call)
     build = FormBuilder()
     adds = bool(call.get("accumulate", False))
-    values = call.operands[-1].shape
     dims, index_dims, picked = _index_dims(
         call, build, loop="sum" if adds else None, indexed={"leading": True} if adds else {"whole": True}
     )
     if not adds:
         build.whole |= {f for index in index_dims for dim in index for f in dim}
-    skip = len(picked) - len(values)
-    value_dims = tuple(picked[skip + i] if size != 1 else () for i, size in enumerate(values))
+    value_dims = broadcast(picked, call.operands[-1].shape)
     return build.form([dims, *index_dims, value_dims], [dims], [[0, len(index_dims) + 1]] if adds else [])

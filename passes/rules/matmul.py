@@ -10,7 +10,7 @@ import torch
 
 from passes.routed_ops import ROUTED_MM, ROUTED_MM_WEIGHT
 from passes.rules.call import Call
-from passes.rules.form import Form, FormBuilder, einsum_form
+from passes.rules.form import Form, FormBuilder, broadcast, einsum_form
 from passes.rules.table import RULES, rule
 
 aten = torch.ops.aten
@@ -41,8 +41,7 @@ def _addmm(call: Call) -> Form:
     build = FormBuilder()
     rows, inner, columns = build.factor(m), build.factor(k, reduce="sum"), build.factor(n)
     full = (rows, columns)
-    bias = call.operands[0].shape
-    added = tuple(full[2 - len(bias) + i] if size != 1 else () for i, size in enumerate(bias))
+    added = broadcast(full, call.operands[0].shape)
     return build.form([added, (rows, inner), (inner, columns)], [full])
 
 
@@ -52,6 +51,5 @@ def _baddbmm(call: Call) -> Form:
     build = FormBuilder()
     batch, rows, inner, columns = build.factor(b), build.factor(m), build.factor(k, reduce="sum"), build.factor(n)
     full = (batch, rows, columns)
-    bias = call.operands[0].shape
-    added = tuple(full[3 - len(bias) + i] if size != 1 else () for i, size in enumerate(bias))
+    added = broadcast(full, call.operands[0].shape)
     return build.form([added, (batch, rows, inner), (batch, inner, columns)], [full])

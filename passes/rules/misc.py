@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from passes.rules.call import Call, Operand
-from passes.rules.form import Dims, Form, FormBuilder
+from passes.rules.form import Dims, Form, FormBuilder, broadcast
 from passes.rules.table import rule, whole_form
 
 aten = torch.ops.aten
@@ -145,8 +145,7 @@ def _cross(call: Call) -> Form:
     shape, dim = result.shape, call.get("dim", -1) % len(result.shape)
     build = FormBuilder()
     dims = tuple(build.factor(n, whole=d == dim) for d, n in enumerate(shape))
-    operands = [tuple(dims[d] if n != 1 else () for d, n in enumerate(facts.shape)) for facts in call.operands]
-    return build.form(operands, [dims])
+    return build.form([broadcast(dims, facts.shape) for facts in call.operands], [dims])
 
 
 @rule(aten._weight_norm_interface.default)
@@ -154,7 +153,7 @@ def _weight_norm(call: Call) -> Form:
     v, g = call.operands[0].shape, call.operands[1].shape
     build = FormBuilder()
     dims = tuple(build.factor(n, whole=d != call.get("dim", 0)) for d, n in enumerate(v))
-    norms = tuple(dims[d] if n != 1 else () for d, n in enumerate(g))
+    norms = broadcast(dims, g)
     return build.form([dims, norms], [dims, norms])
 
 
@@ -163,7 +162,7 @@ def _weight_norm_backward(call: Call) -> Form:
     v, g = call.operands[1].shape, call.operands[2].shape
     build = FormBuilder()
     dims = tuple(build.factor(n, whole=d != call.get("dim")) for d, n in enumerate(v))
-    norms = tuple(dims[d] if n != 1 else () for d, n in enumerate(g))
+    norms = broadcast(dims, g)
     return build.form([dims, dims, norms, norms], [dims, norms])
 
 

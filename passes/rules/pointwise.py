@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from passes.rules.call import Call, Operand
-from passes.rules.form import Form, FormBuilder
+from passes.rules.form import Form, FormBuilder, broadcast
 from passes.rules.table import POINTWISE, rule, whole_form
 
 aten = torch.ops.aten
@@ -36,10 +36,7 @@ def broadcast_form(call: Call, linear: Iterable[Iterable[int]] = ()) -> Form:
         return whole_form(call)
     build = FormBuilder()
     dims = build.dims(shape)
-    operands = []
-    for operand in call.operands:
-        skip = len(shape) - len(operand.shape)
-        operands.append(tuple(dims[skip + i] if size != 1 else () for i, size in enumerate(operand.shape)))
+    operands = [broadcast(dims, operand.shape) for operand in call.operands]
     return build.form(operands, [dims for _ in call.results], linear)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from passes.rules.call import Call
-from passes.rules.form import Dims, Form, FormBuilder, view_dims
+from passes.rules.form import Dims, Form, FormBuilder, broadcast, view_dims
 from passes.rules.table import rule
 
 aten = torch.ops.aten
@@ -70,8 +70,7 @@ def _expand(call: Call) -> Form:
     source, target = _shapes(call)
     build = FormBuilder()
     dims = build.dims(target)
-    skip = len(target) - len(source)
-    return build.form([tuple(dims[skip + i] if s != 1 else () for i, s in enumerate(source))], [dims], [[0]])
+    return build.form([broadcast(dims, source)], [dims], [[0]])
 
 
 def _cut(call: Call, result: Dims | None = None) -> Form:
