@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 PIPELINE = Pipeline(
+    planning.machine_of,
     planning.captured,
     planning.planned,
     planning.rewritten,

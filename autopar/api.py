@@ -82,6 +82,7 @@ def plan_with(
     timelines = []
 
     def make() -> str:
+        pipeline.check(hardware, job.axes, job.batch_axes, job.options)
         # Where the model reads values, the plan is for those of rank 0's example; others are planned when they come.
         program = _captured(job, skeleton(model), call)
         described = examples.described(call, inputs_read(program))
@@ -139,6 +140,8 @@ def parallelize_with(
         example = examples.described(call)
     if not ours.same(example):
         raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
+    with ours.agreeing():
+        pipeline.check(None, job.axes, job.batch_axes, job.options)
     gather = _gather(job, mesh, ours)
     with job.stages:
         program = captured_together(

@@ -42,6 +42,7 @@ class PlanLike(Protocol):
 class Pipeline:
     """The stages, with the arguments they are called with.
 
+    check: hardware, axes, batch_axes, options; raises for what of these cannot be, before a model is captured
     capture: model, args, kwargs, *, batch_dims, batch_size, tangents, backward, precision
     compile_plan: program, axes, *, batch_axes, hardware, strategy, options, example, stored (storages that are pinned),
         smaller (a divisor -> the program of a batch that many times smaller, or None), keep_timeline, progress (told
@@ -52,6 +53,7 @@ class Pipeline:
     hardware_of: plan -> the hardware it was priced on, as `compile_plan` takes it
     """
 
+    check: Callable[..., object]
     capture: Callable[..., Program]
     compile_plan: Callable[..., Any]
     rewrite: Callable[[Program, Any], LocalProgram]

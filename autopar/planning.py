@@ -89,6 +89,23 @@ def captured(
     )  # fmt: skip
 
 
+def machine_of(
+    hardware: str | Hardware | None, axes: Sequence[tuple[str, int]], batch_axes: Sequence[int], options: Options
+) -> Topology:
+    """A mesh of `axes` laid over its hardware. Finds what is wrong with these before minutes go into a model.
+
+    Raises:
+        ValueError: no such hardware, a pin that is no layout, or what this hardware and mesh cannot do.
+    """
+    mesh = on_mesh(hardware, axes)
+    pins_of(options)
+    if options.async_tp:
+        check_async_tp(options, axes, batch_axes)
+        if mesh.device.is_cpu:
+            raise ValueError(f"async_tp is for GPUs that reach each other's memory; {mesh.hardware.name!r} is a CPU")
+    return mesh
+
+
 @settled()
 def planned(
     program: Program,
@@ -114,6 +131,7 @@ def planned(
     Raises:
         ValueError: the mesh or the hardware cannot do what the options ask for.
     """
+    mesh = machine_of(hardware, axes, batch_axes, options)
     request = Request(
         strategy=strategy,
         budget_bytes=options.memory_budget,
@@ -128,11 +146,6 @@ def planned(
         async_tp=options.async_tp,
         without=tuple(without),
     )
-    mesh = on_mesh(hardware, axes)
-    if options.async_tp:
-        check_async_tp(options, axes, batch_axes)
-        if mesh.device.is_cpu:
-            raise ValueError(f"async_tp is for GPUs that reach each other's memory; {mesh.hardware.name!r} is a CPU")
     figures = json.loads(json.dumps(asdict(mesh.hardware)))
     plan = compile_plan(
         program,

@@ -85,6 +85,8 @@ def verify(
     autocast = autocast_dtype()
     with autocast_as(None):
         batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
+        if plan is None:
+            planning.machine_of(hardware, axes, batch_axes, options)
         progress("copying the model")
         copied, notes = real_copy(model, options.seed)
         call_args, call_kwargs = examples.on_cpu(examples.call_of(model, example_inputs))

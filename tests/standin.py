@@ -86,4 +86,6 @@ def pipeline(strategy: str = "fsdp") -> Pipeline:
         space = search_space(program, machine, plan.batch_axes, dict(plan.stored) or None, strategy=plan.strategy)
         return rewrite_(space, plan.assignment)
 
-    return Pipeline(capture, compile_plan, rewrite, load, lambda plan: plan.options, lambda plan: plan.hardware)
+    return Pipeline(
+        lambda *_: None, capture, compile_plan, rewrite, load, lambda plan: plan.options, lambda plan: plan.hardware
+    )

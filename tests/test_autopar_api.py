@@ -22,6 +22,7 @@ import autopar
 from autopar import examples, meshes
 from autopar.api import apply_with, parallelize_with, plan_with
 from autopar.options import Options
+from autopar.together import RankFailedError
 from passes.errors import PlanMismatchError
 
 EAGER = Options(compile=False)
@@ -397,3 +398,41 @@ def test_rank_0s_buffers_count_where_ranks_differ_in_order_alone_too(alike: bool
 def test_a_budget_may_be_written_as_a_float() -> None:
     assert Options(memory_budget=80e9).memory_budget == 80_000_000_000  # type: ignore[arg-type]
     assert isinstance(Options(memory_budget=80e9).memory_budget, int)  # type: ignore[arg-type]
+
+
+class NeverRun(nn.Module):
+    """A model that must not be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("captured, though what was asked for could not be")
+
+
+@pytest.mark.parametrize("make", [autopar.plan, autopar.verify])
+@pytest.mark.parametrize(
+    ("hardware", "options", "message"),
+    [
+        ("h9", {}, "unknown hardware 'h9'; known are"),
+        ("h100", {"pins": {"weight": "Q"}}, "pin 'weight': 'Q' is no layout"),
+        ("cpu", {"async_tp": True}, "async_tp is for GPUs"),
+    ],
+)
+def test_what_needs_no_graph_to_be_wrong_is_told_before_a_capture(
+    make: Any, hardware: str, options: dict[str, Any], message: str
+) -> None:
+    asked = Options(progress=False, **options)
+    with pytest.raises(ValueError, match=message):
+        make(NeverRun(), {"dp": 2, "tp": 2}, (torch.zeros(2, 2),), hardware=hardware, options=asked)
+
+
+def _wrong_pin(rank: int, ranks: int) -> None:
+    options = Options(progress=False, pins={"weight": "Q"} if rank else {})
+    with pytest.raises((ValueError, RankFailedError), match="pin 'weight': 'Q' is no layout"):
+        autopar.parallelize(NeverRun(), mesh_of((ranks,)), (torch.zeros(2, 2),), options=options)
+
+
+def test_a_pin_that_one_rank_gave_wrong_is_told_on_all_before_a_capture() -> None:
+    run_ranks(_wrong_pin, 2)

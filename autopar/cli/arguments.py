@@ -17,7 +17,7 @@ from autopar.model_argument import Named, Wanted, load_model
 from autopar.options import Options, Recompute
 from costmodel.layout import parse_layout
 from costmodel.memory import OPTIMIZERS
-from costmodel.presets import hardware_names
+from costmodel.presets import hardware, hardware_names
 from passes.named import STRATEGIES
 from passes.precision import dtype_named
 
@@ -165,10 +165,20 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
+def known_hardware(text: str) -> str:
+    """A preset's name or a file of figures, as it stands: what is wrong with it is said before any work is done."""
+    try:
+        hardware(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def add_hardware(parser: argparse.ArgumentParser) -> None:
     """--hardware."""
     parser.add_argument(
         "--hardware",
+        type=known_hardware,
         metavar="NAME",
         help=f"{', '.join(hardware_names())}, or a file: calibrate's, or what changes these (default: this machine)",
     )

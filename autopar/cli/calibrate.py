@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from autopar import planning
-from autopar.cli.arguments import add_json, check_outputs, count, output
+from autopar.cli.arguments import add_json, check_outputs, count, known_hardware, output
 from autopar.cli.comparing import print_measured
 from autopar.cli.terminal import clean_output, painted, progress, table, wrapped
 from autopar.measured import beside, corrected, measured
@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="about how long to measure (10)")
     parser.add_argument("--from-trace", metavar="TRACE", help="correct figures by this torch.profiler trace instead")
     parser.add_argument("--plan", metavar="PLAN", help="with --from-trace: the plan whose step was recorded")
-    parser.add_argument("--hardware", metavar="NAME", help="with --from-trace: what to correct (default: the plan's)")
+    parser.add_argument(
+        "--hardware",
+        type=known_hardware,
+        metavar="NAME",
+        help="with --from-trace: what to correct (default: the plan's)",
+    )
     add_json(parser)
 
 

@@ -45,9 +45,10 @@ def planned(
     keep_timeline: bool = False,
 ) -> Plan:
     """The plan that `autopar.plan` would make, every data-parallel rank feeding `call`."""
-    program = captured(model, call, mesh, options, progress)
     axes = meshes.axes_of(mesh)
     batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
+    planning.machine_of(hardware, axes, batch_axes, options)
+    program = captured(model, call, mesh, options, progress)
     smaller = examples.smaller(
         call, meshes.batch_ranks(axes, batch_axes), options.batch_dims,
         lambda cut: captured(model, cut, mesh, options, progress),
