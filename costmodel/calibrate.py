@@ -30,7 +30,14 @@ from costmodel.heap import keep_freed
 from costmodel.presets import hardware
 from costmodel.samples import Samples
 from costmodel.time_collectives import measure_groups
-from costmodel.time_ops import measure_attention, measure_launch, measure_matmuls, measure_memory, measure_update
+from costmodel.time_ops import (
+    measure_attention,
+    measure_cold_launch,
+    measure_launch,
+    measure_matmuls,
+    measure_memory,
+    measure_update,
+)
 
 __all__ = ["calibrate", "measure", "save_calibration"]
 
@@ -98,9 +105,11 @@ def measure(
     together()
     launch_s = measure_launch(place, 0.05 * share)
     together()
+    step_launch_s = measure_cold_launch(0.05 * share) if place.type == "cpu" else launch_s
+    together()
     update_s = measure_update(place, 0.05 * share)
     together()
-    memory = measure_memory(place, 0.2 * share)
+    memory = measure_memory(place, 0.15 * share)
     together()
     matmuls = measure_matmuls(place, kinds, 0.5 * share)
     together()
@@ -122,6 +131,7 @@ def measure(
         cores=cores,
         memory_bytes=memory_bytes,
         launch_s=launch_s,
+        step_launch_s=step_launch_s,
         update_s=update_s,
         matmuls=matmuls,
         memory=memory,
@@ -144,6 +154,7 @@ def _agree(mine: Samples) -> Samples:
     return replace(
         first,
         launch_s=median(samples.launch_s for samples in gathered),
+        step_launch_s=median(samples.step_launch_s for samples in gathered),
         update_s=median(samples.update_s for samples in gathered),
         matmuls=merged("matmuls"),
         memory=merged("memory"),

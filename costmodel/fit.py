@@ -28,6 +28,7 @@ def fit(samples: Samples, base: Hardware | None = None) -> Hardware:
     """
     start = base or hardware((preset_of(samples.device_name) or "h100") if samples.cuda else "cpu")
     per_rank = _fit_device(samples, start.device if samples.cuda else _one_rank(start.device, samples))
+    per_rank = replace(per_rank, kernel_launch_s=samples.step_launch_s * _ranks_per_core(samples))
     device = per_rank if samples.cuda else _whole_machine(per_rank, samples)
     intra = _fit_link(samples, per_rank, start.intra_node, across=False)
     inter = _fit_link(samples, per_rank, start.inter_node, across=True)
@@ -133,8 +134,8 @@ def _whole_machine(device: Device, samples: Samples) -> Device:
         memory_bytes_per_s=device.memory_bytes_per_s * ranks,
         cache_bytes=device.cache_bytes * ranks,
         cache_bytes_per_s=device.cache_bytes_per_s * ranks,
-        kernel_launch_s=device.kernel_launch_s / max(1.0, ranks / samples.cores),
-        update_s=device.update_s / max(1.0, ranks / samples.cores),
+        kernel_launch_s=device.kernel_launch_s / _ranks_per_core(samples),
+        update_s=device.update_s / _ranks_per_core(samples),
         sm_count=samples.cores,
     )
 
@@ -166,7 +167,12 @@ def _fit_link(samples: Samples, device: Device, start: Link, *, across: bool) ->
 def _kept_busy(collectives: Sequence[CollectiveSample], samples: Samples) -> float:
     """Cores, of those that one rank has, that a collective keeps busy while it runs."""
     share = median(min(1.0, sample.cpu_s / sample.seconds) for sample in collectives)
-    return share * max(1.0, samples.ranks_per_node / samples.cores)
+    return share * _ranks_per_core(samples)
+
+
+def _ranks_per_core(samples: Samples) -> float:
+    """How many times as long as on a core of its own a rank takes; 1 on a GPU."""
+    return 1.0 if samples.cuda else max(1.0, samples.ranks_per_node / samples.cores)
 
 
 def _fit_collective(samples: Sequence[CollectiveSample]) -> tuple[float, float, float]:
@@ -226,7 +232,7 @@ def _non_negative(columns: Sequence[Sequence[float]], targets: Sequence[float]) 
 def errors(samples: Samples, fitted: Hardware) -> dict[str, list[float]]:
     """Relative error of `fitted` on every sample, by what was measured: how far to trust it."""
     mesh = topology(fitted, {"node": samples.ranks_per_node})
-    device = mesh.device
+    device = replace(mesh.device, kernel_launch_s=samples.launch_s)
     found: dict[str, list[float]] = {"matmul": [], "memory": [], "attention": []}
     for multiplied in samples.matmuls:
         found["matmul"].append(op_s(_matmul_work(multiplied), device) / multiplied.seconds - 1)

@@ -11,6 +11,7 @@ with MKL, as a call of oneDNN takes some 10 microseconds more.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,6 +62,13 @@ def _shares_memory(matrix: Tensor) -> bool:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` by the faster library."""
     return _linear(a, b, None) if is_for_onednn(a, b) else torch.mm(a, b)
+
+
+def layers_work() -> Callable[[], Tensor]:
+    """Some milliseconds of a layer's work on a CPU: two products and what is pointwise, over more than a core's cache
+    holds."""
+    rows, wide, narrow = torch.ones(1536, 256), torch.ones(256, 384), torch.ones(384, 256)
+    return lambda: product(product(rows, wide).mul(0.5), narrow).add(1.0)
 
 
 def is_for_onednn(a: Tensor, b: Tensor) -> bool:

@@ -49,7 +49,11 @@ class CollectiveSample:
 
 @dataclass(frozen=True)
 class Samples:
-    """All that was measured, per rank, with every rank of the machine busy."""
+    """All that was measured, per rank, with every rank of the machine busy.
+
+    `launch_s`: an op on 16 elements, as part of every sample of an op. `step_launch_s`: as a step has it, on a core of
+    its own: on a CPU behind work that fills the caches.
+    """
 
     device_name: str
     cuda: bool
@@ -57,6 +61,7 @@ class Samples:
     cores: int
     memory_bytes: int
     launch_s: float
+    step_launch_s: float
     update_s: float
     matmuls: tuple[MatmulSample, ...]
     memory: tuple[MemorySample, ...]

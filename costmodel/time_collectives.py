@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from costmodel.products import product
+from costmodel.products import layers_work
 from costmodel.samples import CollectiveSample
 
 _CPU_PAYLOADS = (1 << 12, 1 << 18, 1 << 21, 1 << 23)
@@ -142,7 +142,7 @@ def _collective_seconds(
     The ranks agree on how many calls, and on the slowest's time. On a CPU what is timed is work and a call in turn, and
     the same work alone.
     """
-    work = _work() if device.type == "cpu" else None
+    work = layers_work() if device.type == "cpu" else None
 
     def timed(calls: int, *parts: Callable[[], Any]) -> torch.Tensor:
         dist.barrier(group=group)
@@ -168,9 +168,3 @@ def _collective_seconds(
     once = float(timed(1, *([work] if work else []), run)[0])
     calls = max(4, min(100, int(budget_s / 4 / max(once, 1e-6))))
     return median_low([block(calls) for _ in range(3)])
-
-
-def _work() -> Callable[[], Any]:
-    """Some milliseconds of a layer's work: two products and what is pointwise, over more than a core's cache holds."""
-    rows, wide, narrow = torch.ones(1536, 256), torch.ones(256, 384), torch.ones(384, 256)
-    return lambda: product(product(rows, wide).mul(0.5), narrow).add(1.0)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from costmodel.products import product
+from costmodel.products import layers_work, product
 from costmodel.samples import AttentionSample, MatmulSample, MemorySample
 
 _CPU_SHAPES = ((96, 96, 96), (256, 256, 256), (512, 64, 512), (512, 512, 512), (256, 2048, 512), (1024, 1024, 1024))
@@ -24,6 +24,8 @@ _CUDA_BYTES = (1 << 20, 3 << 24, 3 << 28, 3 << 30)
 _TOUCHED_BYTES = 32 << 20
 """What ops on a CPU go over before they come to the same operands again: more than a core's own caches hold."""
 _MOST_OPERANDS = 64
+_LEAST_LAUNCHES = 16
+"""Of which a median is taken, however little time there is."""
 _KEPT = 4
 """Results of ops that are still there when a CPU makes the next."""
 
@@ -93,9 +95,26 @@ def _untouched(make: Callable[[], Any], size: int, device: torch.device) -> Iter
 
 
 def measure_launch(device: torch.device, budget_s: float) -> float:
-    """Seconds of an op on 16 elements."""
+    """Seconds of an op on 16 elements, again and again."""
     x = torch.ones(16, device=device)
     return _seconds(lambda: x + x, device, budget_s)
+
+
+def measure_cold_launch(budget_s: float) -> float:
+    """The same on a CPU behind a layer's work, which has filled the caches with other things than the op's code.
+
+    So a step launches its ops: ten times as long as again and again. The median, of a rank that has its core to itself:
+    the op is too short to be interrupted often.
+    """
+    x, work = torch.ones(16), layers_work()
+    found: list[float] = []
+    end = time.perf_counter() + budget_s
+    while len(found) < _LEAST_LAUNCHES or time.perf_counter() < end:
+        work()
+        start = time.perf_counter()
+        x + x
+        found.append(time.perf_counter() - start)
+    return median(found)
 
 
 def measure_update(device: torch.device, budget_s: float) -> float:
