@@ -18,6 +18,7 @@ from passes.capture import capture
 from passes.collector import settled
 from passes.infeasible import Smaller
 from passes.local import LocalProgram, Storage
+from passes.pins import check_pins
 from passes.pipeline import Progress, Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Placements, Plan
 from passes.precision import Precision
@@ -95,10 +96,10 @@ def machine_of(
     """A mesh of `axes` laid over its hardware. Finds what is wrong with these before minutes go into a model.
 
     Raises:
-        ValueError: no such hardware, a pin that is no layout, or what this hardware and mesh cannot do.
+        ValueError: no such hardware, a pin that is no layout for this mesh, or what this hardware and mesh cannot do.
     """
     mesh = on_mesh(hardware, axes)
-    pins_of(options)
+    check_pins(pins_of(options), len(axes))
     if options.async_tp:
         check_async_tp(options, axes, batch_axes)
         if mesh.device.is_cpu:

@@ -23,15 +23,12 @@ class Pin:
         return before + layout_text(self.in_compute)
 
 
-def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: int) -> dict[int, tuple[str, Pin]]:
-    """Site -> (pattern, pin) for every parameter that a pin names.
+def check_pins(pins: Mapping[str, Layout | Pin], axes: int) -> None:
+    """Refuse pins that no graph could take on a mesh of so many axes.
 
     Raises:
-        ValueError: a pin that names nothing, some of the parameters that repeated layers share, or one that another pin
-            fixes otherwise; that has not one placement per axis, or asks for a partial sum.
+        ValueError: one that has not one placement per axis, or asks for a partial sum.
     """
-    given = dict(zip(analysis.program.graph.graph.find_nodes(op="placeholder"), analysis.program.inputs, strict=True))
-    found: dict[int, tuple[str, Pin]] = {}
     for pattern, wanted in pins.items():
         pin = wanted if isinstance(wanted, Pin) else Pin(wanted)
         for layout in (pin.in_compute, pin.at_rest):
@@ -44,6 +41,20 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
                 raise ValueError(
                     f"pin {pattern!r}: {layout_text(layout)}, but a parameter is no partial sum; write R or S(dim)"
                 )
+
+
+def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: int) -> dict[int, tuple[str, Pin]]:
+    """Site -> (pattern, pin) for every parameter that a pin names.
+
+    Raises:
+        ValueError: a pin that names nothing, some of the parameters that repeated layers share, or one that another pin
+            fixes otherwise; what `check_pins` refuses.
+    """
+    check_pins(pins, axes)
+    given = dict(zip(analysis.program.graph.graph.find_nodes(op="placeholder"), analysis.program.inputs, strict=True))
+    found: dict[int, tuple[str, Pin]] = {}
+    for pattern, wanted in pins.items():
+        pin = wanted if isinstance(wanted, Pin) else Pin(wanted)
         named = False
         for index, members in enumerate(analysis.folding.members):
             names = [given[node].name for node in members if node in given and given[node].kind == "parameter"]

@@ -417,6 +417,8 @@ class NeverRun(nn.Module):
     [
         ("h9", {}, "unknown hardware 'h9'; known are"),
         ("h100", {"pins": {"weight": "Q"}}, "pin 'weight': 'Q' is no layout"),
+        ("h100", {"pins": {"weight": "R"}}, "R has 1 placement, but the mesh has 2 axes"),
+        ("h100", {"pins": {"weight": "PR"}}, "PR, but a parameter is no partial sum"),
         ("cpu", {"async_tp": True}, "async_tp is for GPUs"),
     ],
 )
