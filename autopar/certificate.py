@@ -13,6 +13,10 @@ from passes.tables import text_table
 _ROUNDINGS = 10
 """How many times what one rounding of each parameter makes of a step may be what those of all its ops make."""
 
+_VANISHED = 1e-3
+"""Of an error, what rounding may leave of it in float64, whose roundings are 2e-9 of those in float32: some models
+compute parts in float32 whatever they are given."""
+
 Kind = Literal["output", "gradient", "parameter", "buffer"]
 
 _TITLES: dict[Kind, str] = {
@@ -86,6 +90,10 @@ class Parity:
     rounding_error: float | None = None
     """Where the check failed: the worst error of the unmodified model against itself, with each parameter moved by a
     rounding."""
+    double_error: float | None = None
+    """Where the check failed: the worst error of the ranks against the captured graph on one device, in float64."""
+    model_double_error: float | None = None
+    """The same of the captured graph on one device against the unmodified model."""
     notes: tuple[str, ...] = ()
     without_randomness: Parity | None = None
     """The same check in eval mode, against the unmodified model, where the step draws random numbers."""
@@ -98,10 +106,17 @@ class Parity:
 
     @property
     def is_rounding(self) -> bool:
-        """Whether the check failed by no more than rounding may make of the unmodified model itself."""
+        """Whether the check failed by no more than rounding may make of the unmodified model itself, or by what float64
+        makes vanish."""
         worst = max((tensor.error for tensor in self.tensors), default=math.inf)
-        moved = self.rounding_error or 0.0
-        return not self.ok and math.isfinite(worst) and worst <= _ROUNDINGS * moved
+        if self.ok or not math.isfinite(worst):
+            return False
+        return worst <= _ROUNDINGS * (self.rounding_error or 0.0) or self._vanishes(worst)
+
+    def _vanishes(self, worst: float) -> bool:
+        """Whether what differs by `worst` is a thousandth of it, or less, in float64."""
+        parts = (self.double_error, 0.0 if self.captured_error is None else self.model_double_error)
+        return all(part is not None and part <= _VANISHED * worst for part in parts)
 
     @property
     def ranks(self) -> int:
@@ -174,9 +189,15 @@ def parity_text(parity: Parity, width: int = 100) -> str:
         lines += _wrapped([("capture", told)], width)
     if parity.rounding_error is not None:
         told = f"moving every parameter by one moves the unmodified model itself by {parity.rounding_error:.1e}"
-        if parity.is_rounding:
-            told += ": what differs may be rounding alone, which this model makes that large"
         lines += _wrapped([("rounding", told)], width)
+    if parity.double_error is not None:
+        told = f"the same ops in float64: the ranks are off by {parity.double_error:.1e} from the captured graph"
+        if parity.model_double_error is not None:
+            told += f", and that by {parity.model_double_error:.1e} from the unmodified model"
+        lines += _wrapped([("in float64", told)], width)
+    if parity.is_rounding:
+        told = "what differs may be rounding alone, which this model makes that large"
+        lines += _wrapped([("so", told)], width)
     if parity.notes:
         lines += ["", *(line for note in parity.notes for line in _wrapped([("note", note)], width))]
     if parity.without_randomness is not None:

@@ -1,4 +1,4 @@
-"""The compiler as the API sees it: three functions and what a plan must tell."""
+"""The compiler as the API sees it: its stages, and what a plan must tell."""
 
 from __future__ import annotations
 

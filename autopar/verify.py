@@ -7,11 +7,13 @@ where they part -> the captured graph on one device, and the first node at which
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from autopar.varied import Batch, Variety, real_copy, varied_batch
 from costmodel.hardware import Hardware
 from passes.autocast import autocast_as, autocast_dtype
 from passes.bisect import Divergence, difference, first_divergence, run_program
+from passes.double import double_by_default, doubled, in_double
 from passes.inputs import path_name
 from passes.local import LocalProgram
 from passes.named import check_strategy
@@ -177,6 +180,7 @@ class _Check:
         failed = bool(failure) or any(not tensor.ok for tensor in tensors)
         divergence, captured_error = self._explained(local, values, reference, random) if failed else (None, None)
         rounding_error = self._moved_by_rounding(program, values, reference) if failed and not random else None
+        double_error, model_double_error = self._in_double(local, values, random) if failed else (None, None)
         without = self._without_randomness(plan) if random and model.training else None
         return Parity(
             model=type(model).__name__,
@@ -198,6 +202,8 @@ class _Check:
             failure=failure,
             captured_error=captured_error,
             rounding_error=rounding_error,
+            double_error=double_error,
+            model_double_error=model_double_error,
             notes=(*_doubts(reference), *notes, *program.notes),
             without_randomness=without,
         )
@@ -274,6 +280,32 @@ class _Check:
         tensors, _ = compare(moved, reference, values.parameters, self.tolerances, low)
         return max((tensor.error for tensor in tensors), default=0.0)
 
+    def _in_double(self, local: LocalProgram, values: _Values, random: bool) -> tuple[float | None, float | None]:
+        """The worst error of the ranks against the captured graph on one device, and of that against the unmodified
+        model, all in float64; None of what does not run so."""
+        low = _is_low(local.program, self.autocast)
+        if low:
+            return None, None
+        self.progress("again in float64")
+        wide, held = in_double(local), values.doubled()
+        tolerances = self.tolerances
+
+        def worst(found: StepValues, wanted: StepValues) -> float:
+            return max((tensor.error for tensor in compare(found, wanted, held.parameters, tolerances)[0]), default=0.0)
+
+        ranks = model = None
+        with double_by_default(), contextlib.suppress(Exception):  # an op or a model that takes no float64
+            alone = _on_one_device(wide.program, held)
+            found = simulate_step(
+                wide, held.parameters, held.buffers, held.inputs, held.tangents, (self.options.seed, 0)
+            )
+            ranks = worst(found, alone)
+            if not random:
+                args, kwargs = doubled((self.batch.args, self.batch.kwargs))
+                batch = replace(self.batch, args=args, kwargs=kwargs)
+                model = worst(alone, eager(copy.deepcopy(self.model).double(), batch, wide.program, held.tangents))
+        return ranks, model
+
     def _without_randomness(self, plan: Plan) -> Parity:
         self.progress("again in eval mode")
         modes = [(module, module.training) for module in self.model.modules()]
@@ -338,6 +370,10 @@ class _Values:
                 value = torch.tensor([seed, 0], dtype=torch.int64)
             placeholders.append(computed if given.kind == "parameter" else value)
         return _Values(parameters, buffers, batch.tensors, tangents, placeholders)
+
+    def doubled(self) -> _Values:
+        """The same in float64."""
+        return _Values(**{field.name: doubled(getattr(self, field.name)) for field in fields(self)})
 
 
 def _on_one_device(program: Program, values: _Values) -> StepValues:

@@ -231,6 +231,8 @@ def test_a_dropped_reduction_is_named_with_its_line(monkeypatch: pytest.MonkeyPa
     assert found.divergence.source in str(found)
     assert found.captured_error is not None
     assert found.captured_error < 1e-5
+    assert found.double_error is not None
+    assert found.double_error > 1e-4, "what is wrong is as wrong in float64"
     assert not found.is_rounding
 
 
@@ -272,6 +274,10 @@ def test_a_wrong_captured_graph_is_told_apart(monkeypatch: pytest.MonkeyPatch) -
     assert found.divergence is None
     assert found.captured_error is not None
     assert found.captured_error > 1e-4
+    assert found.double_error is not None
+    assert found.model_double_error is not None
+    assert found.double_error < 1e-12, "the ranks do what the graph says"
+    assert found.model_double_error > 1e-4
     assert not found.is_rounding
 
 
@@ -298,8 +304,38 @@ def test_a_model_that_blows_up_roundings_is_told_apart() -> None:
     assert found.rounding_error is not None
     assert found.rounding_error > 1e-3
     assert found.is_rounding
+    assert found.double_error is not None
+    assert found.double_error < 1e-6, "2^-29 of what a millionfold of 1e-7 is"
     assert "may be rounding alone" in " ".join(str(found).split())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Dropped(nn.Module):
+    """Blows roundings up a thousandfold behind dropout, where only the captured graph can be held against."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dropout(self.up(x))
+        x = (x - x.mean(0)).sigmoid()
+        for _ in range(40):
+            x = 3.9 * x * (1 - x)
+        return x.mean()
+
+
+def test_roundings_are_told_apart_where_the_step_draws_random_numbers_too() -> None:
+    torch.manual_seed(0)
+    found = verify(Dropped(), {"dp": 2}, (torch.randn(32, 16),), strategy="ddp", hardware="h100")
+    assert not found.ok
+    assert found.rounding_error is None
+    assert found.double_error is not None
+    assert found.double_error < 1e-6
+    assert found.model_double_error is None, "eager draws random numbers of its own"
+    assert found.is_rounding
+    assert "may be rounding alone" in " ".join(str(found).partition("In eval mode")[0].split())
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
