@@ -7,7 +7,6 @@ where they part -> the captured graph on one device, and the first node at which
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import warnings
@@ -133,6 +132,16 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 @dataclass(frozen=True)
+class _InDouble:
+    """Worst errors in float64: of the ranks against the captured graph on one device, and of that against the
+    unmodified model; None of what does not run so, or was not tried."""
+
+    ranks: float | None = None
+    model: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class _Check:
     """One call of `verify`; `model` is a copy of our own, with values."""
 
@@ -180,7 +189,7 @@ class _Check:
         failed = bool(failure) or any(not tensor.ok for tensor in tensors)
         divergence, captured_error = self._explained(local, values, reference, random) if failed else (None, None)
         rounding_error = self._moved_by_rounding(program, values, reference) if failed and not random else None
-        double_error, model_double_error = self._in_double(local, values, random) if failed else (None, None)
+        double = self._in_double(local, values, random) if failed and not failure else _InDouble()
         without = self._without_randomness(plan) if random and model.training else None
         return Parity(
             model=type(model).__name__,
@@ -202,9 +211,9 @@ class _Check:
             failure=failure,
             captured_error=captured_error,
             rounding_error=rounding_error,
-            double_error=double_error,
-            model_double_error=model_double_error,
-            notes=(*_doubts(reference), *notes, *program.notes),
+            double_error=double.ranks,
+            model_double_error=double.model,
+            notes=(*_doubts(reference), *double.notes, *notes, *program.notes),
             without_randomness=without,
         )
 
@@ -280,12 +289,10 @@ class _Check:
         tensors, _ = compare(moved, reference, values.parameters, self.tolerances, low)
         return max((tensor.error for tensor in tensors), default=0.0)
 
-    def _in_double(self, local: LocalProgram, values: _Values, random: bool) -> tuple[float | None, float | None]:
-        """The worst error of the ranks against the captured graph on one device, and of that against the unmodified
-        model, all in float64; None of what does not run so."""
-        low = _is_low(local.program, self.autocast)
-        if low:
-            return None, None
+    def _in_double(self, local: LocalProgram, values: _Values, random: bool) -> _InDouble:
+        """The check in float64, where rounding all but vanishes."""
+        if _is_low(local.program, self.autocast):
+            return _InDouble()
         self.progress("again in float64")
         wide, held = in_double(local), values.doubled()
         tolerances = self.tolerances
@@ -293,18 +300,22 @@ class _Check:
         def worst(found: StepValues, wanted: StepValues) -> float:
             return max((tensor.error for tensor in compare(found, wanted, held.parameters, tolerances)[0]), default=0.0)
 
+        seed = (self.options.seed, 0)
         ranks = model = None
-        with double_by_default(), contextlib.suppress(Exception):  # an op or a model that takes no float64
-            alone = _on_one_device(wide.program, held)
-            found = simulate_step(
-                wide, held.parameters, held.buffers, held.inputs, held.tangents, (self.options.seed, 0)
-            )
-            ranks = worst(found, alone)
-            if not random:
-                args, kwargs = doubled((self.batch.args, self.batch.kwargs))
-                batch = replace(self.batch, args=args, kwargs=kwargs)
-                model = worst(alone, eager(copy.deepcopy(self.model).double(), batch, wide.program, held.tangents))
-        return ranks, model
+        try:
+            with double_by_default():
+                alone = _on_one_device(wide.program, held)
+                found = simulate_step(wide, held.parameters, held.buffers, held.inputs, held.tangents, seed)
+                ranks = worst(found, alone)
+                if not random:
+                    args, kwargs = doubled((self.batch.args, self.batch.kwargs))
+                    batch, twin = replace(self.batch, args=args, kwargs=kwargs), copy.deepcopy(self.model).double()
+                    model = worst(alone, eager(twin, batch, wide.program, held.tangents))
+        except Exception as error:  # an op or a model that takes no float64
+            what = "the ranks' programs do" if ranks is None else "the model does"
+            first, *_ = str(error).splitlines() or [""]
+            return _InDouble(ranks, model, (f"{what} not run in float64: {type(error).__name__}: {first}",))
+        return _InDouble(ranks, model)
 
     def _without_randomness(self, plan: Plan) -> Parity:
         self.progress("again in eval mode")

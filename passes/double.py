@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -52,12 +53,5 @@ def _graph_in_double(module: fx.GraphModule) -> fx.GraphModule:
         if "val" in node.meta:
             made.meta["val"] = doubled(node.meta["val"])
         if node.op == "get_attr":
-            held[node.target] = doubled(_attribute(module, node.target))
+            held[node.target] = doubled(attrgetter(node.target)(module))
     return graph_module(held, graph, class_name="Step")
-
-
-def _attribute(module: fx.GraphModule, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

@@ -338,6 +338,35 @@ def test_roundings_are_told_apart_where_the_step_draws_random_numbers_too() -> N
     assert "may be rounding alone" in " ".join(str(found).partition("In eval mode")[0].split())
 
 
+class SingleOnly(nn.Module):
+    """Refuses float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return self.up(x).square().mean()
+
+
+def test_a_model_that_takes_no_float64_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def harm(graph: torch.fx.Graph) -> str:
+        power = graph.find_nodes(op="call_function", target=torch.ops.aten.pow.Tensor_Scalar)[0]
+        power.args = (power.args[0], 2.01)
+        return ""
+
+    breaking(monkeypatch, harm)
+    found = verify(SingleOnly(), {"dp": 2}, (torch.randn(8, 16),), strategy="ddp", hardware="h100")
+    assert not found.ok
+    assert found.double_error is not None
+    assert found.double_error > 1e-4
+    assert found.model_double_error is None
+    assert "the model does not run in float64: TypeError: float32 only" in found.notes
+    assert not found.is_rounding
+
+
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
