@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ class _Runner:
         return parts, dict(zip(parts.regions, calls(gm, parts.regions), strict=True))
 
     def _outer(self, gm: fx.GraphModule, parts: Cut, each: Mapping[Region, Call], results: Any) -> Boxed:
-        attributes = {node: _attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
+        attributes = {node: attrgetter(str(node.target))(gm) for node in gm.graph.find_nodes(op="get_attr")}
         inputs = list(gm.graph.find_nodes(op="placeholder"))
         step = gloo_step if self.device.type == "cpu" else op_step
         planned = (
@@ -257,10 +258,6 @@ def _in_regions(each: Mapping[Region, Call]) -> bool:
 
 def _is_eager(gm: fx.GraphModule) -> bool:
     return any(map(is_shaped_by_values, gm.graph.nodes))
-
-
-def _attribute(gm: fx.GraphModule, name: str) -> Any:
-    return functools.reduce(getattr, name.split("."), gm)
 
 
 def _interpreted(gm: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:

@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -379,7 +380,7 @@ def _compiled(
     """`node` as a function of its operands' values; appends the operands' slots."""
     target: Any = node.target
     if node.op == "get_attr":
-        constant = _attribute(module, target)
+        constant = attrgetter(target)(module)
         return lambda _: constant
     if node.op != "call_function":
         raise SimulationError(f"{_place(node)}: a node of kind {node.op}; a local graph has functions only")
@@ -407,13 +408,6 @@ def _template(arg: Any, slots: Mapping[fx.Node, int], operands: list[int]) -> Ca
         kind = tuple if isinstance(arg, tuple) else list
         return lambda given: kind([item(given) for item in items])
     return lambda _: arg
-
-
-def _attribute(module: fx.GraphModule, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _place(node: fx.Node) -> str:
