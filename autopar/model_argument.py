@@ -20,6 +20,7 @@ from torch import nn
 
 from autopar.presets import presets
 from passes.inputs import default_inputs
+from passes.precision import default_dtype
 
 _MOST_CPU_PARAMETERS = 10**9
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -190,13 +191,8 @@ _SMALL_VOCABULARY = ("llama", "gpt2", "qwen3", "qwen3_moe", "gemma2", "gemma3_te
 
 
 def _empty(build: Any, config: Any, wanted: Wanted) -> nn.Module:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, wanted.dtype))
-    try:
-        with torch.device("meta"):
-            model: nn.Module = build(config)
-    finally:
-        torch.set_default_dtype(before)
+    with default_dtype(getattr(torch, wanted.dtype)), torch.device("meta"):
+        model: nn.Module = build(config)
     return model.train()
 
 

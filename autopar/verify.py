@@ -7,7 +7,6 @@ where they part -> the captured graph on one device, and the first node at which
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections import Counter
@@ -30,12 +29,12 @@ from autopar.varied import Batch, Variety, real_copy, varied_batch
 from costmodel.hardware import Hardware
 from passes.autocast import autocast_as, autocast_dtype
 from passes.bisect import Divergence, difference, first_divergence, run_program
-from passes.double import double_by_default, doubled, in_double
+from passes.double import doubled, in_double
 from passes.inputs import path_name
 from passes.local import LocalProgram
 from passes.named import check_strategy
 from passes.plan import Plan, check_plan
-from passes.precision import Precision, dtype_text
+from passes.precision import Precision, default_dtype, dtype_text
 from passes.program import Program
 from passes.simulate import SimulationError, StepValues, ledger, local_inputs, simulate_step
 
@@ -229,10 +228,9 @@ class _Check:
                     return _on_one_device(program, values)
                 return eager(self.model, self.batch, program, values.tangents, self.precision)
         except Exception as error:  # whatever a model's ops make of values
-            first, *_ = str(error).splitlines() or [""]
             raise ValueError(
-                f"{type(self.model).__name__} fails on one device, before any rank is played: {type(error).__name__}: "
-                f"{first}; pass example inputs that it can run on"
+                f"{type(self.model).__name__} fails on one device, before any rank is played: {_first_line(error)}; "
+                "pass example inputs that it can run on"
             ) from error
 
     @property
@@ -303,18 +301,20 @@ class _Check:
         seed = (self.options.seed, 0)
         ranks = model = None
         try:
-            with double_by_default():
+            with default_dtype(torch.float64):
                 alone = _on_one_device(wide.program, held)
                 found = simulate_step(wide, held.parameters, held.buffers, held.inputs, held.tangents, seed)
                 ranks = worst(found, alone)
                 if not random:
                     args, kwargs = doubled((self.batch.args, self.batch.kwargs))
-                    batch, twin = replace(self.batch, args=args, kwargs=kwargs), copy.deepcopy(self.model).double()
-                    model = worst(alone, eager(twin, batch, wide.program, held.tangents))
+                    batch, (twin, _) = (
+                        replace(self.batch, args=args, kwargs=kwargs),
+                        real_copy(self.model, self.options.seed),
+                    )
+                    model = worst(alone, eager(twin.double(), batch, wide.program, held.tangents))
         except Exception as error:  # an op or a model that takes no float64
             what = "the ranks' programs do" if ranks is None else "the model does"
-            first, *_ = str(error).splitlines() or [""]
-            return _InDouble(ranks, model, (f"{what} not run in float64: {type(error).__name__}: {first}",))
+            return _InDouble(ranks, model, (f"{what} not run in float64: {_first_line(error)}",))
         return _InDouble(ranks, model)
 
     def _without_randomness(self, plan: Plan) -> Parity:
@@ -482,6 +482,11 @@ def _named_outputs(out: Any) -> dict[str, Tensor]:
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def _first_line(error: Exception) -> str:
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first}"
 
 
 def _doubts(reference: StepValues) -> tuple[str, ...]:

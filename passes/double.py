@@ -6,8 +6,6 @@ A layout that is wrong is as wrong in float64; what rounding makes of a step shr
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -31,17 +29,6 @@ def in_double(local: LocalProgram) -> LocalProgram:
     """The ranks' program, and the program it was made from, with every float32 a float64."""
     program = replace(local.program, graph=_graph_in_double(local.program.graph))
     return replace(local, graph=_graph_in_double(local.graph), program=program)
-
-
-@contextlib.contextmanager
-def double_by_default() -> Iterator[None]:
-    """Ops that make tensors of no dtype make float64."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _graph_in_double(module: fx.GraphModule) -> fx.GraphModule:
