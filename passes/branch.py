@@ -9,6 +9,10 @@ choices are few and large, no price need lead to the best of them: halves of the
 apart, each with a price of its own, the half with the lower bound first, until the best picks that were found are
 within the gap of the lowest bound that is left.
 
+What picks met at the root have in common with the best plan is in none of them alone. So the cheapest mix of their
+options is solved for exactly (`linear.py`): as good a plan as halving finds after long, and the better the best known
+plan, the more options can be ruled out.
+
 Halves of several nodes of the search tree are the cases of one `Messages`, which costs little more than one case.
 """
 
@@ -23,21 +27,26 @@ import numpy as np
 
 from passes.descent import Descent
 from passes.errors import NoFeasiblePlanError
-from passes.messages import Flags, Floats, Messages, State, most_s
-from passes.problem import Problem
+from passes.linear import cheapest
+from passes.messages import Messages, State
+from passes.pairwise import Flags, Floats, most_s
+from passes.problem import Problem, only
 from passes.tree import Node, Tree, bytes_of
 
 _CASES = 8
 """How many are looked at at once."""
-_FIRST_PASSES = 10
-_PASSES = 3
-"""Passes of messages at a price."""
+_FIRST_PASSES, _PASSES = 5, 3
+"""Passes of messages at a price, of the root and of a half."""
 _PRICES = 3
 """Prices that a half is looked at with at once."""
 _SPREADS = (1.3, 1.06)
 """How far they are apart, as a factor: at first, and then around the best of them."""
 _CERTAIN = 1e3
 """How many times the most that a plan can cost the budget is worth at the price that shows that nothing fits."""
+_PROMISING = 4
+"""Of each variable, how many options with the least excess are tried beside those of picks met."""
+_COMBINE_S = 2.0
+"""Seconds of the processor after which no further linear program is solved for that."""
 _STATES_BYTES = 1 << 30
 """What the nodes that are left may take."""
 
@@ -61,42 +70,69 @@ class _Node(Node):
         return np.ones(count, dtype=bool) if every is None else every
 
     def settle(self, search: _Search, excess_s: Sequence[Floats], bound_s: float) -> None:
-        """Rule out options that are in no plan cheaper than the best known, and see what to branch on.
+        """Rule out what is in no plan that matters, and see what to branch on.
 
         `excess_s` and `bound_s` are of the price now.
         """
+        self.rule_out(search, [bound_s + excess for excess in excess_s])
+        self.unsure = max(range(len(excess_s)), key=lambda v: float(excess_s[v][self.picks[v]]))
+
+    def rule_out(self, search: _Search, least_s: Sequence[Floats]) -> None:
+        """Leave out options with which no plan is cheaper than the best known by more than the gap.
+
+        `least_s`: by variable and option, what this node's plans with it cost at least.
+        """
         allowed = dict(self.allowed)
-        for variable, excess in enumerate(excess_s):
-            cheaper = self.options(variable, len(excess)) & (bound_s + excess < search.best_s)
+        for variable, costs in enumerate(least_s):
+            options = self.options(variable, len(costs))
+            cheaper = options & (costs < search.enough_s)
+            if (options & ~cheaper).any():
+                search.close(float(costs[options & ~cheaper].min()))
             if not cheaper.all():
                 allowed[variable] = cheaper
             if not cheaper.any():
-                self.bound_s = math.inf  # no plan of this node is cheaper than the best known
+                self.bound_s = math.inf  # all of this node's plans are left out
                 return
         self.allowed = allowed
-        self.unsure = max(range(len(excess_s)), key=lambda v: float(excess_s[v][self.picks[v]]))
 
 
 class _Search(Tree[_Node]):
     """The search tree, and what picks are made better with."""
 
-    def __init__(self, problem: Problem, gap: float) -> None:
-        super().__init__(problem, gap, most_s(problem) * (1 + 1e-6) + 1e-9)
+    def __init__(self, problem: Problem, gap: float, below_s: float) -> None:
+        super().__init__(problem, gap, most_s(problem) * (1 + 1e-6) + 1e-9, below_s)
         self.descent = Descent(problem)
         self.bytes_of = bytes_of(problem)
 
+    def combine(self, least_s: Sequence[Floats]) -> None:
+        """Meet the cheapest picks of options that some picks met so far have, and of the few that promise most.
 
-def cheapest_within(problem: Problem, *, gap: float, time_limit_s: float) -> tuple[tuple[int, ...], float]:
+        `least_s`: by variable and option, what plans with it cost at least.
+        """
+        kept = []
+        for variable, costs in enumerate(least_s):
+            promising = np.argsort(costs, kind="stable")[:_PROMISING].tolist()
+            kept.append(sorted({picks[variable] for picks in self.met()}.union(promising)))
+        try:
+            picks, _ = cheapest(only(self.problem, kept), gap=self.gap / 2, time_limit_s=_COMBINE_S)
+        except NoFeasiblePlanError:
+            return
+        self.meet(tuple(of[pick] for of, pick in zip(kept, picks, strict=True)))
+
+
+def cheapest_within(
+    problem: Problem, *, gap: float, time_limit_s: float, below_s: float = math.inf
+) -> tuple[tuple[int, ...], float]:
     """The cheapest picks that fit the budget, and what none cost less than: within `gap` (relative), unless the time
     (of the processor) is over before.
 
     Raises:
-        NoFeasiblePlanError: nothing fits, or nothing that does was found in time.
+        NoFeasiblePlanError: nothing fits that costs less than `below_s`, or nothing was found in time.
     """
     end = time.process_time() + time_limit_s
-    search = _Search(problem, gap)
+    search = _Search(problem, gap, below_s)
     messages = _begin(search)
-    size = sum(part.nbytes for link in messages.state(0) for part in link)
+    size = sum(values.nbytes for values in messages.state(0))
     most_open = max(4, _STATES_BYTES // max(size, 1))
     while not search.is_done():
         if time.process_time() > end or len(search.open) > most_open:
@@ -129,19 +165,20 @@ def _begin(search: _Search) -> Messages:
         if not turn and bounds_s[0] > search.most_s:
             raise NoFeasiblePlanError("no choice of layouts satisfies the memory budget and the pins")
         every = [picks[: len(search.problem.option_s)] for picks in messages.picks()]
-        for picks, price in zip(every, messages.s_per_byte, strict=True):
-            search.meet(picks)
-            search.meet(search.descent.within_budget(picks, float(price)))
+        for picks, price in dict(zip(every, messages.s_per_byte, strict=True)).items():
+            if not search.has_met(picks):
+                search.meet(picks)
+                search.meet(search.descent.within_budget(picks, float(price)))
         case = int(bounds_s.argmax())
-        node.s_per_byte, node.state = float(messages.s_per_byte[case]), _kept(messages.state(case))
+        node.s_per_byte, node.state = float(messages.s_per_byte[case]), messages.state(case)
         node.bound_s = max(node.bound_s, float(bounds_s[case]))
         node.picks, node.over, node.within = every[case], every[max(case - 1, 0)], every[min(case + 1, _CASES - 1)]
+    bounds_s = messages.bound_s - messages.s_per_byte * search.problem.budget_bytes
+    least_s = [(bounds_s[:, None] + of).max(axis=0) for of in messages.excess_s()[: len(search.problem.option_s)]]
+    search.combine(least_s)
+    node.rule_out(search, least_s)
     search.add(node)
     return messages
-
-
-def _kept(state: State) -> State:
-    return [(share.copy(), to_producer.copy(), to_reader.copy()) for share, to_producer, to_reader in state]
 
 
 def _look(search: _Search, messages: Messages, halves: Sequence[_Node]) -> None:
@@ -161,7 +198,7 @@ def _look(search: _Search, messages: Messages, halves: Sequence[_Node]) -> None:
         for k, node in enumerate(halves):
             case = k * _PRICES + int(bounds_s[k * _PRICES : (k + 1) * _PRICES].argmax())
             node.bound_s = max(node.bound_s, float(bounds_s[case]))
-            node.s_per_byte, states[k] = float(messages.s_per_byte[case]), _kept(messages.state(case))
+            node.s_per_byte, states[k] = float(messages.s_per_byte[case]), messages.state(case)
 
 
 def _settle(search: _Search, messages: Messages, halves: Sequence[_Node], bounds_s: Floats) -> None:
@@ -180,7 +217,7 @@ def _settle(search: _Search, messages: Messages, halves: Sequence[_Node], bounds
     for k, node in enumerate(halves):
         cases = range(k * _PRICES, (k + 1) * _PRICES)
         case = max(cases, key=lambda c: float(bounds_s[c]))
-        node.s_per_byte, node.state = float(messages.s_per_byte[case]), _kept(messages.state(case))
+        node.s_per_byte, node.state = float(messages.s_per_byte[case]), messages.state(case)
         node.picks, node.over, node.within = every[case], every[cases[0]], every[cases[-1]]
         node.bound_s = max(node.bound_s, float(bounds_s[case]))
         node.settle(search, [of[case] for of in excess_s], float(bounds_s[case]))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from passes.messages import Floats, Indices, Table, tables_of
+from passes.pairwise import Floats, Indices, Table, finite_tables
 from passes.problem import Problem
 
 _RISING = (1.0, 2.0, 4.0, 16.0, 256.0)
@@ -27,7 +27,7 @@ class Descent:
         self._problem = problem
         self._own_s = [np.array(costs) for costs in problem.option_s]
         self._own_bytes = [np.array(sizes) for sizes in problem.option_bytes]
-        self._tables = tables_of(problem)
+        self._tables = finite_tables(problem)
         self._tables_of: list[list[int]] = [[] for _ in range(len(self._own_s) + 1)]
         for index, table in enumerate(self._tables):
             for variable in {table.producer, *table.readers}:

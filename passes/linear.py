@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from passes.descent import Descent
+from passes.pairwise import Flags, Floats
 from passes.problem import Problem
-from passes.relaxation import Flags, Mix, Relaxation
-from passes.tree import Floats, Node, Tree, bytes_of
+from passes.relaxation import Mix, Relaxation
+from passes.tree import Node, Tree, bytes_of
 
 
 @dataclass(order=True)
@@ -32,15 +33,17 @@ class _Node(Node):
     basis: Any = field(compare=False, default=None)
 
 
-def cheapest(problem: Problem, *, gap: float, time_limit_s: float) -> tuple[tuple[int, ...], float]:
+def cheapest(
+    problem: Problem, *, gap: float, time_limit_s: float, below_s: float = math.inf
+) -> tuple[tuple[int, ...], float]:
     """The cheapest picks that fit, proved to within `gap` (relative), and what no picks cost less than; or what was
     found in the time (of the processor; the first linear program is solved in any case).
 
     Raises:
-        NoFeasiblePlanError: nothing fits the budget, or nothing that does was found in time.
+        NoFeasiblePlanError: nothing fits the budget that costs less than `below_s`, or nothing was found in time.
     """
     end = time.process_time() + time_limit_s
-    tree: Tree[_Node] = Tree(problem, gap)
+    tree: Tree[_Node] = Tree(problem, gap, below_s=below_s)
     relaxation, sizes = Relaxation(problem), bytes_of(problem)
     descent: Descent | None = None  # mostly the first mix is a plan
     node = _Node(-math.inf, next(tree.order), [np.ones(len(costs), dtype=bool) for costs in problem.option_s])

@@ -3,10 +3,11 @@
     pass forward and back  ->  the bound rises;  picks are read off;  until they cost what the bound says
 
 The budget is left out here, but a byte may have a price, and then a hold is a flow as others are; `branch.py` sees to
-the rest. A *link* joins the producer of a flow to one of its readers. A state that several readers ask for is paid for
-once, so a flow's costs are shared out among its links (`share >= 0`, together no more than the cost of a pair of
-states), and the flow costs at least what its links' shares add up to. Messages move cost between a link and the
-variables at its ends, and change no plan's cost. Whatever shares and messages are,
+the rest. A *link* joins a producer to a reader, and has the costs of all flows between them, by the states of both. A
+state that several readers ask for is paid for once, so a flow's costs are shared out among its links (`share >= 0`,
+together no more than the cost of a pair of states), and the flow costs at least what its links' shares add up to.
+Messages move cost between a link and the variables at its ends, and change no plan's cost. Whatever shares and messages
+are,
 
     cost(picks) >= sum over links     of (share - to_producer - to_reader)[states picked]
                  + sum over variables of (own cost + messages of its links)[option picked]
@@ -24,17 +25,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from passes.problem import Problem, Reader
+from passes.pairwise import Flags, Floats, Indices, Table, finite_tables, numbered
+from passes.problem import Problem
 
-Floats = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
-Flags = npt.NDArray[np.bool_]
-State = list[tuple[Floats, Floats, Floats]]
+State = list[Floats]
+Columns = Indices | slice
 
 _ALIKE = 1e-12
 """Share of the bound within which two costs are the same."""
@@ -44,73 +43,84 @@ _SPARED = 0.5
 """What a link takes of what those beside it do not need."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Table:
-    """A flow or hold in arrays: `given[i]` is the producer's state under its option i, `asked[k][i]` the k-th reader's.
+@dataclass(eq=False, slots=True)
+class _Part:
+    """A link's share of the costs of a flow with several readers, by case and the states of both ends.
 
-    `cost[p, q]` is in seconds, or in bytes (`of_bytes`) that have a price.
+    `beside`: the links of the other readers, and which columns of this share are the same states as which of theirs.
     """
 
-    producer: int
-    given: Indices
-    readers: tuple[int, ...]
-    asked: tuple[Indices, ...]
-    cost: Floats
+    share: Floats
     of_bytes: bool
+    beside: list[tuple[_Link, _Part, Columns, Columns]] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
 class _Link:
-    """What a flow's producer and one of its readers pay between them, by case and the states of both.
+    """What a producer and a reader pay between them: all flows and holds for which the options of both are alike in the
+    same way, by the states of both.
 
-    A state that none of the reader's options asks for has the message -inf: it is never the least.
+    `alone_s`, `alone_bytes`: of tables that nobody else reads. `total`: these and the shares of parts, by case.
     """
 
-    share: Floats
+    alone_s: Floats
+    alone_bytes: Floats
+    total: Floats
     to_producer: Floats
     to_reader: Floats
-    of_bytes: bool
+    parts: list[_Part] = field(default_factory=list)
+
+    def add_up(self, s_per_byte: Floats) -> None:
+        """Work `total` out."""
+        self.total = self.alone_s + s_per_byte[:, None, None] * self.alone_bytes
+        for part in self.parts:
+            self.total += part.share
 
     def left(self) -> Floats:
-        """The share less what the messages have taken of it."""
-        left: Floats = self.share - self.to_producer[:, :, None] - self.to_reader[:, None, :]
+        """The costs less what the messages have taken of them."""
+        left: Floats = self.total - self.to_producer[:, :, None] - self.to_reader[:, None, :]
         return left
+
+    def collect(self) -> None:
+        """Take of the shares of links beside this one half of what they do not need."""
+        for part in self.parts:
+            for link, other, mine, theirs in part.beside:
+                spare = np.minimum(np.maximum(link.left()[:, :, theirs], 0.0), other.share[:, :, theirs]) * _SPARED
+                other.share[:, :, theirs] -= spare
+                link.total[:, :, theirs] -= spare
+                part.share[:, :, mine] += spare
+                self.total[:, :, mine] += spare
 
 
 class _End:
     """A link as seen from the variable at one end: its `states` by option, and who is at the `other`."""
 
-    __slots__ = ("_absent", "_beside", "_by_state", "_link", "_present", "_starts", "at_reader", "other", "states")
+    __slots__ = ("_by_state", "_link", "_starts", "at_reader", "other", "states")
 
-    def __init__(self, link: _Link, beside: tuple[_Link, ...], *, at_reader: bool, states: Indices, other: int) -> None:
-        self._link, self._beside, self.at_reader, self.states, self.other = link, beside, at_reader, states, other
+    def __init__(self, link: _Link, *, at_reader: bool, states: Indices, other: int) -> None:
+        self._link, self.at_reader, self.states, self.other = link, at_reader, states, other
         self._by_state = np.argsort(states, kind="stable")
-        options = np.bincount(states, minlength=link.share.shape[1 + int(at_reader)])
-        self._present, self._absent = np.flatnonzero(options), np.flatnonzero(options == 0)
-        self._starts = np.cumsum(options[self._present]) - options[self._present]
+        options = np.bincount(states)
+        self._starts = np.cumsum(options) - options
 
     def message(self) -> Floats:
         """What the link has given to this end, by case and option."""
         return (self._link.to_reader if self.at_reader else self._link.to_producer)[:, self.states]
 
     def take(self) -> Floats:
-        """All that the link can give, by option: of its own share, and of half of what links beside it do not need."""
+        """All that the link can give, by option: of its own, and of half of what links beside it do not need."""
         link = self._link
-        for other in self._beside:
-            spare = np.minimum(np.maximum(other.left(), 0.0), other.share) * _SPARED
-            other.share = other.share - spare
-            link.share = link.share + spare
+        link.collect()
         if self.at_reader:
-            link.to_reader = (link.share - link.to_producer[:, :, None]).min(axis=1)
-            link.to_reader[:, self._absent] = -math.inf
+            link.to_reader = (link.total - link.to_producer[:, :, None]).min(axis=1)
         else:
-            link.to_producer = (link.share - link.to_reader[:, None, :]).min(axis=2)
+            link.to_producer = (link.total - link.to_reader[:, None, :]).min(axis=2)
         return self.message()
 
     def give(self, costs: Floats) -> None:
         """Move to the link what it can hold of `costs`: per state, those of its cheapest option."""
         message = self._link.to_reader if self.at_reader else self._link.to_producer
-        message[:, self._present] -= np.minimum.reduceat(costs[:, self._by_state], self._starts, axis=1)
+        message -= np.minimum.reduceat(costs[:, self._by_state], self._starts, axis=1)
 
     def excess(self) -> Floats:
         """How far what is left to the link is above its least, by case and option of this end."""
@@ -130,7 +140,7 @@ class Messages:
         self.s_per_byte: Floats = np.array(s_per_byte)
         if not self.s_per_byte.any():
             problem = replace(problem, holds=())
-        self.tables = tables_of(problem)
+        self.tables = finite_tables(problem)
         self.bound_s: Floats = np.full(len(self.s_per_byte), -math.inf)
         counts = [*map(len, problem.option_s), *([1] if _needs_nobody(problem) else [])]
         self._own_s: list[Floats] = [np.zeros(n) for n in counts]
@@ -141,30 +151,51 @@ class Messages:
             own += costs
         self._allowed: dict[int, Flags] = {}
         self._tables_of: list[list[int]] = [[] for _ in counts]
-        self._links: list[_Link] = []
+        self._links: dict[tuple[int, bytes, int, bytes], _Link] = {}
         self._ends: list[list[_End]] = [[] for _ in counts]
         for index, table in enumerate(self.tables):
             for variable in {table.producer, *table.readers}:
                 self._tables_of[variable].append(index)
-            self._link(table)
+            self._share_out(table)
+        for link in self._links.values():
+            link.add_up(self.s_per_byte)
 
-    def _link(self, table: Table) -> None:
-        """The table's links, its costs shared evenly. What a variable reads of itself is a cost of its own."""
-        share, links = table.cost / len(table.readers), []
+    def _share_out(self, table: Table) -> None:
+        """Share the table's costs evenly out to links. What a variable reads of itself is a cost of its own."""
+        shares = table.cost / sum(np.bincount(np.unique(of), minlength=table.cost.shape[1]) for of in table.asked)
         prices = self.s_per_byte[:, None, None] if table.of_bytes else np.ones((len(self.s_per_byte), 1, 1))
+        parts: list[tuple[_Link, _Part, Indices]] = []
         for reader, asked in zip(table.readers, table.asked, strict=True):
             if reader == table.producer:
-                (self._own_bytes if table.of_bytes else self._own_s)[reader] += share[table.given, asked]
+                (self._own_bytes if table.of_bytes else self._own_s)[reader] += shares[table.given, asked]
                 continue
-            to_reader = np.full((len(prices), share.shape[1]), -math.inf)
-            to_reader[:, asked] = 0.0
-            to_producer = np.zeros((len(prices), share.shape[0]))
-            links.append((_Link(share * prices, to_producer, to_reader, table.of_bytes), reader, asked))
-        for link, reader, asked in links:
-            beside = tuple(other for other, *_ in links if other is not link)
-            self._ends[table.producer].append(_End(link, beside, at_reader=False, states=table.given, other=reader))
-            self._ends[reader].append(_End(link, beside, at_reader=True, states=asked, other=table.producer))
-            self._links.append(link)
+            places, (states,) = numbered([asked.tolist()])
+            columns = np.array(places)
+            link, share = self._between(table.producer, table.given, reader, np.array(states)), shares[:, columns]
+            if len(table.readers) == 1:
+                alone = link.alone_bytes if table.of_bytes else link.alone_s
+                alone += share
+            else:
+                parts.append((link, _Part(share * prices, table.of_bytes), columns))
+        for link, part, columns in parts:
+            link.parts.append(part)
+            for other_link, other, theirs in parts:
+                common = columns[np.isin(columns, theirs)]
+                if other is not part and len(common):
+                    mine, whose = _places(columns, common), _places(theirs, common)
+                    part.beside.append((other_link, other, mine, whose))
+
+    def _between(self, producer: int, given: Indices, reader: int, asked: Indices) -> _Link:
+        """The link of these ends, whose options have these states."""
+        key = producer, given.tobytes(), reader, asked.tobytes()
+        if key not in self._links:
+            cases, rows, columns = len(self.s_per_byte), int(given.max()) + 1, int(asked.max()) + 1
+            alone = np.zeros((rows, columns)), np.zeros((rows, columns))
+            link = _Link(*alone, np.zeros(0), np.zeros((cases, rows)), np.zeros((cases, columns)))
+            self._ends[producer].append(_End(link, at_reader=False, states=given, other=reader))
+            self._ends[reader].append(_End(link, at_reader=True, states=asked, other=producer))
+            self._links[key] = link
+        return self._links[key]
 
     def _own(self, variable: int) -> Floats:
         """What the variable pays by itself, by case and option."""
@@ -174,27 +205,34 @@ class Messages:
 
     def reprice(self, s_per_byte: Floats) -> None:
         """Other prices (above zero) of a byte; what was found for the ones before is a start."""
-        ratio = s_per_byte / self.s_per_byte
-        for link in self._links:
-            if link.of_bytes:
-                link.share = link.share * ratio[:, None, None]
-                link.to_producer = link.to_producer * ratio[:, None]
-                link.to_reader = link.to_reader * ratio[:, None]
+        ratio = (s_per_byte / self.s_per_byte)[:, None, None]
+        for link in self._links.values():
+            for part in link.parts:
+                if part.of_bytes:
+                    part.share *= ratio
+            link.add_up(s_per_byte)
         self.s_per_byte = s_per_byte
         self.bound_s = np.full(len(s_per_byte), -math.inf)
 
     def state(self, case: int) -> State:
         """What `load` goes on from."""
-        return [(link.share[case], link.to_producer[case], link.to_reader[case]) for link in self._links]
+        return [
+            values[case].copy()
+            for link in self._links.values()
+            for values in (link.to_producer, link.to_reader, *(part.share for part in link.parts))
+        ]
 
     def load(self, cases: Sequence[tuple[State, float, Mapping[int, Flags]]]) -> None:
         """Other cases: where an earlier one stood, what a byte cost there, and by variable the options allowed, where
         not all are."""
-        for index, link in enumerate(self._links):
-            link.share, link.to_producer, link.to_reader = (
-                np.stack([state[index][part] for state, *_ in cases]) for part in range(3)
-            )
-        self.s_per_byte = np.array([price for _, price, _ in cases])
+        values = map(np.stack, zip(*(state for state, *_ in cases), strict=True))
+        prices = np.array([price for _, price, _ in cases])
+        for link in self._links.values():
+            link.to_producer, link.to_reader = next(values), next(values)
+            for part in link.parts:
+                part.share = next(values)
+            link.add_up(prices)
+        self.s_per_byte = prices
         self.bound_s = np.full(len(cases), -math.inf)
         some = {variable for *_, allowed in cases for variable in allowed}
         every = {variable: np.ones(len(self._own_s[variable]), dtype=bool) for variable in some}
@@ -279,48 +317,8 @@ def _needs_nobody(problem: Problem) -> bool:
     return any(hold.given is None for hold in problem.holds)
 
 
-def tables_of(problem: Problem) -> tuple[Table, ...]:
-    """The problem's flows and holds, without states that no option has.
-
-    A hold is paid for in bytes: what backward makes anyway it has, each other state that is asked for is paid for
-    once. Where nothing is computed again, its producer is one more variable, behind all others, with one option.
-    Where a flow has no way, the cost is beyond any plan's, so that sums stay finite.
-    """
-    costs = [np.array(flow.cost_s) * flow.count for flow in problem.flows]
-    most = most_s(problem)
-    found = []
-    for flow, cost in zip(problem.flows, costs, strict=True):
-        cost = np.where(np.isfinite(cost), cost, 1.0 + 2.0 * most)
-        found.append(_table(flow.producer, flow.states, flow.readers, cost, of_bytes=False))
-    for hold in problem.holds:
-        cost = np.array(hold.bytes_by()) * hold.count
-        given = hold.given or Reader(len(problem.option_s), (-1,))
-        states = [state if state >= 0 else len(cost) - 1 for state in given.states]
-        found.append(_table(given.variable, states, hold.readers, cost, of_bytes=True))
-    return tuple(found)
-
-
-def most_s(problem: Problem) -> float:
-    """Seconds that no plan is above, unless it goes where there is no way."""
-    most = sum(max(costs) for costs in problem.option_s)
-    for flow in problem.flows:
-        cost = np.array(flow.cost_s) * flow.count
-        most += len(flow.readers) * float(cost[np.isfinite(cost)].max(initial=0.0))
-    return most
-
-
-def _table(producer: int, states: Sequence[int], readers: Sequence[Reader], cost: Floats, *, of_bytes: bool) -> Table:
-    distinct = tuple(dict.fromkeys(readers))
-    rows, (given,) = _numbered(cost.shape[0], [states])
-    columns, asked = _numbered(cost.shape[1], [reader.states for reader in distinct])
-    variables = tuple(reader.variable for reader in distinct)
-    return Table(producer, given, variables, asked, cost[rows][:, columns], of_bytes)
-
-
-def _numbered(count: int, states: Sequence[Sequence[int]]) -> tuple[Indices, tuple[Indices, ...]]:
-    """Those of `count` states that are among `states`, and these by their places among them."""
-    used = np.zeros(count, dtype=bool)
-    for each in states:
-        used[list(each)] = True
-    place = np.cumsum(used) - 1
-    return np.flatnonzero(used), tuple(place[list(each)] for each in states)
+def _places(states: Indices, some: Indices) -> Columns:
+    """Where `some` of the states are among them; a slice where that is all of them in order."""
+    if np.array_equal(states, some):
+        return slice(None)
+    return np.array([int(np.flatnonzero(states == state)[0]) for state in some])

@@ -10,8 +10,8 @@ producer, the producer's own state is free, or what a state takes depends on the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -90,3 +90,31 @@ def evaluate(problem: Problem, picks: Sequence[int]) -> tuple[float, float]:
                 kept.discard(given)
         size += hold.count * sum(paid[state] for state in kept)
     return seconds, size
+
+
+def only(problem: Problem, kept: Sequence[Sequence[int]]) -> Problem:
+    """The problem with these options alone, by variable; picks number them as `kept` does."""
+
+    def of(values: Sequence[float], variable: int) -> tuple[float, ...]:
+        return tuple(values[i] for i in kept[variable])
+
+    def reader(each: Reader) -> Reader:
+        return Reader(each.variable, tuple(each.states[i] for i in kept[each.variable]))
+
+    def readers(every: Iterable[Reader]) -> tuple[Reader, ...]:
+        return tuple(map(reader, every))
+
+    flows = (
+        replace(flow, states=tuple(flow.states[i] for i in kept[flow.producer]), readers=readers(flow.readers))
+        for flow in problem.flows
+    )
+    holds = (
+        replace(hold, readers=readers(hold.readers), given=hold.given and reader(hold.given)) for hold in problem.holds
+    )
+    return replace(
+        problem,
+        option_s=tuple(of(costs, v) for v, costs in enumerate(problem.option_s)),
+        option_bytes=tuple(of(sizes, v) for v, sizes in enumerate(problem.option_bytes)),
+        flows=tuple(flows),
+        holds=tuple(holds),
+    )

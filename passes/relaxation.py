@@ -2,27 +2,30 @@
 
 One column per option, from 0 to 1. A flow with one reader is a transport polytope between the producer's states and the
 reader's: its marginals are equalities, so the relaxation is tight along chains. With several readers each has a
-transport of its own, and a state is paid for as often as the reader that needs it most (a maximum, not a sum). A budget
-is one more row; its dual is what a byte is worth. Without that row the relaxation mostly is a plan; with it, mostly a
-mix of two that differ in a few variables (`linear.py`).
+transport of its own, and a state is paid for as often as the reader that needs it most (a maximum, not a sum). All that
+goes between the same two ops in the same states is one transport, what is kept in memory too. A budget is one more row;
+its dual is what a byte is worth. Without that row the relaxation mostly is a plan; with it, mostly a mix of two that
+differ in a few variables (`linear.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import highspy
 import numpy as np
-import numpy.typing as npt
 
-from passes.problem import Flow, Hold, Problem, Reader
+from passes.pairwise import Flags, Floats, Table, numbered, tables_of
+from passes.problem import Problem
 
-Floats = npt.NDArray[np.float64]
-Flags = npt.NDArray[np.bool_]
+_Ends = tuple[int, bytes, int, tuple[int, ...]]
+"""A producer and a reader, and the states of their options."""
+_Reading = tuple[_Ends, list[int], list[int]]
+"""Of one reader of a table: the ends, the table's columns that it may ask for, and by option which of these."""
 
 _INTEGRAL = 1e-6
 """How far from 0 or 1 a value of the relaxation may be to count as such."""
@@ -61,11 +64,8 @@ class Relaxation:
         options = [[model.column(seconds * _SCALE) for seconds in costs] for costs in problem.option_s]
         for columns in options:
             model.row([(column, 1.0) for column in columns], 1.0, 1.0)
-        for flow in problem.flows:
-            _add_flow(model, flow, options)
         self._budget_bytes = problem.budget_bytes
-        if math.isfinite(problem.budget_bytes):
-            _add_budget(model, problem, options)
+        _Tables(model, problem, options).add()
         self._ends = np.cumsum([len(columns) for columns in options])
         self._solver = highspy.Highs()
         self._solver.setOptionValue("output_flag", False)
@@ -139,84 +139,112 @@ class _Model:
         return lp
 
 
-def _marginal(states: Sequence[int], columns: Sequence[int]) -> dict[int, list[int]]:
-    """State -> the option columns that are in it."""
-    marginal: dict[int, list[int]] = {}
-    for state, column in zip(states, columns, strict=True):
-        marginal.setdefault(state, []).append(column)
-    return marginal
+class _Tables:
+    """Adds a problem's tables to a model, and the budget as its last row."""
 
+    def __init__(self, model: _Model, problem: Problem, options: Sequence[Sequence[int]]) -> None:
+        self._model, self._problem = model, problem
+        self._options = [*options, ()]  # nobody's option is in every plan
+        self._within = math.isfinite(problem.budget_bytes)
+        tables = tables_of(problem if self._within else replace(problem, holds=()))
+        self._read = [(table, tuple(_readings(table))) for table in tables]
+        self._ways: dict[_Ends, Flags] = {}
+        for table, readings in self._read:
+            for ends, columns, _ in readings:
+                ways = np.isfinite(table.cost[:, columns])
+                self._ways[ends] = self._ways[ends] & ways if ends in self._ways else ways
+        self._moved: dict[_Ends, list[list[int]]] = {}
+        self._bytes: dict[int, float] = {}
+        self._scale = 1.0 / max(problem.budget_bytes, 1.0)
 
-def _add_flow(
-    model: _Model, flow: Flow, options: Sequence[Sequence[int]], pay: Callable[[float], int] | None = None
-) -> None:
-    """`pay`: a column for something that costs so much; seconds are the model's own costs."""
-    pay = pay or (lambda cost: model.column(cost * _SCALE))
-    given = _marginal(flow.states, options[flow.producer])
-    readers = tuple(dict.fromkeys(flow.readers))
-    paid: dict[tuple[int, int], int] = {}
-    for reader in readers:
-        asked = _marginal(reader.states, options[reader.variable])
-        moved: dict[int, list[tuple[int, float]]] = {p: [] for p in given}
-        needed: dict[int, list[tuple[int, float]]] = {q: [] for q in asked}
-        for p in given:
-            for q in asked:
-                cost = flow.cost_s[p][q] * flow.count
-                if math.isinf(cost):
-                    continue
-                column = pay(cost) if len(readers) == 1 else model.column(0.0)
-                moved[p].append((column, 1.0))
-                needed[q].append((column, 1.0))
-                if len(readers) > 1 and cost > 0:
+    def add(self) -> None:
+        """All of them."""
+        for table, readings in self._read:
+            if not table.of_bytes:
+                self._add_flow(table, readings)
+        if not self._within:
+            return
+        for columns, sizes in zip(self._options, self._problem.option_bytes, strict=False):
+            for column, size in zip(columns, sizes, strict=True):
+                self._pay(column, size, of_bytes=True)
+        for table, readings in self._read:
+            if table.of_bytes:
+                self._add_hold(table, readings)
+        self._model.row(list(self._bytes.items()), -math.inf, 1.0)
+
+    def _pay(self, column: int, cost: float, *, of_bytes: bool) -> None:
+        if not of_bytes:
+            self._model.cost[column] += cost * _SCALE
+        elif cost:
+            self._bytes[column] = self._bytes.get(column, 0.0) + cost * self._scale
+
+    def _between(self, table: Table, ends: _Ends, states: Sequence[int]) -> list[list[int]]:
+        """By the states of both ends, the column of what moves between them; -1 where there is no way. All tables with
+        these ends have the same."""
+        if ends not in self._moved:
+            ways = self._ways[ends].tolist()
+            moved = self._moved[ends] = [[self._model.column(0.0) if way else -1 for way in row] for row in ways]
+            turned = zip(*moved, strict=True)
+            for rows, variable, of in ((moved, table.producer, table.given.tolist()), (turned, ends[2], states)):
+                terms = [[(column, 1.0) for column in row if column >= 0] for row in rows]
+                for state, column in zip(of, self._options[variable], strict=True):
+                    terms[state].append((column, -1.0))
+                for each in terms:
+                    self._model.row(each, 0.0, 0.0)
+        return self._moved[ends]
+
+    def _add_flow(self, table: Table, readings: Sequence[_Reading]) -> None:
+        paid: dict[tuple[int, int], int] = {}
+        every = table.cost.tolist()
+        for ends, columns, states in readings:
+            for p, (row, costs) in enumerate(zip(self._between(table, ends, states), every, strict=True)):
+                for q, column in zip(columns, row, strict=True):
+                    if column < 0 or not costs[q]:
+                        continue
+                    if len(readings) == 1:
+                        self._pay(column, costs[q], of_bytes=table.of_bytes)
+                        continue
                     if (p, q) not in paid:
-                        paid[p, q] = pay(cost)
-                    model.row([(paid[p, q], 1.0), (column, -1.0)], 0.0, math.inf)
-        for p, terms in moved.items():
-            model.row([*terms, *((column, -1.0) for column in given[p])], 0.0, 0.0)
-        for q, terms in needed.items():
-            model.row([*terms, *((column, -1.0) for column in asked[q])], 0.0, 0.0)
+                        paid[p, q] = self._model.column(0.0)
+                        self._pay(paid[p, q], costs[q], of_bytes=table.of_bytes)
+                    self._model.row([(paid[p, q], 1.0), (column, -1.0)], 0.0, math.inf)
+
+    def _add_hold(self, table: Table, readings: Sequence[_Reading]) -> None:
+        """As a flow, unless a state takes the same wherever it is not free: then it has one column, and what moves
+        between the ends none for this alone."""
+        most = table.cost.max(axis=0)
+        if not ((table.cost == 0) | (table.cost == most)).all():
+            self._add_flow(table, readings)
+            return
+        kept: dict[int, int] = {}
+        for ends, columns, states in readings:
+            for q, column in enumerate(columns):
+                size = float(most[column])
+                needed = self._needed(table, ends, (table.cost[:, column] == 0).tolist(), q, states) if size else []
+                if len(readings) == 1 and all(value > 0 for _, value in needed):
+                    for each, value in needed:
+                        self._pay(each, size * value, of_bytes=True)
+                elif any(value > 0 for _, value in needed):
+                    if column not in kept:
+                        kept[column] = self._model.column(0.0)
+                        self._pay(kept[column], size, of_bytes=True)
+                    self._model.row([(kept[column], 1.0), *((each, -value) for each, value in needed)], 0.0, math.inf)
+
+    def _needed(
+        self, table: Table, ends: _Ends, free: Sequence[bool], q: int, states: Sequence[int]
+    ) -> list[tuple[int, float]]:
+        """Columns whose sum is above zero where the reader asks for its state q and the producer has no free one."""
+        if ends in self._moved:
+            rows = zip(self._moved[ends], free, strict=True)
+            return [(row[q], 1.0) for row, is_free in rows if not is_free and row[q] >= 0]
+        found = {column: 1.0 for column, state in zip(self._options[ends[2]], states, strict=True) if state == q}
+        for column, state in zip(self._options[table.producer], table.given.tolist(), strict=False):
+            if free[state]:
+                found[column] = found.get(column, 0.0) - 1.0
+        return [(column, value) for column, value in found.items() if value]
 
 
-def _add_budget(model: _Model, problem: Problem, options: Sequence[Sequence[int]]) -> None:
-    scale = 1.0 / max(problem.budget_bytes, 1.0)
-    terms: dict[int, float] = {}
-    for columns, sizes in zip(options, problem.option_bytes, strict=True):
-        for column, size in zip(columns, sizes, strict=True):
-            if size:
-                terms[column] = terms.get(column, 0.0) + size * scale
-    for hold in problem.holds:
-        _add_hold(model, hold, options, terms, scale)
-    model.row(list(terms.items()), -math.inf, 1.0)
-
-
-def _add_hold(
-    model: _Model, hold: Hold, options: Sequence[Sequence[int]], terms: dict[int, float], scale: float
-) -> None:
-    def pay(size: float) -> int:
-        column = model.column(0.0)
-        if size:
-            terms[column] = size * scale
-        return column
-
-    if hold.rows and hold.given is not None:
-        flow = Flow(hold.given.variable, hold.given.states, hold.readers, hold.rows, hold.count)
-        _add_flow(model, flow, options, pay)
-        return
-    readers: tuple[Reader, ...] = tuple(dict.fromkeys(hold.readers))
-    if len(readers) == 1 and hold.given is None:
-        for state, column in zip(readers[0].states, options[readers[0].variable], strict=True):
-            terms[column] = terms.get(column, 0.0) + hold.state_bytes[state] * hold.count * scale
-        return
-    free = {} if hold.given is None else _marginal(hold.given.states, options[hold.given.variable])
-    kept: dict[int, int] = {}
-    for reader in readers:
-        for state, columns in _marginal(reader.states, options[reader.variable]).items():
-            row = dict.fromkeys(columns, -1.0)
-            for column in free.get(state, ()):
-                row[column] = row.get(column, 0.0) + 1.0
-            if not any(value < 0 for value in row.values()):
-                continue
-            if state not in kept:
-                kept[state] = model.column(0.0)
-                terms[kept[state]] = hold.state_bytes[state] * hold.count * scale
-            model.row([(kept[state], 1.0), *((c, v) for c, v in row.items() if v)], 0.0, math.inf)
+def _readings(table: Table) -> Iterator[_Reading]:
+    for reader, asked in zip(table.readers, table.asked, strict=True):
+        columns, (states,) = numbered([asked.tolist()])
+        yield (table.producer, table.given.tobytes(), reader, tuple(states)), columns, states

@@ -13,7 +13,7 @@ Where a budget binds there, bytes get a price, and branch and bound closes what 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,8 +22,9 @@ from passes.branch import cheapest_within
 from passes.descent import Descent
 from passes.errors import NoFeasiblePlanError
 from passes.linear import cheapest
-from passes.messages import Floats, Messages
-from passes.problem import Problem, Reader, evaluate
+from passes.messages import Messages
+from passes.pairwise import Floats
+from passes.problem import Problem, evaluate, only
 
 _FEW = 250
 """Pairs of states per link up to which linear programs are quicker. Their time is in the pairs, some 60 microseconds
@@ -58,11 +59,13 @@ class Solution:
         return max(0.0, (self.seconds - self.bound_s) / self.seconds) if self.seconds > 0 else 0.0
 
 
-def solve(problem: Problem, *, gap: float | None = None, time_limit_s: float | None = None) -> Solution:
+def solve(
+    problem: Problem, *, gap: float | None = None, time_limit_s: float | None = None, below_s: float = math.inf
+) -> Solution:
     """The cheapest picks that fit, proved to within `gap` (relative), or what is found in the time, with its gap.
 
     Raises:
-        NoFeasiblePlanError: nothing fits the budget, or no plan was found in time.
+        NoFeasiblePlanError: nothing fits the budget that costs less than `below_s`, or no plan was found in time.
     """
     budgeted = math.isfinite(problem.budget_bytes)
     few = _pairs_per_link(problem) <= _FEW
@@ -70,9 +73,9 @@ def solve(problem: Problem, *, gap: float | None = None, time_limit_s: float | N
         gap = _WIDE_GAP if not few else _BUDGETED_GAP if budgeted else _GAP
     time_limit_s = (_BUDGETED_LIMIT_S if budgeted else _LIMIT_S) if time_limit_s is None else time_limit_s
     if few:
-        return _exactly(problem, gap, time_limit_s)
+        return _exactly(problem, gap, time_limit_s, below_s if budgeted else math.inf)
     if budgeted:
-        return _solution(problem, *cheapest_within(problem, gap=gap, time_limit_s=time_limit_s))
+        return _solution(problem, *cheapest_within(problem, gap=gap, time_limit_s=time_limit_s, below_s=below_s))
     messages, descent = Messages(problem), Descent(problem)
     best: Solution | None = None
     for _ in range(_PASSES):
@@ -108,8 +111,8 @@ def _solution(problem: Problem, picks: tuple[int, ...], bound_s: float) -> Solut
     return Solution(picks, seconds, size, min(bound_s, seconds))
 
 
-def _exactly(problem: Problem, gap: float, time_limit_s: float) -> Solution:
-    return _solution(problem, *cheapest(problem, gap=gap, time_limit_s=time_limit_s))
+def _exactly(problem: Problem, gap: float, time_limit_s: float, below_s: float = math.inf) -> Solution:
+    return _solution(problem, *cheapest(problem, gap=gap, time_limit_s=time_limit_s, below_s=below_s))
 
 
 def _among_likely(problem: Problem, messages: Messages, gap: float, time_limit_s: float) -> Solution:
@@ -144,7 +147,7 @@ def _likely(excess_s: Sequence[Floats], allowed_s: float) -> list[list[int]]:
 
 def _among(problem: Problem, kept: Sequence[Sequence[int]], gap: float, time_limit_s: float) -> Solution:
     """The cheapest picks among the options kept, numbered as the problem's; the bound is theirs alone."""
-    found = _exactly(_only(problem, kept), gap, time_limit_s)
+    found = _exactly(only(problem, kept), gap, time_limit_s)
     return replace(found, picks=tuple(of[pick] for of, pick in zip(kept, found.picks, strict=True)))
 
 
@@ -152,31 +155,3 @@ def _least_beside(excess_s: Sequence[Floats], kept: Sequence[Sequence[int]]) -> 
     """The least excess of an option that is not kept; inf where all are."""
     rest = (np.delete(of, have).min(initial=math.inf) for of, have in zip(excess_s, kept, strict=True))
     return float(min(rest, default=math.inf))
-
-
-def _only(problem: Problem, kept: Sequence[Sequence[int]]) -> Problem:
-    """The problem with these options alone."""
-
-    def of(values: Sequence[float], variable: int) -> tuple[float, ...]:
-        return tuple(values[i] for i in kept[variable])
-
-    def reader(each: Reader) -> Reader:
-        return Reader(each.variable, tuple(each.states[i] for i in kept[each.variable]))
-
-    def readers(every: Iterable[Reader]) -> tuple[Reader, ...]:
-        return tuple(map(reader, every))
-
-    flows = (
-        replace(flow, states=tuple(flow.states[i] for i in kept[flow.producer]), readers=readers(flow.readers))
-        for flow in problem.flows
-    )
-    holds = (
-        replace(hold, readers=readers(hold.readers), given=hold.given and reader(hold.given)) for hold in problem.holds
-    )
-    return replace(
-        problem,
-        option_s=tuple(of(costs, v) for v, costs in enumerate(problem.option_s)),
-        option_bytes=tuple(of(sizes, v) for v, sizes in enumerate(problem.option_bytes)),
-        flows=tuple(flows),
-        holds=tuple(holds),
-    )

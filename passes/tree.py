@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, TypeVar
@@ -31,15 +32,16 @@ AnyNode = TypeVar("AnyNode", bound=Node)
 @dataclass
 class Tree(Generic[AnyNode]):
     """Nodes, the lowest bound first, until none can lead to picks that are cheaper than the best by more than `gap`
-    (relative). No plan costs more than `most_s`."""
+    (relative), or all that fits costs `below_s` and more. No plan costs more than `most_s`."""
 
     problem: Problem
     gap: float
     most_s: float = math.inf
-    best_s: float = math.inf
+    below_s: float = math.inf
     picks: tuple[int, ...] = ()
     open: list[AnyNode] = field(default_factory=list)
     order: count[int] = field(default_factory=count)
+    best_s: float = math.inf
     _closed_s: float = math.inf
     _known: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
 
@@ -50,6 +52,13 @@ class Tree(Generic[AnyNode]):
             if size <= self.problem.budget_bytes and seconds < self.best_s:
                 self.best_s, self.picks = seconds, picks
         return self._known[picks]
+
+    def met(self) -> Iterable[tuple[int, ...]]:
+        """All picks met so far."""
+        return self._known
+
+    def has_met(self, picks: tuple[int, ...]) -> bool:
+        return picks in self._known
 
     @property
     def enough_s(self) -> float:
@@ -69,7 +78,7 @@ class Tree(Generic[AnyNode]):
 
     def is_done(self) -> bool:
         """Whether the nodes left hold nothing that is cheaper by more than the gap."""
-        return not self.open or self.open[0].bound_s >= self.enough_s
+        return not self.open or self.open[0].bound_s >= self.enough_s or self.bound_s() >= self.below_s
 
     def next(self) -> AnyNode:
         """The node with the lowest bound, taken out."""
@@ -83,8 +92,10 @@ class Tree(Generic[AnyNode]):
         """The best picks, and what none cost less than, after so much time at most.
 
         Raises:
-            NoFeasiblePlanError: nothing fits, or nothing that does was met.
+            NoFeasiblePlanError: nothing that fits costs less than `below_s`, or nothing that fits was met.
         """
+        if self.below_s <= self.bound_s() < math.inf:
+            raise NoFeasiblePlanError(f"no choice of layouts that fits costs less than {self.below_s:.3e} s")
         if not self.picks:
             if self.open:
                 raise NoFeasiblePlanError(f"the solver found no plan that fits in {time_limit_s:.0f} s")

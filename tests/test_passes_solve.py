@@ -15,6 +15,7 @@ from passes import solve as solving
 from passes.errors import NoFeasiblePlanError
 from passes.messages import Messages
 from passes.problem import Flow, Hold, Problem, Reader
+from passes.relaxation import Relaxation
 from passes.solve import solve
 
 
@@ -178,3 +179,71 @@ def test_messages_solve_a_chain_in_one_pass() -> None:
     messages.improve()
     assert messages.bound_s[0] == pytest.approx(3.0)
     assert price(problem, messages.picks()[0])[0] == pytest.approx(3.0)
+
+
+def with_more_between(problem: Problem, seed: int) -> Problem:
+    """Further tensors from the same ops to one of their readers, in the same states, with other costs."""
+    rng = random.Random(seed)
+    more = []
+    for flow in problem.flows:
+        cost = tuple(tuple(rng.choice([0.0, rng.random()]) for _ in row) for row in flow.cost_s)
+        more += [replace(flow, readers=flow.readers[-1:], cost_s=cost, count=n) for n in (1, 2)]
+    return replace(problem, flows=(*problem.flows, *more))
+
+
+@pytest.mark.parametrize(("seed", "few"), [(seed, few) for seed in range(80) for few in (0.0, math.inf)])
+def test_tensors_that_go_the_same_way_are_each_paid_for(seed: int, few: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solving, "_FEW", few)
+    problem = with_more_between(random_problem(seed), seed)
+    all_picks = product(*(range(len(costs)) for costs in problem.option_s))
+    fitting = [s for s, b in (price(problem, picks) for picks in all_picks) if b <= problem.budget_bytes]
+    if not any(map(math.isfinite, fitting)):
+        with pytest.raises(NoFeasiblePlanError):
+            solve(problem, gap=0.0)
+        return
+    found = solve(problem, gap=0.0)
+    assert price(problem, found.picks) == pytest.approx((found.seconds, found.bytes))
+    assert found.seconds == pytest.approx(min(fitting), abs=1e-9)
+    assert found.bound_s <= min(fitting) + 1e-9
+
+
+EQUAL, UNEQUAL = ((1.0, 0.0), (0.0, 1.0)), ((0.0, 1.0), (1.0, 0.0))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_goes_between_the_same_two_ops_is_bounded_together(kept: bool) -> None:
+    """Of two tensors one costs 1 where the states are equal, the other where they are not: each plan costs 1. A mix of
+    both states has either for nothing, but not both. The second may be what is kept: 4 bytes, of which one is there."""
+    reader = Reader(1, (0, 1))
+    flows = [Flow(0, (0, 1), (reader,), EQUAL)]
+    if not kept:
+        flows.append(Flow(0, (0, 1), (reader,), UNEQUAL))
+    holds = (Hold((reader,), (0.0, 0.0), given=Reader(0, (0, 1)), rows=((0.0, 4.0), (4.0, 0.0))),) if kept else ()
+    budget = 1.0 if kept else math.inf
+    problem = Problem(((0.0, 0.0),) * 2, ((0.0, 0.0),) * 2, tuple(flows), holds, budget)
+    mix = Relaxation(problem).among([np.ones(2, dtype=bool)] * 2)
+    assert mix is not None
+    assert mix.seconds == pytest.approx(0.75 if kept else 1.0)
+    messages = Messages(problem, [0.25] if kept else [0.0])
+    messages.improve()
+    assert messages.bound_s[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("seed", "few"), [(seed, few) for seed in range(60) for few in (0.0, math.inf)])
+def test_where_nothing_is_cheaper_than_what_is_known_that_is_told(
+    seed: int, few: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solving, "_FEW", few)
+    problem = random_problem(seed)
+    budget = problem.budget_bytes if math.isfinite(problem.budget_bytes) else 12.0
+    problem = replace(problem, budget_bytes=budget)
+    every = (price(problem, picks) for picks in product(*(range(len(of)) for of in problem.option_s)))
+    least = min((s for s, b in every if b <= budget), default=math.inf)
+    if math.isinf(least):
+        with pytest.raises(NoFeasiblePlanError):
+            solve(problem, gap=0.0, below_s=1.0)
+        return
+    assert solve(problem, gap=0.0, below_s=1.01 * least + 1e-6).seconds == pytest.approx(least, abs=1e-9)
+    if least > 1e-3:
+        with pytest.raises(NoFeasiblePlanError, match="costs less than"):
+            solve(problem, gap=0.0, below_s=0.99 * least)
