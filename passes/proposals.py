@@ -333,6 +333,7 @@ class Search:
             for share in shares:
                 candidate = self._fitting(posed, share, enough)
                 if candidate is None:
+                    unbound = False
                     continue
                 unbound = unbound and candidate.unbound
                 unique.setdefault((mode, regather, candidate.assignment), candidate)
@@ -342,21 +343,23 @@ class Search:
         return list(unique.values())
 
     def _fitting(self, posed: _Posed, share: float, enough: _Enough) -> Candidate | None:
-        """The solution whose played peak fits, where there is one: the solver's sum of bytes is tightened by what the
-        schedule finds on top of it, until both agree, or what does not fit yet is slower than a plan that does.
+        """The solution whose played peak fits, where there is one that costs less than is enough: the solver's sum of
+        bytes is tightened by what the schedule finds on top of it, until both agree, or what does not fit yet is slower
+        than a plan that does.
 
-        None where all that is left costs more than is enough: what is computed again less is cheaper.
+        None where all cost more than is enough and the cheapest does not fit. A cheapest that fits is played whatever
+        it costs: what is computed again may hide behind what is sent, which no sum of costs knows.
         """
         limit = math.inf
         last: Candidate | None = None
         for _ in range(_TIGHTENED):
             try:
                 left_s = None if math.isinf(limit) else min(_SOLUTION_S, max(posed.end_s - time.process_time(), 1.0))
-                solution = solve(posed.priced.weighed(share, limit), time_limit_s=left_s)
+                problem = posed.priced.weighed(share, limit)
+                solution = solve(problem, time_limit_s=left_s, below_s=enough.cost_s[share])
             except NoFeasiblePlanError:
                 break
-            if solution.bound_s >= enough.cost_s[share]:
-                return None
+            costs_more = solution.bound_s >= enough.cost_s[share]
             assignment = posed.priced.assignment(solution.picks, len(posed.space.sites))
             if last is not None and assignment == last.assignment:
                 break
@@ -367,6 +370,8 @@ class Search:
             if over <= 0 or (quickest_s >= enough.step_s and not math.isinf(limit)):
                 enough.cost_s[share] = min(enough.cost_s[share], solution.seconds)
                 return last
+            if costs_more:
+                return None
             limit = min(limit, solution.bytes) - over
             if limit <= 0:
                 break
