@@ -117,23 +117,28 @@ def test_no_picks_cost_less_than_the_bound_and_the_excess_of_their_options(seed:
                     assert bound + least <= rest + 1e-9
 
 
+def budgeted_problem(seed: int) -> tuple[Problem, list[float]]:
+    """A random problem with a budget, and the seconds of all picks that fit."""
+    problem = random_problem(seed)
+    budget = problem.budget_bytes if math.isfinite(problem.budget_bytes) else 12.0
+    problem = replace(problem, budget_bytes=budget)
+    every = (price(problem, picks) for picks in product(*(range(len(of)) for of in problem.option_s)))
+    return problem, [seconds for seconds, size in every if size <= budget and math.isfinite(seconds)]
+
+
 @pytest.mark.parametrize(("seed", "few"), [(seed, few) for seed in range(60) for few in (0.0, math.inf)])
 def test_stopped_early_a_solution_fits_and_its_bound_is_one(
     seed: int, few: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(solving, "_FEW", few)
-    problem = random_problem(seed)
-    budget = problem.budget_bytes if math.isfinite(problem.budget_bytes) else 12.0
-    problem = replace(problem, budget_bytes=budget)
-    every = (price(problem, picks) for picks in product(*(range(len(of)) for of in problem.option_s)))
-    fitting = [seconds for seconds, size in every if size <= budget and math.isfinite(seconds)]
+    problem, fitting = budgeted_problem(seed)
     if not fitting:
         with pytest.raises(NoFeasiblePlanError):
             solve(problem, gap=0.05, time_limit_s=0.0)
         return
     found = solve(problem, gap=0.05, time_limit_s=0.0)
     seconds, size = price(problem, found.picks)
-    assert size <= budget
+    assert size <= problem.budget_bytes
     assert found.bound_s <= min(fitting) + 1e-9 <= seconds + 2e-9
 
 
@@ -234,15 +239,12 @@ def test_where_nothing_is_cheaper_than_what_is_known_that_is_told(
     seed: int, few: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(solving, "_FEW", few)
-    problem = random_problem(seed)
-    budget = problem.budget_bytes if math.isfinite(problem.budget_bytes) else 12.0
-    problem = replace(problem, budget_bytes=budget)
-    every = (price(problem, picks) for picks in product(*(range(len(of)) for of in problem.option_s)))
-    least = min((s for s, b in every if b <= budget), default=math.inf)
-    if math.isinf(least):
+    problem, fitting = budgeted_problem(seed)
+    if not fitting:
         with pytest.raises(NoFeasiblePlanError):
             solve(problem, gap=0.0, below_s=1.0)
         return
+    least = min(fitting)
     assert solve(problem, gap=0.0, below_s=1.01 * least + 1e-6).seconds == pytest.approx(least, abs=1e-9)
     if least > 1e-3:
         with pytest.raises(NoFeasiblePlanError, match="costs less than"):
