@@ -9,9 +9,9 @@ choices are few and large, no price need lead to the best of them: halves of the
 apart, each with a price of its own, the half with the lower bound first, until the best picks that were found are
 within the gap of the lowest bound that is left.
 
-What picks met at the root have in common with the best plan is in none of them alone. So the cheapest mix of their
-options is solved for exactly (`linear.py`): as good a plan as halving finds after long, and the better the best known
-plan, the more options can be ruled out.
+The best plan mostly has what some or other of the picks met at the root have. So the cheapest picks of their options
+are solved for (`linear.py`): as good a plan as halving finds after long, and the better the best known plan, the more
+options can be ruled out.
 
 Halves of several nodes of the search tree are the cases of one `Messages`, which costs little more than one case.
 """
@@ -27,10 +27,10 @@ import numpy as np
 
 from passes.descent import Descent
 from passes.errors import NoFeasiblePlanError
-from passes.linear import cheapest
+from passes.linear import cheapest_among
 from passes.messages import Messages, State
 from passes.pairwise import Flags, Floats, most_s
-from passes.problem import Problem, only
+from passes.problem import Problem
 from passes.tree import Node, Tree, bytes_of
 
 _CASES = 8
@@ -114,10 +114,10 @@ class _Search(Tree[_Node]):
             promising = np.argsort(costs, kind="stable")[:_PROMISING].tolist()
             kept.append(sorted({picks[variable] for picks in self.met()}.union(promising)))
         try:
-            picks, _ = cheapest(only(self.problem, kept), gap=self.gap / 2, time_limit_s=_COMBINE_S)
+            picks, _ = cheapest_among(self.problem, kept, gap=self.gap / 2, time_limit_s=_COMBINE_S)
         except NoFeasiblePlanError:
             return
-        self.meet(tuple(of[pick] for of, pick in zip(kept, picks, strict=True)))
+        self.meet(picks)
 
 
 def cheapest_within(
@@ -173,7 +173,6 @@ def _begin(search: _Search) -> Messages:
         node.s_per_byte, node.state = float(messages.s_per_byte[case]), messages.state(case)
         node.bound_s = max(node.bound_s, float(bounds_s[case]))
         node.picks, node.over, node.within = every[case], every[max(case - 1, 0)], every[min(case + 1, _CASES - 1)]
-    bounds_s = messages.bound_s - messages.s_per_byte * search.problem.budget_bytes
     least_s = [(bounds_s[:, None] + of).max(axis=0) for of in messages.excess_s()[: len(search.problem.option_s)]]
     search.combine(least_s)
     node.rule_out(search, least_s)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from passes.descent import Descent
 from passes.pairwise import Flags, Floats
-from passes.problem import Problem
+from passes.problem import Problem, only
 from passes.relaxation import Mix, Relaxation
 from passes.tree import Node, Tree, bytes_of
 
@@ -62,6 +63,15 @@ def cheapest(
         if tree.is_done() or time.process_time() > end:
             return tree.found(time_limit_s)
         node = tree.next()
+
+
+def cheapest_among(
+    problem: Problem, kept: Sequence[Sequence[int]], *, gap: float, time_limit_s: float
+) -> tuple[tuple[int, ...], float]:
+    """As `cheapest`, among the options kept, by variable: the picks are numbered as the problem's, the bound is theirs
+    alone."""
+    picks, bound_s = cheapest(only(problem, kept), gap=gap, time_limit_s=time_limit_s)
+    return tuple(of[pick] for of, pick in zip(kept, picks, strict=True)), bound_s
 
 
 def _halves(allowed: list[Flags], mix: Mix, sizes: list[Floats]) -> list[list[Flags]]:

@@ -21,10 +21,10 @@ import numpy as np
 from passes.branch import cheapest_within
 from passes.descent import Descent
 from passes.errors import NoFeasiblePlanError
-from passes.linear import cheapest
+from passes.linear import cheapest, cheapest_among
 from passes.messages import Messages
 from passes.pairwise import Floats
-from passes.problem import Problem, evaluate, only
+from passes.problem import Problem, evaluate
 
 _FEW = 250
 """Pairs of states per link up to which linear programs are quicker. Their time is in the pairs, some 60 microseconds
@@ -123,7 +123,7 @@ def _among_likely(problem: Problem, messages: Messages, gap: float, time_limit_s
         if all(len(of) == len(costs) for of, costs in zip(kept, problem.option_s, strict=True)):
             return _exactly(problem, gap, time_limit_s)
         try:
-            found = _among(problem, kept, gap, time_limit_s)
+            found = _solution(problem, *cheapest_among(problem, kept, gap=gap, time_limit_s=time_limit_s))
         except NoFeasiblePlanError:
             allowed_s = 10 * allowed_s + float(max(of.max() for of in _excess_s(messages))) * _LIKELY
             continue
@@ -143,12 +143,6 @@ def _excess_s(messages: Messages) -> list[Floats]:
 def _likely(excess_s: Sequence[Floats], allowed_s: float) -> list[list[int]]:
     """By variable, the options with no more excess than that, and the one with the least."""
     return [np.flatnonzero(of <= max(allowed_s, of.min())).tolist() for of in excess_s]
-
-
-def _among(problem: Problem, kept: Sequence[Sequence[int]], gap: float, time_limit_s: float) -> Solution:
-    """The cheapest picks among the options kept, numbered as the problem's; the bound is theirs alone."""
-    found = _exactly(only(problem, kept), gap, time_limit_s)
-    return replace(found, picks=tuple(of[pick] for of, pick in zip(kept, found.picks, strict=True)))
 
 
 def _least_beside(excess_s: Sequence[Floats], kept: Sequence[Sequence[int]]) -> float:

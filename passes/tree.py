@@ -10,12 +10,10 @@ from itertools import count
 from typing import Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from passes.errors import NoFeasiblePlanError
+from passes.pairwise import Floats
 from passes.problem import Problem, evaluate
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(order=True)
