@@ -12,6 +12,8 @@ from typing import TypeVar
 MEASURED_ERROR = 0.08
 """Mean error of predicted steps: 6.8% over 171 published runs without pipelines, and 8.3% over 59 with them
 (benchmarks/published_results.md)."""
+EXPERTS_ERROR = 0.25
+"""The same with expert parallelism, of 5 published runs, which all took longer."""
 ENOUGH = 0.05
 """Slower than the best by up to this share, the simpler way is called enough."""
 

@@ -32,6 +32,7 @@ from passes.program import Program
 from passes.proposals import HIDDEN_SHARES, PaddingsOf
 from passes.rebatch import Told, copy_of, rebatched, told
 from passes.recompute import Mode, Recomputation, recomputation
+from passes.routing import expert_count
 from passes.rules.index import EMBEDDINGS
 from passes.rules.matmul import PRODUCTS
 from passes.schedule import Schedule, play
@@ -148,6 +149,11 @@ class Profiler:
     def layers(self) -> int:
         """Repeated layers of the model; 0 where there are none."""
         return self.captures.shallow.layers
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of a layer; 0 where there are none."""
+        return expert_count(self.captures.program(len(self.captures.shallow.prefixes) - 1, 1, 1))
 
     def profile(self, setup: Setup, *, replica: bool) -> Profile:
         """See `candidate.Profiler`."""

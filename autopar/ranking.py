@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 NEAREST = 5
 """So many that do not fit are shown."""
-_HEADERS = ("", "dp x shard x tp", "pp", "cp", "batch", "recompute", "gathered", "step", "{}/s/GPU", "memory",
+_HEADERS = ("", "dp x shard x tp", "pp", "cp", "ep", "batch", "recompute", "gathered", "step", "{}/s/GPU", "memory",
             "over budget", "priced only")  # fmt: skip
-_NUMBERS = (0, 2, 3, 7, 8, 9)
-_LESS = ((8,), (8, 0), (8, 0, 5))
+_NUMBERS = (0, 2, 3, 4, 8, 9, 10)
+_LESS = ((9,), (9, 0), (9, 0, 6))
 """Columns that a narrow terminal goes without."""
 _SOLVED = "*"
 _COLUMNS = {
     "dp x shard x tp": "ranks that replicate the state x that shard it x that split the computation",
     "pp": "pipeline stages / parts of the model on each, taken in turn",
     "cp": "ranks that split the sequence inside attention",
+    "ep": "ranks that share a layer's experts, of those that have the same layers; tokens are sent to them",
     "batch": "samples per micro-batch x micro-batches per step",
     "recompute": "full, whole: layers are run again to their end, what they send too, as checkpointing does",
     "gathered": "kept: parameters stay from forward to backward, others are freed and gathered again; again: so are "
@@ -73,7 +74,7 @@ def _filled(line: str) -> str:
 def _columns(result: SearchResult, top: int) -> list[str]:
     """What the columns are that do not say it themselves."""
     setups = [c.setup for c in (*result.candidates[:top], *result.too_large[:NEAREST])]
-    left_out = {name for name in ("pp", "cp") if all(getattr(setup, name) == 1 for setup in setups)}
+    left_out = {name for name in ("pp", "cp", "ep") if all(getattr(setup, name) == 1 for setup in setups)}
     if all(setup.reshard and not setup.gathers_again for setup in setups):
         left_out.add("gathered")
     if not any(setup.runs_whole for setup in setups):
@@ -109,6 +110,7 @@ def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
         f"{setup.dp_replicate} x {setup.dp_shard} x {setup.tp}{_SOLVED * setup.solved}",
         (f"{setup.pp}" + (f"/{setup.virtual}" if setup.virtual > 1 else "")) if setup.pp > 1 else "",
         str(setup.cp) if setup.cp > 1 else "",
+        str(setup.ep) if setup.ep > 1 else "",
         f"{setup.micro_batch} x {setup.accumulate}",
         "full, whole" if setup.runs_whole else setup.recompute,
         ", ".join(gathered_words(setup)),

@@ -125,7 +125,7 @@ def on(gpus: int, batch: int, setups: Iterable[Setup]) -> Iterator[Setup]:
     state stay as large where that goes, and micro-batches where a rank's part of the batch has so many samples."""
     for setup in setups:
         data, rest = divmod(gpus, setup.tp * setup.pp * setup.cp)
-        if rest or not data or batch % data:
+        if rest or not data or batch % data or (data * setup.cp * setup.tp) % setup.ep:
             continue
         shard = setup.dp_shard if setup.dp_replicate > 1 and data % setup.dp_shard == 0 else data
         micro = math.gcd(setup.micro_batch, batch // data)

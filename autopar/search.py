@@ -1,8 +1,8 @@
 """`search`: every sensible way to spread a training run over GPUs, ranked by predicted step time.
 
     replicas     per (tp, micro-batch, recompute): one data-parallel rank's schedule; all formulas build on these
-    candidates   what plans can do (dp_replicate x dp_shard x tp), and what is priced only (pipeline, context
-                 parallelism, ZeRO-1/2, fp8, offload)
+    candidates   what plans can do (dp_replicate x dp_shard x tp), and what is priced only (pipeline, context and
+                 expert parallelism, ZeRO-1/2, fp8, offload)
     played       plans' candidates in the order of their lower bounds, until no other can come among the best
 
 The lower bound of a plan's candidate is its replica's step, to which state sharding only adds. What is not played has a
@@ -53,6 +53,7 @@ _ELSEWHERE = 8
 """So many pipelines, the fastest, are priced on other numbers of GPUs too."""
 _UNPRICED = ("compile", "mp_policy", "pins", "batch_dims", "async_tp")
 """Options of plans that the search does not price."""
+_MOST_EXPERT_RANKS = 64
 _LEAST_PART = 4096
 """Tokens of a sequence below which context parallelism is not considered: its ring would outlast its attention."""
 
@@ -81,7 +82,8 @@ class Candidate:
 
     @property
     def mesh(self) -> dict[str, int]:
-        """As `autopar.plan` takes it; pipeline and context ranks are named `pp` and `cp`."""
+        """As `autopar.plan` takes it; pipeline and context ranks are named `pp` and `cp`. Ranks that share experts
+        (`setup.ep`) are among the others."""
         setup = self.setup
         axes = {"pp": setup.pp, "dp_replicate": setup.dp_replicate, "dp_shard": setup.dp_shard, "cp": setup.cp}
         return {name: size for name, size in (*axes.items(), ("tp", setup.tp)) if size > 1} or {"dp_shard": 1}
@@ -391,11 +393,11 @@ class _State:
                     for micro in (1, 2) if pp > 1 else self.micro_batches(local):
                         if local % micro:
                             continue
-                        for recompute in self.recompute:
+                        for recompute, ep in itertools.product(self.recompute, self.expert_ranks(ways * tp, tp)):
                             yield from self.ways(Setup(
-                                dp_shard=data, tp=tp, pp=pp, cp=cp, micro_batch=micro, accumulate=local // micro,
-                                state="zero1" if data * cp > 1 else "zero0", gradient_bytes=4, adds_in_products=True,
-                                recompute=recompute, gathers_again=tp > 1,
+                                dp_shard=data, tp=tp, pp=pp, cp=cp, ep=ep, micro_batch=micro,
+                                accumulate=local // micro, state="zero1" if data * cp > 1 else "zero0",
+                                gradient_bytes=4, adds_in_products=True, recompute=recompute, gathers_again=tp > 1,
                             ))  # fmt: skip
 
     def ways(self, setup: Setup) -> Iterator[Setup]:
@@ -422,6 +424,12 @@ class _State:
             return [1]
         return [cp for cp in (1, 2, 4, 8, 16) if cp == 1 or self.length >= cp * _LEAST_PART]
 
+    def expert_ranks(self, ranks: int, tp: int) -> list[int]:
+        """Of so many ranks that have the same layers, how many may share the routed experts: powers of two."""
+        experts = self.profiler.experts
+        sizes = [tp * 2**i for i in range(1, _MOST_EXPERT_RANKS.bit_length())] if experts else []
+        return [1, *(ep for ep in sizes if ep <= _MOST_EXPERT_RANKS and ranks % ep == experts % ep == 0)]
+
     def variants(self, found: Sequence[Candidate]) -> Iterator[Candidate]:
         """The fastest with fp8 products where these are faster, and what comes nearest to fitting with its optimizer
         offloaded."""
@@ -445,6 +453,7 @@ class _State:
         """Steps on another number of GPUs: of sharded state alone, and of what here was fastest of all else."""
         states = (setup for setup in self.plans(gpus) if setup.tp == 1)
         else_ = [c for c in found if c.fits and c.setup.ranks > c.setup.data_ranks and not c.setup.fp8]
+        else_ = [c for c in else_ if c.setup.ep == 1]  # which no verdict rests on
         fastest = sorted((c for c in else_ if not c.setup.offload), key=lambda c: c.step_time_s)
         kept = [c.setup for c in _distinct(c for c in fastest if c.setup.pp > 1)][:_ELSEWHERE]
         kept += [c.setup for c in fastest if c.setup.pp == c.setup.cp == 1 and c.setup.state == "zero3"][:1]
@@ -561,11 +570,11 @@ def _states_text(spec: OptimizerSpec) -> str:
 
 
 def _parallelism(setup: Setup) -> Setup:
-    """What is listed once: the setup without micro-batch, virtual stages, recompute, what becomes of gathers, and who
-    says what tensor-parallel ranks do."""
+    """What is listed once: the setup without micro-batch, virtual stages, recompute, what becomes of gathers, how many
+    ranks share experts where they do, and who says what tensor-parallel ranks do."""
     return replace(
         setup, micro_batch=1, accumulate=1, recompute="pointwise", whole_blocks=False, virtual=1, reshard=True,
-        gathers_again=False, solved=False,
+        gathers_again=False, ep=min(setup.ep, 2), solved=False,
     )  # fmt: skip
 
 

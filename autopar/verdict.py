@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
-from autopar.leads import ENOUGH, MEASURED_ERROR, chosen, close
+from autopar.leads import ENOUGH, EXPERTS_ERROR, MEASURED_ERROR, chosen, close
 from autopar.profiling import Profiler
 from autopar.reach import Reach, Times, reach_down, reach_up
 from costmodel.memory import gib
@@ -86,8 +86,9 @@ def verdict(
 
     state = best(lambda s: simple(s) and s.tp == 1 and s.state == "zero3")
     computation = best(lambda s: simple(s) and s.tp > 1 and s.state == "zero3")
-    context = best(lambda s: s.pp == 1 and s.cp > 1)
-    pipeline = best(lambda s: s.pp > 1)
+    context = best(lambda s: s.pp == 1 and s.cp > 1 and s.ep == 1)
+    pipeline = best(lambda s: s.pp > 1 and s.ep == 1) or best(lambda s: s.pp > 1)
+    experts = best(lambda s: s.ep > 1)
     offloaded = best(lambda s: s.offload)
     found_ways = zip(_SIMPLEST_FIRST, (state, computation, context, pipeline), strict=True)
     resident: dict[Answer, Priced] = {name: c for name, c in found_ways if c is not None}
@@ -111,6 +112,8 @@ def verdict(
         text.append(_pipeline_text(pipeline, ways[answer]))
     if answer == "state" and state is not None and pipeline is not None:
         text += _rests_on_overlap(state, pipeline)
+    if experts is not None and experts is not pipeline:
+        text.append(_experts_text(experts))
     reach = None
     if times_on is not None and answer == "state":
         reach = reach_up(gpus, batch, times_on)
@@ -227,7 +230,7 @@ def _is_copied(setup: Setup) -> bool:
 
 def _named(setup: Setup) -> str:
     """`tensor parallelism over 4 and context parallelism over 2`."""
-    ways = (("tensor", setup.tp), ("context", setup.cp))
+    ways = (("tensor", setup.tp), ("context", setup.cp), ("expert", setup.ep))
     return " and ".join(f"{name} parallelism over {size}" for name, size in ways if size > 1)
 
 
@@ -249,7 +252,9 @@ def _nothing_fits(found: Sequence[Priced], budget: int) -> str:
 
 
 def _mesh(setup: Setup) -> str:
-    more = "".join(f" x {name} {size}" for name, size in (("pp", setup.pp), ("cp", setup.cp)) if size > 1)
+    more = "".join(
+        f" x {name} {size}" for name, size in (("pp", setup.pp), ("cp", setup.cp), ("ep", setup.ep)) if size > 1
+    )
     return f"dp {setup.data_ranks} x tp {setup.tp}{more}"
 
 
@@ -341,4 +346,12 @@ def _pipeline_text(pipeline: Priced | None, chosen_s: float) -> str:
     return (
         f"A pipeline would {little}: the best ({_mesh(pipeline.setup)}, priced only) takes {_s(pipeline.step_time_s)}, "
         f"{_share(pipeline, 'bubble')} of it bubble."
+    )
+
+
+def _experts_text(experts: Priced) -> str:
+    return (
+        f"Expert parallelism ({_mesh(experts.setup)}, priced only) takes {_s(experts.step_time_s)}, "
+        f"{_share(experts, 'experts')} of it to send tokens to their experts and back; such figures are off by "
+        f"{EXPERTS_ERROR:.0%} on average."
     )

@@ -28,6 +28,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
 )
@@ -51,6 +53,8 @@ HELD_OUT = DATA.with_name("held_out.csv")
 """Runs that no parameter or rule was set by; the data's notes say what was seen of them before."""
 AT_SCALE = DATA.with_name("at_scale.csv")
 """Sharded state alone on hundreds of GPUs: runs that were looked up for what a network and overlap give there."""
+EXPERTS = DATA.with_name("experts.csv")
+"""Mixtures of experts under expert parallelism: no parameter was set by them."""
 
 
 _WAITED_BYTES_PER_S = 10.2e9 / (0.48 - 0.06)
@@ -99,7 +103,7 @@ class Run:
             raise ValueError("tensor parallelism that waits is priced of a replica alone, not of zero3")
         return Setup(
             dp_replicate=replicas, dp_shard=data // replicas,
-            tp=number("tp"), pp=number("pp"), cp=number("cp"), virtual=number("virtual"),
+            tp=number("tp"), pp=number("pp"), cp=number("cp"), ep=int(self.told("ep") or 1), virtual=number("virtual"),
             micro_batch=number("micro_batch"), accumulate=accumulate,
             recompute=self.recompute, whole_blocks=True,
             in_block="none" if self.line["compiled"] == "no" else "pointwise",
@@ -197,10 +201,10 @@ def _with_network(machine: Hardware, preset: str, node_gbps: float) -> Hardware:
 
 
 def runs(path: Path = DATA) -> list[Run]:
-    """Every row of the file; of the project's own also those of the two beside it."""
+    """Every row of the file; of the project's own also those of the three beside it."""
     with path.open(encoding="utf-8") as file:
         found = [Run(line, path) for line in csv.DictReader(file)]
-    return found + runs(HELD_OUT) + runs(AT_SCALE) if path == DATA else found
+    return found + runs(HELD_OUT) + runs(AT_SCALE) + runs(EXPERTS) if path == DATA else found
 
 
 def model_of(run: Run) -> nn.Module:
@@ -215,6 +219,15 @@ def model_of(run: Run) -> nn.Module:
             attn_implementation=attention,
         )  # fmt: skip
         build: Any = LlamaForCausalLM
+    elif run.line["family"] == "qwen3_moe":
+        config = Qwen3MoeConfig(
+            hidden_size=number("hidden"), num_hidden_layers=number("layers"), num_attention_heads=number("heads"),
+            num_key_value_heads=number("kv_heads"), head_dim=number("head"), vocab_size=number("vocab"),
+            num_experts=number("experts"), num_experts_per_tok=number("experts_per_token"),
+            moe_intermediate_size=number("ffn") // number("experts_per_token"), max_position_embeddings=number("seq"),
+            tie_word_embeddings=run.line["tied"] == "yes", use_cache=False, attn_implementation=attention,
+        )  # fmt: skip
+        build = Qwen3MoeForCausalLM
     elif number("tp") > 1 or number("kv_heads") != number("heads"):  # a projection each for queries, keys and values
         config = Starcoder2Config(
             hidden_size=number("hidden"), intermediate_size=number("ffn"), num_hidden_layers=number("layers"),
@@ -237,11 +250,13 @@ def model_of(run: Run) -> nn.Module:
 
 
 _MODEL = ("family", "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "tied", "seq", "stored", "gradients")
+_EXPERTS = ("head", "experts", "experts_per_token")
 
 
 def _key(run: Run) -> tuple[str, ...]:
     """What runs of one captured model have in common."""
-    return *(run.line[name] for name in _MODEL), str(run.line["attention"] == "unfused"), str(run.number("tp") > 1)
+    told = *(run.line[name] for name in _MODEL), *(run.told(name) for name in _EXPERTS)
+    return *told, str(run.line["attention"] == "unfused"), str(run.number("tp") > 1)
 
 
 class Prices:
@@ -468,6 +483,7 @@ def row_text(result: Result) -> list[str]:
     parts = sorted(price.seconds.items(), key=lambda item: -item[1])
     told = [f"{name} {value / price.step_s:.0%}" for name, value in parts if value >= 0.05 * price.step_s]
     axes = f"{line['dp']} x {line['tp']} x {line['pp']} x {line['cp']}"
+    axes += f", ep {setup.ep}" if setup.ep > 1 else ""
     return [
         run.source, line["model"], line["hardware"], line["precision"], line["seq"], line["gpus"], axes, line["state"],
         f"{setup.micro_batch} x {setup.accumulate}", line["recompute"], f"{run.measured_s:.3f}",
@@ -518,7 +534,11 @@ def waited_text(found: Sequence[Result]) -> str:
 def report(found: Sequence[Result]) -> str:
     """Errors, then every row."""
     fitted_text = "\n".join(f"- {name}: {text}" for name, text in fitted().items())
-    others = {HELD_OUT: "Held out: no parameter was set by them", AT_SCALE: "Sharded state alone on hundreds of GPUs"}
+    others = {
+        HELD_OUT: "Held out: no parameter was set by them",
+        AT_SCALE: "Sharded state alone on hundreds of GPUs",
+        EXPERTS: "Expert parallelism: no parameter was set by them",
+    }
     known = [r for r in found if r.run.file not in others]
     parts = [
         "# Published training runs: predicted and measured",

@@ -1,8 +1,8 @@
 """What a training run is set to, and what it costs: schedules at full depth, and formulas for what no plan does yet.
 
 A `Setup` that plans can do (state sharding with tensor parallelism, accumulation, recompute) is a played schedule and
-nothing else. What no plan does yet (pipeline stages, context parallelism, ZeRO-1/2, fp8 products, offload) is priced on
-top of a played replica, and says so in `priced_only`.
+nothing else. What no plan does yet (pipeline stages, context or expert parallelism, ZeRO-1/2, fp8 products, offload) is
+priced on top of a played replica, and says so in `priced_only`.
 
     replica      one data-parallel rank's stages: layers as scheduled, spread over the pipeline
     state        gradients reduced behind the last backward, parameters gathered behind the first forward
@@ -17,8 +17,9 @@ from typing import Protocol
 from costmodel import offload, pipeline
 from costmodel.collectives import collective_s, taken_shares
 from costmodel.compute import addition_s
-from costmodel.hardware import Hardware, topology
+from costmodel.hardware import Hardware, Topology, topology
 from costmodel.memory import OptimizerSpec
+from costmodel.token_exchange import token_exchange_s
 from passes.candidate_memory import at_rest, replicated_bytes, sharded_peak_bytes
 from passes.depth import Profile
 from passes.setup import Setup
@@ -62,7 +63,13 @@ class Profiler(Protocol):
 
 
 def estimate(setup: Setup, profiler: Profiler) -> Estimate:
-    """Price `setup`."""
+    """Price `setup`.
+
+    Raises:
+        ValueError: expert parallelism under zero3, which is not priced.
+    """
+    if setup.ep > 1 and setup.state == "zero3":
+        raise ValueError(f"ep={setup.ep} with zero3: expert parallelism is priced with parameters that stay on a rank")
     if setup.pp == setup.cp == 1 and setup.state == "zero3":
         return _sharded(setup, profiler)
     return _replicated(setup, profiler)
@@ -289,6 +296,8 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     layer_s = found.layer("micro_s") + attention_s + ring_s + _rest_again_s(setup, found)
     by_parts_s = _hidden_by_parts_s(setup, found)
     layer_s += _waited_by_layer_s(setup, found) - by_parts_s + _gathered_again_s(setup, found, hardware)
+    sent_to_experts_s = _sent_to_experts_s(setup, found, hardware)
+    layer_s += sent_to_experts_s - _spared_by_experts_s(setup, found)
     casts_s = _casts_s(setup, found, hardware) if setup.fp8 else 0.0
     layer_s += casts_s / layers
     outside_s = outside["micro_s"]
@@ -303,19 +312,21 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     # the busiest stage's share of the parameters
     share = max(-(-layers // stages) / layers, 1 / stages)
     elements = (found.layer("elements") * layers * share) + (outside["elements"] * (1.0 if stages == 1 else 0.5))
-    waits_s, behind_s, slowed_s, update_s = _state(setup, elements, found, slowest_s, hardware)
-    added_s = _added_s(setup, elements, found, hardware)
+    experts = found.layer("experts") * layers * share
+    waits_s, behind_s, slowed_s, update_s = _state(setup, elements, experts, found, slowest_s, hardware)
+    added_s = _added_s(setup, elements - experts * (1 - 1 / setup.expert_parts), found, hardware)
     step = passed_s + added_s + waits_s + slowed_s + update_s
     hidden_s = behind_s + max(0.0, sent_s - messages_s) + micro * layers / stages * by_parts_s
     seconds = {
-        "compute": micro * slowest_s + added_s,
+        "compute": micro * (slowest_s - share * layers * sent_to_experts_s) + added_s,
         "bubble": bubble_s,
         "messages": messages_s,
+        "experts": micro * share * layers * sent_to_experts_s,
         "slowed": slowed_s,
         "exposed state": waits_s,
         "optimizer": update_s,
     }
-    bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), elements)
+    bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), elements, experts)
     return Estimate(setup, step, sum(bytes_.values()), seconds, bytes_, hidden_s)
 
 
@@ -338,12 +349,37 @@ def _context(setup: Setup, found: Profile, hardware: Hardware) -> tuple[float, f
     return ring_s, (setup.cp - 1) * attention_s
 
 
+def _sent_to_experts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
+    """Per layer and micro-batch: rows sent to their experts and back, forward and backward, and once more what is
+    computed again. Compute waits for all of it.
+
+    Tensor-parallel ranks have the rows of their part of the sequence each.
+    """
+    if setup.ep == 1:
+        return 0.0
+    outer, rest = divmod(setup.data_ranks * setup.cp * setup.tp, setup.ep)
+    assert not rest
+    mesh = topology(hardware, {"pp": setup.pp, "outer": outer, "ep": setup.ep})
+    tokens = found.layer("routed tokens")
+    one_way_s = token_exchange_s(tokens / setup.tp, found.layer("routed") / tokens, (2,), mesh)
+    again = 2 if setup.runs_whole else 1 if setup.recompute == "full" else 0
+    return (4 + again) * one_way_s
+
+
+def _spared_by_experts_s(setup: Setup, found: Profile) -> float:
+    """Per layer and micro-batch: what products take less with fewer experts that have more rows each."""
+    if setup.expert_parts == 1:
+        return 0.0
+    return found.layer("experts.1") - found.layer(f"experts.{setup.expert_parts}")
+
+
 def _casts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
     """Casts to fp8 of the layers' operands, each once per product, in a micro-batch. Parameters that stay on a rank are
     cast once per step, as Transformer Engine's weight caching does: its share of that."""
-    operands = found.layer("operands")
+    elsewhere = found.layer("experts") * (1 - 1 / setup.expert_parts)
+    operands = found.layer("operands") - 2 * elsewhere
     if setup.state != "zero3":
-        operands -= 2 * found.layer("elements") * (1 - 1 / setup.accumulate)
+        operands -= 2 * (found.layer("elements") - elsewhere) * (1 - 1 / setup.accumulate)
     moved = _CAST_BYTES * found.layers * max(0.0, operands)
     return moved / (hardware.device.memory_bytes_per_s * hardware.device.memory_efficiency)
 
@@ -359,10 +395,14 @@ def _added_s(setup: Setup, elements: float, found: Profile, hardware: Hardware) 
 
 
 def _state(
-    setup: Setup, elements: float, found: Profile, stage_s: float, hardware: Hardware
+    setup: Setup, elements: float, experts: float, found: Profile, stage_s: float, hardware: Hardware
 ) -> tuple[float, float, float, float]:
     """Once per step: exposed and hidden seconds of gradient reduction and of parameters' gathers, what the hidden take
-    from compute, and the update."""
+    from compute, and the update.
+
+    `elements`: parameters of a stage, `experts` of them in routed experts; a rank has its share of these alone, and
+    fewer ranks have the same.
+    """
     ranks = setup.data_ranks * setup.cp
     update_s = found.whole["optimizer_s"] * elements / found.whole["elements"]
     if setup.state != "zero0":
@@ -372,13 +412,13 @@ def _state(
     if ranks == 1:
         return 0.0, 0.0, 0.0, update_s
     mesh = topology(hardware, {"pp": setup.pp, "dp": setup.data_ranks, "cp": setup.cp, "tp": setup.tp})
-    axes, item = (1, 2), found.whole["bytes"] / found.whole["elements"]
-    gradients = elements * setup.gradient_bytes
-    if setup.state == "zero0":
-        reduce_s, gather_s = collective_s("all_reduce", gradients, axes, mesh), 0.0
-    else:
-        reduce_s = collective_s("reduce_scatter", gradients, axes, mesh)
-        gather_s = collective_s("all_gather", elements * item, axes, mesh)
+    axes = (1, 2)
+    kept = experts if setup.expert_parts == 1 else 0.0
+    reduce_s, gather_s = _exchanged_s(setup, elements - experts + kept, found, axes, mesh)
+    if setup.expert_parts > 1:
+        apart = topology(hardware, {"pp": setup.pp, "dp": ranks // setup.expert_parts, "ep": setup.ep})
+        both_s = _exchanged_s(setup, experts / setup.expert_parts, found, (1,), apart)
+        reduce_s, gather_s = reduce_s + both_s[0], gather_s + both_s[1]
     if not setup.overlap:
         return reduce_s + gather_s, 0.0, 0.0, update_s
     layers = max(1.0, found.layers / setup.pp)
@@ -388,3 +428,14 @@ def _state(
     sms, _ = taken_shares(axes, mesh)
     behind_s = reduce_s + gather_s - waits_s
     return waits_s, behind_s, sms * behind_s, update_s
+
+
+def _exchanged_s(
+    setup: Setup, elements: float, found: Profile, axes: tuple[int, ...], mesh: Topology
+) -> tuple[float, float]:
+    """Seconds to reduce the gradients of so many parameters over the axes, and to gather them once updated."""
+    gradients, item = elements * setup.gradient_bytes, found.whole["bytes"] / found.whole["elements"]
+    if setup.state == "zero0":
+        return collective_s("all_reduce", gradients, axes, mesh), 0.0
+    reduce_s = collective_s("reduce_scatter", gradients, axes, mesh)
+    return reduce_s, collective_s("all_gather", elements * item, axes, mesh)

@@ -34,31 +34,37 @@ def at_rest(found: Profile, setup: Setup) -> dict[str, float]:
     return held
 
 
-def replicated_bytes(setup: Setup, found: Profile, layer: Profile | None, elements: float) -> dict[str, float]:
-    """Of the busiest stage with `elements` parameters, from a replica's schedule; `layer`: as above."""
+def replicated_bytes(
+    setup: Setup, found: Profile, layer: Profile | None, elements: float, experts: float = 0.0
+) -> dict[str, float]:
+    """Of the busiest stage with `elements` parameters, `experts` of them in routed experts, of which a rank has its
+    share; from a replica's schedule; `layer`: as above."""
     ranks = setup.data_ranks * setup.cp
-    share = elements / found.whole["elements"]
-    states = share * found.whole["states"] / (ranks if setup.state != "zero0" else 1)
-    trained = share * found.whole["gradients"] / (found.whole["stored bytes"] / found.whole["stored"])
+    held = elements - experts * (1 - 1 / setup.expert_parts)
+    """By a rank. What ranks share is the same for experts: fewer elements, among as many ranks fewer."""
+    all_states, per_element = found.whole["states"] / found.whole["elements"], found.whole["gradients"]
+    per_element /= found.whole["elements"] * found.whole["stored bytes"] / found.whole["stored"]
+    states = all_states * (elements / ranks if setup.state != "zero0" else held)
+    trained = per_element * (elements / ranks if setup.state in ("zero2", "zero3") else held)
     kept, working = _activations(setup, layer or found, whole_blocks=layer is not None)
     return {
-        "parameters": _parameters(setup, found, elements),
-        "gradients": trained * setup.gradient_bytes / (ranks if setup.state in ("zero2", "zero3") else 1),
+        "parameters": _parameters(setup, found, elements, held),
+        "gradients": trained * setup.gradient_bytes,
         "optimizer": 0.0 if setup.offload else states,
         "activations": kept,
         "working": working,
     }
 
 
-def _parameters(setup: Setup, found: Profile, elements: float) -> float:
-    """Whole in the dtype of compute, with a share in that of storage where it is another; under zero3 the share, and
-    gathered what is of no layer and two layers."""
+def _parameters(setup: Setup, found: Profile, elements: float, held: float) -> float:
+    """What a rank holds, in the dtype of compute, with a share of all in that of storage where it is another; under
+    zero3 the share, and gathered what is of no layer and two layers."""
     whole = found.whole
     item, stored_item = whole["bytes"] / whole["elements"], whole["stored bytes"] / whole["stored"]
     share = elements * stored_item / (setup.data_ranks * setup.cp)
     if setup.state == "zero3":
         return share + item * min(elements, found.outside["elements"] + 2 * found.layer("elements"))
-    return elements * item + (share if stored_item != item else 0.0)
+    return held * item + (share if stored_item != item else 0.0)
 
 
 def _activations(setup: Setup, found: Profile, *, whole_blocks: bool) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from passes.expert_parallel import expert_numbers
 from passes.moves import Move, Run
 from passes.schedule import Schedule
 from passes.space import Space, trained
@@ -79,6 +80,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
                 (activations that forward gathers and keeps whole for backward), gathered parts (a rank's own of those)
     counts      elements (of parameters on this rank in compute; `bytes`: theirs), stored (at rest; `stored bytes`:
                 theirs), operands (of matrix products)
+    experts     see `expert_numbers`
     """
     found: dict[str, float] = defaultdict(float)
     words = Words(space)
@@ -103,7 +105,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     found["operands"] = sum(cost.operands * space.sites[site].count for site, cost in laid.costs.items())
     _between(found, space, words, laid)
     _gathered(found, laid)
-    return dict(found)
+    return {**found, **expert_numbers(space, assignment, laid)}
 
 
 _ALWAYS = ("parameters", "buffers", "inputs", "optimizer")

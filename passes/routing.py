@@ -129,6 +129,12 @@ def has_routed(program: Program) -> bool:
     return any(node.target is ROUTED_MM for node in program.graph.graph.nodes)
 
 
+def expert_count(program: Program) -> int:
+    """How many experts each mixture has, or what these counts have in common; 0 without routed experts."""
+    products = (node for node in program.graph.graph.nodes if node.target is ROUTED_MM)
+    return math.gcd(*(call_of(node).operands[1].shape[0] for node in products))
+
+
 def token_parts(program: Program, strategy: str, sizes: Sequence[int], batch_axes: Sequence[int]) -> int:
     """How many parts the tokens have on a mesh of `sizes`.
 

@@ -20,6 +20,9 @@ class Setup:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    ep: int = 1
+    """Ranks that have some of the routed experts each, of those that have the same layers: tensor-parallel ranks first,
+    then context-parallel ones, then those that see other samples. Tokens are sent to them."""
     virtual: int = 1
     micro_batch: int = 1
     accumulate: int = 1
@@ -66,6 +69,11 @@ class Setup:
         return self.dp_replicate * self.dp_shard * self.tp * self.pp * self.cp
 
     @property
+    def expert_parts(self) -> int:
+        """Of the experts that tensor parallelism leaves a rank, the inverse of the share that it has."""
+        return max(1, self.ep // self.tp)
+
+    @property
     def data_ranks(self) -> int:
         """Ranks that see different samples."""
         return self.dp_replicate * self.dp_shard
@@ -82,6 +90,8 @@ class Setup:
             found.append("pipeline")
         if self.cp > 1:
             found.append("context parallelism")
+        if self.ep > 1:
+            found.append("expert parallelism")
         if self.state in ("zero1", "zero2"):
             found.append(f"ZeRO-{self.state[-1]}")
         if self.fp8:

@@ -1,0 +1,119 @@
+"""What of a rank's step routed experts are: what expert parallelism is priced from.
+
+The ranks of a group have some of the experts each. Tokens are sent to the ranks that have their experts and back, as
+many to one rank as to another where the router balances them. So a rank multiplies as many rows as before, those of
+fewer experts, with fewer matrices to read and to keep (GShard, arXiv 2006.16668, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from costmodel.compute import Work, op_s
+from passes.moves import Run
+from passes.price import option_local_shapes
+from passes.routed_ops import ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
+from passes.space import Site, Space
+from passes.strategies import Option, StoredOption
+from passes.tracks import Tracks
+from passes.words import Words
+from passes.work import work_of
+
+_LOOKED_UP = {torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default, TAKE_ROWS}
+
+
+def expert_numbers(space: Space, assignment: Sequence[int], laid: Tracks) -> dict[str, float]:
+    """Of one micro-batch on one rank, by name; nothing where no experts are routed.
+
+    experts         elements of their parameters, as computed with
+    routed          bytes of rows that experts read, a token's as often as it has experts
+    routed tokens   bytes of them with each token counted once
+    experts.PARTS   seconds of their products with 1 / PARTS of this rank's experts and as many rows: powers of two
+    """
+    found: dict[str, float] = defaultdict(float)
+    matrices: set[int] = set()
+    firsts: dict[str, tuple[fx.Node, int]] = {}
+    """Layer -> its first product in forward, and the slot of the rows that it reads."""
+    words = Words(space)
+    for index, item in enumerate(laid.items):
+        if not isinstance(item, Run) or item.node.target not in (ROUTED_MM, ROUTED_MM_WEIGHT):
+            continue
+        for parts, seconds in _seconds(space, item.site, item.option):
+            found[f"experts.{parts}"] += seconds
+        if item.phase == "forward" and not item.again:
+            layer = words.layer(item.node.meta.get("module", ""))
+            firsts.setdefault(layer, (item.node, laid.reads[index][0]))
+            matrices |= set(_parameters(space, item.node.args[1]))
+    for product, slot in firsts.values():
+        read = laid.slots[slot].bytes
+        found["routed"] += read
+        found["routed tokens"] += read / _experts_of_a_token(product)
+    sizes = space.topology.sizes
+    for index in matrices:
+        site, option = space.sites[index], space.sites[index].options[assignment[index]]
+        assert isinstance(option, StoredOption)
+        found["experts"] += _elements(site, option, sizes)
+    return dict(found)
+
+
+def _elements(site: Site, option: StoredOption, sizes: Sequence[int]) -> float:
+    count = float(site.count)
+    for size in option.storage.computed_shape(sizes):
+        count *= size
+    return count
+
+
+def _parameters(space: Space, node: object) -> Iterator[int]:
+    """Sites of the parameters that a value is made of."""
+    assert isinstance(node, fx.Node)
+    if node.op == "placeholder":
+        index = space.analysis.flow.value[node].op
+        given = space.sites[index].given
+        if given is not None and given.kind == "parameter":
+            yield index
+        return
+    for operand in node.all_input_nodes:
+        yield from _parameters(space, operand)
+
+
+def _experts_of_a_token(product: fx.Node) -> float:
+    """Of the rows that a product reads, how many are one token's: by where they were looked up."""
+    node = product.args[0]
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target in _LOOKED_UP:
+            looked_up = node.args[0]
+            assert isinstance(looked_up, fx.Node)
+            return max(1.0, float(node.meta["val"].shape[0] / looked_up.meta["val"].shape[0]))
+        node = node.args[0]
+    return 1.0
+
+
+def _seconds(space: Space, index: int, option: Option) -> Iterator[tuple[int, float]]:
+    """Of a product: with all of this rank's experts, half of them, and so on."""
+    site = space.sites[index]
+    assert site.call is not None
+    operands, results = option_local_shapes(site, option, space.topology.sizes)
+    work = work_of(site.call, operands, results, site.traffic)
+    item_bytes = site.call.operands[0].dtype.itemsize
+    weight = site.call.target is ROUTED_MM_WEIGHT
+    parts = 1
+    while work.batch % parts == 0:
+        yield parts, op_s(with_fewer_experts(work, parts, item_bytes, weight=weight), space.topology.device)
+        parts *= 2
+
+
+def with_fewer_experts(work: Work, parts: int, item_bytes: int, *, weight: bool) -> Work:
+    """A routed product with 1 / `parts` of the experts, each with that many times the rows.
+
+    weight: it is the gradient of the matrices, written per expert and summed over rows; else matrices are read.
+    """
+    if weight:
+        spared = work.batch * work.m * work.n * item_bytes * (1 - 1 / parts)
+        return replace(work, batch=work.batch // parts, k=work.k * parts, bytes_written=work.bytes_written - spared)
+    spared = work.batch * work.k * work.n * item_bytes * (1 - 1 / parts)
+    return replace(work, batch=work.batch // parts, m=work.m * parts, bytes_read=work.bytes_read - spared)

@@ -1,0 +1,148 @@
+"""What expert parallelism is priced from, against a Mixtral's dimensions by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import autopar
+from autopar.profiling import Captures, Profiler
+from costmodel.collectives import collective_s
+from costmodel.compute import matmul, op_s
+from costmodel.hardware import topology
+from costmodel.memory import OPTIMIZERS
+from costmodel.presets import hardware
+from costmodel.token_exchange import token_exchange_s
+from passes.candidate import Estimate, estimate
+from passes.expert_parallel import with_fewer_experts
+from passes.setup import Setup
+
+S, H, F, E, K, LAYERS = 1024, 512, 1024, 8, 2, 8
+EXPERTS = LAYERS * E * 3 * H * F
+"""Elements of all experts' matrices: gate, up and down."""
+
+
+def mixtral() -> MixtralForCausalLM:
+    config = MixtralConfig(
+        hidden_size=H, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=8,
+        vocab_size=4096, num_local_experts=E, num_experts_per_tok=K, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return MixtralForCausalLM(config).to(torch.bfloat16)
+
+
+@lru_cache
+def profiler() -> Profiler:
+    def inputs(parts: int) -> dict[str, torch.Tensor]:
+        ids = torch.empty(1, S // parts, dtype=torch.long, device="meta")
+        return {"input_ids": ids, "labels": ids}
+
+    return Profiler(Captures(mixtral(), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
+
+
+def priced(**changed: object) -> Estimate:
+    setup = Setup(dp_shard=16, state="zero1", gradient_bytes=4, adds_in_products=True, accumulate=4)
+    return estimate(replace(setup, **changed), profiler())  # type: ignore[arg-type]
+
+
+def test_what_a_layer_has_of_experts() -> None:
+    found = profiler().profile(Setup(dp_shard=16, state="zero1"), replica=True)
+    assert profiler().experts == E
+    assert found.layer("experts") == pytest.approx(EXPERTS / LAYERS)
+    assert found.layer("routed") == pytest.approx(S * K * H * 2)
+    assert found.layer("routed tokens") == pytest.approx(S * H * 2)
+
+
+@pytest.mark.parametrize("weight", [False, True])
+def test_fewer_experts_have_as_many_rows(weight: bool) -> None:
+    """Of 8 experts with 256 rows, half: the product of 4 experts with 512 rows."""
+    m, n, k = (64, 96, 256) if weight else (256, 96, 64)
+    whole = matmul(m, n, k, batch=8)
+    half = matmul(m, n, 512, batch=4) if weight else matmul(512, n, k, batch=4)
+    made = with_fewer_experts(whole, 2, 2, weight=weight)
+    assert made == half
+    assert made.flops == whole.flops
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_what_a_rank_keeps_of_experts(parts: int) -> None:
+    """2 bytes of a parameter and 4 of its gradient less; of the states (12 bytes over 16 ranks) the same share."""
+    alone, together = priced(), priced(ep=parts)
+    spared = EXPERTS * (1 - 1 / parts)
+    assert alone.bytes["parameters"] - together.bytes["parameters"] == pytest.approx(2 * spared)
+    assert alone.bytes["gradients"] - together.bytes["gradients"] == pytest.approx(4 * spared)
+    assert together.bytes["optimizer"] == alone.bytes["optimizer"]
+
+
+def test_each_micro_batch_sends_tokens_four_times() -> None:
+    """To experts and back, forward and backward; in each of 8 layers and 4 micro-batches."""
+    mesh = topology(hardware("h100"), {"dp": 2, "ep": 8})
+    once_s = token_exchange_s(S * H * 2, K, (1,), mesh)
+    assert priced(ep=8).seconds["experts"] == pytest.approx(4 * LAYERS * 4 * once_s)
+    again = priced(ep=8, recompute="full", whole_blocks=True)
+    assert again.seconds["experts"] == pytest.approx(6 * LAYERS * 4 * once_s)
+
+
+def test_products_of_fewer_experts_are_faster() -> None:
+    """By the products themselves: forward of gate and up (one), of down, and for each two backward, on one rank."""
+    device = hardware("h100").device
+
+    def products_s(experts: int, rows: int) -> float:
+        forward = (rows, 2 * F, H), (rows, H, F)
+        by_rows = (rows, H, 2 * F), (rows, F, H)
+        by_matrix = (H, 2 * F, rows), (F, H, rows)
+        return sum(op_s(matmul(*shape, batch=experts), device) for shape in (*forward, *by_rows, *by_matrix))
+
+    spared_s = products_s(E, S * K // E) - products_s(E // 4, 4 * S * K // E)
+    alone, together = priced(), priced(ep=4)
+    assert spared_s > 0
+    assert alone.seconds["compute"] - together.seconds["compute"] == pytest.approx(4 * LAYERS * spared_s, rel=0.02)
+
+
+def test_fewer_ranks_share_an_expert() -> None:
+    """Gradients go in 4 bytes and parameters come in 2: of all else over 16 ranks, of an eighth of the experts over the
+    2 that have the same."""
+    mesh = topology(hardware("h100"), {"dp": 2, "ep": 8})
+    rest = profiler().profile(Setup(dp_shard=16, state="zero1"), replica=True).whole["elements"] - EXPERTS
+    sent_s = 0.0
+    for size, axes in ((rest, (0, 1)), (EXPERTS / 8, (0,))):
+        sent_s += collective_s("reduce_scatter", 4 * size, axes, mesh) + collective_s(
+            "all_gather", 2 * size, axes, mesh
+        )
+    together = priced(ep=8)
+    assert together.seconds["exposed state"] + together.hidden_s == pytest.approx(sent_s)
+
+
+def test_sharded_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match="ep=4 with zero3"):
+        estimate(Setup(dp_shard=8, ep=4), profiler())
+
+
+def test_the_search_prices_it_where_there_are_experts() -> None:
+    options = autopar.Options(recompute="none")
+    found = autopar.search(mixtral(), 16, "h100", 64, sequence=S, options=options, top=2)
+    sizes = {c.setup.ep for c in (*found.candidates, *found.too_large)}
+    assert sizes > {1}
+    assert all(E % c.setup.ep == 0 and 16 % c.setup.ep == 0 for c in found.candidates)
+    assert all(("expert parallelism" in c.priced_only) == (c.setup.ep > 1) for c in found.candidates)
+    assert found.best.setup.ep == 1
+    fastest = min((c for c in found.candidates if c.setup.ep > 1 and not c.setup.fp8), key=lambda c: c.step_time_s)
+    said = next(line for line in found.verdict.text if line.startswith("Expert parallelism"))
+    assert f"ep {fastest.setup.ep}," in said
+    assert "  ep  " in found.text()
+
+
+def test_no_search_prices_it_without() -> None:
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
+        vocab_size=512, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    found = autopar.search(model, 8, "h100", 16, sequence=256, options=autopar.Options(recompute="full"), top=1)
+    assert {c.setup.ep for c in found.candidates} == {1}
+    assert not any("Expert" in line for line in found.verdict.text)
