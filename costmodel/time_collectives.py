@@ -17,6 +17,7 @@ from costmodel.samples import CollectiveSample
 _CPU_PAYLOADS = (1 << 12, 1 << 18, 1 << 21, 1 << 23)
 _CUDA_PAYLOADS = (1 << 12, 1 << 18, 1 << 22, 1 << 25, 1 << 28, 1 << 30)
 
+_TRIES = 3
 _KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
 
@@ -90,8 +91,8 @@ def measure_collectives(
         full, part, out = (torch.ones(size, device=place) for size in (count, count // ranks, count))
         for kind in _KINDS:
             run = _in_turn([_collective(kind, full, part, out, each) for each in groups])
-            seconds, cpu_s = _collective_seconds(run, place, everyone, each_s)
-            found.append(CollectiveSample(kind, ranks, 4 * count, across, seconds, cpu_s))
+            if (times := _collective_seconds(run, place, everyone, each_s)) is not None:
+                found.append(CollectiveSample(kind, ranks, 4 * count, across, *times))
     return tuple(found)
 
 
@@ -136,8 +137,8 @@ def _collective(
 
 def _collective_seconds(
     run: Callable[[], Any], device: torch.device, group: dist.ProcessGroup | None, budget_s: float
-) -> tuple[float, float]:
-    """Seconds per call, and those of them in which the process kept a core busy.
+) -> tuple[float, float] | None:
+    """Seconds per call, and those of them in which the process kept a core busy; None where noise hides them.
 
     The ranks agree on how many calls, and on the slowest's time. On a CPU what is timed is work and a call in turn, and
     the same work alone.
@@ -161,10 +162,20 @@ def _collective_seconds(
         if work is None:
             return float(timed(calls, run)[0]), 0.0
         both, alone = timed(calls, work, run), timed(calls, work)
-        seconds, cpu_s = (both - alone).clamp(min=1e-6).tolist()
+        seconds, cpu_s = (both - alone).tolist()
         return seconds, cpu_s
 
     run()
     once = float(timed(1, *([work] if work else []), run)[0])
     calls = max(4, min(100, int(budget_s / 4 / max(once, 1e-6))))
-    return median_low([block(calls) for _ in range(3)])
+    return seen(lambda: block(calls))
+
+
+def seen(block: Callable[[], tuple[float, float]]) -> tuple[float, float] | None:
+    """The middle one of three blocks' (seconds, busy seconds); of three more where it takes less than no time, as work
+    alone may take longer than with a call beside other jobs. None where that goes on."""
+    for _ in range(_TRIES):
+        seconds, busy_s = median_low([block() for _ in range(3)])
+        if seconds > 0:
+            return seconds, max(0.0, busy_s)
+    return None
