@@ -153,6 +153,21 @@ def test_describe_says_what_crosses_nodes() -> None:
     assert topology(H100, {"dp": 1}).describe()[0] == "1 x h100, 1 rank per node"
 
 
+@pytest.mark.parametrize(
+    ("mesh", "told"),
+    [
+        ({"dp": 12}, "12 x h100, priced as 6 ranks in each of 2 nodes of 8"),
+        ({"dp": 3, "tp": 4}, "12 x h100, priced as 4 ranks in each of 3 nodes of 8"),
+        ({"dp": 13}, "13 x h100, priced as 1 rank in each of 13 nodes of 8"),
+        ({"dp": 2, "tp": 12}, "24 x h100, priced as 6 ranks in each of 4 nodes of 8"),
+        ({"dp": 3, "tp": 8}, "24 x h100, 8 ranks per node"),
+        ({"dp": 6}, "6 x h100, 6 ranks per node"),
+    ],
+)
+def test_nodes_that_the_mesh_does_not_fill_are_told_as_they_are_priced(mesh: dict[str, int], told: str) -> None:
+    assert topology(H100, mesh).describe()[0] == told
+
+
 @pytest.mark.parametrize("size", [0, -2, 2.0, "4", True])
 def test_a_size_that_is_none_is_refused(size: object) -> None:
     with pytest.raises(ValueError, match="'tp' has size"):
