@@ -153,6 +153,22 @@ def test_describe_says_what_crosses_nodes() -> None:
     assert topology(H100, {"dp": 1}).describe()[0] == "1 x h100, 1 rank per node"
 
 
+def test_a_preset_is_found_in_either_case_and_before_a_file_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("h100").write_text("none of ours")
+    assert hardware("h100") == hardware("H100") == H100
+    Path("mine").write_text("none of ours")
+    with pytest.raises(ValueError, match="'mine' is not JSON"):
+        hardware("mine")
+    Path("mine").unlink()
+    with pytest.raises(
+        ValueError, match=r"unknown hardware 'mine'; known are a100-40gb, .*, cpu, or the path of a file"
+    ):
+        hardware("mine")
+
+
 @pytest.mark.parametrize(
     ("mesh", "told"),
     [
