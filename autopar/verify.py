@@ -33,6 +33,7 @@ from passes.double import doubled, in_double
 from passes.inputs import path_name
 from passes.local import LocalProgram
 from passes.named import check_strategy
+from passes.pipeline import Manner
 from passes.plan import Plan, check_plan
 from passes.precision import Precision, default_dtype, dtype_text
 from passes.program import Program
@@ -250,7 +251,7 @@ class _Check:
     def _planned(self, program: Program) -> Plan:
         return planning.planned(
             program, self.axes, batch_axes=self.batch_axes, hardware=self.hardware, strategy=self.strategy,
-            options=self.options, example="", progress=self.progress,
+            options=self.options, example="", manner=Manner(self.progress),
         )  # fmt: skip
 
     def _explained(
