@@ -40,6 +40,7 @@ from passes.inputs import global_inputs
 from passes.local import LocalProgram, Storage, bind_groups, groups_used
 from passes.lower import lower
 from passes.named import check_strategy
+from passes.pipeline import Manner
 from passes.precision import Precision
 from passes.program import Program
 
@@ -230,7 +231,7 @@ def _planned(
 ) -> Any:  # fmt: skip
     plan = job.pipeline.compile_plan(
         program, job.axes, batch_axes=job.batch_axes, hardware=hardware, strategy=strategy, options=job.options,
-        example=example, stored=stored, smaller=smaller, keep_timeline=keep_timeline, progress=job.stages,
+        example=example, stored=stored, manner=Manner(job.stages, smaller=smaller, keep_timeline=keep_timeline),
     )  # fmt: skip
     job.stages.artefact("autopar_plan", plan.to_json, "json")
     return plan

@@ -21,7 +21,7 @@ from costmodel.layout import Layout, Placement, Replicate, Shard, layout_text, p
 from costmodel.memory import gib
 from passes.decisions import Place, places
 from passes.errors import NoFeasiblePlanError
-from passes.pipeline import on_mesh, space_of
+from passes.pipeline import Manner, on_mesh, space_of
 from passes.plan import Placements, Plan
 from passes.program import Program
 from passes.report_text import seconds_text
@@ -83,7 +83,7 @@ class Question:
             options=replace(self.options, **changed),  # type: ignore[arg-type]
             example=plan.example,
             without=without,
-            diagnose=False,
+            manner=Manner(diagnose=False),
         )
 
     @cached_property

@@ -55,22 +55,16 @@ def look_up(plan: Plan, pattern: str, places: Sequence[Place] | None = None) -> 
 
 
 def _means(pattern: str, each: Collective, parameters: Mapping[str, Placements]) -> bool:
-    moved = _moved(each)
     return (
         _kind(pattern) == each.kind
-        or _matches(pattern, *moved, each.module, each.source)
-        or any(name in parameters for name in moved)
+        or _matches(pattern, *each.names, each.module, each.source)
+        or any(name in parameters for name in each.names)
     )
-
-
-def _moved(each: Collective) -> list[str]:
-    """What goes together in a collective; a gradient by its parameter's name."""
-    return [name.removeprefix("gradient of ") for name in each.value.split(", ")]
 
 
 def _told_of(each: Collective, parameters: Mapping[str, Placements]) -> Collective:
     """A collective of several tensors as it is told of the first that was asked for."""
-    first, *others = _moved(each)
+    first, *others = each.names
     asked = next((name for name in (first, *others) if name in parameters), first)
     return replace(each, reason=each.reason.replace(first, asked, 1))
 

@@ -68,12 +68,18 @@ def batch_axes_of(axes: Axes, chosen: Sequence[str] | None) -> tuple[int, ...]:
 
 
 def axis_notes(axes: Sequence[tuple[str, int]], batch_axes: Sequence[int]) -> list[str]:
-    """Of axes that split no batch, as none of the known names is theirs, but may be meant to."""
-    return [
-        f"axis {name!r} splits no batch: those named {', '.join(sorted(BATCH_NAMES))} do, or Options(batch_axes=...) "
-        "names them"
+    """Of axes that split no batch, as none of the known names is theirs, but may be meant to; or that no axis does."""
+    known = ", ".join(sorted(BATCH_NAMES))
+    meant = [
+        f"axis {name!r} splits no batch: those named {known} do, or Options(batch_axes=...) names them"
         for index, (name, _) in enumerate(axes)
         if index not in batch_axes and re.search("dp|data|batch|shard|replica", name.lower())
+    ]
+    if meant or batch_axes or all(size == 1 for _, size in axes):
+        return meant
+    return [
+        f"no axis splits the batch, so every rank is given the same: an axis named {known} would, or one that "
+        "Options(batch_axes=...) or --batch-axes names"
     ]
 
 

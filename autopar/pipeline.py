@@ -45,8 +45,7 @@ class Pipeline:
     check: hardware, axes, batch_axes, options; raises for what of these cannot be, before a model is captured
     capture: model, args, kwargs, *, batch_dims, batch_size, tangents, backward, precision
     compile_plan: program, axes, *, batch_axes, hardware, strategy, options, example, stored (storages that are pinned),
-        smaller (a divisor -> the program of a batch that many times smaller, or None), keep_timeline, progress (told
-        each stage)
+        manner (`passes.pipeline.Manner`)
     rewrite: program, plan
     load: a plan's JSON text
     options_of: plan -> the options it was made with

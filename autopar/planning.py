@@ -16,10 +16,9 @@ from costmodel.hardware_file import hardware_of
 from costmodel.layout import parse_layout
 from passes.capture import capture
 from passes.collector import settled
-from passes.infeasible import Smaller
 from passes.local import LocalProgram, Storage
 from passes.pins import check_pins
-from passes.pipeline import Progress, Request, compile_plan, local_program, on_mesh, prepare
+from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Placements, Plan
 from passes.precision import Precision
 from passes.program import Program
@@ -118,16 +117,13 @@ def planned(
     options: Options,
     example: str,
     stored: Mapping[str, Storage] | None = None,
-    smaller: Smaller | None = None,
-    diagnose: bool = True,
-    progress: Progress = lambda stage: None,
-    keep_timeline: bool = False,
     without: Sequence[tuple[str, str]] = (),
+    manner: Manner | None = None,
     known: dict[str, list[Candidate]] | None = None,
 ) -> Plan:
     """The plan for `program` on a mesh of `axes`.
 
-    `without`: (place, option) that it may not choose. `smaller`, `diagnose` and `known`: see `compile_plan`.
+    `without`: (place, option) that it may not choose. `known`: see `compile_plan`.
 
     Raises:
         ValueError: the mesh or the hardware cannot do what the options ask for.
@@ -155,10 +151,7 @@ def planned(
         request,
         options=options_json(options) | {_ASKED: strategy, _FIGURES: figures},
         example=example,
-        smaller=smaller,
-        diagnose=diagnose,
-        progress=progress,
-        keep_timeline=keep_timeline,
+        manner=manner,
         known=known,
     )
     notes = (*plan.notes, _PIPELINED) if options.async_tp else plan.notes

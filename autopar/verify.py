@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from passes.double import doubled, in_double
 from passes.inputs import path_name
 from passes.local import LocalProgram
 from passes.named import check_strategy
+from passes.pipeline import Manner
 from passes.plan import Plan, check_plan
 from passes.precision import Precision, default_dtype, dtype_text
 from passes.program import Program
@@ -250,7 +251,7 @@ class _Check:
     def _planned(self, program: Program) -> Plan:
         return planning.planned(
             program, self.axes, batch_axes=self.batch_axes, hardware=self.hardware, strategy=self.strategy,
-            options=self.options, example="", progress=self.progress,
+            options=self.options, example="", manner=Manner(self.progress),
         )  # fmt: skip
 
     def _explained(
@@ -524,16 +525,21 @@ def compare(
 ) -> tuple[tuple[TensorError, ...], str]:
     """Every tensor's error, and what the optimizer's step was; `low`: where half precision rounded."""
     of_loss, of_rest = _limits(tolerances, low)
-    total = math.sqrt(sum(float(g.double().square().sum()) for g in wanted.gradients.values()))
+
+    def floor_of(norm: float) -> float:
+        return _eps(low) * norm / of_rest if of_rest else 0.0
+
+    total = _norm(wanted.gradients.values())
     errors = []
     for name, value in found.outputs.items():
         limit = of_loss if not value.dim() else of_rest
         errors.append(_error("output", name, value, wanted.outputs.get(name), limit))
     for name in dict.fromkeys([*wanted.gradients, *found.gradients]):
         pair = found.gradients.get(name), wanted.gradients.get(name)
-        errors.append(_error("gradient", name, *pair, of_rest, floor=_eps(low) * total / of_rest if of_rest else 0.0))
+        errors.append(_error("gradient", name, *pair, of_rest, floor=floor_of(total)))
     for name in dict.fromkeys([*wanted.buffers, *found.buffers]):
-        errors.append(_error("buffer", name, found.buffers.get(name), wanted.buffers.get(name), of_rest))
+        pair = found.buffers.get(name), wanted.buffers.get(name)
+        errors.append(_error("buffer", name, *pair, of_rest, floor=floor_of(_norm(_beside(name, wanted.buffers)))))
     trained = {n: p for n, p in parameters.items() if n in wanted.gradients and n in found.gradients}
     if not trained or not total:
         return tuple(errors), ""
@@ -544,6 +550,26 @@ def compare(
         floor = _LEARNING_RATE * math.sqrt(tensor.numel())
         errors.append(_error("parameter", name, after[0][name], after[1][name], of_rest, floor=floor))
     return tuple(errors), f"AdamW, lr {_LEARNING_RATE:g}, eps {step_eps:.1e} ({_EPS_OF_RMS:.0%} of the gradients' rms)"
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    """Of all of them as one vector."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+def _beside(name: str, buffers: Mapping[str, Tensor]) -> list[Tensor]:
+    """The statistics that a module keeps of the same values, the buffer's own among them: a running mean that is zero
+    but for rounding has the scale of the variance."""
+    own, module = buffers.get(name), name.rpartition(".")[0]
+    if own is None or not own.is_floating_point():
+        return []
+    return [
+        value
+        for other, value in buffers.items()
+        if other.rpartition(".")[0] == module
+        and (value.shape, value.dtype) == (own.shape, own.dtype)
+        and bool(value.isfinite().all())
+    ]
 
 
 def _error(
@@ -562,7 +588,7 @@ def _error(
     scale = float(torch.where(wanted.isfinite(), wanted, torch.zeros_like(wanted)).double().norm())
     error = difference(found, wanted)
     if floor > scale:
-        note = "zero but for rounding" if scale < floor and kind == "gradient" else ""
+        note = "" if kind == "parameter" else "zero but for rounding"
         return TensorError(kind, name, shape, error * (scale or 1.0) / floor, tolerance, note)
     return TensorError(kind, name, shape, error, tolerance)
 

@@ -41,7 +41,7 @@ from autopar.meshes import batch_axes_of
 from autopar.planning import captured
 from costmodel.hardware import Topology
 from passes.collector import settled
-from passes.pipeline import Request, compile_plan, local_program, on_mesh
+from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh
 from passes.program import Program
 
 
@@ -125,7 +125,7 @@ def measure(job: Job, layers: int, *, bare: bool) -> dict[str, float]:
     program = timed(found, "capture", lambda: captured(model, (), call, batch_dims=[0, 0], batch_size=len(ids)))
     with settled():
         stages = Stages()
-        plan = compile_plan(program, topology, batch_axes, Request(), progress=stages)
+        plan = compile_plan(program, topology, batch_axes, Request(), manner=Manner(stages))
         found |= stages.ended()
     found[SPARE], spare_bytes = _within(1 << 50, program, topology, batch_axes)
     found[BOUND], _ = _within(int(0.9 * spare_bytes), program, topology, batch_axes)

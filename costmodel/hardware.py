@@ -212,8 +212,13 @@ class Topology:
     def describe(self) -> tuple[str, ...]:
         """One line for the machine and one per axis, saying what lies inside a node and what crosses nodes."""
         machine = self.hardware
-        in_node = min(machine.ranks_per_node, self.ranks)
-        lines = [f"{self.ranks} x {machine.label}, {in_node} rank{'s' if in_node > 1 else ''} per node"]
+        in_node = prod(axis.in_node for axis in self.axes)
+        told = f"{in_node} rank{'s' if in_node > 1 else ''}"
+        if in_node == min(machine.ranks_per_node, self.ranks):
+            told += " per node"
+        else:  # axes do not fill nodes evenly: what is priced is fewer ranks in each of more nodes
+            told = f"priced as {told} in each of {self.ranks // in_node} nodes of {machine.ranks_per_node}"
+        lines = [f"{self.ranks} x {machine.label}, {told}"]
         for axis in self.axes:
             if not axis.crosses_nodes:
                 where = f"inside a node ({machine.intra_node.name})"

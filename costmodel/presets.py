@@ -38,21 +38,16 @@ def hardware(name: str | os.PathLike[str] | Hardware | None = None) -> Hardware:
     if not isinstance(name, str | os.PathLike):
         raise ValueError(f"hardware is a {type(name).__name__}; pass a name, a file's path or None for this machine")
     text = os.fspath(name)
-    if text.lower() in hardware_names():
-        return _preset(text.lower())
-    if text.endswith(".json") or Path(text).exists():
+    if text.lower() not in hardware_names() and (text.endswith(".json") or Path(text).exists()):
         return load_hardware(text, _named)
-    raise ValueError(f"{_unknown(text)}, or the path of a file that `autopar calibrate` wrote or that changes a preset")
+    return _named(text, ", or the path of a file that `autopar calibrate` wrote or that changes a preset")
 
 
-def _named(name: str) -> Hardware:
+def _named(name: str, or_else: str = "") -> Hardware:
+    """The preset called `name`; `or_else`: what else would do, told where there is none."""
     if name.lower() not in hardware_names():
-        raise ValueError(_unknown(name))
+        raise ValueError(f"unknown hardware {name!r}; known are {', '.join(hardware_names())}{or_else}")
     return _preset(name.lower())
-
-
-def _unknown(name: str) -> str:
-    return f"unknown hardware {name!r}; known are {', '.join(hardware_names())}"
 
 
 def with_attention(hardware: Hardware, kernels: str) -> Hardware:

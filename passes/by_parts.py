@@ -23,11 +23,10 @@ import torch
 from costmodel.compute import matmul, op_s, pointwise
 from costmodel.reshard import Step
 from passes.moves import Move, Run
-from passes.price import option_local_shapes
+from passes.price import local_work
 from passes.rules.view import RESHAPES
 from passes.space import Space
 from passes.tracks import Tracks
-from passes.work import work_of
 
 aten = torch.ops.aten
 _ROWS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1}
@@ -141,10 +140,7 @@ def _in_parts_s(space: Space, found: Tracks, index: int, parts: int) -> float:
     """Seconds of a product in `parts` of its rows, one after the other."""
     item = found.items[index]
     assert isinstance(item, Run)
-    site = space.sites[item.site]
-    assert site.call is not None
-    operands, results = option_local_shapes(site, item.option, space.topology.sizes)
-    work = work_of(site.call, operands, results, site.traffic)
+    work, _ = local_work(space.sites[item.site], item.option, space.topology.sizes)
     item_bytes = round(work.bytes_written / (work.batch * work.m * work.n))
     part = matmul(ceil(work.m / parts), work.n, work.k, batch=work.batch, dtype=work.dtype, item_bytes=item_bytes)
     return parts * op_s(part, space.topology.device)

@@ -54,7 +54,21 @@ from passes.timeline import Timeline, timeline_of
 from passes.uneven import padding_notes
 from passes.weights import prepare_again
 
-__all__ = ["Progress", "Request", "compile_plan", "local_program", "on_mesh", "prepare"]
+__all__ = ["Manner", "Progress", "Request", "compile_plan", "local_program", "on_mesh", "prepare"]
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a plan is looked for, and what comes with it; none of this decides which is found.
+
+    `progress` is told each stage. `diagnose`: where nothing fits, plan what would, too. `smaller` gives the program of
+    a smaller batch, to say whether that would fit. `keep_timeline`: the plan has its step's timeline.
+    """
+
+    progress: Progress = lambda stage: None
+    diagnose: bool = True
+    smaller: Smaller | None = None
+    keep_timeline: bool = False
 
 
 def prepare(program: Program) -> Program:
@@ -75,32 +89,27 @@ def compile_plan(
     *,
     options: Mapping[str, Any] | None = None,
     example: str = "",
-    smaller: Smaller | None = None,
-    diagnose: bool = True,
-    progress: Progress = lambda stage: None,
-    keep_timeline: bool = False,
+    manner: Manner | None = None,
     known: dict[str, list[Candidate]] | None = None,
 ) -> Plan:
     """The best plan found for `program` (as `prepare` left it).
 
-    `options` and `example` are kept in the plan as they are. `smaller` gives the program of a smaller batch, to say
-    whether that would fit; `diagnose`: where nothing fits, plan what would, too. `keep_timeline`: the plan has its
-    step's timeline. `known`: candidates by strategy that earlier calls found, which differed in the strategy asked for
-    alone; what this one finds is added.
+    `options` and `example` are kept in the plan as they are. `known`: candidates by strategy that earlier calls found,
+    which differed in the strategy asked for alone; what this one finds is added.
 
     Raises:
         NoFeasiblePlanError: nothing fits; says by how much, what is largest, what conflicts, and what would fit.
         ValueError: an unknown strategy, a pin that cannot be, a batch that the batch axes do not divide.
     """
     check_strategy(request.strategy)
-    progress("analysing the graph")
-    asked = _Asked(topology_, tuple(batch_axes), request, dict(options or {}), example, smaller, diagnose, progress)
+    asked = _Asked(topology_, tuple(batch_axes), request, dict(options or {}), example, manner or Manner())
+    asked.manner.progress("analysing the graph")
     try:
         # a pin may name one layer alone
         plan, chosen = _compiled(program if request.pins else shorten(program), asked, {} if known is None else known)
     except NotPeriodicError:
         plan, chosen = _compiled(program, asked, {})  # what is known is of the shorter program
-    if not keep_timeline:
+    if not asked.manner.keep_timeline:
         return plan
     if chosen.space.program.repeated:
         space = space_of(program, plan, topology_, request.pins)
@@ -118,9 +127,7 @@ class _Asked:
     request: Request
     options: Mapping[str, Any]
     example: str
-    smaller: Smaller | None
-    diagnose: bool
-    progress: Progress
+    manner: Manner
 
 
 def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]) -> tuple[Plan, Candidate]:
@@ -128,7 +135,7 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
     topology_, request = asked.topology, asked.request
     paddings = PaddingsOf(program, topology_.sizes, asked.batch_axes, fused=request.compiled)
     budget = request.budget_on(topology_)
-    search = Search(paddings, topology_, asked.batch_axes, request, budget, asked.progress)
+    search = Search(paddings, topology_, asked.batch_axes, request, budget, asked.manner.progress)
     reasons: dict[str, str] = {}
     names = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
     beside = BY_HAND if request.stored is None else ()
@@ -146,9 +153,9 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
         competing += with_parameters_kept(competing, budget, request)
     chosen = best(competing, budget)
     if chosen is None:
-        if not asked.diagnose:
+        if not asked.manner.diagnose:
             raise NoFeasiblePlanError(what_is_needed(search, competing, reasons))
-        raise why_nothing_fits(search, competing, reasons, asked.smaller)
+        raise why_nothing_fits(search, competing, reasons, asked.manner.smaller)
     baselines = {name: _as_baseline(found.get(name, []), reasons.get(name, ""), budget) for name in BY_HAND}
     plan = make_plan(
         chosen.space,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from costmodel.collectives import collective_s
-from costmodel.compute import op_s, update_traffic_s
+from costmodel.compute import Work, op_s, update_traffic_s
 from costmodel.hardware import Topology
 from costmodel.layout import Layout, Partial, Replicate, is_gather, local_shape
 from costmodel.reshard import Step, reshard_s, steps
@@ -189,6 +189,13 @@ def option_local_shapes(site: Site, option: Option, sizes: Sequence[int]) -> tup
     )
 
 
+def local_work(site: Site, option: Option, sizes: Sequence[int]) -> tuple[Work, list[tuple[int, ...]]]:
+    """What one rank does of an op, and the local shapes of its results."""
+    assert site.call is not None
+    operands, results = option_local_shapes(site, option, sizes)
+    return work_of(site.call, operands, results, site.traffic), results
+
+
 def price(space: Space, optimizer: Budgeted | None = None, known: dict[tuple[int, int], float] | None = None) -> Priced:
     """The problem of choosing an option for every site.
 
@@ -239,9 +246,8 @@ def _option_s(space: Space, site: Site, option: Option | StoredOption, optimizer
             return 0.0
         elements = math.prod(option.storage.padded_shape(space.topology.sizes))
         return update_traffic_s(elements, site.stored_itemsize, optimizer.state_bytes, device)
-    assert site.call is not None
-    operands, results = option_local_shapes(site, option, space.topology.sizes)
-    return op_s(work_of(site.call, operands, results, site.traffic), device)
+    work, _ = local_work(site, option, space.topology.sizes)
+    return op_s(work, device)
 
 
 def _option_bytes(space: Space, site: Site, option_index: int, optimizer: Budgeted) -> float:

@@ -333,12 +333,12 @@ def _row(kind: str, group: str, phase: str, what: str, alike: Sequence[Collectiv
 
 
 def _state_text(each: Collective) -> str:
-    """Whose weights are gathered or gradients reduced: the repeated layer, else the first and how many more."""
-    first, *others = each.value.removeprefix("gradient of ").split(", ")
+    """Whose weights are gathered or gradients reduced: the first, or the repeated layer it is in, and how many more."""
+    first, *others = each.names
     what = "weights" if each.role == "parameter" else "gradients"
     layer = _layer(first)
-    more = f" and {len(others)} more" if others and layer == first else ""
-    return f"{what} {layer.removesuffix('.weight')}{more}"
+    beside = sum(_layer(name) != layer for name in others)
+    return f"{what} {layer.removesuffix('.weight')}" + (f" and {beside} more" if beside else "")
 
 
 def _layer(name: str) -> str:

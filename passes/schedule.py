@@ -67,6 +67,11 @@ class Collective:
         """`dp,tp`."""
         return _group(self.axes)
 
+    @property
+    def names(self) -> list[str]:
+        """What goes together in it; a gradient by its parameter's name."""
+        return [name.removeprefix("gradient of ") for name in self.value.split(", ")]
+
 
 @dataclass(frozen=True)
 class Schedule:

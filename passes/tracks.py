@@ -21,10 +21,10 @@ from costmodel.layout import Layout, Partial, Replicate, local_shape
 from passes.dims import Value
 from passes.itinerary import itinerary, returned
 from passes.moves import Move, Run
-from passes.price import given_state, option_local_shapes
+from passes.price import given_state, local_work
 from passes.space import Space
 from passes.strategies import Option, StoredOption
-from passes.work import INLINED, VIEWS, work_of
+from passes.work import INLINED, VIEWS
 
 Fusing = Literal["view", "pointwise", "reduction", "kernel"]
 """How an op treats memory: names a buffer anew, fuses with its readers, fuses what it reads, or neither."""
@@ -203,8 +203,7 @@ def op_cost(space: Space, site_index: int, option: Option) -> OpCost:
     site = space.sites[site_index]
     call = site.call
     assert call is not None
-    operands, results = option_local_shapes(site, option, space.topology.sizes)
-    work = work_of(call, operands, results, site.traffic)
+    work, results = local_work(site, option, space.topology.sizes)
     seconds = op_s(work, space.topology.device)
     kind: Literal["matmul", "attention", "other"] = "other"
     if work.kind == "matmul":

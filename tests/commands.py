@@ -91,6 +91,23 @@ def branches():
             return out if out["loss"] > 1 else None
 
     return Branch(), build()[1]
+
+
+class Weighed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x, weight):
+        return (self.up(x) @ weight).square().mean()
+
+
+def weighed():
+    return Weighed(), {"x": torch.randn(4, 8), "weight": torch.randn(8, 3)}
+
+
+def unclear():
+    return Weighed(), {"x": torch.randn(3, 8), "weight": torch.randn(8, 3)}
 """
 
 

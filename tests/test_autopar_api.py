@@ -275,6 +275,29 @@ def test_an_axis_that_looks_as_if_it_split_the_batch_is_named() -> None:
     assert notes({"dp": 2, "tp": 2}) == notes({"edp": 2, "tp": 2}, batch_axes=("edp",)) == []
 
 
+@pytest.mark.parametrize(
+    ("mesh", "chosen", "told"),
+    [
+        ({"tp": 4}, None, True),
+        ({"x": 2, "y": 2}, None, True),
+        ({"tp": 1}, None, False),
+        ({"dp": 2, "tp": 2}, None, False),
+        ({"tp": 4}, (), False),
+        ({"x": 2, "y": 2}, ("x",), False),
+    ],
+)
+def test_a_mesh_that_splits_no_batch_is_told(mesh: dict[str, int], chosen: tuple[str, ...] | None, told: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(0))
+    options = autopar.Options(progress=False, batch_axes=chosen)
+    made = autopar.plan(model, mesh, (torch.zeros(4, 4),), hardware="h100", options=options)
+    notes = [note for note in made.notes if "every rank is given the same" in note]
+    assert len(notes) == told
+    for note in notes:
+        assert note.startswith("no axis splits the batch")
+        for name in ("dp", "dp_replicate", "dp_shard", "fsdp", "data", "batch", "Options(batch_axes=...)"):
+            assert name in note
+
+
 def test_the_users_model_stays_as_it_was() -> None:
     run_ranks(_leaves_the_model, 1)
 

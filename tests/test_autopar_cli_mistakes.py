@@ -80,6 +80,19 @@ MISTAKES = [
     ("plan HERE/models.py:leaves --mesh dp=2", "SystemExit: 0"),
     ("plan HERE/models.py:wants --mesh dp=2", "models.py: TypeError: wants() missing 1 required"),
     ("plan HERE/models.py:too_long --mesh dp=2 --hardware h100", "the model's forward raised"),
+    ("plan HERE/models.py:weighed --mesh dp=2 --hardware h100", "share it, say --batch-dim weight=none"),
+    ("inspect HERE/models.py:weighed --mesh dp=2", "share it, say --batch-dim weight=none"),
+    (
+        "verify HERE/models.py:unclear --mesh dp=2 --hardware h100",
+        "where the batch is, for example --batch-dim weight=0",
+    ),
+    ("plan HERE/models.py:weighed --mesh dp=2 --batch-dim wieght=none", "--batch-dim names ['wieght'], but the inputs"),
+    ("plan HERE/models.py:weighed --mesh dp=2 --batch-dim weight=2", "--batch-dim weight=2, but the input is"),
+    (
+        "plan HERE/models.py:weighed --mesh dp=2 --batch-dim weight",
+        "write INPUT=DIM, as in position_ids=1, or mask=none",
+    ),
+    ("plan MODEL --mesh dp=2 --hardware h100 --async-tp", "plan: --async-tp: every axis of {'dp': 2} splits the batch"),
     ("plan MODEL --mesh dp=2 --batch 8", "models.py:build returns its inputs; set them there"),
     ("search MODEL --gpus 2 --global-batch 8 --seq 8", "models.py:build returns its inputs; set them there"),
     ("plan MODEL --mesh dp=2 --layers 2", "models.py:build makes its own layers"),
@@ -138,6 +151,20 @@ def test_a_mistake_is_one_line_on_standard_error(
     assert len(lines) == 1, err
     assert lines[0].startswith("autopar")
     assert told in lines[0]
+
+
+def test_an_input_that_all_samples_share_is_named_by_a_flag(here: Here) -> None:
+    """Its product with the rows of two ranks is of 8 x 8 by 8 x 3, where 16 x 3 would be no operand."""
+    model, flags = f"{here.folder}/models.py:weighed", ("--mesh", "dp=2", "--batch-dim", "weight=none", "--json")
+    kept = here.folder / "weighed.json"
+    planned = autopar("plan", model, *flags, "--hardware", "h100", "-o", kept)
+    assert planned.code == 0, planned.err
+    assert planned.json["options"]["batch_dims"] == {"weight": None}
+    again = autopar("plan", model, "--from", kept, "--batch-dim", "x=0", "--json")
+    assert again.json["options"]["batch_dims"] == {"weight": None, "x": 0}
+    assert autopar("verify", model, *flags, "--hardware", "h100").json["ok"]
+    rows = autopar("inspect", model, *flags).json["operations"]
+    assert 2 * 8 * 8 * 3 in [row["flops"] for row in rows if row["shape"] == [8, 3]]
 
 
 def test_what_a_users_function_prints_is_no_part_of_the_output(here: Here) -> None:

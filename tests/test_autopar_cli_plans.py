@@ -52,6 +52,14 @@ def test_diff_with_a_plan_of_another_model_counts_the_names_that_both_have(here:
     assert change.after == f"{kept - gone}, of which {kept - gone} by the same name"
 
 
+def test_diff_counts_a_tied_parameter_once(here: Here) -> None:
+    tied = replace(Plan.load(here.plan), aliases={"shared.weight": "embed.weight"})
+    others = {key: placed for key, placed in tied.parameters.items() if key != "embed.weight"}
+    (change,) = compare_plans(tied, replace(tied, parameters=others)).made_for
+    assert change.before == "7"  # an embedding without a bias, and three linears with one
+    assert change.after == "6, of which 6 by the same name"
+
+
 def test_an_edited_line_is_kept_when_the_plan_is_solved_again(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     again, unpinned = here.folder / "again.json", here.folder / "unpinned.json"
     assert main(["plan", here.model, "--from", str(here.folder / "edited.json"), "-o", str(again)]) == 0

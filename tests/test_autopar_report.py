@@ -15,7 +15,7 @@ from autopar.report import terminal_report
 from passes.make_plan import make_plan
 from passes.plan import Baseline, Bound, Plan
 from passes.report_text import seconds_text
-from passes.schedule import play
+from passes.schedule import Role, play
 from passes.tables import cut
 
 
@@ -129,6 +129,23 @@ def test_collectives_have_counts_a_reason_and_a_source_line() -> None:
     assert "models/llama/modeling_llama.py:" in text
     none = section(terminal_report(replace(plan, collectives=()), 100), "Collectives")
     assert none.startswith("Collectives: none")
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ("h.*.up.weight, h.*.down.weight", "weights h.*"),
+        ("h.*.up.weight, norm.weight, h.*.down.weight, head.weight", "weights h.* and 2 more"),
+        ("norm.weight, h.*.up.weight, h.*.down.weight", "weights norm and 2 more"),
+        ("gradient of encoder.*.up.weight, gradient of decoder.*.up.weight", "gradients encoder.* and 1 more"),
+    ],
+)
+def test_a_collective_is_labelled_with_how_many_others_are_with_it(value: str, label: str) -> None:
+    plan = made()
+    role: Role = "gradient" if value.startswith("gradient") else "parameter"
+    one = replace(plan.collectives[0], role=role, value=value)
+    text = section(terminal_report(replace(plan, collectives=(one,)), 140), "Collectives")
+    assert re.search(rf"  {re.escape(label)}  ", text), text
 
 
 def test_a_plan_that_does_not_fit_says_so() -> None:

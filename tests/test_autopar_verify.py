@@ -16,9 +16,10 @@ from autopar import planning
 from autopar.certificate import Tolerances
 from autopar.options import Options
 from autopar.varied import varied_batch
-from autopar.verify import verify
+from autopar.verify import compare, verify
 from passes.errors import PlanMismatchError
 from passes.local import WAIT, LocalProgram
+from passes.simulate import StepValues
 
 c10d = torch.ops._c10d_functional
 MESH = {"dp": 2, "tp": 2}
@@ -102,6 +103,47 @@ def test_buffers_frozen_weights_and_gradients_that_are_zero() -> None:
     assert not any(name.startswith("frozen") for name in gradients)
     # softmax does not see what a bias of the keys adds to every score of a query
     assert "zero but for rounding" in gradients["key.bias"].note
+
+
+class Centred(nn.Module):
+    """A batch norm of values whose mean over the batch is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.up(x)
+        return {"loss": F.cross_entropy(self.down(self.norm(x - x.mean(0)).relu()), labels)}
+
+
+def test_a_running_mean_that_is_zero_but_for_rounding_passes() -> None:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(8, 8), "labels": torch.randint(0, 4, (8,))}
+    found = verify(Centred(), MESH, inputs, hardware="h100")
+    assert found.ok, str(found)
+    notes = {t.name: t.note for t in found.tensors if t.kind == "buffer"}
+    assert notes == {
+        "norm.running_mean": "zero but for rounding", "norm.running_var": "", "norm.num_batches_tracked": "",
+    }  # fmt: skip
+
+
+def test_a_buffer_that_is_off_by_more_than_a_rounding_of_those_beside_it_does_not_pass() -> None:
+    zero, one, counted = torch.zeros(16), torch.ones(16), torch.tensor(10**9)
+    rounding = 2.0**-23  # of 1 in float32
+
+    def passes(**found: torch.Tensor) -> bool:
+        wanted = {"norm.mean": zero, "norm.var": one, "norm.steps": counted, "other.scale": 1e6 * one}
+        ours = wanted | {f"norm.{name}": value for name, value in found.items()}
+        tensors, _ = compare(StepValues({}, ours, {}), StepValues({}, wanted, {}), {}, Tolerances())
+        return all(tensor.ok for tensor in tensors)
+
+    assert passes(mean=zero + rounding)
+    assert not passes(mean=zero + 2 * rounding)
+    assert not passes(mean=zero + 1e-3)
+    assert passes(var=one + 2 * rounding)
+    assert not passes(var=one + 1e-3)
+    assert not passes(steps=counted // 2)
 
 
 def mlp_on(mesh: dict[str, int], dropout: float = 0.0) -> tuple[nn.Module, dict[str, int], dict[str, torch.Tensor]]:

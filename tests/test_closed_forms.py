@@ -27,14 +27,13 @@ from costmodel.presets import hardware
 from passes.analysis import Analysis, analyse
 from passes.itinerary import itinerary
 from passes.moves import Run
-from passes.price import option_local_shapes, price
+from passes.price import local_work, option_local_shapes, price
 from passes.program import Program
 from passes.recompute import recomputation
 from passes.schedule import Schedule, play
 from passes.solve import solve
 from passes.space import Space, search_space
 from passes.strategies import Option
-from passes.work import work_of
 
 CASE: dict[str, Any] = {"b": 2, "s": 512, "h": 256, "a": 8, "L": 3, "V": 2048, "B": 8}
 
@@ -138,7 +137,7 @@ def test_model_flops() -> None:
     for site, pick in zip(space.sites, picks, strict=True):
         option = site.options[pick]
         if site.call is not None and isinstance(option, Option):
-            work = work_of(site.call, *option_local_shapes(site, option, space.topology.sizes))
+            work, _ = local_work(site, option, space.topology.sizes)
             flops += work.flops * site.count if work.kind == "matmul" else 0.0
     form = sym.number(sym.model_flops(), CASE)
     attention = 12 * CASE["B"] * CASE["L"] * CASE["s"] ** 2 * CASE["h"]
@@ -169,7 +168,7 @@ def test_hardware_flops() -> None:
     for item in itinerary(space, picks):
         site = space.sites[item.site] if isinstance(item, Run) else None
         if isinstance(item, Run) and site is not None and site.call is not None:
-            work = work_of(site.call, *option_local_shapes(site, item.option, space.topology.sizes))
+            work, _ = local_work(site, item.option, space.topology.sizes)
             flops += work.flops if work.kind == "matmul" else 0.0
     form = sym.number(sym.hardware_flops(), CASE)
     attention = 16 * CASE["B"] * CASE["L"] * CASE["s"] ** 2 * CASE["h"]

@@ -153,6 +153,37 @@ def test_describe_says_what_crosses_nodes() -> None:
     assert topology(H100, {"dp": 1}).describe()[0] == "1 x h100, 1 rank per node"
 
 
+def test_a_preset_is_found_in_either_case_and_before_a_file_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("h100").write_text("none of ours")
+    assert hardware("h100") == hardware("H100") == H100
+    Path("mine").write_text("none of ours")
+    with pytest.raises(ValueError, match="'mine' is not JSON"):
+        hardware("mine")
+    Path("mine").unlink()
+    with pytest.raises(
+        ValueError, match=r"unknown hardware 'mine'; known are a100-40gb, .*, cpu, or the path of a file"
+    ):
+        hardware("mine")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "told"),
+    [
+        ({"dp": 12}, "12 x h100, priced as 6 ranks in each of 2 nodes of 8"),
+        ({"dp": 3, "tp": 4}, "12 x h100, priced as 4 ranks in each of 3 nodes of 8"),
+        ({"dp": 13}, "13 x h100, priced as 1 rank in each of 13 nodes of 8"),
+        ({"dp": 2, "tp": 12}, "24 x h100, priced as 6 ranks in each of 4 nodes of 8"),
+        ({"dp": 3, "tp": 8}, "24 x h100, 8 ranks per node"),
+        ({"dp": 6}, "6 x h100, 6 ranks per node"),
+    ],
+)
+def test_nodes_that_the_mesh_does_not_fill_are_told_as_they_are_priced(mesh: dict[str, int], told: str) -> None:
+    assert topology(H100, mesh).describe()[0] == told
+
+
 @pytest.mark.parametrize("size", [0, -2, 2.0, "4", True])
 def test_a_size_that_is_none_is_refused(size: object) -> None:
     with pytest.raises(ValueError, match="'tp' has size"):

@@ -19,7 +19,7 @@ from costmodel.presets import hardware
 from passes import infeasible
 from passes.capture import capture
 from passes.errors import NoFeasiblePlanError
-from passes.pipeline import Request, compile_plan, local_program, on_mesh, prepare
+from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Plan
 from passes.program import Program
 
@@ -62,7 +62,7 @@ def refused(request: Request, smaller: bool = False, length: int = 512) -> NoFea
     with pytest.raises(NoFeasiblePlanError) as caught:
         compile_plan(
             program(length=length), on_mesh("h100", MESH), (0,), request,
-            smaller=(lambda divisor: program(ROWS // divisor)) if smaller else None,
+            manner=Manner(smaller=(lambda divisor: program(ROWS // divisor)) if smaller else None),
         )  # fmt: skip
     return caught.value
 
@@ -165,7 +165,7 @@ def test_other_meshes_batches_and_ranks_are_planned() -> None:
     made = planned(request, rows=ROWS // divisor)
     assert made.peak_memory_bytes <= 0.7 * floor
     with pytest.raises(NoFeasiblePlanError):
-        compile_plan(program(2 * ROWS // divisor), on_mesh("h100", MESH), (0,), request, diagnose=False)
+        compile_plan(program(2 * ROWS // divisor), on_mesh("h100", MESH), (0,), request, manner=Manner(diagnose=False))
     ranks = next(way for way in error.ways if way.startswith("the same global batch on"))
     sizes = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", ranks)}
     assert planned(request, tuple(sizes.items())).peak_memory_bytes <= 0.7 * floor

@@ -17,7 +17,7 @@ from costmodel.presets import hardware
 from passes import proposals
 from passes.errors import NoFeasiblePlanError
 from passes.lower import lower
-from passes.pipeline import Request, compile_plan, local_program
+from passes.pipeline import Manner, Request, compile_plan, local_program
 from passes.plan import Plan
 from passes.schedule import Schedule, play
 from passes.simulate import ledger
@@ -129,7 +129,9 @@ def test_what_fits_no_better_with_products_at_once_is_not_played_again(monkeypat
     monkeypatch.setattr(proposals, "play", counted)
     request = Request(strategy="fsdp", budget_bytes=1)
     with pytest.raises(NoFeasiblePlanError):
-        compile_plan(captured(_stack(), IDS), topology(hardware("h100"), {"dp": 4}), [0], request, diagnose=False)
+        compile_plan(
+            captured(_stack(), IDS), topology(hardware("h100"), {"dp": 4}), [0], request, manner=Manner(diagnose=False)
+        )
     of_fsdp = [each for each in played if each[0] == "fsdp"]
     assert of_fsdp
     assert len(of_fsdp) == len(set(of_fsdp))

@@ -17,7 +17,7 @@ from costmodel.layout import parse_layout
 from costmodel.presets import hardware
 from passes.capture import capture
 from passes.errors import NoFeasiblePlanError, PlanMismatchError
-from passes.pipeline import Request, compile_plan, local_program, on_mesh, prepare
+from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Plan
 from passes.price import price
 from passes.program import Program
@@ -46,6 +46,18 @@ def test_the_plan_chosen_is_never_behind_a_plan_made_by_hand() -> None:
             assert chosen.step_time_s <= baseline.step_time_s * 1.002, strategy
             same = chosen.strategy == strategy and chosen.reshard  # baselines free gathered parameters
             assert chosen.step_time_s == pytest.approx(baseline.step_time_s) or not same
+
+
+def test_the_manner_in_which_a_plan_is_looked_for_changes_nothing_of_it() -> None:
+    told: list[str] = []
+    manner = Manner(told.append, diagnose=False, keep_timeline=True)
+    made = compile_plan(program(), on_mesh("h100", MESH), (0,), Request(), manner=manner)
+    alone = plan(Request())
+    assert made == alone
+    assert told[0] == "analysing the graph"
+    assert "solving megatron" in told
+    assert made.timeline is not None
+    assert alone.timeline is None
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "megatron"])

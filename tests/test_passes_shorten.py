@@ -13,7 +13,7 @@ from passes.blocks import NotPeriodicError, blocks
 from passes.capture import capture
 from passes.decisions import assignment_of
 from passes.moves import Run
-from passes.pipeline import compile_plan, on_mesh, prepare, space_of
+from passes.pipeline import Manner, compile_plan, on_mesh, prepare, space_of
 from passes.plan import Plan
 from passes.program import Program, Repeated
 from passes.proposals import Request
@@ -182,7 +182,9 @@ def test_nothing_is_left_out_where_a_result_of_every_layer_is_read() -> None:
 
 def test_a_timeline_has_every_layer() -> None:
     whole = program(*[1024] * LAYERS)
-    plan = compile_plan(whole, on_mesh("h100", (("dp", 4),)), (0,), Request(strategy="fsdp"), keep_timeline=True)
+    plan = compile_plan(
+        whole, on_mesh("h100", (("dp", 4),)), (0,), Request(strategy="fsdp"), manner=Manner(keep_timeline=True)
+    )
     assert plan.timeline is not None
     modules = {event.module for event in plan.timeline.events}
     assert {f"layers.{i}.up" for i in range(LAYERS)} <= modules

@@ -126,6 +126,16 @@ def pin(text: str) -> tuple[str, str]:
     return pattern, layout
 
 
+def batch_dim(text: str) -> tuple[str, int | None]:
+    """`position_ids=1` as (input, dim); of `mask=none`, which all samples share, the dim is None."""
+    name, _, dim = text.rpartition("=")
+    if not name or not re.fullmatch(r"-?\d+|none", dim):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names no input's dim; write INPUT=DIM, as in position_ids=1, or mask=none where samples share it"
+        )
+    return name, None if dim == "none" else int(dim)
+
+
 def dtype(text: str) -> torch.dtype:
     """`bfloat16`, or `bf16` for short."""
     name = _SHORT.get(text, text)
@@ -151,6 +161,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=count, metavar="N", help="sequences per data-parallel rank (1)")
     parser.add_argument("--seq", type=count, metavar="N", help="sequence length (2048, or the model's most)")
     parser.add_argument("--layers", type=count, metavar="N", help="so many layers instead of the model's own")
+    parser.add_argument(
+        "--batch-dim", type=batch_dim, action="append", default=[], metavar="INPUT=DIM",
+        help="the dim of an input that the batch axes split, where its shape does not tell, as in position_ids=1, or "
+        "mask=none for one that all samples share; may be given again",
+    )  # fmt: skip
 
 
 def add_mesh(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -240,19 +255,20 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(given: argparse.Namespace, kept: Options | None = None) -> Options:
-    """The options that the arguments of `add_planning` mean; what they leave open is as in `kept`."""
+    """The options that the arguments of `add_model` and `add_planning` mean; what they leave open is as in `kept`."""
+    kept = kept or Options()
     asked = {
         "memory_budget": given.memory_budget,
         "accumulate": given.accumulate,
         "optimizer": given.optimizer,
         "recompute": given.recompute,
         "batch_axes": given.batch_axes,
+        "batch_dims": {**(kept.batch_dims or {}), **dict(given.batch_dim)} or None,
         "mp_policy": _policy(given),
         "reshard_after_forward": given.reshard_after_forward,
         "regather_activations": given.regather_activations,
         "async_tp": given.async_tp,
     }
-    kept = kept or Options()
     pins = {key: layout for key, layout in kept.pins.items() if not any(fnmatchcase(key, new) for new, _ in given.pin)}
     for pattern, layout in given.pin:
         if pins.setdefault(pattern, layout) != layout:

@@ -19,6 +19,7 @@ from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, progress
 from autopar.model_argument import Wanted, load_model
 from passes.named import STRATEGIES
+from passes.pipeline import Manner
 from passes.plan import Plan, check_solved
 
 HELP = "plan again and fail where the plan got worse (for CI)"
@@ -54,7 +55,7 @@ def run(given: argparse.Namespace) -> int:
             strategy=given.strategy or planning.asked_of(kept),
             options=options,
             example=kept.example,
-            progress=tell,
+            manner=Manner(tell),
         )
         if given.output:
             made.save(given.output)

@@ -84,8 +84,9 @@ def compare_plans(before: Plan, after: Plan) -> Comparison:
 
 
 def _names(before: Plan, after: Plan) -> tuple[str, str]:
-    """How many parameters each has, and in the second how many of the first's: few of another model."""
-    one, other = before.placements.keys(), after.placements.keys()
+    """How many parameters each has, and in the second how many of the first's: few of another model. One that is tied
+    counts once."""
+    one, other = (plan.placements.keys() - plan.aliases.keys() for plan in (before, after))
     return f"{len(one)}", f"{len(other)}" + (f", of which {len(one & other)} by the same name" if one != other else "")
 
 

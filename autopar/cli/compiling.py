@@ -12,6 +12,7 @@ from autopar.mixed import precision_of
 from autopar.options import Options
 from costmodel.hardware import Hardware
 from passes.inputs import global_inputs
+from passes.pipeline import Manner
 from passes.plan import Plan
 from passes.program import Program
 
@@ -61,7 +62,5 @@ def planned(
         strategy=strategy,
         options=options,
         example=examples.described(call),
-        smaller=smaller,
-        progress=progress,
-        keep_timeline=keep_timeline,
+        manner=Manner(progress, smaller=smaller, keep_timeline=keep_timeline),
     )

@@ -89,7 +89,8 @@ def _run(given: argparse.Namespace) -> int:
             return 0
         if not isinstance(error, AutoparError) and not _of_the_call(error):
             raise
-        return _said(given.command, error, 2)
+        told = error if isinstance(error, OSError) or "batch_dim" not in given else with_flags(str(error))
+        return _said(given.command, told, 2)
     except KeyboardInterrupt:
         return _said(given.command, "stopped", 130)
 
@@ -100,12 +101,23 @@ _FLAGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\bthe pin '([^']+)': (\S+ -> \S+?|\S+?)(?=[;:,.]? |[;:,.]?$)", r"--pin '\1=\2'"),
     (r"\ba memory budget of ([\d.]+ \w+) \((\d+) bytes\)", r"--memory-budget \2 (\1)"),
     (r"\bthe mesh (\w+=\d+(?: x \w+=\d+)*)", lambda found: "--mesh " + found[1].replace(" x ", ",")),
+    (r"\bOptions\(async_tp=True\)", "--async-tp"),
+    (r"\bOptions\((batch_dims=\{[^}]*\})\)", r"\1"),
+    (r"\bbatch_dims=\{((?:'[^']+': (?:None|-?\d+)(?:, )?)+)\}", lambda found: _batch_dims(found[1])),
+    (r"\bbatch_dims\['([^']+)'\] is (-?\d+)", r"--batch-dim \1=\2"),
+    (r"\bbatch_dims(?= names )", "--batch-dim"),
 )
 """What the library calls by its Python names, as the command line writes it."""
 
 
+def _batch_dims(told: str) -> str:
+    """`--batch-dim ids=0 --batch-dim mask=none` for `'ids': 0, 'mask': None`."""
+    named = re.findall(r"'([^']+)': (None|-?\d+)", told)
+    return " ".join(f"--batch-dim {name}={dim.lower()}" for name, dim in named)
+
+
 def with_flags(text: str) -> str:
-    """An error about what does not fit, with the flags that ask for it."""
+    """An error of the library, with the flags that ask for what it names."""
     for pattern, flag in _FLAGS:
         text = re.sub(pattern, flag, text)
     return text
