@@ -16,13 +16,12 @@ from torch import fx
 
 from costmodel.compute import Work, op_s
 from passes.moves import Run
-from passes.price import option_local_shapes
+from passes.price import local_work
 from passes.routed_ops import ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
 from passes.space import Site, Space
 from passes.strategies import Option, StoredOption
 from passes.tracks import Tracks
 from passes.words import Words
-from passes.work import work_of
 
 _LOOKED_UP = {torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default, TAKE_ROWS}
 
@@ -97,8 +96,7 @@ def _seconds(space: Space, index: int, option: Option) -> Iterator[tuple[int, fl
     """Of a product: with all of this rank's experts, half of them, and so on."""
     site = space.sites[index]
     assert site.call is not None
-    operands, results = option_local_shapes(site, option, space.topology.sizes)
-    work = work_of(site.call, operands, results, site.traffic)
+    work, _ = local_work(site, option, space.topology.sizes)
     item_bytes = site.call.operands[0].dtype.itemsize
     weight = site.call.target is ROUTED_MM_WEIGHT
     parts = 1
