@@ -57,13 +57,15 @@ def batch_axes_of(axes: Axes, chosen: Sequence[str] | None) -> tuple[int, ...]:
     """Indices of the axes that split the batch: by name, in either case, or those `chosen`.
 
     Raises:
-        ValueError: `chosen` has an axis that the mesh does not.
+        ValueError: `chosen` has an axis that the mesh does not, or one twice.
     """
     names = [name for name, _ in axes]
     if chosen is None:
         return tuple(index for index, name in enumerate(names) if name.lower() in BATCH_NAMES)
     if unknown := [name for name in chosen if name not in names]:
         raise ValueError(f"batch_axes names {unknown}, but the mesh has {names}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"batch_axes names an axis more than once: {', '.join(chosen)}")
     return tuple(index for index, name in enumerate(names) if name in chosen)
 
 

@@ -207,8 +207,12 @@ def _set_layers(name: str, config: dict[str, Any], layers: int) -> None:
 
 
 def _sequence(name: str, config: dict[str, Any], wanted: Wanted) -> int:
-    """The sequence length: what was asked for, if the model has positions for it."""
-    key = next((key for key in _POSITION_KEYS if isinstance(config.get(key), int)), None)
+    """The sequence length: what was asked for, if the model has positions for it.
+
+    T5 and its kin have relative ones alone: their `n_positions` says what they were trained with.
+    """
+    keys = _POSITION_KEYS[:1] if "relative_attention_num_buckets" in config else _POSITION_KEYS
+    key = next((key for key in keys if isinstance(config.get(key), int)), None)
     if wanted.sequence is None:
         longest = 16 if wanted.on_cpu else 2048
         return min(longest, config[key]) if key else longest

@@ -38,6 +38,7 @@ from passes.collector import settled
 from passes.errors import NoFeasiblePlanError
 from passes.frontier import FrontierPoint
 from passes.inputs import default_inputs, global_inputs
+from passes.pipeline import tight_note
 from passes.plan import Plan
 from passes.recompute import Mode
 from passes.setup import Setup
@@ -45,7 +46,7 @@ from passes.setup import Setup
 _AUTO: tuple[Mode, ...] = ("pointwise", "widening", "full")
 """What `recompute="auto"` tries."""
 _MOST_MICRO_BATCHES = 4
-"""So many micro-batch sizes are tried per mesh, the smallest that divide."""
+"""So many micro-batch sizes are tried per mesh, the smallest that divide; of the fastest more, as long as that pays."""
 _LARGEST_MICRO_BATCH = 16
 _TRIED = 4
 """So many that cannot be listed are played, where no other of their kind is known to fit."""
@@ -230,6 +231,8 @@ def search(
     machine = hardware_of(hardware)
     _check(gpus, global_batch, sequence, top, machine)
     length = sequence or sequence_of(model, example_inputs)
+    if sequence and example_inputs is None:
+        _check_positions(model, sequence)
     if example_inputs is not None:
         args, kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
         if (samples := global_inputs(args, kwargs, 1).batch_size) != 1:
@@ -276,6 +279,12 @@ def _check(gpus: int, global_batch: int, sequence: int | None, top: int, machine
         raise ValueError(f"{gpus} GPUs fill no whole number of nodes of {node}; use {low} or {low + node}")
 
 
+def _check_positions(model: nn.Module, sequence: int) -> None:
+    made = default_inputs(model, 1, sequence).get("input_ids")
+    if made is not None and made.shape[1] < sequence:
+        raise ValueError(f"sequence is {sequence}, but the model has {made.shape[1]} positions; at most that")
+
+
 def sequence_of(model: nn.Module, example_inputs: Any) -> int | None:
     """Tokens of a sample: the length of the first input of token ids; None where there is none, as for images."""
     args, kwargs = examples.call_of(model, example_inputs)
@@ -297,6 +306,7 @@ class _State:
         self.options = options
         self.recompute = _AUTO if options.recompute == "auto" else (options.recompute,)
         self.either = Either(options.reshard_after_forward is None, options.regather_activations is None)
+        self.reshard, self.regather = options.reshard_after_forward is not False, options.regather_activations is True
         self.top = top
         self.length = splits
         self.progress = progress
@@ -315,6 +325,13 @@ class _State:
         self.progress(f"pricing {len(priced)} setups by formula")
         others = list(self.priced(priced))
         found, unplayed, bound_s = self.play(plans, others)
+        asked: set[Setup] = set()
+        while more := [setup for setup in self.larger([*found, *others]) if setup not in asked]:
+            asked |= set(more)
+            played, left, least_s = self.play([setup for setup in more if not setup.priced_only], others)
+            found, unplayed, bound_s = [*found, *played], unplayed + left, min(bound_s, least_s)
+            staged = [setup for setup in more if setup.priced_only]
+            priced, others = [*priced, *staged], [*others, *self.priced(staged)]
         everything = [*found, *others]
         self.progress("pricing fp8 and offload")
         everything += list(self.variants(everything))
@@ -325,6 +342,10 @@ class _State:
             everything, self.profiler, self.gpus, self.batch, self.budget, lambda n: self.times_on(n, everything)
         )
         self.notes.append(_states_text(self.profiler.optimizer))
+        plain = (c for c in fitting if not c.priced_only)
+        if (best := next(plain, None)) and not machine.shared_host:
+            note = tight_note(best.peak_memory_bytes, topology(machine, {"ranks": self.gpus}).device.usable_bytes)
+            self.notes += [f"the fastest that plans can do: {note}"] if note else []
         if given := [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]:
             self.notes.append(f"not priced: {', '.join(given)}; what `options` gives hands them on to a plan")
         if not plans:
@@ -350,13 +371,31 @@ class _State:
         node = min(gpus, self.profiler.hardware.ranks_per_node)
         return [tp for tp in (1, 2, 4, 8, 16, 32, 64) if tp <= node and gpus % tp == 0]
 
-    def micro_batches(self, local: int) -> list[int]:
-        """Sizes that divide a rank's part of the batch: the smallest of them."""
-        return [size for size in range(1, _LARGEST_MICRO_BATCH + 1) if local % size == 0][:_MOST_MICRO_BATCHES]
+    def micro_batches(self, local: int, stages: int = 1) -> list[int]:
+        """Sizes that divide a rank's part of the batch: the smallest of them; of stages, which need many, one and two.
+
+        Larger ones are tried where these make a difference (`larger`)."""
+        most = _LARGEST_MICRO_BATCH if stages == 1 else 2
+        return [size for size in range(1, most + 1) if local % size == 0][:_MOST_MICRO_BATCHES]
+
+    def larger(self, found: Sequence[Candidate]) -> Iterator[Setup]:
+        """Where the fastest of a kind has the largest micro-batches that were tried: the next larger."""
+        fastest: dict[tuple[object, ...], Candidate] = {}
+        for candidate in sorted((c for c in found if c.fits), key=lambda c: c.step_time_s):
+            setup = candidate.setup
+            sizes = setup.dp_shard, setup.tp, setup.pp, setup.cp, setup.ep
+            fastest.setdefault((setup.state, *(size > 1 for size in sizes)), candidate)
+        for setup in (candidate.setup for candidate in fastest.values()):
+            if setup.state == "zero3":
+                setup = replace(setup, reshard=self.reshard, gathers_again=self.regather and setup.tp > 1)
+            local = setup.micro_batch * setup.accumulate
+            more = [size for size in range(setup.micro_batch + 1, local + 1) if local % size == 0]
+            if more and setup.micro_batch >= max(self.micro_batches(local, setup.pp)):
+                for recompute in self.recompute:
+                    yield replace(setup, micro_batch=more[0], accumulate=local // more[0], recompute=recompute)
 
     def plans(self, gpus: int) -> Iterator[Setup]:
         """What plans can do."""
-        reshard, regather = self.options.reshard_after_forward is not False, self.options.regather_activations is True
         node = self.profiler.hardware.ranks_per_node
         for tp in self.widths(gpus):
             data = gpus // tp
@@ -369,8 +408,8 @@ class _State:
                     for shard, solved in itertools.product(sorted(shards), (False, True) if tp > 1 else (False,)):
                         yield Setup(
                             dp_replicate=data // shard, dp_shard=shard, tp=tp, micro_batch=micro,
-                            accumulate=local // micro, recompute=recompute, reshard=reshard,
-                            gathers_again=regather and tp > 1, solved=solved,
+                            accumulate=local // micro, recompute=recompute, reshard=self.reshard,
+                            gathers_again=self.regather and tp > 1, solved=solved,
                         )  # fmt: skip
 
     def formulas(self) -> Iterator[Setup]:
@@ -390,9 +429,7 @@ class _State:
                         continue
                     data = ways // cp
                     local = self.batch // data
-                    for micro in (1, 2) if pp > 1 else self.micro_batches(local):
-                        if local % micro:
-                            continue
+                    for micro in self.micro_batches(local, pp):
                         for recompute, ep in itertools.product(self.recompute, self.expert_ranks(ways * tp, tp)):
                             yield from self.ways(Setup(
                                 dp_shard=data, tp=tp, pp=pp, cp=cp, ep=ep, micro_batch=micro,
@@ -471,7 +508,8 @@ class _State:
 
     def play(self, plans: Sequence[Setup], others: Sequence[Candidate]) -> tuple[list[Candidate], int, float]:
         """Plans that can be listed beside `others`, played; how many were not, and what those take at least."""
-        self.progress(f"bounding {len(plans)} plans")
+        if plans:
+            self.progress(f"bounding {len(plans)} plans")
         fits: set[Setup] = set()
         """What was played and fits."""
         fastest: dict[Setup, float] = {}

@@ -139,7 +139,7 @@ def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[A
         if _is_copied(best.setup):
             way, waits = "Splitting the batch over copies of the model (DDP)", "gradients"
         return (
-            f"{way} is enough: {_s(best.step_time_s)} a step{_beside(best, fastest)} in "
+            f"{way} is enough: {_s(best.step_time_s)} a step{_beside(best, fastest)}, in "
             f"{gib(best.peak_memory_bytes)} of {gib(budget)}; {_share(best, 'exposed state')} of the step waits "
             f"for {waits}."
         )

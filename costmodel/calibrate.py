@@ -12,6 +12,7 @@ the whole machine, and `topology` gives each rank its share. Of this package onl
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -91,7 +92,7 @@ def measure(
 
     `ranks_per_node` defaults to `torchrun`'s; it decides which groups are inside a node and which cross nodes.
     """
-    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    place = device_of(device)
     grouped = dist.is_initialized() and dist.get_world_size() > 1
     share = budget_s / (2.0 if grouped else 1.2)
     kinds = tuple(dtypes or (torch.float32, torch.bfloat16))
@@ -163,12 +164,28 @@ def _agree(mine: Samples) -> Samples:
     )
 
 
+def device_of(device: torch.device | str | None) -> torch.device:
+    """What is measured; None: a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: a device of another kind, or one that this machine lacks.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
+        raise ValueError(f"device is {str(device)!r}; cpu and cuda can be measured")
+    place = torch.device(device)
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {str(device)!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
+    return place
+
+
 def _samples(device: torch.device | str | None, ranks: int, budget_s: float) -> Samples:
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}; at least 1 is needed")
     if ranks == 1 or dist.is_initialized():
         return measure(device=device, budget_s=budget_s)
-    kind = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu").type
+    kind = device_of(device).type
     if kind == "cuda" and ranks > torch.cuda.device_count():
         raise ValueError(f"{ranks} ranks asked for, but this machine has {torch.cuda.device_count()} CUDA devices")
     with tempfile.TemporaryDirectory() as folder:

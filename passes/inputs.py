@@ -237,7 +237,10 @@ def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int =
     kind = type(model).__name__
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if main == "input_ids" and isinstance(getattr(text, "vocab_size", None), int):
-        limits = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions"))
+        # T5's positions are relative: its `n_positions` says what it was trained with
+        relative = getattr(text, "relative_attention_num_buckets", None) is not None
+        names = ("max_position_embeddings",) if relative else ("max_position_embeddings", "n_positions")
+        limits = (getattr(text, name, None) for name in names)
         length = min([sequence_length, *(n for n in limits if isinstance(n, int) and n > 0)])
         _check_size(batch_size, 8 * length)
         ids = torch.randint(min(4, text.vocab_size - 1), text.vocab_size, (batch_size, length), generator=random)

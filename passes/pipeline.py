@@ -169,6 +169,7 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
             *padding_notes(chosen.padding, chosen.space, chosen.assignment, chosen.untried),
             *_states_notes(chosen, request.optimizer),
             *_async_tp_notes(chosen, request),
+            *_budget_notes(budget, topology_),
             *_tight_notes(chosen),
         ),
         padded=chosen.padding.pads,
@@ -252,13 +253,29 @@ _RESERVED = 1.14
 def _tight_notes(chosen: Candidate) -> list[str]:
     """Where the step may not fit for what the allocator cannot use."""
     device = chosen.space.topology.device
-    share = chosen.schedule.peak_memory_bytes / device.usable_bytes
-    if device.is_cpu or share * _RESERVED <= 1:
-        return []
-    return [
+    note = None if device.is_cpu else tight_note(chosen.schedule.peak_memory_bytes, device.usable_bytes)
+    return [note] if note else []
+
+
+def tight_note(peak_bytes: float, usable_bytes: float) -> str | None:
+    """What is said of a step that may not fit for what the allocator cannot use."""
+    share = peak_bytes / usable_bytes
+    if share * _RESERVED <= 1:
+        return None
+    return (
         f"tensors take {share:.0%} of what the device has for them, and published runs reserve 14% to 20% more than "
         "theirs take: should it run out of memory, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True loses less, and a "
         "lower memory budget leaves more room"
+    )
+
+
+def _budget_notes(budget: float, topology_: Topology) -> list[str]:
+    """Where the budget that was asked for is more than the device has."""
+    if budget <= topology_.device.memory_bytes:
+        return []
+    return [
+        f"the memory budget is {gib(budget)}, more than the {gib(topology_.device.memory_bytes)} that "
+        f"{topology_.hardware.label} has: what is planned may not fit there"
     ]
 
 

@@ -415,7 +415,7 @@ def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Req
 
     A candidate gains no more by it than its backward waits for parameters and is slowed down by gathers beside compute,
     and the fewer bytes alive are those at rest and every gathered parameter. Where they do not fit beside what is kept
-    for backward, more of that is computed again.
+    for backward, more of that is gathered or computed again.
     """
     kept: list[Candidate] = []
     for candidate in found:
@@ -430,21 +430,28 @@ def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Req
         if not gathers or not may_fit or least_s >= enough_s:
             continue
         modes = _AUTO[_AUTO.index(candidate.recompute) :] if request.recompute == "auto" else (candidate.recompute,)
-        for mode in modes:
-            kept.append(_kept(candidate, mode, request))
-            schedule = kept[-1].schedule
-            if schedule.peak_memory_bytes <= budget or schedule.step_time_s >= enough_s:
-                break
+        regather = candidate.space.recomputed.regather
+        sends = any(c.role == "activation" and c.kind == "all_gather" for c in candidate.schedule.collectives)
+        either = (regather, True) if request.regather is None and sends and not regather else (regather,)
+        for again in either:
+            for mode in modes:
+                kept.append(_kept(candidate, mode, again, request))
+                schedule = kept[-1].schedule
+                if schedule.peak_memory_bytes <= budget or schedule.step_time_s >= enough_s:
+                    break
+            if kept[-1].recompute == modes[0]:
+                break  # nothing had to be computed again
     return kept
 
 
-def _kept(candidate: Candidate, mode: Mode, request: Request) -> Candidate:
-    """The candidate's layouts with gathered parameters kept for backward, which computes again what `mode` says."""
+def _kept(candidate: Candidate, mode: Mode, regather: bool, request: Request) -> Candidate:
+    """The candidate's layouts with gathered parameters kept for backward, which computes again what `mode` says and,
+    where `regather`, gathers activations again."""
     recomputed = candidate.space.recomputed
     if mode != candidate.recompute:
         again = recomputation(candidate.padding.analysis, mode)
-        recomputed = replace(again, regather=recomputed.regather, postpone=recomputed.postpone)
-    space = replace(candidate.space, recomputed=replace(recomputed, reshard=False))
+        recomputed = replace(again, postpone=recomputed.postpone)
+    space = replace(candidate.space, recomputed=replace(recomputed, reshard=False, regather=regather))
     return replace(candidate, space=space, schedule=as_asked(space, candidate.assignment, request))
 
 

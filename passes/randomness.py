@@ -40,6 +40,8 @@ _SALTS = (0x6C8E9CF5, 0x3C79AC49)
 _SEED = (0x2545F491, 0x1B873593)
 _HIGH = 0x7FEB352D
 _BLOCK = 1 << 18
+_MASK_OPS = 4
+"""From random numbers to what they mask: compared, made a number, scaled, multiplied by."""
 _MIN = 2.0**-25
 """Half of the smallest positive uniform number: stands for 0 where 0 has no image."""
 
@@ -463,6 +465,7 @@ def own_randomness(program: Program) -> Program:
         return program
     for node in random:
         _check(node)
+    notes = dict.fromkeys(_attention_note(node) for node in random if _is_of_attention(node))
     seed = _add_seed(graph)
     fake_mode = seed.meta["val"].fake_mode
     salts = itertools.count()
@@ -471,7 +474,26 @@ def own_randomness(program: Program) -> Program:
             draws = _Draws(node, _Emitter(graph, _place(node.meta), fake_mode), seed, salts.__next__)
             _substitute(graph, node, _REPLACED[node.target._schema.name](draws, _arguments(node)))
     graph.lint()
-    return replace(program, inputs=(*program.inputs, Input("seed", "seed")))
+    return replace(program, inputs=(*program.inputs, Input("seed", "seed")), notes=(*program.notes, *notes))
+
+
+def _is_of_attention(node: fx.Node) -> bool:
+    """Whether the op draws for attention that a fused kernel would compute, but for what it draws: the mask that is
+    made of it, in a few ops, is for scores of `scaled_dot_product_attention`."""
+    reached = {node}
+    for _ in range(_MASK_OPS):
+        reached = {user for each in reached for user in each.users}
+        if any(operand.target is aten._safe_softmax.default for user in reached for operand in user.all_input_nodes):
+            return True
+    return False
+
+
+def _attention_note(node: fx.Node) -> str:
+    place = node.meta.get("source") or node.meta.get("module") or node.name
+    return (
+        f"{place}: attention with dropout is computed op by op and keeps its scores for backward, as fused kernels "
+        "draw numbers of their own, others on each mesh; without that dropout it takes less time and memory"
+    )
 
 
 def _add_seed(graph: fx.Graph) -> fx.Node:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from tabulate import tabulate
 
-_NARROWEST = 10
+_NARROWEST = 12
 """Columns that give way keep so many characters."""
 _GAP = 2
 _BREAKS = ((r"(?<=[,;:]) ", " "), (r" ", " "), (r"(?=[./])|(?<=,)(?=\S)", ""), (r"(?=_)", ""))

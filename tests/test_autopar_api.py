@@ -172,6 +172,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"options": Options(memory_budget=math.inf)}, r"memory_budget=inf\): bytes per device"),  # type: ignore[arg-type]
         ({"options": Options(memory_budget="80GiB")}, r"memory_budget='80GiB'\): bytes per device"),  # type: ignore[arg-type]
         ({"options": Options(batch_axes=("cp",))}, r"batch_axes names \['cp'\], but the mesh has \['dp'\]"),
+        ({"options": Options(batch_axes=("dp", "dp"))}, "batch_axes names an axis more than once: dp, dp"),
         ({"options": Options(batch_dims={"mask": 0})}, "batch_dims names"),
         ({"mesh": {"dp": 0}}, "mesh axis 'dp' has size 0"),
         ({"mesh": 4}, "mesh is a int"),

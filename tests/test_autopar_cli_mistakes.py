@@ -124,6 +124,8 @@ MISTAKES = [
     ("search MODEL --global-batch 8", "required: --gpus"),
     ("search MODEL --gpus 8 --global-batch 1 --hardware h100 --html HERE/none/x.html", "none/x.html: no folder"),
     ("calibrate --seconds 0", "--seconds 0"),
+    ("calibrate --device tpu", "device is 'tpu'; cpu and cuda can be measured"),
+    ("calibrate --device cuda:99", "device is 'cuda:99', but torch sees"),
     ("calibrate --from-trace HERE/step.json", "needs --plan PLAN"),
     ("calibrate --plan HERE/plan.json", "go with --from-trace"),
     ("diff HERE/plan.json", "give two plans, or one plan and --measured TRACE"),

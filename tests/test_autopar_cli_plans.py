@@ -60,6 +60,18 @@ def test_diff_counts_a_tied_parameter_once(here: Here) -> None:
     assert change.after == "6, of which 6 by the same name"
 
 
+def test_diff_tells_parameters_of_another_shape(here: Here) -> None:
+    plan = Plan.load(here.plan)
+    wider = replace(plan.parameters["up.weight"], shape=(256, 32)), replace(plan.parameters["up.bias"], shape=(256,))
+    other = replace(plan, parameters={**plan.parameters, "up.weight": wider[0], "up.bias": wider[1]})
+    (change,) = compare_plans(plan, other).made_for
+    assert change.name == "shapes"
+    assert {change.before, change.after} in (
+        {"up.weight [64, 32]", "[256, 32] and 1 more"}, {"up.bias [64]", "[256] and 1 more"},
+    )  # fmt: skip
+    assert compare_plans(plan, plan).made_for == ()
+
+
 def test_an_edited_line_is_kept_when_the_plan_is_solved_again(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     again, unpinned = here.folder / "again.json", here.folder / "unpinned.json"
     assert main(["plan", here.model, "--from", str(here.folder / "edited.json"), "-o", str(again)]) == 0

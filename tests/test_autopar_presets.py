@@ -89,3 +89,14 @@ def test_batch_sequence_and_layers_are_as_asked_for() -> None:
     named = load_model("llama3-8b", Wanted(batch=3, sequence=512, layers=2))
     assert named.inputs["input_ids"].shape == (3, 512)
     assert len(named.model.model.layers) == 2
+
+
+def test_relative_positions_have_no_end(tmp_path: Path) -> None:
+    """T5's `n_positions` says what it was trained with: its module has no parameter of that size."""
+    file = tmp_path / "config.json"
+    small = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
+    t5 = {"model_type": "t5", "n_positions": 512, "relative_attention_num_buckets": 32, **small}
+    file.write_text(json.dumps({**t5, "architectures": ["T5ForConditionalGeneration"]}), encoding="utf-8")
+    named = load_model(str(file), Wanted(sequence=1024))
+    assert {tensor.shape[1] for tensor in named.inputs.values() if tensor.dim() == 2} == {1024}
+    assert not any(512 in parameter.shape for parameter in named.model.parameters())

@@ -225,7 +225,14 @@ def test_options_that_mean_nothing_are_named(options: dict[str, Any], said: str)
         autopar.search(small(), 8, "h100", 8, sequence=64, options=autopar.Options(**options))
 
 
-@pytest.mark.parametrize(("given", "said"), [({"top": 0}, "top is 0"), ({"sequence": -4}, "sequence is -4")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"top": 0}, "top is 0"),
+        ({"sequence": -4}, "sequence is -4"),
+        ({"sequence": 8192}, "sequence is 8192, but the model has 4096 positions"),
+    ],
+)
 def test_counts_that_mean_nothing_are_named(given: dict[str, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         autopar.search(small(), 8, "h100", 8, **given)
@@ -291,6 +298,36 @@ def test_larger_micro_batches_keep_more(profiler: Profiler) -> None:
         assert lower_bound(plan, profiler)[1] <= lower_bound(larger, profiler)[1]
 
 
+def test_larger_micro_batches_are_tried_as_long_as_they_pay() -> None:
+    """Short sequences: of a rank's 64 samples, no size that divides them is faster than what was found."""
+    options = autopar.Options(recompute="none")
+    found = autopar.search(llama(512, 4, 8, 1024, 1000), 2, "h100", 128, sequence=64, options=options, top=1)
+    best = found.best.setup
+    assert best.micro_batch > 8
+    assert "x 64 x 1" not in found.text() or best.micro_batch == 64
+
+    def short(parts: int) -> dict[str, torch.Tensor]:
+        ids = torch.empty(1, 64 // parts, dtype=torch.long, device="meta")
+        return {"input_ids": ids, "labels": ids}
+
+    captures = Captures(llama(512, 4, 8, 1024, 1000), short)
+    mine = Profiler(captures, hardware("h100"), OPTIMIZERS["adamw-master"])
+    for size in (1, 2, 4, 8, 16, 32, 64):
+        other = replace(best, micro_batch=size, accumulate=64 // size)
+        assert found.best.step_time_s <= estimate(other, mine).step_s * (1 + 1e-9)
+
+
+def test_the_search_says_where_the_allocator_has_little_room(found: SearchResult) -> None:
+    """As a plan does: on a GPU that has hardly more than the best takes, whose budget is told apart."""
+    assert not any("leaves more room" in note for note in found.notes)
+    known = hardware("h100")
+    memory = round(1.05 * found.best.peak_memory_bytes) + known.device.reserve_bytes
+    small_one = replace(known, device=replace(known.device, memory_bytes=memory))
+    tight = autopar.search(small(), 4, small_one, 8, sequence=512, options=OPTIONS, top=2)
+    (note,) = [note for note in tight.notes if "leaves more room" in note]
+    assert note.startswith("the fastest that plans can do: tensors take")
+
+
 def test_copies_of_the_model_are_tried_too() -> None:
     """DDP's step is that of the plan for it; where it is the fastest that fits, the verdict says so."""
     result = autopar.search(small(), 2, "h100", 4, sequence=512)
@@ -324,9 +361,11 @@ def test_where_no_strategy_fits_a_plan_may(found: SearchResult) -> None:
 
 
 def test_micro_batches_divide_an_odd_batch() -> None:
-    """A rank with 25 samples takes 1 or 5 at a time; 5 waits less for launches and collectives."""
+    """A rank with 25 samples takes 1, 5 or all at a time, as many as fit: it waits less for launches."""
     result = autopar.search(small(), 1, "h100", 25, sequence=512, options=OPTIONS, top=1)
-    assert result.best.setup.micro_batch == 5
+    assert result.best.setup.micro_batch == 25
+    options = replace(OPTIONS, memory_budget=result.best.peak_memory_bytes - 1)
+    assert autopar.search(small(), 1, "h100", 25, sequence=512, options=options, top=1).best.setup.micro_batch == 5
 
 
 def test_context_parallelism_without_stages_is_simpler_than_a_pipeline(profiler: Profiler) -> None:

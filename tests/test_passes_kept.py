@@ -11,6 +11,7 @@ import torch
 from parity import captured, errors
 from stacks import Stack
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from costmodel.hardware import topology
 from costmodel.presets import hardware
@@ -135,3 +136,24 @@ def test_what_fits_no_better_with_products_at_once_is_not_played_again(monkeypat
     of_fsdp = [each for each in played if each[0] == "fsdp"]
     assert of_fsdp
     assert len(of_fsdp) == len(set(of_fsdp))
+
+
+@pytest.mark.parametrize("share", [0.98, 0.95, 0.9])
+def test_activations_gathered_again_make_room_for_kept_parameters(share: float) -> None:
+    """Within budgets where both fit together, the plan is not behind what does both, as it is told to."""
+    with torch.device("meta"):
+        config = LlamaConfig(
+            hidden_size=2048, intermediate_size=8192, num_hidden_layers=3, num_attention_heads=16,
+            num_key_value_heads=16, vocab_size=4096, use_cache=False,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        ids = torch.empty(8, 2048, dtype=torch.long)
+    program = captured(model, {"input_ids": ids, "labels": ids})
+    where = topology(hardware("h100"), {"dp": 4, "tp": 4})
+    free = compile_plan(program, where, [0], Request())
+    both = compile_plan(program, where, [0], Request(reshard=False, regather=True))
+    budget = int(share * free.peak_memory_bytes)
+    assert both.peak_memory_bytes < budget < free.peak_memory_bytes
+    within = compile_plan(program, where, [0], Request(budget_bytes=budget))
+    assert within.peak_memory_bytes <= budget
+    assert within.step_time_s <= both.step_time_s * (1 + 1e-3)

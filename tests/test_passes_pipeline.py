@@ -153,6 +153,14 @@ def test_a_plan_that_leaves_the_allocator_little_room_says_so() -> None:
     assert said("cpu", round(four * 1.01)) == []
 
 
+def test_a_budget_beyond_the_device_is_told() -> None:
+    """One byte more than an H100 has is; all that it has is not."""
+    has = hardware("h100").device.memory_bytes
+    for budget, told in ((has, 0), (has + 1, 1)):
+        notes = plan(Request(strategy="fsdp", budget_bytes=budget)).notes
+        assert sum("more than the 79.16 GiB that h100 has" in note for note in notes) == told
+
+
 def test_where_memory_binds_the_plan_is_not_behind_any_way_to_save_it() -> None:
     """What is computed again and whether parameters are gathered again are two decisions: all pairs are asked for."""
     with torch.device("meta"):

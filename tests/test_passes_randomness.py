@@ -330,6 +330,16 @@ def test_a_program_without_random_ops_stays() -> None:
     assert own_randomness(program) is program
 
 
+def test_attention_with_dropout_is_told_and_attention_without_is_not() -> None:
+    def attends(dropout: float) -> Step:
+        return lambda x: F.dropout(F.scaled_dot_product_attention(x, x, x, dropout_p=dropout), 0.1)
+
+    (note,) = owned(attends(0.2), 1, 2, 8, 8).notes
+    assert note.startswith("model.py:7: attention with dropout is computed op by op")
+    assert own_randomness(program_of(attends(0.0), 1, 2, 8, 8)).notes == ()
+    assert owned(lambda x: F.dropout(torch.softmax(x, -1), 0.1), 4, 4).notes == ()  # not what a kernel would fuse
+
+
 def test_seed_comes_last_and_once() -> None:
     program = owned(lambda x: F.dropout(F.dropout(x, 0.5), 0.5), 4, 4)
     assert program.inputs == (Input("input", "x"), Input("seed", "seed"))

@@ -71,6 +71,7 @@ def compare_plans(before: Plan, after: Plan) -> Comparison:
         for name, one, other in (
             ("graph", before.fingerprint[:12], after.fingerprint[:12]),
             ("parameters", *_names(before, after)),
+            ("shapes", *_shapes(before, after)),
             ("mesh", _mesh(before), _mesh(after)),
             ("hardware", before.hardware, after.hardware),
             ("strategy", before.strategy, after.strategy),
@@ -88,6 +89,16 @@ def _names(before: Plan, after: Plan) -> tuple[str, str]:
     counts once."""
     one, other = (plan.placements.keys() - plan.aliases.keys() for plan in (before, after))
     return f"{len(one)}", f"{len(other)}" + (f", of which {len(one & other)} by the same name" if one != other else "")
+
+
+def _shapes(before: Plan, after: Plan) -> tuple[str, str]:
+    """Of what both plans have by one name pattern, the first of another shape, and how many more there are."""
+    one, other = before.parameters, after.parameters
+    changed = [key for key in one if key in other and one[key].shape != other[key].shape]
+    if not changed:
+        return "", ""
+    first, more = changed[0], f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return f"{first} {list(one[first].shape)}", f"{list(other[first].shape)}{more}"
 
 
 def _mesh(plan: Plan) -> str:
