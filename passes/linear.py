@@ -6,7 +6,8 @@
 Where no budget binds, the mix nearly always is a plan, and that is it. Within a budget a mix fills it to the last byte,
 which plans do not: of one of the few variables that are mixed then, the smaller and the larger options are looked at
 apart, the half with the lower bound first, until the best picks that were found are within the gap of the lowest bound
-that is left. HiGHS takes a few steps for each, from the basis of what it is half of.
+that is left. HiGHS takes a few steps for each, from the basis of what it is half of. Where no budget binds and yet many
+halves are left, as around loops, bytes tell nothing, and HiGHS goes on by itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ from passes.pairwise import Flags, Floats
 from passes.problem import Problem, only
 from passes.relaxation import Mix, Relaxation
 from passes.tree import Node, Tree, bytes_of
+
+_HALVED = 12
+"""Nodes left without a budget, after which HiGHS branches."""
+_HALVED_GAP = 4e-3
+"""What it proves then."""
 
 
 @dataclass(order=True)
@@ -55,6 +61,8 @@ def cheapest(
             bound_s = max(node.bound_s, mix.seconds)
             if not mix.mixed and size <= problem.budget_bytes:
                 tree.close(bound_s)
+            elif len(tree.open) >= _HALVED and math.isinf(problem.budget_bytes):
+                return _by_highs(relaxation, tree, max(gap, _HALVED_GAP), max(end - time.process_time(), 0.1))
             else:
                 descent = descent or Descent(problem)
                 tree.meet(descent.within_budget(mix.picks, mix.s_per_byte))
@@ -86,3 +94,13 @@ def _halves(allowed: list[Flags], mix: Mix, sizes: list[Floats]) -> list[list[Fl
     if not 0 < (half & allowed[variable]).sum() < allowed[variable].sum():
         half = np.arange(len(half)) == mix.picks[variable]
     return [[of & part if v == variable else of for v, of in enumerate(allowed)] for part in (half, ~half)]
+
+
+def _by_highs(
+    relaxation: Relaxation, tree: Tree[_Node], gap: float, time_limit_s: float
+) -> tuple[tuple[int, ...], float]:
+    """What `cheapest` gives, of what HiGHS finds and of the picks met before."""
+    picks, bound_s = relaxation.plan(gap, time_limit_s)
+    if picks is not None:
+        tree.meet(picks)
+    return tree.picks, min(max(bound_s, tree.bound_s()), tree.best_s)

@@ -41,7 +41,7 @@ HIDDEN_SHARES = (1.0, 0.3, 0.05)
 """What `auto` counts of the time that state gathers and gradient reductions take: all of it, or what often stays
 exposed behind compute, or next to nothing. Each gives a proposal; the schedule judges them."""
 _SOLUTION_S = 15.0
-"""Seconds of the processor that one solution within a budget may take."""
+"""Seconds of the processor that one solution within a budget may take, or of a strategy that was not asked for."""
 _LEFT_OUT_S = 30.0
 """Seconds of the processor after which no further padded dim is left out to see whether that is faster."""
 _TIGHTENED = 4
@@ -354,7 +354,9 @@ class Search:
         last: Candidate | None = None
         for _ in range(_TIGHTENED):
             try:
-                left_s = None if math.isinf(limit) else min(_SOLUTION_S, max(posed.end_s - time.process_time(), 1.0))
+                left_s: float | None = min(_SOLUTION_S, max(posed.end_s - time.process_time(), 1.0))
+                if math.isinf(limit):
+                    left_s = None if posed.strategy == self.request.strategy else _SOLUTION_S
                 problem = posed.priced.weighed(share, limit)
                 solution = solve(problem, time_limit_s=left_s, below_s=enough.cost_s[share])
             except NoFeasiblePlanError:

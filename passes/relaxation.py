@@ -88,6 +88,24 @@ class Relaxation:
         seconds = solver.getInfo().objective_function_value / _SCALE
         return Mix(seconds, tuple(parts), price, solver.getBasis())
 
+    def plan(self, gap: float, time_limit_s: float) -> tuple[tuple[int, ...] | None, float]:
+        """The cheapest plan, to within `gap` (relative), by HiGHS's own branch and bound, and what none costs less;
+        or what it has after so many seconds by the clock, None where that is no plan."""
+        solver, count = self._solver, int(self._ends[-1])
+        columns = np.arange(count, dtype=np.int32)
+        solver.changeColsBounds(count, columns, np.zeros(count), np.ones(count))
+        solver.changeColsIntegrality(count, columns, np.full(count, highspy.HighsVarType.kInteger))
+        solver.setOptionValue("mip_rel_gap", gap)
+        solver.setOptionValue("time_limit", solver.getRunTime() + time_limit_s)
+        solver.clearSolver()
+        solver.run()
+        found = solver.getInfo()
+        bound_s = found.mip_dual_bound / _SCALE
+        if found.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+            return None, bound_s
+        parts = np.split(np.array(solver.getSolution().col_value[:count]), self._ends[:-1])
+        return tuple(int(part.argmax()) for part in parts), bound_s
+
     def _run(self, basis: Any) -> bool:
         """Solve from a basis, or anew where that ends in neither; whether there is a solution."""
         for start in (basis, None):

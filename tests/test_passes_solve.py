@@ -175,6 +175,31 @@ def test_many_ops_with_few_ways_between_them_need_no_messages(monkeypatch: pytes
     assert found.gap <= 1e-9
 
 
+@pytest.mark.parametrize(("seed", "limit_s"), [(0, 60.0), (1, 60.0), (2, 60.0), (3, 1e-3)])
+def test_where_everything_depends_on_everything_highs_branches(
+    seed: int, limit_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pairs of 12 variables want to differ, which two options each do not allow: half of each costs nothing."""
+    rng = random.Random(seed)
+    flows = []
+    for one in range(12):
+        for other in range(one + 1, 12):
+            cost = rng.random()
+            flows.append(Flow(one, (0, 1), (Reader(other, (0, 1)),), ((cost, 0.0), (0.0, cost))))
+    problem = Problem(((0.0, 0.0),) * 12, ((0.0, 0.0),) * 12, tuple(flows))
+    asked: list[float] = []
+    plan = Relaxation.plan
+    monkeypatch.setattr(Relaxation, "plan", lambda *given: asked.append(given[1]) or plan(*given))
+    found = solve(problem, time_limit_s=limit_s)
+    least = min(price(problem, picks)[0] for picks in product((0, 1), repeat=12))
+    assert found.bound_s <= least * (1 + 1e-9)
+    assert found.seconds == pytest.approx(price(problem, found.picks)[0])
+    if limit_s == 60.0:
+        assert asked == [linear._HALVED_GAP]
+        assert found.seconds <= least * (1 + 1.01 * linear._HALVED_GAP)
+        assert found.gap <= linear._HALVED_GAP
+
+
 def test_messages_solve_a_chain_in_one_pass() -> None:
     """Two states, changing costs 1; the ends want different states, the middle does not care."""
     change = ((0.0, 1.0), (1.0, 0.0))
