@@ -12,6 +12,7 @@ from small_models import BATCH, build
 from torch import nn
 from torch.nn import functional as F
 
+import autopar
 from autopar import planning
 from autopar.certificate import Tolerances
 from autopar.options import Options
@@ -465,3 +466,26 @@ def test_a_batch_that_is_the_same_on_every_rank_is_told() -> None:
     tokens = varied_batch((), {"input_ids": same}, 2, None, 50, 0)
     assert not tokens.notes
     assert not torch.equal(tokens.kwargs["input_ids"][:2], tokens.kwargs["input_ids"][2:])
+
+
+class Pads(nn.Module):
+    """A loss over the tokens that are no padding: how many there are shapes the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = (ids.flatten() != 0).nonzero().squeeze(1)
+        return nn.functional.cross_entropy(self.head(self.embed(ids.flatten()[rows])), ids.flatten()[rows])
+
+
+def test_a_plan_whose_graph_follows_from_values_is_checked_on_values_that_give_it() -> None:
+    """Ranks of other values would have other numbers of padding; a plan for another model is refused as ever."""
+    torch.manual_seed(0)
+    ids = torch.tensor([[3, 0, 5, 0], [7, 7, 0, 2]])
+    plan = autopar.plan(Pads(), {"dp": 2, "tp": 2}, (ids,), hardware="cpu")
+    certificate = autopar.verify(Pads(), {"dp": 2, "tp": 2}, (ids,), plan=plan)
+    assert certificate.ok, certificate
+    with pytest.raises(PlanMismatchError):
+        autopar.verify(Pads(), {"dp": 2, "tp": 2}, (ids[:, :3],), plan=plan)
