@@ -66,13 +66,26 @@ def estimate(setup: Setup, profiler: Profiler) -> Estimate:
     """Price `setup`.
 
     Raises:
-        ValueError: expert parallelism under zero3, which is not priced.
+        ValueError: expert parallelism that is not priced.
     """
-    if setup.ep > 1 and setup.state == "zero3":
-        raise ValueError(f"ep={setup.ep} with zero3: expert parallelism is priced with parameters that stay on a rank")
+    if setup.ep > 1:
+        _check_experts(setup, profiler)
     if setup.pp == setup.cp == 1 and setup.state == "zero3":
         return _sharded(setup, profiler)
     return _replicated(setup, profiler)
+
+
+def _check_experts(setup: Setup, profiler: Profiler) -> None:
+    ranks = setup.data_ranks * setup.cp * setup.tp
+    if setup.state == "zero3":
+        raise ValueError(f"ep={setup.ep} with zero3: expert parallelism is priced with parameters that stay on a rank")
+    if ranks % setup.ep or setup.ep % setup.tp:
+        raise ValueError(
+            f"ep={setup.ep}: not a part of the {ranks} ranks with the same layers that holds all {setup.tp} that split "
+            "them"
+        )
+    if f"experts.{setup.expert_parts}" not in profiler.profile(setup, replica=True).whole:
+        raise ValueError(f"ep={setup.ep}: priced are powers of two that divide a layer's routed experts")
 
 
 @dataclass(frozen=True)
@@ -357,8 +370,7 @@ def _sent_to_experts_s(setup: Setup, found: Profile, hardware: Hardware) -> floa
     """
     if setup.ep == 1:
         return 0.0
-    outer, rest = divmod(setup.data_ranks * setup.cp * setup.tp, setup.ep)
-    assert not rest
+    outer = setup.data_ranks * setup.cp * setup.tp // setup.ep
     mesh = topology(hardware, {"pp": setup.pp, "outer": outer, "ep": setup.ep})
     tokens = found.layer("routed tokens")
     one_way_s = token_exchange_s(tokens / setup.tp, found.layer("routed") / tokens, (2,), mesh)
@@ -412,12 +424,11 @@ def _state(
     if ranks == 1:
         return 0.0, 0.0, 0.0, update_s
     mesh = topology(hardware, {"pp": setup.pp, "dp": setup.data_ranks, "cp": setup.cp, "tp": setup.tp})
-    axes = (1, 2)
-    kept = experts if setup.expert_parts == 1 else 0.0
-    reduce_s, gather_s = _exchanged_s(setup, elements - experts + kept, found, axes, mesh)
-    if setup.expert_parts > 1:
-        apart = topology(hardware, {"pp": setup.pp, "dp": ranks // setup.expert_parts, "ep": setup.ep})
-        both_s = _exchanged_s(setup, experts / setup.expert_parts, found, (1,), apart)
+    axes, apart = (1, 2), experts if setup.expert_parts > 1 else 0.0
+    reduce_s, gather_s = _exchanged_s(setup, elements - apart, found, axes, mesh)
+    if apart:
+        fewer = topology(hardware, {"pp": setup.pp, "dp": ranks // setup.expert_parts, "ep": setup.ep})
+        both_s = _exchanged_s(setup, apart / setup.expert_parts, found, (1,), fewer)
         reduce_s, gather_s = reduce_s + both_s[0], gather_s + both_s[1]
     if not setup.overlap:
         return reduce_s + gather_s, 0.0, 0.0, update_s

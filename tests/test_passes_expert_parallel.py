@@ -117,9 +117,19 @@ def test_fewer_ranks_share_an_expert() -> None:
     assert together.seconds["exposed state"] + together.hidden_s == pytest.approx(sent_s)
 
 
-def test_sharded_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match="ep=4 with zero3"):
-        estimate(Setup(dp_shard=8, ep=4), profiler())
+@pytest.mark.parametrize(
+    ("setup", "said"),
+    [
+        (Setup(dp_shard=8, ep=4), "ep=4 with zero3"),
+        (Setup(dp_shard=8, ep=16, state="zero1"), "ep=16: not a part of the 8 ranks"),
+        (Setup(dp_shard=8, tp=4, ep=2, state="zero1"), "ep=2: not a part of the 32 ranks .* that holds all 4"),
+        (Setup(dp_shard=9, ep=3, state="zero1"), "ep=3: priced are powers of two that divide"),
+        (Setup(dp_shard=16, ep=16, state="zero1"), "ep=16: priced are powers of two that divide"),
+    ],
+)
+def test_what_is_not_priced_is_refused(setup: Setup, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        estimate(setup, profiler())
 
 
 def test_the_search_prices_it_where_there_are_experts() -> None:
