@@ -96,7 +96,8 @@ def _table(rows: Sequence[Sequence[str]], counted: str) -> str:
         headers = [_HEADERS[i].format(counted) for i in kept]
         widths = [max(len(row[place]) for row in cells) for place in range(len(kept))]
         longest = widths.index(max(widths))
-        lines = text_table(cells, headers, terminal_width(), shrink=[longest], right=right)
+        width = terminal_width()
+        lines = text_table(cells, headers, width, shrink=[longest], right=right, narrowest=len("parallelism,"))
         if max(map(len, lines)) <= terminal_width():
             break
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from tabulate import tabulate
 
-_NARROWEST = 12
+_NARROWEST = 10
 """Columns that give way keep so many characters."""
 _GAP = 2
 _BREAKS = ((r"(?<=[,;:]) ", " "), (r" ", " "), (r"(?=[./])|(?<=,)(?=\S)", ""), (r"(?=_)", ""))
@@ -30,28 +30,30 @@ def table_width(rows: Sequence[Row], indent: int = 2) -> int:
 
 def text_table(
     rows: Sequence[Row], headers: Row, width: int, *, shrink: Sequence[int] = (0,), last: Sequence[int] = (),
-    right: Iterable[int] = (), indent: int = 2,
+    right: Iterable[int] = (), indent: int = 2, narrowest: int = _NARROWEST,
 ) -> list[str]:  # fmt: skip
     """Lines of a table; see `text_rows`."""
-    head, bodies = text_rows(rows, headers, width, shrink=shrink, last=last, right=right, indent=indent)
+    head, bodies = text_rows(
+        rows, headers, width, shrink=shrink, last=last, right=right, indent=indent, narrowest=narrowest
+    )
     return [*head, *(line for body in bodies for line in body)]
 
 
 def text_rows(
     rows: Sequence[Row], headers: Row, width: int, *, shrink: Sequence[int] = (0,), last: Sequence[int] = (),
-    right: Iterable[int] = (), indent: int = 2,
+    right: Iterable[int] = (), indent: int = 2, narrowest: int = _NARROWEST,
 ) -> tuple[list[str], list[list[str]]]:  # fmt: skip
     """Lines of a table's head, and those of each row.
 
     Where the table is wider than `width`, columns `shrink` give way, the widest first: their cells take several lines.
     Where that is not enough, columns `last` do too.
-    `right`: columns that end at one edge, as numbers do.
+    `right`: columns that end at one edge, as numbers do. `narrowest`: what those that give way keep.
     """
     columns = range(len(headers))
     widths = [max(len(row[c]) for row in [headers, *rows]) for c in columns]
     over = table_width([headers, *rows], indent) - width
     for giving in (shrink, last):
-        while over > 0 and (wide := [c for c in giving if widths[c] > max(_NARROWEST, len(headers[c]))]):
+        while over > 0 and (wide := [c for c in giving if widths[c] > max(narrowest, len(headers[c]))]):
             widths[max(wide, key=lambda c: widths[c])] -= 1
             over -= 1
     cells = [[broken(cell, widths[c]) for c, cell in enumerate(row)] for row in rows]
