@@ -27,7 +27,7 @@ from passes.graphs import graph_module
 from passes.guards import guards_of
 from passes.inputs import flatten_inputs, path_name, refuse_hidden_tensors
 from passes.normalize import normalize
-from passes.precision import Precision
+from passes.precision import Precision, dtype_text
 from passes.program import Input, InputKind, Output, Program
 from passes.provenance import Provenance, error_line
 from passes.rebind import rebind
@@ -189,6 +189,7 @@ def _capture(
         more_notes += _attribute_notes(attributes, _attributes(model) | dict(model.named_buffers()))
         more_notes += precision.notes([slot.tensor for slot in held if slot.input.kind == "parameter"])
 
+    _refuse_mixed_products(tracer.graph)
     guards = guards_of(tracer.root, tracer.reads, {tracer.node_of(slot.fake): slot.input for slot in slots}, changed)
     tracer.graph.output(tuple(nodes))
     program = Program(
@@ -204,6 +205,28 @@ def _capture(
         settings=settings,
     )
     return normalize(program)
+
+
+_OF_ONE_DTYPE = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
+
+
+def _refuse_mixed_products(graph: fx.Graph) -> None:
+    """Fake tensors multiply what torch refuses to.
+
+    Raises:
+        CaptureError: a product of tensors of several dtypes.
+    """
+    for node in graph.nodes:
+        if node.target not in _OF_ONE_DTYPE:
+            continue
+        dtypes = dict.fromkeys(dtype_text(operand.meta["val"].dtype) for operand in node.all_input_nodes)
+        if len(dtypes) > 1:
+            place = node.meta.get("source") or node.meta.get("module") or node.name
+            raise CaptureError(
+                f"{place}: a product of {' and '.join(dtypes)}, which torch refuses; cast one of them, as in "
+                "x.to(weight.dtype). Casting a model or mp_policy leaves buffers and constants, or inputs, in another "
+                "dtype than parameters"
+            )
 
 
 def _outputs(

@@ -481,3 +481,27 @@ def test_causal_attention_needs_no_mask() -> None:
     attention = [n for n in program.graph.graph.nodes if "flash_attention_for_cpu.default" in str(n.target)]
     assert len(attention) == 2
     assert all(n.args[4] is True and "attn_mask" not in n.kwargs for n in attention)
+
+
+class Positions(nn.Module):
+    """Adds positions, which are kept in float32, to embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up = nn.Embedding(8, 4), nn.Linear(4, 4)
+        self.register_buffer("positions", torch.ones(3, 4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.up(self.embed(ids) + self.positions).sum()
+
+
+def test_a_product_that_eager_refuses_is_refused_with_its_line() -> None:
+    """In bfloat16 but for the buffer: fake tensors would multiply what torch does not."""
+    model, ids = Positions(), torch.zeros(2, 3, dtype=torch.long)
+    model.to(torch.bfloat16).positions = model.positions.float()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(ids)
+    with pytest.raises(CaptureError, match=r"test_passes_capture.py:\d+: a product of float32 and bfloat16"):
+        capture(model, (ids,))
+    model.positions = model.positions.bfloat16()
+    assert capture(model, (ids,)).has_loss
