@@ -19,14 +19,13 @@ import torch
 from torch import nn
 
 from autopar.presets import presets
-from passes.inputs import default_inputs
+from passes.inputs import default_inputs, position_limits
 from passes.precision import default_dtype
 
 _MOST_CPU_PARAMETERS = 10**9
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _DECODER_LAYER_KEYS = ("num_decoder_layers",)
 """Of models with two stacks of layers, the other's."""
-_POSITION_KEYS = ("max_position_embeddings", "n_positions")
 _NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 
@@ -207,12 +206,8 @@ def _set_layers(name: str, config: dict[str, Any], layers: int) -> None:
 
 
 def _sequence(name: str, config: dict[str, Any], wanted: Wanted) -> int:
-    """The sequence length: what was asked for, if the model has positions for it.
-
-    T5 and its kin have relative ones alone: their `n_positions` says what they were trained with.
-    """
-    keys = _POSITION_KEYS[:1] if "relative_attention_num_buckets" in config else _POSITION_KEYS
-    key = next((key for key in keys if isinstance(config.get(key), int)), None)
+    """The sequence length: what was asked for, if the model has positions for it."""
+    key = next(iter(position_limits(config.get)), None)
     if wanted.sequence is None:
         longest = 16 if wanted.on_cpu else 2048
         return min(longest, config[key]) if key else longest

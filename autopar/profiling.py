@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -150,7 +151,7 @@ class Profiler:
         """Repeated layers of the model; 0 where there are none."""
         return self.captures.shallow.layers
 
-    @property
+    @cached_property
     def experts(self) -> int:
         """Routed experts of a layer; 0 where there are none."""
         return expert_count(self.captures.program(len(self.captures.shallow.prefixes) - 1, 1, 1))

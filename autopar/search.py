@@ -254,8 +254,13 @@ def search(
 
 
 def _budget(options: Options, machine: Hardware, gpus: int) -> int:
-    """Bytes that each of `gpus` devices may use; ranks of one host share what it has."""
-    return options.memory_budget or int(topology(machine, {"ranks": gpus}).device.usable_bytes)
+    """Bytes that each of `gpus` devices may use."""
+    return options.memory_budget or _usable_bytes(machine, gpus)
+
+
+def _usable_bytes(machine: Hardware, gpus: int) -> int:
+    """What each of `gpus` devices has; ranks of one host share what it has."""
+    return int(topology(machine, {"ranks": gpus}).device.usable_bytes)
 
 
 def _optimizer(asked: str, model: nn.Module) -> str:
@@ -344,7 +349,7 @@ class _State:
         self.notes.append(_states_text(self.profiler.optimizer))
         plain = (c for c in fitting if not c.priced_only)
         if (best := next(plain, None)) and not machine.shared_host:
-            note = tight_note(best.peak_memory_bytes, topology(machine, {"ranks": self.gpus}).device.usable_bytes)
+            note = tight_note(best.peak_memory_bytes, _usable_bytes(machine, self.gpus))
             self.notes += [f"the fastest that plans can do: {note}"] if note else []
         if given := [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]:
             self.notes.append(f"not priced: {', '.join(given)}; what `options` gives hands them on to a plan")

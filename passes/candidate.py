@@ -370,12 +370,17 @@ def _sent_to_experts_s(setup: Setup, found: Profile, hardware: Hardware) -> floa
     """
     if setup.ep == 1:
         return 0.0
-    outer = setup.data_ranks * setup.cp * setup.tp // setup.ep
-    mesh = topology(hardware, {"pp": setup.pp, "outer": outer, "ep": setup.ep})
     tokens = found.layer("routed tokens")
+    mesh = _experts_mesh(setup, hardware)
     one_way_s = token_exchange_s(tokens / setup.tp, found.layer("routed") / tokens, (2,), mesh)
     again = 2 if setup.runs_whole else 1 if setup.recompute == "full" else 0
     return (4 + again) * one_way_s
+
+
+def _experts_mesh(setup: Setup, hardware: Hardware) -> Topology:
+    """Its last axis has the ranks that share a layer's experts, the one before those that have the same ones."""
+    alike = setup.data_ranks * setup.cp * setup.tp // setup.ep
+    return topology(hardware, {"pp": setup.pp, "alike": alike, "ep": setup.ep})
 
 
 def _spared_by_experts_s(setup: Setup, found: Profile) -> float:
@@ -427,8 +432,7 @@ def _state(
     axes, apart = (1, 2), experts if setup.expert_parts > 1 else 0.0
     reduce_s, gather_s = _exchanged_s(setup, elements - apart, found, axes, mesh)
     if apart:
-        fewer = topology(hardware, {"pp": setup.pp, "dp": ranks // setup.expert_parts, "ep": setup.ep})
-        both_s = _exchanged_s(setup, apart / setup.expert_parts, found, (1,), fewer)
+        both_s = _exchanged_s(setup, apart / setup.expert_parts, found, (1,), _experts_mesh(setup, hardware))
         reduce_s, gather_s = reduce_s + both_s[0], gather_s + both_s[1]
     if not setup.overlap:
         return reduce_s + gather_s, 0.0, 0.0, update_s

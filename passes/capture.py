@@ -29,7 +29,7 @@ from passes.inputs import flatten_inputs, path_name, refuse_hidden_tensors
 from passes.normalize import normalize
 from passes.precision import Precision, dtype_text
 from passes.program import Input, InputKind, Output, Program
-from passes.provenance import Provenance, error_line
+from passes.provenance import Provenance, error_line, place_of
 from passes.rebind import rebind
 from passes.settings import settings_read
 from passes.tracing import (
@@ -221,9 +221,8 @@ def _refuse_mixed_products(graph: fx.Graph) -> None:
             continue
         dtypes = dict.fromkeys(dtype_text(operand.meta["val"].dtype) for operand in node.all_input_nodes)
         if len(dtypes) > 1:
-            place = node.meta.get("source") or node.meta.get("module") or node.name
             raise CaptureError(
-                f"{place}: a product of {' and '.join(dtypes)}, which torch refuses; cast one of them, as in "
+                f"{place_of(node)}: a product of {' and '.join(dtypes)}, which torch refuses; cast one of them, as in "
                 "x.to(weight.dtype). Casting a model or mp_policy leaves buffers and constants, or inputs, in another "
                 "dtype than parameters"
             )

@@ -7,6 +7,7 @@ fewer experts, with fewer matrices to read and to keep (GShard, arXiv 2006.16668
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from costmodel.compute import Work, op_s
 from passes.moves import Run
 from passes.price import local_work
 from passes.routed_ops import ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
-from passes.space import Site, Space
+from passes.space import Space
 from passes.strategies import Option, StoredOption
 from passes.tracks import Tracks
 from passes.words import Words
@@ -56,15 +57,8 @@ def expert_numbers(space: Space, assignment: Sequence[int], laid: Tracks) -> dic
     for index in matrices:
         site, option = space.sites[index], space.sites[index].options[assignment[index]]
         assert isinstance(option, StoredOption)
-        found["experts"] += _elements(site, option, sizes)
+        found["experts"] += math.prod(option.storage.computed_shape(sizes)) * site.count
     return dict(found)
-
-
-def _elements(site: Site, option: StoredOption, sizes: Sequence[int]) -> float:
-    count = float(site.count)
-    for size in option.storage.computed_shape(sizes):
-        count *= size
-    return count
 
 
 def _parameters(space: Space, node: object) -> Iterator[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import FunctionType, MethodType, ModuleType
@@ -223,6 +223,16 @@ def _describe(value: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------- inputs that a model tells of
+def position_limits(told: Callable[[str], Any]) -> dict[str, int]:
+    """How many positions a model has, by what its config calls them; `told` gives a config's value, or None.
+
+    T5 and its kin have relative ones alone: their `n_positions` says what they were trained with.
+    """
+    relative = told("relative_attention_num_buckets") is not None
+    names = ("max_position_embeddings",) if relative else ("max_position_embeddings", "n_positions")
+    return {name: n for name in names if isinstance(n := told(name), int)}
+
+
 def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int = 128) -> dict[str, Tensor]:
     """Keyword arguments that train a Hugging Face model: token ids or images of its own size, and labels.
 
@@ -237,11 +247,8 @@ def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int =
     kind = type(model).__name__
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if main == "input_ids" and isinstance(getattr(text, "vocab_size", None), int):
-        # T5's positions are relative: its `n_positions` says what it was trained with
-        relative = getattr(text, "relative_attention_num_buckets", None) is not None
-        names = ("max_position_embeddings",) if relative else ("max_position_embeddings", "n_positions")
-        limits = (getattr(text, name, None) for name in names)
-        length = min([sequence_length, *(n for n in limits if isinstance(n, int) and n > 0)])
+        limits = position_limits(lambda name: getattr(text, name, None))
+        length = min([sequence_length, *(n for n in limits.values() if n > 0)])
         _check_size(batch_size, 8 * length)
         ids = torch.randint(min(4, text.vocab_size - 1), text.vocab_size, (batch_size, length), generator=random)
         inputs = {"input_ids": ids}

@@ -17,7 +17,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -161,3 +161,8 @@ def short_location(file: str, line: int) -> str:
             path = path.relative_to(Path.cwd())
         known = _short[file, line] = f"{path}:{line}"
     return known
+
+
+def place_of(node: fx.Node) -> str:
+    """The line that a node is from, else its module, else its name."""
+    return node.meta.get("source") or node.meta.get("module") or f"node {node.name}"

@@ -30,6 +30,7 @@ from torch import Tensor, fx
 
 from passes.errors import UnsupportedOpError
 from passes.program import Input, Program
+from passes.provenance import place_of
 
 aten = torch.ops.aten
 
@@ -489,10 +490,9 @@ def _is_of_attention(node: fx.Node) -> bool:
 
 
 def _attention_note(node: fx.Node) -> str:
-    place = node.meta.get("source") or node.meta.get("module") or node.name
     return (
-        f"{place}: attention with dropout is computed op by op and keeps its scores for backward, as fused kernels "
-        "draw numbers of their own, others on each mesh; without that dropout it takes less time and memory"
+        f"{place_of(node)}: attention with dropout is computed op by op and keeps its scores for backward, as fused "
+        "kernels draw numbers of their own, others on each mesh; without that dropout it takes less time and memory"
     )
 
 
@@ -537,8 +537,7 @@ def _check(node: fx.Node) -> None:
 
 
 def _unsupported(node: fx.Node, why: str) -> UnsupportedOpError:
-    place = node.meta.get("source") or node.meta.get("module") or f"node {node.name}"
-    return UnsupportedOpError(f"{place}: random op {node.target}: {why}")
+    return UnsupportedOpError(f"{place_of(node)}: random op {node.target}: {why}")
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -48,12 +48,17 @@ class Mix:
     @cached_property
     def picks(self) -> tuple[int, ...]:
         """Of each variable the option that is most of it."""
-        return tuple(int(part.argmax()) for part in self.parts)
+        return _largest(self.parts)
 
     @cached_property
     def mixed(self) -> tuple[int, ...]:
         """Variables that are no single option."""
         return tuple(variable for variable, part in enumerate(self.parts) if part.max() < 1.0 - _INTEGRAL)
+
+
+def _largest(parts: Sequence[Floats]) -> tuple[int, ...]:
+    """Of each variable, the option that is most of it."""
+    return tuple(int(part.argmax()) for part in parts)
 
 
 class Relaxation:
@@ -75,26 +80,23 @@ class Relaxation:
 
     def among(self, allowed: Sequence[Flags], basis: Any = None) -> Mix | None:
         """The cheapest mix of the options `allowed`, by variable; None where there is none that fits."""
-        solver, most = self._solver, np.concatenate(allowed).astype(float)
-        count = len(most)
-        solver.changeColsBounds(count, np.arange(count, dtype=np.int32), np.zeros(count), most)
+        solver = self._solver
+        self._allow(np.concatenate(allowed).astype(float))
         if not self._run(basis):
             return None
-        values = solver.getSolution()
-        parts = np.split(np.array(values.col_value[:count]), self._ends[:-1])
         price = 0.0
         if math.isfinite(self._budget_bytes):
-            price = max(0.0, -values.row_dual[-1]) / _SCALE / max(self._budget_bytes, 1.0)
+            price = max(0.0, -solver.getSolution().row_dual[-1]) / _SCALE / max(self._budget_bytes, 1.0)
         seconds = solver.getInfo().objective_function_value / _SCALE
-        return Mix(seconds, tuple(parts), price, solver.getBasis())
+        return Mix(seconds, tuple(self._parts()), price, solver.getBasis())
 
     def plan(self, gap: float, time_limit_s: float) -> tuple[tuple[int, ...] | None, float]:
-        """The cheapest plan, to within `gap` (relative), by HiGHS's own branch and bound, and what none costs less;
+        """The cheapest plan, to within `gap` (relative), by HiGHS's own branch and bound, and a bound on all;
         or what it has after so many seconds by the clock, None where that is no plan."""
         solver, count = self._solver, int(self._ends[-1])
-        columns = np.arange(count, dtype=np.int32)
-        solver.changeColsBounds(count, columns, np.zeros(count), np.ones(count))
-        solver.changeColsIntegrality(count, columns, np.full(count, highspy.HighsVarType.kInteger))
+        self._allow(np.ones(count))
+        whole = np.full(count, highspy.HighsVarType.kInteger)
+        solver.changeColsIntegrality(count, np.arange(count, dtype=np.int32), whole)
         solver.setOptionValue("mip_rel_gap", gap)
         solver.setOptionValue("time_limit", solver.getRunTime() + time_limit_s)
         solver.clearSolver()
@@ -103,8 +105,17 @@ class Relaxation:
         bound_s = found.mip_dual_bound / _SCALE
         if found.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             return None, bound_s
-        parts = np.split(np.array(solver.getSolution().col_value[:count]), self._ends[:-1])
-        return tuple(int(part.argmax()) for part in parts), bound_s
+        return _largest(self._parts()), bound_s
+
+    def _allow(self, most: Floats) -> None:
+        """Of each option, at most so much."""
+        count = len(most)
+        self._solver.changeColsBounds(count, np.arange(count, dtype=np.int32), np.zeros(count), most)
+
+    def _parts(self) -> list[Floats]:
+        """By variable, how much of each option the solution has."""
+        values = self._solver.getSolution().col_value[: self._ends[-1]]
+        return np.split(np.array(values), self._ends[:-1])
 
     def _run(self, basis: Any) -> bool:
         """Solve from a basis, or anew where that ends in neither; whether there is a solution."""
