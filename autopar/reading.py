@@ -118,7 +118,13 @@ class Values:
 def too_many(fixed: Sequence[Fixed]) -> CaptureError:
     """The error for a model that reads another value at every call."""
     first = fixed[0]
+    told = f"{first.where}: {first.what}, and has found {MOST_GRAPHS} different ones; each takes a graph of its own. "
+    if first.buffers:
+        return CaptureError(
+            f"{told}It follows from what each step writes to the buffer {' and '.join(first.buffers)}: keep it a "
+            "tensor. A queue of `size` rows is written by queue.index_copy_(0, (position + torch.arange(n)) % size, "
+            "rows) and position.copy_((position + n) % size), and a branch is a torch.where"
+        )
     return CaptureError(
-        f"{first.where}: {first.what}, and has found {MOST_GRAPHS} different ones; each takes a graph of its own. Use "
-        "tensor ops (torch.where, masks) instead, or pad the inputs so that the value is the same"
+        f"{told}Use tensor ops (torch.where, masks) instead, or pad the inputs so that the value is the same"
     )

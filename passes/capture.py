@@ -28,8 +28,8 @@ from passes.guards import guards_of
 from passes.inputs import flatten_inputs, path_name, refuse_hidden_tensors
 from passes.normalize import normalize
 from passes.precision import Precision, dtype_text
-from passes.program import Input, InputKind, Output, Program
-from passes.provenance import Provenance, error_line, place_of
+from passes.program import Guards, Input, InputKind, Output, Program
+from passes.provenance import Provenance, error_line, place_of, shortened
 from passes.rebind import rebind
 from passes.settings import settings_read
 from passes.tracing import (
@@ -191,6 +191,7 @@ def _capture(
 
     _refuse_mixed_products(tracer.graph)
     guards = guards_of(tracer.root, tracer.reads, {tracer.node_of(slot.fake): slot.input for slot in slots}, changed)
+    more_notes += _changing_notes(guards)
     tracer.graph.output(tuple(nodes))
     program = Program(
         graph=graph_module(tracer.root, tracer.graph, class_name="Step"),
@@ -499,6 +500,17 @@ def _mutated_notes(slots: Sequence[_Slot]) -> list[str]:
         f"{what.kind} {what.name}: the forward writes to it in place; only the graph sees what it wrote"
         for what in written
         if what.kind != "buffer"
+    ]
+
+
+def _changing_notes(guards: Guards | None) -> list[str]:
+    """Of values that were read and follow from what the step itself changes."""
+    return [
+        f"{shortened(fixed.where)}: {fixed.what}, which follows from what the step writes to the buffer "
+        f"{' and '.join(fixed.buffers)}: each new value is captured and planned anew. A position that stays a tensor "
+        "(index_copy_ at (position + torch.arange(n)) % size) and a branch by torch.where are captured once"
+        for fixed in (guards.fixed if guards else ())
+        if fixed.buffers
     ]
 
 

@@ -9,7 +9,7 @@ example inputs gave. `Guards` compute these values again from other inputs, on o
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,8 +45,9 @@ def guards_of(
         leaves = [read.node] if read.node is not None else _nodes((read.args, read.kwargs))
         needed = _ancestors(leaves)
         given = [inputs[node] for node in needed if node in inputs]
-        if any(i.kind == "input" or i.name in changed for i in given):
-            kept.append((read, needed))
+        buffers = tuple(i.name for i in given if i.kind != "input" and i.name in changed)
+        if buffers or any(i.kind == "input" for i in given):
+            kept.append((replace(read, fixed=replace(read.fixed, buffers=buffers)), needed))
     if not kept:
         return None
     for node in {node: None for _, needed in kept for node in needed if node in inputs}:

@@ -74,6 +74,8 @@ class Fixed:
     value: Any
     """A number, a tensor, or, where `is_shape`, the shape of an op's result (of each, where it has several)."""
     is_shape: bool = False
+    buffers: tuple[str, ...] = ()
+    """Buffers that the step changes and from which the value follows: the next step may find another."""
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,12 @@ def short_location(file: str, line: int) -> str:
     return known
 
 
+def shortened(place: str) -> str:
+    """`file:line` as `short_location` writes it."""
+    file, _, line = place.rpartition(":")
+    return short_location(file, int(line)) if file and line.isdigit() else place
+
+
 def place_of(node: fx.Node) -> str:
     """The line that a node is from, else its module, else its name."""
     return node.meta.get("source") or node.meta.get("module") or f"node {node.name}"

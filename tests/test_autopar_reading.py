@@ -111,6 +111,58 @@ def test_a_value_that_is_never_the_same_is_an_error_that_names_the_line() -> Non
     assert "16 different" in told
 
 
+class Queue(nn.Module):
+    """Compares each batch with the last rows, which it writes at a place that it keeps in a buffer."""
+
+    def __init__(self, keeps_tensors: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.keeps_tensors = nn.Linear(4, 4), keeps_tensors
+        self.register_buffer("rows", torch.randn(80, 4))
+        self.register_buffer("position", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, (count, size) = self.linear(x), (len(x), len(self.rows))
+        loss = (y @ self.rows.clone().T).logsumexp(-1).mean()
+        with torch.no_grad():
+            if self.keeps_tensors:  # as the error says
+                self.rows.index_copy_(0, (self.position + torch.arange(count)) % size, y)
+                self.position.copy_((self.position + count) % size)
+            else:
+                place = int(self.position)
+                self.rows[place : place + count] = y
+                self.position[0] = (place + count) % size
+        return loss
+
+
+def _queued(rank: int, ranks: int, keeps_tensors: bool) -> tuple[str, tuple[str, ...], int]:
+    """The error, the notes of the plan, and how many graphs there are."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    batches = torch.randn(MOST_GRAPHS + 6, 4, 4, generator=torch.Generator().manual_seed(1))
+    model, alone = Queue(keeps_tensors), Queue(keeps_tensors)
+    module = autopar.parallelize(model, mesh, (batches[0].chunk(ranks)[rank],), options=OPTIONS)
+    told = ""
+    try:
+        for x in batches:
+            torch.testing.assert_close(module(x.chunk(ranks)[rank]).detach(), alone(x).detach())
+    except CaptureError as error:
+        told = str(error)
+    (graphs,) = module.__dict__["_autopar"].executables.values()
+    return told, graphs[-1].local.program.notes, len(graphs)
+
+
+def test_a_position_in_a_buffer_is_told_with_what_does_instead() -> None:
+    for told, notes, graphs in run_ranks(_queued, 2, False):
+        assert graphs == MOST_GRAPHS
+        assert "writes to the buffer position: keep it a tensor" in told
+        assert "pad the inputs" not in told
+        assert any("writes to the buffer position" in note for note in notes)
+
+
+def test_a_position_that_stays_a_tensor_is_one_graph() -> None:
+    assert run_ranks(_queued, 2, True) == [("", (), 1)] * 2
+
+
 def test_a_plan_keeps_the_values_that_its_graph_follows_from() -> None:
     ids, mask = BATCHES[0]
     call: Any = examples.call_of(Branches(), (ids, mask))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -83,6 +84,9 @@ def test_a_counter_in_a_buffer_is_guarded() -> None:
     assert program.guards.inputs == ("calls",)  # `scale` never changes
     assert not broken(program.guards, {"calls": torch.tensor(0)})
     assert broken(program.guards, {"calls": torch.tensor(7)})
+    (note,) = program.notes
+    line = Counts.forward.__code__.co_firstlineno + 3
+    assert re.search(rf"test_passes_guards.py:{line}: .* writes to the buffer calls: each new value is captured", note)
 
 
 class Spoken(nn.Module):
