@@ -20,10 +20,12 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = f"{Path(torch.__file__).parent}/"
 _OWN = str(Path(__file__).parent)
 _OWN_FILES = frozenset(f"{_OWN}/{name}.py" for name in ("capture", "tracing", "decompositions", "provenance", "values"))
 _PLUMBING = ("/module.py", "/container.py", "/functional.py", "/linear.py", "/activation.py", "/normalization.py")
+_CALLED = tuple(f"{_TORCH}{part}" for part in ("nn/", "distributions/", "functional.py"))
+"""What of torch models call, and what may read values itself."""
 _BOUNDARIES = ("run_model", "gradients")
 """Functions of ours that call the model and autograd: frames outside them are not the model's."""
 
@@ -104,7 +106,7 @@ def _kind(code: CodeType) -> int:
     if kind is None:
         file = code.co_filename
         if file.startswith(_TORCH):
-            inside = file.startswith(f"{_TORCH}/nn/modules/") and not file.endswith(_PLUMBING)
+            inside = file.startswith(f"{_TORCH}nn/modules/") and not file.endswith(_PLUMBING)
             kind = _TORCH_MODULE if inside else _SKIP
         else:
             kind = _SKIP if file in _OWN_FILES or file.startswith("<") else _MODEL
@@ -129,6 +131,18 @@ def model_line(frame: FrameType | None) -> tuple[str, int]:
             fallback = (code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return fallback
+
+
+def torch_function(frame: FrameType | None) -> str:
+    """Name of the function of torch, called by the model, whose own code runs innermost; "" where the model's does."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(_CALLED):
+            return f"{frame.f_globals['__name__']}.{code.co_qualname.partition('.<locals>')[0]}"
+        if not code.co_filename.startswith((_TORCH, f"{_OWN}/")):
+            return ""
+        frame = frame.f_back
+    return ""
 
 
 def error_line(error: BaseException) -> tuple[str, int]:

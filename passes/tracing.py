@@ -32,7 +32,7 @@ from passes.errors import CaptureError
 from passes.fakes import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from passes.guards import Read, shapes
 from passes.program import Fixed
-from passes.provenance import Place, Provenance, model_line, short_location
+from passes.provenance import Place, Provenance, model_line, short_location, torch_function
 from passes.values import ExampleValues, UnknownValueError, off_the_record, run_real
 
 aten = torch.ops.aten
@@ -54,6 +54,9 @@ WRITES_OUTSIDE = (
     "it as a buffer"
 )
 _BRANCHES_INSTEAD = "Use tensor ops (torch.where, masks) instead, or make it a constant of the model"
+_WITHOUT_CHECKS_INSTEAD = (
+    "Leave out its checks, where an argument does (validate_args=False), or write out in the model what it computes"
+)
 _PICKS_INSTEAD = (
     "Compute every row and multiply what was not picked by zero, or sort rows by where they go (torch.argsort): shapes "
     "then depend on no values"
@@ -299,8 +302,10 @@ class Tracer(TorchDispatchMode):
         return value
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
-        what = "the model reads the value of a tensor"
-        real = _map_tensors(args, lambda t: self.value(t, what))
+        what, instead = "the model reads the value of a tensor", _BRANCHES_INSTEAD
+        if called := torch_function(sys._getframe(1)):
+            what, instead = f"{called} itself reads the value of a tensor", _WITHOUT_CHECKS_INSTEAD
+        real = _map_tensors(args, lambda t: self.value(t, what, instead))
         node_args, node_kwargs = self._map(args)[0], self._map(kwargs)[0]
         found = run_real(Tensor.item, real, {}) if func is aten._local_scalar_dense.default else None
         found = run_real(func, real, kwargs) if found is None else found

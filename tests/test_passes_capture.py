@@ -7,6 +7,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -366,6 +367,65 @@ def test_a_branch_on_weights_is_an_error_that_names_the_line() -> None:
         capture(Branches("weight"), (torch.ones(3),))
     with pytest.raises(CaptureError, match=rf"test_passes_capture.py:{line}: .* input args.0.*values are not known"):
         capture(Branches("input"), (torch.ones(3, device="meta"),))
+
+
+class Spread(nn.Module):
+    """Predicts a mean and a variance; the loss of torch looks whether a variance is negative."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.mean, self.spread, self.how = nn.Linear(4, 4), nn.Linear(4, 4), how
+        self.loss = nn.GaussianNLLLoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.mean(x), F.softplus(self.spread(x)).clamp(min=1e-6)
+        if self.how == "function":
+            return F.gaussian_nll_loss(mean, x, variance)
+        if self.how == "module":
+            return self.loss(mean, x, variance)
+        if self.how == "written out":
+            return 0.5 * (variance.log() + (x - mean).square() / variance).mean()
+        checks = None if self.how == "distribution" else False
+        return -torch.distributions.Normal(mean, variance.sqrt(), validate_args=checks).log_prob(x).mean()
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ("function", "torch.nn.functional.gaussian_nll_loss"),
+        ("module", "torch.nn.functional.gaussian_nll_loss"),
+        ("distribution", "torch.distributions.distribution.Distribution.__init__"),
+    ],
+)
+def test_a_function_of_torch_that_reads_a_value_is_named(how: str, name: str) -> None:
+    told = rf"test_passes_capture.py:\d+: {name} itself reads .* the parameter (spread|mean).*write out in the model"
+    with pytest.raises(CaptureError, match=told):
+        capture(Spread(how), (torch.randn(3, 4),))
+
+
+@pytest.mark.parametrize(("how", "as_torch"), [("written out", "function"), ("unchecked", "distribution")])
+def test_what_is_advised_in_the_place_of_a_function_that_reads_is_captured(how: str, as_torch: str) -> None:
+    torch.manual_seed(0)
+    model, x = Spread(how), torch.randn(3, 4)
+    found = run(capture(model, (x,)), model, (x,), {})["output", ""]
+    model.how = as_torch
+    torch.testing.assert_close(found, model(x).detach())
+
+
+def test_a_package_beside_torch_whose_name_begins_alike_has_lines_of_its_own() -> None:
+    file = Path(torch.__file__).parent.parent / "torchvision" / "models" / "one.py"
+    scope: dict[str, Any] = {}
+    exec(compile("def double(x):\n    return x * 2", file, "exec"), scope)
+
+    class Doubles(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            doubled: Tensor = scope["double"](x)
+            return doubled
+
+    (node,) = capture(Doubles(), (torch.ones(3),)).graph.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.mul.Tensor
+    )
+    assert node.meta["source"] == "torchvision/models/one.py:2"
 
 
 def test_a_branch_on_inputs_is_fixed_with_a_note_and_one_on_constants_without() -> None:
