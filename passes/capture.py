@@ -31,7 +31,7 @@ from passes.precision import Precision, dtype_text
 from passes.program import Guards, Input, InputKind, Output, Program
 from passes.provenance import Provenance, error_line, place_of, shortened
 from passes.rebind import rebind
-from passes.settings import settings_read
+from passes.settings import attributes, settings_read
 from passes.tracing import (
     WRITES_OUTSIDE,
     Branches,
@@ -170,13 +170,13 @@ def _capture(
         for slot in held:
             slot.swap_in()
         rebind(model, {id(slot.tensor): slot.view for slot in held})
-        attributes = _attributes(model) | _empty_buffers(model)
+        kept = dict(attributes(model).values()) | _empty_buffers(model)
         values = [
             leaf if slot is None else precision.cast_input(slot.view) for slot, leaf in zip(user, leaves, strict=True)
         ]
         traced_args, traced_kwargs = pytree.tree_unflatten(values, in_spec)
         with provenance.watching(model):
-            with autocast_as(autocast), settings_read(model) as settings:
+            with autocast_as(autocast), settings_read(model) as read:
                 out = run_model(model, traced_args, {**traced_kwargs, **extra})
             refuse_hidden_tensors(leaves, names)
             result, more_notes = _flatten_outputs(out, precision)
@@ -186,7 +186,8 @@ def _capture(
         outputs, nodes = _outputs(tracer, result, held, found, backward, batch_size)
         changed = {output.name for output in outputs if output.kind == "buffer"}
         more_notes += _mutated_notes([slot for slot in slots if slot.input.name not in changed])
-        more_notes += _attribute_notes(attributes, _attributes(model) | dict(model.named_buffers()))
+        now = dict(attributes(model).values()) | dict(model.named_buffers())
+        more_notes += _attribute_notes(kept, now, overwritten=read.after - read.before)
         more_notes += precision.notes([slot.tensor for slot in held if slot.input.kind == "parameter"])
 
     _refuse_mixed_products(tracer.graph)
@@ -203,7 +204,7 @@ def _capture(
         notes=tuple(dict.fromkeys([*notes, *more_notes, *tracer.notes])),
         has_loss=bool(given) and all(t.is_loss for t in given),
         guards=guards,
-        settings=settings,
+        settings=read.settings,
     )
     return normalize(program)
 
@@ -521,16 +522,6 @@ def _batch_dim(tensor: Tensor, batch_size: int | None) -> int | None:
 
 
 # ----------------------------------------------------------------------------------------------------- side effects
-def _attributes(model: nn.Module) -> dict[str, Any]:
-    """Numbers and tensors that modules hold outside of their tables, by the names that code has for them."""
-    return {
-        f"{prefix}.{key}" if prefix else key: value
-        for prefix, module in model.named_modules()
-        for key, value in module.__dict__.items()
-        if isinstance(value, (bool, int, float, Tensor))
-    }
-
-
 def _empty_buffers(model: nn.Module) -> dict[str, None]:
     """Buffers without a tensor, by name."""
     return {
@@ -541,8 +532,9 @@ def _empty_buffers(model: nn.Module) -> dict[str, None]:
     }
 
 
-def _attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Of attributes that eager's next call would find changed."""
+def _attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any], overwritten: Collection[str]) -> list[str]:
+    """Of attributes that eager's next call would find changed, but for those that it has `overwritten` by the time it
+    reads them, as the weight that `torch.nn.utils.weight_norm` makes of its two parts."""
 
     def changed(old: Any, new: Any) -> bool:
         return old is not new and (isinstance(old, Tensor) or isinstance(new, Tensor) or old != new)
@@ -551,7 +543,7 @@ def _attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
         f"attribute {name}: the forward changes it, and every step finds it as the first one did; what one step leaves "
         "to the next is for a buffer that is a tensor from the start"
         for name, old in before.items()
-        if name in after and changed(old, after[name])
+        if name in after and name not in overwritten and changed(old, after[name])
     ]
 
 

@@ -1,20 +1,44 @@
-"""Plain values of modules that a forward reads (`self.beta`, `dropout.p`): the graph has them as constants."""
+"""What a forward reads of its modules' attributes: plain values (`self.beta`, `dropout.p`), which the graph has as
+constants, and those that it writes before."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Settings = dict[tuple[str, str], Any]
 """(module's name, attribute's name) -> bool, number, string, None, or a tuple of them."""
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What was read of modules. Attributes are by the names that code has for them (`layers.0.weight`)."""
+
+    settings: Settings = field(default_factory=dict)
+    before: set[str] = field(default_factory=set)
+    """Numbers and tensors read as they were before."""
+    after: set[str] = field(default_factory=set)
+    """Those read once they had been written."""
+
+
+def attributes(model: nn.Module) -> dict[tuple[int, str], tuple[str, Any]]:
+    """Numbers and tensors that modules hold outside of their tables, each with the name that code has for it, by the
+    module's id and their key."""
+    return {
+        (id(module), key): (f"{prefix}.{key}" if prefix else key, value)
+        for prefix, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if isinstance(value, (bool, int, float, Tensor))
+    }
+
+
 @contextmanager
-def settings_read(model: nn.Module) -> Iterator[Settings]:
-    """Gives what is read of the model's plain values meanwhile, with the values they have now."""
+def settings_read(model: nn.Module) -> Iterator[Reads]:
+    """Gives what is read of the model's attributes meanwhile, plain values with what they are now."""
     own = vars(nn.Module())
     held = {
         (id(module), key): (prefix, value)
@@ -22,13 +46,18 @@ def settings_read(model: nn.Module) -> Iterator[Settings]:
         for key, value in {**_of_class(type(module)), **vars(module)}.items()
         if key not in own and _is_plain(value)
     }
-    read: Settings = {}
+    named = attributes(model)
+    read = Reads()
 
     def getattribute(module: nn.Module, key: str) -> Any:
         if (id(module), key) in held:
             prefix, value = held[id(module), key]
-            read[prefix, key] = value
-        return super(nn.Module, module).__getattribute__(key)
+            read.settings[prefix, key] = value
+        found = super(nn.Module, module).__getattribute__(key)
+        if (id(module), key) in named:
+            name, value = named[id(module), key]
+            (read.before if found is value else read.after).add(name)
+        return found
 
     nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign, assignment]
     try:

@@ -252,6 +252,34 @@ def test_attributes_that_the_next_call_would_find_changed_are_named() -> None:
         capture(Remembering(in_place=True), (torch.randn(2, 4),))
 
 
+class Weighed(nn.Module):
+    """Sets the weight of its layer by a hook, before the layer reads it; `looks`: after it read the old one."""
+
+    def __init__(self, by: Callable[[nn.Module], nn.Module], looks: bool = False) -> None:
+        super().__init__()
+        self.linear, self.looks = by(nn.Linear(4, 4)), looks
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = self.linear.weight.detach() if self.looks else 0
+        return (self.linear(x) + old).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*(weight|spectral)_norm:FutureWarning")
+@pytest.mark.parametrize("by", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_an_attribute_that_is_written_before_it_is_read_is_not_named(by: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = Weighed(by), torch.randn(4, 4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)  # the weight that the model holds is an old one
+    program = capture(model, (x,))
+    assert program.notes == ()
+    torch.testing.assert_close(run(program, model, (x,), {})["output", ""], model(x).detach())
+    model.looks = True
+    (note,) = capture(model, (x,)).notes
+    assert note.startswith("attribute linear.weight: the forward changes it")
+
+
 class Skipping(nn.Module):
     """A layer that is left out by chance, as layer drop is written."""
 
