@@ -6,7 +6,7 @@ One capture per global micro-batch serves every mesh; one analysis per capture, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -56,11 +56,13 @@ class Captures:
         model: nn.Module,
         inputs: Call,
         *,
+        batch_dims: Mapping[str, int | None] | None = None,
         precision: Precision | None = None,
         progress: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self.model = model
         self.inputs = inputs
+        self.batch_dims = batch_dims
         self.precision = precision
         self.progress = progress
         self.shallow: Shallow = shallow(skeleton(model))
@@ -95,7 +97,7 @@ class Captures:
             model = self.shallow.prefixes[prefix].model
             self.progress(f"capturing: {self.shallow.prefixes[prefix].layers} layers, batch {batch}")
             args, kwargs = examples.on_cpu(examples.call_of(model, self.inputs(parts)))
-            whole = global_inputs(args, kwargs, batch)
+            whole = global_inputs(args, kwargs, batch, self.batch_dims)
             with settled():
                 program = capture(
                     model, whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size,

@@ -52,7 +52,7 @@ _TRIED = 4
 """So many that cannot be listed are played, where no other of their kind is known to fit."""
 _ELSEWHERE = 8
 """So many pipelines, the fastest, are priced on other numbers of GPUs too."""
-_UNPRICED = ("compile", "mp_policy", "pins", "batch_dims", "async_tp")
+_UNPRICED = ("compile", "mp_policy", "pins", "async_tp")
 """Options of plans that the search does not price."""
 _MOST_EXPERT_RANKS = 64
 _LEAST_PART = 4096
@@ -215,7 +215,8 @@ def search(
 
     example_inputs: of one sample; None: taken from the model's config, `sequence` long (Hugging Face models).
     options: `memory_budget`, `optimizer` ("adamw": with an fp32 copy of parameters in a lower precision), `recompute`,
-        `reshard_after_forward` and `regather_activations` are heeded. top: as many plans as are played to their end.
+        `reshard_after_forward`, `regather_activations` and `batch_dims` are heeded. top: as many plans as are played to
+        their end.
 
     Raises:
         ValueError: options that mean nothing here, GPUs that fill no nodes, a batch that no mesh divides, inputs of
@@ -235,7 +236,7 @@ def search(
         _check_positions(model, sequence)
     if example_inputs is not None:
         args, kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
-        if (samples := global_inputs(args, kwargs, 1).batch_size) != 1:
+        if (samples := global_inputs(args, kwargs, 1, options.batch_dims).batch_size) != 1:
             raise ValueError(f"example_inputs has a batch of {samples}; pass one sample, the search sets the batch")
 
     def inputs(parts: int) -> Any:
@@ -245,7 +246,8 @@ def search(
 
     stateless = options.optimizer == "none"
     options = replace(options, optimizer=_optimizer(options.optimizer, model))
-    profiler = Profiler(Captures(model, inputs, progress=progress), machine, OPTIMIZERS[options.optimizer])
+    captures = Captures(model, inputs, batch_dims=options.batch_dims, progress=progress)
+    profiler = Profiler(captures, machine, OPTIMIZERS[options.optimizer])
     splits = length if example_inputs is None else None
     state = _State(profiler, gpus, global_batch, options, top, splits, progress)
     if stateless:

@@ -95,9 +95,11 @@ def part_of_batch(
     return smaller_inputs(args, kwargs, divisor, global_inputs(args, kwargs, ranks, batch_dims).batch_dims)
 
 
-def one_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The first sample of what one data-parallel rank feeds."""
-    whole = global_inputs(args, kwargs, 1)
+def one_sample(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dims: Mapping[str, int | None] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first sample of what one data-parallel rank feeds. `batch_dims`: as for `global_inputs`."""
+    whole = global_inputs(args, kwargs, 1, batch_dims)
     found = smaller_inputs(whole.args, whole.kwargs, whole.batch_size, whole.batch_dims)
     assert found is not None  # the batch divides itself
     return found

@@ -167,6 +167,24 @@ def test_an_input_that_all_samples_share_is_named_by_a_flag(here: Here) -> None:
     assert autopar("verify", model, *flags, "--hardware", "h100").json["ok"]
     rows = autopar("inspect", model, *flags).json["operations"]
     assert 2 * 8 * 8 * 3 in [row["flops"] for row in rows if row["shape"] == [8, 3]]
+    # Commands that read a kept plan have it from there.
+    assert autopar("check", kept, model).code == 0
+    assert autopar("explain", kept, "up.weight", "--model", model).code == 0
+
+
+def test_a_search_takes_the_flag_too(here: Here) -> None:
+    """Its 4 x 3 rows for each of two ranks, or 8 x 3 on one, where a part of the weight would be no operand."""
+    model, page = f"{here.folder}/models.py:weighed", here.folder / "weighed.html"
+    call = ("search", model, "--gpus", 2, "--global-batch", 8, "--hardware", "h100", "--html", page)
+    unclear = autopar(*call)
+    assert unclear.code == 2
+    assert "--batch-dim weight=0" in unclear.err
+    found = autopar(*call, "--batch-dim", "weight=none", "--json")
+    assert found.code == 0, found.err
+    meshes = [candidate["mesh"] for candidate in found.json["candidates"]]
+    assert {"dp_replicate": 2} in meshes
+    assert {"tp": 2} in meshes
+    assert "weight" in page.read_text(encoding="utf-8")
 
 
 def test_what_a_users_function_prints_is_no_part_of_the_output(here: Here) -> None:

@@ -156,3 +156,28 @@ def test_scales_computed_again_before_the_loss_are_no_layers_backward() -> None:
     )  # fmt: skip
     assert planned.recompute == "pointwise"
     assert found.peak_bytes == pytest.approx(planned.peak_memory_bytes, rel=0.02)
+
+
+class Weighed(nn.Module):
+    """Multiplies its rows by an input that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (self.up(x) @ weight).square().mean()
+
+
+def test_an_input_that_samples_share_is_as_large_at_every_batch() -> None:
+    call = {"x": torch.empty(1, 8, device="meta"), "weight": torch.empty(8, 3, device="meta")}
+    captures = Captures(Weighed(), lambda parts: call, batch_dims={"weight": None})
+    program = captures.program(0, 6, 1)
+    given = [each for each in program.inputs if each.kind == "input"]
+    assert {each.name: each.batch_dim for each in given} == {"x": 0, "weight": None}
+    shapes = [tuple(node.meta["val"].shape) for node in program.graph.graph.find_nodes(op="placeholder")]
+    assert (6, 8) in shapes
+    assert (8, 3) in shapes
+    options = autopar.Options(batch_dims={"weight": None})
+    found = autopar.search(Weighed(), 2, "h100", 6, call, options=options)
+    assert found.options().batch_dims == {"weight": None}

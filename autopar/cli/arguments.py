@@ -161,6 +161,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=count, metavar="N", help="sequences per data-parallel rank (1)")
     parser.add_argument("--seq", type=count, metavar="N", help="sequence length (2048, or the model's most)")
     parser.add_argument("--layers", type=count, metavar="N", help="so many layers instead of the model's own")
+    add_batch_dim(parser)
+
+
+def add_batch_dim(parser: argparse.ArgumentParser) -> None:
+    """--batch-dim."""
     parser.add_argument(
         "--batch-dim", type=batch_dim, action="append", default=[], metavar="INPUT=DIM",
         help="the dim of an input that the batch axes split, where its shape does not tell, as in position_ids=1, or "

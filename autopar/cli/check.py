@@ -1,7 +1,7 @@
 """Plan a model again as a kept plan was made, and fail where the new plan is worse: for continuous integration.
 
-Mesh, hardware figures, strategy, options and input shapes are the kept plan's. Exits 1 where time, memory or bytes
-communicated grew by more than --max-regression, or nothing fits any more.
+Mesh, hardware figures, strategy, options (--batch-dim and the like) and input shapes are the kept plan's. Exits 1 where
+time, memory or bytes communicated grew by more than --max-regression, or nothing fits any more.
 
 example:
   autopar check plans/llama3-8b.json llama3-8b --max-regression 5%

@@ -3,7 +3,7 @@
 PATTERN is a parameter's name, a pattern (`*.q_proj.weight`), a part of a name, an op's place, a kind of collective
 (`all_to_all`), or a source line (`modeling_llama.py:243`). With --model, everything is solved again with the choice
 ruled out: for a parameter each layout that differs on one mesh axis, for an op the best plan that lays it out
-otherwise; and a sentence says what decided.
+otherwise; and a sentence says what decided. Mesh, options (--batch-dim and the like) and input shapes are the plan's.
 
 example:
   autopar explain plan.json '*.gate_proj.weight' --model llama3-8b

@@ -17,7 +17,16 @@ from dataclasses import replace
 from torch import nn
 
 from autopar import examples
-from autopar.cli.arguments import add_hardware, add_json, add_memory, add_recompute, check_outputs, count, output
+from autopar.cli.arguments import (
+    add_batch_dim,
+    add_hardware,
+    add_json,
+    add_memory,
+    add_recompute,
+    check_outputs,
+    count,
+    output,
+)
 from autopar.cli.compiling import Progress, planned
 from autopar.cli.terminal import clean_output, progress
 from autopar.model_argument import Wanted, load_model
@@ -34,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=count, required=True, metavar="N", help="devices in all")
     parser.add_argument("--global-batch", type=count, required=True, metavar="N", help="sequences per step, over all")
     parser.add_argument("--seq", type=count, metavar="N", help="sequence length (2048, or the model's most)")
+    add_batch_dim(parser)
     add_hardware(parser)
     add_memory(parser)
     add_recompute(parser)
@@ -48,11 +58,12 @@ def run(given: argparse.Namespace) -> int:
     """Search and print."""
     check_outputs({"MODEL": given.model}, html=given.html)
     options = Options(
-        memory_budget=given.memory_budget, optimizer=given.optimizer or "adamw", recompute=given.recompute or "auto"
-    )
+        memory_budget=given.memory_budget, optimizer=given.optimizer or "adamw", recompute=given.recompute or "auto",
+        batch_dims=dict(given.batch_dim) or None,
+    )  # fmt: skip
     with clean_output(), progress() as tell:
         named = load_model(given.model, Wanted(sequence=given.seq))
-        sample = one_sample(*examples.call_of(named.model, named.inputs))
+        sample = one_sample(*examples.call_of(named.model, named.inputs), options.batch_dims)
         told = ":" not in given.model
         length = sequence_of(named.model, named.inputs) if told else None
         found = search(
@@ -76,10 +87,11 @@ def _report(
     given: argparse.Namespace, model: nn.Module, sample: examples.Call, found: SearchResult, tell: Progress
 ) -> None:
     """The best, planned on its mesh with its micro-batch, beside all that was found."""
-    batch = global_inputs(*sample, found.best.setup.micro_batch)
+    options = found.options()
+    batch = global_inputs(*sample, found.best.setup.micro_batch, options.batch_dims)
     plan = planned(
         model, (batch.args, dict(batch.kwargs)), found.best.mesh, hardware=given.hardware, strategy="auto",
-        options=found.options(), progress=tell, keep_timeline=True,
+        options=options, progress=tell, keep_timeline=True,
     )  # fmt: skip
     tell("drawing the report")
     plan.report(given.html, found.frontier(plan))
