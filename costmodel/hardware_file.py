@@ -49,7 +49,10 @@ def load_hardware(path: str | os.PathLike[str], preset: Callable[[str], Hardware
     try:
         content = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"hardware file {where!r} cannot be read: {error.strerror}") from error
+        raise ValueError(
+            f"hardware file {where!r} cannot be read: {error.strerror}; pass a preset's name, or a file that "
+            "`autopar calibrate -o FILE` wrote"
+        ) from error
     except ValueError as error:
         raise ValueError(f"hardware file {where!r} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:

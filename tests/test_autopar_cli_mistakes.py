@@ -28,7 +28,7 @@ MISTAKES = [
     ("plan MODEL --mesh a=1,b=1,c=1,d=1,e=1,f=1", "6 axes"),
     ("plan MODEL --mesh dp=99999999999999999999", "has 99,999,999,999,999,999,999 ranks; at most 2,147,483,648 work"),
     ("plan MODEL --mesh dp=\u00b2", "is no axis; write name=ranks"),
-    ("plan MODEL --mesh dp=2 --hardware=", "hardware file '' cannot be read"),
+    ("plan MODEL --mesh dp=2 --hardware=", "--hardware: hardware file '' cannot be read: Is a directory; pass"),
     ("plan MODEL --mesh dp=2 --hardware h9", "unknown hardware 'h9'; known are a100-40gb"),
     ("plan MODEL --mesh dp=2 --strategy zero", "choose from"),
     ("plan MODEL --mesh dp=2,tp=2 --hardware cpu --async-tp", "reach each other's memory; 'cpu' is a CPU"),
@@ -138,6 +138,15 @@ MISTAKES = [
     ("calibrate --from-trace HERE/a --plan HERE/plan.json -o HERE/a", "--output and --from-trace"),
     ("plan MODEL --mesh dp=2 --html HERE", "a folder; name a file"),
     ("calibrate --seconds 1 -o HERE/none/hardware.json", "no folder"),
+    ("plan MODEL --mesh dp=2 --hardware h100 -o /dev/full", "--output: cannot write /dev/full: No space left"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --html /dev/full", "--html: cannot write /dev/full: No space left"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --trace /dev/full", "--trace: cannot write /dev/full: No space left"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --eject /dev/full", "--eject: cannot write /dev/full: No space left"),
+    ("check HERE/plan.json MODEL -o /dev/full", "--output: cannot write /dev/full: No space left"),
+    ("search MODEL --gpus 1 --global-batch 1 --hardware h100 --html /dev/full", "--html: cannot write /dev/full: No"),
+    ("plan MODEL --mesh dp=2 --memory-budget -5GiB", "argument --memory-budget: '-5GiB' is no size; write bytes"),
+    ("plan MODEL --mesh dp=2 --memory-budget -.5", "argument --memory-budget: '-.5' is no size; write bytes, or 80GiB"),
+    ("plan MODEL --mesh dp=2 --batch -1", "argument --batch: '-1' is no positive whole number"),
 ]
 
 

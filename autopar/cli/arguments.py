@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -108,6 +109,23 @@ def check_outputs(read: Mapping[str, str | None], **outputs: str | None) -> None
         if where in taken:
             raise ValueError(f"--{flag} and {taken[where]} are one file, {file}; write to another")
         taken[where] = f"--{flag}"
+
+
+@contextmanager
+def writing(flag: str, file: str) -> Iterator[None]:
+    """Inside, the file of a flag is written.
+
+    Raises:
+        ValueError: it cannot be; names the flag.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # the reader of what is a pipe has seen enough
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"--{flag}: cannot write {file}: {error.strerror}; name a file that can be written, where there is room"
+        ) from error
 
 
 def pin(text: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from autopar import planning
-from autopar.cli.arguments import add_json, check_outputs, count, known_hardware, output
+from autopar.cli.arguments import add_json, check_outputs, count, known_hardware, output, writing
 from autopar.cli.comparing import print_measured
 from autopar.cli.terminal import clean_output, painted, progress, table, wrapped
 from autopar.measured import beside, corrected, measured
@@ -62,8 +62,11 @@ def run(given: argparse.Namespace) -> int:
         raise ValueError(f"--seconds {given.seconds:g}: measuring takes some time; 10 is usual")
     with clean_output(), progress() as tell, tempfile.TemporaryDirectory() as folder:
         tell(f"measuring for about {given.seconds:g} s")
-        path = given.output or str(Path(folder) / "hardware.json")
+        path = Path(folder) / "hardware.json"
         found, errors = save_calibration(path, device=given.device, ranks=given.ranks, budget_s=given.seconds)
+        if given.output:
+            with writing("output", given.output):
+                Path(given.output).write_bytes(path.read_bytes())
     off = {kind: median(map(abs, values)) for kind, values in errors.items()}
     if given.json:
         figures = json.loads(json.dumps(asdict(found)))
@@ -86,7 +89,8 @@ def _from_trace(given: argparse.Namespace) -> int:
     rows = beside(plan, step)
     found = corrected(base, rows, f"a trace of {step.steps} steps")
     if given.output:
-        save_hardware(found, given.output)
+        with writing("output", given.output):
+            save_hardware(found, given.output)
     if given.json:
         figures = json.loads(json.dumps(asdict(found)))
         off = {row.kind: abs(row.ratio - 1) for row in rows if math.isfinite(row.ratio)}

@@ -13,7 +13,7 @@ import argparse
 import json
 
 from autopar import examples, planning
-from autopar.cli.arguments import add_json, check_outputs, count, output, share, stored_dtype
+from autopar.cli.arguments import add_json, check_outputs, count, output, share, stored_dtype, writing
 from autopar.cli.comparing import compare_plans, comparison_json, print_comparison
 from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, progress
@@ -58,7 +58,8 @@ def run(given: argparse.Namespace) -> int:
             manner=Manner(tell),
         )
         if given.output:
-            made.save(given.output)
+            with writing("output", given.output):
+                made.save(given.output)
     found = compare_plans(kept, made)
     if given.json:
         print(json.dumps(comparison_json(found, given.max_regression), indent=2))

@@ -69,11 +69,24 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
     try:
-        given = parser().parse_args(argv)
+        given = parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
     with quiet_libraries():
         return _run(given)
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """A flag and a value below zero (`--memory-budget -5GiB`) as one word: else argparse takes it for another flag, and
+    says that the value is missing."""
+    joined: list[str] = []
+    for word in words:
+        flag = joined[-1] if joined else ""
+        if re.match(r"-\.?\d", word) and re.fullmatch(r"--[a-z-]+", flag):
+            joined[-1] = f"{flag}={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _run(given: argparse.Namespace) -> int:

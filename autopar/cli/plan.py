@@ -27,6 +27,7 @@ from autopar.cli.arguments import (
     named_model,
     options_of,
     output,
+    writing,
 )
 from autopar.cli.compiling import planned
 from autopar.cli.terminal import clean_output, painted, progress, wrapped
@@ -87,15 +88,19 @@ def run(given: argparse.Namespace) -> int:
             other = (f"{given.kept} was made for another graph, {kept.fingerprint[:12]}: what it fixed was kept",)
         made = replace(made, notes=(*named.notes, *other, *made.notes))
         if given.output:
-            made.save(given.output)
+            with writing("output", given.output):
+                made.save(given.output)
         if given.html:
             tell("drawing the report")
-            made.report(given.html)
+            with writing("html", given.html):
+                made.report(given.html)
         if given.trace:
-            Path(given.trace).write_text(trace_json(made), encoding="utf-8")
+            with writing("trace", given.trace):
+                Path(given.trace).write_text(trace_json(made), encoding="utf-8")
         ejected = eject(made, named.model, call, given.model, given.eject) if given.eject else None
         if ejected is not None:
-            Path(given.eject).write_text(ejected.script, encoding="utf-8")
+            with writing("eject", given.eject):
+                Path(given.eject).write_text(ejected.script, encoding="utf-8")
     if given.json:
         print(made.to_json())
         return 0 if made.fits else 1

@@ -26,6 +26,7 @@ from autopar.cli.arguments import (
     check_outputs,
     count,
     output,
+    writing,
 )
 from autopar.cli.compiling import Progress, planned
 from autopar.cli.terminal import clean_output, progress
@@ -94,4 +95,5 @@ def _report(
         options=options, progress=tell, keep_timeline=True,
     )  # fmt: skip
     tell("drawing the report")
-    plan.report(given.html, found.frontier(plan))
+    with writing("html", given.html):
+        plan.report(given.html, found.frontier(plan))
