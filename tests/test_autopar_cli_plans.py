@@ -72,6 +72,40 @@ def test_diff_tells_parameters_of_another_shape(here: Here) -> None:
     assert compare_plans(plan, plan).made_for == ()
 
 
+READS = """
+import torch
+from torch import nn
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x, mask):
+        y = self.up(x)
+        return y.square().mean() if mask.all() else (y * mask.unsqueeze(-1)).square().mean()
+
+
+def build():
+    return Reads(), {"x": torch.randn(4, 8), "mask": torch.tensor([True, True, False, True])}
+"""
+
+
+def test_a_plan_whose_graph_follows_from_values_of_the_inputs_is_read_again(here: Here) -> None:
+    file, kept = here.folder / "reads.py", here.folder / "reads.json"
+    file.write_text(READS, encoding="utf-8")
+    model = f"{file}:build"
+    assert main(["plan", model, "--mesh", "dp=2", "--hardware", "h100", "-o", str(kept)]) == 0
+    assert json.loads(kept.read_text())["parameters"].keys() == {"up.weight", "up.bias"}
+    assert main(["check", str(kept), model]) == 0
+    assert main(["plan", model, "--from", str(kept)]) == 0
+    assert main(["explain", str(kept), "up.weight", "--model", model]) == 0
+    verified = autopar("verify", model, "--plan", kept, "--json").json
+    assert verified["ok"]
+    assert not any("drawn at random" in note for note in verified["notes"])
+
+
 def test_an_edited_line_is_kept_when_the_plan_is_solved_again(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     again, unpinned = here.folder / "again.json", here.folder / "unpinned.json"
     assert main(["plan", here.model, "--from", str(here.folder / "edited.json"), "-o", str(again)]) == 0

@@ -10,6 +10,7 @@ from autopar import examples, meshes, planning
 from autopar.api import skeleton
 from autopar.mixed import precision_of
 from autopar.options import Options
+from autopar.reading import inputs_read
 from costmodel.hardware import Hardware
 from passes.inputs import global_inputs
 from passes.pipeline import Manner
@@ -61,6 +62,6 @@ def planned(
         hardware=hardware,
         strategy=strategy,
         options=options,
-        example=examples.described(call),
+        example=examples.described(call, inputs_read(program)),
         manner=Manner(progress, smaller=smaller, keep_timeline=keep_timeline),
     )
