@@ -142,3 +142,32 @@ def test_check_of_a_model_that_grew_says_the_graph_changed(here: Here, capsys: p
     out = capsys.readouterr().out
     assert "graph: " in out
     assert "WORSE: peak memory" in out
+
+
+NARROW = """
+from models import nn, build as build_wide
+
+
+def build():
+    model, inputs = build_wide()
+    model.up, model.down = nn.Linear(32, 32), nn.Linear(32, 32)
+    return model, inputs
+"""
+
+
+def test_check_fails_on_a_plan_that_the_model_cannot_use_though_nothing_got_worse(
+    here: Here, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With half the FFN all takes less, and the plan is for parameters that are not there."""
+    monkeypatch.syspath_prepend(str(here.folder))
+    file, kept = here.folder / "narrow.py", here.folder / "kept.json"
+    file.write_text(NARROW, encoding="utf-8")
+    kept.write_text(here.plan.read_text())
+    assert main(["check", str(kept), f"{file}:build", "--json"]) == 1
+    out, err = capfd.readouterr()
+    assert json.loads(out)["worse"] == []
+    (told,) = [line for line in err.splitlines() if line.startswith("autopar check")]
+    advice = f"make it again: autopar plan {file}:build --from {kept} -o {kept}"
+    assert told.endswith(advice)
+    assert main(advice.split()[4:]) == 0
+    assert main(["check", str(kept), f"{file}:build"]) == 0

@@ -1,7 +1,9 @@
-"""Plan a model again as a kept plan was made, and fail where the new plan is worse: for continuous integration.
+"""Plan a model again as a kept plan was made, and fail where the kept plan is for another model, or the new one is
+worse: for continuous integration.
 
 Mesh, hardware figures, strategy, options (--batch-dim and the like) and input shapes are the kept plan's. Exits 1 where
-time, memory or bytes communicated grew by more than --max-regression, or nothing fits any more.
+time, memory or bytes communicated grew by more than --max-regression, nothing fits any more, or the model's graph is
+another than the plan's (other parameters, shapes or ops), for which `autopar.apply` refuses the plan.
 
 example:
   autopar check plans/llama3-8b.json llama3-8b --max-regression 5%
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from autopar import examples, planning
 from autopar.cli.arguments import add_json, check_outputs, count, output, share, stored_dtype, writing
@@ -22,7 +25,7 @@ from passes.named import STRATEGIES
 from passes.pipeline import Manner
 from passes.plan import Plan, check_solved
 
-HELP = "plan again and fail where the plan got worse (for CI)"
+HELP = "plan again and fail where the plan got worse or is for another model (for CI)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,4 +68,18 @@ def run(given: argparse.Namespace) -> int:
         print(json.dumps(comparison_json(found, given.max_regression), indent=2))
     else:
         print_comparison(found, given.max_regression, decisions=given.decisions)
-    return 1 if found.worse(given.max_regression) or not made.fits else 0
+    is_for_it = made.fingerprint == kept.fingerprint
+    if not is_for_it:
+        sys.stdout.flush()
+        print(_of_another_graph(given, kept, made), file=sys.stderr)
+    return 1 if found.worse(given.max_regression) or not made.fits or not is_for_it else 0
+
+
+def _of_another_graph(given: argparse.Namespace, kept: Plan, made: Plan) -> str:
+    """That the kept plan can no longer be used, and what makes one that can."""
+    layers = f" --layers {given.layers}" if given.layers else ""
+    return (
+        f"autopar check: {given.plan} is for the graph {kept.fingerprint[:12]} but {given.model} gives "
+        f"{made.fingerprint[:12]}, so that autopar.apply refuses the plan; make it again: autopar plan {given.model}"
+        f"{layers} --from {given.plan} -o {given.plan}"
+    )
