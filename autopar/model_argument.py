@@ -69,6 +69,8 @@ def load_model(argument: str, wanted: Wanted | None = None) -> Named:
     if colon and path.endswith(".py"):
         return _from_file(Path(path), function, wanted)
     if argument.endswith(".py"):
+        if not Path(argument).is_file():
+            raise ValueError(f"{argument}: no such file; pass file.py:function, which makes the model")
         raise ValueError(f"{argument}: name the function that makes the model, as in {argument}:build")
     found = Path(argument)
     if argument and found.is_dir():
