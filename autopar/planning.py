@@ -16,13 +16,13 @@ from costmodel.hardware_file import hardware_of
 from costmodel.layout import parse_layout
 from passes.capture import capture
 from passes.collector import settled
+from passes.fitting import Candidate
 from passes.local import LocalProgram, Storage
 from passes.pins import check_pins
 from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Placements, Plan
 from passes.precision import Precision
 from passes.program import Program
-from passes.proposals import Candidate
 from passes.space import Pin
 from passes.words import unfold_names
 

@@ -121,16 +121,23 @@ class _Search(Tree[_Node]):
 
 
 def cheapest_within(
-    problem: Problem, *, gap: float, time_limit_s: float, below_s: float = math.inf
+    problem: Problem,
+    *,
+    gap: float,
+    time_limit_s: float,
+    below_s: float = math.inf,
+    known: Sequence[tuple[int, ...]] = (),
 ) -> tuple[tuple[int, ...], float]:
     """The cheapest picks that fit the budget, and what none cost less than: within `gap` (relative), unless the time
-    (of the processor) is over before.
+    (of the processor) is over before. `known`: picks that are good already.
 
     Raises:
         NoFeasiblePlanError: nothing fits that costs less than `below_s`, or nothing was found in time.
     """
     end = time.process_time() + time_limit_s
     search = _Search(problem, gap, below_s)
+    for picks in known:
+        search.meet(picks)
     messages = _begin(search)
     size = sum(values.nbytes for values in messages.state(0))
     most_open = max(4, _STATES_BYTES // max(size, 1))
@@ -165,11 +172,12 @@ def _begin(search: _Search) -> Messages:
         if not turn and bounds_s[0] > search.most_s:
             raise NoFeasiblePlanError("no choice of layouts satisfies the memory budget and the pins")
         every = [picks[: len(search.problem.option_s)] for picks in messages.picks()]
-        for picks, price in dict(zip(every, messages.s_per_byte, strict=True)).items():
+        case = int(bounds_s.argmax())
+        for k, (picks, price) in enumerate(zip(every, messages.s_per_byte, strict=True)):
             if not search.has_met(picks):
                 search.meet(picks)
-                search.meet(search.descent.within_budget(picks, float(price)))
-        case = int(bounds_s.argmax())
+                if abs(k - case) <= 1:
+                    search.meet(search.descent.within_budget(picks, float(price)))
         node.s_per_byte, node.state = float(messages.s_per_byte[case]), messages.state(case)
         node.bound_s = max(node.bound_s, float(bounds_s[case]))
         node.picks, node.over, node.within = every[case], every[max(case - 1, 0)], every[min(case + 1, _CASES - 1)]

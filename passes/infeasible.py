@@ -19,9 +19,10 @@ from typing import Any
 
 from costmodel.memory import OPTIMIZERS, gib
 from passes.errors import NoFeasiblePlanError
+from passes.fitting import Candidate, Request, best, smallest
 from passes.pins import Pin
 from passes.program import Program
-from passes.proposals import SIMPLEST_FIRST, Candidate, PaddingsOf, Request, Search, best, smallest
+from passes.proposals import SIMPLEST_FIRST, PaddingsOf, Search
 
 Smaller = Callable[[int], Program | None]
 """A divisor -> the program of a batch that many times smaller; None where the batch cannot be divided so."""
@@ -73,7 +74,7 @@ def why_nothing_fits(
 ) -> NoFeasiblePlanError:
     """The error for `asked`, of which `found` are the candidates (none fits) and `reasons` why a strategy has none."""
     asked.progress("nothing fits: looking for what would")
-    asked = replace(asked, progress=lambda stage: None, most=1)
+    asked = replace(asked, progress=lambda stage: None, most=1, gives_up=True)
     look = _Look(asked, time.process_time() + _WHOLE_S)
     constraints = _constraints(asked.request)
     missed: list[str] = []
@@ -189,6 +190,7 @@ def _planned(look: _Look) -> Candidate | None:
     stored = request.stored is not None
     names = SIMPLEST_FIRST if request.strategy == "auto" and not stored else (request.strategy,)
     found: list[Candidate] = []
+    missed: list[str] = []
     for name in names:
         fits = best(found, asked.budget)
         if name == "auto" and fits is not None:
@@ -199,10 +201,13 @@ def _planned(look: _Look) -> Candidate | None:
                 break
             raise _OutOfTimeError
         try:
-            found += replace(asked, budgeted_s=min(_BUDGETED_S, left_s)).candidates(name)
+            found += replace(asked, budgeted_s=min(_BUDGETED_S, left_s), missed=missed).candidates(name)
         except NoFeasiblePlanError:
             continue
-    return best(found, asked.budget)
+    fits = best(found, asked.budget)
+    if fits is None and missed:
+        raise _OutOfTimeError
+    return fits
 
 
 def _least_bytes(asked: Search) -> float:

@@ -32,6 +32,13 @@ _HALVED_GAP = 4e-3
 """What it proves then."""
 
 
+@dataclass
+class Near:
+    """Where HiGHS ended for the same problem within other bytes: few steps from where it will end."""
+
+    basis: Any = None
+
+
 @dataclass(order=True)
 class _Node(Node):
     """Plans of the options `allowed`, by variable; `basis` is of a mix of more options."""
@@ -41,21 +48,34 @@ class _Node(Node):
 
 
 def cheapest(
-    problem: Problem, *, gap: float, time_limit_s: float, below_s: float = math.inf
+    problem: Problem,
+    *,
+    gap: float,
+    time_limit_s: float,
+    below_s: float = math.inf,
+    known: Sequence[tuple[int, ...]] = (),
+    near: Near | None = None,
 ) -> tuple[tuple[int, ...], float]:
     """The cheapest picks that fit, proved to within `gap` (relative), and what no picks cost less than; or what was
-    found in the time (of the processor; the first linear program is solved in any case).
+    found in the time (of the processor; the first linear program is solved in any case), or `known` before.
+    `near`: what the same problem within other bytes left, and what this one leaves.
 
     Raises:
         NoFeasiblePlanError: nothing fits the budget that costs less than `below_s`, or nothing was found in time.
     """
     end = time.process_time() + time_limit_s
     tree: Tree[_Node] = Tree(problem, gap, below_s=below_s)
+    for picks in known:
+        tree.meet(picks)
     relaxation, sizes = Relaxation(problem), bytes_of(problem)
     descent: Descent | None = None  # mostly the first mix is a plan
-    node = _Node(-math.inf, next(tree.order), [np.ones(len(costs), dtype=bool) for costs in problem.option_s])
+    near = near or Near()
+    every = [np.ones(len(costs), dtype=bool) for costs in problem.option_s]
+    node = _Node(-math.inf, next(tree.order), every, near.basis)
     while True:
         mix = relaxation.among(node.allowed, node.basis)
+        if mix is not None and node.allowed is every:
+            near.basis = mix.basis
         if mix is not None:
             _, size = tree.meet(mix.picks)
             bound_s = max(node.bound_s, mix.seconds)

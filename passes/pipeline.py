@@ -24,6 +24,7 @@ from passes.blocks import NotPeriodicError
 from passes.chunks import split_chunks
 from passes.decisions import assignment_of
 from passes.errors import NoFeasiblePlanError
+from passes.fitting import Candidate, Request, as_asked, best, looked_at_longer, smallest
 from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
 from passes.local import LocalProgram
 from passes.make_plan import baseline, make_plan
@@ -31,19 +32,7 @@ from passes.masks import use_causal_flag
 from passes.named import alike_axes, check_strategy, tensor_axes
 from passes.plan import Baseline, Bound, Plan, check_plan
 from passes.program import Program
-from passes.proposals import (
-    BY_HAND,
-    SIMPLEST_FIRST,
-    Candidate,
-    PaddingsOf,
-    Progress,
-    Request,
-    Search,
-    as_asked,
-    best,
-    smallest,
-    with_parameters_kept,
-)
+from passes.proposals import BY_HAND, SIMPLEST_FIRST, PaddingsOf, Progress, Search, with_parameters_kept
 from passes.randomness import own_randomness
 from passes.report_text import seconds_text
 from passes.rewrite import rewrite
@@ -156,6 +145,12 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
         if not asked.manner.diagnose:
             raise NoFeasiblePlanError(what_is_needed(search, competing, reasons))
         raise why_nothing_fits(search, competing, reasons, asked.manner.smaller)
+    if not chosen.origin.solution.is_proved:
+        asked.manner.progress("proving the fastest")
+        longer = looked_at_longer(chosen, request, budget)
+        if request.strategy == "auto" and request.reshard is None:
+            longer += with_parameters_kept(longer, budget, request)
+        chosen = best(longer[::-1], budget) or chosen
     baselines = {name: _as_baseline(found.get(name, []), reasons.get(name, ""), budget) for name in BY_HAND}
     plan = make_plan(
         chosen.space,
@@ -171,6 +166,7 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
             *_async_tp_notes(chosen, request),
             *_budget_notes(budget, topology_),
             *_tight_notes(chosen),
+            *_missed_notes(search),
         ),
         padded=chosen.padding.pads,
         repeated_keys=chosen.padding.repeated_keys,
@@ -276,6 +272,16 @@ def _budget_notes(budget: float, topology_: Topology) -> list[str]:
     return [
         f"the memory budget is {gib(budget)}, more than the {gib(topology_.device.memory_bytes)} that "
         f"{topology_.hardware.label} has: what is planned may not fit there"
+    ]
+
+
+def _missed_notes(search: Search) -> list[str]:
+    """Where the budget binds and there was no time for all that might have fitted: what was not looked at."""
+    if not search.missed:
+        return []
+    return [
+        f"within the memory budget, not looked at after {search.budgeted_s:.0f} s of the processor: "
+        f"{', '.join(dict.fromkeys(search.missed))}"
     ]
 
 

@@ -1,120 +1,55 @@
-"""Candidates for a plan: under each strategy, and each way to compute again what does not fit, what the solver proposes
-and the schedule makes of it."""
+"""Candidates for a plan: under each strategy, with each choice of padded dims and each way to compute again what does
+not fit."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from costmodel.collectives import taken_shares
 from costmodel.hardware import Topology
-from costmodel.memory import OPTIMIZERS
 from passes.analysis import analyse
 from passes.blocks import NotPeriodicError
 from passes.decisions import without
+from passes.dims import Value
 from passes.errors import NoFeasiblePlanError
+from passes.fitting import (
+    TIE,
+    Candidate,
+    Enough,
+    Posed,
+    Request,
+    as_asked,
+    best,
+    budgeted,
+    fitting,
+    smallest,
+)
 from passes.fusion import Fused
-from passes.local import Storage
-from passes.named import alike_axes
+from passes.named import alike_axes, tensor_axes
 from passes.pad import Pad
-from passes.price import Budgeted, Priced, price
+from passes.price import price
 from passes.program import Program
-from passes.recompute import Mode, Recomputation, recomputation
+from passes.recompute import Mode, recomputation
 from passes.repeat import is_worth_repeating
 from passes.routing import has_routed, route_by_blocks, token_parts
-from passes.schedule import Schedule, play
-from passes.solve import Solution, solve
-from passes.space import Pin, Space, search_space
+from passes.space import Space, search_space
 from passes.uneven import Padding, Paddings, stored_pads, uneven_dims, used_pads
 
 Progress = Callable[[str], None]
 BY_HAND = ("ddp", "fsdp", "megatron")
 SIMPLEST_FIRST = (*BY_HAND, "auto")
-_TIE = 1e-3
-"""Relative step time within which the simpler plan is taken."""
 HIDDEN_SHARES = (1.0, 0.3, 0.05)
 """What `auto` counts of the time that state gathers and gradient reductions take: all of it, or what often stays
 exposed behind compute, or next to nothing. Each gives a proposal; the schedule judges them."""
-_SOLUTION_S = 15.0
-"""Seconds of the processor that one solution within a budget may take, or of a strategy that was not asked for."""
 _LEFT_OUT_S = 30.0
 """Seconds of the processor after which no further padded dim is left out to see whether that is faster."""
-_TIGHTENED = 4
-"""How often a problem is solved, each time within fewer bytes, until its step fits."""
 _AUTO: tuple[Mode, ...] = ("pointwise", "selective", "widening", "full")
 """What `recompute="auto"` tries, each only where the one before does not fit at its fastest: to compute pointwise ops
 again costs next to nothing, as they fuse with what reads them."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a plan is asked for, beside the program and the mesh.
-
-    `budget_bytes`: per device; None: what the hardware has, less its reserve.
-    `recompute`: a mode of `passes/recompute.py`, or "auto": the least that fits. `compiled`: whether the step runs
-    compiled, which takes less memory. `stored`: parameters that already lie somewhere. `reshard`, `regather`: see
-    `Recomputation`; None: "auto" decides by time and memory, or memory alone.
-    """
-
-    strategy: str = "auto"
-    budget_bytes: int | None = None
-    optimizer: str = "adamw"
-    accumulate: int = 1
-    recompute: Mode | Literal["auto"] = "auto"
-    reshard: bool | None = None
-    regather: bool | None = None
-    compiled: bool = True
-    pins: Mapping[str, Pin] = field(default_factory=dict)
-    stored: Mapping[str, Storage] | None = None
-    async_tp: bool = False
-    """Products beside collectives of activations go in parts with them."""
-    without: tuple[tuple[str, str], ...] = ()
-    """Choices ruled out: (place, option), as a plan's `decisions` has them."""
-
-    def budget_on(self, topology: Topology) -> int:
-        """Bytes that a device may use."""
-        return self.budget_bytes if self.budget_bytes is not None else int(topology.device.usable_bytes)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """How a candidate was found: what the solver proved, and of what.
-
-    `share`: what was counted of the time of state gathers and gradient reductions. `joined`: as in `Search`.
-    `recomputed`: what the costs were of; the step as played may compute more again, or keep gathered parameters.
-    """
-
-    solution: Solution
-    share: float
-    joined: bool
-    recomputed: Recomputation
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A solution under one strategy, and its step as played.
-
-    `unbound`: the budget kept nothing from being faster. `untried`: the pads that there was no time to leave out.
-    """
-
-    strategy: str
-    space: Space
-    assignment: tuple[int, ...]
-    schedule: Schedule
-    padding: Padding
-    origin: Origin
-    unbound: bool
-    untried: tuple[Pad, ...] = ()
-
-    @property
-    def recompute(self) -> Mode:
-        """What backward computes again."""
-        return self.space.recomputed.mode
 
 
 class PaddingsOf:
@@ -166,32 +101,16 @@ class PaddingsOf:
         return strategy in ("auto", "megatron") and parts > 1 and is_worth_repeating(self._program, parts)
 
 
-@dataclass(frozen=True)
-class _Posed:
-    """What is solved under a strategy, with these dims padded. After `end_s` (seconds of the processor) solutions
-    within a budget are what is found at once, with the gap they have."""
-
-    strategy: str
-    padding: Padding
-    space: Space
-    priced: Priced
-    end_s: float
-
-
-@dataclass
-class _Enough:
-    """Where to stop: a step of `step_s` fits, and solutions that cost `cost_s` fit or would take no less than that."""
-
-    step_s: float
-    cost_s: dict[float, float] = field(default_factory=lambda: defaultdict(lambda: math.inf))
-    """By share."""
+Way = tuple[Mode, bool]
+"""What backward computes again, and whether it gathers activations again."""
 
 
 @dataclass(frozen=True)
 class Search:
     """Candidates for one program and mesh; of each kind, `auto` makes `most` proposals at most.
 
-    budgeted_s: seconds of the processor that the solutions of a strategy within a budget may take together.
+    budgeted_s: seconds of the processor after which, where a budget binds and something fits, no more ways to fit are
+    looked at under a strategy; where `gives_up`, also where nothing fits. What was left out then is added to `missed`.
     joined: axes that are alike choose together. fastest_s: the step of the fastest plan known to fit; what is slower
     before it fits is not looked at further.
     """
@@ -204,35 +123,42 @@ class Search:
     progress: Progress = lambda stage: None
     most: int = len(HIDDEN_SHARES)
     budgeted_s: float = 60.0
+    gives_up: bool = False
     joined: bool = False
     fastest_s: float = math.inf
+    missed: list[str] = field(default_factory=list)
+    _end_s: float = math.inf
 
     def candidates(self, name: str) -> list[Candidate]:
         """Solutions under a strategy, the simplest first.
 
-        Over several tensor axes, or several that split the batch, `auto` first has them choose together: what a mesh
-        with one axis of as many ranks has, this one has, so no solution is missed for a sum of costs that a richer
-        choice lowers and the schedule does not.
-
         Raises:
             NoFeasiblePlanError: there is none.
         """
+        return replace(self, _end_s=time.process_time() + self.budgeted_s)._together_and_apart(name)
+
+    def _together_and_apart(self, name: str) -> list[Candidate]:
+        """Over several tensor axes, or several that split the batch, `auto` first has them choose together: what a mesh
+        with one axis of as many ranks has, this one has, so no solution is missed for a sum of costs that a richer
+        choice lowers and the schedule does not."""
         if name != "auto" or max(map(len, alike_axes(self.topology.sizes, self.batch_axes))) < 2:
             return self._padded(name)
+        half_s = (self._end_s + time.process_time()) / 2
         try:
-            joined = replace(self, joined=True)._padded(name)
+            joined = replace(self, joined=True, missed=[], _end_s=half_s)._padded(name)
         except (NoFeasiblePlanError, ValueError):  # a pin may tell the axes apart
             return self._padded(name)
         chosen = best(joined, self.budget) or smallest(joined)
         plainly = self.paddings.under(name)
         needed = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
         alone = uneven_dims(plainly.whole, self.topology.sizes, self.batch_axes, name, alone=True)
-        apart = self._tried(name, plainly, needed)
+        found = [*joined, *self._tried(name, plainly, needed, joined, all_=True)]
         if chosen.padding.pads != needed or chosen.padding.repeated_keys:
-            apart += self._tried(name, self.paddings.under(name, chosen.padding.repeated_keys), chosen.padding.pads)
+            repeated = self.paddings.under(name, chosen.padding.repeated_keys)
+            found += self._tried(name, repeated, chosen.padding.pads, found)
         if (pads := plainly.join(needed, alone)) not in (needed, chosen.padding.pads):
-            apart += self._tried(name, plainly, pads)
-        return [*joined, *apart]
+            found += self._tried(name, plainly, pads, found)
+        return found
 
     def _padded(self, name: str) -> list[Candidate]:
         """Solutions under a strategy with dims padded where that helps.
@@ -251,21 +177,22 @@ class Search:
         if wanted == needed and paddings is plainly:
             return self._solved(name, plainly, needed)
         tried: dict[tuple[Pad, ...], list[Candidate]] = {}
-        for each in self._tried(name, paddings, wanted):
+        first = self._tried(name, paddings, wanted)
+        for each in first:
             used = paddings.join(needed, used_pads(each.padding, each.space, each.assignment))
             tried.setdefault(used, []).append(each)
-        padded = []
+        padded: list[Candidate] = []
         for used, found in tried.items():
             if used == wanted:
                 padded += found
             elif used != needed or paddings is not plainly:
-                padded += self._tried(name, paddings, used) or found
+                padded += self._tried(name, paddings, used, [*first, *padded]) or found
         if name != "auto":
             return padded if best(padded, self.budget) else self._solved(name, plainly, needed)
         if not padded:
-            return self._solved(name, plainly, needed)
+            return self._tried(name, plainly, needed, first) or self._solved(name, plainly, needed)
         needed = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
-        plain = self._tried(name, plainly, needed)
+        plain = self._tried(name, plainly, needed, padded)
         chosen = best([*plain, *padded], self.budget)
         end_s, untried = time.process_time() + _LEFT_OUT_S, set()
         for pad in sorted({p for each in padded for p in each.padding.pads}, key=lambda p: (p.size / p.padded, p.node)):
@@ -275,31 +202,107 @@ class Search:
                 untried.add(pad)
                 continue
             fewer = tuple(p for p in chosen.padding.pads if p != pad)
-            padded += self._tried(name, paddings, fewer, HIDDEN_SHARES[:1])
+            if fewer == needed and paddings is plainly:
+                continue  # that is as it is
+            padded += self._tried(name, paddings, fewer, [chosen], HIDDEN_SHARES[:1])
             chosen = best([*plain, *padded], self.budget)
         padded = [replace(each, untried=tuple(p for p in each.padding.pads if p in untried)) for each in padded]
         return [*plain, *padded]
 
     def _tried(
-        self, name: str, paddings: Paddings, pads: tuple[Pad, ...], shares: Sequence[float] | None = None
+        self,
+        name: str,
+        paddings: Paddings,
+        pads: tuple[Pad, ...],
+        beside: Sequence[Candidate] = (),
+        shares: Sequence[float] | None = None,
+        *,
+        all_: bool = False,
     ) -> list[Candidate]:
         """Solutions with these dims padded; none where nothing fits, a pin asks for what only others allow, or layers
-        that are alike would differ, which only the whole graph could play."""
+        that are alike would differ, which only the whole graph could play.
+
+        Where a budget binds, what was found `beside` tells which ways to fit are worth looking at, first or at all.
+        """
+        search, near = self, best(beside, self.budget)
+        if near is not None and near.unbound and _way_of(near) == self._ways(name)[0]:
+            near = None  # no budget binds
+        if near is not None:
+            if self._is_late():
+                self.missed.append("other choices of padded dims, or of axes that choose apart")
+                return []
+            search = replace(self, fastest_s=min(self.fastest_s, near.schedule.step_time_s))
         try:
-            return self._solved(name, paddings, pads, shares)
+            return search._solved(name, paddings, pads, shares, self._ways(name, near, all_=all_))
         except (NoFeasiblePlanError, NotPeriodicError, ValueError):
             return []
 
+    def _is_late(self) -> bool:
+        return time.process_time() > self._end_s
+
     def _solved(
-        self, name: str, paddings: Paddings, pads: tuple[Pad, ...], shares: Sequence[float] | None = None
+        self,
+        name: str,
+        paddings: Paddings,
+        pads: tuple[Pad, ...],
+        shares: Sequence[float] | None = None,
+        ways: Sequence[Way] | None = None,
     ) -> list[Candidate]:
-        """Solutions with these dims padded, those that compute the least again first."""
-        request, padding = self.request, paddings.of(pads)
+        """Solutions with these dims padded, each looked for in these ways to compute again (None: in all)."""
+        padding = paddings.of(pads)
         self.progress(f"solving {name}" + (f", {len(pads)} dims padded" if pads else ""))
-        modes = _AUTO if request.recompute == "auto" else (request.recompute,)
-        either = (False, True) if request.regather is None else (request.regather,)
-        if name not in ("auto", "megatron") or all(axis in self.batch_axes for axis in range(len(self.topology.sizes))):
+        space = self._space(name, padding)
+        shares = shares or HIDDEN_SHARES[: self.most if name == "auto" else 1]
+        unique: dict[tuple[Mode, bool, tuple[int, ...]], Candidate] = {}
+        suffices: list[Way] = []
+        seen: set[tuple[frozenset[Value], frozenset[int], bool]] = set()
+        enough = Enough(self.fastest_s)
+        known: dict[tuple[int, int], float] = {}
+        for turn, way in enumerate(ways or self._ways(name)):
+            if any(_takes_less(way, than) for than in suffices):
+                continue
+            mode, regather = way
+            if turn and self._is_late() and (self.gives_up or math.isfinite(enough.step_s)):
+                self.missed.append(f"recompute {mode!r}" + (" with activations gathered again" if regather else ""))
+                continue
+            recomputed = space.recomputed
+            if mode != recomputed.mode:
+                recomputed = replace(recomputation(padding.analysis, mode), reshard=recomputed.reshard)
+            space = replace(space, recomputed=replace(recomputed, regather=regather))
+            if (again := (recomputed.held, recomputed.again, regather)) in seen:
+                continue  # the mode adds nothing here
+            seen.add(again)
+            priced = price(space, budgeted(self.request), known)
+            posed = Posed(self.request, self.budget, name, self.joined, padding, space, priced)
+            unbound = True
+            for share in shares:
+                if not unbound and self._is_late():
+                    break
+                candidate = fitting(posed, share, enough)
+                unbound = unbound and candidate is not None and candidate.unbound
+                if candidate is not None:
+                    unique.setdefault((mode, regather, candidate.assignment), candidate)
+            if unbound:
+                suffices.append(way)
+        return list(unique.values())
+
+    def _ways(self, name: str, near: Candidate | None = None, *, all_: bool = True) -> list[Way]:
+        """What backward may compute again, and whether it gathers activations again: the least first; where `near` is
+        given, as it does and one step less, and then the others if `all_`."""
+        modes = _AUTO if self.request.recompute == "auto" else (self.request.recompute,)
+        either = (False, True) if self.request.regather is None else (self.request.regather,)
+        if name not in ("auto", "megatron") or not tensor_axes(self.topology.sizes, self.batch_axes):
             either = either[:1]  # state is gathered there, no activations
+        ways = list(itertools.product(modes, either))
+        if near is None:
+            return ways
+        last = ways.index(_way_of(near))
+        first = ways[max(last - 1, 0) : last + 1]
+        return [*first, *(way for way in ways if all_ and way not in first)]
+
+    def _space(self, name: str, padding: Padding) -> Space:
+        """What there is to choose from."""
+        request = self.request
         space = search_space(
             padding.analysis.program,
             self.topology,
@@ -307,109 +310,24 @@ class Search:
             request.stored,
             strategy=name,
             pins=request.pins,
-            recompute=modes[0],
+            recompute=_AUTO[0] if request.recompute == "auto" else request.recompute,
             reshard=request.reshard is not False,
             joined=self.joined,
             analysis=padding.analysis,
         )
-        space = without(replace(space, async_tp=request.async_tp), request.without)
-        shares = shares or HIDDEN_SHARES[: self.most if name == "auto" else 1]
-        unique: dict[tuple[Mode, bool, tuple[int, ...]], Candidate] = {}
-        regathering_suffices = False
-        enough = _Enough(self.fastest_s)
-        end_s = time.process_time() + self.budgeted_s
-        optimizer = Budgeted(int(OPTIMIZERS[request.optimizer].state_bytes_per_param))
-        known: dict[tuple[int, int], float] = {}
-        for mode, regather in itertools.product(modes, either):
-            if regather and regathering_suffices:
-                continue
-            recomputed = space.recomputed
-            if mode != recomputed.mode:
-                recomputed = replace(recomputation(padding.analysis, mode), reshard=recomputed.reshard)
-            space = replace(space, recomputed=replace(recomputed, regather=regather))
-            priced = price(space, optimizer, known)
-            posed = _Posed(name, padding, space, priced, end_s)
-            unbound = True
-            for share in shares:
-                candidate = self._fitting(posed, share, enough)
-                if candidate is None:
-                    unbound = False
-                    continue
-                unbound = unbound and candidate.unbound
-                unique.setdefault((mode, regather, candidate.assignment), candidate)
-            if unbound and regather == either[0]:
-                break  # nothing that takes less memory is needed
-            regathering_suffices = regathering_suffices or unbound
-        return list(unique.values())
-
-    def _fitting(self, posed: _Posed, share: float, enough: _Enough) -> Candidate | None:
-        """The solution whose played peak fits, where there is one that costs less than is enough: the solver's sum of
-        bytes is tightened by what the schedule finds on top of it, until both agree, or what does not fit yet is slower
-        than a plan that does.
-
-        None where all cost more than is enough and the cheapest does not fit. A cheapest that fits is played whatever
-        it costs: what is computed again may hide behind what is sent, which no sum of costs knows.
-        """
-        limit = math.inf
-        last: Candidate | None = None
-        for _ in range(_TIGHTENED):
-            try:
-                left_s: float | None = min(_SOLUTION_S, max(posed.end_s - time.process_time(), 1.0))
-                if math.isinf(limit):
-                    left_s = None if posed.strategy == self.request.strategy else _SOLUTION_S
-                problem = posed.priced.weighed(share, limit)
-                solution = solve(problem, time_limit_s=left_s, below_s=enough.cost_s[share])
-            except NoFeasiblePlanError:
-                break
-            costs_more = solution.bound_s >= enough.cost_s[share]
-            assignment = posed.priced.assignment(solution.picks, len(posed.space.sites))
-            if last is not None and assignment == last.assignment:
-                break
-            last, quickest_s = self._played(posed, share, assignment, solution, unlimited=math.isinf(limit))
-            over = last.schedule.peak_memory_bytes - self.budget
-            if over <= 0:
-                enough.step_s = min(enough.step_s, last.schedule.step_time_s)
-            if over <= 0 or (quickest_s >= enough.step_s and not math.isinf(limit)):
-                enough.cost_s[share] = min(enough.cost_s[share], solution.seconds)
-                return last
-            if costs_more:
-                return None
-            limit = min(limit, solution.bytes) - over
-            if limit <= 0:
-                break
-        if last is None:
-            given = "the pins and the strategy leave" if self.request.pins else "the strategy leaves"
-            raise NoFeasiblePlanError(f"{given} no way from some op to the next")
-        return last
-
-    def _played(
-        self, posed: _Posed, share: float, assignment: tuple[int, ...], solution: Solution, *, unlimited: bool
-    ) -> tuple[Candidate, float]:
-        """The solution's step with weight gradients behind what is sent; with all at once, where what waits would not
-        fit; and the seconds of the quicker one. `unlimited`: nothing was left out for its bytes."""
-        quickest_s = math.inf
-        for postpone in (True, False):
-            space = replace(posed.space, recomputed=replace(posed.space.recomputed, postpone=postpone))
-            schedule = as_asked(space, assignment, self.request)
-            quickest_s = min(quickest_s, schedule.step_time_s)
-            fits = schedule.peak_memory_bytes <= self.budget
-            if fits or not any(c.role == "activation" and c.phase == "backward" for c in schedule.collectives):
-                break  # the latter: nothing waited
-        origin = Origin(solution, share, self.joined, posed.space.recomputed)
-        unbound = unlimited and postpone and fits
-        candidate = Candidate(posed.strategy, space, assignment, schedule, posed.padding, origin, unbound)
-        return candidate, quickest_s
+        return without(replace(space, async_tp=request.async_tp), request.without)
 
 
-def best(found: Sequence[Candidate], budget: float) -> Candidate | None:
-    """The fastest that fits; candidates come simplest first, and a later one must be faster by more than a tie."""
-    chosen: Candidate | None = None
-    for candidate in found:
-        if candidate.schedule.peak_memory_bytes > budget:
-            continue
-        if chosen is None or candidate.schedule.step_time_s < chosen.schedule.step_time_s * (1 - _TIE):
-            chosen = candidate
-    return chosen
+def _way_of(candidate: Candidate) -> Way:
+    return candidate.recompute, candidate.space.recomputed.regather
+
+
+def _takes_less(way: Way, than: Way) -> bool:
+    """Whether one way to compute again keeps less for backward than another."""
+    (mode, regather), (other, regathers) = way, than
+    if mode == other:
+        return regather and not regathers
+    return _AUTO.index(mode) > _AUTO.index(other) and regather >= regathers
 
 
 def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Request) -> list[Candidate]:
@@ -422,7 +340,7 @@ def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Req
     kept: list[Candidate] = []
     for candidate in found:
         fastest = best([*found, *kept], budget)
-        enough_s = math.inf if fastest is None else fastest.schedule.step_time_s * (1 - _TIE)
+        enough_s = math.inf if fastest is None else fastest.schedule.step_time_s * (1 - TIE)
         gathers = [c for c in candidate.schedule.collectives if c.role == "parameter" and c.phase == "backward"]
         slowing = {axes: _slowing(axes, candidate.space.topology) for axes in {c.axes for c in gathers}}
         taken_s = sum(c.exposed_s + slowing[c.axes] * c.hidden_s for c in gathers)
@@ -457,24 +375,6 @@ def _kept(candidate: Candidate, mode: Mode, regather: bool, request: Request) ->
     return replace(candidate, space=space, schedule=as_asked(space, candidate.assignment, request))
 
 
-def as_asked(space: Space, assignment: Sequence[int], request: Request, *, events: bool = False) -> Schedule:
-    """The step as it is played with the optimizer, micro-batches and compiler that were asked for; `events`: see
-    `play`."""
-    return play(
-        space,
-        assignment,
-        optimizer=OPTIMIZERS[request.optimizer],
-        accumulate=request.accumulate,
-        events=events,
-        compiled=request.compiled,
-    )
-
-
 def _slowing(axes: Sequence[str], topology: Topology) -> float:
     """The share of the device that a collective over axes takes from compute beside it, at most."""
     return max(taken_shares([topology.axis(name) for name in axes], topology))
-
-
-def smallest(found: Sequence[Candidate]) -> Candidate:
-    """The one that takes the least memory."""
-    return min(found, key=lambda candidate: candidate.schedule.peak_memory_bytes)

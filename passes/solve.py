@@ -21,7 +21,7 @@ import numpy as np
 from passes.branch import cheapest_within
 from passes.descent import Descent
 from passes.errors import NoFeasiblePlanError
-from passes.linear import cheapest, cheapest_among
+from passes.linear import Near, cheapest, cheapest_among
 from passes.messages import Messages
 from passes.pairwise import Floats
 from passes.problem import Problem, evaluate
@@ -30,8 +30,8 @@ _FEW = 250
 """Pairs of states per link up to which linear programs are quicker. Their time is in the pairs, some 60 microseconds
 each; that of messages in the links of tensors and readers, half a millisecond each and pass, up to twenty times."""
 _GAP, _LIMIT_S = 1e-4, 120.0
-_WIDE_GAP = 8e-3
-"""What is proved where there are more: a share of costs that are themselves known to several percent."""
+PROVED_GAP = 8e-3
+"""What is proved where there are more, and enough anywhere: a share of costs that are known to several percent."""
 _BUDGETED_GAP, _BUDGETED_LIMIT_S = 4e-3, 15.0
 """What is proved within a budget, and the seconds it may take, where nothing else is asked for."""
 _PASSES = 20
@@ -58,11 +58,25 @@ class Solution:
         """Share by which the best plan could still be cheaper."""
         return max(0.0, (self.seconds - self.bound_s) / self.seconds) if self.seconds > 0 else 0.0
 
+    @property
+    def is_proved(self) -> bool:
+        """Whether that is as good as nothing."""
+        return self.gap <= PROVED_GAP
+
 
 def solve(
-    problem: Problem, *, gap: float | None = None, time_limit_s: float | None = None, below_s: float = math.inf
+    problem: Problem,
+    *,
+    gap: float | None = None,
+    time_limit_s: float | None = None,
+    below_s: float = math.inf,
+    known: Sequence[tuple[int, ...]] = (),
+    near: Near | None = None,
 ) -> Solution:
     """The cheapest picks that fit, proved to within `gap` (relative), or what is found in the time, with its gap.
+
+    `known`: picks that are good already; what is found costs no more. `near`: what was left of the same problem
+    within another budget, to start from.
 
     Raises:
         NoFeasiblePlanError: nothing fits the budget that costs less than `below_s`, or no plan was found in time.
@@ -70,21 +84,24 @@ def solve(
     budgeted = math.isfinite(problem.budget_bytes)
     few = _pairs_per_link(problem) <= _FEW
     if gap is None:
-        gap = _WIDE_GAP if not few else _BUDGETED_GAP if budgeted else _GAP
+        gap = PROVED_GAP if not few else _BUDGETED_GAP if budgeted else _GAP
     time_limit_s = (_BUDGETED_LIMIT_S if budgeted else _LIMIT_S) if time_limit_s is None else time_limit_s
     if few:
-        return _exactly(problem, gap, time_limit_s, below_s if budgeted else math.inf)
+        below_s = below_s if budgeted else math.inf
+        found = cheapest(problem, gap=gap, time_limit_s=time_limit_s, below_s=below_s, known=known, near=near)
+        return _solution(problem, *found)
     if budgeted:
-        return _solution(problem, *cheapest_within(problem, gap=gap, time_limit_s=time_limit_s, below_s=below_s))
+        found = cheapest_within(problem, gap=gap, time_limit_s=time_limit_s, below_s=below_s, known=known)
+        return _solution(problem, *found)
     messages, descent = Messages(problem), Descent(problem)
     best: Solution | None = None
     for _ in range(_PASSES):
         before = messages.bound_s[0]
         messages.improve()
         for picks in _near(messages.picks()[0], descent):
-            found = _solution(problem, picks, float(messages.bound_s[0]))
-            if best is None or found.seconds < best.seconds:
-                best = found
+            met = _solution(problem, picks, float(messages.bound_s[0]))
+            if best is None or met.seconds < best.seconds:
+                best = met
         assert best is not None
         best = replace(best, bound_s=min(float(messages.bound_s[0]), best.seconds))
         if math.isfinite(best.seconds) and best.gap <= gap:
@@ -111,17 +128,13 @@ def _solution(problem: Problem, picks: tuple[int, ...], bound_s: float) -> Solut
     return Solution(picks, seconds, size, min(bound_s, seconds))
 
 
-def _exactly(problem: Problem, gap: float, time_limit_s: float, below_s: float = math.inf) -> Solution:
-    return _solution(problem, *cheapest(problem, gap=gap, time_limit_s=time_limit_s, below_s=below_s))
-
-
 def _among_likely(problem: Problem, messages: Messages, gap: float, time_limit_s: float) -> Solution:
     """The cheapest picks of options with little excess, where the rest is proved to be in no cheaper plan."""
     allowed_s = _LIKELY * abs(float(messages.bound_s[0]))
     while True:
         kept = _likely(_excess_s(messages), allowed_s)
         if all(len(of) == len(costs) for of, costs in zip(kept, problem.option_s, strict=True)):
-            return _exactly(problem, gap, time_limit_s)
+            return _solution(problem, *cheapest(problem, gap=gap, time_limit_s=time_limit_s))
         try:
             found = _solution(problem, *cheapest_among(problem, kept, gap=gap, time_limit_s=time_limit_s))
         except NoFeasiblePlanError:

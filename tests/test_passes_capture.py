@@ -413,8 +413,8 @@ class Spread(nn.Module):
             return self.loss(mean, x, variance)
         if self.how == "written out":
             return 0.5 * (variance.log() + (x - mean).square() / variance).mean()
-        checks = None if self.how == "distribution" else False
-        return -torch.distributions.Normal(mean, variance.sqrt(), validate_args=checks).log_prob(x).mean()
+        normal = torch.distributions.Normal(mean, variance.sqrt(), validate_args=self.how == "distribution")
+        return -normal.log_prob(x).mean()
 
 
 @pytest.mark.parametrize(

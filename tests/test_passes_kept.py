@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from costmodel.hardware import topology
 from costmodel.presets import hardware
-from passes import proposals
+from passes import fitting
 from passes.errors import NoFeasiblePlanError
 from passes.lower import lower
 from passes.pipeline import Manner, Request, compile_plan, local_program
@@ -127,7 +127,7 @@ def test_what_fits_no_better_with_products_at_once_is_not_played_again(monkeypat
         played.append((space.strategy, space.recomputed.mode, tuple(assignment)))
         return play(space, assignment, **how)
 
-    monkeypatch.setattr(proposals, "play", counted)
+    monkeypatch.setattr(fitting, "play", counted)
     request = Request(strategy="fsdp", budget_bytes=1)
     with pytest.raises(NoFeasiblePlanError):
         compile_plan(

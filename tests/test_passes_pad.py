@@ -27,6 +27,7 @@ from passes import proposals
 from passes.analysis import Analysis, analyse
 from passes.bisect import run_program
 from passes.blocks import NotPeriodicError
+from passes.fitting import Candidate
 from passes.local import LocalProgram, Storage
 from passes.pad import Pad, pad
 from passes.pipeline import Request, compile_plan, local_program, on_mesh
@@ -333,8 +334,8 @@ def test_padded_dims_that_there_is_no_time_to_leave_out_are_named(monkeypatch: p
     monkeypatch.setattr(proposals, "_LEFT_OUT_S", 100.0)
     solved = proposals.Search._solved
 
-    def differing(self: proposals.Search, *args: Any) -> list[proposals.Candidate]:
-        if args[3:] not in ((), (None,)):  # some of the shares alone: a dim is left out
+    def differing(self: proposals.Search, *args: Any) -> list[Candidate]:
+        if args[3:4] not in ((), (None,)):  # some of the shares alone: a dim is left out
             raise NotPeriodicError("layers differ")
         return solved(self, *args)
 

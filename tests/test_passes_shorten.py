@@ -12,11 +12,11 @@ import passes.pipeline
 from passes.blocks import NotPeriodicError, blocks
 from passes.capture import capture
 from passes.decisions import assignment_of
+from passes.fitting import Request
 from passes.moves import Run
 from passes.pipeline import Manner, compile_plan, on_mesh, prepare, space_of
 from passes.plan import Plan
 from passes.program import Program, Repeated
-from passes.proposals import Request
 from passes.recompute import Mode
 from passes.schedule import Schedule, play
 from passes.shorten import all_names, shorten

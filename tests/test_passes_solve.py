@@ -274,3 +274,36 @@ def test_where_nothing_is_cheaper_than_what_is_known_that_is_told(
     if least > 1e-3:
         with pytest.raises(NoFeasiblePlanError, match="costs less than"):
             solve(problem, gap=0.0, below_s=0.99 * least)
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_within_other_bytes_a_problem_starts_where_it_ended(seed: int) -> None:
+    """Fewer and fewer bytes, and then more again."""
+    problem, _ = budgeted_problem(seed)
+    near = linear.Near()
+    for factor in (1.5, 1.0, 0.8, 0.6, 0.9, 2.0):
+        within = replace(problem, budget_bytes=factor * problem.budget_bytes)
+        every = (price(within, picks) for picks in product(*(range(len(of)) for of in within.option_s)))
+        fitting = [seconds for seconds, size in every if size <= within.budget_bytes and math.isfinite(seconds)]
+        if not fitting:
+            with pytest.raises(NoFeasiblePlanError):
+                solve(within, gap=0.0, near=near)
+            continue
+        found = solve(within, gap=0.0, near=near)
+        assert found.seconds == pytest.approx(min(fitting), abs=1e-9)
+        assert price(within, found.picks)[1] <= within.budget_bytes
+
+
+@pytest.mark.parametrize(("seed", "few"), [(seed, few) for seed in range(40) for few in (0.0, math.inf)])
+def test_what_is_known_is_not_lost(seed: int, few: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without time, the picks given are what is found, unless it is cheaper; picks that do not fit are not."""
+    monkeypatch.setattr(solving, "_FEW", few)
+    problem, fitting = budgeted_problem(seed)
+    every = list(product(*(range(len(of)) for of in problem.option_s)))
+    if not fitting:
+        return
+    best = min(every, key=lambda p: price(problem, p)[0] if price(problem, p)[1] <= problem.budget_bytes else math.inf)
+    over = [picks for picks in every if price(problem, picks)[1] > problem.budget_bytes]
+    found = solve(problem, gap=0.0, time_limit_s=0.0, known=[best, *over[:1]])
+    assert found.seconds == pytest.approx(min(fitting), abs=1e-9)
+    assert price(problem, found.picks)[1] <= problem.budget_bytes
