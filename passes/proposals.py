@@ -155,9 +155,9 @@ class Search:
         found = [*joined, *self._tried(name, plainly, needed, joined, all_=True)]
         if chosen.padding.pads != needed or chosen.padding.repeated_keys:
             repeated = self.paddings.under(name, chosen.padding.repeated_keys)
-            found += self._tried(name, repeated, chosen.padding.pads, found)
+            found += self._tried(name, repeated, chosen.padding.pads, found, all_=True)
         if (pads := plainly.join(needed, alone)) not in (needed, chosen.padding.pads):
-            found += self._tried(name, plainly, pads, found)
+            found += self._tried(name, plainly, pads, found, all_=True)
         return found
 
     def _padded(self, name: str) -> list[Candidate]:
