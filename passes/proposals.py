@@ -277,6 +277,7 @@ class Search:
             unbound = True
             for share in shares:
                 if not unbound and self._is_late():
+                    self.missed.append(f"further solutions with recompute {mode!r}")
                     break
                 candidate = fitting(posed, share, enough)
                 unbound = unbound and candidate is not None and candidate.unbound
