@@ -153,7 +153,8 @@ def cheapest_within(
 
 
 def _begin(search: _Search) -> Messages:
-    """The root of the tree: prices far apart, then some around the one with the best bound.
+    """The root of the tree: prices far apart, then some around the one with the best bound. Picks at that price and the
+    ones beside it are made to fit.
 
     Raises:
         NoFeasiblePlanError: bytes alone show that nothing fits.

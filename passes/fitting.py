@@ -269,14 +269,9 @@ def best(found: Sequence[Candidate], budget: float) -> Candidate | None:
     for candidate in found:
         if candidate.schedule.peak_memory_bytes > budget:
             continue
-        if chosen is None or is_faster(candidate, chosen):
+        if chosen is None or candidate.schedule.step_time_s < chosen.schedule.step_time_s * (1 - TIE):
             chosen = candidate
     return chosen
-
-
-def is_faster(candidate: Candidate, than: Candidate) -> bool:
-    """Whether a step is faster by more than a tie."""
-    return candidate.schedule.step_time_s < than.schedule.step_time_s * (1 - TIE)
 
 
 def smallest(found: Sequence[Candidate]) -> Candidate:

@@ -152,12 +152,12 @@ class Search:
         plainly = self.paddings.under(name)
         needed = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
         alone = uneven_dims(plainly.whole, self.topology.sizes, self.batch_axes, name, alone=True)
-        found = [*joined, *self._tried(name, plainly, needed, joined, all_=True)]
+        found = [*joined, *self._tried(name, plainly, needed, joined, others=True)]
         if chosen.padding.pads != needed or chosen.padding.repeated_keys:
             repeated = self.paddings.under(name, chosen.padding.repeated_keys)
-            found += self._tried(name, repeated, chosen.padding.pads, found, all_=True)
+            found += self._tried(name, repeated, chosen.padding.pads, found, others=True)
         if (pads := plainly.join(needed, alone)) not in (needed, chosen.padding.pads):
-            found += self._tried(name, plainly, pads, found, all_=True)
+            found += self._tried(name, plainly, pads, found, others=True)
         return found
 
     def _padded(self, name: str) -> list[Candidate]:
@@ -217,12 +217,12 @@ class Search:
         beside: Sequence[Candidate] = (),
         shares: Sequence[float] | None = None,
         *,
-        all_: bool = False,
+        others: bool = False,
     ) -> list[Candidate]:
         """Solutions with these dims padded; none where nothing fits, a pin asks for what only others allow, or layers
         that are alike would differ, which only the whole graph could play.
 
-        Where a budget binds, what was found `beside` tells which ways to fit are worth looking at, first or at all.
+        Where a budget binds, what was found `beside` tells which ways to fit are worth looking at; `others` come after.
         """
         search, near = self, best(beside, self.budget)
         if near is not None and near.unbound and _way_of(near) == self._ways(name)[0]:
@@ -233,7 +233,7 @@ class Search:
                 return []
             search = replace(self, fastest_s=min(self.fastest_s, near.schedule.step_time_s))
         try:
-            return search._solved(name, paddings, pads, shares, self._ways(name, near, all_=all_))
+            return search._solved(name, paddings, pads, shares, self._ways(name, near, others=others))
         except (NoFeasiblePlanError, NotPeriodicError, ValueError):
             return []
 
@@ -287,9 +287,9 @@ class Search:
                 suffices.append(way)
         return list(unique.values())
 
-    def _ways(self, name: str, near: Candidate | None = None, *, all_: bool = True) -> list[Way]:
+    def _ways(self, name: str, near: Candidate | None = None, *, others: bool = True) -> list[Way]:
         """What backward may compute again, and whether it gathers activations again: the least first; where `near` is
-        given, as it does and one step less, and then the others if `all_`."""
+        given, as it does and one step less, and then the `others`."""
         modes = _AUTO if self.request.recompute == "auto" else (self.request.recompute,)
         either = (False, True) if self.request.regather is None else (self.request.regather,)
         if name not in ("auto", "megatron") or not tensor_axes(self.topology.sizes, self.batch_axes):
@@ -299,7 +299,7 @@ class Search:
             return ways
         last = ways.index(_way_of(near))
         first = ways[max(last - 1, 0) : last + 1]
-        return [*first, *(way for way in ways if all_ and way not in first)]
+        return [*first, *(way for way in ways if others and way not in first)]
 
     def _space(self, name: str, padding: Padding) -> Space:
         """What there is to choose from."""

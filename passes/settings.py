@@ -50,12 +50,13 @@ def settings_read(model: nn.Module) -> Iterator[Reads]:
     read = Reads()
 
     def getattribute(module: nn.Module, key: str) -> Any:
-        if (id(module), key) in held:
-            prefix, value = held[id(module), key]
+        place = id(module), key
+        if place in held:
+            prefix, value = held[place]
             read.settings[prefix, key] = value
         found = super(nn.Module, module).__getattribute__(key)
-        if (id(module), key) in named:
-            name, value = named[id(module), key]
+        if place in named:
+            name, value = named[place]
             (read.before if found is value else read.after).add(name)
         return found
 

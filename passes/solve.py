@@ -75,8 +75,8 @@ def solve(
 ) -> Solution:
     """The cheapest picks that fit, proved to within `gap` (relative), or what is found in the time, with its gap.
 
-    `known`: picks that are good already; what is found costs no more. `near`: what was left of the same problem
-    within another budget, to start from.
+    `known`: picks that are good already: within a budget, or by linear programs, what is found costs no more. `near`:
+    what was left of the same problem within another budget, to start from.
 
     Raises:
         NoFeasiblePlanError: nothing fits the budget that costs less than `below_s`, or no plan was found in time.
