@@ -329,6 +329,7 @@ def _applied(
                 gather,
             )
             example = examples.described(new_call)
+            new_program = new_program.of_stored(storages)
             new_plan = _shared_plan(job, again, new_program, hardware, strategy, example, storages)
             return _executable(job, again, groups, new_program, new_plan)[0]
 

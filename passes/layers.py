@@ -3,7 +3,7 @@
 Two nodes share a class when they run the same call, in the same phase, at the same place of modules whose names differ
 only in a layer's index (`layers.3.mlp.up` and `layers.7.mlp.up`). An index counts as a layer's where the indexed
 modules have submodules with parameters of their own, and the layers at that place have the same parameters; the members
-of a plain `nn.Sequential` stay apart. Folding restricts plans (layers are laid out alike) and never makes one wrong.
+of a plain `nn.Sequential` stay apart. So do parameters that an earlier program of the model stored differently. Folding restricts plans (layers are laid out alike) and never makes one wrong.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def fold(program: Program) -> Folding:
             continue
         if node.op == "placeholder":
             given = next(placeholders)
-            key: tuple[object, ...] = (given.kind, pattern(given.name), given.requires_grad, facts_of(node.meta["val"]))
+            known = given.requires_grad, given.at_rest, facts_of(node.meta["val"])
+            key: tuple[object, ...] = (given.kind, pattern(given.name), *known)
             if given.kind not in ("parameter", "buffer"):
                 key = (given.kind, given.name)
             classes[key].append(node)

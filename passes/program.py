@@ -15,12 +15,15 @@ Node metadata that later stages may rely on (set by `capture`, kept by every pas
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx
 
 from passes.precision import Dtypes
+
+if TYPE_CHECKING:
+    from passes.local import Storage
 
 InputKind = Literal["parameter", "buffer", "input", "tangent", "seed"]
 OutputKind = Literal["output", "buffer", "gradient"]
@@ -36,7 +39,8 @@ class Input:
     `requires_grad`: its gradient is among the outputs. `batch_dim` is the dim that the batch axes split, for inputs and
     tangents that have one. `shape` is that of a parameter or input outside the graph, where its placeholder (and a
     parameter's gradient) is larger: padded with zeros at the end of its dims (`pad.pad`). `dtypes`, of a parameter
-    under mixed precision: the placeholder is what is computed with, at rest it is another.
+    under mixed precision: the placeholder is what is computed with, at rest it is another. `at_rest`: how a
+    parameter is stored, where an earlier program of the model laid it out.
     """
 
     kind: InputKind
@@ -45,6 +49,7 @@ class Input:
     batch_dim: int | None = None
     shape: tuple[int, ...] | None = None
     dtypes: Dtypes | None = None
+    at_rest: Storage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +141,10 @@ class Program:
     """Plain values of modules that the forward read: see `passes/settings.py`."""
     repeated: tuple[Repeated, ...] = ()
     """Layers that stand for others, where some were left out."""
+
+    def of_stored(self, storages: Mapping[str, Storage]) -> Program:
+        """The same program of a model whose parameters are stored so, by name."""
+        return replace(self, inputs=tuple(replace(given, at_rest=storages.get(given.name)) for given in self.inputs))
 
     def weights(self) -> Mapping[fx.Node, int]:
         """Node -> how many alike ones it stands for, itself included; those that stand for themselves are left out."""

@@ -79,6 +79,45 @@ def test_unfrozen_averaged_and_accumulated() -> None:
     run_ranks(_unfrozen_averaged_and_accumulated, 2)
 
 
+def _layer_by_layer(model: Any, batches: list[dict[str, Tensor]]) -> list[float]:
+    """Layers unfrozen from the top, with an evaluation before each training step."""
+    seen: list[float] = []
+    for layer in reversed(model.model.layers):
+        layer.requires_grad_(True)
+        optim = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+        with torch.no_grad():
+            seen.append(model.eval()(**batches.pop()).loss.item())
+        loss = model.train()(**batches.pop()).loss
+        loss.backward()
+        seen.append(loss.item())
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+        optim.step()
+        optim.zero_grad()
+    return seen
+
+
+def _layers_of_one_kind_stored_in_two_ways(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    eager: Any = llama(layers=3)[0]
+    eager.requires_grad_(False).model.layers[2].requires_grad_(True)
+    options = autopar.Options(compile=False, progress=False, pins={"model.layers.[01].*": "R"})
+    mine = _batches(6, ranks, rank)
+    model = autopar.apply(eager, autopar.plan(eager, mesh, mine[0], strategy="fsdp", options=options), mesh)
+    at_rest = [layer.mlp.up_proj.weight.placements for layer in model.model.layers]  # type: ignore[union-attr]
+    assert at_rest[0] == at_rest[1] != at_rest[2], "frozen ones were to lie whole"
+    torch.testing.assert_close(_layer_by_layer(model, mine), _layer_by_layer(eager, _batches(6)), rtol=1e-4, atol=0)
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert isinstance(p, DTensor)
+        assert_near(p.detach().full_tensor(), q.detach(), name)
+
+
+def test_layers_of_one_kind_may_be_stored_in_two_ways() -> None:
+    """Of layers that are alike, frozen ones lie whole on every rank and a trained one in parts; what is planned later
+    trains both, or neither."""
+    run_ranks(_layers_of_one_kind_stored_in_two_ways, 2)
+
+
 class _Following(nn.Module):
     """Writes to its parameters: rows of a table are cut to their norm, a second layer follows the first."""
 
