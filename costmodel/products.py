@@ -46,11 +46,28 @@ def _(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _linear(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None and _copies_less_transposed(a, b):
+        return _by_rows(b.t(), a.t(), None).t().contiguous()
+    return _by_rows(a, b, bias)
+
+
+def _by_rows(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     # oneDNN reads a bias as if its elements lay side by side, and takes no `b` whose rows or columns share memory.
     bias = None if bias is None else bias.contiguous()
     b = b.contiguous() if _shares_memory(b) else b
     made: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return made
+
+
+def _copies_less_transposed(a: Tensor, b: Tensor) -> bool:
+    """Whether the product of the transposed operands, itself transposed, copies less: oneDNN's call copies a first
+    operand whose rows do not lie one after another.
+
+    So it is with the gradient of a weight whose outputs are far more than its inputs, a vocabulary's: `a` is the
+    transposed gradient of the outputs.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    return (0 if b.t().is_contiguous() else k * n) + m * n < (0 if a.is_contiguous() else m * k)
 
 
 def _shares_memory(matrix: Tensor) -> bool:

@@ -26,7 +26,7 @@ def faster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("layout", ["nn", "nt", "tn", "tt"])
-@pytest.mark.parametrize("sizes", [(128, 256, 384), (250, 129, 131), (1, 2048, 2048)])
+@pytest.mark.parametrize("sizes", [(128, 256, 384), (250, 129, 131), (1, 2048, 2048), (513, 257, 65)])
 def test_products_equal_fp64(layout: str, sizes: tuple[int, int, int]) -> None:
     m, k, n = sizes
     a = torch.randn(m, k) if layout[0] == "n" else torch.randn(k, m).t()
@@ -37,6 +37,18 @@ def test_products_equal_fp64(layout: str, sizes: tuple[int, int, int]) -> None:
         assert found.shape == (m, n)
         assert found.is_contiguous()
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_a_tall_weight_copies_no_gradient_of_its_outputs() -> None:
+    """oneDNN's call copies a transposed first operand, for a vocabulary's weight the largest tensor of the step."""
+    outputs, rows, inputs = 1024, 512, 128
+    gradient, x = torch.randn(rows, outputs), torch.randn(rows, inputs)
+    mm(gradient.t(), x)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        mm(gradient.t(), x)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in trace.key_averages() if "aten" in event.key)
+    in_two_orders = 2 * 4 * outputs * inputs
+    assert in_two_orders < allocated < in_two_orders + 4 * rows * inputs + 2**16 < 4 * gradient.numel()
 
 
 def _with_gaps(size: int) -> torch.Tensor:
