@@ -30,6 +30,9 @@ from typing import Any
 PATIENCE_S = 5.0
 GRACE_S = 20.0
 """After a failure is known, for the connection to break by itself, before this process is ended."""
+_LET_GO_S = 0.1
+"""Before this process ends, for gloo's threads to let go of their last collective. One of a backward holds an object of
+Python's (torch 2.13), and a thread that frees it once there is no interpreter aborts the process."""
 _PREFIX = "autopar/watch"
 _OF_A_COLLECTIVE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset")
 
@@ -169,6 +172,7 @@ class Watch:
         self._stopped.set()
         if self._thread is not None:
             self._thread.join(timeout=2.0)
+            time.sleep(_LET_GO_S)
 
     def _of(self, error: object) -> str:
         return f"rank {self.rank} failed: {type(error).__name__}: {error}"

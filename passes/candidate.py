@@ -10,6 +10,7 @@ priced on top of a played replica, and says so in `priced_only`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -29,6 +30,9 @@ _CAST_BYTES = 2.0
 in 1 transposed, 4 for both."""
 LEAST_GAIN = 0.01
 """Of a step, that another way of running the same setup may save where it is priced too."""
+_BUCKET, _BUCKET_PER_RANK = 40e6, 1e6
+"""Parameters whose gradients Megatron-LM reduces together: the more of the two (`bucket_size` of its
+`DistributedDataParallelConfig`)."""
 _GATHERED = 3
 """Layers whose parameters are there at once where they are freed after use, and gathered ahead."""
 
@@ -259,6 +263,7 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     casts_s = _casts_s(setup, found, profiler.hardware) if setup.fp8 else 0.0
     update_s = whole["optimizer_s"]
     state_s, slowed_s = found.total("exposed.parameter.") + found.total("exposed.gradient."), whole["slowed_s"]
+    late_s = found.total("hidden.parameter.backward.") if setup.gathers_late else 0.0
     if setup.gather_bytes_per_s:
         micro_s -= state_s
         state_s = _waited_s(setup, found)
@@ -266,6 +271,11 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
         if setup.tp == 1:  # nothing is sent beside compute
             micro_s -= slowed_s
             slowed_s = 0.0
+    elif late_s:
+        mesh = topology(profiler.hardware, {"dp": setup.data_ranks, "tp": setup.tp})
+        spared_s = min(slowed_s, late_s * min(taken_shares((0,), mesh)))
+        micro_s += late_s - spared_s
+        state_s, slowed_s = state_s + late_s, slowed_s - spared_s
     seconds = {
         "compute": found.total("compute.forward.") + found.total("compute.backward."),
         "recompute": found.total("compute.again.") + again_s,
@@ -288,7 +298,7 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     bytes_["activations and working"] = max(0.0, peak - sum(bytes_.values()))
     hidden_s = 0.0
     if not setup.gather_bytes_per_s:
-        hidden_s = setup.accumulate * (found.total("hidden.parameter.") + found.total("hidden.gradient."))
+        hidden_s = setup.accumulate * (found.total("hidden.parameter.") + found.total("hidden.gradient.") - late_s)
     return Estimate(setup, step, peak, seconds, bytes_, hidden_s)
 
 
@@ -314,12 +324,9 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     casts_s = _casts_s(setup, found, hardware) if setup.fp8 else 0.0
     layer_s += casts_s / layers
     outside_s = outside["micro_s"]
-    slowest_s = pipeline.slowest_stage_s(layers, layer_s, outside_s, stages)
+    slowest_s = pipeline.slowest_stage_s(layers, layer_s, outside_s, stages, balanced=setup.balanced)
     average_s = (layers * layer_s + outside_s) / stages
-    inner = setup.tp * setup.cp * setup.data_ranks
-    message = found.layer("boundary")
-    mesh = topology(hardware, {"pp": stages, "inner": inner})
-    message_s = collective_s("send_recv", message, (0,), mesh) if stages > 1 else 0.0
+    message_s = _message_s(setup, found, hardware)
     passed_s, bubble_s, messages_s = pipeline.step_s(micro, slowest_s, average_s, message_s, stages, setup.virtual)
     sent_s = 2 * (setup.virtual * micro + stages - 1) * message_s
     # the busiest stage's share of the parameters
@@ -341,6 +348,18 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     }
     bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), elements, experts)
     return Estimate(setup, step, sum(bytes_.values()), seconds, bytes_, hidden_s)
+
+
+def _message_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
+    """What one stage sends to the next of a micro-batch. Where every tensor-parallel rank has all of it, each sends its
+    part and they gather what arrives (arXiv 2104.04473, section 4.1)."""
+    if setup.pp == 1:
+        return 0.0
+    sizes = {"pp": setup.pp, "inner": setup.data_ranks * setup.cp, "tp": setup.tp}
+    mesh, message = topology(hardware, sizes), found.layer("boundary")
+    if setup.sequence_parallel or setup.tp == 1:
+        return collective_s("send_recv", message, (0,), mesh)
+    return collective_s("send_recv", message / setup.tp, (0,), mesh) + collective_s("all_gather", message, (2,), mesh)
 
 
 def _context(setup: Setup, found: Profile, hardware: Hardware) -> tuple[float, float]:
@@ -414,8 +433,8 @@ def _added_s(setup: Setup, elements: float, found: Profile, hardware: Hardware) 
 def _state(
     setup: Setup, elements: float, experts: float, found: Profile, stage_s: float, hardware: Hardware
 ) -> tuple[float, float, float, float]:
-    """Once per step: exposed and hidden seconds of gradient reduction and of parameters' gathers, what the hidden take
-    from compute, and the update.
+    """Exposed and hidden seconds of gradient reduction and of parameters' gathers, what the hidden take from compute,
+    and the update. Once per step, but that zero3 which frees parameters gathers them for each half of each micro-batch.
 
     `elements`: parameters of a stage, `experts` of them in routed experts; a rank has its share of these alone, and
     fewer ranks have the same.
@@ -434,23 +453,34 @@ def _state(
     if apart:
         both_s = _exchanged_s(setup, apart / setup.expert_parts, found, (1,), _experts_mesh(setup, hardware))
         reduce_s, gather_s = reduce_s + both_s[0], gather_s + both_s[1]
+    each_time = setup.state == "zero3" and setup.reshard
+    times = setup.accumulate if each_time else 1
+    again_s = gather_s if each_time else 0.0
     if not setup.overlap:
-        return reduce_s + gather_s, 0.0, 0.0, update_s
-    layers = max(1.0, found.layers / setup.pp)
+        return times * (reduce_s + gather_s + again_s), 0.0, 0.0, update_s
     backward_s, forward_s = stage_s * 2 / 3, stage_s / 3
-    # the last layer's gradients and the first one's parameters have nothing to hide behind
-    waits_s = max(reduce_s - backward_s, reduce_s / layers) + max(gather_s - forward_s, gather_s / layers)
+    # what comes first in forward and last in backward, an embedding or a layer, has nothing to hide behind
+    alone = max(setup.pp / max(1.0, found.layers), found.outside["elements"] / 2 / found.whole["elements"])
+    waits_s = _waits_s(reduce_s + again_s, backward_s, alone) + _waits_s(gather_s, forward_s, alone)
     sms, _ = taken_shares(axes, mesh)
-    behind_s = reduce_s + gather_s - waits_s
-    return waits_s, behind_s, sms * behind_s, update_s
+    behind_s = reduce_s + gather_s + again_s - waits_s
+    return times * waits_s, times * behind_s, times * sms * behind_s, update_s
+
+
+def _waits_s(sent_s: float, compute_s: float, alone: float) -> float:
+    """What compute waits for of what is sent beside it, a share of which is `alone`."""
+    return max(sent_s - compute_s, sent_s * min(1.0, alone))
 
 
 def _exchanged_s(
     setup: Setup, elements: float, found: Profile, axes: tuple[int, ...], mesh: Topology
 ) -> tuple[float, float]:
-    """Seconds to reduce the gradients of so many parameters over the axes, and to gather them once updated."""
-    gradients, item = elements * setup.gradient_bytes, found.whole["bytes"] / found.whole["elements"]
+    """Seconds to reduce the gradients of so many parameters over the axes, and to gather them once updated, bucket by
+    bucket."""
+    ranks = math.prod(mesh.sizes[axis] for axis in axes)
+    buckets = max(1, round(elements / max(_BUCKET, _BUCKET_PER_RANK * ranks)))
+    gradients, item = elements * setup.gradient_bytes / buckets, found.whole["bytes"] / found.whole["elements"]
     if setup.state == "zero0":
-        return collective_s("all_reduce", gradients, axes, mesh), 0.0
-    reduce_s = collective_s("reduce_scatter", gradients, axes, mesh)
-    return reduce_s, collective_s("all_gather", elements * item, axes, mesh)
+        return buckets * collective_s("all_reduce", gradients, axes, mesh), 0.0
+    reduce_s = buckets * collective_s("reduce_scatter", gradients, axes, mesh)
+    return reduce_s, buckets * collective_s("all_gather", elements * item / buckets, axes, mesh)

@@ -24,6 +24,9 @@ class Setup:
     """Ranks that have some of the routed experts each, of those that have the same layers: tensor-parallel ranks first,
     then context-parallel ones, then those that see other samples. Tokens are sent to them."""
     virtual: int = 1
+    balanced: bool = False
+    """Whether the last stage of a pipeline has fewer layers where its head would make it the slowest, as nanotron and
+    torchtitan do, and Megatron-LM by its options."""
     micro_batch: int = 1
     accumulate: int = 1
     recompute: Mode = "pointwise"
@@ -52,6 +55,9 @@ class Setup:
     gather_bytes_per_s: float = 0.0
     """Where a framework's zero3 stops compute for each gather and each reduction: the rate at which it gathers. 0: they
     run beside compute, as fast as the wires are."""
+    gathers_late: bool = False
+    """Where zero3 gathers a layer's parameters for backward only once the layer above is through (PyTorch FSDP's
+    `BACKWARD_POST`): nothing is left to hide that behind."""
     gradient_bytes: int = 2
     adds_in_products: bool = False
     """Where a framework's products of weight gradients add to the sum over micro-batches themselves, as Megatron-LM's
