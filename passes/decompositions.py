@@ -12,7 +12,7 @@ Each function takes the op's arguments and calls other aten ops, which the trace
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
+from math import nan, prod
 from typing import Any
 
 import torch
@@ -68,7 +68,10 @@ def _nll_loss(
     scaled = x if weight is None else aten.mul.Tensor(x, _along(weight, x, dim))
     # The class dim is summed over: at most one class is hit, so the sum picks and rounds nothing.
     picked = aten.neg.default(aten.sum.dim_IntList(aten.where.self(hit, scaled, _zero(x)), [dim]))
-    losses = aten.where.self(kept, picked, _zero(x))
+    # Torch raises where a target is no class. A graph cannot; its loss is no number then, which nobody overlooks.
+    known = aten.logical_and.default(aten.ge.Scalar(target, 0), aten.lt.Scalar(target, x.shape[dim]))
+    other = aten.where.self(kept, aten.full.default([], nan, dtype=x.dtype, device=x.device), _zero(x))
+    losses = aten.where.self(aten.logical_and.default(kept, known), picked, other)
     if weight is None:
         each = _cast(kept, x.dtype)
     else:

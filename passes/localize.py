@@ -6,6 +6,7 @@ index: an embedding whose rows are split looks up the rows it has and gives zero
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -213,6 +214,15 @@ def _in_range(op: LocalOp, indices: fx.Node, start: fx.Node, length: int) -> tup
     return emit.call(aten.clamp.default, local, 0, length - 1), emit.call(aten.logical_and.default, low, high)
 
 
+def _where_none(op: LocalOp, indices: fx.Node, length: int, dtype: torch.dtype) -> fx.Node:
+    """What a rank gives for indices that are not its own: zero, and no number where they are no rank's. Torch raises
+    there; a graph cannot."""
+    emit, cpu = op.emit, torch.device("cpu")
+    low, high = emit.call(aten.ge.Scalar, indices, 0), emit.call(aten.lt.Scalar, indices, length)
+    zero, none = (emit.call(aten.scalar_tensor.default, x, dtype=dtype, device=cpu) for x in (0, math.nan))
+    return emit.call(aten.where.self, emit.call(aten.logical_and.default, low, high), zero, none)
+
+
 def _masked(op: LocalOp, x: fx.Node, mask: fx.Node) -> fx.Node:
     emit = op.emit
     zero = emit.call(aten.scalar_tensor.default, 0, dtype=x.meta["val"].dtype, device=torch.device("cpu"))
@@ -225,9 +235,12 @@ def _embedding(op: LocalOp) -> fx.Node:
     weight, indices = op.operands
     if start is None:
         return op.emit.call(aten.embedding.default, weight, indices)
-    local, mine = _in_range(op, indices, start, op.emit.shape(weight)[0])
-    rows = op.emit.call(aten.embedding.default, weight, local)
-    return _masked(op, rows, op.emit.call(aten.unsqueeze.default, mine, -1))
+    emit = op.emit
+    local, mine = _in_range(op, indices, start, emit.shape(weight)[0])
+    rows = emit.call(aten.embedding.default, weight, local)
+    column = functools.partial(emit.call, aten.unsqueeze.default)
+    other = _where_none(op, indices, op.call.operands[0].shape[0], rows.meta["val"].dtype)
+    return emit.call(aten.where.self, column(mine, -1), rows, column(other, -1))
 
 
 @localizer(aten.embedding_dense_backward.default)
@@ -254,7 +267,11 @@ def _gather(op: LocalOp) -> fx.Node:
         return op.as_is()
     source, index = op.operands
     local, mine = _in_range(op, index, start, op.emit.shape(source)[dim])
-    return _masked(op, op.emit.call(aten.gather.default, source, dim, local), mine)
+    found = op.emit.call(aten.gather.default, source, dim, local)
+    if not found.meta["val"].dtype.is_floating_point:
+        return _masked(op, found, mine)
+    other = _where_none(op, index, op.call.operands[0].shape[dim], found.meta["val"].dtype)
+    return op.emit.call(aten.where.self, mine, found, other)
 
 
 @localizer(aten.index_select.default)
