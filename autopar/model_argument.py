@@ -170,13 +170,14 @@ def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wante
     return Named(model, inputs, name, tuple(notes))
 
 
-def check_playable(name: str, model: nn.Module) -> None:
-    """Refuse with a ValueError a model that is too large to play every rank on a CPU."""
+def check_playable(name: str, model: nn.Module, instead: str = "pass --layers 2, or a") -> None:
+    """Refuse with a ValueError a model that is too large to play every rank on a CPU; `instead`: of what would do, what
+    comes before "smaller config.json"."""
     count = sum(p.numel() for p in model.parameters())
     if count > _MOST_CPU_PARAMETERS:
         raise ValueError(
-            f"{name}: {count / 1e9:.1f} billion parameters are too many to play every rank on a CPU; pass "
-            "--layers 2, or a smaller config.json of the same architecture"
+            f"{name}: {count / 1e9:.1f} billion parameters are too many to play every rank on a CPU; {instead} "
+            "smaller config.json of the same architecture"
         )
 
 

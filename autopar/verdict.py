@@ -179,6 +179,8 @@ def _nothing_resident_text(found: Sequence[Priced], offloaded: Priced | None, bu
             f"Offload is the only way: optimizer states in host memory, {_s(offloaded.step_time_s)} a step with "
             f"{gib(offloaded.peak_memory_bytes)} (priced only)."
         )
+    elif beside := [c.peak_memory_bytes for c in found if c.setup.offload]:
+        text.append(f"Nor does it with optimizer states in host memory: the least is {gib(min(beside))}.")
     return text
 
 

@@ -120,6 +120,7 @@ MISTAKES = [
     ("explain HERE/plan.json up.weight --model HERE/models.py:wider", "name the model that it was made for"),
     ("verify MODEL", "pass --mesh"),
     ("verify MODEL --mesh dp=4 --plan HERE/plan.json", "the plan is for the mesh"),
+    ("verify MODEL --plan HERE/plan.json --recompute full --pin *=R", "--recompute, --pin: "),
     ("verify HERE/models.py:wider --plan HERE/plan.json", "the plan is for the graph"),
     ("search MODEL --gpus 12 --global-batch 12 --hardware h100", "12 GPUs fill no whole number of nodes"),
     ("search MODEL --gpus 100 --global-batch 100 --hardware h100", "nodes of 8; use 96 or 104"),

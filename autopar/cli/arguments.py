@@ -227,7 +227,8 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-budget", type=size, metavar="SIZE", help="per device: 80GiB (what the device has)")
     parser.add_argument(
         "--optimizer", choices=(*OPTIMIZERS, "none"), metavar="NAME",
-        help=f"whose states to budget for: {', '.join(OPTIMIZERS)}, none (adamw)",
+        help=f"whose states to budget for: {', '.join(OPTIMIZERS)}, none (adamw, which search takes as adamw-master "
+        "where parameters are in a lower precision; adam is adamw without that)",
     )  # fmt: skip
 
 
@@ -275,6 +276,14 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
         "--pin", type=pin, action="append", default=[], metavar="PATTERN=LAYOUT",
         help="fix a parameter's layout in compute, as in '*.q_proj.weight=RS(0)'; may be given again",
     )  # fmt: skip
+
+
+def planning_asked(given: argparse.Namespace) -> list[str]:
+    """The flags of `add_planning` that were given."""
+    own = argparse.ArgumentParser(add_help=False)
+    add_planning(own)
+    left_open = vars(own.parse_args([]))
+    return [f"--{name.replace('_', '-')}" for name, value in left_open.items() if getattr(given, name) != value]
 
 
 def options_of(given: argparse.Namespace, kept: Options | None = None) -> Options:

@@ -16,7 +16,16 @@ from dataclasses import replace
 
 from autopar import examples, planning
 from autopar.certificate import Tolerances, parity_text
-from autopar.cli.arguments import add_json, add_mesh, add_model, add_planning, named_model, options_of, tolerance
+from autopar.cli.arguments import (
+    add_json,
+    add_mesh,
+    add_model,
+    add_planning,
+    named_model,
+    options_of,
+    planning_asked,
+    tolerance,
+)
 from autopar.cli.terminal import clean_output, painted, progress
 from autopar.model_argument import Named, check_playable
 from autopar.verify import verify
@@ -41,6 +50,10 @@ def run(given: argparse.Namespace) -> int:
     """Verify and print."""
     with clean_output(), progress() as tell:
         plan = Plan.load(given.plan) if given.plan else None
+        if plan is not None and (asked := planning_asked(given)):
+            raise ValueError(
+                f"{', '.join(asked)}: {given.plan} has that decided; leave it out, or leave out --plan to make one so"
+            )
         mesh = given.mesh or (plan.mesh if plan is not None else None)
         if mesh is None:
             raise ValueError("no mesh; pass --mesh dp=2,tp=2, or --plan PLAN, which has one")
@@ -62,7 +75,7 @@ def run(given: argparse.Namespace) -> int:
 def _as_planned(given: argparse.Namespace, plan: Plan) -> Named:
     """The model and inputs that a plan was made for: of the model's own size, in the dtype that its options store."""
     named = named_model(given, options=planning.options_of(plan))
-    check_playable(given.model, named.model)
+    check_playable(given.model, named.model, "check a plan for a")
     own = examples.described(examples.call_of(named.model, named.inputs))
     if given.batch or given.seq or own == plan.example:
         return named
