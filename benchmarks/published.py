@@ -3,12 +3,15 @@
 Each row of `data/published.csv` is priced as the search prices a setup: the model captured, the mesh planned by the
 named strategy, the step played; pipelines, context parallelism and ZeRO-1/2 by the formulas of `passes/candidate.py`.
 Prints errors by source with rank correlations, the fitted parameters, and every row.
+
+Rows that cannot be priced are named on stderr, all of them, and the others priced; the exit code is 1 then.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +40,10 @@ from transformers import (
 from autopar.profiling import Captures, Profiler
 from costmodel.hardware import Hardware
 from costmodel.memory import OPTIMIZERS
-from costmodel.presets import fitted, hardware, with_attention
+from costmodel.presets import fitted, hardware, hardware_names, with_attention
 from passes.analysis import Analysis
 from passes.candidate import Estimate, estimate
+from passes.errors import AutoparError
 from passes.precision import Precision
 from passes.recompute import Mode, Recomputation, is_cheap_op, is_view_op, recomputation
 from passes.rules.call import Call
@@ -63,48 +67,110 @@ A100s, in a forward of 0.48 s that takes 0.06 s under ZeRO-2 (DeepSpeed issue 11
 copied once more, and compute waited for it (its pull request 1188)."""
 
 
+_OPTIONAL = {
+    **dict.fromkeys(("tp", "pp", "virtual", "cp"), "1"), "tp_overlap": "no",
+    **dict.fromkeys(("ep", "replicas", "node_gbps", "node_gpus", "gathers", "peak_gib", "peak_of", "assumed"), ""),
+    **dict.fromkeys(("head", "experts", "experts_per_token"), ""),
+}  # fmt: skip
+"""Columns that may be absent or empty, with what that means."""
+_COUNTS = (
+    "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "seq", "global_batch", "micro_batch", "gpus", "dp", "tp",
+    "pp", "virtual", "cp", "ep", "replicas", "node_gpus", "head", "experts", "experts_per_token",
+)  # fmt: skip
+_AMOUNTS = ("measured", "node_gbps", "peak_gib")
+_WORDS = {
+    "family": ("llama", "gpt", "qwen3_moe"),
+    "tied": ("yes", "no"),
+    "precision": ("bf16", "fp8"),
+    "state": ("zero0", "zero1", "zero2", "zero3", "zero0+offload", "zero1+offload", "zero2+offload", "zero3+offload"),
+    "stored": ("bf16", "fp32"),
+    "gradients": ("bf16", "fp32"),
+    "gathers": ("", "waited"),
+    "sequence_parallel": ("yes", "no"),
+    "recompute": ("none", "full", "attention", "selective"),
+    "compiled": ("yes", "no", "loss", "blocks", "layers"),
+    "tp_overlap": ("yes", "no", "waited"),
+    "attention": ("fa1", "fa2", "cudnn", "unfused"),
+    "unit": ("s/step", "tokens/s/GPU", "hardware TFLOP/s/GPU", "model TFLOP/s/GPU", "causal TFLOP/s/GPU",
+             "model FLOPs/peak"),
+    "peak_of": ("", "allocated", "reserved"),
+}  # fmt: skip
+_COLUMNS = dict.fromkeys(("source", "model", "hardware", *_COUNTS, *_AMOUNTS, *_WORDS, *_OPTIONAL))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a row is not priced: where, what was found, and what would do."""
+
+    file: Path
+    line: int
+    column: str
+    found: str
+    instead: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}, column {self.column}: found {self.found!r}; {self.instead}"
+
+
+class RefusedError(ValueError):
+    """A row with faults."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__("\n".join(map(str, faults)))
+        self.faults = tuple(faults)
+
+
 @dataclass(frozen=True)
 class Run:
-    """A published run: its line in the file."""
+    """A published run: its line in the file.
+
+    Raises:
+        RefusedError: what the columns say cannot be, or has no price.
+    """
 
     line: dict[str, str]
     file: Path = DATA
+    at: int = 0
+    """Number of the line."""
+
+    def __post_init__(self) -> None:
+        told = {name: (value or "").strip() for name, value in self.line.items()}
+        told = {name: value for name, value in told.items() if value or name not in _OPTIONAL}
+        object.__setattr__(self, "line", {**dict.fromkeys(_COLUMNS, ""), **_OPTIONAL, **told})
+        if faults := [Fault(self.file, self.at, *found) for found in _wrong(self) or _contradictions(self)]:
+            raise RefusedError(faults)
 
     def number(self, name: str) -> int:
         return int(float(self.line[name]))
 
+    def number_or_one(self, name: str) -> int:
+        return int(float(self.line[name] or 1))
+
     def told(self, name: str) -> str:
-        """What a column says that not every file has."""
-        return self.line.get(name) or ""
+        """What a column says that may be empty."""
+        return self.line[name]
 
     @property
     def machine(self) -> Hardware:
         """The preset; with the run's own nodes and network between them, where its source gives others."""
         found = hardware(self.line["hardware"])
         if cards := self.told("node_gpus"):
-            found = replace(found, ranks_per_node=int(cards))
-        if self.line["attention"] in ("fa1", "fa2", "cudnn"):
-            found = with_attention(found, self.line["attention"])
+            found = replace(found, ranks_per_node=int(float(cards)))
+        if self.line["attention"] != "unfused":
+            found = _with_attention(found, self.line["attention"])
         told = self.told("node_gbps")
-        return _with_network(found, self.line["hardware"], float(told)) if told else found
+        return _with_network(found, float(told)) if told else found
 
     @property
     def setup(self) -> Setup:
         """As the run was."""
         number = self.number
         state = self.line["state"].partition("+")[0]
-        data, replicas = number("dp"), int(self.told("replicas") or 1)
-        accumulate, rest = divmod(number("global_batch"), data * number("micro_batch"))
-        if rest or not accumulate:
-            raise ValueError(f"{self.line['model']}: a global batch of {number('global_batch')} over {data} ranks")
-        if data % replicas or (replicas > 1 and state != "zero3"):
-            raise ValueError(f"{replicas} copies of {state} over {data} ranks: copies are priced of zero3 alone")
-        if state == "zero3" and self.line["tp_overlap"] == "waited":
-            raise ValueError("tensor parallelism that waits is priced of a replica alone, not of zero3")
+        data, replicas = number("dp"), self.number_or_one("replicas")
         return Setup(
             dp_replicate=replicas, dp_shard=data // replicas,
-            tp=number("tp"), pp=number("pp"), cp=number("cp"), ep=int(self.told("ep") or 1), virtual=number("virtual"),
-            micro_batch=number("micro_batch"), accumulate=accumulate,
+            tp=number("tp"), pp=number("pp"), cp=number("cp"), ep=self.number_or_one("ep"), virtual=number("virtual"),
+            micro_batch=number("micro_batch"), accumulate=number("global_batch") // (data * number("micro_batch")),
             recompute=self.recompute, whole_blocks=True,
             in_block="none" if self.line["compiled"] == "no" else "pointwise",
             sequence_parallel=self.line["sequence_parallel"] == "yes", tp_overlap=self.line["tp_overlap"] == "yes",
@@ -153,10 +219,9 @@ class Run:
             return 3 * forward / (value * 1e12) / gpus
         if unit == "causal TFLOP/s/GPU":
             return 3 * _forward_flops(self, causal=True) * batch / (value * 1e12) / gpus
-        if unit == "model FLOPs/peak":
-            peak = hardware(self.line["hardware"]).device.peak_flops_per_s["bfloat16"]
-            return 3 * forward / (value * peak) / gpus
-        raise ValueError(f"unknown unit {unit!r}")
+        assert unit == "model FLOPs/peak", unit
+        peak = hardware(self.line["hardware"]).device.peak_flops_per_s["bfloat16"]
+        return 3 * forward / (value * peak) / gpus
 
     @property
     def source(self) -> str:
@@ -175,6 +240,93 @@ class Run:
         return self.number("pp") > 1 or self.number("cp") > 1
 
 
+def _wrong(run: Run) -> list[tuple[str, str, str]]:
+    """Columns that say nothing a price can be made of, what they say, and what would do."""
+    line = run.line
+    found = [
+        (name, line[name], f"known are {', '.join(filter(None, known))}")
+        for name, known in _WORDS.items()
+        if line[name] not in known
+    ]
+    experts = ("head", "experts", "experts_per_token") if line["family"] == "qwen3_moe" else ()
+    needed = {"source", "model", *_COUNTS, *_AMOUNTS} - set(_OPTIONAL) | set(experts)
+    for name in _COLUMNS:
+        value = line[name]
+        if name in needed and not value:
+            found.append((name, value, "it has to be told"))
+        elif value and name in _COUNTS and not (_amount(value) >= 1 and _amount(value).is_integer()):
+            found.append((name, value, "a whole number from 1 on would do"))
+        elif value and name in _AMOUNTS and not _amount(value) > 0:
+            found.append((name, value, "a number above 0 would do"))
+    try:
+        if not line["hardware"]:
+            raise ValueError(f"known are {', '.join(hardware_names())}")
+        hardware(line["hardware"])
+    except (ValueError, OSError) as error:
+        found.append(("hardware", line["hardware"], str(error)))
+    return found
+
+
+def _amount(text: str) -> float:
+    """The number that `text` is, or -1."""
+    try:
+        found = float(text)
+    except ValueError:
+        return -1.0
+    return found if math.isfinite(found) else -1.0
+
+
+def _contradictions(run: Run) -> list[tuple[str, str, str]]:
+    """Columns that do not fit the others or have no price, what they say, and what would do."""
+    n, line, found = run.number, run.line, []
+
+    def refuse(name: str, instead: str) -> None:
+        found.append((name, line[name], instead))
+
+    tp, pp, data, replicas = n("tp"), n("pp"), n("dp"), run.number_or_one("replicas")
+    sharded = line["state"].startswith("zero3")
+    if (ranks := data * tp * pp * n("cp")) != n("gpus"):
+        refuse("gpus", f"dp x tp x pp x cp is {ranks}")
+    if n("global_batch") % (data * n("micro_batch")):
+        refuse("global_batch", f"a multiple of dp x micro_batch = {data * n('micro_batch')} would do")
+    if data % replicas or (replicas > 1 and not sharded):
+        refuse("replicas", f"copies of zero3 that share the {data} data-parallel ranks evenly would do")
+    if sharded and line["tp_overlap"] == "waited":
+        refuse("tp_overlap", "with zero3 'no' or 'yes' would do: waiting is priced of a replica alone")
+    if n("heads") % tp:
+        refuse("tp", f"a divisor of {n('heads')} heads would do")
+    if n("heads") % n("kv_heads"):
+        refuse("kv_heads", f"a divisor of {n('heads')} heads would do")
+    if not line["head"] and n("hidden") % n("heads"):
+        refuse("heads", f"a divisor of hidden = {n('hidden')} would do")
+    if n("seq") % n("cp"):
+        refuse("cp", f"a divisor of seq = {n('seq')} would do")
+    if pp > n("layers"):
+        refuse("pp", f"as many stages as the {n('layers')} layers or fewer would do")
+    elif pp == 1 and n("virtual") > 1:
+        refuse("virtual", "1 would do on one stage")
+    elif (layers := -(-n("layers") // pp)) % n("virtual"):
+        refuse("virtual", f"chunks that divide the {layers} layers of a stage would do")
+    if line["family"] == "qwen3_moe" and n("ffn") % n("experts_per_token"):
+        refuse("experts_per_token", f"a divisor of ffn = {n('ffn')} would do")
+    for name in ("ep", "head", "experts", "experts_per_token"):
+        if line["family"] != "qwen3_moe" and line[name] not in ("", "1"):
+            refuse(name, "nothing would do where there are no experts")
+    if bool(line["peak_gib"]) != bool(line["peak_of"]):
+        refuse("peak_of", "with a peak_gib 'allocated' or 'reserved' would do, without one nothing")
+    machine = hardware(line["hardware"])
+    if line["precision"] == "fp8" and "float8" not in machine.device.peak_flops_per_s:
+        refuse("precision", f"on {machine.device.name} bf16 would do")
+    if line["attention"] != "unfused":
+        try:
+            _with_attention(machine, line["attention"])
+        except ValueError as error:
+            refuse("attention", str(error))
+    if line["node_gbps"] and machine.device.name not in _NODE_GBPS:
+        refuse("node_gbps", f"of the presets' networks known are those of {', '.join(_NODE_GBPS)}")
+    return found
+
+
 def _forward_flops(run: Run, *, causal: bool = False) -> float:
     """Of one sequence: 2 per multiply-add of the products, attention in full or its causal half."""
     n = run.number
@@ -185,13 +337,35 @@ def _forward_flops(run: Run, *, causal: bool = False) -> float:
     return 2.0 * n("seq") * (n("layers") * (products + attention) + hidden * n("vocab"))
 
 
-_NODE_GBPS = {"a100-40gb": 1600, "a100-80gb": 1600, "h100": 3200, "h200": 3200, "b200": 3200}
+_NODE_GBPS = {
+    "a100-40gb": 1600, "a100-80gb": 1600, "h100": 3200, "h200": 3200, "b200": 3200, "h100-500w": 3200, "b200-efa": 3200,
+}  # fmt: skip
 """What the presets have between nodes, as their sources say: a card a GPU, 8 of them."""
 
+_SAME_DEVICE = {"b200-efa": "b200"}
+"""Presets with a network of their own, and those with the same device."""
 
-def _with_network(machine: Hardware, preset: str, node_gbps: float) -> Hardware:
+
+def _with_attention(machine: Hardware, kernels: str) -> Hardware:
+    """`machine` whose attention runs in these kernels.
+
+    Raises:
+        ValueError: no figures for them on this device.
+    """
+    like = _SAME_DEVICE.get(machine.device.name)
+    if like is None:
+        return with_attention(machine, kernels)
+    known = with_attention(hardware(like), kernels).device
+    device = replace(
+        machine.device, attention_efficiency=known.attention_efficiency,
+        attention_backward_efficiency=known.attention_backward_efficiency,
+    )  # fmt: skip
+    return replace(machine, device=device)
+
+
+def _with_network(machine: Hardware, node_gbps: float) -> Hardware:
     """`machine` with that many gigabits per second into a node instead of the preset's."""
-    share = node_gbps / (_NODE_GBPS[preset] / 8 * machine.ranks_per_node)
+    share = node_gbps / (_NODE_GBPS[machine.device.name] / 8 * machine.ranks_per_node)
     link = machine.inter_node
     slower = replace(
         link, name=f"{node_gbps:g} Gb/s a node", bytes_per_s=share * link.bytes_per_s,
@@ -201,10 +375,50 @@ def _with_network(machine: Hardware, preset: str, node_gbps: float) -> Hardware:
 
 
 def runs(path: Path = DATA) -> list[Run]:
-    """Every row of the file; of the project's own also those of the three beside it."""
-    with path.open(encoding="utf-8") as file:
-        found = [Run(line, path) for line in csv.DictReader(file)]
-    return found + runs(HELD_OUT) + runs(AT_SCALE) + runs(EXPERTS) if path == DATA else found
+    """Every row of the file; of the project's own also those of the three beside it.
+
+    Raises:
+        RefusedError: rows that cannot be priced.
+    """
+    found, faults = read(path)
+    if faults:
+        raise RefusedError(faults)
+    return found
+
+
+def read(path: Path) -> tuple[list[Run], list[Fault]]:
+    """Every row of the file that can be priced, and what is wrong with the others; of the project's own also those of
+    the three beside it."""
+    found: list[Run] = []
+    faults: list[Fault] = []
+    for each in (DATA, HELD_OUT, AT_SCALE, EXPERTS) if path == DATA else (path,):
+        with each.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            names = [name.strip() for name in rows.fieldnames or ()]
+            if wrong := _header_faults(each, names):
+                faults += wrong
+                continue
+            rows.fieldnames = names
+            for line in rows:
+                if None in line:
+                    more = ",".join(cast(Any, line)[None])
+                    faults.append(Fault(each, rows.line_num, names[-1], more, "it is the last column: quote commas"))
+                    continue
+                try:
+                    found.append(Run(line, each, rows.line_num))
+                except RefusedError as error:
+                    faults += error.faults
+    return found, faults
+
+
+def _header_faults(path: Path, names: Sequence[str]) -> list[Fault]:
+    """Columns that are missing, unknown or there twice."""
+    missing = [name for name in _COLUMNS if name not in names and name not in _OPTIONAL]
+    found = [Fault(path, 1, name, "", "a column of this name is needed") for name in missing]
+    known = f"known are {', '.join(_COLUMNS)}"
+    found += [Fault(path, 1, name, name, known) for name in dict.fromkeys(names) if name not in _COLUMNS]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    return found + [Fault(path, 1, name, name, "one column of this name would do") for name in twice]
 
 
 def model_of(run: Run) -> nn.Module:
@@ -416,17 +630,8 @@ class Result:
         return self.estimate.step_s, self.run.measured_s
 
 
-def results(chosen: Sequence[Run], jobs: int) -> Iterator[Result]:
-    """Each run priced, those of one model in one process.
-
-    Raises:
-        ValueError: a row that tells too little, before any is priced.
-    """
-    for run in chosen:
-        try:
-            _ = run.setup, run.measured_s
-        except ValueError as error:
-            raise ValueError(f"{run.line['source']}, {run.line['model']}: {error}") from error
+def results(chosen: Sequence[Run], jobs: int) -> Iterator[Result | Fault]:
+    """Each run priced, those of one model in one process, or why it has no price."""
     groups = [list(group) for _, group in groupby(sorted(chosen, key=_key), key=_key)]
     with (
         tqdm(total=len(chosen), disable=not sys.stderr.isatty()) as bar,
@@ -437,10 +642,24 @@ def results(chosen: Sequence[Run], jobs: int) -> Iterator[Result]:
             yield from done
 
 
-def _priced(group: Sequence[Run]) -> list[Result]:
+def _priced(group: Sequence[Run]) -> list[Result | Fault]:
     torch.set_num_threads(1)
-    prices = Prices(group[0])
-    return [Result(run, prices.of(run)) for run in group]
+    try:
+        prices = Prices(group[0])
+    except (ValueError, AutoparError) as error:
+        return [_not_priced(run, error) for run in group]
+    found: list[Result | Fault] = []
+    for run in group:
+        try:
+            found.append(Result(run, prices.of(run)))
+        except (ValueError, AutoparError) as error:
+            found.append(_not_priced(run, error))
+    return found
+
+
+def _not_priced(run: Run, error: Exception) -> Fault:
+    axes = ", ".join(f"{name} {run.line[name] or 1}" for name in ("dp", "tp", "pp", "cp", "ep", "virtual", "state"))
+    return Fault(run.file, run.at, "model", f"{run.line['model']}: {axes}", str(error))
 
 
 def errors_text(groups: dict[str, list[Result]]) -> str:
@@ -556,10 +775,10 @@ def rows_text(found: Sequence[Result]) -> str:
     return tabulate([row_text(r) for r in found], headers=HEADERS, tablefmt="github", disable_numparse=True)
 
 
-def main() -> None:
-    """Price, print, write."""
+def main() -> int:
+    """Price, print, write; 1 where rows were refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="another file of the same columns")
+    parser.add_argument("--data", type=Path, default=DATA, help="another file of these columns (data/README.md)")
     parser.add_argument("--source", default="", help="only rows whose source or model contains this")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth of them")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
@@ -568,17 +787,30 @@ def main() -> None:
     given = parser.parse_args()
     if given.fitted:
         print("\n".join(f"{name}: {text}" for name, text in fitted().items()))
-        return
-    chosen = [run for run in runs(given.data) if given.source in run.line["source"] + run.line["model"]]
+        return 0
     try:
-        found = list(results(chosen[:: given.every], given.jobs))
-    except ValueError as error:
-        parser.error(str(error))
-    text = report(found)
-    if given.output:
-        given.output.write_text(text, encoding="utf-8")
-    print(text)
+        rows, faults = read(given.data)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        parser.error(f"{given.data}: {error}")
+    chosen = [run for run in rows if given.source in run.line["source"] + run.line["model"]]
+    found: list[Result] = []
+    for each in results(chosen[:: given.every], given.jobs):
+        if isinstance(each, Result):
+            found.append(each)
+        else:
+            faults.append(each)
+    if found:
+        text = report(found)
+        if given.output:
+            given.output.write_text(text, encoding="utf-8")
+        print(text)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        refused = len({(fault.file, fault.line) for fault in faults})
+        print(f"{refused} rows refused, {len(found)} priced", file=sys.stderr)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
