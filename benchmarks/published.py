@@ -68,7 +68,7 @@ copied once more, and compute waited for it (its pull request 1188)."""
 
 
 _OPTIONAL = {
-    **dict.fromkeys(("tp", "pp", "virtual", "cp"), "1"), "tp_overlap": "no",
+    **dict.fromkeys(("tp", "pp", "virtual", "cp"), "1"), **dict.fromkeys(("tp_overlap", "balanced"), "no"),
     **dict.fromkeys(("ep", "replicas", "node_gbps", "node_gpus", "gathers", "peak_gib", "peak_of", "assumed"), ""),
     **dict.fromkeys(("head", "experts", "experts_per_token"), ""),
 }  # fmt: skip
@@ -85,7 +85,8 @@ _WORDS = {
     "state": ("zero0", "zero1", "zero2", "zero3", "zero0+offload", "zero1+offload", "zero2+offload", "zero3+offload"),
     "stored": ("bf16", "fp32"),
     "gradients": ("bf16", "fp32"),
-    "gathers": ("", "waited"),
+    "balanced": ("yes", "no"),
+    "gathers": ("", "waited", "late"),
     "sequence_parallel": ("yes", "no"),
     "recompute": ("none", "full", "attention", "selective"),
     "compiled": ("yes", "no", "loss", "blocks", "layers"),
@@ -177,6 +178,7 @@ class Run:
             tp_waits=self.line["tp_overlap"] == "waited", gathers_again=self.gathers_again,
             state=cast(Any, state), fp8=self.line["precision"] == "fp8", offload="offload" in self.line["state"],
             gather_bytes_per_s=_WAITED_BYTES_PER_S if self.line["gathers"] == "waited" else 0.0,
+            gathers_late=self.line["gathers"] == "late", balanced=self.line["balanced"] == "yes",
             gradient_bytes=4 if self.line["gradients"] == "fp32" else 2, adds_in_products=self.adds_in_products,
         )  # fmt: skip
 
