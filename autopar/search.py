@@ -441,7 +441,8 @@ class _State:
                             yield from self.ways(Setup(
                                 dp_shard=data, tp=tp, pp=pp, cp=cp, ep=ep, micro_batch=micro,
                                 accumulate=local // micro, state="zero1" if data * cp > 1 else "zero0",
-                                balanced=pp > 1, gradient_bytes=4, adds_in_products=True, recompute=recompute, gathers_again=tp > 1,
+                                balanced=pp > 1, gradient_bytes=4, adds_in_products=True, recompute=recompute,
+                                gathers_again=tp > 1,
                             ))  # fmt: skip
 
     def ways(self, setup: Setup) -> Iterator[Setup]:

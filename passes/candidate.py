@@ -10,7 +10,6 @@ priced on top of a played replica, and says so in `priced_only`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -30,9 +29,6 @@ _CAST_BYTES = 2.0
 in 1 transposed, 4 for both."""
 LEAST_GAIN = 0.01
 """Of a step, that another way of running the same setup may save where it is priced too."""
-_BUCKET, _BUCKET_PER_RANK = 40e6, 1e6
-"""Parameters whose gradients Megatron-LM reduces together: the more of the two (`bucket_size` of its
-`DistributedDataParallelConfig`)."""
 _GATHERED = 3
 """Layers whose parameters are there at once where they are freed after use, and gathered ahead."""
 
@@ -475,12 +471,9 @@ def _waits_s(sent_s: float, compute_s: float, alone: float) -> float:
 def _exchanged_s(
     setup: Setup, elements: float, found: Profile, axes: tuple[int, ...], mesh: Topology
 ) -> tuple[float, float]:
-    """Seconds to reduce the gradients of so many parameters over the axes, and to gather them once updated, bucket by
-    bucket."""
-    ranks = math.prod(mesh.sizes[axis] for axis in axes)
-    buckets = max(1, round(elements / max(_BUCKET, _BUCKET_PER_RANK * ranks)))
-    gradients, item = elements * setup.gradient_bytes / buckets, found.whole["bytes"] / found.whole["elements"]
+    """Seconds to reduce the gradients of so many parameters over the axes, and to gather them once updated."""
+    gradients, item = elements * setup.gradient_bytes, found.whole["bytes"] / found.whole["elements"]
     if setup.state == "zero0":
-        return buckets * collective_s("all_reduce", gradients, axes, mesh), 0.0
-    reduce_s = buckets * collective_s("reduce_scatter", gradients, axes, mesh)
-    return reduce_s, buckets * collective_s("all_gather", elements * item / buckets, axes, mesh)
+        return collective_s("all_reduce", gradients, axes, mesh), 0.0
+    reduce_s = collective_s("reduce_scatter", gradients, axes, mesh)
+    return reduce_s, collective_s("all_gather", elements * item, axes, mesh)

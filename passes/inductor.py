@@ -23,10 +23,11 @@ from passes.behind import behind_writes
 from passes.fakes import FakeTensorMode
 from passes.graphs import graph_module
 from passes.local import COLLECTIVES
+from passes.scaled import with_scales_apart
 from passes.strides import laid_out
 
-# What a pointwise op reads stays in memory until the op runs. A sum over a few rows is one to Inductor, so sums of layers'
-# gradients (of a bias of attention scores, say) would keep what all of them read: torch 2.13 allows 12 reads on a CPU.
+# What a pointwise op reads stays in memory until it runs. A sum over a few rows is one to Inductor, so that a sum of
+# layers' gradients (of a bias of attention scores, say) keeps what all of them read. Torch 2.13 allows 12 on a CPU.
 _FEW_READS = {"realize_acc_reads_threshold": 8}
 # Inductor moves ops to where results are read or memory is freed: what is to run beside a collective ends up behind it.
 _AS_ORDERED = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
@@ -39,9 +40,10 @@ def through_inductor(gm: fx.GraphModule, pipelined: bool) -> Callable[[list[torc
     with FakeTensorMode(shape_env=ShapeEnv()):  # Inductor's cache of compiled graphs asks for one
         examples = [_fake_like(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
     sends = any(node.target in COLLECTIVES for node in gm.graph.nodes)
+    with_scales_apart(gm.graph)
     if sends:
         with_parts_apart(gm.graph)
-        gm.recompile()
+    gm.recompile()
     settings = _FEW_READS | ({**_AS_ORDERED, "_micro_pipeline_tp": pipelined} if sends else {})
     with torch.no_grad(), behind_writes():
         made = inductor_compile(_of_a_list(gm), [examples], settings)  # type: ignore[list-item]

@@ -3,7 +3,8 @@
 Two nodes share a class when they run the same call, in the same phase, at the same place of modules whose names differ
 only in a layer's index (`layers.3.mlp.up` and `layers.7.mlp.up`). An index counts as a layer's where the indexed
 modules have submodules with parameters of their own, and the layers at that place have the same parameters; the members
-of a plain `nn.Sequential` stay apart. So do parameters that an earlier program of the model stored differently. Folding restricts plans (layers are laid out alike) and never makes one wrong.
+of a plain `nn.Sequential` stay apart. So do parameters that an earlier program of the model stored differently. Folding
+restricts plans (layers are laid out alike) and never makes one wrong.
 """
 
 from __future__ import annotations

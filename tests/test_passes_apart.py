@@ -68,6 +68,21 @@ class Transposed(nn.Module):
         return x.square().mean()
 
 
+class Scaled(nn.Module):
+    """Low-rank adapters, and an average of products that is kept in place: sums with a scaled product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.narrow, self.wide = nn.Linear(8, 8), nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+        self.register_buffer("average", torch.zeros(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.average.mul_(0.9).add_(x.T @ x, alpha=0.1)
+        made = torch.add(self.base(x), x @ self.narrow.weight.T @ self.wide.weight.T, alpha=0.1)
+        return (made @ self.average).square().mean()
+
+
 def _main(rank: int, ranks: int, build: Callable[[], nn.Module], strategy: str) -> tuple[float, float]:
     """The largest error of a gradient or buffer, and of the loss."""
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
@@ -89,7 +104,9 @@ def _main(rank: int, ranks: int, build: Callable[[], nn.Module], strategy: str) 
     return error, abs(float(found.detach()) - float(wanted.detach()))
 
 
-@pytest.mark.parametrize(("build", "strategy"), [(Balanced, "ddp"), (Joined, "ddp"), (Transposed, "fsdp")])
+@pytest.mark.parametrize(
+    ("build", "strategy"), [(Balanced, "ddp"), (Joined, "ddp"), (Transposed, "fsdp"), (Scaled, "ddp")]
+)
 def test_a_compiled_step_is_that_of_one_device(build: Callable[[], nn.Module], strategy: str) -> None:
     for error, of_loss in run_ranks(_main, 2, build, strategy, timeout_s=300):
         assert error < 1e-4
