@@ -108,9 +108,10 @@ class BatchRanks:
                 f"{name} has no dim that the batch is split in, so it is one value for the global batch, but ranks "
                 f"along {names[axis]!r} were given different ones; give all ranks the same"
             )
-        splitting = ", ".join(names[each] for each in self.axes) or "no axis"
+        splitting = ", ".join(names[each] for each in self.axes)
+        by = f"only {splitting} splits the batch" if splitting else "no axis of the mesh splits the batch"
         return (
-            f"{name}: ranks along {names[axis]!r} were given different batches, but only {splitting} splits the batch; "
+            f"{name}: ranks along {names[axis]!r} were given different batches, but {by}; "
             f"give them the same one (DistributedSampler(num_replicas={self.count}, rank={self.index}) on rank "
             f"{dist.get_rank()}, or autopar.accelerator.Accelerator's loaders), and draw what is random in it alike"
         )

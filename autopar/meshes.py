@@ -63,7 +63,9 @@ def batch_axes_of(axes: Axes, chosen: Sequence[str] | None) -> tuple[int, ...]:
     if chosen is None:
         return tuple(index for index, name in enumerate(names) if name.lower() in BATCH_NAMES)
     if unknown := [name for name in chosen if name not in names]:
-        raise ValueError(f"batch_axes names {unknown}, but the mesh has {names}")
+        raise ValueError(
+            f"batch_axes names {unknown}, but the mesh has {names}; name axes of the mesh, or others in it"
+        )
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"batch_axes names an axis more than once: {', '.join(chosen)}")
     return tuple(index for index, name in enumerate(names) if name in chosen)

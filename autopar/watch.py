@@ -204,7 +204,7 @@ class Watch:
                     self.making = True  # said once
                     self.tell(
                         f"rank {rank} was given inputs of another shape, dtype or mode than rank {self.rank} in the "
-                        "same step; give all ranks inputs of equal shapes and dtypes"
+                        "same step, or another number; give all ranks equal shapes, dtypes and numbers"
                     )
                     return
 

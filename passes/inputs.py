@@ -184,6 +184,8 @@ def _batch_size(tensors: Mapping[str, Tensor], given: Mapping[str, int | None]) 
     counts = Counter(t.shape[0] for t in free.values())
     if told:
         return min(told)
+    if not tensors:
+        raise ValueError("the call has no tensor; pass what the model's forward takes, a batch of it")
     if not counts:
         found = {n: _describe(t) for n, t in tensors.items()}
         raise ValueError(f"no input has a batch dim: {found}; give the model a tensor whose dim 0 is the batch")
