@@ -343,7 +343,8 @@ def _replicating(space: Space, analysis: Analysis, strategy: str) -> Space:
 
 
 def _residual_whole(space: Space, analysis: Analysis) -> Space:
-    """`space` where no tensor axis splits the sequence, or the hidden dim of what is no operand of a product."""
+    """`space` where no tensor axis splits the sequence or samples, or the hidden dim of what is no operand of a
+    product."""
     tensor_axes = [axis for axis in range(len(space.topology.sizes)) if axis not in space.batch_axes]
     every = search_space(analysis.program, space.topology, space.batch_axes, strategy="auto", analysis=analysis)
     forward = [place for place in analysis.places if place.phase == "forward" and place.call and place.op]
@@ -351,12 +352,12 @@ def _residual_whole(space: Space, analysis: Analysis) -> Space:
         place.op.result_atoms for place in forward if place.call and place.op and place.call.target in EMBEDDINGS
     ]
     hidden = {atom for results in embedded for dims in results for dim in dims for atom in dim}
-    whole = (hidden - analysis.batch_atoms) | analysis.sequence_atoms
+    tokens = analysis.sequence_atoms | analysis.batch_atoms
 
     def is_whole(site: Site, option: Option | StoredOption) -> bool:
         if not isinstance(option, Option) or site.op is None:
             return False
-        atoms = analysis.sequence_atoms if site.call and site.call.target in PRODUCTS else whole
+        atoms = tokens if site.call and site.call.target in PRODUCTS else tokens | hidden
         leaves = [option.splits[axis] for axis in tensor_axes]
         return not any(leaf is not None and site.op.leaves[leaf].atom in atoms for leaf in leaves)
 

@@ -38,21 +38,19 @@ def in_flight(stages: int, micro_batches: int, virtual: int = 1, stage: int = 0)
     return min(float(micro_batches), chunks / virtual)
 
 
-def slowest_stage_s(layers: int, layer_s: float, outside_s: float, stages: int, *, balanced: bool = False) -> float:
-    """Seconds of the longest stage, one micro-batch forward and backward.
+def spread(layers: int, layer_s: float, outside_s: float, stages: int, *, balanced: bool = False) -> tuple[int, int]:
+    """Layers of the stages but the last, the most that one of them has, and of the last.
 
     `outside_s` is what comes before and after the layers; nearly all of it is the head, so it lies on the last stage.
     Layers are spread evenly where the stages divide them, as frameworks do unless told otherwise; else, and where they
     are to be `balanced`, the last stage gets fewer, as far as that helps.
     """
     if stages == 1:
-        return layers * layer_s + outside_s
+        return layers, layers
     if layers % stages == 0 and not balanced:
-        return layers // stages * layer_s + outside_s
-    return min(
-        max(last * layer_s + outside_s, ceil((layers - last) / (stages - 1)) * layer_s)
-        for last in range(ceil(layers / stages) + 1)
-    )
+        return layers // stages, layers // stages
+    ways = ((ceil((layers - last) / (stages - 1)), last) for last in range(ceil(layers / stages), -1, -1))
+    return min(ways, key=lambda way: max(way[0] * layer_s, way[1] * layer_s + outside_s))
 
 
 def step_s(

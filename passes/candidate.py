@@ -320,13 +320,14 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     casts_s = _casts_s(setup, found, hardware) if setup.fp8 else 0.0
     layer_s += casts_s / layers
     outside_s = outside["micro_s"]
-    slowest_s = pipeline.slowest_stage_s(layers, layer_s, outside_s, stages, balanced=setup.balanced)
+    most, last = pipeline.spread(layers, layer_s, outside_s, stages, balanced=setup.balanced)
+    slowest_s = max(most * layer_s, last * layer_s + outside_s)
     average_s = (layers * layer_s + outside_s) / stages
     message_s = _message_s(setup, found, hardware)
     passed_s, bubble_s, messages_s = pipeline.step_s(micro, slowest_s, average_s, message_s, stages, setup.virtual)
     sent_s = 2 * (setup.virtual * micro + stages - 1) * message_s
     # the busiest stage's share of the parameters
-    share = max(-(-layers // stages) / layers, 1 / stages)
+    share = max(most, last) / layers
     elements = (found.layer("elements") * layers * share) + (outside["elements"] * (1.0 if stages == 1 else 0.5))
     experts = found.layer("experts") * layers * share
     waits_s, behind_s, slowed_s, update_s = _state(setup, elements, experts, found, slowest_s, hardware)
@@ -342,7 +343,7 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
         "exposed state": waits_s,
         "optimizer": update_s,
     }
-    bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), elements, experts)
+    bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), (most, last), elements, experts)
     return Estimate(setup, step, sum(bytes_.values()), seconds, bytes_, hidden_s)
 
 

@@ -35,10 +35,15 @@ def at_rest(found: Profile, setup: Setup) -> dict[str, float]:
 
 
 def replicated_bytes(
-    setup: Setup, found: Profile, layer: Profile | None, elements: float, experts: float = 0.0
+    setup: Setup,
+    found: Profile,
+    layer: Profile | None,
+    layers: tuple[int, int],
+    elements: float,
+    experts: float = 0.0,
 ) -> dict[str, float]:
     """Of the busiest stage with `elements` parameters, `experts` of them in routed experts, of which a rank has its
-    share; from a replica's schedule; `layer`: as above."""
+    share; from a replica's schedule. `layer`: as above; `layers`: of the first stage and of the last."""
     ranks = setup.data_ranks * setup.cp
     held = elements - experts * (1 - 1 / setup.expert_parts)
     """By a rank. What ranks share is the same for experts: fewer elements, among as many ranks fewer."""
@@ -46,7 +51,7 @@ def replicated_bytes(
     per_element /= found.whole["elements"] * found.whole["stored bytes"] / found.whole["stored"]
     states = all_states * (elements / ranks if setup.state != "zero0" else held)
     trained = per_element * (elements / ranks if setup.state in ("zero2", "zero3") else held)
-    kept, working = _activations(setup, layer or found, whole_blocks=layer is not None)
+    kept, working = _activations(setup, layer or found, layers, whole_blocks=layer is not None)
     return {
         "parameters": _parameters(setup, found, elements, held),
         "gradients": trained * setup.gradient_bytes,
@@ -68,17 +73,16 @@ def _parameters(setup: Setup, found: Profile, elements: float, held: float) -> f
     return held * item + (share if stored_item != item else 0.0)
 
 
-def _activations(setup: Setup, found: Profile, *, whole_blocks: bool) -> tuple[float, float]:
+def _activations(setup: Setup, found: Profile, layers: tuple[int, int], *, whole_blocks: bool) -> tuple[float, float]:
     """What layers keep for backward, and what is on top, of the first or the last stage: the one with more."""
     saved, rest, stages = found.saved_bytes, found.whole["rest"], setup.pp
     spared = found.layer("gathered") - found.layer("gathered parts") if setup.gathers_again else 0.0
     kept_bytes = found.layer("boundary") if whole_blocks else saved - spared
     backward = max(0.0, found.whole["alive.last layers"] - rest - found.layers * saved) + saved - kept_bytes
     head = found.outside["alive.forward"] - found.outside["rest"]
-    layers = -(-max(1, found.layers) // stages)
 
     def of(stage: int) -> tuple[float, float]:
-        kept = kept_bytes * layers * in_flight(stages, setup.accumulate, setup.virtual, stage)
+        kept = kept_bytes * layers[stage > 0] * in_flight(stages, setup.accumulate, setup.virtual, stage)
         return kept, max(backward, head) if stage == stages - 1 else backward
 
     return max(of(0), of(stages - 1), key=sum)

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from costmodel.offload import HOST_BYTES_PER_S, host_update_s
-from costmodel.pipeline import bubble_share, in_flight, slowest_stage_s, step_s
+from costmodel.pipeline import bubble_share, in_flight, spread, step_s
 from costmodel.presets import hardware
 
 
@@ -103,12 +103,22 @@ def test_each_stage_holds_what_it_ran_forward_and_not_back(stages: int, micro_ba
         assert in_flight(stages, micro_batches, virtual, stage) == most_alive(stages, micro_batches, virtual, stage)
 
 
-@pytest.mark.parametrize(("layers", "stages"), [(7, 2), (10, 4), (13, 3)])
+@pytest.mark.parametrize(
+    ("layers", "stages", "balanced"), [(7, 2, False), (10, 4, False), (13, 3, False), (8, 2, True), (9, 3, True)]
+)
 @pytest.mark.parametrize("outside_s", [0.0, 0.5, 3.0])
-def test_uneven_layers_are_spread_at_best(layers: int, stages: int, outside_s: float) -> None:
-    splits = (s for s in product(range(layers + 1), repeat=stages) if sum(s) == layers)
+def test_uneven_layers_are_spread_at_best(layers: int, stages: int, balanced: bool, outside_s: float) -> None:
+    splits = [s for s in product(range(layers + 1), repeat=stages) if sum(s) == layers]
     best = min(max([*split[:-1], split[-1] + outside_s]) for split in splits)
-    assert slowest_stage_s(layers, 1.0, outside_s, stages) == pytest.approx(best)
+    most, last = spread(layers, 1.0, outside_s, stages, balanced=balanced)
+    assert max(most, last + outside_s) == pytest.approx(best)
+    assert any(max(split[:-1]) == most and split[-1] == last for split in splits)
+
+
+def test_stages_that_divide_layers_have_as_many_each() -> None:
+    assert spread(8, 1.0, 3.0, 2) == (4, 4)
+    assert spread(8, 1.0, 3.0, 2, balanced=True) == (5, 3)
+    assert spread(8, 1.0, 3.0, 1) == (8, 8)
 
 
 def test_a_pipeline_of_nothing_is_refused() -> None:
