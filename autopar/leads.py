@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 MEASURED_ERROR = 0.08
-"""Mean error of predicted steps: 6.7% over 171 published runs without pipelines, and 8.3% over 59 with them
+"""Mean error of predicted steps: 6.6% over 171 published runs without pipelines, and 8.3% over 59 with them
 (benchmarks/published_results.md)."""
 EXPERTS_ERROR = 0.25
 """The same with expert parallelism, of 5 published runs, which all took longer."""
