@@ -154,7 +154,7 @@ def parity_text(parity: Parity, width: int = 100) -> str:
     each = f", {parity.batch_size // parity.batch_ranks} for each of {parity.batch_ranks} data-parallel ranks"
     facts = [
         ("model", f"{parity.model}, {parity.parameters:,} parameters, {parity.dtype or 'no dtype'}, {mode} mode"),
-        ("mesh", f"{mesh}: {parity.ranks} ranks played in one CPU process"),
+        ("mesh", f"{mesh}: {parity.ranks} ranks played in one CPU process, op by op, not compiled"),
         ("plan", f"{parity.strategy!r}, priced for {parity.hardware}; graph {parity.fingerprint[:12]}"),
         ("batch", f"{parity.batch_size}{each if parity.batch_ranks > 1 else ''}; seed {parity.seed}"),
         ("held against", parity.reference),
