@@ -457,7 +457,7 @@ def _state(
         return times * (reduce_s + gather_s + again_s), 0.0, 0.0, update_s
     backward_s, forward_s = stage_s * 2 / 3, stage_s / 3
     # what comes first in forward and last in backward, an embedding or a layer, has nothing to hide behind
-    alone = max(setup.pp / max(1.0, found.layers), found.outside["elements"] / 2 / found.whole["elements"])
+    alone = max(min(1.0, setup.pp / max(1.0, found.layers)), found.outside["elements"] / 2 / found.whole["elements"])
     waits_s = _waits_s(reduce_s + again_s, backward_s, alone) + _waits_s(gather_s, forward_s, alone)
     sms, _ = taken_shares(axes, mesh)
     behind_s = reduce_s + gather_s + again_s - waits_s
@@ -466,7 +466,7 @@ def _state(
 
 def _waits_s(sent_s: float, compute_s: float, alone: float) -> float:
     """What compute waits for of what is sent beside it, a share of which is `alone`."""
-    return max(sent_s - compute_s, sent_s * min(1.0, alone))
+    return max(sent_s - compute_s, sent_s * alone)
 
 
 def _exchanged_s(
