@@ -2,7 +2,7 @@
 
     model = autopar.parallelize(model, mesh, {"input_ids": ids, "labels": ids})
 
-See `parallelize`, `plan`, `apply`, `search`, `verify` and `Options`; the command line is `autopar --help`.
+See `parallelize`, `plan`, `apply`, `search`, `price`, `verify` and `Options`; the command line is `autopar --help`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from autopar.certificate import Parity
 from autopar.module import ParallelModule
 from autopar.options import Options
 from autopar.pipeline import Pipeline
+from autopar.pricing import Price, price
 from autopar.search import SearchResult, search
 from autopar.verify import verify
 from costmodel.hardware import Hardware
@@ -30,6 +31,7 @@ from passes.errors import (
     UnsupportedOpError,
 )
 from passes.plan import Plan
+from passes.setup import Setup
 
 __all__ = [
     "AutoparError",
@@ -40,11 +42,14 @@ __all__ = [
     "Parity",
     "Plan",
     "PlanMismatchError",
+    "Price",
     "SearchResult",
+    "Setup",
     "UnsupportedOpError",
     "apply",
     "parallelize",
     "plan",
+    "price",
     "search",
     "verify",
 ]

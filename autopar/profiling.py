@@ -24,6 +24,7 @@ from passes.collector import settled
 from passes.depth import Profile, profile, sample
 from passes.fusion import Fused
 from passes.inputs import global_inputs
+from passes.model_flops import ModelFlops, model_flops
 from passes.named import stored_choices
 from passes.pad import Pad
 from passes.pipeline import prepare
@@ -157,6 +158,13 @@ class Profiler:
     def experts(self) -> int:
         """Routed experts of a layer; 0 where there are none."""
         return expert_count(self.captures.program(len(self.captures.shallow.prefixes) - 1, 1, 1))
+
+    @cached_property
+    def products(self) -> ModelFlops:
+        """Of one sample's step."""
+        prefixes = self.captures.shallow.prefixes
+        found = [model_flops(self.captures.program(i, 1, 1)) for i in range(len(prefixes))]
+        return ModelFlops(sum(p.weight * each.flops for p, each in zip(prefixes, found, strict=True)), found[-1].dtype)
 
     def profile(self, setup: Setup, *, replica: bool) -> Profile:
         """See `candidate.Profiler`."""

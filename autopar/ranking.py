@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from costmodel.memory import gib
-from passes.report_text import seconds_text
+from passes.report_text import step_text
 from passes.tables import terminal_width, text_table
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def ranking_text(result: SearchResult, name: str | None, top: int) -> str:
     where = f", sequence {result.sequence}" if result.sequence else ""
     rest = "none of the others fits and takes 1% less than one of its mesh that was"
     if result.bound_s < math.inf:
-        rest = f"none of the others takes less than {_time(result.bound_s)}, or 1% less than one of its mesh that was"
+        rest = (
+            f"none of the others takes less than {step_text(result.bound_s)}, or 1% less than one of its mesh that was"
+        )
     table = ranking_table(result, top)
     lines = [
         f"{name or result.model} on {result.gpus} x {result.hardware}, global batch {result.global_batch}{where}; "
@@ -115,7 +117,7 @@ def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
         f"{setup.micro_batch} x {setup.accumulate}",
         "full, whole" if setup.runs_whole else setup.recompute,
         ", ".join(gathered_words(setup)),
-        _time(candidate.step_time_s),
+        step_text(candidate.step_time_s),
         f"{speed:.0f}",
         gib(candidate.peak_memory_bytes),
         "" if candidate.fits else gib(candidate.over_bytes),
@@ -126,7 +128,3 @@ def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
 def gathered_words(setup: Setup) -> list[str]:
     """What becomes of gathered parameters and activations, where it is not the usual."""
     return [*([] if setup.reshard else ["kept"]), *(["again"] if setup.gathers_again else [])]
-
-
-def _time(seconds: float) -> str:
-    return seconds_text(seconds) if seconds < 1 else f"{seconds:.2f} s"

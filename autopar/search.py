@@ -18,30 +18,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
-from autopar import examples
-from autopar.options import Options, Recompute, check_options
-from autopar.profiling import Captures, Profiler
+from autopar.options import Options, Recompute
 from autopar.ranking import NEAREST, gathered_words, ranking_table, ranking_text
 from autopar.reach import Times, on, times_of
-from autopar.unwrapped import check_unwrapped
+from autopar.subject import Subject, check_nodes, states_text, subject
 from autopar.verdict import Verdict, verdict
 from autopar.waiting import TooLarge, Waiting, least_recomputed
-from costmodel.hardware import Hardware, topology
-from costmodel.memory import OPTIMIZERS, OptimizerSpec
+from costmodel.hardware import Hardware
 from costmodel.presets import hardware as hardware_of
 from passes.candidate import LEAST_GAIN, Either, Estimate, estimate, is_settled, lower_bound, ways_of, with_least_memory
 from passes.collector import settled
 from passes.errors import NoFeasiblePlanError
 from passes.frontier import FrontierPoint
-from passes.inputs import default_inputs, global_inputs
 from passes.pipeline import tight_note
 from passes.plan import Plan
 from passes.recompute import Mode
-from passes.setup import Setup
+from passes.setup import Setup, as_megatron
 
 _AUTO: tuple[Mode, ...] = ("pointwise", "widening", "full")
 """What `recompute="auto"` tries."""
@@ -52,8 +46,6 @@ _TRIED = 4
 """So many that cannot be listed are played, where no other of their kind is known to fit."""
 _ELSEWHERE = 8
 """So many pipelines, the fastest, are priced on other numbers of GPUs too."""
-_UNPRICED = ("compile", "mp_policy", "pins", "async_tp")
-"""Options of plans that the search does not price."""
 _MOST_EXPERT_RANKS = 64
 _LEAST_PART = 4096
 """Tokens of a sequence below which context parallelism is not considered: its ring would outlast its attention."""
@@ -222,104 +214,44 @@ def search(
         ValueError: options that mean nothing here, GPUs that fill no nodes, a batch that no mesh divides, inputs of
             more than one sample, a model without parameters.
     """
-    check_unwrapped(model)
-    options = Options() if options is None else options
-    check_options(options)
-    if options.batch_axes is not None:
-        raise ValueError(f"Options(batch_axes={options.batch_axes!r}): the axes are the search's own; leave it out")
-    if next(model.parameters(), None) is None:
-        raise ValueError(f"{type(model).__name__} has no parameters, so there is nothing to train")
     machine = hardware_of(hardware)
-    _check(gpus, global_batch, sequence, top, machine)
-    length = sequence or sequence_of(model, example_inputs)
-    if sequence and example_inputs is None:
-        _check_positions(model, sequence)
-    if example_inputs is not None:
-        args, kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
-        if (samples := global_inputs(args, kwargs, 1, options.batch_dims).batch_size) != 1:
-            raise ValueError(f"example_inputs has a batch of {samples}; pass one sample, the search sets the batch")
-
-    def inputs(parts: int) -> Any:
-        if example_inputs is not None:
-            return example_inputs
-        return default_inputs(model, 1, length // parts) if length else default_inputs(model, 1)
-
-    stateless = options.optimizer == "none"
-    options = replace(options, optimizer=_optimizer(options.optimizer, model))
-    captures = Captures(model, inputs, batch_dims=options.batch_dims, progress=progress)
-    profiler = Profiler(captures, machine, OPTIMIZERS[options.optimizer])
-    splits = length if example_inputs is None else None
-    state = _State(profiler, gpus, global_batch, options, top, splits, progress)
-    if stateless:
+    _check(gpus, global_batch, top, machine)
+    asked = subject(model, machine, example_inputs, sequence, options or Options(), progress)
+    state = _State(asked, gpus, global_batch, top, progress)
+    if options is not None and options.optimizer == "none":
         state.notes.append("no optimizer is priced as sgd is, which keeps nothing either")
-    return state.result(model, length)
+    return state.result()
 
 
-def _budget(options: Options, machine: Hardware, gpus: int) -> int:
-    """Bytes that each of `gpus` devices may use."""
-    return options.memory_budget or _usable_bytes(machine, gpus)
-
-
-def _usable_bytes(machine: Hardware, gpus: int) -> int:
-    """What each of `gpus` devices has; ranks of one host share what it has."""
-    return int(topology(machine, {"ranks": gpus}).device.usable_bytes)
-
-
-def _optimizer(asked: str, model: nn.Module) -> str:
-    """What the search budgets for: "adamw" with an fp32 copy of parameters that are held in a lower precision."""
-    low = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
-    return "adamw-master" if asked == "adamw" and low else "sgd" if asked == "none" else asked
-
-
-def _check(gpus: int, global_batch: int, sequence: int | None, top: int, machine: Hardware) -> None:
+def _check(gpus: int, global_batch: int, top: int, machine: Hardware) -> None:
     if gpus < 1:
         raise ValueError(f"gpus is {gpus}; at least 1")
     if global_batch < 1:
         raise ValueError(f"global_batch is {global_batch}; give the samples of one step over all GPUs")
-    if sequence is not None and sequence < 1:
-        raise ValueError(f"sequence is {sequence}; at least 1 token, or None for what the model's config has")
     if top < 1:
         raise ValueError(f"top is {top}; at least 1 plan is played to its end")
-    node = machine.ranks_per_node
-    if gpus > node and gpus % node:
-        low = gpus // node * node
-        raise ValueError(f"{gpus} GPUs fill no whole number of nodes of {node}; use {low} or {low + node}")
-
-
-def _check_positions(model: nn.Module, sequence: int) -> None:
-    made = default_inputs(model, 1, sequence).get("input_ids")
-    if made is not None and made.shape[1] < sequence:
-        raise ValueError(f"sequence is {sequence}, but the model has {made.shape[1]} positions; at most that")
-
-
-def sequence_of(model: nn.Module, example_inputs: Any) -> int | None:
-    """Tokens of a sample: the length of the first input of token ids; None where there is none, as for images."""
-    args, kwargs = examples.call_of(model, example_inputs)
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim() == 2]
-    return next((int(x.shape[1]) for x in tensors if not x.is_floating_point() and x.dtype != torch.bool), None)
+    check_nodes(gpus, machine)
 
 
 class _State:
     """One search: what is asked, and what was priced so far."""
 
-    def __init__(
-        self, profiler: Profiler, gpus: int, batch: int, options: Options, top: int, splits: int | None,
-        progress: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        self.profiler = profiler
+    def __init__(self, asked: Subject, gpus: int, batch: int, top: int, progress: Callable[[str], None]) -> None:
+        self.asked = asked
+        self.profiler = asked.profiler
         self.gpus = gpus
         self.batch = batch
-        self.budget = _budget(options, profiler.hardware, gpus)
-        self.options = options
+        self.budget = asked.budget_bytes(gpus)
+        options = asked.options
         self.recompute = _AUTO if options.recompute == "auto" else (options.recompute,)
         self.either = Either(options.reshard_after_forward is None, options.regather_activations is None)
         self.reshard, self.regather = options.reshard_after_forward is not False, options.regather_activations is True
         self.top = top
-        self.length = splits
+        self.length = asked.cut_length
         self.progress = progress
         self.notes: list[str] = []
 
-    def result(self, model: nn.Module, length: int | None) -> SearchResult:
+    def result(self) -> SearchResult:
         machine = self.profiler.hardware
         plans, priced = list(self.plans(self.gpus)), list(self.formulas())
         widest = max(self.widths(self.gpus))
@@ -348,12 +280,12 @@ class _State:
         found_verdict = verdict(
             everything, self.profiler, self.gpus, self.batch, self.budget, lambda n: self.times_on(n, everything)
         )
-        self.notes.append(_states_text(self.profiler.optimizer))
+        self.notes.append(states_text(self.profiler.optimizer))
         plain = (c for c in fitting if not c.priced_only)
         if (best := next(plain, None)) and not machine.shared_host:
-            note = tight_note(best.peak_memory_bytes, _usable_bytes(machine, self.gpus))
+            note = tight_note(best.peak_memory_bytes, self.asked.usable_bytes(self.gpus))
             self.notes += [f"the fastest that plans can do: {note}"] if note else []
-        if given := [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]:
+        if given := self.asked.unpriced:
             self.notes.append(f"not priced: {', '.join(given)}; what `options` gives hands them on to a plan")
         if not plans:
             self.notes.append(f"no mesh of plans {undivided}")
@@ -365,10 +297,9 @@ class _State:
         if not self.profiler.layers:
             self.notes.append("no repeated layers were found, or too few to cut: captured whole, no pipeline priced")
         return SearchResult(
-            getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__,
-            self.gpus, machine.label, self.batch, length, self.budget, tuple(_distinct(fitting)),
-            tuple(_distinct(large)), found_verdict,
-            len(priced) + len(found) + unplayed, len(found), bound_s, tuple(self.notes), self.options,
+            self.asked.name, self.gpus, machine.label, self.batch, self.asked.length, self.budget,
+            tuple(_distinct(fitting)), tuple(_distinct(large)), found_verdict,
+            len(priced) + len(found) + unplayed, len(found), bound_s, tuple(self.notes), self.asked.options,
         )  # fmt: skip
 
     # -- what there is to try ------------------------------------------------------------------------------------------
@@ -438,24 +369,21 @@ class _State:
                     local = self.batch // data
                     for micro in self.micro_batches(local, pp):
                         for recompute, ep in itertools.product(self.recompute, self.expert_ranks(ways * tp, tp)):
-                            yield from self.ways(Setup(
+                            yield from self.ways(as_megatron(Setup(
                                 dp_shard=data, tp=tp, pp=pp, cp=cp, ep=ep, micro_batch=micro,
                                 accumulate=local // micro, state="zero1" if data * cp > 1 else "zero0",
-                                balanced=pp > 1, gradient_bytes=4, adds_in_products=True, recompute=recompute,
-                                gathers_again=tp > 1,
-                            ))  # fmt: skip
+                                recompute=recompute,
+                            )))  # fmt: skip
 
     def ways(self, setup: Setup) -> Iterator[Setup]:
         """ZeRO-1, and ZeRO-2 where gradients need not wait for a pipeline's other micro-batches; plain and interleaved
-        stages, with layers that full recompute runs again to their end, collectives too, or as plans do. Stages with
-        tensor parallelism send in parts beside products, as published pipelines do (`tp_overlap`, benchmarks/data)."""
+        stages, with layers that full recompute runs again to their end, collectives too, or as plans do."""
         if setup.pp == setup.cp == 1:
             if setup.data_ranks > 1:
                 yield setup
                 yield replace(setup, state="zero2")
             return
         layers = self.profiler.layers
-        setup = replace(setup, tp_overlap=setup.pp > 1 and setup.tp > 1)
         staged = [setup]
         if setup.pp > 1 and layers % setup.pp == 0 and layers > setup.pp:
             staged.append(replace(setup, virtual=layers // setup.pp))
@@ -503,7 +431,7 @@ class _State:
         kept = [c.setup for c in _distinct(c for c in fastest if c.setup.pp > 1)][:_ELSEWHERE]
         kept += [c.setup for c in fastest if c.setup.pp == c.setup.cp == 1 and c.setup.state == "zero3"][:1]
         kept += [c.setup for c in fastest if c.setup.pp == 1 < c.setup.cp][:1]
-        budget = _budget(self.options, self.profiler.hardware, gpus)
+        budget = self.asked.budget_bytes(gpus)
         return times_of(states, on(gpus, self.batch, kept), self.profiler, budget, either=self.either)
 
     # -- pricing -------------------------------------------------------------------------------------------------------
@@ -605,14 +533,6 @@ class _State:
 def _by_hand(setup: Setup) -> Setup:
     """The setup whose tensor-parallel ranks do what they would by hand."""
     return replace(setup, solved=False)
-
-
-def _states_text(spec: OptimizerSpec) -> str:
-    """What was budgeted for the optimizer."""
-    copy = f", {spec.master_bytes_per_param:g} of them an fp32 copy of it" if spec.master_bytes_per_param else ""
-    kept = spec.state_bytes_per_param + spec.master_bytes_per_param
-    each = "a value per row and column of a matrix" if spec.factored else f"{kept:g} bytes per parameter{copy}"
-    return f"optimizer {spec.name}: {each}; Options.optimizer and --optimizer change that"
 
 
 def _parallelism(setup: Setup) -> Setup:

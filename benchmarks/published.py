@@ -158,7 +158,7 @@ class Run:
         if cards := self.told("node_gpus"):
             found = replace(found, ranks_per_node=int(float(cards)))
         if self.line["attention"] != "unfused":
-            found = _with_attention(found, self.line["attention"])
+            found = with_attention(found, self.line["attention"])
         told = self.told("node_gbps")
         return _with_network(found, float(told)) if told else found
 
@@ -321,7 +321,7 @@ def _contradictions(run: Run) -> list[tuple[str, str, str]]:
         refuse("precision", f"on {machine.device.name} bf16 would do")
     if line["attention"] != "unfused":
         try:
-            _with_attention(machine, line["attention"])
+            with_attention(machine, line["attention"])
         except ValueError as error:
             refuse("attention", str(error))
     if line["node_gbps"] and machine.device.name not in _NODE_GBPS:
@@ -341,29 +341,9 @@ def _forward_flops(run: Run, *, causal: bool = False) -> float:
 
 _NODE_GBPS = {
     "a100-40gb": 1600, "a100-80gb": 1600, "h100": 3200, "h200": 3200, "b200": 3200, "h100-500w": 3200, "b200-efa": 3200,
+    "gb200": 25600, "h800": 3200, "a800": 1600, "h100-efa": 3200,
 }  # fmt: skip
-"""What the presets have between nodes, as their sources say: a card a GPU, 8 of them."""
-
-_SAME_DEVICE = {"b200-efa": "b200"}
-"""Presets with a network of their own, and those with the same device."""
-
-
-def _with_attention(machine: Hardware, kernels: str) -> Hardware:
-    """`machine` whose attention runs in these kernels.
-
-    Raises:
-        ValueError: no figures for them on this device.
-    """
-    like = _SAME_DEVICE.get(machine.device.name)
-    if like is None:
-        return with_attention(machine, kernels)
-    known = with_attention(hardware(like), kernels).device
-    device = replace(
-        machine.device, attention_efficiency=known.attention_efficiency,
-        attention_backward_efficiency=known.attention_backward_efficiency,
-    )  # fmt: skip
-    return replace(machine, device=device)
-
+"""What the presets have between nodes, as their sources say: a card a GPU."""
 
 def _with_network(machine: Hardware, node_gbps: float) -> Hardware:
     """`machine` with that many gigabits per second into a node instead of the preset's."""

@@ -56,12 +56,14 @@ def with_attention(hardware: Hardware, kernels: str) -> Hardware:
     Raises:
         ValueError: no figures for these kernels on this device.
     """
-    table: dict[str, dict[str, list[Any]]] = _data()["attention_kernels"]
-    known = table.get(hardware.device.name, {})
+    data = _data()
+    name, like = hardware.device.name, hardware.device.name
+    while like not in data["attention_kernels"] and "base" in data["presets"].get(like, {}):
+        like = data["presets"][like]["base"]
+    known: dict[str, list[Any]] = data["attention_kernels"].get(like, {})
     if kernels not in known:
         raise ValueError(
-            f"no figures for attention kernels {kernels!r} on {hardware.device.name}; known are "
-            f"{', '.join(known) or 'none'}"
+            f"no figures for attention kernels {kernels!r} on {name}; known are {', '.join(known) or 'none'}"
         )
     (forward, backward), _ = known[kernels]
     device = replace(hardware.device, attention_efficiency=forward, attention_backward_efficiency=backward)
@@ -187,8 +189,11 @@ def _gpu_model() -> str:
 
 
 def _gpu_preset(model: str) -> str | None:
-    """The preset whose device names occur in `model`."""
-    for name, entry in _data()["presets"].items():
-        if any(known.lower() in model.lower() for known in entry.get("cuda_names", ())):
-            return str(name)
-    return None
+    """The preset whose device names occur in `model`; of several (B200, GB200) the one with the longest."""
+    found = [
+        (len(known), str(name))
+        for name, entry in _data()["presets"].items()
+        for known in entry.get("cuda_names", ())
+        if known.lower() in model.lower()
+    ]
+    return max(found)[1] if found else None

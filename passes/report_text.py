@@ -71,6 +71,11 @@ def seconds_text(seconds: float) -> str:
     raise AssertionError(seconds)
 
 
+def step_text(seconds: float) -> str:
+    """The same, of steps that are told apart by hundredths of a second."""
+    return seconds_text(seconds) if seconds < 1 else f"{seconds:.2f} s"
+
+
 def percent_text(share: float) -> str:
     """`12%`; `<1%` for what would read 0%."""
     return "<1%" if 0 < share < 0.005 else f"{share:.0%}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from passes.recompute import Mode
@@ -109,3 +109,13 @@ class Setup:
         if self.tp_waits:
             found.append("tensor parallelism that waits")
         return tuple(found)
+
+
+def as_megatron(setup: Setup) -> Setup:
+    """`setup` run as Megatron-LM does: gradients in fp32, added up within the products that make them; of what sequence
+    parallelism gathers a rank's part kept; stages balanced, whose tensor-parallel ranks send in parts beside products,
+    as in published pipelines (benchmarks/data)."""
+    return replace(
+        setup, gradient_bytes=4, adds_in_products=True, gathers_again=setup.tp > 1, balanced=setup.pp > 1,
+        tp_overlap=setup.pp > 1 and setup.tp > 1,
+    )  # fmt: skip

@@ -49,6 +49,12 @@ def test_published_figures() -> None:
     assert H100.device.peak_flops_per_s["float32"] == 67e12
     assert hardware("h200").device.memory_bytes_per_s == 4.8e12
     assert hardware("b200").device.peak_flops_per_s["bfloat16"] == 2250e12
+    assert 72 * hardware("gb200").device.peak_flops_per_s["float8"] == 360e15  # of a rack, dense
+    assert hardware("gb200").device.memory_bytes / 2**30 == pytest.approx(184.3, abs=0.1)
+    assert hardware("h800").intra_node.bytes_per_s == pytest.approx(160e9, rel=0.05)  # DeepSeek-V3's report
+    assert hardware("a800").intra_node.bytes_per_s / hardware("a100-80gb").intra_node.bytes_per_s == pytest.approx(
+        400 / 600, rel=0.01
+    )
 
 
 def test_a_part_under_a_lower_cap_takes_over_the_rest() -> None:
@@ -105,6 +111,9 @@ def test_device_names_lead_to_presets() -> None:
     assert preset_of("NVIDIA H100 80GB HBM3") == "h100"
     assert preset_of("NVIDIA H200") == "h200"
     assert preset_of("NVIDIA B200") == "b200"
+    assert preset_of("NVIDIA GB200") == "gb200"
+    assert preset_of("NVIDIA H800") == "h800"
+    assert preset_of("NVIDIA A800-SXM4-80GB") == "a800"
     assert preset_of("Tesla T4") is None
 
 

@@ -214,7 +214,7 @@ def test_heads_that_tensor_parallel_ranks_cannot_share_are_refused() -> None:
     assert columns(PLAIN, heads="7", kv_heads="7", hidden="704") == ["heads"]
 
 
-@pytest.mark.parametrize(("preset", "of_preset"), [("h100-500w", "h100"), ("b200-efa", "b200")])
+@pytest.mark.parametrize(("preset", "of_preset"), [("h100-500w", "h100"), ("b200-efa", "b200"), ("h800", "h100")])
 def test_a_network_of_its_own_beside_any_preset(preset: str, of_preset: str) -> None:
     row = replace(ON_B200, line={**ON_B200.line, "hardware": preset, "node_gbps": "800"})
     link, full = row.machine.inter_node, hardware(preset).inter_node

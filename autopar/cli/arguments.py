@@ -80,6 +80,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    """A time above zero: `2.5`."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write seconds, as in 2.5")
+    return found
+
+
 def output(text: str) -> str:
     """A file to be written: its folder is there, which is said before the work is done and not after."""
     folder = Path(text).resolve().parent

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, get_args
 
-from autopar.cli import calibrate, check, diff, explain, inspect, plan, search, verify
+from autopar.cli import calibrate, check, diff, explain, inspect, plan, price, search, verify
 from autopar.cli.terminal import quiet_libraries, wrapped
 from autopar.options import Recompute
 from passes.errors import AutoparError, NoFeasiblePlanError
 
-COMMANDS = (inspect, plan, search, explain, diff, check, verify, calibrate)
+COMMANDS = (inspect, plan, search, price, explain, diff, check, verify, calibrate)
 
 _ABOUT = "Lay a PyTorch model out over many devices: plan it, read the plan, prove it."
 _EPILOG = """\
@@ -115,6 +115,8 @@ _FLAGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\ba memory budget of ([\d.]+ \w+) \((\d+) bytes\)", r"--memory-budget \2 (\1)"),
     (r"\bthe mesh (\w+=\d+(?: x \w+=\d+)*)", lambda found: "--mesh " + found[1].replace(" x ", ",")),
     (r"\bOptions\(async_tp=True\)", "--async-tp"),
+    (r"\bdp_replicate is (\d+)", r"--replicas \1"),
+    (r"\b(pp|cp|virtual) is (\d+)", r"--\1 \2"),
     (r"\bOptions\((batch_dims=\{[^}]*\})\)", r"\1"),
     (r"\bbatch_dims=\{((?:'[^']+': (?:None|-?\d+)(?:, )?)+)\}", lambda found: _batch_dims(found[1])),
     (r"\bbatch_dims\['([^']+)'\] is (-?\d+)", r"--batch-dim \1=\2"),

@@ -32,7 +32,8 @@ from autopar.cli.compiling import Progress, planned
 from autopar.cli.terminal import clean_output, progress
 from autopar.model_argument import Wanted, load_model
 from autopar.options import Options
-from autopar.search import SearchResult, search, sequence_of
+from autopar.search import SearchResult, search
+from autopar.subject import sequence_of
 from passes.inputs import global_inputs, one_sample
 
 HELP = "rank mesh shapes by predicted step time and memory"

@@ -1,0 +1,182 @@
+"""`price`: what one way to run takes, as a search prices it: parts of the step and of the memory, and FLOPs used."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from torch import nn
+
+from autopar.leads import EXPERTS_ERROR, MEASURED_ERROR
+from autopar.options import Options
+from autopar.price_text import price_text
+from autopar.subject import Subject, check_nodes, states_text, subject
+from costmodel.hardware import Hardware
+from costmodel.presets import hardware as hardware_of
+from passes.candidate import estimate
+from passes.collector import settled
+from passes.pipeline import tight_note
+from passes.recompute import Mode
+from passes.setup import Setup, State
+
+_COUNTS = (
+    "dp_replicate", "dp_shard", "tp", "pp", "cp", "ep", "virtual", "micro_batch", "accumulate",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Price:
+    """Seconds of a step and bytes of the busiest rank; `seconds` and `bytes` say of what.
+
+    `hidden_s`: what is sent behind compute. `model_flops`: of products and attention in a step on all GPUs, none
+    counted twice, and of causal attention what kernels compute. `peak_flops_per_s`: of one GPU, in the dtype that
+    products run in.
+    """
+
+    model: str
+    hardware: str
+    setup: Setup
+    sequence: int | None
+    """Tokens of a sample; None where it has none."""
+    step_time_s: float
+    peak_memory_bytes: int
+    budget_bytes: int
+    seconds: Mapping[str, float]
+    bytes: Mapping[str, float]
+    hidden_s: float
+    model_flops: float
+    peak_flops_per_s: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gpus(self) -> int:
+        return self.setup.ranks
+
+    @property
+    def fits(self) -> bool:
+        return self.over_bytes == 0
+
+    @property
+    def over_bytes(self) -> int:
+        """By how much it does not fit; 0 where it does."""
+        return max(0, self.peak_memory_bytes - self.budget_bytes)
+
+    @property
+    def units_per_s(self) -> float:
+        """Tokens (samples, where these have none) per second and GPU."""
+        return self.setup.global_batch * (self.sequence or 1) / self.step_time_s / self.gpus
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the peak that model FLOPs are."""
+        return self.model_flops / (self.step_time_s * self.gpus * self.peak_flops_per_s)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, name: str | None = None, measured_s: float | None = None) -> str:
+        """As people read it; `name` is what the model is called, `measured_s` what a step was seen to take."""
+        return price_text(self, name, measured_s)
+
+    def to_json(self) -> str:
+        """All of it, for scripts."""
+        content = {
+            "format": "autopar-price", "version": 1, **asdict(self), "gpus": self.gpus,
+            "global_batch": self.setup.global_batch, "over_bytes": self.over_bytes, "utilisation": self.utilisation,
+            "units_per_s": self.units_per_s, "priced_only": list(self.setup.priced_only),
+        }  # fmt: skip
+        return json.dumps(content, indent=1)
+
+
+@settled()
+def price(
+    model: nn.Module,
+    setup: Setup,
+    hardware: str | Hardware | None = None,
+    example_inputs: Any = None,
+    *,
+    sequence: int | None = None,
+    options: Options | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Price:
+    """What a step of `model` takes as `setup` says, on as many devices as its ranks; no process group is built.
+
+    `example_inputs`, `sequence` and `options` (`memory_budget`, `optimizer`, `batch_dims`) are as for `search`, which
+    prices the same setup alike.
+
+    Raises:
+        ValueError: ranks that fill no nodes, stages or parts that the model has not, what has no price; names the
+            field of `setup`.
+    """
+    machine = hardware_of(hardware)
+    _check_fields(setup, machine)
+    asked = subject(model, machine, example_inputs, sequence, options or Options(), progress)
+    _check_model(setup, asked)
+    progress("playing the step")
+    found = estimate(setup, asked.profiler)
+    peaks = asked.hardware.device.peak_flops_per_s
+    progress("counting FLOPs")
+    products = asked.profiler.products
+    return Price(
+        asked.name, machine.label, setup, asked.length, found.step_s, math.ceil(found.peak_bytes),
+        asked.budget_bytes(setup.ranks), dict(found.seconds), dict(found.bytes), found.hidden_s,
+        products.flops * setup.global_batch, peaks["float8" if setup.fp8 else products.dtype],
+        tuple(_notes(setup, asked, found.peak_bytes)),
+    )  # fmt: skip
+
+
+def _check_fields(setup: Setup, machine: Hardware) -> None:
+    for name in _COUNTS:
+        if (value := getattr(setup, name)) < 1:
+            raise ValueError(f"{name} is {value}; at least 1")
+    for name, known in (("state", get_args(State)), ("recompute", get_args(Mode)), ("in_block", get_args(Mode))):
+        if (told := getattr(setup, name)) not in known:
+            raise ValueError(f"{name} is {told!r}; one of {', '.join(known)}")
+    if setup.gradient_bytes not in (2, 4):
+        raise ValueError(f"gradient_bytes is {setup.gradient_bytes}; 2 or 4")
+    check_nodes(setup.ranks, machine)
+    if machine.shared_host and setup.priced_only:
+        raise ValueError(
+            f"{', '.join(setup.priced_only)} on {machine.label}: ranks share one host there, for which plans alone are "
+            "priced; name a GPU"
+        )
+    if setup.fp8 and "float8" not in machine.device.peak_flops_per_s:
+        raise ValueError(f"fp8: {machine.label} has no fp8 matrix products; leave it out")
+    if setup.dp_replicate > 1 and (setup.state != "zero3" or setup.pp > 1 or setup.cp > 1):
+        raise ValueError(
+            f"dp_replicate is {setup.dp_replicate}: copies of sharded state are priced under zero3 without stages and "
+            "context parallelism; count all data-parallel ranks in dp_shard"
+        )
+    if setup.virtual > 1 and setup.pp == 1:
+        raise ValueError(f"virtual is {setup.virtual} without stages; give pp, or leave it out")
+
+
+def _check_model(setup: Setup, asked: Subject) -> None:
+    layers = asked.profiler.layers
+    if setup.pp > 1 and not layers:
+        raise ValueError(f"pp is {setup.pp}, but no repeated layers were found, or too few to cut; pp=1 is priced")
+    if setup.pp > max(1, layers):
+        raise ValueError(f"pp is {setup.pp}, but the model has {layers} repeated layers; at most that")
+    if setup.virtual > 1 and layers % (setup.pp * setup.virtual):
+        raise ValueError(
+            f"virtual is {setup.virtual}: {layers} layers are not cut evenly into {setup.pp} x {setup.virtual} parts"
+        )
+    if setup.cp > 1 and asked.cut_length is None:
+        raise ValueError(f"cp is {setup.cp}: a sequence can be cut where inputs come from the model's config alone")
+    if setup.cp > 1 and asked.cut_length is not None and asked.cut_length % setup.cp:
+        raise ValueError(f"cp is {setup.cp}, which does not divide a sequence of {asked.cut_length}")
+
+
+def _notes(setup: Setup, asked: Subject, peak_bytes: float) -> list[str]:
+    error = EXPERTS_ERROR if setup.ep > 1 else MEASURED_ERROR
+    notes = [] if asked.hardware.shared_host else [f"predictions of such steps are off by {error:.0%} on average"]
+    if not asked.hardware.shared_host:
+        note = tight_note(peak_bytes, asked.usable_bytes(setup.ranks))
+        notes += [note] if note else []
+    notes.append(states_text(asked.profiler.optimizer))
+    if asked.unpriced:
+        notes.append(f"not priced: {', '.join(asked.unpriced)}")
+    return notes

@@ -1,0 +1,132 @@
+"""What the search and `price` work on: a model, fed so much, on hardware, with the options that count there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from autopar import examples
+from autopar.options import Options, check_options
+from autopar.profiling import Captures, Profiler
+from autopar.unwrapped import check_unwrapped
+from costmodel.hardware import Hardware, topology
+from costmodel.memory import OPTIMIZERS, OptimizerSpec
+from passes.inputs import default_inputs, global_inputs
+
+_UNPRICED = ("compile", "mp_policy", "pins", "async_tp")
+"""Options of plans that are not priced."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`options` name the optimizer that is budgeted for. `length`: tokens of a sample; None where it has none.
+    `cut_length`: the same where the sequence can be cut, for context parallelism."""
+
+    name: str
+    profiler: Profiler
+    options: Options
+    length: int | None
+    cut_length: int | None
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.profiler.hardware
+
+    def usable_bytes(self, gpus: int) -> int:
+        """What each of `gpus` devices has; ranks of one host share what it has."""
+        return int(topology(self.hardware, {"ranks": gpus}).device.usable_bytes)
+
+    def budget_bytes(self, gpus: int) -> int:
+        """What each of them may use."""
+        return self.options.memory_budget or self.usable_bytes(gpus)
+
+    @property
+    def unpriced(self) -> list[str]:
+        """Options that were given and are not priced."""
+        return [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]
+
+
+def subject(
+    model: nn.Module,
+    machine: Hardware,
+    example_inputs: Any,
+    sequence: int | None,
+    options: Options,
+    progress: Callable[[str], None],
+) -> Subject:
+    """`model` fed one sample: `example_inputs`, or what its config asks for, `sequence` long.
+
+    Raises:
+        ValueError: a model without parameters or in a wrapper, options that mean nothing here, inputs of more than one
+            sample, a sequence longer than the model's positions.
+    """
+    check_unwrapped(model)
+    check_options(options)
+    if options.batch_axes is not None:
+        raise ValueError(f"Options(batch_axes={options.batch_axes!r}): axes are no matter here; leave it out")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"{type(model).__name__} has no parameters, so there is nothing to train")
+    if sequence is not None and sequence < 1:
+        raise ValueError(f"sequence is {sequence}; at least 1 token, or None for what the model's config has")
+    length = sequence or sequence_of(model, example_inputs)
+    if sequence and example_inputs is None:
+        _check_positions(model, sequence)
+    if example_inputs is not None:
+        args, kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
+        if (samples := global_inputs(args, kwargs, 1, options.batch_dims).batch_size) != 1:
+            raise ValueError(f"example_inputs has a batch of {samples}; pass one sample: the batch is set by itself")
+
+    def inputs(parts: int) -> Any:
+        if example_inputs is not None:
+            return example_inputs
+        return default_inputs(model, 1, length // parts) if length else default_inputs(model, 1)
+
+    options = replace(options, optimizer=_optimizer(options.optimizer, model))
+    captures = Captures(model, inputs, batch_dims=options.batch_dims, progress=progress)
+    profiler = Profiler(captures, machine, OPTIMIZERS[options.optimizer])
+    name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    return Subject(name, profiler, options, length, length if example_inputs is None else None)
+
+
+def check_nodes(gpus: int, machine: Hardware) -> None:
+    """That `gpus` fill whole nodes.
+
+    Raises:
+        ValueError: they do not; names the nearest that do.
+    """
+    node = machine.ranks_per_node
+    if gpus > node and gpus % node:
+        low = gpus // node * node
+        raise ValueError(f"{gpus} GPUs fill no whole number of nodes of {node}; use {low} or {low + node}")
+
+
+def sequence_of(model: nn.Module, example_inputs: Any) -> int | None:
+    """Tokens of a sample: the length of the first input of token ids; None where there is none, as for images."""
+    args, kwargs = examples.call_of(model, example_inputs)
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim() == 2]
+    return next((int(x.shape[1]) for x in tensors if not x.is_floating_point() and x.dtype != torch.bool), None)
+
+
+def states_text(spec: OptimizerSpec) -> str:
+    """What was budgeted for the optimizer."""
+    copy = f", {spec.master_bytes_per_param:g} of them an fp32 copy of it" if spec.master_bytes_per_param else ""
+    kept = spec.state_bytes_per_param + spec.master_bytes_per_param
+    each = "a value per row and column of a matrix" if spec.factored else f"{kept:g} bytes per parameter{copy}"
+    return f"optimizer {spec.name}: {each}; Options.optimizer and --optimizer change that"
+
+
+def _optimizer(asked: str, model: nn.Module) -> str:
+    """What is budgeted for: "adamw" with an fp32 copy of parameters that are held in a lower precision."""
+    low = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
+    return "adamw-master" if asked == "adamw" and low else "sgd" if asked == "none" else asked
+
+
+def _check_positions(model: nn.Module, sequence: int) -> None:
+    made = default_inputs(model, 1, sequence).get("input_ids")
+    if made is not None and made.shape[1] < sequence:
+        raise ValueError(f"sequence is {sequence}, but the model has {made.shape[1]} positions; at most that")

@@ -1,0 +1,227 @@
+"""One way to run, priced: against the search, published runs, arithmetic by hand, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from schemas import conforms
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import autopar
+from autopar import Setup
+from autopar.cli.main import main
+from passes.setup import as_megatron
+
+HIDDEN, LAYERS, HEADS, FFN, VOCAB, LENGTH = 256, 8, 4, 512, 1000, 512
+
+
+def config() -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, vocab_size=VOCAB, max_position_embeddings=8192, use_cache=False,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def small(layers: int = LAYERS) -> nn.Module:
+    told = config()
+    told.num_hidden_layers = layers
+    with torch.device("meta"):
+        return LlamaForCausalLM(told).to(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("price")
+    config().save_pretrained(path)
+    return path
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
+    assert main(["price", *map(str, words), "--json"]) in (0, 1)
+    found = json.loads(capsys.readouterr().out)
+    conforms(found)
+    return found
+
+
+def flags(setup: Setup) -> list[object]:
+    """What asks for a setup."""
+    return [
+        "--gpus", setup.ranks, "--global-batch", setup.global_batch, "--micro-batch", setup.micro_batch,
+        "--tp", setup.tp, "--pp", setup.pp, "--virtual", setup.virtual, "--cp", setup.cp,
+        "--replicas", setup.dp_replicate, "--state", setup.state, "--recompute", setup.recompute,
+        *["--whole-layers"] * setup.whole_blocks, *["--keep-gathered"] * (not setup.reshard),
+        *["--fp8"] * setup.fp8, *["--offload"] * setup.offload,
+    ]  # fmt: skip
+
+
+def test_each_candidate_of_a_search_has_a_price_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same setup, step and bytes, asked for by flags."""
+    options = autopar.Options(recompute="full")
+    found = autopar.search(small(), 4, "h100", 8, sequence=LENGTH, options=options, top=2)
+    tried: set[tuple[object, ...]] = set()
+    for candidate in found.candidates:
+        setup = candidate.setup
+        kind = setup.priced_only, setup.dp_replicate > 1, setup.reshard, setup.virtual > 1
+        if setup.solved or (setup.gathers_again and setup.state == "zero3") or kind in tried:
+            continue  # no flag asks for what plans find by themselves
+        alone = told(capsys, folder, "--hardware", "h100", "--seq", LENGTH, *flags(setup))
+        assert alone["setup"] == asdict(setup)
+        assert alone["step_time_s"] == pytest.approx(candidate.step_time_s, rel=1e-6)
+        assert alone["peak_memory_bytes"] == pytest.approx(candidate.peak_memory_bytes, abs=1)
+        tried.add(kind)
+    assert len(tried) >= 6
+    assert {"pipeline", "ZeRO-1", "offload"} <= {what for c in found.candidates for what in c.priced_only}
+
+
+def test_flops_are_those_counted_by_hand() -> None:
+    """Of forward two per weight and token and, of causal attention, half of its two products; of backward twice that.
+    What is computed again, how many GPUs there are, and what they share makes no difference."""
+    weights = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN) + VOCAB * HIDDEN
+    length = 4096
+    attention = LAYERS * 2 * 2 * length * length * HIDDEN / 2
+    by_hand = 3 * (2 * weights * length + attention)
+    for setup in (
+        Setup(),
+        Setup(dp_shard=2, tp=4, micro_batch=2, accumulate=3, recompute="full", whole_blocks=True),
+        as_megatron(Setup(dp_shard=2, tp=2, pp=2, accumulate=4, state="zero1")),
+    ):
+        found = autopar.price(small(), setup, "h100", sequence=length)
+        # kernels compute the blocks that the diagonal cuts whole
+        assert found.model_flops / setup.global_batch == pytest.approx(by_hand, rel=0.03)
+        assert found.model_flops / setup.global_batch >= by_hand
+        peak = 989e12
+        share = found.model_flops / (found.step_time_s * setup.ranks * peak)
+        assert found.utilisation == pytest.approx(share)
+        assert found.units_per_s == pytest.approx(setup.global_batch * length / found.step_time_s / setup.ranks)
+
+
+def test_fp8_is_a_share_of_its_own_peak() -> None:
+    found = autopar.price(small(), Setup(fp8=True), "h100", sequence=LENGTH)
+    assert found.peak_flops_per_s == 1979e12
+    assert "fp8" in found.setup.priced_only
+
+
+PUBLISHED = [
+    # DGX Cloud benchmarking recipes, NeMo 25.02: Llama 3.1 8B, bf16, 8192 tokens, 8 H100
+    ("llama3-8b --gpus 8 --hardware h100 --global-batch 128 --seq 8192 --cp 2 --gradients bf16", 12.27),
+    # the same on 64
+    ("llama3-8b --gpus 64 --hardware h100 --global-batch 1024 --seq 8192 --cp 2 --gradients bf16", 12.33),
+]
+
+
+@pytest.mark.parametrize(("words", "measured_s"), PUBLISHED)
+def test_published_runs(words: str, measured_s: float, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, *words.split())["step_time_s"] == pytest.approx(measured_s, rel=0.08)
+
+
+def test_a_pipelines_bubble_is_that_of_the_formula() -> None:
+    """(p - 1) / m of what passes, and a v-th of that in v parts."""
+
+    def bubble(virtual: int) -> float:
+        setup = as_megatron(Setup(pp=4, virtual=virtual, accumulate=16, state="zero0"))
+        return autopar.price(small(16), setup, "h100", sequence=4096).seconds["bubble"]
+
+    assert bubble(2) == pytest.approx(bubble(1) / 2, rel=0.15)
+
+
+def test_what_was_measured_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = ["price", str(folder), "--gpus", "1", "--hardware", "h100", "--global-batch", "1", "--seq", "512"]
+    step_s = told(capsys, *ask[1:])["step_time_s"]
+    assert main([*ask, "--measured", str(step_s / 1.25)]) == 0
+    assert "predicted 25.0% too slow" in capsys.readouterr().out
+    assert main([*ask, "--measured", str(step_s * 2)]) == 0
+    assert "predicted 50.0% too fast" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--gpus 1 --hardware h100 --global-batch 1 --seq 512 --memory-budget 1MiB"
+    assert main(["price", str(folder), *words.split()]) == 1
+    assert "of 1.00 MiB per GPU: DOES NOT FIT, " in capsys.readouterr().out
+
+
+def test_parts_add_up_and_are_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every part that takes a thousandth stands there with what it is."""
+    words = "--gpus 16 --hardware h100 --global-batch 16 --seq 512 --tp 2 --pp 2 --virtual 2 --state zero1 --fp8"
+    found = told(capsys, folder, *words.split())
+    assert sum(found["seconds"].values()) == pytest.approx(found["step_time_s"], rel=1e-6)
+    assert sum(found["bytes"].values()) == pytest.approx(found["peak_memory_bytes"], abs=2)
+    assert main(["price", str(folder), *words.split()]) == 0
+    out = capsys.readouterr().out
+    times, _, _ = out.partition("of the memory")
+    for name, seconds in found["seconds"].items():
+        line = [each for each in times.splitlines() if each.startswith(f"  {name} ")]
+        assert bool(line) == (seconds >= 0.001 * found["step_time_s"]), name
+        assert all(len(each.split()) > len(name.split()) + 4 for each in line)
+    assert "2 stages of 2 parts in turn x 4 data-parallel x 2 tensor-parallel; optimizer sharded (ZeRO-1)" in out
+    assert "no plan does these yet: pipeline, ZeRO-1, fp8, overlapped tensor parallelism" in out
+
+
+def test_without_tokens_samples_are_counted() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1))
+    found = autopar.price(model.to("meta"), Setup(dp_shard=2), "h100", (torch.zeros(1, 64),))
+    assert found.sequence is None
+    assert "samples/s/GPU" in str(found)
+    assert found.units_per_s == pytest.approx(2 / found.step_time_s / 2)
+
+
+MISTAKES: list[tuple[Setup, str]] = [
+    (Setup(tp=0), "tp is 0; at least 1"),
+    (Setup(micro_batch=-1), "micro_batch is -1; at least 1"),
+    (Setup(state="zero4"), "state is 'zero4'; one of zero0, zero1, zero2, zero3"),  # type: ignore[arg-type]
+    (Setup(recompute="some"), "recompute is 'some'; one of none"),  # type: ignore[arg-type]
+    (Setup(gradient_bytes=3), "gradient_bytes is 3; 2 or 4"),
+    (Setup(dp_shard=12), "12 GPUs fill no whole number of nodes of 8; use 8 or 16"),
+    (Setup(dp_replicate=2, dp_shard=2, state="zero1"), "count all data-parallel ranks in dp_shard"),
+    (Setup(virtual=2), "virtual is 2 without stages; give pp"),
+    (Setup(pp=16), "pp is 16, but the model has 8 repeated layers; at most that"),
+    (Setup(pp=2, virtual=3), "8 layers are not cut evenly into 2 x 3 parts"),
+    (Setup(cp=8, dp_shard=1), "cp is 8, which does not divide a sequence of 500"),
+    (Setup(ep=2, dp_shard=4), "ep=2 with zero3"),
+]
+
+
+@pytest.mark.parametrize(("setup", "says"), MISTAKES, ids=[says for _, says in MISTAKES])
+def test_what_cannot_be_is_named(setup: Setup, says: str) -> None:
+    with pytest.raises(ValueError, match=says.replace("(", r"\(")):
+        autopar.price(small(), setup, "h100", sequence=500)
+
+
+def test_what_a_cpu_is_not_priced_for_is_named() -> None:
+    with pytest.raises(ValueError, match=r"pipeline on .*: ranks share one host there"):
+        autopar.price(small(), Setup(pp=2), "cpu", sequence=LENGTH)
+
+
+def test_a_model_whose_layers_do_not_repeat_has_no_stages() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 1)).to("meta")
+    with pytest.raises(ValueError, match="pp is 2, but no repeated layers were found"):
+        autopar.price(model, Setup(pp=2), "h100", (torch.zeros(1, 64),))
+    with pytest.raises(ValueError, match="cp is 2: a sequence can be cut where inputs come from the model's config"):
+        autopar.price(model, Setup(cp=2), "h100", (torch.zeros(1, 64),))
+
+
+def test_fp8_where_there_is_none_is_named() -> None:
+    with pytest.raises(ValueError, match="has no fp8 matrix products; leave it out"):
+        autopar.price(small(), Setup(fp8=True), "a100-80gb", sequence=LENGTH)
+
+
+def test_options_of_plans_that_have_no_price_are_told() -> None:
+    found = autopar.price(
+        small(), Setup(), "h100", sequence=LENGTH, options=autopar.Options(pins={"*.q_proj.weight": "R"})
+    )
+    assert "not priced: pins" in found.notes
+    assert math.isfinite(found.step_time_s)
+
+
+def test_learned_positions_bound_the_sequence() -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=4, n_head=2, n_positions=128, vocab_size=100))
+    with pytest.raises(ValueError, match="sequence is 256, but the model has 128 positions"):
+        autopar.price(model, Setup(), "h100", sequence=256)
