@@ -345,6 +345,7 @@ _NODE_GBPS = {
 }  # fmt: skip
 """What the presets have between nodes, as their sources say: a card a GPU."""
 
+
 def _with_network(machine: Hardware, node_gbps: float) -> Hardware:
     """`machine` with that many gigabits per second into a node instead of the preset's."""
     share = node_gbps / (_NODE_GBPS[machine.device.name] / 8 * machine.ranks_per_node)
