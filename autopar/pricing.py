@@ -16,9 +16,9 @@ from autopar.price_text import price_text
 from autopar.subject import Subject, check_nodes, states_text, subject
 from costmodel.hardware import Hardware
 from costmodel.presets import hardware as hardware_of
-from passes.candidate import estimate
+from passes.candidate import Estimate, estimate, kernels_of
 from passes.collector import settled
-from passes.pipeline import tight_note
+from passes.pipeline import launch_note, tight_note
 from passes.recompute import Mode
 from passes.setup import Setup, State
 
@@ -124,7 +124,7 @@ def price(
         asked.name, machine.label, setup, asked.length, found.step_s, math.ceil(found.peak_bytes),
         asked.budget_bytes(setup.ranks), dict(found.seconds), dict(found.bytes), found.hidden_s,
         products.flops * setup.global_batch, peaks["float8" if setup.fp8 else products.dtype],
-        tuple(_notes(setup, asked, found.peak_bytes)),
+        tuple(_notes(found, asked)),
     )  # fmt: skip
 
 
@@ -170,12 +170,17 @@ def _check_model(setup: Setup, asked: Subject) -> None:
         raise ValueError(f"cp is {setup.cp}, which does not divide a sequence of {asked.cut_length}")
 
 
-def _notes(setup: Setup, asked: Subject, peak_bytes: float) -> list[str]:
-    error = EXPERTS_ERROR if setup.ep > 1 else MEASURED_ERROR
-    notes = [] if asked.hardware.shared_host else [f"predictions of such steps are off by {error:.0%} on average"]
+def _notes(found: Estimate, asked: Subject) -> list[str]:
+    setup, notes = found.setup, []
     if not asked.hardware.shared_host:
-        note = tight_note(peak_bytes, asked.usable_bytes(setup.ranks))
-        notes += [note] if note else []
+        error = EXPERTS_ERROR if setup.ep > 1 else MEASURED_ERROR
+        notes.append(f"predictions of such steps are off by {error:.0%} on average")
+        micro_s = (found.step_s - found.seconds["optimizer"]) / setup.accumulate
+        told = (
+            tight_note(found.peak_bytes, asked.usable_bytes(setup.ranks)),
+            launch_note(kernels_of(setup, asked.profiler), micro_s),
+        )
+        notes += [note for note in told if note]
     notes.append(states_text(asked.profiler.optimizer))
     if asked.unpriced:
         notes.append(f"not priced: {', '.join(asked.unpriced)}")

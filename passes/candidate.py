@@ -75,6 +75,12 @@ def estimate(setup: Setup, profiler: Profiler) -> Estimate:
     return _replicated(setup, profiler)
 
 
+def kernels_of(setup: Setup, profiler: Profiler) -> float:
+    """Kernels that a rank's host launches for a micro-batch."""
+    found = profiler.profile(setup, replica=setup.pp > 1 or setup.cp > 1 or setup.state != "zero3")
+    return found.whole["kernels"] / setup.pp
+
+
 def _check_experts(setup: Setup, profiler: Profiler) -> None:
     ranks = setup.data_ranks * setup.cp * setup.tp
     if setup.state == "zero3":

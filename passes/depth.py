@@ -78,15 +78,15 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     bytes       alive.PLACE, rest (all step long), states (of it, what the optimizer keeps), gradients (of what it
                 updates), boundary (what one layer passes to the next), keys (attention's keys and values), gathered
                 (activations that forward gathers and keeps whole for backward), gathered parts (a rank's own of those)
-    counts      elements (of parameters on this rank in compute; `bytes`: theirs), stored (at rest; `stored bytes`:
-                theirs), operands (of matrix products)
+    counts      kernels (that the host launches), elements (of parameters on this rank in compute; `bytes`: theirs),
+                stored (at rest; `stored bytes`: theirs), operands (of matrix products)
     experts     see `expert_numbers`
     """
     found: dict[str, float] = defaultdict(float)
     words = Words(space)
     found["micro_s"], found["forward_s"] = schedule.micro_batch_s, schedule.forward_s
     found["optimizer_s"], found["slowed_s"] = schedule.optimizer_s, schedule.contention_s
-    found["added_s"] = schedule.added_s
+    found["added_s"], found["kernels"] = schedule.added_s, schedule.kernels
     within = laid.fused_again
     for index, item in enumerate(laid.items):
         if isinstance(item, Run):

@@ -166,6 +166,7 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
             *_async_tp_notes(chosen, request),
             *_budget_notes(budget, topology_),
             *_tight_notes(chosen),
+            *_launch_notes(chosen, request),
             *_missed_notes(search),
         ),
         padded=chosen.padding.pads,
@@ -262,6 +263,29 @@ def tight_note(peak_bytes: float, usable_bytes: float) -> str | None:
         f"tensors take {share:.0%} of what the device has for them, and published runs reserve 14% to 20% more than "
         "theirs take: should it run out of memory, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True loses less, and a "
         "lower memory budget leaves more room"
+    )
+
+
+_LAUNCH_S = 60e-6
+"""What the host of one machine took for each kernel of a step that waited for it (benchmarks/gpu/results.md: tp=8)."""
+
+
+def _launch_notes(chosen: Candidate, request: Request) -> list[str]:
+    """Where the host that launches kernels may be what the step waits for."""
+    schedule = chosen.schedule
+    if chosen.space.topology.device.is_cpu or not request.compiled:
+        return []
+    note = launch_note(schedule.kernels, schedule.micro_batch_s)
+    return [note] if note else []
+
+
+def launch_note(kernels: float, seconds: float) -> str | None:
+    """What is said of a micro-batch whose kernels are short."""
+    if seconds >= kernels * _LAUNCH_S:
+        return None
+    return (
+        f"a micro-batch launches some {kernels:,.0f} kernels, one every {seconds_text(seconds / kernels)}: a host that "
+        f"takes longer for each is what the step waits for, which is not priced ({seconds_text(_LAUNCH_S)} were seen)"
     )
 
 

@@ -159,6 +159,7 @@ class _Mark:
     compute_s: float
     contention_s: float
     by_kind: dict[str, float]
+    launched: float
     free_s: tuple[float, ...]
     running: tuple[Beside, ...]
     brought: dict[int, tuple[float, float]]
@@ -201,6 +202,8 @@ class Player:
         self.compute_s = 0.0
         self.contention_s = 0.0
         self.by_kind: dict[str, float] = {"matmul": 0.0, "attention": 0.0, "other": 0.0}
+        self.launched = 0.0
+        """Kernels of ops."""
         self.played: list[Played] = []
         self.of_item: dict[int, list[int]] = {}
         self.brought: dict[int, Brought] = {}
@@ -247,7 +250,10 @@ class Player:
             if not self.in_backward and item.phase == "backward":
                 self.in_backward, self.forward_end_s = True, self.now_s
             cost = found.costs[item.site]
-            seconds = 0.0 if index in self.fused else self.by_parts.products_s.get(index, cost.seconds)
+            seconds = 0.0
+            if index not in self.fused:  # what runs again within its readers is part of theirs
+                seconds = self.by_parts.products_s.get(index, cost.seconds)
+                self.launched += cost.launches
             late = [slot for slot in found.reads[index] if slot in self.brought]
             if late and (cost.fusing == "view" or self._only_gradients(item.node)):
                 self._put_off(index, late, seconds)
@@ -310,6 +316,7 @@ class Player:
             self.compute_s,
             self.contention_s,
             dict(self.by_kind),
+            self.launched,
             tuple(max(0.0, free_s - now) for free_s in self.free_s),
             tuple(run.since(now) for run in self.running if run.end_s > now),
             {s: (max(0.0, b[0] - now), b[2]) for s, b in self.brought.items() if s in slots},
@@ -363,6 +370,7 @@ class Player:
         self.contention_s += runs * (self.contention_s - last.contention_s)
         for kind, seconds in last.by_kind.items():
             self.by_kind[kind] += runs * (self.by_kind[kind] - seconds)
+        self.launched += runs * (self.launched - last.launched)
 
     def _leaving(self) -> Iterator[tuple[int, Brought | None]]:
         """What the step gives, in order; layers that others stand for behind those."""

@@ -99,6 +99,8 @@ class Schedule:
     events: tuple[Event, ...] = ()
     forward_s: float = 0.0
     """Of `micro_batch_s`, until backward begins."""
+    kernels: float = 0.0
+    """That the host launches, collectives among them."""
     layers: tuple[tuple[str, str, float], ...] = ()
     """(phase, layer, start) whenever compute enters another layer; "" is what no repeated layer is part of."""
 
@@ -162,6 +164,7 @@ def play(
         memory=memory,
         events=tuple(player.events),
         forward_s=player.forward_end_s,
+        kernels=player.launched + sum(each.count for each in collectives),
         layers=player.layers(),
     )
 

@@ -42,6 +42,8 @@ class OpCost:
     result_bytes: tuple[int, ...]
     operands: float = 0.0
     """Elements that a matrix product reads."""
+    launches: float = 0.0
+    """Kernels that are started: a share of one where several ops are one kernel."""
 
 
 Costs = dict[tuple[int, int], OpCost]
@@ -222,4 +224,4 @@ def op_cost(space: Space, site_index: int, option: Option) -> OpCost:
     elif work.kind == "reduction":
         fusing = "reduction"
     read = work.batch * (work.m * work.k + work.k * work.n) if kind == "matmul" else 0.0
-    return OpCost(seconds, kind, fusing, sizes, read)
+    return OpCost(seconds, kind, fusing, sizes, read, 0.0 if work.kind == "view" else work.launches)

@@ -17,7 +17,7 @@ from costmodel.layout import parse_layout
 from costmodel.presets import hardware
 from passes.capture import capture
 from passes.errors import NoFeasiblePlanError, PlanMismatchError
-from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
+from passes.pipeline import Manner, Request, compile_plan, launch_note, local_program, on_mesh, prepare
 from passes.plan import Plan
 from passes.price import price
 from passes.program import Program
@@ -151,6 +151,34 @@ def test_a_plan_that_leaves_the_allocator_little_room_says_so() -> None:
     assert said("h100", round(peak * 1.15)) == []
     four = 4 * plan(request, "cpu").peak_memory_bytes  # ranks share the host
     assert said("cpu", round(four * 1.01)) == []
+
+
+def test_kernels_are_as_many_as_a_profiler_counted() -> None:
+    """On an H100 rank 0 of tp=8 launched 326 in a step of four layers of LLaMA-3-8B (benchmarks/gpu/results.md), 78 of
+    them fills by the benchmark and 12 of the optimizer. Half as many tokens make them as many and short enough to be
+    told, and every further layer launches as many as another."""
+    launched = []
+    for layers in (4, 5, 16):
+        with torch.device("meta"):
+            config = LlamaConfig(
+                hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False, use_cache=False,
+            )  # fmt: skip
+            model = LlamaForCausalLM(config).to(torch.bfloat16)
+            ids = torch.empty(1, 2048, dtype=torch.long)
+        step = prepare(capture(model, (), {"input_ids": ids, "labels": ids}))
+        made = compile_plan(step, on_mesh("h100", (("tp", 8),)), (), Request(strategy="megatron"))
+        (note,) = [note for note in made.notes if "launches some" in note]
+        launched.append(int(note.split()[4].replace(",", "")))
+    assert launched[0] == pytest.approx(326 - 78 - 12, rel=0.25)
+    assert launched[2] - launched[0] == 12 * (launched[1] - launched[0])
+
+
+def test_long_kernels_and_cpus_wait_for_no_host() -> None:
+    assert launch_note(1000, 0.061) is None
+    assert "1,000 kernels, one every 20.0 us" in (launch_note(1000, 0.02) or "")
+    assert not any("launches some" in note for note in plan(Request(), "cpu").notes)
+    assert any("launches some" in note for note in plan(Request()).notes)
 
 
 def test_a_budget_beyond_the_device_is_told() -> None:
