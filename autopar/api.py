@@ -37,7 +37,7 @@ from passes.bytes_of import digest
 from passes.errors import PlanMismatchError
 from passes.infeasible import Smaller
 from passes.inputs import global_inputs
-from passes.local import LocalProgram, Storage, bind_groups, groups_used
+from passes.local import LocalProgram, bind_groups, groups_used
 from passes.lower import lower
 from passes.named import check_strategy
 from passes.pipeline import Manner
@@ -149,7 +149,7 @@ def parallelize_with(
             ours, lambda known: _captured(job, skeleton(model), call, known=known), call, gather
         )
         smaller = _smaller(job, model, call)
-        plan = _shared_plan(job, ours, program, None, "auto", example, None, smaller)
+        plan = _shared_plan(job, ours, program, None, "auto", example, smaller)
         return _applied(job, model, plan, mesh, program, call, ours)
 
 
@@ -225,13 +225,12 @@ def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Smaller:
 
 
 def _planned(
-    job: _Job, program: Program, hardware: Any, strategy: str, example: str,
-    stored: Mapping[str, Storage] | None = None, smaller: Smaller | None = None,
+    job: _Job, program: Program, hardware: Any, strategy: str, example: str, smaller: Smaller | None = None,
     keep_timeline: bool = False,
 ) -> Any:  # fmt: skip
     plan = job.pipeline.compile_plan(
         program, job.axes, batch_axes=job.batch_axes, hardware=hardware, strategy=strategy, options=job.options,
-        example=example, stored=stored, manner=Manner(job.stages, smaller=smaller, keep_timeline=keep_timeline),
+        example=example, manner=Manner(job.stages, smaller=smaller, keep_timeline=keep_timeline),
     )  # fmt: skip
     job.stages.artefact("autopar_plan", plan.to_json, "json")
     return plan
@@ -239,7 +238,7 @@ def _planned(
 
 def _shared_plan(
     job: _Job, ours: Together, program: Program, hardware: Any, strategy: str, example: str,
-    stored: Mapping[str, Storage] | None, smaller: Smaller | None = None,
+    smaller: Smaller | None = None,
 ) -> Any:  # fmt: skip
     """Rank 0's plan on every rank, after checking that all captured one graph."""
     if not ours.same(program.fingerprint):
@@ -253,7 +252,7 @@ def _shared_plan(
             "ranks captured different graphs of the model; give every rank the same model, modes and inputs' shapes "
             "(a branch on an input's values that differ between ranks does this too)"
         )
-    text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, stored, smaller).to_json()))
+    text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, smaller).to_json()))
     with ours.agreeing():
         return job.pipeline.load(text)
 
@@ -330,7 +329,7 @@ def _applied(
             )
             example = examples.described(new_call)
             new_program = new_program.of_stored(storages)
-            new_plan = _shared_plan(job, again, new_program, hardware, strategy, example, storages)
+            new_plan = _shared_plan(job, again, new_program, hardware, strategy, example)
             return _executable(job, again, groups, new_program, new_plan)[0]
 
     alike = mesh.size() == 1 or _values_alike(ours, model)

@@ -44,8 +44,8 @@ class Pipeline:
 
     check: hardware, axes, batch_axes, options; raises for what of these cannot be, before a model is captured
     capture: model, args, kwargs, *, batch_dims, batch_size, tangents, backward, precision
-    compile_plan: program, axes, *, batch_axes, hardware, strategy, options, example, stored (storages that are pinned),
-        manner (`passes.pipeline.Manner`)
+    compile_plan: program, axes, *, batch_axes, hardware, strategy, options, example, manner
+        (`passes.pipeline.Manner`)
     rewrite: program, plan
     load: a plan's JSON text
     options_of: plan -> the options it was made with

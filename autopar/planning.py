@@ -17,7 +17,7 @@ from costmodel.layout import parse_layout
 from passes.capture import capture
 from passes.collector import settled
 from passes.fitting import Candidate
-from passes.local import LocalProgram, Storage
+from passes.local import LocalProgram
 from passes.pins import check_pins
 from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Placements, Plan
@@ -119,7 +119,6 @@ def planned(
     strategy: str,
     options: Options,
     example: str,
-    stored: Mapping[str, Storage] | None = None,
     without: Sequence[tuple[str, str]] = (),
     manner: Manner | None = None,
     known: dict[str, list[Candidate]] | None = None,
@@ -142,7 +141,7 @@ def planned(
         regather=options.regather_activations,
         compiled=options.compile,
         pins=pins_of(options),
-        stored=stored,
+        stored=program.stored or None,
         async_tp=options.async_tp,
         without=tuple(without),
     )

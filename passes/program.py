@@ -146,6 +146,11 @@ class Program:
         """The same program of a model whose parameters are stored so, by name."""
         return replace(self, inputs=tuple(replace(given, at_rest=storages.get(given.name)) for given in self.inputs))
 
+    @property
+    def stored(self) -> dict[str, Storage]:
+        """How parameters are stored that an earlier program laid out, by name."""
+        return {given.name: given.at_rest for given in self.inputs if given.at_rest is not None}
+
     def weights(self) -> Mapping[fx.Node, int]:
         """Node -> how many alike ones it stands for, itself included; those that stand for themselves are left out."""
         found: dict[fx.Node, int] = {}

@@ -72,14 +72,15 @@ def pipeline(strategy: str = "fsdp") -> Pipeline:
     """The stages under `strategy`, whatever is asked for."""
 
     def compile_plan(program: Program, axes: Any, *, batch_axes: Any, hardware: Any, options: Options, example: str,
-                     stored: Any, **_: Any) -> StandinPlan:  # fmt: skip
+                     **_: Any) -> StandinPlan:  # fmt: skip
         machine = topology(hardware_named(hardware or "h100"), dict(axes))
+        stored = program.stored
         space = search_space(program, machine, batch_axes, stored, strategy=strategy)
         priced = price(space)
         picks = solve(priced.problem, gap=1e-2).picks
         assignment = tuple(int(i) for i in priced.assignment(picks, len(space.sites)))
         return StandinPlan(program.fingerprint, axes, strategy, hardware, example, assignment, batch_axes,
-                           tuple((stored or {}).items()), options)  # fmt: skip
+                           tuple(stored.items()), options)  # fmt: skip
 
     def rewrite(program: Program, plan: StandinPlan) -> LocalProgram:
         machine = topology(hardware_named(plan.hardware or "h100"), dict(plan.axes))
