@@ -25,6 +25,7 @@ from passes.graphs import graph_module
 from passes.local import COLLECTIVES
 from passes.scaled import with_scales_apart
 from passes.strides import laid_out
+from passes.unfused import attention_as_written
 
 # What a pointwise op reads stays in memory until it runs. A sum over a few rows is one to Inductor, so that a sum of
 # layers' gradients (of a bias of attention scores, say) keeps what all of them read. Torch 2.13 allows 12 on a CPU.
@@ -45,7 +46,7 @@ def through_inductor(gm: fx.GraphModule, pipelined: bool) -> Callable[[list[torc
         with_parts_apart(gm.graph)
     gm.recompile()
     settings = _FEW_READS | ({**_AS_ORDERED, "_micro_pipeline_tp": pipelined} if sends else {})
-    with torch.no_grad(), behind_writes():
+    with torch.no_grad(), behind_writes(), attention_as_written():
         made = inductor_compile(_of_a_list(gm), [examples], settings)  # type: ignore[list-item]
     inner = _as_read(_within(made), gm)
     return functools.partial(_with, inner, constants) if constants else inner

@@ -1,0 +1,54 @@
+"""Products around a softmax over any dim, of dims in any order, compiled; against einsums in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor import config
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from passes.lower import compiled
+
+SIZE = 4  # of every dim, so that any order of dims can be multiplied
+
+
+def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(1), v)
+
+
+def over_samples(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(0), v)
+
+
+def keys_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.bmm(torch.bmm(q, k.permute(1, 0, 2)).softmax(-1), v)
+
+
+def of_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.matmul(q[None], k[None].transpose(-2, -1)).div(2.0).softmax(-2) @ v[None])[0]
+
+
+@pytest.mark.parametrize(
+    ("attention", "scores", "dim", "scale"),
+    [
+        (over_queries, "bqd,bkd->bqk", 1, 1.0),
+        (over_samples, "bqd,bkd->bqk", 0, 1.0),
+        (keys_first, "bqd,dbk->bqk", 2, 1.0),
+        (of_heads, "bqd,bkd->bqk", 1, 0.5),
+    ],
+    ids=["over_queries", "over_samples", "keys_first", "of_heads"],
+)
+def test_dims_are_those_of_the_model(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor], scores: str, dim: int, scale: float
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(SIZE, SIZE, SIZE) for _ in range(3))
+    gm = make_fx(lambda *given: (attention(*given),), tracing_mode="fake")(q, k, v)
+    with config.patch(force_disable_caches=True):
+        (found,) = compiled(gm)([q, k, v])
+    weights = (scale * torch.einsum(scores, q.double(), k.double())).exp()
+    wanted = torch.einsum("bqk,bkd->bqd", weights / weights.sum(dim, keepdim=True), v.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
