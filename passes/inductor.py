@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch._inductor import compile as inductor_compile
 from torch._inductor.output_code import CompiledFxGraph
+from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from passes.apart import with_parts_apart
@@ -33,6 +34,9 @@ _FEW_READS = {"realize_acc_reads_threshold": 8}
 # Inductor moves ops to where results are read or memory is freed: what is to run beside a collective ends up behind it.
 _AS_ORDERED = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
 
+# Its cache knows nothing of what we mend of it: a graph that was compiled without would be found there.
+_MENDED = "autopar: behind writes, attention as written"
+
 
 def through_inductor(gm: fx.GraphModule, pipelined: bool) -> Callable[[list[torch.Tensor]], Any]:
     """`gm` compiled for a list of tensors like its placeholders' fake values, which it empties; `pipelined`: products
@@ -46,7 +50,9 @@ def through_inductor(gm: fx.GraphModule, pipelined: bool) -> Callable[[list[torc
         with_parts_apart(gm.graph)
     gm.recompile()
     settings = _FEW_READS | ({**_AS_ORDERED, "_micro_pipeline_tp": pipelined} if sends else {})
-    with torch.no_grad(), behind_writes(), attention_as_written():
+    tag = f"{compiler_config.cache_key_tag} {_MENDED}"
+    tagged = compiler_config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    with torch.no_grad(), behind_writes(), attention_as_written(), tagged:
         made = inductor_compile(_of_a_list(gm), [examples], settings)  # type: ignore[list-item]
     inner = _as_read(_within(made), gm)
     return functools.partial(_with, inner, constants) if constants else inner

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch._inductor import config
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from passes import inductor
 from passes.lower import compiled
 
 SIZE = 4  # of every dim, so that any order of dims can be multiplied
@@ -52,3 +56,20 @@ def test_dims_are_those_of_the_model(
     weights = (scale * torch.einsum(scores, q.double(), k.double())).exp()
     wanted = torch.einsum("bqk,bkd->bqd", weights / weights.sum(dim, keepdim=True), v.double())
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_compiled_without_that_is_not_taken_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same graph twice, the first time as Inductor leaves it: `torch.compile` of a model may have done so."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(SIZE, SIZE, SIZE) for _ in range(3))
+    gm = make_fx(lambda *given: (over_queries(*given),), tracing_mode="fake")(q, k, v)
+    with monkeypatch.context() as without:
+        without.setattr(inductor, "attention_as_written", contextlib.nullcontext)
+        without.setattr(inductor, "_MENDED", "")
+        (before,) = compiled(copy.deepcopy(gm))([q, k, v])
+    (found,) = compiled(gm)([q, k, v])
+    torch.testing.assert_close(found, over_queries(q, k, v))
+    assert not torch.allclose(before, found)
