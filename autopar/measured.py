@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -94,6 +95,8 @@ def read_trace(path: str | Path) -> list[Slice]:
 
 def _slice(event: Mapping[str, Any]) -> Slice:
     start_us, duration_us = float(event["ts"]), float(event["dur"])
+    if not (math.isfinite(start_us) and 0 <= duration_us < math.inf):
+        raise ValueError(f"from {start_us} for {duration_us} us")
     category, thread = str(event.get("cat", "")).lower(), (event.get("pid"), event.get("tid"))
     return Slice(str(event.get("name", "")), category, thread, start_us * 1e-6, (start_us + duration_us) * 1e-6)
 

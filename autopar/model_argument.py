@@ -126,6 +126,8 @@ def _from_config(path: Path, wanted: Wanted) -> Named:
         raise ValueError(f"{path}: no 'model_type' in it; pass a Hugging Face config.json")
     kind = config.pop("model_type")
     classes = config.pop("architectures", None) or [""]
+    if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes):
+        raise ValueError(f"{path}: 'architectures' is {classes!r}; a list of names of classes is wanted")
     notes = []
     said = config.get("dtype", config.get("torch_dtype"))
     if not wanted.on_cpu and wanted.dtype == "bfloat16" != said:

@@ -253,6 +253,8 @@ def _check_figures(plan: Plan, where: str) -> None:
     for name, value in figures:
         if not 0 <= value < math.inf:
             raise ValueError(f"{where}: {name}: found {value!r}, expected 0 or more")
+    if plan.accumulate < 1:
+        raise ValueError(f"{where}: accumulate: found {plan.accumulate}, expected 1 or more")
 
 
 def _check_axes(plan: Plan, where: str) -> None:

@@ -179,6 +179,7 @@ def made_here(folder: Path) -> Here:
     (folder / "heads").mkdir()
     (folder / "heads" / "config.json").write_text('{"model_type": "llama", "hidden_size": 30}', encoding="utf-8")
     (folder / "clip.json").write_text('{"model_type": "clip"}', encoding="utf-8")
+    (folder / "numbered.json").write_text('{"model_type": "llama", "architectures": [3]}', encoding="utf-8")
     edit(plan, folder / "misspelt.json", "up.weight", in_compute="RQ")
     edit(plan, folder / "short.json", "up.weight", in_compute="R")
     text = plan.read_text(encoding="utf-8")
@@ -196,6 +197,7 @@ def made_here(folder: Path) -> Here:
         ("policy", '"mp_policy": null', '"mp_policy": "bf16"'),
         ("inputs", '"example": "{', '"example": "'),
         ("batch-axes", '"batch_axes": ["dp"]', '"batch_axes": ["pp"]'),
+        ("no-batches", '"accumulate": 1', '"accumulate": 0'),
         ("no-ranks", '["dp", 2]', '["dp", 0]'),
         ("other-inputs", f'"example": {json.dumps(json.loads(text)["example"])}', '"example": "{\\"a\\": 1}"'),
     ):

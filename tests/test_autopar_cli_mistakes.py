@@ -60,6 +60,7 @@ MISTAKES = [
     ("plan MODEL --from HERE/pins.json", "the plan's options: pins is [3]: a mapping of names' patterns to layouts"),
     ("plan MODEL --from HERE/policy.json", "the plan's mp_policy is 'bf16', no object of dtypes"),
     ("diff HERE/negative.json HERE/plan.json", "step_time_s: found -1.0, expected 0 or more"),
+    ("plan MODEL --from HERE/no-batches.json", "accumulate: found 0, expected 1 or more"),
     ("diff HERE/plan.json HERE/nan.json", "step_time_s: found nan, expected 0 or more"),
     ("check HERE/batch-axes.json MODEL", "batch-axes.json: batch_axes: the mesh has no axis 'pp'; it has dp, tp"),
     ("diff HERE/plan.json HERE/no-ranks.json", "no-ranks.json: axes: 'dp' has 0 ranks, expected 1 or more"),
@@ -89,6 +90,7 @@ MISTAKES = [
     ),
     ("plan HERE/models.py:weighed --mesh dp=2 --batch-dim wieght=none", "--batch-dim names ['wieght'], but the inputs"),
     ("plan HERE/models.py:weighed --mesh dp=2 --batch-dim weight=2", "--batch-dim weight=2, but the input is"),
+    ("inspect HERE/models.py:weighed --mesh dp=2 --batch-dim x=0 --batch-dim x=1", "--batch-dim names 'x' twice, as 0"),
     (
         "plan HERE/models.py:weighed --mesh dp=2 --batch-dim weight",
         "write INPUT=DIM, as in position_ids=1, or mask=none",
@@ -102,6 +104,7 @@ MISTAKES = [
     ("plan HERE/heads --mesh dp=2", "not a multiple of the number of attention heads"),
     ("plan MODEL --mesh dp=2 --memory-budget .", "is no size"),
     ("plan MODEL --mesh dp=2 --memory-budget 0", "is nothing"),
+    ("plan HERE/numbered.json --mesh dp=2", "'architectures' is [3]; a list of names of classes"),
     ("plan HERE/clip.json --mesh dp=2", "a 'clip' is no causal language model"),
     ("plan HERE/models.py:Tiny --mesh dp=2", "its forward takes ids, labels"),
     ("plan HERE/models.py:three --mesh dp=2", "returned a tuple of 3"),

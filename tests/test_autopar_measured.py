@@ -127,6 +127,10 @@ def test_hardware_is_corrected_by_what_was_measured() -> None:
         (gzip.compress(b"[]" * 1000, mtime=0)[:-9], "not JSON"),
         (b'{"a": 1}', "no traceEvents"),
         (b'{"traceEvents": []}', "without ops or kernels"),
+        (
+            b'{"traceEvents": [{"ph": "X", "name": "aten::mm", "cat": "cpu_op", "ts": 1, "dur": -3}]}',
+            "an event that torch.profiler does not write",
+        ),
         (b'{"traceEvents": [3]}', "an event that torch.profiler does not write"),
         (b'[{"ph": "X", "cat": "cpu_op", "ts": "now", "dur": 1}]', "an event that torch.profiler does not write"),
     ],

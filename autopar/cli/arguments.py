@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -25,6 +25,8 @@ from passes.precision import dtype_named
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+_Value = TypeVar("_Value")
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -300,23 +302,31 @@ def planning_asked(given: argparse.Namespace) -> list[str]:
 def options_of(given: argparse.Namespace, kept: Options | None = None) -> Options:
     """The options that the arguments of `add_model` and `add_planning` mean; what they leave open is as in `kept`."""
     kept = kept or Options()
+    batch_dims = once("--batch-dim", given.batch_dim)
     asked = {
         "memory_budget": given.memory_budget,
         "accumulate": given.accumulate,
         "optimizer": given.optimizer,
         "recompute": given.recompute,
         "batch_axes": given.batch_axes,
-        "batch_dims": {**(kept.batch_dims or {}), **dict(given.batch_dim)} or None,
+        "batch_dims": {**(kept.batch_dims or {}), **batch_dims} or None,
         "mp_policy": _policy(given),
         "reshard_after_forward": given.reshard_after_forward,
         "regather_activations": given.regather_activations,
         "async_tp": given.async_tp,
     }
     pins = {key: layout for key, layout in kept.pins.items() if not any(fnmatchcase(key, new) for new, _ in given.pin)}
-    for pattern, layout in given.pin:
-        if pins.setdefault(pattern, layout) != layout:
-            raise ValueError(f"--pin names {pattern!r} twice, as {pins[pattern]} and as {layout}; give one")
+    pins |= once("--pin", given.pin)
     return replace(kept, pins=pins, **{name: value for name, value in asked.items() if value is not None})
+
+
+def once(flag: str, pairs: Iterable[tuple[str, _Value]]) -> dict[str, _Value]:
+    """What a flag that may be given again says of each name; two things of one name are a ValueError."""
+    found: dict[str, _Value] = {}
+    for name, value in pairs:
+        if found.setdefault(name, value) != value:
+            raise ValueError(f"{flag} names {name!r} twice, as {found[name]} and as {value}; give one")
+    return found
 
 
 def _policy(given: argparse.Namespace) -> MixedPrecisionPolicy | None:

@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import Any
 
 from autopar import examples, meshes
-from autopar.cli.arguments import add_json, add_mesh, add_model, named_model
+from autopar.cli.arguments import add_json, add_mesh, add_model, named_model, once
 from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, fits, painted, progress, table_rows, wrapped
 from autopar.options import Options
@@ -65,7 +65,7 @@ def run(given: argparse.Namespace) -> int:
         named = named_model(given)
         axes = meshes.axes_of(given.mesh)
         call = examples.call_of(named.model, named.inputs)
-        options = Options(batch_dims=dict(given.batch_dim) or None)
+        options = Options(batch_dims=once("--batch-dim", given.batch_dim) or None)
         program = captured(named.model, call, given.mesh, options, tell)
         tell("looking for layouts")
         batch_axes = meshes.batch_axes_of(axes, None)

@@ -25,6 +25,7 @@ from autopar.cli.arguments import (
     add_recompute,
     check_outputs,
     count,
+    once,
     output,
     writing,
 )
@@ -61,7 +62,7 @@ def run(given: argparse.Namespace) -> int:
     check_outputs({"MODEL": given.model}, html=given.html)
     options = Options(
         memory_budget=given.memory_budget, optimizer=given.optimizer or "adamw", recompute=given.recompute or "auto",
-        batch_dims=dict(given.batch_dim) or None,
+        batch_dims=once("--batch-dim", given.batch_dim) or None,
     )  # fmt: skip
     with clean_output(), progress() as tell:
         named = load_model(given.model, Wanted(sequence=given.seq))
