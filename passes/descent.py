@@ -29,6 +29,8 @@ class Descent:
         self._own_bytes = [np.array(sizes) for sizes in problem.option_bytes]
         self._tables = finite_tables(problem)
         self._tables_of: list[list[int]] = [[] for _ in range(len(self._own_s) + 1)]
+        self._known: list[tuple[Floats, Floats] | None] = []
+        """By variable, what `_beside` gives: as it was last asked, until something beside it is moved."""
         for index, table in enumerate(self._tables):
             for variable in {table.producer, *table.readers}:
                 self._tables_of[variable].append(index)
@@ -36,6 +38,7 @@ class Descent:
     def within_budget(self, picks: Sequence[int], s_per_byte: float) -> tuple[int, ...]:
         """Picks near those given, which fit if any were met that do."""
         budget, now = self._problem.budget_bytes, [*picks, 0]
+        self._known = [None] * len(now)
         asked = [self._asked(table, now) for table in self._tables]
         size = self._bytes(now, asked)
         for factor in _RISING:
@@ -69,7 +72,10 @@ class Descent:
         for variable, own in enumerate(self._own_s):
             if len(own) == 1:
                 continue
-            seconds, sizes = self._beside(variable, picks, asked)
+            known = self._known[variable]
+            if known is None:
+                known = self._known[variable] = self._beside(variable, picks, asked)
+            seconds, sizes = known
             costs, now = seconds + s_per_byte * sizes, picks[variable]
             after = size + sizes - sizes[now]
             costs[after > max(self._problem.budget_bytes, size)] = np.inf
@@ -87,23 +93,24 @@ class Descent:
             own = [of for reader, of in zip(table.readers, table.asked, strict=True) if reader == variable]
             if own:
                 count = count - np.bincount([of[picks[variable]] for of in own], minlength=len(count))
+            asks = np.zeros((len(seconds), len(count)), dtype=bool)
+            for of in own:  # a state that one option asks for twice is paid for once
+                asks[np.arange(len(of)), of] = True
             free = count > 0
             costs = sizes if table.of_bytes else seconds
             if table.producer == variable:
-                costs += (table.cost @ free)[table.given]
-                for of in own:
-                    costs += np.where(free[of], 0.0, table.cost[table.given, of])
+                costs += (table.cost[table.given] * (free | asks)).sum(axis=1)
             else:
-                row = np.where(free, 0.0, table.cost[table.given[picks[table.producer]]])
-                for of in own:
-                    costs += row[of]
+                costs += asks @ np.where(free, 0.0, table.cost[table.given[picks[table.producer]]])
         return seconds, sizes
 
     def _move(self, variable: int, option: int, picks: list[int], asked: list[Indices]) -> None:
         tables: Iterable[int] = self._tables_of[variable]
         for index in tables:
             table = self._tables[index]
+            self._known[table.producer] = None
             for reader, of in zip(table.readers, table.asked, strict=True):
+                self._known[reader] = None
                 if reader == variable:
                     asked[index][of[picks[variable]]] -= 1
                     asked[index][of[option]] += 1

@@ -12,6 +12,7 @@ import pytest
 
 from passes import linear
 from passes import solve as solving
+from passes.descent import Descent
 from passes.errors import NoFeasiblePlanError
 from passes.messages import Messages
 from passes.problem import Flow, Hold, Problem, Reader
@@ -307,3 +308,25 @@ def test_what_is_known_is_not_lost(seed: int, few: float, monkeypatch: pytest.Mo
     found = solve(problem, gap=0.0, time_limit_s=0.0, known=[best, *over[:1]])
     assert found.seconds == pytest.approx(min(fitting), abs=1e-9)
     assert price(problem, found.picks)[1] <= problem.budget_bytes
+
+
+def test_what_an_option_adds_is_counted_again_once_something_beside_it_moves() -> None:
+    """Of picks that steps led to: what each variable is held to add, option by option, is how the price of the whole
+    plan differs with that option."""
+    looked_at = 0
+    for seed in range(40):
+        problem, _ = budgeted_problem(seed)
+        descent = Descent(problem)
+        rng = random.Random(seed)
+        picks = descent.within_budget([rng.randrange(len(costs)) for costs in problem.option_s], 0.3)
+        for variable, known in enumerate(descent._known):
+            if known is None or variable == len(picks):
+                continue
+            every = [price(problem, (*picks[:variable], i, *picks[variable + 1 :])) for i in range(len(known[0]))]
+            for option in (i for i, (seconds, _) in enumerate(every) if math.isfinite(seconds)):
+                seconds, size = (np.array(of)[option] - np.array(of)[picks[variable]] for of in known)
+                assert size == pytest.approx(every[option][1] - every[picks[variable]][1])
+                if math.isfinite(every[picks[variable]][0]):
+                    assert seconds == pytest.approx(every[option][0] - every[picks[variable]][0])
+                looked_at += 1
+    assert looked_at > 100
