@@ -127,6 +127,8 @@ class Search:
     joined: bool = False
     fastest_s: float = math.inf
     missed: list[str] = field(default_factory=list)
+    _looked: set[tuple[object, ...]] = field(default_factory=set)
+    """What was looked at under the strategy: with which dims padded, in which way, for which shares."""
     _end_s: float = math.inf
 
     def candidates(self, name: str) -> list[Candidate]:
@@ -135,7 +137,7 @@ class Search:
         Raises:
             NoFeasiblePlanError: there is none.
         """
-        return replace(self, _end_s=time.process_time() + self.budgeted_s)._together_and_apart(name)
+        return replace(self, _looked=set(), _end_s=time.process_time() + self.budgeted_s)._together_and_apart(name)
 
     def _together_and_apart(self, name: str) -> list[Candidate]:
         """Over several tensor axes, or several that split the batch, `auto` first has them choose together: what a mesh
@@ -192,7 +194,7 @@ class Search:
         if not padded:
             return self._tried(name, plainly, needed, first) or self._solved(name, plainly, needed)
         needed = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
-        plain = self._tried(name, plainly, needed, padded)
+        plain = self._tried(name, plainly, needed, padded, others=True)
         chosen = best([*plain, *padded], self.budget)
         end_s, untried = time.process_time() + _LEFT_OUT_S, set()
         for pad in sorted({p for each in padded for p in each.padding.pads}, key=lambda p: (p.size / p.padded, p.node)):
@@ -206,6 +208,10 @@ class Search:
                 continue  # that is as it is
             padded += self._tried(name, paddings, fewer, [chosen], HIDDEN_SHARES[:1])
             chosen = best([*plain, *padded], self.budget)
+        if chosen is not None and chosen.padding.pads not in (wanted, needed) and self._binds(name, chosen):
+            # So far it computes again what others that fit do.
+            repeated = self.paddings.under(name, chosen.padding.repeated_keys)
+            padded += self._tried(name, repeated, chosen.padding.pads, [chosen], others=True)
         padded = [replace(each, untried=tuple(p for p in each.padding.pads if p in untried)) for each in padded]
         return [*plain, *padded]
 
@@ -225,17 +231,31 @@ class Search:
         Where a budget binds, what was found `beside` tells which ways to fit are worth looking at; `others` come after.
         """
         search, near = self, best(beside, self.budget)
-        if near is not None and near.unbound and _way_of(near) == self._ways(name)[0]:
-            near = None  # no budget binds
+        if near is not None and not self._binds(name, near):
+            near = None
         if near is not None:
             if self._is_late():
                 self.missed.append("other choices of padded dims, or of axes that choose apart")
                 return []
             search = replace(self, fastest_s=min(self.fastest_s, near.schedule.step_time_s))
+        ways = self._ways(name, near, others=others)
+        ways = [way for way in ways if self._key(paddings, pads, way, self._shares(name, shares)) not in self._looked]
+        if not ways:
+            return []
         try:
-            return search._solved(name, paddings, pads, shares, self._ways(name, near, others=others))
+            return search._solved(name, paddings, pads, shares, ways)
         except (NoFeasiblePlanError, NotPeriodicError, ValueError):
             return []
+
+    def _binds(self, name: str, chosen: Candidate) -> bool:
+        """Whether the budget kept the chosen one from being faster."""
+        return not chosen.unbound or _way_of(chosen) != self._ways(name)[0]
+
+    def _key(self, paddings: Paddings, pads: tuple[Pad, ...], way: Way, shares: Sequence[float]) -> tuple[object, ...]:
+        return self.joined, paddings.repeated_keys, pads, way, tuple(shares)
+
+    def _shares(self, name: str, shares: Sequence[float] | None) -> Sequence[float]:
+        return shares or HIDDEN_SHARES[: self.most if name == "auto" else 1]
 
     def _is_late(self) -> bool:
         return time.process_time() > self._end_s
@@ -252,7 +272,7 @@ class Search:
         padding = paddings.of(pads)
         self.progress(f"solving {name}" + (f", {len(pads)} dims padded" if pads else ""))
         space = self._space(name, padding)
-        shares = shares or HIDDEN_SHARES[: self.most if name == "auto" else 1]
+        shares = self._shares(name, shares)
         unique: dict[tuple[Mode, bool, tuple[int, ...]], Candidate] = {}
         suffices: list[Way] = []
         seen: set[tuple[frozenset[Value], frozenset[int], bool]] = set()
@@ -262,6 +282,7 @@ class Search:
             if any(_takes_less(way, than) for than in suffices):
                 continue
             mode, regather = way
+            self._looked.add(self._key(paddings, pads, way, shares))
             if turn and self._is_late() and (self.gives_up or math.isfinite(enough.step_s)):
                 self.missed.append(f"recompute {mode!r}" + (" with activations gathered again" if regather else ""))
                 continue
