@@ -46,10 +46,19 @@ def _log_softmax_backward(grad: Tensor, out: Tensor, dim: int, input_dtype: torc
 def _is_target(x: Tensor, target: Tensor) -> tuple[Tensor, int]:
     """Mask of `x`'s shape, true where the class is the target; and the class dim."""
     dim = 0 if x.dim() == 1 else 1
+    _check_target(target, (*x.shape[:dim], *x.shape[dim + 1 :]))
     classes = aten.arange.default(x.shape[dim], dtype=target.dtype, device=x.device)
     if x.dim() > dim + 1:
         classes = aten.view.default(classes, [-1] + [1] * (x.dim() - dim - 1))
     return aten.eq.Tensor(aten.unsqueeze.default(target, dim), classes), dim
+
+
+def _check_target(target: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises RuntimeError for targets that torch's kernels refuse, as fake ones do not."""
+    if target.dtype.is_floating_point or target.dtype == torch.bool:
+        raise RuntimeError(f"targets in {target.dtype} are no classes; give integers, as in target.long()")
+    if tuple(target.shape) != shape:
+        raise RuntimeError(f"targets have shape {tuple(target.shape)} where the scores want one each, {shape}")
 
 
 def _zero(like: Tensor) -> Recorded:

@@ -555,6 +555,28 @@ def test_cross_entropy_is_exact(reduction: str, weighted: bool, shape: tuple[int
         torch.testing.assert_close(found["gradient", "args.0"], x.grad, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.tensor([1.4, 2.0, 0.0]), r"targets in torch.float32 are no classes; .*target.long\(\)"),
+        (torch.tensor([True, False, True]), "targets in torch.bool are no classes"),
+        (torch.tensor([[1], [2], [0]]), r"targets have shape \(3, 1\) where .*, \(3,\)"),
+    ],
+)
+def test_targets_that_eager_refuses_are_refused_with_the_line(target: Tensor, message: str) -> None:
+    """Fake tensors would take them: 1.4 is no class, so that row's loss would be 0 and nothing would look wrong."""
+
+    class Classifier(nn.Module):
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(x, target)
+
+    x = torch.randn(3, 5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="target"):
+        Classifier()(x, target)
+    with pytest.raises(CaptureError, match=rf"test_passes_capture.py:\d+: the model's forward raised .*: {message}"):
+        capture(Classifier(), (x, target))
+
+
 def test_a_cache_is_not_made() -> None:
     model = llama()
     program = capture(model, (), {"input_ids": tokens()})
