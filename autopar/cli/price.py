@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import get_args
 
 from autopar import examples
-from autopar.cli.arguments import add_batch_dim, add_hardware, add_json, add_memory, count, seconds
+from autopar.cli.arguments import add_batch_dim, add_hardware, add_json, add_memory, count, once, seconds
 from autopar.cli.terminal import clean_output, progress
 from autopar.model_argument import Wanted, load_model
 from autopar.options import Options
@@ -84,7 +84,7 @@ def run(given: argparse.Namespace) -> int:
     setup = setup_of(given)
     options = Options(
         memory_budget=given.memory_budget, optimizer=given.optimizer or "adamw",
-        batch_dims=dict(given.batch_dim) or None,
+        batch_dims=once("--batch-dim", given.batch_dim) or None,
     )  # fmt: skip
     with clean_output(), progress() as tell:
         named = load_model(given.model, Wanted(sequence=given.seq))
