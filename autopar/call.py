@@ -39,6 +39,7 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     trains = torch.is_grad_enabled() and (any(parameters.trained) or any(leaf.requires_grad for leaf in inputs))
     key = call_key(runtime, leaves, in_spec, parameters.trained if trains else None)
+    watch().doing(lambda: _in_words(key))
     executable = _fitting(runtime, key, inputs)
     if executable is None:
         with torch.inference_mode(False), torch.set_grad_enabled(trains):
@@ -66,6 +67,15 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     for index, value in zip((i for i in range(len(result)) if i not in program.out_constants), outputs, strict=True):
         result[index] = value
     return pytree.tree_unflatten(result, program.out_spec)
+
+
+def _in_words(key: Any) -> str:
+    """What tells calls apart that ranks have in common: not numbers and objects, whose words may differ."""
+    _, leaves, trained, modes, autocast = key
+    tensors = ", ".join(f"{str(leaf[1]).removeprefix('torch.')}{list(leaf[0])}" for leaf in leaves if len(leaf) == 3)
+    gradients = "no gradients" if trained is None else f"gradients of {sum(trained)} parameters"
+    cast_to = "" if autocast is None else f" under autocast to {autocast}"
+    return f"a forward of {tensors} with {gradients}, {sum(modes)} of {len(modes)} modules in training mode{cast_to}"
 
 
 def _check_modules(runtime: Runtime) -> None:

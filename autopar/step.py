@@ -284,6 +284,8 @@ class Differentiable(torch.autograd.Function):
         if all(gradient is None for gradient in gradients):
             return (None,) * (1 + len(step.differentiable))
         with watch().watching():
+            syncs = step.runtime.syncs
+            watch().doing(lambda: f"a backward that {'exchanges gradients' if syncs else 'exchanges no gradients'}")
             return Differentiable._backward(ctx, step, gradients)
 
     @staticmethod

@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from autopar.watch import RankFailedError, Watch
+from autopar.watch import ENDED, RankFailedError, Watch
 
 SILENCE_S = 1800.0
 # Every rank makes its sessions in the same order, so equal numbers meet.
@@ -111,7 +111,12 @@ class Together:
             except RuntimeError:  # a time-out, whatever the store; a lost store fails sooner
                 if time.monotonic() - start < asked_s / 2:
                     raise
-        silent = [rank for rank in range(self.ranks) if not self.store.check([f"{prefix}/here/{rank}"])]
+            silent = [rank for rank in range(self.ranks) if not self.store.check([f"{prefix}/here/{rank}"])]
+            if ended := [rank for rank in silent if self.store.check([ENDED.format(rank)])]:
+                raise RankFailedError(
+                    f"ranks {ended} have ended while rank {self.rank} waits for them to capture or plan a call with "
+                    "it; all ranks have to make the same calls (an evaluation, too)"
+                )
         raise TimeoutError(f"no word from ranks {silent} for {self.silence_s:.0f} s")
 
 

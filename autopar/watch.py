@@ -9,9 +9,11 @@ wakes a thread that waits in gloo.
     failures    how many there are
     failure/i   one of them: which half of which step, the rank, why
     making      the half that a rank makes a program for; one that runs a known program in that half has other inputs
+    doing       what a rank that waits runs in this half, and ran in the last ones; others run something else by mistake
 
-A healthy step costs no message. Halves (a forward, a backward) have numbers, equal on all ranks, as all ranks take the
-same steps. A failure that this rank had too in that half (a mistake that all ranks made) is none of its business.
+A healthy step costs no message, unless it takes longer than `PATIENCE_S`. Halves (a forward, a backward) have numbers,
+equal on all ranks, as all ranks take the same steps. A failure that this rank had too in that half (a mistake that all
+ranks made) is none of its business.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ GRACE_S = 20.0
 _LET_GO_S = 0.1
 """Before this process ends, for gloo's threads to let go of their last collective. One of a backward holds an object of
 Python's (torch 2.13), and a thread that frees it once there is no interpreter aborts the process."""
+ENDED = "autopar/ended/{}"
+"""Key of a rank whose process has come to its end."""
 _PREFIX = "autopar/watch"
+_REMEMBERED = 8
+"""Halves that a rank tells of; a rank that took another call is stuck a few halves later at most."""
 _OF_A_COLLECTIVE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset")
 
 
@@ -75,6 +81,7 @@ class Watch:
         self.half = 0
         self.since_s: float | None = None
         self.making = False
+        self.recent: tuple[tuple[int, Callable[[], str]], ...] = ()
         self.failed: set[int] = set()
         self.told = False
         self._stopped = threading.Event()
@@ -111,6 +118,10 @@ class Watch:
             raise
         finally:
             self.since_s = None
+
+    def doing(self, what: Callable[[], str]) -> None:
+        """Says what this rank runs in this half, in words that are the same on all ranks that run the same."""
+        self.recent = (*self.recent[1 - _REMEMBERED :], (self.half, what))
 
     @contextlib.contextmanager
     def making_program(self) -> Iterator[None]:
@@ -169,6 +180,8 @@ class Watch:
         own = error is not None and not isinstance(error, RankFailedError) and not _of_a_collective(error)
         if own and not self.told:
             self.tell(self._of(error))
+        with contextlib.suppress(RuntimeError):
+            self.store.set(ENDED.format(self.rank), "1")
         self._stopped.set()
         if self._thread is not None:
             self._thread.join(timeout=2.0)
@@ -185,6 +198,9 @@ class Watch:
                 continue
             self._compare_kinds()
             other = self.another()
+            if other is None and not self.making:
+                self._compare_calls()
+                other = self.another()
             if other is None or self.half != half or self.since_s is None:
                 known = None
             elif known is None or known[0] != half:
@@ -205,6 +221,23 @@ class Watch:
                     self.tell(
                         f"rank {rank} was given inputs of another shape, dtype or mode than rank {self.rank} in the "
                         "same step, or another number; give all ranks equal shapes, dtypes and numbers"
+                    )
+                    return
+
+    def _compare_calls(self) -> None:
+        """Tell of a rank that waited, too, and ran something else in a half that is past or under way."""
+        mine = {str(half): what() for half, what in self.recent}
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"{_PREFIX}/doing/{self.rank}", json.dumps(mine))
+            for rank in range(self.ranks):
+                key = f"{_PREFIX}/doing/{rank}"
+                if rank == self.rank or not self.store.check([key]):
+                    continue
+                theirs = json.loads(self.store.get(key))
+                if half := next((each for each in mine if theirs.get(each, mine[each]) != mine[each]), None):
+                    self.tell(
+                        f"rank {rank} runs {theirs[half]} where rank {self.rank} runs {mine[half]}; all ranks have to "
+                        "make the same calls in the same order"
                     )
                     return
 

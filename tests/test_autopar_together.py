@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import re
 import sys
 import time
 from dataclasses import replace
@@ -77,6 +79,29 @@ def test_the_first_ranks_error_ends_all_within_seconds() -> None:
     assert max(o.seconds for o in outcomes) < 30
 
 
+def _ends_early(rank: int, ranks: int) -> None:
+    """Rank 1 makes one step and ends; the others make another call, which has to be captured."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    ids = torch.randint(0, 12, (2, 6))
+    model = parallelize_with(
+        pipeline("fsdp"), Net(rows=12, width=8), mesh, {"ids": ids, "labels": ids}, options=Options(compile=False)
+    )
+    model(ids=ids, labels=ids).loss.backward()
+    if rank == 1:
+        atexit._run_exitfuncs()  # what the process does as it ends, which a fork of a server leaves out
+        return
+    with torch.no_grad():
+        model.eval()(ids=ids, labels=ids)
+
+
+def test_a_rank_that_has_ended_is_not_waited_for() -> None:
+    found = rank_outcomes(_ends_early, 3, timeout_s=60)
+    assert found[1].error is None
+    for outcome in (found[0], found[2]):
+        assert str(outcome.error).startswith("RankFailedError: ranks [1] have ended"), found
+
+
 def _silent(rank: int, ranks: int) -> None:
     if rank != 1:
         together(silence_s=2).agree()
@@ -145,7 +170,7 @@ def _steps(rank: int, ranks: int, what: str, folder: str) -> str:
     model(ids=ids, labels=ids).loss.backward()
     start = time.monotonic()
     ours = watch()
-    ours.patience_s, ours.grace_s, end = 0.5, 1.0 if what == "lingers" else 60.0, ours.end
+    ours.patience_s, ours.grace_s, end = 0.5, 60.0 if what in ("device", "backward", "shape") else 1.0, ours.end
     ours.end = lambda text: (Path(folder, str(rank)).write_text(text), end(text))
     if rank == 1 and what == "backward":
         ((key, (made,)),) = model._autopar.executables.items()
@@ -155,6 +180,8 @@ def _steps(rank: int, ranks: int, what: str, folder: str) -> str:
         ids = ids.to("meta")
     if rank == 1 and what == "shape":
         ids = ids[:, :4]
+    if rank == 1 and what == "unsynced":
+        model.set_requires_gradient_sync(False)
     try:
         model(ids=ids, labels=ids).loss.backward()
     except BaseException as error:
@@ -197,6 +224,17 @@ def test_ranks_that_wait_for_one_that_lives_on_are_ended(tmp_path: Path) -> None
         assert (tmp_path / str(rank)).read_text().startswith("rank 1 failed: ValueError: ids is on meta")
 
 
+def test_ranks_that_make_another_call_than_others_are_ended_and_named(tmp_path: Path) -> None:
+    """All know both calls, so each runs its own, and they wait for one another in collectives that do not match."""
+    found = rank_outcomes(_steps, 3, "unsynced", str(tmp_path), timeout_s=60)
+    texts = [path.read_text() for path in tmp_path.iterdir()]
+    texts += [str(outcome.result) for outcome in found if outcome.error is None and outcome.result != "no error"]
+    assert len(texts) >= 2, found
+    held, usual = "a backward that exchanges no gradients", "a backward that exchanges gradients"
+    either = rf"rank 1 runs {held} where rank [02] runs {usual}|rank [02] runs {usual} where rank 1 runs {held}"
+    assert all(re.search(either, text) for text in texts), texts
+
+
 class _Store(dict[str, bytes]):
     """A store in this process."""
 
@@ -223,6 +261,28 @@ def test_a_mistake_that_all_ranks_made_does_not_end_a_later_step() -> None:
     for each in watches:
         with each.watching():
             assert each.another() is None
+
+
+@pytest.mark.parametrize("second", ["evaluates", "trains"])
+def test_a_rank_that_is_stuck_a_half_later_is_told_of_its_other_call(second: str) -> None:
+    """Rank 1's evaluation met what rank 0's forward sent, and now both wait: in a training forward, in a backward."""
+    store, calls = _Store(), {0: ["trains", "goes back"], 1: [second, "goes back" if second == "trains" else "trains"]}
+    watches = [Watch(store, rank, 2, patience_s=0.05, end=lambda text: None) for rank in range(2)]
+    for each in watches:
+        for call in calls[each.rank][:1]:
+            with each.watching():
+                each.doing(lambda call=call: call)
+    with watches[0].watching(), watches[1].watching():
+        for each in watches:
+            each.doing(lambda each=each: calls[each.rank][1])
+        time.sleep(0.5)
+        told = [failure.text for each in watches if (failure := each.another())]
+    if second == "trains":
+        assert not told
+    else:
+        assert all("rank 1 runs evaluates where rank 0 runs trains" in text or
+                   "rank 0 runs trains where rank 1 runs evaluates" in text for text in told)  # fmt: skip
+        assert told
 
 
 def test_an_error_outside_a_step_is_told_as_the_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
