@@ -51,6 +51,9 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
             fixes otherwise; what `check_pins` refuses.
     """
     check_pins(pins, axes)
+    tied: dict[str, list[str]] = {}
+    for alias, first in analysis.program.aliases.items():
+        tied.setdefault(first, []).append(alias)
     given = dict(zip(analysis.program.graph.graph.find_nodes(op="placeholder"), analysis.program.inputs, strict=True))
     found: dict[int, tuple[str, Pin]] = {}
     for pattern, wanted in pins.items():
@@ -58,7 +61,7 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
         named = False
         for index, members in enumerate(analysis.folding.members):
             names = [given[node].name for node in members if node in given and given[node].kind == "parameter"]
-            matching = [name for name in names if fnmatchcase(name, pattern)]
+            matching = [n for n in names if any(fnmatchcase(each, pattern) for each in (n, *tied.get(n, ())))]
             if not matching:
                 continue
             if len(matching) < len(names):

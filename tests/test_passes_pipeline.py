@@ -237,6 +237,19 @@ def test_a_pin_is_obeyed() -> None:
     assert [None if shard is None else shard.dim for shard in stored.shards] == [None, 0]
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "lm_head.*", "transformer.wte.weight"])
+def test_a_pin_may_give_any_name_of_a_tied_parameter(name: str) -> None:
+    """GPT-2's table is its head; a pin by either name is a pin of both, and whole is not what is chosen without."""
+    pinned = Request(strategy="megatron", pins={name: parse_layout("RR")})
+    free, made = (
+        compile_plan(program("gpt2"), on_mesh("h100", MESH), (0,), request)
+        for request in (Request(strategy="megatron"), pinned)
+    )
+    assert free.placements["lm_head.weight"].in_compute == "RS(0)"
+    assert made.placements["lm_head.weight"] == made.placements["transformer.wte.weight"]
+    assert made.placements["lm_head.weight"].in_compute == "RR"
+
+
 @pytest.mark.parametrize(
     ("pattern", "layout", "message"),
     [
