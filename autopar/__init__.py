@@ -71,6 +71,8 @@ def parallelize(
     example_inputs: Any = None,
     *,
     plan: Plan | None = None,
+    hardware: str | Hardware | None = None,
+    strategy: str | None = None,
     options: Options | None = None,
 ) -> ParallelModule:
     """`model` laid out over `mesh` by the fastest plan found, ready to train.
@@ -79,7 +81,8 @@ def parallelize(
         batch. Each further axis that splits tensors makes planning several times as long.
     example_inputs: what one data-parallel rank feeds the model, a tuple of positional or a mapping of keyword
         arguments; None: taken from a Hugging Face model's config. plan: one made earlier, for this graph and mesh,
-        with options of its own.
+        with options, strategy and hardware of its own.
+    hardware, strategy: as `plan` takes them ("auto").
 
     The returned module has the model's class, attributes and parameter names; parameters are DTensors on the whole
     mesh. The model itself stays as it was.
@@ -90,7 +93,9 @@ def parallelize(
         NoFeasiblePlanError: no plan fits in memory; says by how much, and what would.
         PlanMismatchError: `plan` is for another graph or mesh.
     """
-    return parallelize_with(PIPELINE, model, mesh, example_inputs, plan=plan, options=options)
+    return parallelize_with(
+        PIPELINE, model, mesh, example_inputs, plan=plan, hardware=hardware, strategy=strategy, options=options
+    )
 
 
 def plan(

@@ -125,16 +125,19 @@ def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh
 
 def parallelize_with(
     pipeline: Pipeline, model: nn.Module, mesh: DeviceMesh, example_inputs: Any = None, *, plan: Any = None,
-    options: Options | None = None,
+    hardware: Any = None, strategy: str | None = None, options: Options | None = None,
 ) -> ParallelModule:  # fmt: skip
-    """`plan_with` and `apply_with` in one, with one capture."""
+    """`plan_with` and `apply_with` in one, with one capture; `strategy`: "auto" where it is left out."""
     _check_is_mesh("parallelize", mesh)
     if plan is not None:
-        if options is not None:
-            raise ValueError("a plan has the options that it was made with; leave out options, or plan with them")
+        given = {"options": options, "strategy": strategy, "hardware": hardware}
+        for name in (name for name, value in given.items() if value is not None):
+            raise ValueError(f"a plan has the {name} that it was made with; leave out {name}, or plan with them")
         return apply_with(pipeline, model, plan, mesh)
     check_unwrapped(model)
     job = _job(pipeline, mesh, options)
+    strategy = "auto" if strategy is None else strategy
+    check_strategy(strategy)
     ours = _ranks(mesh)
     with ours.agreeing():
         call = examples.call_of(model, example_inputs)
@@ -142,14 +145,14 @@ def parallelize_with(
     if not ours.same(example):
         raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
     with ours.agreeing():
-        pipeline.check(None, job.axes, job.batch_axes, job.options)
+        pipeline.check(hardware, job.axes, job.batch_axes, job.options)
     gather = _gather(job, mesh, ours)
     with job.stages:
         program = captured_together(
             ours, lambda known: _captured(job, skeleton(model), call, known=known), call, gather
         )
         smaller = _smaller(job, model, call)
-        plan = _shared_plan(job, ours, program, None, "auto", example, smaller)
+        plan = _shared_plan(job, ours, program, hardware, strategy, example, smaller)
         return _applied(job, model, plan, mesh, program, call, ours)
 
 

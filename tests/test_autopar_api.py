@@ -16,13 +16,14 @@ from ranks import rank_outcomes, run_ranks
 from standin import pipeline
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import autopar
 from autopar import examples, meshes
 from autopar.api import apply_with, parallelize_with, plan_with
 from autopar.options import Options
 from autopar.together import RankFailedError
+from costmodel.presets import hardware
 from passes.errors import PlanMismatchError
 
 EAGER = Options(compile=False)
@@ -462,3 +463,24 @@ def _wrong_pin(rank: int, ranks: int) -> None:
 
 def test_a_pin_that_one_rank_gave_wrong_is_told_on_all_before_a_capture() -> None:
     run_ranks(_wrong_pin, 2)
+
+
+def _as_asked(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    inputs = (torch.randn(2, 8),)
+    slow = replace(hardware("h100"), name="slow")
+    for strategy, placement in (("ddp", Replicate()), ("fsdp", Shard(0))):
+        made = autopar.parallelize(nn.Linear(8, 8), mesh, inputs, strategy=strategy, hardware=slow, options=EAGER)
+        assert all(p.placements == (placement,) for p in made.parameters()), strategy
+    plan = autopar.plan(nn.Linear(8, 8), mesh, inputs, options=EAGER)
+    for name, given in (("strategy", "fsdp"), ("hardware", "h100"), ("options", EAGER)):
+        with pytest.raises(ValueError, match=f"a plan has the {name} that it was made with; leave out {name}"):
+            autopar.parallelize(nn.Linear(8, 8), mesh, inputs, plan=plan, **{name: given})
+    with pytest.raises(ValueError, match="unknown strategy 'zero'; known are auto, ddp, fsdp, megatron"):
+        autopar.parallelize(nn.Linear(8, 8), mesh, inputs, strategy="zero")
+    with pytest.raises(ValueError, match="unknown hardware 'h9'"):
+        autopar.parallelize(nn.Linear(8, 8), mesh, inputs, hardware="h9")
+
+
+def test_parallelize_plans_by_the_strategy_and_the_hardware_that_it_is_given() -> None:
+    run_ranks(_as_asked, 2)
