@@ -113,7 +113,7 @@ def price(
     """
     machine = hardware_of(hardware)
     _check_fields(setup, machine)
-    asked = subject(model, machine, example_inputs, sequence, options or Options(), progress)
+    asked = subject(model, machine, example_inputs, sequence, Options() if options is None else options, progress)
     _check_model(setup, asked)
     progress("playing the step")
     found = estimate(setup, asked.profiler)

@@ -226,7 +226,7 @@ def search(
     """
     machine = hardware_of(hardware)
     _check(gpus, global_batch, top, machine)
-    asked = subject(model, machine, example_inputs, sequence, options or Options(), progress)
+    asked = subject(model, machine, example_inputs, sequence, Options() if options is None else options, progress)
     state = _State(asked, gpus, global_batch, top, progress)
     if options is not None and options.optimizer == "none":
         state.notes.append("no optimizer is priced as sgd is, which keeps nothing either")
