@@ -164,6 +164,7 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
             *padding_notes(chosen.padding, chosen.space, chosen.assignment, chosen.untried),
             *_states_notes(chosen, request.optimizer),
             *_async_tp_notes(chosen, request),
+            *_idle_notes(chosen, request),
             *_budget_notes(budget, topology_),
             *_tight_notes(chosen),
             *_launch_notes(chosen, request),
@@ -241,6 +242,21 @@ def _async_tp_notes(chosen: Candidate, request: Request) -> list[str]:
         f"Options(async_tp=True) or --async-tp is predicted to take {seconds_text(played.step_time_s)} per step "
         f"instead of {seconds_text(now_s)}: products go in parts beside the collectives of activations"
     ]
+
+
+def _idle_notes(chosen: Candidate, request: Request) -> list[str]:
+    """What was asked of gathered parameters or activations, where the plan gathers none: the other way is the same."""
+    notes, now, recomputed = [], chosen.schedule, chosen.space.recomputed
+    for option, asked, other in (
+        ("reshard_after_forward", request.reshard, replace(recomputed, reshard=not request.reshard)),
+        ("regather_activations", request.regather or None, replace(recomputed, regather=False)),
+    ):
+        if asked is None:
+            continue
+        played = as_asked(replace(chosen.space, recomputed=other), chosen.assignment, request)
+        if (played.step_time_s, played.memory.bytes) == (now.step_time_s, now.memory.bytes):
+            notes.append(f"{option}={asked} changes nothing: the plan gathers nothing that it could free or keep")
+    return notes
 
 
 _RESERVED = 1.14

@@ -86,6 +86,29 @@ def test_the_plans_file_keeps_it() -> None:
     assert "regather_activations=True" in str(plan)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "asked", "changes"),
+    [
+        ("ddp", {"reshard": True}, False),
+        ("ddp", {"reshard": False}, False),
+        ("ddp", {"regather": True}, False),
+        ("fsdp", {"reshard": True}, True),
+        ("fsdp", {"reshard": False}, True),
+        ("fsdp", {"regather": True}, False),
+        ("fsdp", {}, True),
+        ("megatron", {"regather": True}, True),
+    ],
+)
+def test_what_was_asked_of_gathers_that_a_plan_has_not_is_told(
+    strategy: str, asked: dict[str, bool], changes: bool
+) -> None:
+    """DDP gathers nothing, FSDP parameters alone, tensor parallelism activations."""
+    mesh = _mesh(tp=4) if strategy == "megatron" else _mesh(dp=4)
+    batch_axes = [] if strategy == "megatron" else [0]
+    plan = compile_plan(_program(), mesh, batch_axes, Request(strategy=strategy, **asked))  # type: ignore[arg-type]
+    assert any("changes nothing" in note for note in plan.notes) == (not changes)
+
+
 @pytest.mark.parametrize("mode", ["none", "pointwise", "selective", "widening", "full"])
 def test_the_numbers_stay(mode: Mode) -> None:
     torch.manual_seed(0)
