@@ -157,7 +157,8 @@ def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
     missing = sorted(set(known) - set(body))
     extra = sorted(set(body) - set(known))
     if missing or extra:
-        raise ValueError(f"{where}: missing {missing or 'nothing'}, unknown {extra or 'nothing'}")
+        fields_are = f"; its fields are {', '.join(known)}" if extra else ""
+        raise ValueError(f"{where}: missing {missing or 'nothing'}, unknown {extra or 'nothing'}{fields_are}")
     for key, value in body.items():
         if known[key] in ("int", "float"):
             _check_number(value, f"{where}.{key}", zero=key in _MAY_BE_ZERO)

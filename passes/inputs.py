@@ -251,6 +251,8 @@ def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int =
     kind = type(model).__name__
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if main == "input_ids" and isinstance(getattr(text, "vocab_size", None), int):
+        if text.vocab_size < 1:
+            raise ValueError(f"the config of the {kind} has a vocab_size of {text.vocab_size}; at least 1 is wanted")
         limits = position_limits(lambda name: getattr(text, name, None))
         length = min([sequence_length, *(n for n in limits.values() if n > 0)])
         _check_size(batch_size, 8 * length)

@@ -266,7 +266,8 @@ def test_a_file_says_what_is_other_than_in_a_preset(tmp_path: Path) -> None:
     for change, message in (
         ({"base": "h900"}, "slow.json': base: unknown hardware 'h900'; known are a100-40gb"),
         ({"base": 7}, "base: found 7, expected a preset's name"),
-        ({"hardware": {"colour": "red"}}, "unknown \\['colour'\\]"),
+        ({"hardware": {"colour": "red"}}, "unknown \\['colour'\\]; its fields are name, device, "),
+        ({"hardware": {"device": {"memory": 1}}}, "unknown \\['memory'\\]; its fields are .*memory_bytes, "),
         ({"hardware": {"inter_node": {"bytes_per_s": -1}}}, "inter_node.bytes_per_s: found -1"),
         ({"hardware": {"inter_node": 12e9}}, "hardware.inter_node: found float, expected an object"),
         ({"hardware": 12}, "hardware: found int, expected an object"),
