@@ -82,8 +82,6 @@ def verdict(
     def simple(setup: Setup) -> bool:
         return setup.pp == setup.cp == 1 and not setup.offload
 
-    divides = any(simple(c.setup) for c in plain)
-
     state = best(lambda s: simple(s) and s.tp == 1 and s.state == "zero3")
     computation = best(lambda s: simple(s) and s.tp > 1 and s.state == "zero3")
     context = best(lambda s: s.pp == 1 and s.cp > 1 and s.ep == 1)
@@ -97,6 +95,7 @@ def verdict(
     tied = tuple(close(ways)) if ways else ()
     if answer in resident:
         samples = f"{batch} sample{'s' * (batch > 1)}"
+        divides = any(simple(c.setup) and (c.setup.tp == 1 or answer != "computation") for c in plain)
         none = ", and nothing simpler fits" if divides else f", and no simpler mesh divides {samples}"
         text = [_chosen_text(answer, resident, tied, budget, none)]
     else:
