@@ -23,7 +23,7 @@ _SECONDS = {
     "exposed state": "parameters and gradients that compute waits for",
     "exposed activations": "tensor parallelism's collectives that compute waits for",
     "optimizer": "the update",
-    "between": "what is none of these",
+    "between": "what is none of these; of products that are cut in parts, what they take longer",
 }
 _BYTES = {**MEMORY_KINDS, "activations and working": "kept from forward for backward, and temporary results"}
 _STATES = {

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from autopar.leads import EXPERTS_ERROR, MEASURED_ERROR
@@ -19,6 +20,7 @@ from costmodel.presets import hardware as hardware_of
 from passes.candidate import Estimate, estimate, kernels_of
 from passes.collector import settled
 from passes.pipeline import launch_note, tight_note
+from passes.precision import Precision
 from passes.recompute import Mode
 from passes.setup import Setup, State
 
@@ -81,13 +83,15 @@ class Price:
         """As people read it; `name` is what the model is called, `measured_s` what a step was seen to take."""
         return price_text(self, name, measured_s)
 
-    def to_json(self) -> str:
-        """All of it, for scripts."""
+    def to_json(self, measured_s: float | None = None) -> str:
+        """All of it, for scripts; with what a step was seen to take, that and the error."""
         content = {
             "format": "autopar-price", "version": 1, **asdict(self), "gpus": self.gpus,
             "global_batch": self.setup.global_batch, "over_bytes": self.over_bytes, "utilisation": self.utilisation,
             "units_per_s": self.units_per_s, "priced_only": list(self.setup.priced_only),
         }  # fmt: skip
+        if measured_s is not None:
+            content |= {"measured_s": measured_s, "error": self.step_time_s / measured_s - 1}
         return json.dumps(content, indent=1)
 
 
@@ -111,9 +115,13 @@ def price(
         ValueError: ranks that fill no nodes, stages or parts that the model has not, what has no price; names the
             field of `setup`.
     """
+    if not isinstance(setup, Setup):
+        raise ValueError(f"setup is a {type(setup).__name__}; pass autopar.Setup(...)")
     machine = hardware_of(hardware)
     _check_fields(setup, machine)
-    asked = subject(model, machine, example_inputs, sequence, Options() if options is None else options, progress)
+    precision = Precision(reductions=torch.float32) if setup.gradient_bytes == 4 and setup.is_played else None
+    options = Options() if options is None else options
+    asked = subject(model, machine, example_inputs, sequence, options, progress, precision)
     _check_model(setup, asked)
     progress("playing the step")
     found = estimate(setup, asked.profiler)
@@ -152,6 +160,24 @@ def _check_fields(setup: Setup, machine: Hardware) -> None:
         )
     if setup.virtual > 1 and setup.pp == 1:
         raise ValueError(f"virtual is {setup.virtual} without stages; give pp, or leave it out")
+    _check_idle(setup)
+
+
+def _check_idle(setup: Setup) -> None:
+    """Refuse what would change nothing: whoever asked for it takes the price to have it."""
+    full = f"recompute is {setup.recompute!r}; layers are run again to their end under 'full' alone"
+    unfreed = f"state is {setup.state!r}; gathered parameters are kept or freed under 'zero3' alone"
+    alone = "tp is 1; there are no tensor-parallel ranks, leave it out"
+    for idle, name, why in (
+        (setup.whole_blocks and not setup.runs_whole, "whole_blocks=True", full),
+        (not setup.reshard and setup.state != "zero3", "reshard=False", unfreed),
+        (not setup.sequence_parallel and setup.tp == 1, "sequence_parallel=False", alone),
+        (setup.tp_overlap and setup.tp == 1, "tp_overlap=True", alone),
+        (setup.tp_waits and setup.tp == 1, "tp_waits=True", alone),
+        (setup.tp_overlap and setup.tp_waits, "tp_overlap=True", "so is tp_waits; collectives do one of them"),
+    ):
+        if idle:
+            raise ValueError(f"{name}, but {why}")
 
 
 def _check_model(setup: Setup, asked: Subject) -> None:
@@ -171,13 +197,14 @@ def _check_model(setup: Setup, asked: Subject) -> None:
 
 
 def _notes(found: Estimate, asked: Subject) -> list[str]:
-    setup, notes = found.setup, []
+    setup, notes = found.setup, list[str]()
+    fits = found.peak_bytes <= asked.budget_bytes(found.setup.ranks)
     if not asked.hardware.shared_host:
         error = EXPERTS_ERROR if setup.ep > 1 else MEASURED_ERROR
         notes.append(f"predictions of such steps are off by {error:.0%} on average")
         micro_s = (found.step_s - found.seconds["optimizer"]) / setup.accumulate
         told = (
-            tight_note(found.peak_bytes, asked.usable_bytes(setup.ranks)),
+            tight_note(found.peak_bytes, asked.usable_bytes(setup.ranks)) if fits else None,
             launch_note(kernels_of(setup, asked.profiler), micro_s),
         )
         notes += [note for note in told if note]

@@ -17,6 +17,7 @@ from autopar.unwrapped import check_unwrapped
 from costmodel.hardware import Hardware, topology
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
 from passes.inputs import default_inputs, global_inputs
+from passes.precision import Precision
 
 _UNPRICED = ("compile", "mp_policy", "pins", "async_tp")
 """Options of plans that are not priced."""
@@ -58,6 +59,7 @@ def subject(
     sequence: int | None,
     options: Options,
     progress: Callable[[str], None],
+    precision: Precision | None = None,
 ) -> Subject:
     """`model` fed one sample: `example_inputs`, or what its config asks for, `sequence` long.
 
@@ -87,7 +89,7 @@ def subject(
         return default_inputs(model, 1, length // parts) if length else default_inputs(model, 1)
 
     options = replace(options, optimizer=_optimizer(options.optimizer, model))
-    captures = Captures(model, inputs, batch_dims=options.batch_dims, progress=progress)
+    captures = Captures(model, inputs, batch_dims=options.batch_dims, precision=precision, progress=progress)
     profiler = Profiler(captures, machine, OPTIMIZERS[options.optimizer])
     name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     return Subject(name, profiler, options, length, length if example_inputs is None else None)

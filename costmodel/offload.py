@@ -1,8 +1,8 @@
 """What it costs to keep optimizer states in host memory and to update there (ZeRO-Offload, arXiv 2101.06840).
 
-Gradients go to the host, the CPU updates its fp32 copy and states, parameters come back. Bytes per parameter of a
-rank's own part: gradient down, parameter up over PCIe; on the host, gradient, parameter, master and states are read,
-and all but the gradient written.
+Gradients go to the host, the CPU updates the states there, an fp32 copy of low-precision parameters among them, and
+parameters come back. Bytes per parameter of a rank's own part: gradient down, parameter up over PCIe; on the host,
+gradient, parameter and states are read, and all but the gradient written.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ HOST_BYTES_PER_S = 200e9
 about half of the two sockets' peak."""
 
 
-def host_update_s(parameters: float, hardware: Hardware, *, item_bytes: int = 2, state_bytes: float = 8.0) -> float:
+def host_update_s(
+    parameters: float, hardware: Hardware, *, item_bytes: float = 2.0, state_bytes: float = 12.0
+) -> float:
     """Seconds of an update of `parameters` elements per rank on the host, every rank of a node at once.
 
     Transfers overlap the CPU's work (buckets flow through), so the longer of the two counts, and one way of the other.
     """
     pcie_s = parameters * item_bytes / hardware.pcie_bytes_per_s
-    moved = parameters * (item_bytes + 2 * (item_bytes + 4 + state_bytes))
+    moved = parameters * (item_bytes + 2 * (item_bytes + state_bytes))
     cpu_s = moved * hardware.ranks_per_node / HOST_BYTES_PER_S
     return max(cpu_s, pcie_s) + pcie_s

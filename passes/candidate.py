@@ -70,26 +70,30 @@ def estimate(setup: Setup, profiler: Profiler) -> Estimate:
     """
     if setup.ep > 1:
         _check_experts(setup, profiler)
-    if setup.pp == setup.cp == 1 and setup.state == "zero3":
+    if setup.is_played:
         return _sharded(setup, profiler)
     return _replicated(setup, profiler)
 
 
 def kernels_of(setup: Setup, profiler: Profiler) -> float:
     """Kernels that a rank's host launches for a micro-batch."""
-    found = profiler.profile(setup, replica=setup.pp > 1 or setup.cp > 1 or setup.state != "zero3")
+    found = profiler.profile(setup, replica=not setup.is_played)
     return found.whole["kernels"] / setup.pp
 
 
 def _check_experts(setup: Setup, profiler: Profiler) -> None:
     ranks = setup.data_ranks * setup.cp * setup.tp
     if setup.state == "zero3":
-        raise ValueError(f"ep={setup.ep} with zero3: expert parallelism is priced with parameters that stay on a rank")
+        raise ValueError(
+            f"ep={setup.ep} with zero3: expert parallelism is priced with parameters that stay on a rank; zero1 is one"
+        )
     if ranks % setup.ep or setup.ep % setup.tp:
         raise ValueError(
-            f"ep={setup.ep}: not a part of the {ranks} ranks with the same layers that holds all {setup.tp} that split "
-            "them"
+            f"ep={setup.ep}: {ranks} ranks have the same layers, {setup.tp} of them split each; priced are groups of a "
+            f"multiple of {setup.tp} ranks that divides {ranks}"
         )
+    if "experts" not in profiler.profile(setup, replica=True).whole:
+        raise ValueError(f"ep={setup.ep}, but the model has no routed experts")
     if f"experts.{setup.expert_parts}" not in profiler.profile(setup, replica=True).whole:
         raise ValueError(f"ep={setup.ep}: priced are powers of two that divide a layer's routed experts")
 
@@ -130,8 +134,7 @@ def with_least_memory(setup: Setup, either: Either) -> Setup:
 
 
 def _may_regather(setup: Setup, either: Either) -> bool:
-    played = setup.pp == setup.cp == 1 and setup.state == "zero3"
-    return either.regather and played and setup.tp > 1 and not setup.gathers_again
+    return either.regather and setup.is_played and setup.tp > 1 and not setup.gathers_again
 
 
 def _freed_and_kept(setup: Setup, profiler: Profiler, budget: float, either: Either) -> Iterator[Estimate]:
@@ -265,6 +268,11 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     casts_s = _casts_s(setup, found, profiler.hardware) if setup.fp8 else 0.0
     update_s = whole["optimizer_s"]
     state_s, slowed_s = found.total("exposed.parameter.") + found.total("exposed.gradient."), whole["slowed_s"]
+    mesh = topology(profiler.hardware, {"dp": setup.data_ranks, "tp": setup.tp})
+    waited_s = found.total("hidden.activation.") if setup.tp_waits else 0.0
+    if waited_s:
+        spared_s = min(slowed_s, waited_s * min(taken_shares((1,), mesh)))
+        micro_s, slowed_s = micro_s + waited_s - spared_s, slowed_s - spared_s
     late_s = found.total("hidden.parameter.backward.") if setup.gathers_late else 0.0
     if setup.gather_bytes_per_s:
         micro_s -= state_s
@@ -274,7 +282,6 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
             micro_s -= slowed_s
             slowed_s = 0.0
     elif late_s:
-        mesh = topology(profiler.hardware, {"dp": setup.data_ranks, "tp": setup.tp})
         spared_s = min(slowed_s, late_s * min(taken_shares((0,), mesh)))
         micro_s += late_s - spared_s
         state_s, slowed_s = state_s + late_s, slowed_s - spared_s
@@ -284,7 +291,7 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
         "slowed": slowed_s,
         "casts": casts_s,
         "exposed state": state_s,
-        "exposed activations": found.total("exposed.activation."),
+        "exposed activations": found.total("exposed.activation.") + waited_s,
     }
     seconds = {name: setup.accumulate * value for name, value in seconds.items()}
     added_s = (setup.accumulate - 1) * whole["added_s"]
@@ -293,7 +300,7 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     bytes_ = at_rest(found, setup)
     peak = sharded_peak_bytes(found, _layer(setup, profiler, replica=False))
     if setup.offload:
-        seconds["optimizer"] = offload.host_update_s(whole["stored"], profiler.hardware)
+        seconds["optimizer"] = _host_update_s(whole["stored"], found, profiler)
         peak -= bytes_.pop("optimizer")
     step = setup.accumulate * (micro_s + casts_s) + added_s + seconds["optimizer"]
     seconds["between"] = max(0.0, step - sum(seconds.values()))
@@ -336,7 +343,7 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     share = max(most, last) / layers
     elements = (found.layer("elements") * layers * share) + (outside["elements"] * (1.0 if stages == 1 else 0.5))
     experts = found.layer("experts") * layers * share
-    waits_s, behind_s, slowed_s, update_s = _state(setup, elements, experts, found, slowest_s, hardware)
+    waits_s, behind_s, slowed_s, update_s = _state(setup, elements, experts, found, slowest_s, profiler)
     added_s = _added_s(setup, elements - experts * (1 - 1 / setup.expert_parts), found, hardware)
     step = passed_s + added_s + waits_s + slowed_s + update_s
     hidden_s = behind_s + max(0.0, sent_s - messages_s) + micro * layers / stages * by_parts_s
@@ -433,21 +440,29 @@ def _added_s(setup: Setup, elements: float, found: Profile, hardware: Hardware) 
     return (setup.accumulate - 1) * addition_s(elements, item, setup.gradient_bytes, hardware.device)
 
 
+def _host_update_s(elements: float, found: Profile, profiler: Profiler) -> float:
+    """An update of so many parameters on the host, of the bytes that they and the optimizer's states have."""
+    item, states = (found.whole[name] / found.whole["stored"] for name in ("stored bytes", "states"))
+    return offload.host_update_s(elements, profiler.hardware, item_bytes=item, state_bytes=states)
+
+
 def _state(
-    setup: Setup, elements: float, experts: float, found: Profile, stage_s: float, hardware: Hardware
+    setup: Setup, elements: float, experts: float, found: Profile, stage_s: float, profiler: Profiler
 ) -> tuple[float, float, float, float]:
     """Exposed and hidden seconds of gradient reduction and of parameters' gathers, what the hidden take from compute,
-    and the update. Once per step, but that zero3 which frees parameters gathers them for each half of each micro-batch.
+    and the update. Once per step, but that zero3 which frees parameters gathers them for each half of each micro-batch,
+    and that ranks which keep shares of gradients reduce those of each, where they need not wait for a pipeline's
+    others.
 
     `elements`: parameters of a stage, `experts` of them in routed experts; a rank has its share of these alone, and
     fewer ranks have the same.
     """
-    ranks = setup.data_ranks * setup.cp
+    hardware, ranks = profiler.hardware, setup.data_ranks * setup.cp
     update_s = found.whole["optimizer_s"] * elements / found.whole["elements"]
     if setup.state != "zero0":
         update_s /= ranks
     if setup.offload:
-        update_s = offload.host_update_s(elements / (ranks if setup.state != "zero0" else 1), hardware)
+        update_s = _host_update_s(elements / (ranks if setup.state != "zero0" else 1), found, profiler)
     if ranks == 1:
         return 0.0, 0.0, 0.0, update_s
     mesh = topology(hardware, {"pp": setup.pp, "dp": setup.data_ranks, "cp": setup.cp, "tp": setup.tp})
@@ -457,17 +472,19 @@ def _state(
         both_s = _exchanged_s(setup, apart / setup.expert_parts, found, (1,), _experts_mesh(setup, hardware))
         reduce_s, gather_s = reduce_s + both_s[0], gather_s + both_s[1]
     each_time = setup.state == "zero3" and setup.reshard
-    times = setup.accumulate if each_time else 1
+    shares = each_time or (setup.state in ("zero2", "zero3") and setup.pp == 1)
+    gathers, reductions = (setup.accumulate if each else 1 for each in (each_time, shares))
     again_s = gather_s if each_time else 0.0
     if not setup.overlap:
-        return times * (reduce_s + gather_s + again_s), 0.0, 0.0, update_s
+        return reductions * (reduce_s + again_s) + gathers * gather_s, 0.0, 0.0, update_s
     backward_s, forward_s = stage_s * 2 / 3, stage_s / 3
     # what comes first in forward and last in backward, an embedding or a layer, has nothing to hide behind
     alone = max(min(1.0, setup.pp / max(1.0, found.layers)), found.outside["elements"] / 2 / found.whole["elements"])
-    waits_s = _waits_s(reduce_s + again_s, backward_s, alone) + _waits_s(gather_s, forward_s, alone)
+    waits_s = reductions * _waits_s(reduce_s + again_s, backward_s, alone)
+    waits_s += gathers * _waits_s(gather_s, forward_s, alone)
     sms, _ = taken_shares(axes, mesh)
-    behind_s = reduce_s + gather_s + again_s - waits_s
-    return times * waits_s, times * behind_s, times * sms * behind_s, update_s
+    behind_s = reductions * (reduce_s + again_s) + gathers * gather_s - waits_s
+    return waits_s, behind_s, sms * behind_s, update_s
 
 
 def _waits_s(sent_s: float, compute_s: float, alone: float) -> float:

@@ -59,6 +59,8 @@ class Setup:
     """Where zero3 gathers a layer's parameters for backward only once the layer above is through (PyTorch FSDP's
     `BACKWARD_POST`): nothing is left to hide that behind."""
     gradient_bytes: int = 2
+    """What gradients are kept and reduced in; where a schedule is played (`is_played`) they are kept as parameters are,
+    and reduced in no less than those have."""
     adds_in_products: bool = False
     """Where a framework's products of weight gradients add to the sum over micro-batches themselves, as Megatron-LM's
     do since late 2021. Elsewhere it is an op beside them."""
@@ -69,6 +71,11 @@ class Setup:
     def runs_whole(self) -> bool:
         """Whether layers are run again to their end."""
         return self.whole_blocks and self.recompute == "full"
+
+    @property
+    def is_played(self) -> bool:
+        """Whether its price is a plan's schedule itself: all state sharded, all layers on every rank."""
+        return self.pp == self.cp == 1 and self.state == "zero3"
 
     @property
     def ranks(self) -> int:

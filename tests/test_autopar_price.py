@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import autopar
 from autopar import Setup
-from autopar.cli.main import main
-from passes.setup import as_megatron
+from autopar.cli.main import main, parser
+from autopar.cli.price import setup_of
+from passes.setup import State, as_megatron
 
 HIDDEN, LAYERS, HEADS, FFN, VOCAB, LENGTH = 256, 8, 4, 512, 1000, 512
 
@@ -33,6 +34,15 @@ def config() -> LlamaConfig:
 def small(layers: int = LAYERS) -> nn.Module:
     told = config()
     told.num_hidden_layers = layers
+    with torch.device("meta"):
+        return LlamaForCausalLM(told).to(torch.bfloat16)
+
+
+def wide() -> nn.Module:
+    """Parameters enough for what is sent of them to take more than its latency."""
+    told = config()
+    told.hidden_size, told.intermediate_size = 2048, 4096
+    told.num_attention_heads = told.num_key_value_heads = 16
     with torch.device("meta"):
         return LlamaForCausalLM(told).to(torch.bfloat16)
 
@@ -103,6 +113,77 @@ def test_flops_are_those_counted_by_hand() -> None:
         assert found.units_per_s == pytest.approx(setup.global_batch * length / found.step_time_s / setup.ranks)
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_sharded_gradients_may_be_reduced_in_fp32(accumulate: int) -> None:
+    """By hand: of each parameter two bytes more by NVLink 4 for each micro-batch, but for a rank's own eighth; of its
+    450 GB/s collectives reach three quarters or more."""
+
+    def sent_s(gradient_bytes: int) -> float:
+        setup = Setup(dp_shard=8, accumulate=accumulate, gradient_bytes=gradient_bytes)
+        found = autopar.price(wide(), setup, "h100", sequence=LENGTH)
+        return found.seconds["exposed state"] + found.hidden_s
+
+    elements = sum(p.numel() for p in wide().parameters())
+    least_s = accumulate * 2 * elements * 7 / 8 / 450e9
+    assert least_s < sent_s(4) - sent_s(2) < least_s / 0.75
+
+
+def test_sharded_gradients_of_each_micro_batch_are_reduced() -> None:
+    """By hand: ZeRO-2 has shares of gradients alone, so each of 6 micro-batches' are reduced, and updated parameters
+    gathered once; in bf16 all are of as many bytes. ZeRO-1 reduces the sum, so 2 in all. Keeping what ZeRO-3 gathers
+    (its parameters stay for the ranks' parts of a sequence) is ZeRO-2 in what is sent."""
+
+    def sent_s(setup: Setup) -> float:
+        found = autopar.price(wide(), setup, "h100", sequence=LENGTH)
+        return found.seconds["exposed state"] + found.hidden_s
+
+    one = Setup(dp_shard=8, accumulate=6, state="zero1")
+    assert sent_s(replace(one, state="zero2")) == pytest.approx(7 / 2 * sent_s(one), rel=1e-6)
+    parts = replace(one, dp_shard=4, cp=2)
+    kept = replace(parts, state="zero3", reshard=False)
+    assert sent_s(kept) == pytest.approx(7 / 2 * sent_s(parts), rel=1e-6)
+    staged = replace(one, dp_shard=4, pp=2)
+    assert sent_s(replace(staged, state="zero2")) == pytest.approx(sent_s(staged), rel=1e-6)
+
+
+@pytest.mark.parametrize("state", ["zero1", "zero3"])
+def test_collectives_that_are_waited_for_hide_nothing(state: State) -> None:
+    """A step takes longer by what ran beside weight gradients, less what that took from them (26% of its time at most),
+    whichever way state is sharded."""
+
+    def steps(*, waits: bool) -> autopar.Price:
+        return autopar.price(wide(), Setup(tp=8, state=state, tp_waits=waits), "h100", sequence=4096)
+
+    hidden, waited = steps(waits=False), steps(waits=True)
+    more_s = waited.step_time_s - hidden.step_time_s
+    sent = 8 * 2 * 4096 * 2048 * 2 * 7 / 8 / 450e9  # of backward alone: 2 a layer, in bf16, by NVLink 4
+    assert 0.3 * sent < more_s < 2 * sent
+    if state == "zero3":
+        exposed_s = waited.seconds["exposed activations"] - hidden.seconds["exposed activations"]
+        assert exposed_s - more_s == pytest.approx(hidden.seconds["slowed"] - waited.seconds["slowed"])
+        assert 0.73 * exposed_s < more_s < exposed_s
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_each"), [("adamw", 2 + 2 * (2 + 12)), ("none", 2 + 2 * 2), ("momentum", 2 + 2 * (2 + 4))]
+)
+def test_an_update_on_the_host_moves_what_the_optimizer_keeps(optimizer: str, bytes_each: int) -> None:
+    """By hand: gradient, parameter and states are read, the latter two written, at 200 GB/s a node; one way over PCIe
+    beside that, the other before it."""
+    options = autopar.Options(optimizer=optimizer)
+    for setup in (Setup(dp_shard=8, offload=True), Setup(dp_shard=8, state="zero1", offload=True)):
+        found = autopar.price(wide(), setup, "h100", sequence=LENGTH, options=options)
+        elements = sum(p.numel() for p in wide().parameters())
+        by_hand = elements * bytes_each / 200e9 + elements / 8 * 2 / 55.4e9
+        assert found.seconds["optimizer"] == pytest.approx(by_hand, rel=0.01)
+
+
+def test_experts_stay_on_a_rank_where_no_flag_says_what_is_sharded() -> None:
+    words = ["price", "MODEL", "--gpus", "8", "--global-batch", "8", "--ep", "2"]
+    assert setup_of(parser().parse_args(words)).state == "zero1"
+    assert setup_of(parser().parse_args(words[:-2])).state == "zero3"
+
+
 def test_fp8_is_a_share_of_its_own_peak() -> None:
     found = autopar.price(small(), Setup(fp8=True), "h100", sequence=LENGTH)
     assert found.peak_flops_per_s == 1979e12
@@ -139,12 +220,19 @@ def test_what_was_measured_is_compared(folder: Path, capsys: pytest.CaptureFixtu
     assert "predicted 25.0% too slow" in capsys.readouterr().out
     assert main([*ask, "--measured", str(step_s * 2)]) == 0
     assert "predicted 50.0% too fast" in capsys.readouterr().out
+    found = told(capsys, *ask[1:], "--measured", step_s / 1.25)
+    assert found["measured_s"] == pytest.approx(step_s / 1.25)
+    assert found["error"] == pytest.approx(0.25)
 
 
 def test_what_does_not_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--gpus 1 --hardware h100 --global-batch 1 --seq 512 --memory-budget 1MiB"
     assert main(["price", str(folder), *words.split()]) == 1
     assert "of 1.00 MiB per GPU: DOES NOT FIT, " in capsys.readouterr().out
+    large = small(80)
+    found = autopar.price(large, Setup(micro_batch=512), "h100", sequence=LENGTH)
+    assert not found.fits
+    assert not any("should it run out of memory" in note for note in found.notes)  # it will
 
 
 def test_parts_add_up_and_are_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +274,15 @@ MISTAKES: list[tuple[Setup, str]] = [
     (Setup(pp=2, virtual=3), "8 layers are not cut evenly into 2 x 3 parts"),
     (Setup(cp=8, dp_shard=1), "cp is 8, which does not divide a sequence of 500"),
     (Setup(ep=2, dp_shard=4), "ep=2 with zero3"),
+    (Setup(ep=2, dp_shard=4, state="zero1"), "ep=2, but the model has no routed experts"),
+    (Setup(ep=3, dp_shard=4, state="zero1"), "ep=3: 4 ranks have the same layers, 1 of them split each"),
+    (Setup(ep=2, dp_shard=2, tp=4, state="zero1"), "priced are groups of a multiple of 4 ranks that divides 8"),
+    (Setup(whole_blocks=True), "whole_blocks=True, but recompute is 'pointwise'; layers are run again to their end"),
+    (Setup(reshard=False, dp_shard=4, state="zero1"), "reshard=False, but state is 'zero1'; gathered parameters are"),
+    (Setup(sequence_parallel=False), "sequence_parallel=False, but tp is 1; there are no tensor-parallel ranks"),
+    (Setup(tp_overlap=True), "tp_overlap=True, but tp is 1"),
+    (Setup(tp_waits=True), "tp_waits=True, but tp is 1"),
+    (Setup(tp=2, tp_waits=True, tp_overlap=True), "tp_overlap=True, but so is tp_waits"),
 ]
 
 
@@ -193,6 +290,11 @@ MISTAKES: list[tuple[Setup, str]] = [
 def test_what_cannot_be_is_named(setup: Setup, says: str) -> None:
     with pytest.raises(ValueError, match=says.replace("(", r"\(")):
         autopar.price(small(), setup, "h100", sequence=500)
+
+
+def test_a_setup_is_one() -> None:
+    with pytest.raises(ValueError, match="setup is a dict; pass autopar.Setup"):
+        autopar.price(small(), {"tp": 8}, "h100")  # type: ignore[arg-type]
 
 
 def test_what_a_cpu_is_not_priced_for_is_named() -> None:

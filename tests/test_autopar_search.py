@@ -385,6 +385,16 @@ def test_context_parallelism_without_stages_is_simpler_than_a_pipeline(profiler:
     assert "context parallelism over 4 without stages 10.80 s" in alone.text[0]
 
 
+def test_a_batch_that_no_simpler_mesh_divides_is_told_from_one_that_does_not_fit(profiler: Profiler) -> None:
+    """Sharded state needs a sample for each of 4 GPUs; with as many it may not fit."""
+    tensor = Candidate(Setup(tp=4), 10.0, 1, 0, {}, {})
+    split = verdict([tensor], profiler, 4, 1, 1)
+    assert split.answer == "computation"
+    assert split.text[0].endswith("is needed: 10.00 s a step, and no simpler mesh divides 1 sample.")
+    sharded = Candidate(Setup(dp_shard=4), 9.0, 2, 1, {}, {})
+    assert verdict([tensor, sharded], profiler, 4, 4, 1).text[0].endswith("a step, and nothing simpler fits.")
+
+
 def test_what_a_pipeline_hides_of_tensor_parallelism(profiler: Profiler) -> None:
     """8 layers on 2 stages, 6 micro-batches: what a stage's layers hide is saved once per micro-batch, and once more
     while the pipeline fills."""
@@ -479,7 +489,7 @@ def test_what_is_budgeted_for_the_optimizer_is_said(found: SearchResult) -> None
     assert not full.options().async_tp  # nothing to overlap on one GPU: `plan` would refuse it
     with pytest.raises(ValueError, match="batch_axes"):
         autopar.search(small(), 1, "h100", 1, sequence=512, options=replace(OPTIONS, batch_axes=("dp",)))
-    assert not any("not priced" in note for note in found.notes)
+    assert not any(note.startswith("not priced") for note in found.notes)
     none = autopar.search(small(), 1, "h100", 1, sequence=512, options=replace(OPTIONS, optimizer="none"), top=1)
     assert none.notes[0] == "no optimizer is priced as sgd is, which keeps nothing either"
     assert "optimizer sgd: 0 bytes per parameter" in " ".join(none.notes)

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state", choices=get_args(State),
         help="what data-parallel ranks shard: nothing, the optimizer, gradients too, parameters too "
-        "(zero3, with stages or context parallelism zero1)",
+        "(zero3, with stages, context or expert parallelism zero1)",
     )  # fmt: skip
     parser.add_argument("--recompute", choices=get_args(Mode), default="pointwise", help="default: pointwise")
     parser.add_argument(
@@ -68,8 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="beside weight gradients, in parts beside products, or waited for (parts with stages, else beside)",
     )  # fmt: skip
     parser.add_argument(
-        "--gradients", choices=("bf16", "fp32"), help="what they are kept and reduced in (fp32, under zero3 bf16)"
-    )
+        "--gradients", choices=("bf16", "fp32"),
+        help="what they are kept and reduced in (fp32; under zero3 kept as parameters are, and reduced so too)",
+    )  # fmt: skip
     parser.add_argument("--fp8", action="store_true", help="products in fp8")
     parser.add_argument("--offload", action="store_true", help="the optimizer on the host")
     add_batch_dim(parser)
@@ -96,7 +97,7 @@ def run(given: argparse.Namespace) -> int:
             options=options, progress=tell,
         )  # fmt: skip
         found = replace(found, notes=(*named.notes, *found.notes))
-    print(found.to_json() if given.json else found.text(given.model, given.measured))
+    print(found.to_json(given.measured) if given.json else found.text(given.model, given.measured))
     return 0 if found.fits else 1
 
 
@@ -119,7 +120,7 @@ def setup_of(given: argparse.Namespace) -> Setup:
             f"--global-batch {given.global_batch} is no multiple of {data} data-parallel ranks x --micro-batch "
             f"{given.micro_batch} = {data * given.micro_batch}"
         )
-    staged = given.pp > 1 or given.cp > 1
+    staged = given.pp > 1 or given.cp > 1 or given.ep > 1
     usual: State = ("zero1" if data * given.cp > 1 else "zero0") if staged else "zero3"
     setup = Setup(
         dp_replicate=given.replicas, dp_shard=data // given.replicas, tp=given.tp, pp=given.pp, cp=given.cp,
@@ -128,7 +129,7 @@ def setup_of(given: argparse.Namespace) -> Setup:
         whole_blocks=given.whole_layers, sequence_parallel=given.sequence_parallel, state=given.state or usual,
         reshard=not given.keep_gathered, fp8=given.fp8, offload=given.offload,
     )  # fmt: skip
-    if setup.state != "zero3" or staged:
+    if not setup.is_played:
         setup = as_megatron(setup)
         setup = replace(setup, gathers_again=setup.gathers_again and setup.sequence_parallel)
     if given.tp_collectives:
