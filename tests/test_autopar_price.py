@@ -293,7 +293,7 @@ def test_what_cannot_be_is_named(setup: Setup, says: str) -> None:
 
 
 def test_a_setup_is_one() -> None:
-    with pytest.raises(ValueError, match="setup is a dict; pass autopar.Setup"):
+    with pytest.raises(ValueError, match=r"setup is a dict; pass autopar\.Setup"):
         autopar.price(small(), {"tp": 8}, "h100")  # type: ignore[arg-type]
 
 
