@@ -169,6 +169,11 @@ def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wante
         torch.manual_seed(wanted.seed)
         model = build(made).train()
     inputs = default_inputs(model, wanted.batch or 1, sequence)
+    if wanted.sequence is not None and "input_ids" not in inputs:
+        raise ValueError(
+            f"{name}: --seq {wanted.sequence}, but a {type(model).__name__} reads {', '.join(inputs)} and no tokens; "
+            "leave it out"
+        )
     return Named(model, inputs, name, tuple(notes))
 
 

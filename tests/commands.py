@@ -179,6 +179,8 @@ def made_here(folder: Path) -> Here:
     (folder / "heads").mkdir()
     (folder / "heads" / "config.json").write_text('{"model_type": "llama", "hidden_size": 30}', encoding="utf-8")
     (folder / "clip.json").write_text('{"model_type": "clip"}', encoding="utf-8")
+    seeing = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "num_hidden_layers": 2}
+    (folder / "seeing.json").write_text(json.dumps(seeing), encoding="utf-8")
     (folder / "wordless.json").write_text('{"model_type": "llama", "vocab_size": 0}', encoding="utf-8")
     (folder / "numbered.json").write_text('{"model_type": "llama", "architectures": [3]}', encoding="utf-8")
     edit(plan, folder / "misspelt.json", "up.weight", in_compute="RQ")

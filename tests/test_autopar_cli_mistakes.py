@@ -105,6 +105,10 @@ MISTAKES = [
     ("plan MODEL --mesh dp=2 --memory-budget .", "is no size"),
     ("plan MODEL --mesh dp=2 --memory-budget 0", "is nothing"),
     ("plan HERE/numbered.json --mesh dp=2", "'architectures' is [3]; a list of names of classes"),
+    (
+        "plan HERE/seeing.json --mesh dp=2 --seq 99",
+        "--seq 99, but a ViTForImageClassification reads pixel_values, labels",
+    ),
     ("plan HERE/wordless.json --mesh dp=2 --hardware h100", "the config of the LlamaForCausalLM has a vocab_size of 0"),
     ("plan HERE/clip.json --mesh dp=2", "a 'clip' is no causal language model"),
     ("plan HERE/models.py:Tiny --mesh dp=2", "its forward takes ids, labels"),
