@@ -89,8 +89,8 @@ def _check_experts(setup: Setup, profiler: Profiler) -> None:
         )
     if ranks % setup.ep or setup.ep % setup.tp:
         raise ValueError(
-            f"ep={setup.ep}: {ranks} ranks have the same layers, {setup.tp} of them split each; priced are groups of a "
-            f"multiple of {setup.tp} ranks that divides {ranks}"
+            f"ep={setup.ep}: not a part of the {ranks} ranks with the same layers that holds all {setup.tp} that split "
+            f"them; priced are multiples of {setup.tp} that divide {ranks}"
         )
     if "experts" not in profiler.profile(setup, replica=True).whole:
         raise ValueError(f"ep={setup.ep}, but the model has no routed experts")
