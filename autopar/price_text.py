@@ -45,7 +45,7 @@ def price_text(price: Price, name: str | None, measured_s: float | None) -> str:
         *wrapped_lines(f"{name or price.model} on {price.gpus} x {price.hardware}, {batch}{where}", width, ""),
         *wrapped_lines(ranks_text(setup), width, "  "),
         f"  {step_text(price.step_time_s)} per step: {price.units_per_s:,.0f} {counted}/s/GPU, "
-        f"{price.utilisation:.0%} of the peak",
+        f"{percent_text(price.utilisation)} of the peak",
         f"  {budget}",
     ]
     if measured_s is not None:

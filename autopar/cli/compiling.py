@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from autopar import examples, meshes, planning
 from autopar.api import skeleton
 from autopar.mixed import precision_of
+from autopar.model_argument import Named, Wanted, load_model
 from autopar.options import Options
 from autopar.reading import inputs_read
+from autopar.subject import sequence_of
 from costmodel.hardware import Hardware
-from passes.inputs import global_inputs
+from passes.inputs import global_inputs, one_sample
 from passes.pipeline import Manner
 from passes.plan import Plan
 from passes.program import Program
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A model with one sample of its inputs; `given`: that sample, where a function made it and not the model's config,
+    else `sequence` is its length."""
+
+    named: Named
+    sample: examples.Call
+    given: Any
+    sequence: int | None
+
+
+def sampled(argument: str, sequence: int | None, options: Options) -> Sampled:
+    """The model that `argument` names, for what sets its batch by itself."""
+    named = load_model(argument, Wanted(sequence=sequence))
+    args, kwargs = one_sample(*examples.call_of(named.model, named.inputs), options.batch_dims)
+    if ":" in argument:
+        return Sampled(named, (args, kwargs), args or kwargs, None)
+    return Sampled(named, (args, kwargs), None, sequence_of(named.model, named.inputs))
 
 
 def captured(

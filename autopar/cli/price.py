@@ -15,14 +15,11 @@ import argparse
 from dataclasses import replace
 from typing import get_args
 
-from autopar import examples
 from autopar.cli.arguments import add_batch_dim, add_hardware, add_json, add_memory, count, once, seconds
+from autopar.cli.compiling import sampled
 from autopar.cli.terminal import clean_output, progress
-from autopar.model_argument import Wanted, load_model
 from autopar.options import Options
 from autopar.pricing import price
-from autopar.subject import sequence_of
-from passes.inputs import one_sample
 from passes.recompute import Mode
 from passes.setup import Setup, State, as_megatron
 
@@ -88,15 +85,12 @@ def run(given: argparse.Namespace) -> int:
         batch_dims=once("--batch-dim", given.batch_dim) or None,
     )  # fmt: skip
     with clean_output(), progress() as tell:
-        named = load_model(given.model, Wanted(sequence=given.seq))
-        sample = one_sample(*examples.call_of(named.model, named.inputs), options.batch_dims)
-        told = ":" not in given.model
-        length = sequence_of(named.model, named.inputs) if told else None
+        asked = sampled(given.model, given.seq, options)
         found = price(
-            named.model, setup, given.hardware, None if told else sample[0] or sample[1], sequence=length,
-            options=options, progress=tell,
+            asked.named.model, setup, given.hardware, asked.given, sequence=asked.sequence, options=options,
+            progress=tell,
         )  # fmt: skip
-        found = replace(found, notes=(*named.notes, *found.notes))
+        found = replace(found, notes=(*asked.named.notes, *found.notes))
     print(found.to_json(given.measured) if given.json else found.text(given.model, given.measured))
     return 0 if found.fits else 1
 

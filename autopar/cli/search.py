@@ -29,13 +29,11 @@ from autopar.cli.arguments import (
     output,
     writing,
 )
-from autopar.cli.compiling import Progress, planned
+from autopar.cli.compiling import Progress, planned, sampled
 from autopar.cli.terminal import clean_output, progress
-from autopar.model_argument import Wanted, load_model
 from autopar.options import Options
 from autopar.search import SearchResult, search
-from autopar.subject import sequence_of
-from passes.inputs import global_inputs, one_sample
+from passes.inputs import global_inputs
 
 HELP = "rank mesh shapes by predicted step time and memory"
 
@@ -65,18 +63,15 @@ def run(given: argparse.Namespace) -> int:
         batch_dims=once("--batch-dim", given.batch_dim) or None,
     )  # fmt: skip
     with clean_output(), progress() as tell:
-        named = load_model(given.model, Wanted(sequence=given.seq))
-        sample = one_sample(*examples.call_of(named.model, named.inputs), options.batch_dims)
-        told = ":" not in given.model
-        length = sequence_of(named.model, named.inputs) if told else None
+        asked = sampled(given.model, given.seq, options)
         found = search(
-            named.model, given.gpus, given.hardware, given.global_batch, None if told else sample[0] or sample[1],
-            sequence=length, options=options, top=given.top, progress=tell,
+            asked.named.model, given.gpus, given.hardware, given.global_batch, asked.given, sequence=asked.sequence,
+            options=options, top=given.top, progress=tell,
         )  # fmt: skip
-        found = replace(found, notes=(*named.notes, *found.notes))
+        found = replace(found, notes=(*asked.named.notes, *found.notes))
         fits = any(not candidate.priced_only for candidate in found.candidates)
         if given.html and fits:
-            _report(given, named.model, sample, found, tell)
+            _report(given, asked.named.model, asked.sample, found, tell)
     if given.json:
         print(found.to_json())
     else:
