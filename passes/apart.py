@@ -25,7 +25,7 @@ def with_parts_apart(graph: fx.Graph) -> None:
             parts = node.args[0]
             assert isinstance(parts, list | tuple)
             with graph.inserting_before(node):
-                node.update_arg(0, [_copied(graph, part) if _is_shared(part) else part for part in parts])
+                node.update_arg(0, [_copied(graph, part) if is_shared(part) else part for part in parts])
 
 
 def _is_added_up(node: fx.Node) -> bool:
@@ -34,7 +34,7 @@ def _is_added_up(node: fx.Node) -> bool:
     return any(user.target in _IN_PLACE for user in node.users) or any(map(_is_added_up, through))
 
 
-def _is_shared(part: fx.Node) -> bool:
+def is_shared(part: fx.Node) -> bool:
     """Whether something beside one `cat` reads the tensor that `part` is, or is a view of."""
     while len(part.users) == 1 and is_view_op(part.target):
         part = part.all_input_nodes[0]

@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.apart import is_shared
+
 aten = torch.ops.aten
 _REDUCE = torch.ops._c10d_functional.all_reduce.default
-_MADE_NEW = (aten.cat.default, aten.mm.default, aten.embedding_dense_backward.default)
+_MADE_NEW = (aten.mm.default, aten.embedding_dense_backward.default)
 """Ops whose result is no part of anything else, however it is compiled."""
 Boxed = Callable[[list[Any]], Any]
 """Takes its values as one list, which it may empty."""
@@ -60,9 +62,18 @@ def op_step(node: fx.Node) -> Planned:
     """A node of a graph as a step of its own."""
     target: Any = node.target
     operand: Any = node.args[0]
-    if target is _REDUCE and operand.target in _MADE_NEW and len(operand.users) == 1:
+    if target is _REDUCE and _is_made_new(operand) and len(operand.users) == 1:
         target = torch.ops._c10d_functional.all_reduce_.default  # what was made for it alone is its own to write to
     return Planned(target, tuple(node.args), node.kwargs, (node,), False)
+
+
+def _is_made_new(node: fx.Node) -> bool:
+    """Whether what a node gives is no part of anything else, however it is compiled: Inductor has the parts of a `cat`
+    made where they are joined."""
+    if node.target is aten.cat.default:
+        parts: Any = node.args[0]
+        return not any(is_shared(part) for part in parts)
+    return node.target in _MADE_NEW
 
 
 def assembled(

@@ -10,8 +10,12 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import autopar
+from passes.outer import op_step
+
+c10d = torch.ops._c10d_functional
 
 
 class Balanced(nn.Module):
@@ -111,3 +115,17 @@ def test_a_compiled_step_is_that_of_one_device(build: Callable[[], nn.Module], s
     for error, of_loss in run_ranks(_main, 2, build, strategy, timeout_s=300):
         assert error < 1e-4
         assert of_loss < 1e-5
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["joined", "joined and read"])
+def test_what_is_joined_is_added_up_in_place_only_where_no_part_is_read_elsewhere(read: bool) -> None:
+    """A region that gives a `cat` and a view of one of its parts has both in the same memory."""
+
+    def step(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        part = x.sin().sum(0)
+        summed = c10d.all_reduce(torch.cat([part, w[0]]), "sum", "0")
+        return (c10d.wait_tensor(summed), *([part.view(2, 3)] if read else []))
+
+    graph = make_fx(step, tracing_mode="fake")(torch.randn(4, 6), torch.randn(2, 6)).graph
+    (node,) = graph.find_nodes(op="call_function", target=c10d.all_reduce.default)
+    assert op_step(node).call is (c10d.all_reduce.default if read else c10d.all_reduce_.default)
