@@ -571,7 +571,7 @@ def test_targets_that_eager_refuses_are_refused_with_the_line(target: Tensor, me
             return F.cross_entropy(x, target)
 
     x = torch.randn(3, 5, requires_grad=True)
-    with pytest.raises(RuntimeError, match="target|expected scalar type Long"):
+    with pytest.raises(RuntimeError, match=r"target|expected scalar type Long"):
         Classifier()(x, target)
     with pytest.raises(CaptureError, match=rf"test_passes_capture.py:\d+: the model's forward raised .*: {message}"):
         capture(Classifier(), (x, target))
