@@ -17,9 +17,8 @@ from autopar.price_text import price_text
 from autopar.subject import Subject, check_nodes, states_text, subject
 from costmodel.hardware import Hardware
 from costmodel.presets import hardware as hardware_of
-from passes.candidate import Estimate, estimate, kernels_of
+from passes.candidate import Estimate, estimate
 from passes.collector import settled
-from passes.pipeline import launch_note, tight_note
 from passes.precision import Precision
 from passes.recompute import Mode
 from passes.setup import Setup, State
@@ -153,7 +152,7 @@ def _check_fields(setup: Setup, machine: Hardware) -> None:
         )
     if setup.fp8 and "float8" not in machine.device.peak_flops_per_s:
         raise ValueError(f"fp8: {machine.label} has no fp8 matrix products; leave it out")
-    if setup.dp_replicate > 1 and (setup.state != "zero3" or setup.pp > 1 or setup.cp > 1):
+    if setup.dp_replicate > 1 and not setup.is_played:
         raise ValueError(
             f"dp_replicate is {setup.dp_replicate}: copies of sharded state are priced under zero3 without stages and "
             "context parallelism; count all data-parallel ranks in dp_shard"
@@ -198,16 +197,10 @@ def _check_model(setup: Setup, asked: Subject) -> None:
 
 def _notes(found: Estimate, asked: Subject) -> list[str]:
     setup, notes = found.setup, list[str]()
-    fits = found.peak_bytes <= asked.budget_bytes(found.setup.ranks)
     if not asked.hardware.shared_host:
         error = EXPERTS_ERROR if setup.ep > 1 else MEASURED_ERROR
         notes.append(f"predictions of such steps are off by {error:.0%} on average")
-        micro_s = (found.step_s - found.seconds["optimizer"]) / setup.accumulate
-        told = (
-            tight_note(found.peak_bytes, asked.usable_bytes(setup.ranks)) if fits else None,
-            launch_note(kernels_of(setup, asked.profiler), micro_s),
-        )
-        notes += [note for note in told if note]
+    notes += asked.step_notes(setup, found.step_s, found.seconds["optimizer"], found.peak_bytes)
     notes.append(states_text(asked.profiler.optimizer))
     if asked.unpriced:
         notes.append(f"not priced: {', '.join(asked.unpriced)}")

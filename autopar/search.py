@@ -34,7 +34,6 @@ from passes.candidate import (
     Estimate,
     estimate,
     is_settled,
-    kernels_of,
     lower_bound,
     ways_of,
     with_least_memory,
@@ -42,7 +41,6 @@ from passes.candidate import (
 from passes.collector import settled
 from passes.errors import NoFeasiblePlanError
 from passes.frontier import FrontierPoint
-from passes.pipeline import launch_note, tight_note
 from passes.plan import Plan
 from passes.recompute import Mode
 from passes.setup import Setup, as_megatron
@@ -292,13 +290,10 @@ class _State:
         )
         self.notes.append(states_text(self.profiler.optimizer))
         plain = (c for c in fitting if not c.priced_only)
-        if (best := next(plain, None)) and not machine.shared_host:
-            micro_s = (best.step_time_s - best.seconds["optimizer"]) / best.setup.accumulate
-            told = (
-                tight_note(best.peak_memory_bytes, self.asked.usable_bytes(self.gpus)),
-                launch_note(kernels_of(best.setup, self.profiler), micro_s),
-            )
-            self.notes += [f"the fastest that plans can do: {note}" for note in told if note]
+        if best := next(plain, None):
+            update_s = best.seconds["optimizer"]
+            told = self.asked.step_notes(best.setup, best.step_time_s, update_s, best.peak_memory_bytes)
+            self.notes += [f"the fastest that plans can do: {note}" for note in told]
         if given := self.asked.unpriced:
             self.notes.append(f"not priced: {', '.join(given)}; what `options` gives hands them on to a plan")
         if not plans:

@@ -16,8 +16,11 @@ from autopar.profiling import Captures, Profiler
 from autopar.unwrapped import check_unwrapped
 from costmodel.hardware import Hardware, topology
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
+from passes.candidate import kernels_of
 from passes.inputs import default_inputs, global_inputs
+from passes.pipeline import launch_note, tight_note
 from passes.precision import Precision
+from passes.setup import Setup
 
 _UNPRICED = ("compile", "mp_policy", "pins", "async_tp")
 """Options of plans that are not priced."""
@@ -50,6 +53,18 @@ class Subject:
     def unpriced(self) -> list[str]:
         """Options that were given and are not priced."""
         return [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]
+
+    def step_notes(self, setup: Setup, step_s: float, update_s: float, peak_bytes: float) -> list[str]:
+        """What its figures leave out of a setup's step on GPUs: what the allocator loses of the memory where it fits,
+        and the host that launches."""
+        if self.hardware.shared_host:
+            return []
+        fits = peak_bytes <= self.budget_bytes(setup.ranks)
+        told = (
+            tight_note(peak_bytes, self.usable_bytes(setup.ranks)) if fits else None,
+            launch_note(kernels_of(setup, self.profiler), (step_s - update_s) / setup.accumulate),
+        )
+        return [note for note in told if note]
 
 
 def subject(

@@ -121,7 +121,8 @@ class Watch:
 
     def doing(self, what: Callable[[], str]) -> None:
         """Says what this rank runs in this half, in words that are the same on all ranks that run the same."""
-        self.recent = (*self.recent[1 - _REMEMBERED :], (self.half, what))
+        if self.ranks > 1:
+            self.recent = (*self.recent[1 - _REMEMBERED :], (self.half, what))
 
     @contextlib.contextmanager
     def making_program(self) -> Iterator[None]:

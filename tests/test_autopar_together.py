@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from autopar.api import parallelize_with
 from autopar.groups import Groups
+from autopar.module import ParallelModule
 from autopar.options import Options
 from autopar.together import RankFailedError, Together, together, watch
 from autopar.watch import Watch
@@ -79,8 +80,8 @@ def test_the_first_ranks_error_ends_all_within_seconds() -> None:
     assert max(o.seconds for o in outcomes) < 30
 
 
-def _ends_early(rank: int, ranks: int) -> None:
-    """Rank 1 makes one step and ends; the others make another call, which has to be captured."""
+def _after_a_step(ranks: int) -> tuple[ParallelModule, torch.Tensor]:
+    """A model over all ranks that has made its first step, and what it was fed."""
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
     torch.manual_seed(0)
     ids = torch.randint(0, 12, (2, 6))
@@ -88,6 +89,12 @@ def _ends_early(rank: int, ranks: int) -> None:
         pipeline("fsdp"), Net(rows=12, width=8), mesh, {"ids": ids, "labels": ids}, options=Options(compile=False)
     )
     model(ids=ids, labels=ids).loss.backward()
+    return model, ids
+
+
+def _ends_early(rank: int, ranks: int) -> None:
+    """Rank 1 makes one step and ends; the others make another call, which has to be captured."""
+    model, ids = _after_a_step(ranks)
     if rank == 1:
         atexit._run_exitfuncs()  # what the process does as it ends, which a fork of a server leaves out
         return
@@ -161,13 +168,7 @@ def test_ranks_helper_reports_each_failed_rank() -> None:
 
 def _steps(rank: int, ranks: int, what: str, folder: str) -> str:
     """Trains; in the second step rank 1 does something that the others do not."""
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
-    torch.manual_seed(0)
-    ids = torch.randint(0, 12, (2, 6))
-    model = parallelize_with(
-        pipeline("fsdp"), Net(rows=12, width=8), mesh, {"ids": ids, "labels": ids}, options=Options(compile=False)
-    )
-    model(ids=ids, labels=ids).loss.backward()
+    model, ids = _after_a_step(ranks)
     start = time.monotonic()
     ours = watch()
     ours.patience_s, ours.grace_s, end = 0.5, 60.0 if what in ("device", "backward", "shape") else 1.0, ours.end
