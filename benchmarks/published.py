@@ -91,7 +91,7 @@ _WORDS = {
     "recompute": ("none", "full", "attention", "selective"),
     "compiled": ("yes", "no", "loss", "blocks", "layers"),
     "tp_overlap": ("yes", "no", "waited"),
-    "attention": ("fa1", "fa2", "cudnn", "unfused"),
+    "attention": ("fa1", "fa2", "cudnn", "aiter", "aiter16", "unfused"),
     "unit": ("s/step", "tokens/s/GPU", "hardware TFLOP/s/GPU", "model TFLOP/s/GPU", "causal TFLOP/s/GPU",
              "model FLOPs/peak"),
     "peak_of": ("", "allocated", "reserved"),
@@ -341,7 +341,8 @@ def _forward_flops(run: Run, *, causal: bool = False) -> float:
 
 _NODE_GBPS = {
     "a100-40gb": 1600, "a100-80gb": 1600, "h100": 3200, "h200": 3200, "b200": 3200, "h100-500w": 3200, "b200-efa": 3200,
-    "gb200": 25600, "h800": 3200, "a800": 1600, "h100-efa": 3200,
+    "gb200": 25600, "h800": 3200, "a800": 1600, "h100-efa": 3200, "b300": 6400, "gb300": 51200, "mi300x": 3200,
+    "mi325x": 3200, "mi350x": 3200, "mi355x": 3200,
 }  # fmt: skip
 """What the presets have between nodes, as their sources say: a card a GPU."""
 

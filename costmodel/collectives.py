@@ -15,7 +15,8 @@ A ring that crosses nodes runs at the rate of the `g` network cards its ranks ow
 that is less; through all ranks of `WIDE_NODES` and more, each of whose many hops may be the slowest, at what was seen
 of it in training. `fill` grows from 0 to 1 as the part that a hop passes on grows past `CHUNK_BYTES`: small parts
 travel in low-latency packets, large ones wait for a whole chunk. The own part (`S / n`) is copied from input to output
-by the device, at a third of its memory rate; that is what makes 2 ranks slower per byte than 8.
+by the device, at a third of its memory rate; that is what makes 2 ranks slower per byte than 8. Where a node's ranks
+are wired in pairs (`Link.peer_bytes_per_s`), a group of them has its own wires alone: rings run over all of them.
 """
 
 from __future__ import annotations
@@ -101,12 +102,13 @@ def _hops_s(intra_hops: int, inter_hops: int, part_bytes: float, topology: Topol
 def _port_bytes_per_s(members: Group, topology: Topology) -> float:
     """Rate of a ring through the group: its slowest link, where a node's ranks pool their network cards."""
     intra, inter = topology.hardware.intra_node, topology.hardware.inter_node
+    inside = intra.rate_of(members.in_node)
     if members.nodes == 1:
-        return intra.bytes_per_s
+        return inside
     whole_nodes = members.in_node == topology.hardware.ranks_per_node
     wide = inter.wide_bytes_per_s and members.nodes >= WIDE_NODES and whole_nodes
     network = members.in_node * (min(inter.bytes_per_s, inter.wide_bytes_per_s) if wide else inter.bytes_per_s)
-    return network if members.in_node == 1 else min(intra.bytes_per_s, network)
+    return network if members.in_node == 1 else min(inside, network)
 
 
 def _slow_link(members: Group, topology: Topology) -> Link:
@@ -157,7 +159,7 @@ def _tree_all_reduce_s(full_bytes: float, members: Group, topology: Topology) ->
     node_s = 0.0
     if members.in_node > 1:
         switch = intra.multicast_bytes_per_s
-        ring = 2 * (members.in_node - 1) / members.in_node * full_bytes / intra.bytes_per_s
+        ring = 2 * (members.in_node - 1) / members.in_node * full_bytes / intra.rate_of(members.in_node)
         node_s = min(ring, (1 + 1 / members.in_node) * full_bytes / switch) if switch else ring
     return inter.base_s + hops + max(network_s, node_s)
 
@@ -176,7 +178,7 @@ def _all_to_all_s(full_bytes: float, members: Group, topology: Topology) -> floa
     """Pairwise sends, all in flight at once: inside the node and across nodes side by side."""
     intra, inter = topology.hardware.intra_node, topology.hardware.inter_node
     part = full_bytes / members.ranks
-    inside_s = (members.in_node - 1) * part / intra.bytes_per_s
+    inside_s = (members.in_node - 1) * part / intra.rate_of(members.in_node)
     across_s = (members.ranks - members.in_node) * part / inter.bytes_per_s
     peers_out = members.ranks - members.in_node
     latency = members.in_node * intra.latency_s + (inter.latency_s + peers_out * intra.latency_s if peers_out else 0.0)
@@ -197,7 +199,7 @@ def _broadcast_s(full_bytes: float, members: Group, topology: Topology) -> float
 
 def _send_recv_s(full_bytes: float, members: Group, topology: Topology) -> float:
     link = _slow_link(members, topology)
-    return link.base_s + link.latency_s + link.pipeline_s * _fill(full_bytes) + full_bytes / link.bytes_per_s
+    return link.base_s + link.latency_s + link.pipeline_s * _fill(full_bytes) + full_bytes / link.rate_of(2)
 
 
 _PRICES: dict[str, Callable[[float, Group, Topology], float]] = {

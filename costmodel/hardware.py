@@ -59,6 +59,8 @@ class Link:
     """Port rate of all-reduce done in the switch (NVLS); 0 where there is none."""
     wide_bytes_per_s: float = 0.0
     """Rate per rank of a ring through all ranks of many nodes (`collectives.WIDE_NODES`); 0 where it is the same."""
+    peer_bytes_per_s: float = 0.0
+    """Rate to each other rank of a node whose ranks are wired in pairs (XGMI); 0 where a switch gives any of them all."""
     sms: float = 0
     """Streaming multiprocessors, or cores of a CPU, that a running collective takes from a rank's compute: between
     nodes, per rank of the group in a node, each of which brings a network card."""
@@ -70,6 +72,10 @@ class Link:
 
     def __hash__(self) -> int:
         return hash((self.name, self.bytes_per_s, self.latency_s))
+
+    def rate_of(self, ranks: int) -> float:
+        """Rate of a ring of `ranks` on this link: wired in pairs, they have the wires among themselves alone."""
+        return min(self.bytes_per_s, (ranks - 1) * self.peer_bytes_per_s or self.bytes_per_s)
 
 
 @dataclass(frozen=True)
@@ -291,6 +297,7 @@ def _share(hardware: Hardware, ranks: int) -> Hardware:
         intra_node=replace(
             link,
             bytes_per_s=link.bytes_per_s / ranks,
+            peer_bytes_per_s=link.peer_bytes_per_s / ranks,
             measured={kind: (base, hop, rate / ranks) for kind, (base, hop, rate) in link.measured.items()},
         ),
     )

@@ -33,7 +33,7 @@ def save_hardware(hardware: Hardware, path: str | os.PathLike[str], samples: Map
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
-_SCALED = ("wide_bytes_per_s", "multicast_bytes_per_s")
+_SCALED = ("wide_bytes_per_s", "peer_bytes_per_s", "multicast_bytes_per_s")
 """Rates of a link that are shares of its `bytes_per_s`, where a file says that alone."""
 
 
@@ -112,8 +112,8 @@ def hardware_of(body: Any, where: str) -> Hardware:
             f"{device.memory_bytes}"
         )
     for link in ("intra_node", "inter_node"):
-        if isinstance(parts[link], dict):  # files that were written before there was this figure
-            parts[link] = {"wide_bytes_per_s": 0.0, **parts[link]}
+        if isinstance(parts[link], dict):  # files that were written before there were these figures
+            parts[link] = {"wide_bytes_per_s": 0.0, "peer_bytes_per_s": 0.0, **parts[link]}
         body = dict(_typed(parts[link], Link, f"{where}: hardware.{link}"))
         body["measured"] = {kind: tuple(figures) for kind, figures in body["measured"].items()}
         parts[link] = Link(**body)
@@ -126,6 +126,7 @@ _MAY_BE_ZERO = {
     "base_s",
     "multicast_bytes_per_s",
     "wide_bytes_per_s",
+    "peer_bytes_per_s",
     "sms",
     "reserve_bytes",
     "kernel_launch_s",

@@ -51,7 +51,7 @@ def _named(name: str, or_else: str = "") -> Hardware:
 
 
 def with_attention(hardware: Hardware, kernels: str) -> Hardware:
-    """`hardware` whose attention runs in other kernels than its preset's: "fa2" or "cudnn".
+    """`hardware` whose attention runs in other kernels than its preset's: "fa2", "cudnn" or "aiter".
 
     Raises:
         ValueError: no figures for these kernels on this device.

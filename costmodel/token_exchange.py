@@ -29,7 +29,7 @@ def token_exchange_s(token_bytes: float, experts: float, axes: tuple[int, ...], 
     intra, inter = topology.hardware.intra_node, topology.hardware.inter_node
     nodes = (members.nodes - 1) * _has_one(members.nodes, experts)
     ranks = members.ranks * _has_one(members.ranks, experts)
-    inside_s = token_bytes * ranks * (members.in_node - 1) / members.in_node / intra.bytes_per_s
+    inside_s = token_bytes * ranks * (members.in_node - 1) / members.in_node / intra.rate_of(members.in_node)
     across_s = token_bytes * nodes / inter.bytes_per_s
     starts_s = intra.base_s + members.in_node * intra.latency_s
     if members.nodes > 1:

@@ -21,7 +21,7 @@ from costmodel.hardware import Hardware, topology
 from costmodel.presets import hardware
 
 H100 = hardware("h100")
-PRESETS = {"A100": "a100-80gb", "H100": "h100", "H200": "h200", "B200": "b200-efa"}
+PRESETS = {"A100": "a100-80gb", "H100": "h100", "H200": "h200", "B200": "b200-efa", "MI300X": "mi300x"}
 GIB = 1 << 30
 
 
@@ -60,7 +60,7 @@ def test_collectives_agree_with_measured_bus_bandwidths() -> None:
     print(
         f"{len(errors)} rows, median {median(errors):.1%}, mean {sum(errors) / len(errors):.1%}, max {max(errors):.0%}"
     )
-    assert len(errors) == 94
+    assert len(errors) == 115
     assert median(errors) < 0.05
     assert sorted(errors)[int(0.9 * len(errors))] < 0.15
 
@@ -127,6 +127,27 @@ def test_rings_through_many_nodes_as_published() -> None:
         assert gathers_s == pytest.approx(extra_s, rel=0.15)
     gather_s = collective_s("all_gather", 2e9, (0,), topology(H100, {"dp": 256}))
     assert 2e9 * 255 / 256 / gather_s == pytest.approx(200e9, rel=0.1)
+
+
+@pytest.mark.parametrize(("ranks", "busbw"), [(2, 47.671e9), (8, 312.912e9)])
+def test_a_node_without_a_switch_as_measured(ranks: int, busbw: float) -> None:
+    """4 GiB on MI300X (stas00/ml-engineering, network/README.md): two GPUs have one wire, eight have seven each."""
+    reduce_s = collective_s("all_reduce", 4 * GIB, (0,), topology(hardware("mi300x"), {"x": ranks}))
+    assert 2 * (ranks - 1) / ranks * 4 * GIB / reduce_s == pytest.approx(busbw, rel=0.02)
+
+
+def test_groups_of_a_node_without_a_switch_by_hand() -> None:
+    """4 GiB, gathered by 4 of 8: three wires of 48.3 GB/s each; sent to one: a single wire; 2 x 4 over two nodes: those
+    three, less than the four cards."""
+    mesh = topology(hardware("mi300x"), {"dp": 2, "tp": 4})
+    copy_s = 3 * GIB / 5.3e12
+    assert collective_s("all_gather", 4 * GIB, (1,), mesh) == pytest.approx(3 * GIB / 144.9e9 + copy_s, rel=0.005)
+    assert collective_s("all_to_all", 4 * GIB, (1,), mesh) == pytest.approx(3 * GIB / 144.9e9 + copy_s, rel=0.005)
+    assert collective_s("send_recv", 4 * GIB, (0,), mesh) == pytest.approx(4 * GIB / 48.3e9, rel=0.005)
+    across = topology(hardware("mi300x"), {"cp": 2, "dp": 2, "tp": 4})
+    assert group((0, 2), across) == (8, 4, 2)
+    gather_s = collective_s("all_gather", 4 * GIB, (0, 2), across)
+    assert gather_s == pytest.approx(3.5 * GIB / 144.9e9 + copy_s / 2, rel=0.005)
 
 
 def test_small_messages_cost_latency_only() -> None:

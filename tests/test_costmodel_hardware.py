@@ -17,7 +17,7 @@ from costmodel.presets import fitted, hardware, hardware_names, preset_of, sourc
 H100 = hardware("h100")
 
 
-@pytest.mark.parametrize("name", ["a100-40gb", "a100-80gb", "h100", "h200", "b200", "cpu"])
+@pytest.mark.parametrize("name", ["a100-40gb", "a100-80gb", "h100", "h200", "b200", "gb300", "mi300x", "cpu"])
 def test_presets_are_known(name: str) -> None:
     machine = hardware(name)
     assert name in hardware_names()
@@ -57,6 +57,51 @@ def test_published_figures() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "cores", "multiply_adds", "clock_hz"),
+    [("mi300x", 304 * 4, 256, 2.1e9), ("mi325x", 304 * 4, 256, 2.1e9), ("mi350x", 256 * 4, 512, 2.2e9),
+     ("mi355x", 256 * 4, 512, 2.4e9)],
+)  # fmt: skip
+def test_matrix_cores_times_their_clock(name: str, cores: int, multiply_adds: int, clock_hz: float) -> None:
+    """AMD's peaks from cores, multiply-adds of a cycle and clock; fp8 is twice bf16. A CU has four cores."""
+    device = hardware(name).device
+    assert device.peak_flops_per_s["bfloat16"] == pytest.approx(2 * cores * multiply_adds * clock_hz, rel=1e-4)
+    assert device.peak_flops_per_s["float8"] == pytest.approx(4 * cores * multiply_adds * clock_hz, rel=1e-4)
+    assert device.sm_count == cores // 4
+
+
+def test_best_products_as_measured() -> None:
+    """TFLOP/s of the best bf16 and fp8 products that were found, typed again here."""
+    for name, bf16, fp8 in (
+        ("b300", 1769.0, 3353.3), ("gb300", 1845.0, 3615.6), ("mi300x", 668.4, 1159.5), ("mi325x", 784.9, 1361.6),
+        ("mi350x", 1206.0, 2660.0), ("mi355x", 1565.0, 3293.2),
+    ):  # fmt: skip
+        device = hardware(name).device
+        peaks = device.peak_flops_per_s
+        assert device.matmul_efficiency * peaks["bfloat16"] == pytest.approx(bf16 * 1e12, rel=0.003)
+        assert device.fp8_matmul_efficiency * peaks["float8"] == pytest.approx(fp8 * 1e12, rel=0.003)
+
+
+def test_memory_of_newer_parts() -> None:
+    """GiB, as driver or torch print it, or as the specification has it less 1%."""
+    assert hardware("mi300x").device.memory_bytes / 2**30 == pytest.approx(191.98, abs=0.1)
+    assert hardware("b300").device.memory_bytes / 2**20 == pytest.approx(275040 * 182630 / 183359, rel=0.001)
+    for name, gib in (("mi325x", 256), ("mi355x", 288), ("gb300", 279)):
+        assert 0.99 * gib < hardware(name).device.memory_bytes / 2**30 <= gib
+
+
+def test_pairs_are_wired_without_a_switch() -> None:
+    """64 GB/s a direction and pair on MI300X, 76.5 on MI355X; no multicast; nothing reaches more than its wires."""
+    for name, wire in (("mi300x", 64e9), ("mi355x", 76.5e9)):
+        link = hardware(name).intra_node
+        assert link.multicast_bytes_per_s == 0
+        assert 0.7 < link.peer_bytes_per_s / wire < 0.8
+        assert link.bytes_per_s < 7 * wire
+        assert [link.rate_of(ranks) / link.peer_bytes_per_s for ranks in (2, 4)] == pytest.approx([1, 3])
+        assert link.rate_of(8) == link.bytes_per_s
+    assert H100.intra_node.rate_of(2) == H100.intra_node.bytes_per_s
+
+
 def test_a_part_under_a_lower_cap_takes_over_the_rest() -> None:
     """500 of 700 W: at the floor of voltage the clock goes with power, 0.714."""
     capped = hardware("h100-500w")
@@ -91,7 +136,7 @@ def test_attention_kernels_can_be_chosen() -> None:
 
 def test_fitted_parameters_are_few_and_listed() -> None:
     assert 0 < len(fitted()) < 10
-    assert fitted()["sustained (H100; H200 and B200 take it over)"].startswith(str(H100.device.sustained))
+    assert fitted()["sustained (H100; all other GPUs but A100 take it over)"].startswith(str(H100.device.sustained))
     assert fitted()["sustained (A100)"].startswith(str(hardware("a100-80gb").device.sustained))
 
 
@@ -112,6 +157,12 @@ def test_device_names_lead_to_presets() -> None:
     assert preset_of("NVIDIA H200") == "h200"
     assert preset_of("NVIDIA B200") == "b200"
     assert preset_of("NVIDIA GB200") == "gb200"
+    assert preset_of("NVIDIA B300 SXM6 AC") == "b300"
+    assert preset_of("NVIDIA GB300") == "gb300"
+    assert preset_of("AMD Instinct MI300X VF") == "mi300x"
+    assert preset_of("AMD Instinct MI325X") == "mi325x"
+    assert preset_of("AMD Instinct MI350X") == "mi350x"
+    assert preset_of("AMD Instinct MI355X") == "mi355x"
     assert preset_of("NVIDIA H800") == "h800"
     assert preset_of("NVIDIA A800-SXM4-80GB") == "a800"
     assert preset_of("Tesla T4") is None
