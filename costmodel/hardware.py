@@ -60,7 +60,7 @@ class Link:
     wide_bytes_per_s: float = 0.0
     """Rate per rank of a ring through all ranks of many nodes (`collectives.WIDE_NODES`); 0 where it is the same."""
     peer_bytes_per_s: float = 0.0
-    """Rate to each other rank of a node whose ranks are wired in pairs (XGMI); 0 where a switch gives any of them all."""
+    """Rate to each other rank of a node whose ranks are wired in pairs (XGMI); 0 where a switch gives any all."""
     sms: float = 0
     """Streaming multiprocessors, or cores of a CPU, that a running collective takes from a rank's compute: between
     nodes, per rank of the group in a node, each of which brings a network card."""
