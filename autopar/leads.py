@@ -14,6 +14,10 @@ MEASURED_ERROR = 0.08
 (benchmarks/published_results.md)."""
 EXPERTS_ERROR = 0.25
 """The same with expert parallelism, of 5 published runs, which all took longer."""
+BLIND = frozenset(("b300", "gb300", "mi300x", "mi325x", "mi350x", "mi355x"))
+"""Parts whose presets are data sheets and microbenchmarks; no run on them, or on one of their kind, set anything."""
+BLIND_ERROR = 0.15
+"""Mean error on these, of 25 published runs that were priced blind (docs/cost-model.md)."""
 ENOUGH = 0.05
 """Slower than the best by up to this share, the simpler way is called enough."""
 

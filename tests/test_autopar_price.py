@@ -315,6 +315,12 @@ def test_fp8_where_there_is_none_is_named() -> None:
         autopar.price(small(), Setup(fp8=True), "a100-80gb", sequence=LENGTH)
 
 
+@pytest.mark.parametrize(("hardware", "error"), [("h100", "8%"), ("gb300", "15%"), ("mi300x", "15%")])
+def test_the_error_that_is_told_is_that_of_the_part(hardware: str, error: str) -> None:
+    found = autopar.price(small(), Setup(), hardware, sequence=LENGTH)
+    assert f"predictions of such steps are off by {error} on average" in found.notes
+
+
 def test_options_of_plans_that_have_no_price_are_told() -> None:
     found = autopar.price(
         small(), Setup(), "h100", sequence=LENGTH, options=autopar.Options(pins={"*.q_proj.weight": "R"})

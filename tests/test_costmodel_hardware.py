@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from costmodel.compute import matmul, op_s
 from costmodel.hardware import dtype_name, topology
 from costmodel.hardware_file import load_hardware, save_hardware
 from costmodel.presets import fitted, hardware, hardware_names, preset_of, sources, with_attention
@@ -73,13 +74,24 @@ def test_matrix_cores_times_their_clock(name: str, cores: int, multiply_adds: in
 def test_best_products_as_measured() -> None:
     """TFLOP/s of the best bf16 and fp8 products that were found, typed again here."""
     for name, bf16, fp8 in (
-        ("b300", 1769.0, 3353.3), ("gb300", 1845.0, 3615.6), ("mi300x", 668.4, 1159.5), ("mi325x", 784.9, 1361.6),
+        ("b300", 1769.0, 3353.3), ("gb300", 1845.0, 3615.6), ("mi300x", 668.4, 1159.5), ("mi325x", 784.9, 1408.1),
         ("mi350x", 1206.0, 2660.0), ("mi355x", 1565.0, 3293.2),
     ):  # fmt: skip
         device = hardware(name).device
         peaks = device.peak_flops_per_s
         assert device.matmul_efficiency * peaks["bfloat16"] == pytest.approx(bf16 * 1e12, rel=0.003)
         assert device.fp8_matmul_efficiency * peaks["float8"] == pytest.approx(fp8 * 1e12, rel=0.003)
+
+
+@pytest.mark.parametrize(("dtype", "item", "measured"), [("bfloat16", 2, 616.42e12), ("float8", 1, 1143.18e12)])
+def test_ten_products_that_amd_timed(dtype: str, item: int, measured: float) -> None:
+    """AMD's typical attained FLOPs of an MI325X: DeepSeek V3's products of 32 and 32768 rows, each run for 30 s."""
+    device = hardware("mi325x").device
+    shapes = [
+        (m, n, k) for m in (32, 32768) for n, k in ((2112, 7168), (3072, 1536), (7168, 2048), (4608, 7168), (7168, 256))
+    ]
+    seconds = sum(op_s(matmul(m, n, k, dtype=dtype, item_bytes=item), device) for m, n, k in shapes)
+    assert sum(2 * m * n * k for m, n, k in shapes) / seconds == pytest.approx(measured, rel=0.07)
 
 
 def test_memory_of_newer_parts() -> None:

@@ -149,7 +149,8 @@ def test_a_row_without_a_price_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("column", "typo", "known"),
     [
-        ("attention", "fa3", "fa1, fa2, cudnn, aiter, aiter16, unfused"), ("hardware", "h100x", "h100"), ("state", "fsdp", "zero3"),
+        ("attention", "fa3", "fa1, fa2, cudnn, aiter, aiter16, unfused"), ("hardware", "h100x", "h100"),
+        ("state", "fsdp", "zero3"),
         ("family", "mpt", "gpt"), ("tied", "true", "yes, no"), ("precision", "fp16", "bf16, fp8"),
         ("stored", "float32", "bf16, fp32"), ("gradients", "float32", "bf16, fp32"), ("gathers", "waits", "waited"),
         ("sequence_parallel", "1", "yes, no"), ("recompute", "some", "selective"), ("compiled", "true", "blocks"),
