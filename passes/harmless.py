@@ -117,6 +117,18 @@ def keeps_values(target: Any) -> bool:
     return target in _MOVES or target in (aten.clone.default, aten._to_copy.default)
 
 
+def looked_up(reading: Reading) -> int | None:
+    """The dim of its first operand in which the op looks up what its second has; None where it does not.
+
+    Advanced indexing never reads a padded dim.
+    """
+    if reading.node.target is aten.embedding.default:
+        return 0
+    if reading.node.target in (aten.gather.default, aten.index_select.default):
+        return int(reading.call.get("dim")) % max(1, len(reading.call.operands[0].shape))
+    return None
+
+
 def needs_of(reading: Reading) -> dict[Key, tuple[Need, ...] | None]:
     """Per key what must stand in the operands' added entries; None where the op cannot run padded along it."""
     return {key: _needs(reading, key) for key in reading.keys}

@@ -214,13 +214,22 @@ def _in_range(op: LocalOp, indices: fx.Node, start: fx.Node, length: int) -> tup
     return emit.call(aten.clamp.default, local, 0, length - 1), emit.call(aten.logical_and.default, low, high)
 
 
-def _where_none(op: LocalOp, indices: fx.Node, length: int, dtype: torch.dtype) -> fx.Node:
-    """What a rank gives for indices that are not its own: zero, and no number where they are no rank's. Torch raises
-    there; a graph cannot."""
-    emit, cpu = op.emit, torch.device("cpu")
+def _ours(
+    op: LocalOp, found: fx.Node, indices: fx.Node, mine: fx.Node, length: int,
+    beside: Callable[[fx.Node], fx.Node] = lambda mask: mask,
+) -> fx.Node:  # fmt: skip
+    """What was looked up of a dim of `length` where the index is this rank's own, zero where it is another's.
+
+    No number where it is no rank's: torch raises there, a graph cannot. Whole numbers are zero there too. `beside`
+    makes a mask over the indices broadcast against what was found.
+    """
+    emit, cpu, dtype = op.emit, torch.device("cpu"), found.meta["val"].dtype
+    if not dtype.is_floating_point:
+        return _masked(op, found, beside(mine))
     low, high = emit.call(aten.ge.Scalar, indices, 0), emit.call(aten.lt.Scalar, indices, length)
     zero, none = (emit.call(aten.scalar_tensor.default, x, dtype=dtype, device=cpu) for x in (0, math.nan))
-    return emit.call(aten.where.self, emit.call(aten.logical_and.default, low, high), zero, none)
+    other = emit.call(aten.where.self, emit.call(aten.logical_and.default, low, high), zero, none)
+    return emit.call(aten.where.self, beside(mine), found, beside(other))
 
 
 def _masked(op: LocalOp, x: fx.Node, mask: fx.Node) -> fx.Node:
@@ -238,9 +247,8 @@ def _embedding(op: LocalOp) -> fx.Node:
     emit = op.emit
     local, mine = _in_range(op, indices, start, emit.shape(weight)[0])
     rows = emit.call(aten.embedding.default, weight, local)
-    column = functools.partial(emit.call, aten.unsqueeze.default)
-    other = _where_none(op, indices, op.call.operands[0].shape[0], rows.meta["val"].dtype)
-    return emit.call(aten.where.self, column(mine, -1), rows, column(other, -1))
+    beside = functools.partial(emit.call, aten.unsqueeze.default, dim=-1)
+    return _ours(op, rows, indices, mine, op.call.operands[0].shape[0], beside)
 
 
 @localizer(aten.embedding_dense_backward.default)
@@ -268,10 +276,7 @@ def _gather(op: LocalOp) -> fx.Node:
     source, index = op.operands
     local, mine = _in_range(op, index, start, op.emit.shape(source)[dim])
     found = op.emit.call(aten.gather.default, source, dim, local)
-    if not found.meta["val"].dtype.is_floating_point:
-        return _masked(op, found, mine)
-    other = _where_none(op, index, op.call.operands[0].shape[dim], found.meta["val"].dtype)
-    return op.emit.call(aten.where.self, mine, found, other)
+    return _ours(op, found, index, mine, op.call.operands[0].shape[dim])
 
 
 @localizer(aten.index_select.default)
@@ -283,8 +288,8 @@ def _index_select(op: LocalOp) -> fx.Node:
     source, index = op.operands
     local, mine = _in_range(op, index, start, op.emit.shape(source)[dim])
     picked = op.emit.call(aten.index_select.default, source, dim, local)
-    rank = len(op.call.operands[0].shape)
-    return _masked(op, picked, op.emit.view(mine, [-1 if d == dim else 1 for d in range(rank)]))
+    beside = functools.partial(_beside, op, dim=dim, rank=len(op.call.operands[0].shape))
+    return _ours(op, picked, index, mine, op.call.operands[0].shape[dim], beside)
 
 
 def _indexed(op: LocalOp) -> tuple[int, int, fx.Node | None]:
@@ -321,7 +326,8 @@ def _index(op: LocalOp) -> fx.Node:
     index = _not_negative(op, op.operands[operand], op.call.operands[0].shape[dim])
     local, mine = _in_range(op, index, start, emit.shape(source)[dim])
     picked = emit.call(aten.index.Tensor, source, [None] * dim + [local])
-    return _masked(op, picked, _beside(op, mine, dim, len(emit.shape(picked))))
+    beside = functools.partial(_beside, op, dim=dim, rank=len(emit.shape(picked)))
+    return _ours(op, picked, index, mine, op.call.operands[0].shape[dim], beside)
 
 
 @localizer(aten.index_put.default, aten._unsafe_index_put.default)

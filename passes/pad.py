@@ -31,7 +31,7 @@ from passes.analysis import Analysis
 from passes.dims import Atom, atoms_of, is_getitem, outputs_of, value_of
 from passes.emit import emitter_like, relax_views
 from passes.graphs import graph_module
-from passes.harmless import Key, Need, Place, Reading, fill_of, keeps_values, needs_of, result_zone
+from passes.harmless import Key, Need, Place, Reading, fill_of, keeps_values, looked_up, needs_of, result_zone
 from passes.localize import LocalOp, run_locally
 from passes.program import Input, Output, Program
 from passes.randomness import UNIFORM
@@ -358,6 +358,7 @@ class _Padding:
         for key in reading.keys:
             for need in needs[key] or ():
                 self._meet(reading, key, need, operands, versions)
+        self._turn_away(reading, versions)
         shapes = [
             self._shape(dims, _places(reading, positions))
             for dims, positions in zip(self._result_dims(node), reading.at_results, strict=True)
@@ -475,6 +476,17 @@ class _Padding:
                     overwrite(k, 0)
             if not any(is_zero(zone) for zone in self._zones(reading, key, operands, versions)):
                 overwrite(max(pair, key=lambda k: (_phase(operands[k]) == "backward", -_size(versions[k]))), 0)
+
+    def _turn_away(self, reading: Reading, versions: list[_Version]) -> None:
+        """Indices that name added rows go behind all rows: they are no row's, and a look-up is to find none there."""
+        dim = looked_up(reading)
+        if dim is None or all(d != dim for d, _ in versions[0].zones):
+            return
+        emit, (source, index) = self.emit, versions
+        emit.meta = _meta(reading.node)
+        added = emit.call(aten.ge.Scalar, index.node, reading.call.operands[0].shape[dim])
+        behind = emit.call(aten.masked_fill.Scalar, index.node, added, emit.shape(source.node)[dim])
+        versions[1] = _Version(behind, index.zones)
 
     # -- versions of a tensor ------------------------------------------------------------------------------------------
 

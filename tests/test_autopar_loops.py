@@ -118,37 +118,6 @@ def test_layers_of_one_kind_may_be_stored_in_two_ways() -> None:
     run_ranks(_layers_of_one_kind_stored_in_two_ways, 2)
 
 
-class _Predicting(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(96, 32), nn.Linear(32, 96, bias=False)
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.head(self.embed(ids).tanh()).flatten(0, 1), labels.flatten())
-
-
-def _outside_the_vocabulary(rank: int, ranks: int) -> None:
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
-    eager = _Predicting()
-    ids = torch.randint(0, 96, (4, 8), generator=torch.Generator().manual_seed(1))
-    options = autopar.Options(compile=False, progress=False, pins={"*.weight": "S(0)"})
-    model = autopar.parallelize(eager, mesh, (ids, ids), options=options)
-    for wrong in (96, -1, 10**6):
-        others = ids.clone()
-        others[1, 3] = wrong
-        for given in ((ids, others), (others, ids)):
-            with pytest.raises(IndexError):
-                eager(*given)
-            assert model(*given).isnan()
-    ignored = ids.clone()
-    ignored[1, 3] = -100
-    torch.testing.assert_close(model(ids, ignored), eager(ids, ignored))
-
-
-def test_what_is_outside_the_vocabulary_makes_the_loss_no_number() -> None:
-    """Where one device raises."""
-    run_ranks(_outside_the_vocabulary, 2)
-
 
 class _Following(nn.Module):
     """Writes to its parameters: rows of a table are cut to their norm, a second layer follows the first."""
