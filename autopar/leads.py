@@ -1,6 +1,6 @@
 """Which of several ways to run leads, and what decides where predictions are too close to call.
 
-close     slower than the fastest by less than predictions are off (`MEASURED_ERROR`)
+close     slower than the fastest by less than predictions are off (`error_on`)
 chosen    the simplest that is slower by no more than `ENOUGH`
 """
 
@@ -14,9 +14,9 @@ MEASURED_ERROR = 0.08
 (benchmarks/published_results.md)."""
 EXPERTS_ERROR = 0.25
 """The same with expert parallelism, of 5 published runs, which all took longer."""
-BLIND = frozenset(("b300", "gb300", "mi300x", "mi325x", "mi350x", "mi355x"))
+_BLIND = frozenset(("b300", "gb300", "mi300x", "mi325x", "mi350x", "mi355x"))
 """Parts whose presets are data sheets and microbenchmarks; no run on them, or on one of their kind, set anything."""
-BLIND_ERROR = 0.15
+_BLIND_ERROR = 0.15
 """Mean error on these, of 25 published runs that were priced blind (docs/cost-model.md)."""
 ENOUGH = 0.05
 """Slower than the best by up to this share, the simpler way is called enough."""
@@ -24,10 +24,15 @@ ENOUGH = 0.05
 Key = TypeVar("Key")
 
 
-def close(steps_s: Mapping[Key, float]) -> list[Key]:
+def error_on(device: str) -> float:
+    """By how much predicted steps are off on average on a device of this name."""
+    return _BLIND_ERROR if device in _BLIND else MEASURED_ERROR
+
+
+def close(steps_s: Mapping[Key, float], error: float = MEASURED_ERROR) -> list[Key]:
     """The fastest, and those that predictions cannot tell from it; in the order given."""
     fastest_s = min(steps_s.values())
-    return [key for key, step_s in steps_s.items() if step_s <= fastest_s * (1.0 + MEASURED_ERROR)]
+    return [key for key, step_s in steps_s.items() if step_s <= fastest_s * (1.0 + error)]
 
 
 def chosen(steps_s: Mapping[Key, float]) -> Key:

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from autopar.leads import error_on
 from autopar.options import Options, Recompute
 from autopar.ranking import NEAREST, gathered_words, ranking_table, ranking_text
 from autopar.reach import Times, on, times_of
@@ -286,8 +287,9 @@ class _State:
         large = sorted((c for c in everything if not c.fits), key=lambda c: c.over_bytes)
         self.progress("pricing other numbers of GPUs")
         found_verdict = verdict(
-            everything, self.profiler, self.gpus, self.batch, self.budget, lambda n: self.times_on(n, everything)
-        )
+            everything, self.profiler, self.gpus, self.batch, self.budget, lambda n: self.times_on(n, everything),
+            error_on(self.profiler.hardware.device.name),
+        )  # fmt: skip
         self.notes.append(states_text(self.profiler.optimizer))
         plain = (c for c in fitting if not c.priced_only)
         if best := next(plain, None):

@@ -70,9 +70,10 @@ class Verdict:
 
 def verdict(
     found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, budget: int,
-    times_on: Callable[[int], Times] | None = None,
+    times_on: Callable[[int], Times] | None = None, error: float = MEASURED_ERROR,
 ) -> Verdict:  # fmt: skip
-    """Of all that a search priced. `times_on`: steps on another number of GPUs, to tell how far the answer goes."""
+    """Of all that a search priced. `times_on`: steps on another number of GPUs, to tell how far the answer goes;
+    `error`: by how much steps are off on average."""
     plain = [c for c in found if not c.setup.fp8]
 
     def best(which: Callable[[Setup], bool]) -> Priced | None:
@@ -92,7 +93,7 @@ def verdict(
     resident: dict[Answer, Priced] = {name: c for name, c in found_ways if c is not None}
     ways = {name: c.step_time_s for name, c in resident.items()}
     answer: Answer = chosen(ways) if ways else "offload" if offloaded else "nothing"
-    tied = tuple(close(ways)) if ways else ()
+    tied = tuple(close(ways, error)) if ways else ()
     if answer in resident:
         samples = f"{batch} sample{'s' * (batch > 1)}"
         divides = any(simple(c.setup) and (c.setup.tp == 1 or answer != "computation") for c in plain)
@@ -104,7 +105,7 @@ def verdict(
     if answer == "state" and state is not None and copied is not None:
         text += _copies_would_do(copied, state)
     if len(tied) > 1:
-        text.append(_too_close({name: resident[name] for name in tied}, answer))
+        text.append(_too_close({name: resident[name] for name in tied}, answer, error))
     if answer in ("computation", "context", "pipeline", "nothing"):
         text += _why_not_state(state, plain, profiler, gpus, batch, budget)
     if answer in ("state", "computation", "context"):
@@ -131,7 +132,7 @@ def verdict(
 def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[Answer], budget: int, none: str) -> str:
     """That `answer` is enough, needed or pays, and what it takes beside the others; `none`: what is said where there
     is nothing simpler."""
-    best, state = ways[answer], ways.get("state")
+    best, state, near = ways[answer], ways.get("state"), [ways[each] for each in tied]
     if answer == "state":
         fastest = min(c.step_time_s for c in ways.values())
         way, waits = "Sharding the state (FSDP2)", "parameters and gradients"
@@ -147,7 +148,7 @@ def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[A
         return (
             f"Sharding the computation (tensor and sequence parallelism over {best.setup.tp}) "
             f"{gains}: {_s(best.step_time_s)} a step"
-            f"{_against(state, best, none)}."
+            f"{_against(state, best, near, none)}."
         )
     before = [each for each in _SIMPLEST_FIRST[: _SIMPLEST_FIRST.index(answer)] if each in ways]
     simpler = min((ways[each] for each in before), key=lambda c: c.step_time_s, default=None)
@@ -155,7 +156,7 @@ def _chosen_text(answer: Answer, ways: Mapping[Answer, Priced], tied: Sequence[A
     name = _NAMES[answer]
     return (
         f"{name[0].upper()}{name[1:]} {gains}: {_parts(best.setup)} {_s(best.step_time_s)} a step (priced only)"
-        f"{_against(simpler, best, none)}."
+        f"{_against(simpler, best, near, none)}."
     )
 
 
@@ -191,14 +192,14 @@ def _share(candidate: Priced, name: str) -> str:
     return f"{candidate.seconds.get(name, 0.0) / candidate.step_time_s:.0%}"
 
 
-def _too_close(ways: Mapping[Answer, Priced], answer: Answer) -> str:
+def _too_close(ways: Mapping[Answer, Priced], answer: Answer, error: float) -> str:
     """That predictions cannot tell these apart, and what chose one of them."""
     names = {name: "copies of the model" if _is_copied(c.setup) else _NAMES[name] for name, c in ways.items()}
     told = ", ".join(f"{names[name]} {_s(c.step_time_s)}" for name, c in ways.items())
     fastest = ways[answer].step_time_s == min(c.step_time_s for c in ways.values())
     why = "the fastest" if fastest else f"the simplest within {ENOUGH:.0%} of the fastest"
     return (
-        f"Too close to call: {told}; predictions are off by {MEASURED_ERROR:.0%} on average. The choice is "
+        f"Too close to call: {told}; predictions are off by {error:.0%} on average. The choice is "
         f"{names[answer]}, {why}."
     )
 
@@ -209,12 +210,13 @@ def _beside(candidate: Priced, fastest: float) -> str:
     return f", {more:.0%} more than with {others}" if more > 0.005 else f" (no faster with {others})"
 
 
-def _against(other: Priced | None, best: Priced, none: str) -> str:
+def _against(other: Priced | None, best: Priced, near: Sequence[Priced], none: str) -> str:
+    """Beside `other`; `near`: what predictions cannot tell apart."""
     if other is None:
         return none
-    times = other.step_time_s / best.step_time_s
-    if times <= 1.0 + MEASURED_ERROR:
+    if any(other is each for each in near):
         return f", {_name(other)} {_s(other.step_time_s)}"
+    times = other.step_time_s / best.step_time_s
     return f", {times:.2f} times faster than {_name(other)} ({_s(other.step_time_s)})"
 
 

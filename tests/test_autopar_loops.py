@@ -118,7 +118,6 @@ def test_layers_of_one_kind_may_be_stored_in_two_ways() -> None:
     run_ranks(_layers_of_one_kind_stored_in_two_ways, 2)
 
 
-
 class _Following(nn.Module):
     """Writes to its parameters: rows of a table are cut to their norm, a second layer follows the first."""
 
