@@ -14,10 +14,18 @@ MEASURED_ERROR = 0.08
 (benchmarks/published_results.md)."""
 EXPERTS_ERROR = 0.25
 """The same with expert parallelism, of 5 published runs, which all took longer."""
-_BLIND = frozenset(("b300", "gb300", "mi300x", "mi325x", "mi350x", "mi355x"))
-"""Parts whose presets are data sheets and microbenchmarks; no run on them, or on one of their kind, set anything."""
+_BLIND = frozenset((
+    "b300", "gb300", "mi300x", "mi325x", "mi350x", "mi355x",
+    "a100-pcie-40gb", "a100-pcie-80gb", "h100-pcie", "h100-nvl", "h200-nvl", "l40s", "l4", "a10g", "a10", "rtx-4090",
+    "rtx-3090", "v100-sxm2-32gb", "v100-sxm2-16gb", "h20", "gh200",
+))  # fmt: skip
+"""Parts whose presets are data sheets and microbenchmarks; no run on them, or on one of their kind, set anything.
+
+Of the second and third line of them no published run was priced.
+"""
 _BLIND_ERROR = 0.15
-"""Mean error on these, of 25 published runs that were priced blind (docs/cost-model.md)."""
+"""Mean error on those of the first line, of 25 published runs that were priced blind (docs/cost-model.md); the others
+take it over."""
 ENOUGH = 0.05
 """Slower than the best by up to this share, the simpler way is called enough."""
 

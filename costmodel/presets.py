@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -189,11 +190,14 @@ def _gpu_model() -> str:
 
 
 def _gpu_preset(model: str) -> str | None:
-    """The preset whose device names occur in `model`; of several (B200, GB200) the one with the longest."""
+    """The preset whose device names occur in `model`; of several (B200, GB200) the one with the longest.
+
+    A name ends where it ends there: L40S is no L4. A laptop's GPU is another than the card of its name.
+    """
     found = [
         (len(known), str(name))
         for name, entry in _data()["presets"].items()
         for known in entry.get("cuda_names", ())
-        if known.lower() in model.lower()
+        if re.search(re.escape(known) + r"(?!\w| laptop)", model, re.IGNORECASE)
     ]
     return max(found)[1] if found else None

@@ -40,6 +40,7 @@ def test_what_is_close_is_farther_apart_where_predictions_are_worse() -> None:
     ways = {"a": 11.2, "b": 10.0}
     assert close(ways, error_on("h100")) == ["b"]
     assert close(ways, error_on("mi300x")) == ["a", "b"]
+    assert error_on("l40s") == error_on("a100-pcie-80gb") == error_on("mi300x") > error_on("a100-80gb")
 
 
 def test_the_simplest_is_enough_within_a_twentieth() -> None:

@@ -136,6 +136,17 @@ def test_a_node_without_a_switch_as_measured(ranks: int, busbw: float) -> None:
     assert 2 * (ranks - 1) / ranks * 4 * GIB / reduce_s == pytest.approx(busbw, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "ranks", "busbw"),
+    [("a100-pcie-80gb", 3, 20e9), ("a100-pcie-80gb", 8, 21e9), ("h100-pcie", 4, 35e9), ("rtx-4090", 4, 12.7e9),
+     ("v100-sxm2-32gb", 8, 130e9)],
+)  # fmt: skip
+def test_cards_and_v100_as_measured(name: str, ranks: int, busbw: float) -> None:
+    """1 GiB, by the figures that their presets name."""
+    reduce_s = collective_s("all_reduce", GIB, (0,), topology(hardware(name), {"x": ranks}))
+    assert 2 * (ranks - 1) / ranks * GIB / reduce_s == pytest.approx(busbw, rel=0.05)
+
+
 def test_groups_of_a_node_without_a_switch_by_hand() -> None:
     """4 GiB, gathered by 4 of 8: three wires of 48.3 GB/s each; sent to one: a single wire; 2 x 4 over two nodes: those
     three, less than the four cards."""

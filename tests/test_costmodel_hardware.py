@@ -71,6 +71,22 @@ def test_matrix_cores_times_their_clock(name: str, cores: int, multiply_adds: in
     assert device.sm_count == cores // 4
 
 
+@pytest.mark.parametrize(
+    ("name", "sms", "flops", "clock_hz"),
+    [("a100-pcie-40gb", 108, 2048, 1.41e9), ("a100-pcie-80gb", 108, 2048, 1.41e9), ("h100-pcie", 114, 4096, 1.62e9),
+     ("h100-nvl", 132, 4096, 1.545e9), ("h200-nvl", 132, 4096, 1.545e9), ("gh200", 132, 4096, 1.83e9),
+     ("l40s", 142, 1024, 2.49e9), ("l4", 58, 1024, 2.04e9), ("a10g", 80, 512, 1.71e9), ("a10", 72, 1024, 1.695e9),
+     ("rtx-4090", 128, 512, 2.52e9), ("rtx-3090", 82, 512, 1.695e9), ("v100-sxm2-32gb", 80, 1024, 1.53e9)],
+)  # fmt: skip
+def test_tensor_cores_times_their_clock(name: str, sms: int, flops: int, clock_hz: float) -> None:
+    """NVIDIA's fp16 peaks from SMs, dense FLOPs of a clock and SM (added in fp32), and clock; fp8 is twice."""
+    device = hardware(name).device
+    assert device.sm_count == sms
+    assert device.peak_flops_per_s["float16"] == pytest.approx(sms * flops * clock_hz, rel=0.003)
+    if "float8" in device.peak_flops_per_s:
+        assert device.peak_flops_per_s["float8"] == pytest.approx(2 * device.peak_flops_per_s["float16"], rel=0.015)
+
+
 def test_best_products_as_measured() -> None:
     """TFLOP/s of the best bf16 and fp8 products that were found, typed again here."""
     for name, bf16, fp8 in (
@@ -81,6 +97,14 @@ def test_best_products_as_measured() -> None:
         peaks = device.peak_flops_per_s
         assert device.matmul_efficiency * peaks["bfloat16"] == pytest.approx(bf16 * 1e12, rel=0.003)
         assert device.fp8_matmul_efficiency * peaks["float8"] == pytest.approx(fp8 * 1e12, rel=0.003)
+    for name, dtype, best in (
+        ("a100-pcie-40gb", "bfloat16", 234.1), ("a100-pcie-80gb", "bfloat16", 252.9), ("h100-pcie", "bfloat16", 495.9),
+        ("l4", "bfloat16", 70.9), ("a10g", "bfloat16", 69.5), ("a10", "bfloat16", 56.0),
+        ("rtx-4090", "bfloat16", 163.0), ("h20", "bfloat16", 141.9), ("gh200", "bfloat16", 821.0),
+        ("v100-sxm2-32gb", "float16", 84.0), ("v100-sxm2-32gb", "bfloat16", 9.4),
+    ):  # fmt: skip
+        device = hardware(name).device
+        assert device.matmul_efficiency * device.peak_flops_per_s[dtype] == pytest.approx(best * 1e12, rel=0.003)
 
 
 @pytest.mark.parametrize(("dtype", "item", "measured"), [("bfloat16", 2, 616.42e12), ("float8", 1, 1143.18e12)])
@@ -100,6 +124,27 @@ def test_memory_of_newer_parts() -> None:
     assert hardware("b300").device.memory_bytes / 2**20 == pytest.approx(275040 * 182630 / 183359, rel=0.001)
     for name, gib in (("mi325x", 256), ("mi355x", 288), ("gb300", 279)):
         assert 0.99 * gib < hardware(name).device.memory_bytes / 2**30 <= gib
+    for name, mib in (
+        ("a100-pcie-40gb", 40326), ("h100-pcie", 81008), ("a10g", 22587), ("h20", 97285), ("rtx-3090", 24259),
+        ("v100-sxm2-16gb", 16160), ("l40s", 44.39 * 1024), ("h100-nvl", 93.0 * 1024), ("rtx-4090", 23.64 * 1024),
+        ("v100-sxm2-32gb", 31.75 * 1024),
+    ):  # fmt: skip
+        assert hardware(name).device.memory_bytes / 2**20 == pytest.approx(mib, rel=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("name", "wire"),
+    [("a100-pcie-40gb", 31e9), ("a100-pcie-80gb", 31e9), ("h100-pcie", 63e9), ("h100-nvl", 63e9), ("h200-nvl", 63e9),
+     ("l40s", 31e9), ("l4", 31e9), ("a10g", 31e9), ("a10", 31e9), ("rtx-4090", 31e9), ("rtx-3090", 31e9)],
+)  # fmt: skip
+def test_cards_talk_over_pcie(name: str, wire: float) -> None:
+    """Below PCIe 4's or 5's wire, the same for two as for eight, and without multicast."""
+    machine = hardware(name)
+    assert machine.intra_node.name.startswith("PCIe")
+    assert 0.4 * wire < machine.intra_node.bytes_per_s < machine.pcie_bytes_per_s < wire
+    assert machine.intra_node.rate_of(2) == machine.intra_node.bytes_per_s
+    assert machine.intra_node.multicast_bytes_per_s == 0
+    assert machine.inter_node.bytes_per_s < wire
 
 
 def test_pairs_are_wired_without_a_switch() -> None:
@@ -178,6 +223,31 @@ def test_device_names_lead_to_presets() -> None:
     assert preset_of("NVIDIA H800") == "h800"
     assert preset_of("NVIDIA A800-SXM4-80GB") == "a800"
     assert preset_of("Tesla T4") is None
+
+
+def test_cards_lead_to_presets_of_their_own() -> None:
+    """Not to the SXM part's, nor to that of a card whose name begins theirs."""
+    for device, name in (
+        ("NVIDIA A100-PCIE-40GB", "a100-pcie-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA GeForce RTX 3090", "rtx-3090"),
+        ("Tesla V100-SXM2-32GB", "v100-sxm2-32gb"),
+        ("Tesla V100-SXM2-16GB", "v100-sxm2-16gb"),
+        ("NVIDIA L40", None),
+        ("NVIDIA A100X", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ):
+        assert preset_of(device) == name
 
 
 def test_dtype_names() -> None:
