@@ -21,7 +21,8 @@ _BLIND = frozenset((
 ))  # fmt: skip
 """Parts whose presets are data sheets and microbenchmarks; no run on them, or on one of their kind, set anything.
 
-Of the second and third line of them no published run was priced.
+Of those of the second and third line no published run was priced but five on RTX 4090: 62% too slow as torch runs their
+loss, 15% to 27% with the loss compiled; the system that ran them fuses it by hand (docs/cost-model.md).
 """
 _BLIND_ERROR = 0.15
 """Mean error on those of the first line, of 25 published runs that were priced blind (docs/cost-model.md); the others
