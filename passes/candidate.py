@@ -341,9 +341,11 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     sent_s = 2 * (setup.virtual * micro + stages - 1) * message_s
     # the busiest stage's share of the parameters
     share = max(most, last) / layers
-    elements = (found.layer("elements") * layers * share) + (outside["elements"] * (1.0 if stages == 1 else 0.5))
+    tied = outside["tied"] if stages > 1 else 0.0  # on the first stage and on the last
+    elements = (found.layer("elements") * layers * share) + (outside["elements"] + tied) / min(stages, 2)
     experts = found.layer("experts") * layers * share
     waits_s, behind_s, slowed_s, update_s = _state(setup, elements, experts, found, slowest_s, profiler)
+    waits_s += _tied_s(setup, tied, hardware)
     added_s = _added_s(setup, elements - experts * (1 - 1 / setup.expert_parts), found, hardware)
     step = passed_s + added_s + waits_s + slowed_s + update_s
     hidden_s = behind_s + max(0.0, sent_s - messages_s) + micro * layers / stages * by_parts_s
@@ -485,6 +487,15 @@ def _state(
     sms, _ = taken_shares(axes, mesh)
     behind_s = reductions * (reduce_s + again_s) + gathers * gather_s - waits_s
     return waits_s, behind_s, sms * behind_s, update_s
+
+
+def _tied_s(setup: Setup, tied: float, hardware: Hardware) -> float:
+    """Once per step: gradients of so many parameters that the first stage and the last both have, added up between
+    the two when all else is through, as in Megatron-LM (arXiv 1909.08053 ties them, its `finalize_model_grads`)."""
+    if not tied:
+        return 0.0
+    ends = topology(hardware, {"ends": 2, "inner": setup.ranks // 2})
+    return collective_s("all_reduce", tied * setup.gradient_bytes, (0,), ends)
 
 
 def _waits_s(sent_s: float, compute_s: float, alone: float) -> float:
