@@ -437,7 +437,7 @@ def _added_s(setup: Setup, elements: float, found: Profile, hardware: Hardware) 
     if setup.adds_in_products:
         return 0.0
     item = found.whole["bytes"] / found.whole["elements"]
-    if setup.state in ("zero2", "zero3"):
+    if setup.reduces_each:
         elements /= setup.data_ranks * setup.cp
     return (setup.accumulate - 1) * addition_s(elements, item, setup.gradient_bytes, hardware.device)
 
@@ -453,8 +453,7 @@ def _state(
 ) -> tuple[float, float, float, float]:
     """Exposed and hidden seconds of gradient reduction and of parameters' gathers, what the hidden take from compute,
     and the update. Once per step, but that zero3 which frees parameters gathers them for each half of each micro-batch,
-    and that ranks which keep shares of gradients reduce those of each, where they need not wait for a pipeline's
-    others.
+    and that ranks which keep shares of gradients reduce those of each.
 
     `elements`: parameters of a stage, `experts` of them in routed experts; a rank has its share of these alone, and
     fewer ranks have the same.
@@ -474,8 +473,7 @@ def _state(
         both_s = _exchanged_s(setup, apart / setup.expert_parts, found, (1,), _experts_mesh(setup, hardware))
         reduce_s, gather_s = reduce_s + both_s[0], gather_s + both_s[1]
     each_time = setup.state == "zero3" and setup.reshard
-    shares = each_time or (setup.state in ("zero2", "zero3") and setup.pp == 1)
-    gathers, reductions = (setup.accumulate if each else 1 for each in (each_time, shares))
+    gathers, reductions = (setup.accumulate if each else 1 for each in (each_time, setup.reduces_each))
     again_s = gather_s if each_time else 0.0
     if not setup.overlap:
         return reductions * (reduce_s + again_s) + gathers * gather_s, 0.0, 0.0, update_s

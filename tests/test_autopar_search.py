@@ -286,7 +286,8 @@ def test_what_the_solver_finds_for_sharded_state_may_need_less_than_for_a_replic
 def test_larger_micro_batches_keep_more(profiler: Profiler) -> None:
     """A step that does not fit in small micro-batches does not in larger ones, so the search does not ask for them."""
     for tp, pp, mode, micro_batches in itertools.product((1, 2), (1, 2, 4), ("pointwise", "full"), (2, 4, 16)):
-        for virtual, state in itertools.product({1, 8 // pp if pp > 1 else 1}, ("zero1", "zero2")):
+        states = ("zero1", "zero2") if pp == 1 else ("zero1",)  # as in searches
+        for virtual, state in itertools.product({1, 8 // pp if pp > 1 else 1}, states):
             setup = Setup(
                 dp_shard=2, tp=tp, pp=pp, virtual=virtual, recompute=mode, state=state, accumulate=micro_batches,
                 gradient_bytes=4,
