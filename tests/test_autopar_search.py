@@ -386,6 +386,17 @@ def test_context_parallelism_without_stages_is_simpler_than_a_pipeline(profiler:
     assert "context parallelism over 4 without stages 10.80 s" in alone.text[0]
 
 
+def test_where_stages_need_expert_parallelism_the_verdict_tells_how_far_off_that_is(profiler: Profiler) -> None:
+    """One without it is what counts, where one fits; the fastest with it, which sends for 2 of 8 s, is named too."""
+    with_experts = Candidate(Setup(dp_shard=2, pp=2, ep=2, state="zero1"), 8.0, 1, 0, {"experts": 2.0}, {})
+    for step_s in (None, 9.0):
+        plain = [Candidate(Setup(dp_shard=2, pp=2, state="zero1"), step_s, 1, 0, {}, {})] if step_s else []
+        found = verdict([with_experts, *plain], profiler, 4, 4, 1)
+        assert found.pipeline_s == (step_s or 8.0)
+        (told,) = (line for line in found.text if line.startswith("Expert parallelism"))
+        assert "takes 8.00 s, 25% of it to send tokens to their experts and back; such figures are off by 25%" in told
+
+
 def test_a_batch_that_no_simpler_mesh_divides_is_told_from_one_that_does_not_fit(profiler: Profiler) -> None:
     """Sharded state needs a sample for each of 4 GPUs; with as many it may not fit."""
     tensor = Candidate(Setup(tp=4), 10.0, 1, 0, {}, {})
