@@ -144,6 +144,7 @@ def _preset(name: str) -> Hardware:
         ranks_per_node=entry["ranks_per_node"][0],
         pcie_bytes_per_s=entry["pcie_bytes_per_s"][0],
         source="preset; see costmodel/data/hardware.json",
+        **_values({key: entry[key] for key in ("host_bytes_per_s",) if key in entry}),
     )
 
 
