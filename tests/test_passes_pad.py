@@ -17,7 +17,7 @@ from parity import captured, eager, errors, relative
 from random_plans import every_option, random_plan
 from torch import nn
 from torch.nn import functional as F
-from transformers import GPTJConfig, GPTJForCausalLM
+from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 import autopar
 from costmodel.hardware import topology
@@ -437,3 +437,16 @@ def test_ranks_read_complex_numbers_in_rows_of_odd_length() -> None:
     found = errors(model, local, kwargs)
     assert found.output < 1e-5, found
     assert found.gradient < 1e-4, found
+
+
+def test_scores_masked_twice_by_the_least_float_are_numbers_in_added_rows() -> None:
+    """GPT-Neo adds the least float to scores that are the least float: the sum is -inf, a row of it nan."""
+    config = GPTNeoConfig(
+        hidden_size=24, num_layers=1, num_heads=3, attention_types=[[["global"], 1]], vocab_size=54,
+        intermediate_size=36, max_position_embeddings=32, resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ids = torch.randint(0, 54, (4, 9))
+    inputs = {"input_ids": ids, "labels": ids}
+    certificate = autopar.verify(GPTNeoForCausalLM(config), {"tp": 2}, inputs, strategy="megatron")
+    assert certificate.ok, str(certificate)
