@@ -80,8 +80,9 @@ _KEEPS_FINITE = _FIRST_TIMES | {
     aten.clone.default,
     torch.ops.prims.convert_element_type.default,
 }
-_ADDITIONS = {aten.add.Tensor, aten.sub.Tensor}
-_KEEPS_EDGES = (_KEEPS_FINITE - _ADDITIONS - _FIRST_TIMES) - {aten.mul.Tensor, aten.mul.Scalar}
+_ADDITIONS = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
+_FACTORS = {aten.mul.Tensor, aten.mul.Scalar}
+_KEEPS_EDGES = _KEEPS_FINITE - _ADDITIONS - _FACTORS - _FIRST_TIMES
 _COPIES = {
     aten._to_copy.default,
     aten.clone.default,
@@ -151,7 +152,14 @@ def pointwise_zone(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.
         zone = _computed(node, given, dtypes)
     if zone is None:
         zone = _general(node, given)
+    if zone == "edge" and any(_reach(dtype) > _reach(result) for dtype in dtypes):
+        zone = "any"
     return "finite" if zone == "real" or (zone == "any" and unknown(result) == "finite") else zone
+
+
+def _reach(dtype: torch.dtype) -> float:
+    """The largest number of a floating dtype; 0 of another."""
+    return torch.finfo(dtype).max if dtype.is_floating_point else 0.0
 
 
 def _computed(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.dtype]) -> Zone | None:
@@ -214,14 +222,14 @@ def _product(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
 
 def _general(node: fx.Node, given: Sequence[Zone]) -> Zone:
     target = node.target
-    if any(map(is_edge, given)):
-        return _of_edges(node, given)
     numbers = [a for a in node.args if isinstance(a, int | float) and not isinstance(a, bool)]
+    operands = [*given, *numbers]
+    if any(map(is_edge, operands if target in _ADDITIONS | _FACTORS else given)):
+        return _of_edges(node, operands)
     finite = all(map(is_finite, given))
-    operands = [*given, *numbers] if numbers else list(given)
     if target in (aten.add.Tensor, aten.add.Scalar) and "alpha" not in node.kwargs and all(map(_nonnegative, operands)):
         return "positive" if any(map(_positive, operands)) else "nonnegative"
-    if target in (aten.mul.Tensor, aten.mul.Scalar) and all(map(_nonnegative, operands)):
+    if target in _FACTORS and all(map(_nonnegative, operands)):
         return "positive" if all(map(_positive, operands)) else "nonnegative"
     if target in (aten.div.Scalar, aten.div.Tensor) and finite:
         divisor = operands[1] if len(operands) > 1 else "any"
