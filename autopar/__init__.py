@@ -109,7 +109,8 @@ def plan(
 ) -> Plan:
     """The plan for `model` on `mesh`; needs no process group and no GPU where the mesh is a mapping of axis sizes.
 
-    hardware: a preset ("h100", ...), a calibrated file, `costmodel` figures, or None for the machine we are on.
+    hardware: a preset ("h100", ...), a calibrated file, `costmodel` figures, or None for the devices of a DeviceMesh,
+        and for the machine we are on where the mesh is a mapping.
     strategy: "auto" solves; "ddp", "fsdp" and "megatron" are the plans people make by hand.
 
     Raises: as `parallelize`.

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autopar import examples, meshes, tree
 from autopar.batches import BatchRanks
 from autopar.groups import Groups
+from autopar.machine import priced_for
 from autopar.mixed import precision_of
 from autopar.module import ParallelModule, parallel_module, preload
 from autopar.optimizers import warn_of_optimizers
@@ -83,12 +84,13 @@ def plan_with(
     timelines = []
 
     def make() -> str:
-        pipeline.check(hardware, job.axes, job.batch_axes, job.options)
+        machine = priced_for(hardware, mesh)
+        pipeline.check(machine, job.axes, job.batch_axes, job.options)
         # Where the model reads values, the plan is for those of rank 0's example; others are planned when they come.
         program = _captured(job, skeleton(model), call)
         described = examples.described(call, inputs_read(program))
         smaller = _smaller(job, model, call)
-        made = _planned(job, program, hardware, strategy, described, smaller=smaller, keep_timeline=True)
+        made = _planned(job, program, machine, strategy, described, smaller=smaller, keep_timeline=True)
         timelines.append(made.timeline)
         return str(made.to_json())
 
@@ -145,14 +147,15 @@ def parallelize_with(
     if not ours.same(example):
         raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
     with ours.agreeing():
-        pipeline.check(hardware, job.axes, job.batch_axes, job.options)
+        machine = priced_for(hardware, mesh)
+        pipeline.check(machine, job.axes, job.batch_axes, job.options)
     gather = _gather(job, mesh, ours)
     with job.stages:
         program = captured_together(
             ours, lambda known: _captured(job, skeleton(model), call, known=known), call, gather
         )
         smaller = _smaller(job, model, call)
-        plan = _shared_plan(job, ours, program, hardware, strategy, example, smaller)
+        plan = _shared_plan(job, ours, program, machine, strategy, example, smaller)
         return _applied(job, model, plan, mesh, program, call, ours)
 
 

@@ -112,7 +112,7 @@ def verdict(
         text.append(_pipeline_text(pipeline, ways[answer]))
     if answer == "state" and state is not None and pipeline is not None:
         text += _rests_on_overlap(state, pipeline)
-    if experts is not None and experts is not pipeline:
+    if experts is not None:
         text.append(_experts_text(experts))
     reach = None
     if times_on is not None and answer == "state":

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autopar import examples, meshes, planning
 from autopar.api import skeleton
 from autopar.certificate import Kind, Parity, TensorError, Tolerances
+from autopar.machine import priced_for
 from autopar.mixed import precision_of
 from autopar.options import Options, check_options
 from autopar.unwrapped import check_unwrapped
@@ -88,6 +89,7 @@ def verify(
     with autocast_as(None):
         batch_axes = meshes.batch_axes_of(axes, options.batch_axes)
         if plan is None:
+            hardware = priced_for(hardware, mesh)
             planning.machine_of(hardware, axes, batch_axes, options)
         progress("copying the model")
         copied, notes = real_copy(model, options.seed)

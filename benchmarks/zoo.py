@@ -5,6 +5,7 @@
     python benchmarks/zoo.py --only llama,t5@s2s          some, by name
     python benchmarks/zoo.py --failed                     those that failed, again
     python benchmarks/zoo.py --simulate                   all ranks played in one process: a fifth of the time
+    python benchmarks/zoo.py --simulate --tp 3 --out zoo_of_three.csv     no dim is even
 
 Mesh dp=2 x tp=2, float32, not compiled, real gloo ranks, by the stages of `autopar.plan` and `autopar.apply`, under
 `megatron`, `fsdp` and `auto`. Each rank captures a model once. A step is right where the loss is eager's on one device
@@ -49,7 +50,8 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 STRATEGIES = ("megatron", "fsdp", "auto")
-MESH = (("dp", 2), ("tp", 2))
+Mesh = tuple[tuple[str, int], ...]
+MESH: Mesh = (("dp", 2), ("tp", 2))
 RANKS = math.prod(size for _, size in MESH)
 LOSS_LIMIT, GRADIENT_LIMIT, ZERO = 1e-4, 2e-3, 1e-6
 TIMES_ROUNDING = 4
@@ -227,7 +229,7 @@ def _run(row: Row, step: _Step, mesh: Any, rank: int) -> None:
     if rank:
         return
     (executables,) = module.__dict__["_autopar"].executables.values()
-    row.split = _split(executables[0].local)
+    row.split = _split(executables[0].local, MESH)
     _compare(row, step, float(loss), found)
 
 
@@ -269,13 +271,13 @@ def _worst(
     return worst, name
 
 
-def _split(local: Any) -> float:
+def _split(local: Any, mesh: Mesh) -> float:
     """Share of the multiply-adds of a rank's program that the tp axis splits."""
     experts = max((n.args[1].meta["val"].shape[0] for n in _calls(local.program.graph) if _is_grouped(n)), default=1)
     whole, mine = (sum(_of_node(n, experts) for n in _calls(graph)) for graph in (local.program.graph, local.graph))
     if not whole:
         return math.nan
-    sizes = dict(MESH)
+    sizes = dict(mesh)
     of_rank = mine * sizes["dp"] / whole
     return (1 - of_rank) / (1 - 1 / sizes["tp"])
 
@@ -319,7 +321,7 @@ def _told(error: Exception) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- ranks in one process
-def simulated(name: str, family: str, strategies: tuple[str, ...], answer: Any, threads: int) -> None:
+def simulated(name: str, family: str, strategies: tuple[str, ...], mesh: Mesh, answer: Any, threads: int) -> None:
     """Sends rows for an architecture whose ranks are all played here; run in a process of its own."""
     import torch
     from torch.utils import _pytree as pytree
@@ -336,7 +338,7 @@ def simulated(name: str, family: str, strategies: tuple[str, ...], answer: Any, 
     try:
         step = _Step.of(name, 0, whole=True)
         stage = ""
-        ways = dict(MESH)["dp"]
+        ways = dict(mesh)["dp"]
         whole = global_inputs((), dict(sorted(step.inputs.items())), ways, None)
         program = planning.captured(
             skeleton(step.model), whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size
@@ -349,7 +351,7 @@ def simulated(name: str, family: str, strategies: tuple[str, ...], answer: Any, 
             start = time.monotonic()
             row.captured = True
             plan = planning.planned(
-                program, MESH, batch_axes=(0,), hardware=None, strategy=row.strategy, options=Options(compile=False),
+                program, mesh, batch_axes=(0,), hardware=None, strategy=row.strategy, options=Options(compile=False),
                 example="", known=known,
             )  # fmt: skip
             row.planned = True
@@ -357,7 +359,7 @@ def simulated(name: str, family: str, strategies: tuple[str, ...], answer: Any, 
             local = planning.rewritten(program, plan)
             found = simulate_step(local, parameters, dict(step.model.named_buffers()), tensors, None, (0, 0))
             row.ran = True
-            row.split = _split(local)
+            row.split = _split(local, mesh)
             _compare(row, step, float(found.outputs["loss"]), found.gradients)
             row.seconds = time.monotonic() - start
             if row.error:
@@ -370,13 +372,13 @@ def simulated(name: str, family: str, strategies: tuple[str, ...], answer: Any, 
 
 
 def simulate(
-    name: str, family: str, strategies: tuple[str, ...], limit_s: float, threads: int
+    name: str, family: str, strategies: tuple[str, ...], mesh: Mesh, limit_s: float, threads: int
 ) -> tuple[list[Row], bool]:
     """Rows of `simulated`, run in a process of its own that may crash or hang."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "zoo_models", "autopar"])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=simulated, args=(name, family, strategies, theirs, threads), daemon=True)
+    process = context.Process(target=simulated, args=(name, family, strategies, mesh, theirs, threads), daemon=True)
     process.start()
     theirs.close()
     rows = [Row(name, family, strategy, ranks="simulated") for strategy in strategies]
@@ -502,7 +504,7 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def summary(rows: dict[tuple[str, str], Row], asked: int) -> str:
+def summary(rows: dict[tuple[str, str], Row], asked: int, mesh: Mesh) -> str:
     """Markdown: counts, what failed and why, and a line per architecture."""
     import torch
     import transformers
@@ -546,7 +548,7 @@ def summary(rows: dict[tuple[str, str], Row], asked: int) -> str:
         "# Every architecture, sharded",
         "",
         f"Made by `{COMMAND}`; torch {torch.__version__}, transformers {transformers.__version__}. {len(names)} of "
-        f"{asked} architectures have been run ({_kinds(rows)}) on mesh {' x '.join(f'{n}={s}' for n, s in MESH)}, "
+        f"{asked} architectures have been run ({_kinds(rows)}) on mesh {' x '.join(f'{n}={s}' for n, s in mesh)}, "
         "float32, not compiled: real steps on four gloo ranks by the stages of `autopar.plan` and `autopar.apply` "
         "(each rank captures a model once; where `auto` finds the plan of a named strategy, one run counts for both), "
         "simulated ones with all ranks in one process (`--simulate`). Errors are relative to eager on one device with "
@@ -608,8 +610,14 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="per rank")
     parser.add_argument("--out", type=Path, default=FOLDER / "zoo_results.csv")
     parser.add_argument("--simulate", action="store_true", help="play all ranks in one process")
+    parser.add_argument("--tp", type=int, default=dict(MESH)["tp"], help="ranks of the tensor axis, with --simulate")
     parser.add_argument("--no-run", action="store_true", help="only make the .md from the .csv")
     arguments = parser.parse_args()
+    mesh: Mesh = (*MESH[:-1], ("tp", arguments.tp))
+    if mesh != MESH and not arguments.simulate:
+        parser.error("--tp goes with --simulate: there are four ranks")
+    if mesh != MESH and arguments.out == parser.get_default("out"):
+        parser.error("--tp: give --out, as the results kept are of another mesh")
     keep = arguments.resume or arguments.failed or arguments.only or arguments.no_run
     rows = read(arguments.out) if keep else {}
     jobs = [] if arguments.no_run else list(_chosen(arguments, rows))
@@ -618,7 +626,7 @@ def main() -> int:
         left = strategies
         while left:  # a strategy that fails does not take the next ones with it
             if arguments.simulate:
-                found, good = simulate(name, family, left, arguments.limit_s, arguments.threads)
+                found, good = simulate(name, family, left, mesh, arguments.limit_s, arguments.threads)
             else:
                 ranks = ranks or Ranks(arguments.threads)
                 found, good = ranks.run(name, family, left, arguments.limit_s)
@@ -640,7 +648,7 @@ def main() -> int:
         ranks.stop()
     with (FOLDER / "zoo.csv").open() as file:
         asked = sum(1 for _ in csv.DictReader(file))
-    text = summary(rows, asked)
+    text = summary(rows, asked, mesh)
     arguments.out.with_suffix(".md").write_text(text)
     print(text.partition("## Each architecture")[0])
     return 0 if all(row.right for row in rows.values()) else 1

@@ -145,6 +145,9 @@ class Hardware:
     source: str
     shared_host: bool = False
     """Device and intra-node rates are of the whole machine, and all its ranks share them (a CPU)."""
+    host_bytes_per_s: float = 200e9
+    """What the CPUs of a node stream together in an optimizer's update. 8 channels of DDR4-3200 are 205 GB/s a socket,
+    and Adam's many streams reach about half of the two sockets' peak."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.device, self.ranks_per_node))

@@ -104,6 +104,8 @@ def hardware_of(body: Any, where: str) -> Hardware:
     Raises:
         ValueError: a figure that is missing or makes no sense.
     """
+    if isinstance(body, dict):  # files that were written before there was this figure
+        body = {"host_bytes_per_s": Hardware.host_bytes_per_s, **body}
     parts = dict(_typed(body, Hardware, f"{where}: hardware"))
     device = parts["device"] = Device(**_typed(parts["device"], Device, f"{where}: hardware.device"))
     if device.reserve_bytes >= device.memory_bytes:

@@ -9,10 +9,6 @@ from __future__ import annotations
 
 from costmodel.hardware import Hardware
 
-HOST_BYTES_PER_S = 200e9
-"""What a node's CPUs stream, both sockets: 8 channels of DDR4-3200 are 205 GB/s a socket, and Adam's many streams reach
-about half of the two sockets' peak."""
-
 
 def host_update_s(
     parameters: float, hardware: Hardware, *, item_bytes: float = 2.0, state_bytes: float = 12.0
@@ -23,5 +19,5 @@ def host_update_s(
     """
     pcie_s = parameters * item_bytes / hardware.pcie_bytes_per_s
     moved = parameters * (item_bytes + 2 * (item_bytes + state_bytes))
-    cpu_s = moved * hardware.ranks_per_node / HOST_BYTES_PER_S
+    cpu_s = moved * hardware.ranks_per_node / hardware.host_bytes_per_s
     return max(cpu_s, pcie_s) + pcie_s

@@ -71,6 +71,14 @@ def with_attention(hardware: Hardware, kernels: str) -> Hardware:
     return replace(hardware, device=device)
 
 
+def without_preset() -> str:
+    """What is said where this machine's GPU is of no preset, so that `hardware(None)` is its CPU; '' elsewhere."""
+    model = _gpu_model()
+    if not model or _gpu_preset(model):
+        return ""
+    return f"priced for this machine's CPU, as no preset is of its {model}: `autopar calibrate` measures it"
+
+
 def preset_of(device_name: str) -> str | None:
     """Preset for what `torch.cuda.get_device_name()` says, or `None`."""
     return _gpu_preset(device_name)
@@ -137,6 +145,7 @@ def _preset(name: str) -> Hardware:
         ranks_per_node=entry["ranks_per_node"][0],
         pcie_bytes_per_s=entry["pcie_bytes_per_s"][0],
         source="preset; see costmodel/data/hardware.json",
+        **_values({key: entry[key] for key in ("host_bytes_per_s",) if key in entry}),
     )
 
 
@@ -173,7 +182,10 @@ def _generic_cpu(entry: Mapping[str, Any]) -> Hardware:
 
 @lru_cache(maxsize=1)
 def _gpu_model() -> str:
-    """Model of the first NVIDIA GPU the driver reports, or ''."""
+    """Model of the first GPU that NVIDIA's or AMD's driver reports, or ''."""
+    for file in sorted(Path("/sys/class/drm").glob("card*/device/product_name")):  # AMD's server parts
+        if model := file.read_text(errors="replace").strip():
+            return model
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         for line in file.read_text(errors="replace").splitlines():
             if line.startswith("Model:"):

@@ -341,9 +341,11 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     sent_s = 2 * (setup.virtual * micro + stages - 1) * message_s
     # the busiest stage's share of the parameters
     share = max(most, last) / layers
-    elements = (found.layer("elements") * layers * share) + (outside["elements"] * (1.0 if stages == 1 else 0.5))
+    tied = outside["tied"] if stages > 1 else 0.0  # on the first stage and on the last
+    elements = (found.layer("elements") * layers * share) + (outside["elements"] + tied) / min(stages, 2)
     experts = found.layer("experts") * layers * share
     waits_s, behind_s, slowed_s, update_s = _state(setup, elements, experts, found, slowest_s, profiler)
+    waits_s += _tied_s(setup, tied, hardware)
     added_s = _added_s(setup, elements - experts * (1 - 1 / setup.expert_parts), found, hardware)
     step = passed_s + added_s + waits_s + slowed_s + update_s
     hidden_s = behind_s + max(0.0, sent_s - messages_s) + micro * layers / stages * by_parts_s
@@ -435,7 +437,7 @@ def _added_s(setup: Setup, elements: float, found: Profile, hardware: Hardware) 
     if setup.adds_in_products:
         return 0.0
     item = found.whole["bytes"] / found.whole["elements"]
-    if setup.state in ("zero2", "zero3"):
+    if setup.reduces_each:
         elements /= setup.data_ranks * setup.cp
     return (setup.accumulate - 1) * addition_s(elements, item, setup.gradient_bytes, hardware.device)
 
@@ -451,8 +453,7 @@ def _state(
 ) -> tuple[float, float, float, float]:
     """Exposed and hidden seconds of gradient reduction and of parameters' gathers, what the hidden take from compute,
     and the update. Once per step, but that zero3 which frees parameters gathers them for each half of each micro-batch,
-    and that ranks which keep shares of gradients reduce those of each, where they need not wait for a pipeline's
-    others.
+    and that ranks which keep shares of gradients reduce those of each.
 
     `elements`: parameters of a stage, `experts` of them in routed experts; a rank has its share of these alone, and
     fewer ranks have the same.
@@ -472,8 +473,7 @@ def _state(
         both_s = _exchanged_s(setup, apart / setup.expert_parts, found, (1,), _experts_mesh(setup, hardware))
         reduce_s, gather_s = reduce_s + both_s[0], gather_s + both_s[1]
     each_time = setup.state == "zero3" and setup.reshard
-    shares = each_time or (setup.state in ("zero2", "zero3") and setup.pp == 1)
-    gathers, reductions = (setup.accumulate if each else 1 for each in (each_time, shares))
+    gathers, reductions = (setup.accumulate if each else 1 for each in (each_time, setup.reduces_each))
     again_s = gather_s if each_time else 0.0
     if not setup.overlap:
         return reductions * (reduce_s + again_s) + gathers * gather_s, 0.0, 0.0, update_s
@@ -485,6 +485,15 @@ def _state(
     sms, _ = taken_shares(axes, mesh)
     behind_s = reductions * (reduce_s + again_s) + gathers * gather_s - waits_s
     return waits_s, behind_s, sms * behind_s, update_s
+
+
+def _tied_s(setup: Setup, tied: float, hardware: Hardware) -> float:
+    """Once per step: gradients of so many parameters that the first stage and the last both have, added up between
+    the two when all else is through, as in Megatron-LM (arXiv 1909.08053 ties them, its `finalize_model_grads`)."""
+    if not tied:
+        return 0.0
+    ends = topology(hardware, {"ends": 2, "inner": setup.ranks // 2})
+    return collective_s("all_reduce", tied * setup.gradient_bytes, (0,), ends)
 
 
 def _waits_s(sent_s: float, compute_s: float, alone: float) -> float:

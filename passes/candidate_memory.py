@@ -50,7 +50,7 @@ def replicated_bytes(
     all_states, per_element = found.whole["states"] / found.whole["elements"], found.whole["gradients"]
     per_element /= found.whole["elements"] * found.whole["stored bytes"] / found.whole["stored"]
     states = all_states * (elements / ranks if setup.state != "zero0" else held)
-    trained = per_element * (elements / ranks if setup.state in ("zero2", "zero3") else held)
+    trained = per_element * (elements / ranks if setup.reduces_each else held)
     kept, working = _activations(setup, layer or found, layers, whole_blocks=layer is not None)
     return {
         "parameters": _parameters(setup, found, elements, held),

@@ -78,8 +78,9 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     bytes       alive.PLACE, rest (all step long), states (of it, what the optimizer keeps), gradients (of what it
                 updates), boundary (what one layer passes to the next), keys (attention's keys and values), gathered
                 (activations that forward gathers and keeps whole for backward), gathered parts (a rank's own of those)
-    counts      kernels (that the host launches), elements (of parameters on this rank in compute; `bytes`: theirs),
-                stored (at rest; `stored bytes`: theirs), operands (of matrix products)
+    counts      kernels (that the host launches), elements (of parameters on this rank in compute; `bytes`: theirs;
+                `tied`: those of parameters that are in several modules), stored (at rest; `stored bytes`: theirs),
+                operands (of matrix products)
     experts     see `expert_numbers`
     """
     found: dict[str, float] = defaultdict(float)
@@ -158,6 +159,7 @@ def _entered(schedule: Schedule) -> list[float]:
 
 def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) -> None:
     sizes = space.topology.sizes
+    tied = set(space.program.aliases.values())
     for index, site in enumerate(space.sites):
         option, given = site.options[assignment[index]], site.given
         if not isinstance(option, StoredOption) or site.kind not in ("stored", "given"):
@@ -165,6 +167,7 @@ def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) ->
         if given is not None and given.kind == "parameter":
             computed = math.prod(option.storage.computed_shape(sizes)) * site.count
             found["elements"] += computed
+            found["tied"] += computed * (given.name in tied)
             found["bytes"] += computed * site.itemsize
             stored = math.prod(option.storage.padded_shape(sizes)) * site.count
             found["stored"] += stored

@@ -169,10 +169,11 @@ class _Kernels:
             if kind not in _FUSIBLE:
                 continue
             operands = [self.source(x) for x in operand_nodes(node)]
+            results = len(node.meta["val"]) if isinstance(node.meta["val"], list | tuple) else 1
             if kind == "column":
                 size = _bytes(operand_nodes(node)[0])
                 enter = sum(min(1.0, _bytes(x) / size) if size else 0.0 for x in self._entering(node))
-                mine = [[enter, *(0.0 for _ in operands[1:])], [1.0], [1.0]]
+                mine = [[enter, *(0.0 for _ in operands[1:])], [1.0] * results, [1.0]]
             else:
                 group = self.group(node)
                 reads = []
@@ -182,8 +183,7 @@ class _Kernels:
                     first = (group, operand) not in read
                     read.add((group, operand))
                     reads.append(1.0 if first and not inside and not again else 0.0)
-                count = len(node.meta["val"]) if isinstance(node.meta["val"], list | tuple) else 1
-                mine = [reads, [1.0 if node in self.written else 0.0] * count, [0.0 if group in led else 1.0]]
+                mine = [reads, [1.0 if node in self.written else 0.0] * results, [0.0 if group in led else 1.0]]
                 led.add(group)
             weight = weights.get(node, 1)
             counts[site] += weight

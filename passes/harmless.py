@@ -20,7 +20,7 @@ from passes.rules.create import FILLS
 from passes.rules.form import Form
 from passes.rules.table import rule_of
 from passes.work import VIEWS
-from passes.zones import Zone, is_finite, is_number, is_pointwise, is_zero, join, pointwise_zone, unknown
+from passes.zones import Zone, is_edge, is_finite, is_number, is_pointwise, is_zero, join, pointwise_zone, unknown
 
 aten = torch.ops.aten
 
@@ -222,6 +222,7 @@ def result_zone(reading: Reading, key: Key, result: int, given: Sequence[Zone]) 
     have = [k for k, positions in enumerate(reading.at_operands) if key in positions]
     mine = [given[k] for k in have]
     finite = all(map(is_finite, given))
+    summable = finite and not any(map(is_edge, given))
     nothing = unknown(facts.dtype)
     if target in FILLS:
         return fill_of(node)
@@ -233,9 +234,9 @@ def result_zone(reading: Reading, key: Key, result: int, given: Sequence[Zone]) 
         return join([*(mine or given), reading.call.get("value", 0)])
     if target in _PRODUCTS:
         zero = any(is_zero(given[k]) for k in _PRODUCTS[target])
-        return 0 if zero and finite else "finite" if finite else nothing
+        return 0 if zero and finite else _rest(summable, nothing)
     if target in _SUMS:
-        return given[0] if is_zero(given[0]) or given[0] in ("nonnegative", "positive") else _rest(finite, nothing)
+        return given[0] if is_zero(given[0]) or given[0] in ("nonnegative", "positive") else _rest(summable, nothing)
     if target in _MAXIMA:
         return given[0]
     if target is aten.embedding.default:
@@ -245,9 +246,9 @@ def result_zone(reading: Reading, key: Key, result: int, given: Sequence[Zone]) 
     if target in _TIMES_GRADIENT:
         # A causal attention's columns: the gradient's rows there are zero, by what `needs_of` asks.
         zero = is_zero(given[0]) or (target is _FLASH_BACKWARD and 0 not in have and key[0] in reading.form.whole)
-        return 0 if zero and finite else _rest(finite, nothing)
+        return 0 if zero and finite else _rest(summable, nothing)
     if target in _NORMS:
-        return _rest(finite, nothing)
+        return _rest(summable, nothing)
     if target in _SOFTMAX:
         return "nonnegative" if finite else nothing
     if target is _FLASH:

@@ -78,6 +78,13 @@ class Setup:
         return self.pp == self.cp == 1 and self.state == "zero3"
 
     @property
+    def reduces_each(self) -> bool:
+        """Whether gradients of each micro-batch are reduced, so that a rank keeps its share of their sum alone. Stages
+        keep whole sums and reduce them once, but where parameters are freed and gathered for each anyway."""
+        freed = self.state == "zero3" and self.reshard
+        return freed or (self.state in ("zero2", "zero3") and 1 in (self.pp, self.accumulate))
+
+    @property
     def ranks(self) -> int:
         return self.dp_replicate * self.dp_shard * self.tp * self.pp * self.cp
 

@@ -143,12 +143,20 @@ def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape], tra
         return Work(0, 0, written, "pointwise", dtype)
     if is_reduction(target):
         return Work(elements, read, written, "reduction", dtype)
-    if "convolution" in str(target):
-        weight = operands[1] if len(operands) > 1 else ()
-        return Work(2.0 * math.prod(results[0]) * math.prod(weight[1:]), read, written, "matmul", dtype)
+    if target in (aten.convolution.default, aten.convolution_backward.default):
+        return Work(_convolution_flops(call, operands, results), read, written, "matmul", dtype)
     if target in COPIED:
         return Work(0, read, written, "copy", dtype)
     return Work(elements, read, written, "unknown", dtype)
+
+
+def _convolution_flops(call: Call, operands: Sequence[Shape], results: Sequence[Shape]) -> float:
+    """Two for each value of the result (transposed: of the input) and of the kernel that meets it. Backward takes as
+    many for the input's gradient, where that is wanted, and for the weight's."""
+    backward = call.target is aten.convolution_backward.default
+    y, x, weight = operands[:3] if backward else (results[0], *operands[:2])
+    products = sum(made is not None for made in call.results[:2]) if backward else 1
+    return 2.0 * products * math.prod(x if call.get("transposed") else y) * math.prod(weight[1:])
 
 
 def _routed(call: Call, operands: Sequence[Shape], result: Shape, dtype: str, item: int) -> Work:

@@ -4,6 +4,7 @@ A *zone* is all entries of a tensor whose index along one padded dim lies beyond
 
     a number       every entry is that number (0, -inf, True)
     "positive"     every entry is finite and above zero, "nonnegative" finite and at least zero, "finite" finite
+    "edge"         every entry is finite, but a sum of two may not be (what is masked by the least float)
     "real"         copies of real entries, broadcast along the dim
     "nowhere"      an integer that no index or class equals (what `arange` gives there)
     "any"          nothing is known
@@ -27,6 +28,7 @@ from passes.rules.table import rule_of
 aten = torch.ops.aten
 
 Zone = float | int | bool | str
+_LARGE = torch.finfo(torch.float16).max
 _FIRST_TIMES = {
     aten.gelu_backward.default,
     aten.silu_backward.default,
@@ -78,6 +80,9 @@ _KEEPS_FINITE = _FIRST_TIMES | {
     aten.clone.default,
     torch.ops.prims.convert_element_type.default,
 }
+_ADDITIONS = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
+_FACTORS = {aten.mul.Tensor, aten.mul.Scalar}
+_KEEPS_EDGES = _KEEPS_FINITE - _ADDITIONS - _FACTORS - _FIRST_TIMES
 _COPIES = {
     aten._to_copy.default,
     aten.clone.default,
@@ -108,6 +113,11 @@ def is_finite(zone: Zone) -> bool:
     return zone != "any" if isinstance(zone, str) else math.isfinite(zone)
 
 
+def is_edge(zone: Zone) -> bool:
+    """Whether entries may be finite numbers so large that a sum of two is infinite in some dtype."""
+    return zone == "edge" if isinstance(zone, str) else _LARGE <= abs(zone) < math.inf
+
+
 def _nonnegative(zone: Zone) -> bool:
     return zone in ("nonnegative", "positive") if isinstance(zone, str) else 0 <= zone < math.inf
 
@@ -121,6 +131,8 @@ def join(zones: Sequence[Zone]) -> Zone:
     first = zones[0]
     if all(type(zone) is type(first) and zone == first for zone in zones):
         return first
+    if any(map(is_edge, zones)) and all(map(is_finite, zones)):
+        return "edge"
     if all(map(_positive, zones)):
         return "positive"
     if all(map(_nonnegative, zones)):
@@ -140,7 +152,14 @@ def pointwise_zone(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.
         zone = _computed(node, given, dtypes)
     if zone is None:
         zone = _general(node, given)
+    if zone == "edge" and any(_reach(dtype) > _reach(result) for dtype in dtypes):
+        zone = "any"
     return "finite" if zone == "real" or (zone == "any" and unknown(result) == "finite") else zone
+
+
+def _reach(dtype: torch.dtype) -> float:
+    """The largest number of a floating dtype; 0 of another."""
+    return torch.finfo(dtype).max if dtype.is_floating_point else 0.0
 
 
 def _computed(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.dtype]) -> Zone | None:
@@ -187,10 +206,16 @@ def _special(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
     return None
 
 
+def _of_edges(node: fx.Node, given: Sequence[Zone]) -> Zone:
+    edges = sum(map(is_edge, given))
+    kept = edges == 1 and "alpha" not in node.kwargs if node.target in _ADDITIONS else node.target in _KEEPS_EDGES
+    return "edge" if kept and all(map(is_finite, given)) else "any"
+
+
 def _product(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
     if any(map(is_zero, given)) and all(map(is_finite, given)):
         return 0
-    if node.args[0] is node.args[1] and is_finite(given[0]):
+    if node.args[0] is node.args[1] and is_finite(given[0]) and not is_edge(given[0]):
         return "nonnegative"
     return None
 
@@ -198,11 +223,13 @@ def _product(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
 def _general(node: fx.Node, given: Sequence[Zone]) -> Zone:
     target = node.target
     numbers = [a for a in node.args if isinstance(a, int | float) and not isinstance(a, bool)]
+    operands = [*given, *numbers]
+    if any(map(is_edge, operands if target in _ADDITIONS | _FACTORS else given)):
+        return _of_edges(node, operands)
     finite = all(map(is_finite, given))
-    operands = [*given, *numbers] if numbers else list(given)
     if target in (aten.add.Tensor, aten.add.Scalar) and "alpha" not in node.kwargs and all(map(_nonnegative, operands)):
         return "positive" if any(map(_positive, operands)) else "nonnegative"
-    if target in (aten.mul.Tensor, aten.mul.Scalar) and all(map(_nonnegative, operands)):
+    if target in _FACTORS and all(map(_nonnegative, operands)):
         return "positive" if all(map(_positive, operands)) else "nonnegative"
     if target in (aten.div.Scalar, aten.div.Tensor) and finite:
         divisor = operands[1] if len(operands) > 1 else "any"

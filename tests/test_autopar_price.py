@@ -18,6 +18,7 @@ import autopar
 from autopar import Setup
 from autopar.cli.main import main, parser
 from autopar.cli.price import setup_of
+from costmodel.presets import hardware
 from passes.setup import State, as_megatron
 
 HIDDEN, LAYERS, HEADS, FFN, VOCAB, LENGTH = 256, 8, 4, 512, 1000, 512
@@ -211,6 +212,25 @@ def test_a_pipelines_bubble_is_that_of_the_formula() -> None:
         return autopar.price(small(16), setup, "h100", sequence=4096).seconds["bubble"]
 
     assert bubble(2) == pytest.approx(bubble(1) / 2, rel=0.15)
+
+
+def test_a_tied_embedding_lies_on_both_ends_of_a_pipeline() -> None:
+    """As much as an embedding and a head of their own, and their gradients are added up over the wire."""
+    words, layer = 256000, 4 * HIDDEN**2 + 3 * HIDDEN * FFN + 2 * HIDDEN
+    setup = Setup(pp=2, accumulate=4, state="zero0", gradient_bytes=4)
+    prices = {}
+    for tied in (False, True):
+        made = config()
+        made.vocab_size, made.tie_word_embeddings = words, tied
+        with torch.device("meta"):
+            model = LlamaForCausalLM(made).to(torch.bfloat16)
+        prices[tied] = autopar.price(model, setup, "h100", sequence=LENGTH)
+        stage = LAYERS // 2 * layer + words * HIDDEN + HIDDEN // 2
+        assert prices[tied].bytes["parameters"] == pytest.approx(2 * stage)
+        assert prices[tied].bytes["gradients"] == pytest.approx(4 * stage)
+    wire = hardware("h100").intra_node.bytes_per_s
+    assert prices[False].seconds["exposed state"] == 0.0
+    assert prices[True].seconds["exposed state"] == pytest.approx(4 * words * HIDDEN / wire, rel=0.25)
 
 
 def test_what_was_measured_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -286,7 +286,8 @@ def test_what_the_solver_finds_for_sharded_state_may_need_less_than_for_a_replic
 def test_larger_micro_batches_keep_more(profiler: Profiler) -> None:
     """A step that does not fit in small micro-batches does not in larger ones, so the search does not ask for them."""
     for tp, pp, mode, micro_batches in itertools.product((1, 2), (1, 2, 4), ("pointwise", "full"), (2, 4, 16)):
-        for virtual, state in itertools.product({1, 8 // pp if pp > 1 else 1}, ("zero1", "zero2")):
+        states = ("zero1", "zero2") if pp == 1 else ("zero1",)  # as in searches
+        for virtual, state in itertools.product({1, 8 // pp if pp > 1 else 1}, states):
             setup = Setup(
                 dp_shard=2, tp=tp, pp=pp, virtual=virtual, recompute=mode, state=state, accumulate=micro_batches,
                 gradient_bytes=4,
@@ -383,6 +384,17 @@ def test_context_parallelism_without_stages_is_simpler_than_a_pipeline(profiler:
     alone = verdict([priced(10.0, pp=2), priced(10.8, cp=4)], profiler, 4, 1, 1)
     assert alone.answer == "pipeline"
     assert "context parallelism over 4 without stages 10.80 s" in alone.text[0]
+
+
+def test_where_stages_need_expert_parallelism_the_verdict_tells_how_far_off_that_is(profiler: Profiler) -> None:
+    """One without it is what counts, where one fits; the fastest with it, which sends for 2 of 8 s, is named too."""
+    with_experts = Candidate(Setup(dp_shard=2, pp=2, ep=2, state="zero1"), 8.0, 1, 0, {"experts": 2.0}, {})
+    for step_s in (None, 9.0):
+        plain = [Candidate(Setup(dp_shard=2, pp=2, state="zero1"), step_s, 1, 0, {}, {})] if step_s else []
+        found = verdict([with_experts, *plain], profiler, 4, 4, 1)
+        assert found.pipeline_s == (step_s or 8.0)
+        (told,) = (line for line in found.text if line.startswith("Expert parallelism"))
+        assert "takes 8.00 s, 25% of it to send tokens to their experts and back; such figures are off by 25%" in told
 
 
 def test_a_batch_that_no_simpler_mesh_divides_is_told_from_one_that_does_not_fit(profiler: Profiler) -> None:

@@ -61,3 +61,24 @@ def test_a_compiled_step_moves_less_than_an_eager_one() -> None:
     for phase in ("forward", "backward"):
         eager, compiled = (sum(map(sum, moved(analysis(fused=fused), phase).values())) for fused in (False, True))
         assert compiled < eager
+
+
+class Standardized(nn.Module):
+    """What a batch norm by hand asks for: the variance and the mean over all but the last dim, in one op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        variance, mean = torch.var_mean(x @ self.weight, (0, 1))
+        return (variance + mean).sum()
+
+
+def test_a_sum_over_rows_with_two_results_writes_both() -> None:
+    inputs = (torch.randn(ROWS, 3, WIDTH),)
+    program = planning.captured(Standardized(), inputs, {}, batch_dims=[0], batch_size=ROWS)
+    both = torch.ops.aten.var_mean.correction
+    (found,) = (place.traffic for place in analyse(program).places if place.call and place.call.target is both)
+    assert found is not None
+    assert (found.reads, found.writes) == ((1.0,), (1.0, 1.0))

@@ -17,7 +17,7 @@ from parity import captured, eager, errors, relative
 from random_plans import every_option, random_plan
 from torch import nn
 from torch.nn import functional as F
-from transformers import GPTJConfig, GPTJForCausalLM
+from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 import autopar
 from costmodel.hardware import topology
@@ -437,3 +437,42 @@ def test_ranks_read_complex_numbers_in_rows_of_odd_length() -> None:
     found = errors(model, local, kwargs)
     assert found.output < 1e-5, found
     assert found.gradient < 1e-4, found
+
+
+def test_scores_masked_twice_by_the_least_float_are_numbers_in_added_rows() -> None:
+    """GPT-Neo adds the least float to scores that are the least float: the sum is -inf, a row of it nan."""
+    config = GPTNeoConfig(
+        hidden_size=24, num_layers=1, num_heads=3, attention_types=[[["global"], 1]], vocab_size=54,
+        intermediate_size=36, max_position_embeddings=32, resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ids = torch.randint(0, 54, (4, 9))
+    inputs = {"input_ids": ids, "labels": ids}
+    certificate = autopar.verify(GPTNeoForCausalLM(config), {"tp": 2}, inputs, strategy="megatron")
+    assert certificate.ok, str(certificate)
+
+
+class Gated(nn.Module):
+    """Attention whose rows a gate closes by the least float times a number that the graph does not tell: next to none
+    in real rows, a half in added ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.shift = nn.Linear(8, 24), nn.Linear(8, 8), nn.Parameter(torch.full((8,), 1e-6))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        scores, gate = q @ k.transpose(-1, -2), torch.sigmoid((x + self.shift).abs().sum(-1) * -1000)
+        for _ in range(3):
+            scores = scores + gate[:, None, :, None] * torch.finfo(x.dtype).min
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return {"loss": self.out(mixed).square().mean()}
+
+
+def test_rows_that_a_gate_closes_three_times_by_the_least_float_are_numbers() -> None:
+    torch.manual_seed(0)
+    model, kwargs = Gated(), {"x": torch.randn(4, 9, 8)}
+    analysis = analyse(captured(model, kwargs))
+    pads = [each for each in uneven_dims(analysis, (2,), ()) if each.size == 9]
+    assert pads
+    same_on_one_device(model, pad(analysis, pads).program, kwargs)
