@@ -504,7 +504,7 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def summary(rows: dict[tuple[str, str], Row], asked: int, mesh: Mesh) -> str:
+def summary(rows: dict[tuple[str, str], Row], asked: int, mesh: Mesh = MESH) -> str:
     """Markdown: counts, what failed and why, and a line per architecture."""
     import torch
     import transformers

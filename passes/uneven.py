@@ -148,7 +148,8 @@ def uneven_dims(
     decided: set[int] = set()  # queries' heads (key-value heads x group) before the key-value heads alone
     for atoms in sorted(analysis.weight_dims, key=len, reverse=True) if strategy not in ("ddp", "fsdp") else ():
         kept -= {atom for atom, _ in atoms} - decided
-        outer = [(atom, size) for atom, size in atoms[:-1] if atom not in analysis.blocked_atoms]
+        barred = analysis.blocked_atoms | analysis.batch_atoms
+        outer = [(atom, size) for atom, size in atoms[:-1] if atom not in barred]
         new = not decided & {atom for atom, _ in outer}
         decided |= {atom for atom, _ in atoms}
         if outer and new and all(size % parts for _, size in outer):

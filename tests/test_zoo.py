@@ -9,6 +9,10 @@ import pytest
 import torch
 from parity import captured, errors, planned
 
+from passes.analysis import analyse
+from passes.pad import padded_atom
+from passes.uneven import uneven_dims
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import zoo
@@ -36,6 +40,17 @@ def test_a_step_is_eager_s(name: str) -> None:
         found = errors(model, local, inputs)
         assert found.output < zoo.LOSS_LIMIT, (strategy, found)
         assert found.gradient < zoo.GRADIENT_LIMIT, (strategy, found)
+
+
+def test_a_batch_that_stands_in_an_ffns_width_too_is_not_padded() -> None:
+    """Funnel pools its sequence until 8 rows of 16 samples are as many as its FFN is wide: 128, of which 16 are the
+    batch's dim then. Padded for three tensor ranks, ranks had rows of other ranks' samples."""
+    model, inputs = zoo_models.build("funnel@mlm")
+    inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    analysis = analyse(captured(model, inputs))
+    atoms = [padded_atom(analysis, each) for each in uneven_dims(analysis, (2, 3), (0,))]
+    assert atoms
+    assert not any(id(atom) in analysis.batch_atoms for atom in atoms)
 
 
 def test_every_listed_architecture_is_known() -> None:
