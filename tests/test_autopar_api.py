@@ -98,7 +98,7 @@ def _plan_then_apply(rank: int, ranks: int) -> None:
     torch.manual_seed(0)
     model = Net(rows=12, width=8)
     whole, mine = batch_of(rank, (2,))
-    offline = plan_with(stages, model, {"dp": 2}, mine, options=EAGER)
+    offline = plan_with(stages, model, {"dp": 2}, mine, hardware="cpu", options=EAGER)
     mesh = mesh_of((2,))
     plan = plan_with(stages, model, mesh, mine, options=EAGER)
     assert plan == offline
