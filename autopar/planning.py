@@ -14,7 +14,7 @@ from autopar.options import Options, check_async_tp, check_options
 from costmodel.hardware import Hardware, Topology, topology
 from costmodel.hardware_file import hardware_of
 from costmodel.layout import parse_layout
-from costmodel.presets import without_preset
+from costmodel.presets import stand_in_notes
 from passes.capture import capture
 from passes.collector import settled
 from passes.fitting import Candidate
@@ -157,9 +157,7 @@ def planned(
         manner=manner,
         known=known,
     )
-    notes = (*plan.notes, _PIPELINED) if options.async_tp else plan.notes
-    if hardware is None and (note := without_preset()):
-        notes = (*notes, note)
+    notes = (*plan.notes, *([_PIPELINED] if options.async_tp else []), *stand_in_notes(hardware))
     if options.batch_axes is None:
         notes = (*notes, *axis_notes(axes, batch_axes))
     marked = {key: _marked(placed, options) for key, placed in plan.parameters.items()}

@@ -17,7 +17,7 @@ from autopar.price_text import price_text
 from autopar.subject import Subject, check_nodes, states_text, subject
 from costmodel.hardware import Hardware
 from costmodel.presets import hardware as hardware_of
-from costmodel.presets import without_preset
+from costmodel.presets import stand_in_notes
 from passes.candidate import Estimate, estimate
 from passes.collector import settled
 from passes.precision import Precision
@@ -128,12 +128,11 @@ def price(
     peaks = asked.hardware.device.peak_flops_per_s
     progress("counting FLOPs")
     products = asked.profiler.products
-    notes = [*_notes(found, asked), *([without_preset()] if hardware is None and without_preset() else [])]
     return Price(
         asked.name, machine.label, setup, asked.length, found.step_s, math.ceil(found.peak_bytes),
         asked.budget_bytes(setup.ranks), dict(found.seconds), dict(found.bytes), found.hidden_s,
         products.flops * setup.global_batch, peaks["float8" if setup.fp8 else products.dtype],
-        tuple(notes),
+        (*_notes(found, asked), *stand_in_notes(hardware)),
     )  # fmt: skip
 
 

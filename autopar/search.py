@@ -29,7 +29,7 @@ from autopar.verdict import Verdict, verdict
 from autopar.waiting import TooLarge, Waiting, least_recomputed
 from costmodel.hardware import Hardware
 from costmodel.presets import hardware as hardware_of
-from costmodel.presets import without_preset
+from costmodel.presets import stand_in_notes
 from passes.candidate import (
     LEAST_GAIN,
     Either,
@@ -230,8 +230,7 @@ def search(
     state = _State(asked, gpus, global_batch, top, progress)
     if options is not None and options.optimizer == "none":
         state.notes.append("no optimizer is priced as sgd is, which keeps nothing either")
-    if hardware is None and (note := without_preset()):
-        state.notes.append(note)
+    state.notes += stand_in_notes(hardware)
     return state.result()
 
 

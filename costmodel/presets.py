@@ -71,12 +71,12 @@ def with_attention(hardware: Hardware, kernels: str) -> Hardware:
     return replace(hardware, device=device)
 
 
-def without_preset() -> str:
-    """What is said where this machine's GPU is of no preset, so that `hardware(None)` is its CPU; '' elsewhere."""
-    model = _gpu_model()
+def stand_in_notes(name: object) -> list[str]:
+    """What is said of `hardware(name)` where it is this machine's CPU, as its GPU is of no preset."""
+    model = _gpu_model() if name is None else ""
     if not model or _gpu_preset(model):
-        return ""
-    return f"priced for this machine's CPU, as no preset is of its {model}: `autopar calibrate` measures it"
+        return []
+    return [f"priced for this machine's CPU, as no preset is of its {model}: `autopar calibrate` measures it"]
 
 
 def preset_of(device_name: str) -> str | None:
@@ -145,7 +145,7 @@ def _preset(name: str) -> Hardware:
         ranks_per_node=entry["ranks_per_node"][0],
         pcie_bytes_per_s=entry["pcie_bytes_per_s"][0],
         source="preset; see costmodel/data/hardware.json",
-        **_values({key: entry[key] for key in ("host_bytes_per_s",) if key in entry}),
+        host_bytes_per_s=entry.get("host_bytes_per_s", [Hardware.host_bytes_per_s])[0],
     )
 
 
