@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from autopar.leads import EXPERTS_ERROR, error_on
+from autopar.leads import EXPERTS_ERROR
 from autopar.options import Options
 from autopar.price_text import price_text
 from autopar.subject import Subject, check_nodes, states_text, subject
@@ -199,7 +199,7 @@ def _check_model(setup: Setup, asked: Subject) -> None:
 def _notes(found: Estimate, asked: Subject) -> list[str]:
     setup, notes = found.setup, list[str]()
     if not asked.hardware.shared_host:
-        error = EXPERTS_ERROR if setup.ep > 1 else error_on(asked.hardware.device.name)
+        error = EXPERTS_ERROR if setup.ep > 1 else asked.hardware.device.step_error
         notes.append(f"predictions of such steps are off by {error:.0%} on average")
     notes += asked.step_notes(setup, found.step_s, found.seconds["optimizer"], found.peak_bytes)
     notes.append(states_text(asked.profiler.optimizer))

@@ -20,7 +20,6 @@ from typing import Any
 
 from torch import nn
 
-from autopar.leads import error_on
 from autopar.options import Options, Recompute
 from autopar.ranking import NEAREST, gathered_words, ranking_table, ranking_text
 from autopar.reach import Times, on, times_of
@@ -290,7 +289,7 @@ class _State:
         self.progress("pricing other numbers of GPUs")
         found_verdict = verdict(
             everything, self.profiler, self.gpus, self.batch, self.budget, lambda n: self.times_on(n, everything),
-            error_on(self.profiler.hardware.device.name),
+            self.profiler.hardware.device.step_error,
         )  # fmt: skip
         self.notes.append(states_text(self.profiler.optimizer))
         plain = (c for c in fitting if not c.priced_only)

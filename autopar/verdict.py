@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
-from autopar.leads import ENOUGH, EXPERTS_ERROR, MEASURED_ERROR, chosen, close
+from autopar.leads import ENOUGH, EXPERTS_ERROR, chosen, close
 from autopar.profiling import Profiler
 from autopar.reach import Reach, Times, reach_down, reach_up
+from costmodel.hardware import Device
 from costmodel.memory import gib
 from passes.report_text import seconds_text
 from passes.setup import Setup
@@ -70,7 +71,7 @@ class Verdict:
 
 def verdict(
     found: Sequence[Priced], profiler: Profiler, gpus: int, batch: int, budget: int,
-    times_on: Callable[[int], Times] | None = None, error: float = MEASURED_ERROR,
+    times_on: Callable[[int], Times] | None = None, error: float = Device.step_error,
 ) -> Verdict:  # fmt: skip
     """Of all that a search priced. `times_on`: steps on another number of GPUs, to tell how far the answer goes;
     `error`: by how much steps are off on average."""

@@ -116,6 +116,9 @@ class Device:
     cache_bytes: int = 0
     """Of what an op moves, so much stays in cache between ops; 0 where that is not counted."""
     cache_bytes_per_s: float = 0.0
+    step_error: float = 0.08
+    """By how much predicted steps are off on average: 6.6% over 171 published runs without pipelines and 8.2% over 59
+    with them (benchmarks/published_results.md), more where no run set any of these figures."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.memory_bytes_per_s, self.matmul_efficiency))

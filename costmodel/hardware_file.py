@@ -106,6 +106,8 @@ def hardware_of(body: Any, where: str) -> Hardware:
     """
     if isinstance(body, dict):  # files that were written before there was this figure
         body = {"host_bytes_per_s": Hardware.host_bytes_per_s, **body}
+        if isinstance(body.get("device"), dict):
+            body["device"] = {"step_error": Device.step_error, **body["device"]}
     parts = dict(_typed(body, Hardware, f"{where}: hardware"))
     device = parts["device"] = Device(**_typed(parts["device"], Device, f"{where}: hardware.device"))
     if device.reserve_bytes >= device.memory_bytes:
@@ -146,6 +148,7 @@ _MOST = dict.fromkeys(
         "attention_efficiency",
         "attention_backward_efficiency",
         "sustained",
+        "step_error",
     ),
     1.0,
 ) | {"speed_spread": 0.1}
