@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from autopar import examples
+from autopar.meshes import MAX_RANKS
 from autopar.options import Options, check_options
 from autopar.profiling import Captures, Profiler
 from autopar.unwrapped import check_unwrapped
@@ -111,11 +112,13 @@ def subject(
 
 
 def check_nodes(gpus: int, machine: Hardware) -> None:
-    """That `gpus` fill whole nodes.
+    """That `gpus` fill whole nodes, and are as many as meshes have at most.
 
     Raises:
-        ValueError: they do not; names the nearest that do.
+        ValueError: they do not, and names the nearest that do; or they are too many.
     """
+    if gpus > MAX_RANKS:
+        raise ValueError(f"there are {gpus:,} GPUs; meshes of at most {MAX_RANKS:,} work")
     node = machine.ranks_per_node
     if gpus > node and gpus % node:
         low = gpus // node * node

@@ -36,6 +36,7 @@ from passes.tracing import (
     WRITES_OUTSIDE,
     Branches,
     ReadsInputsError,
+    TooLargeToReadError,
     Tracer,
     fake_mode,
     tracing,
@@ -89,6 +90,8 @@ def capture(
         except ReadsInputsError:
             with suppress(CaptureError):
                 return taken(Branches(may_read_inputs=True))
+        except TooLargeToReadError:
+            raise
         except CaptureError:
             pass
         try:

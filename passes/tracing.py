@@ -33,7 +33,7 @@ from passes.fakes import DataDependentOutputException, DynamicOutputShapeExcepti
 from passes.guards import Read, shapes
 from passes.program import Fixed
 from passes.provenance import Place, Provenance, model_line, short_location, torch_function
-from passes.values import ExampleValues, UnknownValueError, off_the_record, run_real
+from passes.values import ExampleValues, TooLargeError, UnknownValueError, off_the_record, run_real
 
 aten = torch.ops.aten
 
@@ -65,6 +65,10 @@ _PICKS_INSTEAD = (
 
 class ReadsInputsError(CaptureError):
     """The model reads a value that follows from its inputs, where it may not."""
+
+
+class TooLargeToReadError(CaptureError):
+    """The model reads a value that follows from a tensor too large to compute on this host."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +289,11 @@ class Tracer(TorchDispatchMode):
         except UnknownValueError as unknown:
             raise CaptureError(
                 f"{self._location()}: {what}, which depends on {unknown.what}, so the step is not one graph. {instead}"
+            ) from None
+        except TooLargeError as large:
+            raise TooLargeToReadError(
+                f"{self._location()}: {what}, which follows from a tensor that is too large to compute on this host, "
+                f"{large}; a smaller batch, or more micro-batches of it, will do"
             ) from None
         if not self.values.depends_on_inputs(node):
             return value

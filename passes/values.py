@@ -12,10 +12,19 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 _UNIFORM = {aten.rand.default}
+_MOST_BYTES = 1 << 32
+"""Of one value that is computed on this host."""
+_KEPT_ELEMENTS = 1 << 20
+"""Of one value that is kept for others that need it; larger ones are computed again."""
+
+
+class TooLargeError(Exception):
+    """A value needs a tensor of this shape and dtype, larger than are computed on this host."""
 
 
 class UnknownValueError(Exception):
@@ -59,7 +68,9 @@ class ExampleValues:
         self._unknown[node] = what
 
     def of(self, node: fx.Node) -> Any:
-        """Value of `node`; raises `UnknownValueError` where it depends on a parameter, on chance or on fake inputs.
+        """Value of `node`.
+
+        Raises `UnknownValueError` where it depends on a parameter, on chance or on fake inputs, and `TooLargeError`.
 
         A value that is the same whatever uniform random numbers are drawn (`rand() < 0.0`) is known.
         """
@@ -110,13 +121,16 @@ class ExampleValues:
         return order
 
     def _run(self, order: list[fx.Node], uniforms: Mapping[Any, float]) -> dict[fx.Node, Any]:
+        """Values of the last of `order`, and of those before it that are small."""
         values: dict[fx.Node, Any] = {}
+        last_user = {parent: node for node in order for parent in node.all_input_nodes}
 
         def value(node: fx.Node) -> Any:
             return values[node] if node in values else self._known[node]
 
         with off_the_record():
             for node in order:
+                _check_size(node)
                 args, kwargs = fx.map_arg((node.args, node.kwargs), value)
                 target: Any = node.target
                 if target in uniforms:
@@ -124,4 +138,19 @@ class ExampleValues:
                     values[node] = torch.full(val.shape, uniforms[target], dtype=val.dtype)
                 else:
                     values[node] = target(*args, **kwargs)
+                for parent in node.all_input_nodes:
+                    if parent in values and last_user[parent] is node and _elements(values[parent]) > _KEPT_ELEMENTS:
+                        del values[parent]
         return values
+
+
+def _check_size(node: fx.Node) -> None:
+    if getattr(node.target, "is_view", False):
+        return
+    for val in pytree.tree_leaves(node.meta["val"]):
+        if isinstance(val, torch.Tensor) and val.numel() * val.element_size() > _MOST_BYTES:
+            raise TooLargeError(f"{tuple(val.shape)} {str(val.dtype).removeprefix('torch.')}")
+
+
+def _elements(value: Any) -> int:
+    return sum(x.numel() for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor))

@@ -465,6 +465,32 @@ def test_a_branch_on_inputs_is_fixed_with_a_note_and_one_on_constants_without() 
     assert capture(Branches("constant"), (x,)).notes == ()
 
 
+class ReadsRows(nn.Module):
+    """Asks of every row whether its positions go up by one, as packed sequences are told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.arange(8, device=x.device).expand(x.shape[0], -1)
+        if (rows.diff() != 1).any():
+            raise ValueError("packed")
+        return self.linear(x).sum()  # type: ignore[no-any-return]
+
+
+def test_a_value_too_large_to_compute_is_named_with_its_size() -> None:
+    """2^28 rows of 7 int64 are 14 GiB; the 2^28 x 8 positions before them take no memory, as they are one row."""
+    captured = capture(ReadsRows(), (torch.empty(1 << 18, 8, device="meta"),))
+    assert captured.inputs
+    line = inspect.getsourcelines(ReadsRows.forward)[1] + 2
+    with pytest.raises(
+        CaptureError,
+        match=rf"test_passes_capture.py:{line}: .*too large to compute on this host, \(268435456, 7\) int64",
+    ):
+        capture(ReadsRows(), (torch.empty(1 << 28, 8, device="meta"),))
+
+
 def test_values_that_shapes_depend_on_come_from_the_example() -> None:
     class Masked(nn.Module):
         def forward(self, x: Tensor, keep: Tensor) -> Tensor:
