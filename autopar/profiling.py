@@ -264,8 +264,9 @@ class Profiler:
     def _played(self, space: Space, assignment: tuple[int, ...], laid: Tracks, setup: Setup, whole: bool) -> Schedule:
         accumulate = 1 if whole else min(2, setup.accumulate)
         return play(
-            space, assignment, optimizer=self.optimizer, accumulate=accumulate, compiled=self.in_place, laid=laid
-        )
+            space, assignment, optimizer=self.optimizer, accumulate=accumulate, compiled=self.in_place, events=whole,
+            laid=laid,
+        )  # fmt: skip
 
     def _space(
         self, analysis: Analysis, mesh: Topology, batch_axes: tuple[int, ...], strategy: str, *, split: bool

@@ -2,7 +2,8 @@
 
     at rest       parameters, gradients and optimizer states, whole or a share of the data ranks'
     activations   what layers keep for backward: of each layer of the stage, of each micro-batch in flight
-    working       on top of that, the more of two moments: the loss, or a layer's backward
+    working       on top of that, the more of two moments: the loss, or a layer's backward, with the layer's gradients
+                  where those are not made in what keeps them
 
 A layer that is run again as a whole keeps its input alone (2sbh bytes in bf16, arXiv 2205.05198 Table 2), and one
 whose gathered activations are gathered again (`Setup.gathers_again`) a rank's part of them; but for the one that
@@ -78,11 +79,28 @@ def _activations(setup: Setup, found: Profile, layers: tuple[int, int], *, whole
     saved, rest, stages = found.saved_bytes, found.whole["rest"], setup.pp
     spared = found.layer("gathered") - found.layer("gathered parts") if setup.gathers_again else 0.0
     kept_bytes = found.layer("boundary") if whole_blocks else saved - spared
-    backward = max(0.0, found.whole["alive.last layers"] - rest - found.layers * saved) + saved - kept_bytes
-    head = found.outside["alive.forward"] - found.outside["rest"]
+    backward = max(0.0, found.whole["bare.last layers"] - rest - found.layers * saved) + saved - kept_bytes
+    head = found.outside["bare.forward"] - found.outside["rest"]
+    if not _made_in_place(setup, found):
+        backward += _fresh_bytes(setup, found)
+        head = found.outside["alive.forward"] - found.outside["rest"]
 
     def of(stage: int) -> tuple[float, float]:
         kept = kept_bytes * layers[stage > 0] * in_flight(stages, setup.accumulate, setup.virtual, stage)
         return kept, max(backward, head) if stage == stages - 1 else backward
 
     return max(of(0), of(stages - 1), key=sum)
+
+
+def _made_in_place(setup: Setup, found: Profile) -> bool:
+    """Whether a gradient is what a rank keeps of it as it is made: the only one of a step, or added to those before
+    within the product."""
+    item = found.whole["bytes"] / found.whole["elements"]
+    once = setup.accumulate == 1 and setup.gradient_bytes == item
+    return not setup.reduces_each and (setup.adds_in_products or once)
+
+
+def _fresh_bytes(setup: Setup, found: Profile) -> float:
+    """One layer's gradients before they are added to those of other micro-batches, or reduced."""
+    item = found.whole["bytes"] / found.whole["elements"]
+    return item * (found.layer("elements") - found.layer("experts") * (1 - 1 / setup.expert_parts))

@@ -14,8 +14,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import fx
+
 from passes.expert_parallel import expert_numbers
 from passes.moves import Move, Run
+from passes.program import Program
 from passes.schedule import Schedule
 from passes.space import Space, trained
 from passes.strategies import StoredOption
@@ -75,9 +78,10 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
                 run again in backward; "within": those that do so within their readers, where they take no time of
                 their own);
                 exposed.ROLE.PHASE.GROUP, hidden.ROLE.PHASE.GROUP
-    bytes       alive.PLACE, rest (all step long), states (of it, what the optimizer keeps), gradients (of what it
-                updates), boundary (what one layer passes to the next), keys (attention's keys and values), gathered
-                (activations that forward gathers and keeps whole for backward), gathered parts (a rank's own of those)
+    bytes       alive.PLACE, bare.PLACE (the same but for parameters' gradients, where buffers were kept), rest (all
+                step long), states (of it, what the optimizer keeps), gradients (of what it updates), boundary (what one
+                layer passes to the next), keys (attention's keys and values), gathered (activations that forward
+                gathers and keeps whole for backward), gathered parts (a rank's own of those)
     counts      kernels (that the host launches), elements (of parameters on this rank in compute; `bytes`: theirs;
                 `tied`: those of parameters that are in several modules), stored (at rest; `stored bytes`: theirs),
                 operands (of matrix products)
@@ -118,14 +122,17 @@ def _alive(found: dict[str, float], schedule: Schedule) -> None:
     found["states"] = schedule.memory.by_kind.get("optimizer", 0)
     backward = [start for phase, layer, start in schedule.layers if phase == "backward" and layer]
     entered = _entered(schedule)
+    timelines = {"alive": schedule.memory.timeline, "bare": schedule.memory.bare}
     if len(entered) < 3:  # too few layers to tell places apart
-        found |= dict.fromkeys([f"alive.{place}" for place in PLACES[:2]], max(a for _, a in schedule.memory.timeline))
+        for name, timeline in timelines.items():
+            most = max((alive for _, alive in timeline), default=0)
+            found |= dict.fromkeys([f"{name}.{place}" for place in PLACES[:2]], most)
         return
     after = [s for phase, layer, s in schedule.layers if phase == "backward" and not layer and s > backward[-1]]
     end, first = min(after, default=math.inf), entered[-2]
     # As many layers whatever the depth; between the ends memory changes by as much from layer to layer.
     last_end = entered[1 if len(entered) <= 4 else 2]
-    for moment, alive in schedule.memory.timeline:
+    for name, moment, alive in ((name, *each) for name, timeline in timelines.items() for each in timeline):
         if moment < entered[0]:
             place = PLACES[0]
         elif moment >= end or moment >= schedule.micro_batch_s:
@@ -136,7 +143,7 @@ def _alive(found: dict[str, float], schedule: Schedule) -> None:
             place = PLACES[1]
         else:
             continue
-        found[f"alive.{place}"] = max(found[f"alive.{place}"], alive)
+        found[f"{name}.{place}"] = max(found[f"{name}.{place}"], alive)
 
 
 def _entered(schedule: Schedule) -> list[float]:
@@ -175,8 +182,12 @@ def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) ->
 
 
 def _between(found: dict[str, float], space: Space, words: Words, laid: Tracks) -> None:
-    """Bytes of activations that repeated layers read from the layer before them."""
+    """Bytes of activations that repeated layers read from the layer before them.
+
+    Tables that no parameter goes into (rotary angles, masks, constants) are none: every stage makes its own.
+    """
     seen: set[tuple[str, int]] = set()
+    of_parameters = _of_parameters(space.program)
     for index, item in enumerate(laid.items):
         if not isinstance(item, Run) or item.phase != "forward":
             continue
@@ -185,12 +196,23 @@ def _between(found: dict[str, float], space: Space, words: Words, laid: Tracks) 
             continue
         for slot in laid.reads[index]:
             made = laid.slots[slot]
-            if made.producer < 0 or made.gathered or (here, slot) in seen:
+            if made.producer < 0 or made.gathered or made.node not in of_parameters or (here, slot) in seen:
                 continue
             seen.add((here, slot))
             other = words.layer(made.node.meta.get("module", ""))
             if other and other != here:
                 found["boundary"] += made.bytes
+
+
+def _of_parameters(program: Program) -> set[fx.Node]:
+    """Nodes that follow from a parameter."""
+    given = iter(program.inputs)
+    found: set[fx.Node] = set()
+    for node in program.graph.graph.nodes:
+        is_parameter = node.op == "placeholder" and next(given).kind == "parameter"
+        if is_parameter or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _gathered(found: dict[str, float], laid: Tracks) -> None:

@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from costmodel.memory import ALLOCATION_BYTES, AtRest, Buffer, OptimizerSpec, at_rest, peak
+from costmodel.memory import ALLOCATION_BYTES, AtRest, Buffer, OptimizerSpec, at_rest, peak, timeline
 from costmodel.reshard import Step
 from passes.blocks import Block
 from passes.dims import Value
@@ -55,6 +55,8 @@ class Footprint:
     timeline: tuple[tuple[float, int], ...]
     buffers: tuple[Buffer, ...] = ()
     """Every tensor with its birth and death, where they were asked for."""
+    bare: tuple[tuple[float, int], ...] = ()
+    """Bytes alive over time but for parameters' gradients, where buffers were asked for."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def footprint(
         tuple(TopTensor(*group, sizes[group], counts[group]) for group in largest[:12]),
         top.timeline,
         tuple(buffers) if keep_buffers else (),
+        tuple(timeline((b for b in buffers if b.kind != "gradients"), granularity)) if keep_buffers else (),
     )
 
 

@@ -55,6 +55,14 @@ def test_layers_run_again_as_a_whole_keep_their_input() -> None:
     assert many.peak_bytes - few.peak_bytes == pytest.approx(4 * (2 * SBH + 14 * LAYER / 4), rel=0.01)
 
 
+@pytest.mark.parametrize(("tensor", "part"), [(1, 1), (4, 4)])
+def test_a_layer_hands_on_the_residual_stream_alone(tensor: int, part: int) -> None:
+    """2sbh bytes, or a tensor-parallel rank's part of the sequence; rotary angles every stage makes for itself."""
+    setup = Setup(tp=tensor, micro_batch=B, recompute="none")
+    found = profiler(9).profile(setup, replica=True)
+    assert found.layer("boundary") == pytest.approx(2 * SBH / part)
+
+
 def test_one_layer_at_a_time_has_its_activations_back() -> None:
     """At a layer's backward the peak is above that of what all keep by one layer's activations: at least the residual
     stream twice, both norms' results, queries, keys, values, attention's result and the MLP's inner tensor: 2 bytes of

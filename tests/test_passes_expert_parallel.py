@@ -78,6 +78,19 @@ def test_what_a_rank_keeps_of_experts(parts: int) -> None:
     assert together.bytes["optimizer"] == alone.bytes["optimizer"]
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_layers_own_gradients_are_of_the_experts_that_a_rank_has(parts: int) -> None:
+    """2 bytes of each parameter of a layer, until they are added to those before; nothing where products add them."""
+    layer = EXPERTS / LAYERS + 4 * H * H + E * H + 2 * H
+    staged = {"pp": 2, "dp_shard": 8}  # of the first stage, which has no logits
+    in_products, beside = priced(**staged), priced(**staged, adds_in_products=False)
+    assert beside.bytes["working"] - in_products.bytes["working"] == pytest.approx(2 * layer)
+    spared = EXPERTS / LAYERS * (1 - 1 / parts)
+    together = priced(**staged, adds_in_products=False, ep=parts)
+    assert beside.bytes["working"] - together.bytes["working"] == pytest.approx(2 * spared)
+    assert priced(**staged, ep=parts).bytes["working"] == in_products.bytes["working"]
+
+
 def test_each_micro_batch_sends_tokens_four_times() -> None:
     """To experts and back, forward and backward; in each of 8 layers and 4 micro-batches."""
     mesh = topology(hardware("h100"), {"dp": 2, "ep": 8})
