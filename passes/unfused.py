@@ -35,5 +35,7 @@ def attention_as_written() -> Iterator[None]:
 
 
 def _is_attention(entry: ReplacementPatternEntry) -> bool:
-    known: list[tuple[Any, ...]] = pattern_matcher._known_precompiled_patterns
-    return any(entry.pattern is pattern and found.__module__ == fuse_attention.__name__ for found, *_, pattern in known)
+    known: list[Any] = pattern_matcher._known_precompiled_patterns
+    # Each is a tuple of what it looks for, ..., its pattern; from torch 2.14 on an object of these.
+    told = [(e[0], e[-1]) if isinstance(e, tuple) else (e.search_fn, e.search_fn_pattern) for e in known]
+    return any(entry.pattern is pattern and found.__module__ == fuse_attention.__name__ for found, pattern in told)
