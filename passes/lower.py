@@ -26,6 +26,7 @@ from passes.booleans import as_bytes
 from passes.gloo import for_gloo, gloo_step
 from passes.layers import layer_patterns
 from passes.local import LocalProgram
+from passes.on_sums import is_linear
 from passes.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.overlap import arranged
 from passes.pairs import as_pairs
@@ -38,14 +39,17 @@ from passes.strides import laid_out
 aten = torch.ops.aten
 Tensors = Sequence[torch.Tensor]
 CONSTANT_KINDS = ("parameter", "buffer", "coordinate")
+_FIXED_KINDS = ("parameter", "coordinate")
+"""Of placeholders that are the same in all backwards of a step: a forward may write buffers, and so may the user."""
 
 
 @dataclass(frozen=True)
 class Apart:
     """A backward in two parts, for gradients that are added up over several backwards before ranks exchange them.
 
-    `first` takes what the backward takes. It gives the gradients that no rank waits for (None for the others), then
-    the partial gradients, then what else `second` needs. `second` takes these two, and gives the other gradients.
+    `first` takes what the backward takes. It gives the gradients that are had without `second` (None for the others),
+    then the partial gradients, then what else `second` needs. `second` takes these two, and gives the other gradients:
+    parameters' whose exchange may run on a sum (`on_sums.py`). The others are exchanged in `first`.
     """
 
     first: Boxed
@@ -153,13 +157,19 @@ def lower(
     ordered = [*(n for n in placeholders.values() if n not in tangents), *tangents]
     strides = tuple(tuple(node.meta["val"].stride()) for node in ordered)
     layer_of = _layers(local)
-    constant = {n.name for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind in CONSTANT_KINDS}
+    kinds = {n.name: i.kind for n, i in zip(placeholders.values(), local.inputs, strict=True)}
+    constant = {name for name, kind in kinds.items() if kind in CONSTANT_KINDS}
+    fixed = {name for name, kind in kinds.items() if kind in _FIXED_KINDS}
+    parameters = {i.name for i in local.inputs if i.kind == "parameter"}
+    owned = [o.name in parameters for o in local.outputs if o.kind == "gradient"]
     body = functools.partial(compiled, pipelined=pipelined) if compile else _interpreted
     run = _Runner(device, body, layer_of, constant)
     run.compile_all(halves, rank)
     forward = run(halves.forward, backward=False)
     backward = None if halves.backward is None else run(halves.backward, backward=True)
-    make_apart = None if halves.backward is None else functools.cache(functools.partial(run.apart, halves.backward))
+    make_apart = None
+    if halves.backward is not None:
+        make_apart = functools.cache(functools.partial(run.apart, halves.backward, owned, fixed))
     return Lowered(halves, forward, backward, strides, len(run.bodies), make_apart)
 
 
@@ -223,20 +233,29 @@ class _Runner:
         )
         return assembled(inputs, (each for each in planned if each is not None), results, attributes)
 
-    def apart(self, gm: fx.GraphModule) -> Apart:
-        """The backward `gm` in two: up to the reductions of gradients, and these."""
+    def apart(self, gm: fx.GraphModule, owned: Sequence[bool], fixed: AbstractSet[str]) -> Apart:
+        """The backward `gm` in two: up to the reductions of gradients, and these.
+
+        owned: of each gradient, whether it is a parameter's. fixed: placeholders that no backward of a step changes.
+        """
         parts, each = self._parts(gm, True)
         if not _in_regions(each):
             parts, each = self._parts(gm, True, whole=True)
         results: Any = gm.graph.output_node().args[0]
-        reduced = set(parts.drains)
-        read = dict.fromkeys(x for n in parts.drains for x in n.all_input_nodes if x not in reduced)
-        constant = [x for x in read if x.op == "placeholder" and x.name in self.constants]
-        partial = [x for x in read if x not in constant]
-        ours = [None if node in reduced else node for node in results]
-        rest = [node if node in reduced else None for node in results]
-        first = self._outer(gm, replace(parts, drains=()), each, [*ours, *partial, *constant])
-        second = assembled([*partial, *constant], map(op_step, parts.drains), rest, {})
+        drains, same = set(parts.drains), {n for n in gm.graph.find_nodes(op="placeholder") if n.name in fixed}
+        paths = [_path(node, drains) if node in drains else () for node in results]
+        late = [mine and all(is_linear(n, same) for n in path) for mine, path in zip(owned, paths, strict=True)]
+        held = {node for path, later in zip(paths, late, strict=True) if later for node in path}
+        now = {node for path, later in zip(paths, late, strict=True) if not later for node in path}
+        seconds = [node for node in parts.drains if node in held]
+        read = dict.fromkeys(x for n in seconds for x in n.all_input_nodes if x not in held)
+        constant = [x for x in read if x in same]
+        partial = [x for x in read if x not in same]
+        ours = [None if node in held and later else node for node, later in zip(results, late, strict=True)]
+        rest = [node if node in held and later else None for node, later in zip(results, late, strict=True)]
+        drained = replace(parts, drains=tuple(node for node in parts.drains if node in now))
+        first = self._outer(gm, drained, each, [*ours, *partial, *constant])
+        second = assembled([*partial, *constant], map(op_step, seconds), rest, {})
         return Apart(first, second, len(ours), len(partial))
 
     def _body(self, gm: fx.GraphModule) -> Boxed:
@@ -248,6 +267,17 @@ class _Runner:
         body = self._body(call.body)
         scalars = [torch.tensor(value, dtype=torch.int64, device=self.device) for value in call.scalars]
         return region_step(body, [*call.reads, *scalars], call.gives)
+
+
+def _path(node: fx.Node, among: AbstractSet[fx.Node]) -> tuple[fx.Node, ...]:
+    """The nodes `among` which `node` is made of, itself among them."""
+    found = {node: None}
+    for each in (queue := [node]):
+        for operand in each.all_input_nodes:
+            if operand in among and operand not in found:
+                found[operand] = None
+                queue.append(operand)
+    return tuple(found)
 
 
 def _in_regions(each: Mapping[Region, Call]) -> bool:

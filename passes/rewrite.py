@@ -219,6 +219,8 @@ class _Rewriter:
     def _check(self, node: fx.Node, local: fx.Node, shapes: Sequence[tuple[int, ...]]) -> None:
         values = local.meta["val"]
         for value, shape in zip(values if isinstance(values, list | tuple) else [values], shapes, strict=True):
+            if node.target is aten._embedding_bag.default and not value.numel():
+                continue  # which bag a row is in: left out by the kernel for dense rows, and then made by backward's
             if isinstance(value, torch.Tensor) and tuple(value.shape) != shape:
                 raise AssertionError(f"{node.name} ({node.target}): local shape {tuple(value.shape)}, planned {shape}")
 

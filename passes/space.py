@@ -267,6 +267,13 @@ def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes
     position = sum(len(dim) for dim in place.dims[:batch_dim])
     ways = math.prod(sizes[a] for a in batch_axes)
     atom = place.dims[batch_dim][0] if place.dims[batch_dim] else 1
+    if atom % ways and shape[batch_dim] % ways == 0:
+        inner = math.prod(place.dims[batch_dim][1:])
+        raise ValueError(
+            f"{place.name}: dim {batch_dim} has {shape[batch_dim]} entries over all ranks, which the model reads as "
+            f"{atom} groups of {inner}, and the {ways} ranks of the batch axes do not divide {atom}; give every rank "
+            f"whole groups: {shape[batch_dim] * ways // math.gcd(atom, ways)} entries, or fewer ranks"
+        )
     if atom % ways:
         raise ValueError(
             f"{place.name}: dim {batch_dim} has {shape[batch_dim]} entries over all ranks, which the {ways} ranks of "

@@ -199,3 +199,71 @@ def test_gradients_that_are_one_tensor_are_added_up_and_clipped_each_by_itself(
     ranks: int, axis: str, compile: bool
 ) -> None:
     run_ranks(_alike, ranks, axis, compile, timeout_s=280)
+
+
+class _Clamped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0].clamp(-1e-3, 1e-3)
+
+
+class Uneasy(nn.Module):
+    """Gradients whose exchange cannot run once on a sum: clamped, scaled by what each forward writes, divided by how
+    often an id occurs; and one whose exchange can."""
+
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clamped, self.scaled = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+        self.counted = nn.Embedding(5, 8, scale_grad_by_freq=True)
+        self.head = nn.Linear(8, 4)
+        self.register_buffer("scale", torch.linspace(0.5, 2.0, 8))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = x @ _Clamped.apply(self.clamped) + x.tanh() @ (self.scaled * self.scale.clone()) + self.counted(ids)
+        with torch.no_grad():
+            self.scale.lerp_(x.detach().abs().amax(0), 0.5)
+        return {"loss": self.head(hidden.tanh()).square().mean()}
+
+
+def _uneasy(rank: int, ranks: int, axis: str, strategy: str, compile: bool) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=(axis,))
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 8), torch.randint(0, 5, (8,))) for _ in range(MICRO_BATCHES)]
+    eager = Uneasy()
+
+    def part(x: torch.Tensor) -> torch.Tensor:
+        return x.chunk(ranks)[rank] if axis == "dp" else x
+
+    example = {"x": part(batches[0][0]).requires_grad_(), "ids": part(batches[0][1])}
+    options = autopar.Options(compile=compile, progress=False)
+    model = autopar.parallelize(eager, mesh, example, strategy=strategy, options=options)
+    for index, (x, ids) in enumerate(batches):
+        whole, mine = x.detach().clone().requires_grad_(), part(x.detach()).clone().requires_grad_()
+        eager(whole, ids)["loss"].backward()
+        model.set_requires_gradient_sync(index == MICRO_BATCHES - 1)
+        model(mine, part(ids))["loss"].backward()
+        assert whole.grad is not None
+        average = ranks if axis == "dp" else 1  # of losses over the ranks of the batch
+        torch.testing.assert_close(mine.grad, part(whole.grad) * average, msg=lambda text, at=index: f"{at}: {text}")
+    for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad, msg=lambda text, of=name: f"{of}: {text}")
+    torch.testing.assert_close(model.get_buffer("scale"), eager.scale)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("axis", "strategy", "compile"),
+    [(axis, strategy, False) for axis, strategy in (("dp", "ddp"), ("dp", "fsdp"), ("tp", "auto"), ("tp", "megatron"))]
+    + [("dp", "ddp", True)],
+)
+def test_what_cannot_be_exchanged_as_a_sum_is_exchanged_by_each_backward(
+    axis: str, strategy: str, compile: bool
+) -> None:
+    """With gradient sync off. An input's gradient is of its own micro-batch, whichever axis it is summed over."""
+    run_ranks(_uneasy, 2, axis, strategy, compile, timeout_s=280)

@@ -14,7 +14,7 @@ from passes.capture import capture
 from passes.errors import CaptureError
 from passes.inputs import default_inputs, global_inputs, one_sample
 from passes.pipeline import prepare
-from passes.space import search_space
+from passes.space import Space, search_space
 
 transformers = pytest.importorskip("transformers")
 
@@ -170,6 +170,29 @@ def test_a_batch_that_the_batch_axes_do_not_divide_is_refused() -> None:
     program = prepare(capture(nn.Linear(4, 2), (torch.zeros(3, 4),), {}, batch_dims=[0], batch_size=3))
     with pytest.raises(ValueError, match=r"dim 0 has 3 entries over all ranks, which the 2 ranks of the batch axes"):
         search_space(program, topology(hardware("h100"), {"dp": 2}), (0,))
+
+
+def test_groups_of_samples_that_the_batch_axes_would_cut_are_refused() -> None:
+    class Advantage(nn.Module):
+        """Of each sample against its group of four."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+            groups = rewards.view(-1, 4)
+            return (self.linear(x)[:, 0] * (groups - groups.mean(1, keepdim=True)).flatten()).mean()
+
+    def space(batch: int, ranks: int) -> Space:
+        given = torch.zeros(batch, 4), torch.zeros(batch)
+        program = prepare(capture(Advantage(), given, {}, batch_dims=[0, 0], batch_size=batch))
+        return search_space(program, topology(hardware("h100"), {"dp": ranks}), (0,))
+
+    with pytest.raises(ValueError, match=r"8 entries .* 2 groups of 4, and the 4 ranks .* whole groups: 16 entries"):
+        space(8, 4)
+    assert space(16, 4).sites
+    assert space(8, 2).sites
 
 
 def test_one_sample_is_the_first_and_what_all_share_stays() -> None:
