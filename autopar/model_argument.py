@@ -130,10 +130,10 @@ def _from_config(path: Path, wanted: Wanted) -> Named:
         raise ValueError(f"{path}: 'architectures' is {classes!r}; a list of names of classes is wanted")
     notes = []
     said = config.get("dtype", config.get("torch_dtype"))
-    if not wanted.on_cpu and wanted.dtype == "bfloat16" != said:
+    if not wanted.on_cpu and wanted.dtype in ("bfloat16", "float16") and wanted.dtype != said:
         notes.append(
-            f"parameters are planned in bfloat16; the config {f'says {said}' if said else 'names no dtype'} "
-            "(plan's --param-dtype bfloat16 keeps them in float32 and computes in bfloat16)"
+            f"parameters are planned in {wanted.dtype}; the config {f'says {said}' if said else 'names no dtype'} "
+            f"(plan's --param-dtype {wanted.dtype} keeps them in float32 and computes in {wanted.dtype})"
         )
     if classes[0] and not hasattr(_transformers(), classes[0]):
         notes.append(f"transformers has no {classes[0]} ('architectures'); its causal language model is used instead")

@@ -14,11 +14,12 @@ from autopar.options import Options, check_async_tp, check_options
 from costmodel.hardware import Hardware, Topology, topology
 from costmodel.hardware_file import hardware_of
 from costmodel.layout import parse_layout
-from costmodel.presets import stand_in_notes
+from costmodel.presets import slow_dtype_notes, stand_in_notes
 from passes.capture import capture
 from passes.collector import settled
 from passes.fitting import Candidate
 from passes.local import LocalProgram
+from passes.model_flops import model_flops
 from passes.pins import check_pins
 from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Placements, Plan
@@ -158,6 +159,7 @@ def planned(
         known=known,
     )
     notes = (*plan.notes, *([_PIPELINED] if options.async_tp else []), *stand_in_notes(hardware))
+    notes = (*notes, *slow_dtype_notes(mesh.device, model_flops(program).dtype))
     if options.batch_axes is None:
         notes = (*notes, *axis_notes(axes, batch_axes))
     marked = {key: _marked(placed, options) for key, placed in plan.parameters.items()}

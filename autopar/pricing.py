@@ -172,6 +172,7 @@ def _check_idle(setup: Setup) -> None:
         (setup.whole_blocks and not setup.runs_whole, "whole_blocks=True", full),
         (not setup.reshard and setup.state != "zero3", "reshard=False", unfreed),
         (not setup.sequence_parallel and setup.tp == 1, "sequence_parallel=False", alone),
+        (setup.gathers_again and setup.tp == 1, "gathers_again=True", alone),
         (setup.tp_overlap and setup.tp == 1, "tp_overlap=True", alone),
         (setup.tp_waits and setup.tp == 1, "tp_waits=True", alone),
         (setup.tp_overlap and setup.tp_waits, "tp_overlap=True", "so is tp_waits; collectives do one of them"),

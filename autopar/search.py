@@ -297,6 +297,11 @@ class _State:
             update_s = best.seconds["optimizer"]
             told = self.asked.step_notes(best.setup, best.step_time_s, update_s, best.peak_memory_bytes)
             self.notes += [f"the fastest that plans can do: {note}" for note in told]
+        if self.gpus > 1 and self.profiler.hardware.ranks_per_node == 1:
+            self.notes.append(
+                "no tensor parallelism was tried: it stays inside a node, and these have one GPU; a hardware file with "
+                'another "ranks_per_node" says otherwise'
+            )
         if given := self.asked.unpriced:
             self.notes.append(f"not priced: {', '.join(given)}; what `options` gives hands them on to a plan")
         if not plans:

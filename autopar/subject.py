@@ -17,6 +17,7 @@ from autopar.profiling import Captures, Profiler
 from autopar.unwrapped import check_unwrapped
 from costmodel.hardware import Hardware, topology
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
+from costmodel.presets import slow_dtype_notes
 from passes.candidate import kernels_of
 from passes.inputs import default_inputs, global_inputs
 from passes.pipeline import launch_note, tight_note
@@ -65,7 +66,8 @@ class Subject:
             tight_note(peak_bytes, self.usable_bytes(setup.ranks)) if fits else None,
             launch_note(kernels_of(setup, self.profiler), (step_s - update_s) / setup.accumulate),
         )
-        return [note for note in told if note]
+        slow = slow_dtype_notes(self.hardware.device, self.profiler.products.dtype)
+        return [*(note for note in told if note), *slow]
 
 
 def subject(

@@ -271,8 +271,7 @@ def _why_not_state(
         per = f"{batch / gpus:.2g} samples per GPU" if batch < gpus else f"{batch} samples, which {gpus} do not divide"
         text.append(f"Sharded state alone cannot use all GPUs: it splits the batch, and there are {per}.")
     elif state is None:
-        plans = [c for c in found if c.setup.state == "zero3" and not c.setup.offload]
-        mine = [c for c in plans if c.setup.tp == c.setup.pp == c.setup.cp == 1]
+        mine = [c for c in found if _is_state(c.setup)]
         near = min(mine, key=lambda c: c.over_bytes, default=None)
         layer = profiler.profile(Setup(), replica=True)
         about = (
@@ -290,13 +289,24 @@ def _why_not_state(
             f"Sharded state alone waits {_share(state, 'exposed state')} of its step for parameters and gradients: "
             f"{per} per GPU and step are too little compute to hide them behind."
         )
-    elif state.setup.recompute in ("widening", "full"):
+    elif state.setup.recompute in _COSTLY:
         layers = "layers" if state.setup.recompute == "full" else "the wide products of layers"
+        without = any(c.fits and _is_state(c.setup) and c.setup.recompute not in _COSTLY for c in found)
+        how = "is fastest" if without else "fits only"
         text.append(
-            f"Sharded state alone fits only where backward computes {layers} again, {_share(state, 'recompute')} of "
-            f"its step: each GPU holds whole samples."
+            f"Sharded state alone {how} where backward computes {layers} again, {_share(state, 'recompute')} of its "
+            "step: each GPU holds whole samples."
         )
     return text
+
+
+_COSTLY = ("widening", "full")
+"""Recomputation of products."""
+
+
+def _is_state(setup: Setup) -> bool:
+    """Whether data-parallel ranks alone run it, their state sharded and on the device."""
+    return setup.state == "zero3" and not setup.offload and setup.tp == setup.pp == setup.cp == 1
 
 
 def _waits(state: Priced) -> bool:

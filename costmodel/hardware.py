@@ -129,6 +129,12 @@ class Device:
         return self.name == "cpu"
 
     @property
+    def half(self) -> str:
+        """The dtype of 16 bits whose products are fastest: bfloat16, but where it has no units for these (V100)."""
+        peaks = self.peak_flops_per_s
+        return "float16" if peaks.get("float16", 0.0) > peaks.get("bfloat16", 0.0) and not self.is_cpu else "bfloat16"
+
+    @property
     def usable_bytes(self) -> int:
         """Memory that tensors may take."""
         return self.memory_bytes - self.reserve_bytes

@@ -79,6 +79,17 @@ def stand_in_notes(name: object) -> list[str]:
     return [f"priced for this machine's CPU, as no preset is of its {model}: `autopar calibrate` measures it"]
 
 
+def slow_dtype_notes(device: Device, dtype: str) -> list[str]:
+    """What is said of a model whose products run in a dtype of 16 bits that `device` has no units for."""
+    if device.is_cpu or dtype not in ("bfloat16", "float16") or dtype == device.half:
+        return []
+    slow, fast = (device.peak_flops_per_s.get(each, 0.0) / 1e12 for each in (dtype, device.half))
+    return [
+        f"products are priced in {dtype}, of which {device.name} does {slow:g} TFLOP/s at most, and of {device.half} "
+        f"{fast:g}: train in {device.half} there"
+    ]
+
+
 def preset_of(device_name: str) -> str | None:
     """Preset for what `torch.cuda.get_device_name()` says, or `None`."""
     return _gpu_preset(device_name)

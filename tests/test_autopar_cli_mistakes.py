@@ -151,6 +151,7 @@ MISTAKES = [
     ),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --tp-collectives waited", "--tp-collectives waited, but -"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --tp-collectives parts", "--tp-collectives parts, but --t"),
+    ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --regather-activations", "--regather-activations, but --t"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --no-sequence-parallel", "--no-sequence-parallel, but --t"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --ep 2", "--ep 2, but the model has no routed experts"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --state zero3 --ep 2", "price: --ep 2 with --state zero3"),

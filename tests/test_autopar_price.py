@@ -354,3 +354,22 @@ def test_learned_positions_bound_the_sequence() -> None:
         model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=4, n_head=2, n_positions=128, vocab_size=100))
     with pytest.raises(ValueError, match="sequence is 256, but the model has 128 positions"):
         autopar.price(model, Setup(), "h100", sequence=256)
+
+
+def test_a_gpu_without_bf16_units_is_priced_in_float16(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """V100's tensor cores do 125 TFLOP/s in float16 alone. A model that computes in bfloat16 is told."""
+    call = ["price", str(folder), "--gpus", "8", "--hardware", "v100-sxm2-32gb", "--global-batch", "8", "--seq", "512"]
+    assert main([*call, "--json"]) == 0
+    mine = json.loads(capsys.readouterr().out)
+    setup = Setup(dp_shard=8)
+    given, half = (
+        autopar.price(small().to(dtype), setup, "v100-sxm2-32gb", sequence=512)
+        for dtype in (torch.bfloat16, torch.float16)
+    )
+    assert mine["step_time_s"] == pytest.approx(half.step_time_s)
+    assert half.step_time_s < given.step_time_s
+    assert any("priced in float16, the fastest 16 bits of v100" in note for note in mine["notes"])
+    said = "does 14 TFLOP/s at most, and of float16 125"
+    assert any(said in note for note in given.notes)
+    assert not any(said in note for note in (*half.notes, *mine["notes"]))
+    assert not any("TFLOP/s at most" in note for note in autopar.price(small(), setup, "h100", sequence=512).notes)

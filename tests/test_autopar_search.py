@@ -353,6 +353,21 @@ def test_a_batch_that_only_stages_divide() -> None:
     assert result.verdict.answer == "pipeline"
 
 
+def test_what_fits_but_is_no_plan_is_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sample on 16 GPUs again: pipelines fit, and no mesh of plans divides it. The exit code tells what fits."""
+    small().config.save_pretrained(tmp_path)
+    call = ["search", str(tmp_path), "--gpus", "16", "--hardware", "h100", "--global-batch", "1", "--seq", "512"]
+    assert main([*call, "--html", str(tmp_path / "report.html")]) == 0
+    assert "What fits is priced alone, none of it a plan, so" in capsys.readouterr().out
+    assert main([*call, "--memory-budget", "1MiB"]) == 1
+
+
+def test_nodes_of_one_gpu_have_no_tensor_parallelism_and_that_is_said() -> None:
+    alone = autopar.search(small(), 2, "gh200", 2, sequence=512, top=1)
+    assert all(c.setup.tp == 1 for c in alone.candidates)
+    assert any("no tensor parallelism was tried" in note for note in alone.notes)
+
+
 def test_where_no_strategy_fits_a_plan_may(found: SearchResult) -> None:
     """In 32 MiB nothing fits: the note says who else may try; it is left out where something fits."""
     tight = autopar.search(small(), 4, "h100", 8, sequence=512, options=replace(OPTIONS, memory_budget=32 << 20), top=1)
@@ -713,6 +728,23 @@ def test_the_verdict_says_what_it_rests_on() -> None:
     assert "enough as long as 71% of them hide" in told(10.0)
     assert "would take 17.00 s, and that pipeline would be 1.42 times faster" in told(8.0)
     assert "rests on overlap" not in told(1.0)
+
+
+def test_sharded_state_that_fits_without_recompute_is_not_said_to_fit_only_with_it() -> None:
+    """Whether more than the fastest of its kind fits is told from all that was priced."""
+
+    def told(*recompute: Mode) -> str:
+        ways = [
+            Candidate(Setup(dp_shard=8, recompute=mode), 10.0 + i, 1, 0, {"recompute": 0.6}, {})
+            for i, mode in enumerate(recompute)
+        ]
+        stages = Candidate(Setup(dp_shard=4, pp=2, state="zero1"), 8.0, 1, 0, {"bubble": 0.1}, {})
+        unused: Any = None
+        return " ".join(verdict([*ways, stages], unused, 8, 8, 1).text)
+
+    assert "Sharded state alone fits only where backward computes layers again, 6% of its step" in told("full")
+    assert "Sharded state alone is fastest where backward computes layers again" in told("full", "pointwise")
+    assert "Sharded state alone is fastest where backward computes the wide products" in told("widening", "none")
 
 
 def test_copies_that_are_hardly_slower_are_told() -> None:

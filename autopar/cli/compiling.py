@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from autopar.options import Options
 from autopar.reading import inputs_read
 from autopar.subject import sequence_of
 from costmodel.hardware import Hardware
+from costmodel.presets import hardware as hardware_of
 from passes.inputs import global_inputs, one_sample
 from passes.pipeline import Manner
 from passes.plan import Plan
@@ -35,9 +36,12 @@ class Sampled:
     sequence: int | None
 
 
-def sampled(argument: str, sequence: int | None, options: Options) -> Sampled:
-    """The model that `argument` names, for what sets its batch by itself."""
-    named = load_model(argument, Wanted(sequence=sequence))
+def sampled(argument: str, sequence: int | None, options: Options, hardware: str | None) -> Sampled:
+    """The model that `argument` names, for what sets its batch by itself; in the fastest dtype of 16 bits there."""
+    device = hardware_of(hardware).device
+    named = load_model(argument, Wanted(sequence=sequence, dtype=device.half))
+    if device.half != "bfloat16" and ":" not in argument:
+        named = replace(named, notes=(*named.notes, f"priced in {device.half}, the fastest 16 bits of {device.name}"))
     args, kwargs = one_sample(*examples.call_of(named.model, named.inputs), options.batch_dims)
     if ":" in argument:
         return Sampled(named, (args, kwargs), args or kwargs, None)

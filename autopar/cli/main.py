@@ -123,6 +123,7 @@ _FLAGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^whole_blocks=True, but recompute is '(\w+)'", r"--whole-layers, but --recompute is \1"),
     (r"^reshard=False, but state is '(\w+)'", r"--keep-gathered, but --state is \1"),
     (r"^sequence_parallel=False, but tp is", "--no-sequence-parallel, but --tp is"),
+    (r"^gathers_again=True, but tp is", "--regather-activations, but --tp is"),
     (r"^tp_overlap=True, but tp is", "--tp-collectives parts, but --tp is"),
     (r"^tp_waits=True, but tp is", "--tp-collectives waited, but --tp is"),
     (r"\bOptions\((batch_dims=\{[^}]*\})\)", r"\1"),

@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers are run again to their end, collectives too, as activation checkpointing does",
     )  # fmt: skip
     parser.add_argument(
+        "--regather-activations", action="store_true",
+        help="tensor-parallel ranks free gathered activations after forward and gather them again for backward (with "
+        "stages they do)",
+    )  # fmt: skip
+    parser.add_argument(
         "--keep-gathered", action="store_true", help="zero3 keeps gathered parameters from forward to backward"
     )
     parser.add_argument(
@@ -85,7 +90,7 @@ def run(given: argparse.Namespace) -> int:
         batch_dims=once("--batch-dim", given.batch_dim) or None,
     )  # fmt: skip
     with clean_output(), progress() as tell:
-        asked = sampled(given.model, given.seq, options)
+        asked = sampled(given.model, given.seq, options, given.hardware)
         found = price(
             asked.named.model, setup, given.hardware, asked.given, sequence=asked.sequence, options=options,
             progress=tell,
@@ -121,7 +126,7 @@ def setup_of(given: argparse.Namespace) -> Setup:
         ep=given.ep, virtual=given.virtual, micro_batch=given.micro_batch,
         accumulate=given.global_batch // (data * given.micro_batch), recompute=given.recompute,
         whole_blocks=given.whole_layers, sequence_parallel=given.sequence_parallel, state=given.state or usual,
-        reshard=not given.keep_gathered, fp8=given.fp8, offload=given.offload,
+        reshard=not given.keep_gathered, gathers_again=given.regather_activations, fp8=given.fp8, offload=given.offload,
     )  # fmt: skip
     if not setup.is_played:
         setup = as_megatron(setup)

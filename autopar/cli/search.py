@@ -63,22 +63,23 @@ def run(given: argparse.Namespace) -> int:
         batch_dims=once("--batch-dim", given.batch_dim) or None,
     )  # fmt: skip
     with clean_output(), progress() as tell:
-        asked = sampled(given.model, given.seq, options)
+        asked = sampled(given.model, given.seq, options, given.hardware)
         found = search(
             asked.named.model, given.gpus, given.hardware, given.global_batch, asked.given, sequence=asked.sequence,
             options=options, top=given.top, progress=tell,
         )  # fmt: skip
         found = replace(found, notes=(*asked.named.notes, *found.notes))
-        fits = any(not candidate.priced_only for candidate in found.candidates)
-        if given.html and fits:
+        planned = any(not candidate.priced_only for candidate in found.candidates)
+        if given.html and planned:
             _report(given, asked.named.model, asked.sample, found, tell)
     if given.json:
         print(found.to_json())
     else:
         print(found.text(given.model, given.top))
         if given.html:
-            print(f"\nWritten to {given.html}" if fits else f"\nNo plan fits, so {given.html} was not written")
-    return 0 if fits else 1
+            none = "What fits is priced alone, none of it a plan," if found.candidates else "No plan fits,"
+            print(f"\nWritten to {given.html}" if planned else f"\n{none} so {given.html} was not written")
+    return 0 if found.candidates else 1
 
 
 def _report(
