@@ -2,7 +2,7 @@
 
 Inductor looks for products around a softmax and puts fused attention there. It knows them by ops alone, whatever dims
 they permute and divide over: a softmax over queries becomes one over keys. Numbers that are wrong, and no error (torch
-2.11 to 2.13). It finds them where no backward reads the softmax: in evaluation, and where a checkpoint computes it
+2.11 to 2.14). It finds them where no backward reads the softmax: in evaluation, and where a checkpoint computes it
 again.
 """
 
