@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from passes.precision import Precision, dtype_named, dtype_text
 
 _DTYPES = ("param_dtype", "reduce_dtype", "output_dtype")
+_FIELDS = (*_DTYPES, "cast_forward_inputs")
 
 
 def precision_of(policy: Any) -> Precision | None:
@@ -27,6 +28,11 @@ def precision_of(policy: Any) -> Precision | None:
             f"Options(mp_policy={policy!r}) is a {type(policy).__name__}; pass "
             "torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"
         )
+    for name in {field.name for field in fields(policy)} - set(_FIELDS):
+        if getattr(policy, name) is not None:
+            raise ValueError(
+                f"MixedPrecisionPolicy({name}=...): autopar has one dtype for all parameters; leave it out"
+            )
     for name in _DTYPES:
         dtype = getattr(policy, name)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -47,7 +53,8 @@ def policy_json(policy: MixedPrecisionPolicy | None) -> dict[str, Any] | None:
     """A policy as a plan's file keeps it: `{"param_dtype": "bfloat16", ...}`."""
     if policy is None:
         return None
-    return {name: dtype_text(x) if isinstance(x, torch.dtype) else x for name, x in asdict(policy).items()}
+    told = {name: getattr(policy, name) for name in _FIELDS}
+    return {name: dtype_text(x) if isinstance(x, torch.dtype) else x for name, x in told.items()}
 
 
 def policy_from(kept: Any) -> MixedPrecisionPolicy | None:
@@ -60,10 +67,9 @@ def policy_from(kept: Any) -> MixedPrecisionPolicy | None:
         return None
     if not isinstance(kept, Mapping):
         raise ValueError(f"the plan's mp_policy is {kept!r}, no object of dtypes; write null where there is none")
-    known = [field.name for field in fields(MixedPrecisionPolicy)]
     for name, value in kept.items():
-        if name not in known:
-            raise ValueError(f"the plan's mp_policy: unknown field {name!r}; known are {', '.join(known)}")
+        if name not in _FIELDS:
+            raise ValueError(f"the plan's mp_policy: unknown field {name!r}; known are {', '.join(_FIELDS)}")
         if name in _DTYPES and value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
             raise ValueError(f"the plan's mp_policy: {name} is {value!r}, which is no dtype; write bfloat16, float32")
     made: dict[str, Any] = {

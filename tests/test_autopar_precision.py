@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,19 @@ def test_a_policy_goes_through_a_plans_file(tmp_path: Path) -> None:
     }  # fmt: skip
     assert planning.options_of(autopar.Plan.load(tmp_path / "plan.json")).mp_policy == policy
     assert any("gathered and computed with in bfloat16" in note for note in plan.notes)
+
+
+@dataclass(frozen=True)
+class Newer(MixedPrecisionPolicy):
+    """As torch 2.15's, which has a function that gives some parameters another dtype."""
+
+    dtypes_by: Callable[[nn.Parameter], torch.dtype] | None = None
+
+
+def test_a_policys_fields_that_are_not_known_are_refused_where_they_ask_for_something() -> None:
+    assert precision_of(Newer(BF16)) == precision_of(MixedPrecisionPolicy(BF16))
+    with pytest.raises(ValueError, match=r"MixedPrecisionPolicy\(dtypes_by=...\): autopar has one dtype"):
+        precision_of(Newer(BF16, dtypes_by=lambda parameter: parameter.dtype))
 
 
 def llama_inputs_on(mesh: dict[str, int]) -> tuple[nn.Module, dict[str, int], dict[str, Any]]:
