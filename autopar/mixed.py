@@ -28,8 +28,8 @@ def precision_of(policy: Any) -> Precision | None:
             f"Options(mp_policy={policy!r}) is a {type(policy).__name__}; pass "
             "torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"
         )
-    for name in {field.name for field in fields(policy)} - set(_FIELDS):
-        if getattr(policy, name) is not None:
+    for name in (field.name for field in fields(policy)):
+        if name not in _FIELDS and getattr(policy, name) is not None:
             raise ValueError(
                 f"MixedPrecisionPolicy({name}=...): autopar has one dtype for all parameters; leave it out"
             )

@@ -30,7 +30,7 @@ from passes.on_sums import is_linear
 from passes.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.overlap import arranged
 from passes.pairs import as_pairs
-from passes.partition import Halves, split
+from passes.partition import Halves, made_of, split
 from passes.products import for_onednn
 from passes.regions import Call, Cut, Region, calls, cut, is_shaped_by_values
 from passes.retarget import retarget
@@ -243,19 +243,24 @@ class _Runner:
             parts, each = self._parts(gm, True, whole=True)
         results: Any = gm.graph.output_node().args[0]
         drains, same = set(parts.drains), {n for n in gm.graph.find_nodes(op="placeholder") if n.name in fixed}
-        paths = [_path(node, drains) if node in drains else () for node in results]
-        late = [mine and all(is_linear(n, same) for n in path) for mine, path in zip(owned, paths, strict=True)]
-        held = {node for path, later in zip(paths, late, strict=True) if later for node in path}
-        now = {node for path, later in zip(paths, late, strict=True) if not later for node in path}
-        seconds = [node for node in parts.drains if node in held]
-        read = dict.fromkeys(x for n in seconds for x in n.all_input_nodes if x not in held)
+        linear: set[fx.Node] = set()
+        for node in parts.drains:
+            if is_linear(node, same) and all(x in linear for x in node.all_input_nodes if x in drains):
+                linear.add(node)
+        late = [mine and node in linear for mine, node in zip(owned, results, strict=True)]
+        ours = [None if later else node for node, later in zip(results, late, strict=True)]
+        rest = [node if later else None for node, later in zip(results, late, strict=True)]
+
+        def exchanges(wanted: Sequence[Any]) -> tuple[fx.Node, ...]:
+            found = made_of(wanted, stop=lambda node: node not in drains)
+            return tuple(node for node in parts.drains if node in found)
+
+        held = dict.fromkeys(exchanges(rest))
+        read = dict.fromkeys(x for n in held for x in n.all_input_nodes if x not in held)
         constant = [x for x in read if x in same]
         partial = [x for x in read if x not in same]
-        ours = [None if node in held and later else node for node, later in zip(results, late, strict=True)]
-        rest = [node if node in held and later else None for node, later in zip(results, late, strict=True)]
-        drained = replace(parts, drains=tuple(node for node in parts.drains if node in now))
-        first = self._outer(gm, drained, each, [*ours, *partial, *constant])
-        second = assembled([*partial, *constant], map(op_step, seconds), rest, {})
+        first = self._outer(gm, replace(parts, drains=exchanges(ours)), each, [*ours, *partial, *constant])
+        second = assembled([*partial, *constant], map(op_step, held), rest, {})
         return Apart(first, second, len(ours), len(partial))
 
     def _body(self, gm: fx.GraphModule) -> Boxed:
@@ -267,17 +272,6 @@ class _Runner:
         body = self._body(call.body)
         scalars = [torch.tensor(value, dtype=torch.int64, device=self.device) for value in call.scalars]
         return region_step(body, [*call.reads, *scalars], call.gives)
-
-
-def _path(node: fx.Node, among: AbstractSet[fx.Node]) -> tuple[fx.Node, ...]:
-    """The nodes `among` which `node` is made of, itself among them."""
-    found = {node: None}
-    for each in (queue := [node]):
-        for operand in each.all_input_nodes:
-            if operand in among and operand not in found:
-                found[operand] = None
-                queue.append(operand)
-    return tuple(found)
 
 
 def _in_regions(each: Mapping[Region, Call]) -> bool:

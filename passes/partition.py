@@ -70,7 +70,7 @@ def split(local: LocalProgram) -> Halves:
 
     of_parameters = parameter_chain(graph, constants)
     twins = _twins(graph, of_parameters, backward)
-    wanted = _needed(gradients, stop=lambda node: node not in backward)
+    wanted = made_of(gradients, stop=lambda node: node not in backward)
     demands = [node for node in wanted if node not in backward and node not in twins]
     kept = _kept(demands, of_parameters, twins.keys())
     saved_inputs = [p for p in inputs if p in kept]
@@ -91,7 +91,7 @@ def _results(gm: fx.GraphModule) -> tuple[Any, ...]:
 
 def _backward_nodes(graph: fx.Graph, tangents: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> frozenset[fx.Node]:
     """Nodes that depend on a tangent, or were traced as backward and no output needs."""
-    forward = set(_needed(outputs, stop=lambda node: False))
+    forward = set(made_of(outputs, stop=lambda node: False))
     found: set[fx.Node] = set(tangents)
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
@@ -104,7 +104,7 @@ def _backward_nodes(graph: fx.Graph, tangents: Iterable[fx.Node], outputs: Itera
     return frozenset(found)
 
 
-def _needed(
+def made_of(
     roots: Iterable[Any], stop: Callable[[fx.Node], bool], instead: Mapping[fx.Node, fx.Node] = MappingProxyType({})
 ) -> dict[fx.Node, None]:
     """`roots` and what they are made of, going no further than nodes where `stop`; `instead` of some nodes others."""
@@ -146,7 +146,7 @@ def _kept(
             return True
         return bool(node.all_input_nodes) and not is_view(node) and node not in of_parameters
 
-    needed = _needed(demands, stop=lambda node: node in there or is_kept(node))
+    needed = made_of(demands, stop=lambda node: node in there or is_kept(node))
     return frozenset(node for node in needed if node not in there and is_kept(node))
 
 
@@ -192,7 +192,7 @@ def _extract(
         copy = graph.placeholder(node.name)
         copy.meta = dict(node.meta)
         copies[node] = copy
-    needed = _needed(outputs, stop=lambda node: node in copies, instead=instead)
+    needed = made_of(outputs, stop=lambda node: node in copies, instead=instead)
     order = {node: position for position, node in enumerate(owner.graph.nodes)}
     roots = sorted((node for node in needed if node in first or not first), key=order.__getitem__)
     for root in [*roots, *(node for node in outputs if isinstance(node, fx.Node))]:
