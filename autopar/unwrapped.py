@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -31,6 +32,8 @@ def check_unwrapped(model: Any) -> None:
         if isinstance(module, _WRAPPERS):
             kind = next(each for each in _WRAPPERS if isinstance(module, each)).__name__
             raise ValueError(f"{where} is under {kind}; pass the model before any other parallelism is applied")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{where} is compiled TorchScript; pass the module that it was scripted or traced from")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(f"{name} is a DTensor already; pass the model before any other parallelism is applied")

@@ -381,9 +381,12 @@ def _user_slot(name: str, leaf: Any, batch_dim: int | None) -> _Slot | None:
 def _extra_arguments(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """A cache of keys and values is of no use in training: `use_cache=False` where the model would make one."""
+    """A cache of keys and values is of no use in training: `use_cache=False` where a model with a config would make one.
+
+    What a model without a config means by that name is its own matter.
+    """
     signature = inspect.signature(model.forward)
-    if "use_cache" not in signature.parameters:
+    if "use_cache" not in signature.parameters or getattr(model, "config", None) is None:
         return {}, []
     try:
         bound = signature.bind_partial(*args, **kwargs).arguments
@@ -391,7 +394,7 @@ def _extra_arguments(
         return {}, []
     if bound.get("use_cache") is not None:
         return {}, []
-    made = getattr(getattr(model, "config", None), "use_cache", False)
+    made = getattr(model.config, "use_cache", False)
     if made and bound.get("position_ids") is not None and bound.get("attention_mask") is None:
         # transformers tells packed sequences by their positions, but only where it makes no cache.
         return {}, [

@@ -101,6 +101,7 @@ class Tracer(TorchDispatchMode):
         self._alive: list[Any] = []
         self._constants: dict[int, Tensor] = {}
         self._drawn: dict[Any, Any] = {}
+        self._random_state = _random_state()
         self._last_placeholder: fx.Node | None = None
 
     # ------------------------------------------------------------------------------------------- inputs and outputs
@@ -197,9 +198,22 @@ class Tracer(TorchDispatchMode):
         state says which op is run again.
         """
         with off_the_record():
-            key = (func, str(args), torch.get_rng_state().numpy().tobytes())
+            state = _random_state()
             torch.rand(1)
+            after = _random_state()
+        key = (func, str(args), state)
         if not self._provenance.in_backward:
+            if key in self._drawn:
+                raise CaptureError(
+                    f"{self._location()}: the forward set the random state back and draws the numbers of an earlier op "
+                    "again; draw once and use the result twice"
+                )
+            if self._random_state != state:
+                self._note(
+                    f"{self._location(short=True)}: the forward sets torch's random state; what it draws is new in each "
+                    "step all the same, by Options(seed=...)"
+                )
+            self._random_state = after
             self._drawn[key] = self._record_plain(func, args, kwargs)
         if key not in self._drawn:
             raise CaptureError(
@@ -214,6 +228,11 @@ class Tracer(TorchDispatchMode):
         return self._emit(func, node_args, node_kwargs, func(*args, **kwargs))
 
     def _emit(self, func: Any, node_args: Any, node_kwargs: Any, out: Any) -> Any:
+        if isinstance(out, Tensor) and out.layout != torch.strided:
+            raise CaptureError(
+                f"{self._location()}: {func} gives a {out.layout} tensor; only strided tensors are supported; an "
+                "embedding takes sparse=False"
+            )
         node_kwargs = {k: v for k, v in node_kwargs.items() if k not in ("layout", "pin_memory") and v is not None}
         node = self.graph.call_function(func, node_args, node_kwargs)
         place = self._provenance.here()
@@ -299,10 +318,12 @@ class Tracer(TorchDispatchMode):
             return value
         if not self.branches.may_read_inputs:
             raise ReadsInputsError(f"{self._location()}: {what}, which depends on the inputs")
-        note = f"{self._location(short=True)}: {what}; the graph is that of inputs which give the same"
+        self._note(f"{self._location(short=True)}: {what}; the graph is that of inputs which give the same")
+        return value
+
+    def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
-        return value
 
     def values_read(self, tensor: Tensor, what: str) -> Tensor:
         """The real values of `tensor`, all of which the model reads."""
@@ -553,6 +574,10 @@ def tracing(tracer: Tracer) -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
+
+
+def _random_state() -> bytes:
+    return bytes(torch.get_rng_state().numpy().tobytes())
 
 
 def _drawn_from(python: Any, numpy: Any) -> Iterator[str]:

@@ -190,6 +190,7 @@ def _reductions() -> list[Sample]:
         s(aten.sum.dim_IntList, f(4, 6, 5), [0, -1], True, splits=2),
         s(aten.sum.dim_IntList, f(4, 6), None, splits=2),
         s(aten.sum.dim_IntList, b(4, 6), [0], splits=2),
+        s(aten.sum.dim_IntList, 30 * f(4, 6), [1], dtype=torch.long, splits=1),
         s(aten.sum.dim_IntList, f(4, 6), [], splits=2),
         s(aten.nansum.default, f(4, 6), [1], splits=1),
         s(aten.amax.default, f(4, 6), [-1], splits=2),
@@ -230,6 +231,7 @@ def _reductions() -> list[Sample]:
             for d in (1, -1)
         ],
         s(aten.cumsum.default, i(5, 4, 6), 0, splits=1),
+        s(aten.cumsum.default, 30 * f(4, 6), 0, dtype=torch.long, splits=1),
         s(aten.sort.default, f(4, 6), splits=1),
         s(aten.sort.stable, i(3, 4, 6), stable=True, dim=1, splits=1),
         s(aten.argsort.stable, i(3, 4, 6), stable=True, dim=-1, splits=1),

@@ -416,6 +416,7 @@ def _refused(rank: int, ranks: int) -> None:
         (autopar.parallelize(_Scored(True), mesh, mine, options=options), "^the model is parallel already"),
         (inner(fully_shard(_Scored(True), mesh=mesh)), "^1 is under FSDPModule; pass the model before any other"),
         (nn.parallel.DistributedDataParallel(_Scored(True)), "^the model is under DistributedDataParallel"),
+        (inner(torch.jit.script(nn.Linear(4, 4))), "^1 is compiled TorchScript; pass the module that it was"),
         (split, r"^up\.weight is a DTensor already"),
     ):
         with pytest.raises(ValueError, match=message):

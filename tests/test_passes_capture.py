@@ -365,6 +365,35 @@ def test_checkpointing_runs_the_forward_again_with_the_same_dropout() -> None:
     torch.testing.assert_close(step(1e-6)["gradient", "inner.0.bias"][3], slope, rtol=1e-6, atol=1e-6)
 
 
+class Reseeds(nn.Module):
+    """Sets the random state before its draws, to the same seed for both where `again`."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        first = F.dropout(x, 0.5)
+        if self.again:
+            torch.manual_seed(0)
+        return (first * F.dropout(x + 1, 0.5)).sum()
+
+
+def test_numbers_that_are_drawn_twice_are_an_error_that_names_the_line() -> None:
+    """Eager masks both alike; a checkpoint of the first would be run again with the second's mask."""
+    x = torch.randn(4, 8, requires_grad=True)
+    with pytest.raises(CaptureError, match=r"test_passes_capture.py:\d+: the forward set the random state back"):
+        capture(Reseeds(again=True), (x,))
+    assert any("sets torch's random state" in note for note in capture(Reseeds(again=False), (x,)).notes)
+    assert not capture(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)), (x,)).notes
+
+
+def test_a_sparse_gradient_is_an_error_that_names_the_line() -> None:
+    with pytest.raises(CaptureError, match=r"torch.sparse_coo tensor; .* an embedding takes sparse=False"):
+        capture(nn.Embedding(8, 4, sparse=True), (tokens(8),))
+
+
 def test_random_state_is_not_consumed() -> None:
     model = Encoder(dropout=0.5)
     states = torch.get_rng_state(), random.getstate()
@@ -610,6 +639,16 @@ def test_a_cache_is_not_made() -> None:
     assert any("use_cache" in note for note in program.notes)
     program = capture(model, (), {"input_ids": tokens(), "use_cache": True})
     assert any("returned as None" in note for note in program.notes)
+
+
+def test_a_plain_module_means_its_own_by_use_cache() -> None:
+    class Remembers(nn.Module):
+        def forward(self, x: Tensor, use_cache: bool = True) -> Tensor:
+            return x.exp() if use_cache else x
+
+    x = torch.randn(4, 8, requires_grad=True)
+    program = capture(Remembers(), (x,))
+    torch.testing.assert_close(run(program, Remembers(), (x,), {})["output", ""], x.exp())
 
 
 def test_causal_attention_needs_no_mask() -> None:

@@ -46,6 +46,11 @@ class Call:
     operands: tuple[TensorFacts, ...]
     results: tuple[TensorFacts | None, ...]
 
+    @property
+    def is_float(self) -> bool:
+        """Whether all tensors that it takes and gives are of floating point: whole numbers may be rounded ones."""
+        return all(facts.dtype.is_floating_point for facts in (*self.operands, *filter(None, self.results)))
+
     def get(self, name: str, default: Any = None) -> Any:
         """The argument `name`, or `default` where it was not passed."""
         return self.arguments.get(name, default)

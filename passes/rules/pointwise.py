@@ -40,10 +40,6 @@ def broadcast_form(call: Call, linear: Iterable[Iterable[int]] = ()) -> Form:
     return build.form(operands, [dims for _ in call.results], linear)
 
 
-def _is_float(call: Call) -> bool:
-    return all(facts.dtype.is_floating_point for facts in (*call.operands, *filter(None, call.results)))
-
-
 def pointwise(call: Call) -> Form:
     """Any pointwise op, and in which operands it is linear.
 
@@ -52,7 +48,7 @@ def pointwise(call: Call) -> Form:
     """
     linear: list[list[int]] = []
     tensors = range(len(call.operands))
-    if _is_float(call):
+    if call.is_float:
         if call.target in _SUMS:
             if isinstance(call.get("other"), Operand):
                 linear = [list(tensors)]

@@ -40,7 +40,7 @@ def _reduction(call: Call, reduce: str | None, linear: bool) -> Form:
 
 @rule(aten.sum.default, aten.sum.dim_IntList)
 def _sum(call: Call) -> Form:
-    return _reduction(call, "sum", linear=call.operands[0].dtype.is_floating_point)
+    return _reduction(call, "sum", linear=call.is_float)
 
 
 @rule(aten.amax.default, aten.max.default)
@@ -119,7 +119,7 @@ def _runs_along_dim(call: Call) -> Form:
 
 @rule(aten.cumsum.default)
 def _cumsum(call: Call) -> Form:
-    return along(call, [call.get("dim")], [[0]] if call.operands[0].dtype.is_floating_point else ())
+    return along(call, [call.get("dim")], [[0]] if call.is_float else ())
 
 
 @rule(aten.flip.default)
