@@ -381,7 +381,7 @@ def _user_slot(name: str, leaf: Any, batch_dim: int | None) -> _Slot | None:
 def _extra_arguments(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """A cache of keys and values is of no use in training: `use_cache=False` where a model with a config would make one.
+    """A cache of keys and values is of no use in training: `use_cache=False` where a model would make one.
 
     What a model without a config means by that name is its own matter.
     """

@@ -210,8 +210,8 @@ class Tracer(TorchDispatchMode):
                 )
             if self._random_state != state:
                 self._note(
-                    f"{self._location(short=True)}: the forward sets torch's random state; what it draws is new in each "
-                    "step all the same, by Options(seed=...)"
+                    f"{self._location(short=True)}: the forward sets torch's random state; what it draws is new in "
+                    "each step all the same, by Options(seed=...)"
                 )
             self._random_state = after
             self._drawn[key] = self._record_plain(func, args, kwargs)
