@@ -138,8 +138,7 @@ def test_what_fits_no_better_with_products_at_once_is_not_played_again(monkeypat
     assert len(of_fsdp) == len(set(of_fsdp))
 
 
-@pytest.mark.parametrize("share", [0.98, 0.95, 0.9])
-def test_activations_gathered_again_make_room_for_kept_parameters(share: float) -> None:
+def test_activations_gathered_again_make_room_for_kept_parameters() -> None:
     """Within budgets where both fit together, the plan is not behind what does both, as it is told to."""
     with torch.device("meta"):
         config = LlamaConfig(
@@ -152,8 +151,9 @@ def test_activations_gathered_again_make_room_for_kept_parameters(share: float) 
     where = topology(hardware("h100"), {"dp": 4, "tp": 4})
     free = compile_plan(program, where, [0], Request())
     both = compile_plan(program, where, [0], Request(reshard=False, regather=True))
-    budget = int(share * free.peak_memory_bytes)
-    assert both.peak_memory_bytes < budget < free.peak_memory_bytes
-    within = compile_plan(program, where, [0], Request(budget_bytes=budget))
-    assert within.peak_memory_bytes <= budget
-    assert within.step_time_s <= both.step_time_s * (1 + 1e-3)
+    for share in (0.98, 0.95, 0.9):
+        budget = int(share * free.peak_memory_bytes)
+        assert both.peak_memory_bytes < budget < free.peak_memory_bytes
+        within = compile_plan(program, where, [0], Request(budget_bytes=budget))
+        assert within.peak_memory_bytes <= budget, share
+        assert within.step_time_s <= both.step_time_s * (1 + 1e-3), share
