@@ -184,7 +184,8 @@ def _uniform(op: LocalOp) -> fx.Node:
     shape = [size for dim in op.op.results[0] for size in dim]
     local = local_shape(shape, layout, emit.topology.sizes)
     if op.call.get("padded") is not None:  # numbers are those of the tensor without its padding
-        sizes = zip(op.op.results[0], op.call.get("size"), strict=True)
+        sizes = list(zip(op.op.results[0], op.call.get("size"), strict=True))
+        assert not any(size % math.prod(dim[1:]) for dim, size in sizes), "a dim is padded below its outermost atom"
         shape = [n for dim, size in sizes for n in ((size // math.prod(dim[1:]), *dim[1:]) if dim else ())]
     starts: list[fx.Node | int] = []
     for place, length in enumerate(local):

@@ -342,8 +342,6 @@ class _Padding:
                     for key in [key for key, (dd, _) in positions.items() if dd == d]:
                         padded.pop(key, None)
         reading = Reading(node, place.call, form, padded, at_operands, at_results)
-        if node.target is UNIFORM and any(len(dim) > 1 for dim in form.results[0]):
-            return replace(reading, keys={})
         needs = needs_of(reading)
         return replace(reading, keys={key: leaf for key, leaf in padded.items() if needs[key] is not None})
 
@@ -365,7 +363,7 @@ class _Padding:
         ]
         self.emit.meta = _meta(node)
         if node.target is UNIFORM:
-            new = self.emit.call(UNIFORM, versions[0].node, *node.args[1:3], list(shapes[0]))
+            new = self._uniform(node, versions[0].node, _places(reading, reading.at_results[0]))
         else:
             new = run_locally(self._local_op(node, reading, versions, shapes))
         values = new.meta["val"] if isinstance(new.meta["val"], list | tuple) else [new.meta["val"]]
@@ -388,6 +386,18 @@ class _Padding:
             self.results[node] = made
         else:
             self.known[node] = made[0]
+
+    def _uniform(self, node: fx.Node, seed: fx.Node, at: frozenset[Place]) -> fx.Node:
+        """A dim that is padded below its outermost part is drawn in its parts: numbers follow from the real sizes."""
+        (dims,) = self._result_dims(node)
+        inside = {d for d, part in at if part}
+
+        def drawn(at: frozenset[Place]) -> list[int]:
+            lengths = [[self._length(atom, (d, j) in at) for j, atom in enumerate(dim)] for d, dim in enumerate(dims)]
+            return [n for d, dim in enumerate(lengths) for n in (dim if d in inside else [math.prod(dim)])]
+
+        numbers = self.emit.call(UNIFORM, seed, node.args[1], drawn(frozenset()), drawn(at))
+        return self.emit.view(numbers, self._shape(dims, at))
 
     def _origin(
         self,

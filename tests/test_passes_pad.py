@@ -33,6 +33,7 @@ from passes.pad import Pad, pad
 from passes.pipeline import Request, compile_plan, local_program, on_mesh
 from passes.plan import Plan
 from passes.program import Program
+from passes.randomness import UNIFORM, uniform_values
 from passes.repeat import is_worth_repeating, repeat_keys
 from passes.simulate import ledger, simulate_step
 from passes.strategies import stored_options
@@ -389,6 +390,58 @@ def test_dropout_draws_the_same_numbers_padded() -> None:
     found = simulate_step(local, dict(model.named_parameters()), {}, [x], seed=(7, 0))
     assert relative(found.outputs["loss"], wanted[0]) < 1e-5
     assert topology(hardware("cpu"), {"tp": 4}).sizes == (4,)
+
+
+class Flat(nn.Module):
+    """Its tokens are one dim, of which the sequence is the inner part."""
+
+    dropout = staticmethod(F.dropout)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(16, 8), nn.Linear(8, 10), nn.Linear(10, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        y = self.dropout(self.up(self.embed(x).flatten(0, 1)).sigmoid(), 0.5)
+        return {"loss": self.down(y).view(*x.shape, 8).cumsum(1).square().mean(), "y": y}
+
+
+class Grouped(nn.Module):
+    """Attention of two groups with three heads each, as one dim of six."""
+
+    dropout = staticmethod(F.dropout)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q = nn.Embedding(16, 24), nn.Linear(24, 24)
+        self.kv, self.o = nn.Linear(24, 8), nn.Linear(24, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        h, (b, s) = self.embed(x), x.shape
+        q = self.q(h).view(b, s, 6, 4).transpose(1, 2)
+        k = self.kv(h).view(b, s, 2, 4).transpose(1, 2).repeat_interleave(3, 1)
+        y = self.dropout((q @ k.transpose(-1, -2)).softmax(-1), 0.5)
+        return {"loss": self.o((y @ k).transpose(1, 2).reshape(b, s, 24)).square().mean(), "y": y}
+
+
+@pytest.mark.parametrize(("kind", "length"), [(Flat, 5), (Grouped, 8)])
+def test_dropout_of_a_dim_padded_in_its_inner_part_draws_by_real_indices(kind: type[nn.Module], length: int) -> None:
+    """The oracle is eager, given the mask that the generator has for the tensor without padding."""
+    torch.manual_seed(0)
+    model, x = kind(), torch.randint(0, 16, (4, length))
+    analysis = analyse(captured(model, {"x": x}))
+    padded = pad(analysis, uneven_dims(analysis, (4,), (), "megatron" if kind is Grouped else "auto")).program
+    (draw,) = padded.graph.graph.find_nodes(op="call_function", target=UNIFORM)
+    assert draw.args[2] != draw.args[3]
+    kept = uniform_values(torch.tensor([7, 0]), 0, model(x)["y"].shape) < 0.5
+    parameters = dict(model.named_parameters())
+    programs = [random_plan(every_option(padded, {"tp": 4}, ()), seed, share_whole=0.0)[1] for seed in range(3)]
+    model.dropout = lambda y, p: y * kept / p
+    wanted = model(x)
+    for local in programs:
+        found = simulate_step(local, parameters, {}, [x], seed=(7, 0)).outputs
+        assert torch.equal(found["y"] != 0, kept)
+        assert relative(found["loss"], wanted["loss"].detach()) < 1e-5
 
 
 class ScaledByPosition(nn.Module):
