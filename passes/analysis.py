@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from passes.batch_dims import with_batch_dims
 from passes.buckets import Gradients
 from passes.dims import ExpandedOp, Unified, Value, expand, expanded_shape, is_getitem, outputs_of, unified, value_of
 from passes.discover import discover, form_of_rule
@@ -148,7 +149,7 @@ def _plain_form(node: fx.Node) -> Form:
 
 
 def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: Fused = True) -> Analysis:
-    """Fold the program, unify its dims and find who reads what.
+    """Fold the program, unify its dims and find who reads what. The analysis' program has outputs' batch dims by these.
 
     `known`: rules of calls that no table knows, found before (by the rank that planned). `fused`: pointwise chains run
     as one kernel.
@@ -158,6 +159,8 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
     calls, forms = _calls(folding, found)
     atoms = unified(program, folding, forms)
     ops = expand(atoms)
+    batch, sequence = _data_atoms(program, folding, ops)
+    program = with_batch_dims(program, folding, atoms, batch)
     weights = program.weights()
     moved = traffic(program.graph.graph, folding, calls, fused, weights)
     returned = _returned(program)
@@ -165,7 +168,6 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
         *_folded_places(program, folding, calls, ops, moved, weights), *_returned_places(folding, ops, returned)
     ]  # fmt: skip
     wires = _wires(program, folding, returned, len(folding.members), weights)
-    batch, sequence = _data_atoms(program, folding, ops)
     from_parameters = _from_parameters(places, wires)
     from_data = _from_data(places, wires)
     class_atoms, contracted_atoms = _weight_atoms(places, wires, from_parameters)

@@ -62,7 +62,8 @@ def capture(
     """The training step of `model` on the global batch `(args, kwargs)`, normalised.
 
     `batch_dims` has the batch dim of each leaf of `(args, kwargs)` and `batch_size` the global batch size; an output
-    whose dim 0 is a multiple of `batch_size` has batch dim 0 (`inputs.global_inputs` gives both).
+    whose dim 0 is a multiple of `batch_size` is taken to have its batch there, until the analysis tells
+    (`inputs.global_inputs` gives both).
 
     `tangents="loss"`: where the model returns a differentiable scalar, it alone gets a tangent: the one called `loss`,
     else every such scalar. `tangents="all"`, or no scalar: every differentiable output gets one. A gradient is that of
