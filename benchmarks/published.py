@@ -45,10 +45,11 @@ from passes.analysis import Analysis
 from passes.candidate import Estimate, estimate
 from passes.errors import AutoparError
 from passes.precision import Precision
-from passes.recompute import Mode, Recomputation, is_cheap_op, is_view_op, recomputation
+from passes.recompute import Mode, Recomputation, is_cheap_op, recomputation
 from passes.rules.call import Call
 from passes.rules.matmul import PRODUCTS
 from passes.setup import Setup
+from passes.work import is_view_op
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from passes.recompute import is_view_op
+from passes.work import is_view_op
 
 aten = torch.ops.aten
 _c10d = torch.ops._c10d_functional

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from passes.bytes_of import bytes_of
 from passes.order import settle_order
-from passes.program import Program
+from passes.program import Output, Program
+from passes.work import base_of
 
 aten = torch.ops.aten
 
@@ -23,6 +24,7 @@ _VIEWS = {aten.view.default, aten.expand.default, aten.permute.default, aten._un
 def normalize(program: Program) -> Program:
     """Drop ops that change nothing, equal ops and unused ops from the graph, settle its order; set the fingerprint."""
     graph = program.graph.graph
+    bases = [base_of(node) for node in _returned(graph)]
     drop_no_ops(graph)
     copy_single_parts(graph)
     drop_written_slices(graph)
@@ -30,7 +32,24 @@ def normalize(program: Program) -> Program:
     merge_equal(graph)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     program.graph.recompile()
-    return settled_in_order(program)
+    return settled_in_order(dataclasses.replace(program, outputs=_with_memories(program, bases)))
+
+
+def _returned(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    nodes: Any = graph.output_node().args[0]
+    return tuple(nodes)
+
+
+def _with_memories(program: Program, bases: Sequence[fx.Node]) -> tuple[Output, ...]:
+    """The outputs, each with the memory it is in where its base is no longer in the graph."""
+    left = set(program.graph.graph.nodes)
+    first: dict[fx.Node, str] = {}
+    return tuple(
+        dataclasses.replace(output, memory=first.setdefault(base, output.name))
+        if output.kind == "output" and base not in left
+        else output
+        for output, base in zip(program.outputs, bases, strict=True)
+    )
 
 
 def settled_in_order(program: Program) -> Program:

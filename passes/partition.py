@@ -20,7 +20,8 @@ from torch import fx
 
 from passes.graphs import graph_module
 from passes.local import COLLECTIVES, TOGETHER, WAIT, LocalProgram
-from passes.recompute import is_cheap_op, is_view_op
+from passes.recompute import is_cheap_op
+from passes.work import base_of, is_named_anew, is_view_op
 
 aten = torch.ops.aten
 ALONE: dict[Any, Any] = {together: single for single, together in TOGETHER.items()}
@@ -31,7 +32,7 @@ class Halves:
     """A step in two graphs.
 
     forward: takes every placeholder but the tangents; gives the outputs and new buffers (`outputs` of them), then the
-        saved values that are no placeholders.
+        saved values that are no placeholders. An output that is a copy has memory of its own (`Output.memory`).
     backward: takes the placeholders `saved_inputs` (indices into the forward's), the forward's saved values, then the
         tangents; gives the gradients, each in memory of its own. None where the step has no gradients.
     """
@@ -57,6 +58,7 @@ def split(local: LocalProgram) -> Halves:
     gradients = [node for node, kind in zip(results, kinds, strict=True) if kind == "gradient"]
     tangents = [p for p, i in zip(placeholders, local.inputs, strict=True) if i.kind == "tangent"]
     inputs = [p for p in placeholders if p not in tangents]
+    memories = [output.memory for output in local.program.outputs if output.kind != "gradient"]
     constants = [
         p for p, i in zip(placeholders, local.inputs, strict=True) if i.kind in ("parameter", "buffer", "coordinate")
     ]
@@ -66,7 +68,7 @@ def split(local: LocalProgram) -> Halves:
         raise AssertionError(f"outputs {misplaced} depend on tangents")
     if not gradients:
         forward = _extract(local.graph, inputs, outputs, frozenset(), {})
-        return Halves(forward, None, len(outputs), ())
+        return Halves(_with_copies(forward, memories), None, len(outputs), ())
 
     of_parameters = parameter_chain(graph, constants)
     twins = _twins(graph, of_parameters, backward)
@@ -75,8 +77,9 @@ def split(local: LocalProgram) -> Halves:
     kept = _kept(demands, of_parameters, twins.keys())
     saved_inputs = [p for p in inputs if p in kept]
     saved = [node for node in graph.nodes if node in kept and node.op != "placeholder"]
+    forward = _extract(local.graph, inputs, [*outputs, *saved], frozenset(), {})
     return Halves(
-        _extract(local.graph, inputs, [*outputs, *saved], frozenset(), {}),
+        _with_copies(forward, memories),
         _with_own_results(_extract(local.graph, [*saved_inputs, *saved, *tangents], gradients, backward, twins)),
         len(outputs),
         tuple(inputs.index(p) for p in saved_inputs),
@@ -215,6 +218,40 @@ def _extract(
     return graph_module(owner, graph)
 
 
+def _with_copies(gm: fx.GraphModule, memories: Sequence[str]) -> fx.GraphModule:
+    """A forward with a copy of each output that is one (`memories` has the name of its memory, "" for what is no copy)
+    where something else is there too: what the step is given, keeps for backward or returns under another name.
+
+    What is a constant of the graph is copied too, as the next step reads it.
+    """
+    results = list(_results(gm))
+    bases = [base_of(node) for node in results]
+    taken = {base: "" for base, memory in zip(bases, memories, strict=False) if not memory}
+    taken |= dict.fromkeys(bases[len(memories) :], "")
+    copies: dict[tuple[str, fx.Node], fx.Node] = {}
+    for index, (memory, node, base) in enumerate(zip(memories, results, bases, strict=False)):
+        given = base.op == "placeholder" and memory
+        if base.op == "get_attr" or given or (memory and taken.setdefault(base, memory) != memory):
+            if (memory, node) not in copies:
+                copies[memory, node] = _copy(gm.graph, node)
+            results[index] = copies[memory, node]
+    return _giving(gm, results)
+
+
+def _copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    with graph.inserting_before(graph.output_node()):
+        copy = graph.call_function(aten.clone.default, (node,))
+    copy.meta = {**node.meta, "val": node.meta["val"].clone()}
+    return copy
+
+
+def _giving(gm: fx.GraphModule, results: Sequence[Any]) -> fx.GraphModule:
+    gm.graph.output_node().args = (tuple(results),)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
 def _with_own_results(gm: fx.GraphModule) -> fx.GraphModule:
     """`gm` with a copy of each result whose memory an input, or a result before it, has too.
 
@@ -227,24 +264,18 @@ def _with_own_results(gm: fx.GraphModule) -> fx.GraphModule:
             base, begin, end = _extent(node)
             parts = taken.setdefault(base, [])
             if base.op == "placeholder" or any(begin < other_end and other < end for other, other_end in parts):
-                with gm.graph.inserting_before(gm.graph.output_node()):
-                    copy = gm.graph.call_function(aten.clone.default, (node,))
-                copy.meta = {**node.meta, "val": node.meta["val"].clone()}
-                node = copy
+                node = _copy(gm.graph, node)
             else:
                 parts.append((begin, end))
         own.append(node)
-    gm.graph.output_node().args = (tuple(own),)
-    gm.graph.lint()
-    gm.recompile()
-    return gm
+    return _giving(gm, own)
 
 
 def _extent(node: fx.Node) -> tuple[fx.Node, int, int]:
     """The node whose buffer `node` names, and which of its bytes: from the first to behind the last."""
     views = []
     base = node
-    while base.op == "call_function" and _is_named_anew(base):
+    while is_named_anew(base):
         views.append(base)
         (base,) = base.all_input_nodes
     val = base.meta["val"]
@@ -257,8 +288,3 @@ def _extent(node: fx.Node) -> tuple[fx.Node, int, int]:
     first = part.storage_offset()
     last = first + sum((size - 1) * step for size, step in zip(part.shape, part.stride(), strict=True))
     return base, first * part.element_size(), (last + 1) * part.element_size()
-
-
-def _is_named_anew(node: fx.Node) -> bool:
-    """Whether a node is a view, or a part of what a view gives."""
-    return is_view(node) or (node.target is operator.getitem and is_view(node.all_input_nodes[0]))

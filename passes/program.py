@@ -59,7 +59,8 @@ class Output:
     `output`: a tensor of what the model returned, `name` its path (`loss`, `logits`, `0`). `buffer`: the new value of
     a buffer, or parameter, that the forward changed. `gradient`: of the parameter or input `name`. `shape` is that of
     an output outside the graph, where what the graph gives is larger (`pad.pad`); a parameter's gradient is as large as
-    its placeholder.
+    its placeholder. `memory`: of an output that is in a copy's memory where the graph has no copy (`normalize` drops
+    it), the first output that is in it.
     """
 
     kind: OutputKind
@@ -67,6 +68,7 @@ class Output:
     requires_grad: bool = False
     batch_dim: int | None = None
     shape: tuple[int, ...] | None = None
+    memory: str = ""
 
 
 @dataclass(frozen=True)

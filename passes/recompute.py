@@ -34,7 +34,7 @@ from passes.dims import Value, is_getitem
 from passes.randomness import UNIFORM
 from passes.routed_ops import ROUTED_MM
 from passes.rules.call import Call
-from passes.work import VIEWS
+from passes.work import is_view_op
 
 aten = torch.ops.aten
 
@@ -105,11 +105,6 @@ class Recomputation:
     reshard: bool = True
     regather: bool = False
     postpone: bool = True
-
-
-def is_view_op(target: object) -> bool:
-    """Whether an op names its operand's buffer anew."""
-    return target in VIEWS or (isinstance(target, torch._ops.OpOverload) and target.is_view)
 
 
 def is_cheap_op(target: object) -> bool:

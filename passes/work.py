@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import torch
+from torch import fx
 
 from costmodel.compute import Work, attention, matmul
 from passes.precision import dtype_text
@@ -33,6 +35,24 @@ VIEWS = {
     aten.select.int,
 }
 """Ops that move nothing: layouts of one buffer. (A reshape that must copy is priced where it is fused.)"""
+
+
+def is_view_op(target: object) -> bool:
+    """Whether an op names its operand's buffer anew."""
+    return target in VIEWS or (isinstance(target, torch._ops.OpOverload) and target.is_view)
+
+
+def is_named_anew(node: fx.Node) -> bool:
+    """Whether a node is a view, or a part of what a view gives."""
+    return is_view_op(node.target) or (node.target is operator.getitem and is_view_op(node.all_input_nodes[0].target))
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """The node whose buffer `node` names."""
+    while is_named_anew(node):
+        (node,) = node.all_input_nodes
+    return node
+
 
 GATHERS = {aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default, TAKE_ROWS}
 _SCATTERS = {aten.embedding_dense_backward.default, aten.scatter_add.default, aten.index_put.default, PUT_ROWS}
