@@ -256,7 +256,7 @@ def _shared_plan(
             )
         raise ValueError(
             "ranks captured different graphs of the model; give every rank the same model, modes and inputs' shapes "
-            "(a branch on an input's values that differ between ranks does this too)"
+            "(a branch on values of an input or a buffer that differ between ranks does this too)"
         )
     text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, smaller).to_json()))
     with ours.agreeing():

@@ -53,7 +53,7 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     def with_all() -> Executable:
         if id(executable) not in runtime.with_all:
             with torch.enable_grad(), autocast_as(autocast):  # all as it was at the call, whatever it is now
-                plain = plain_module(module, parameters.trained)
+                plain = plain_module(module, parameters.trained, step.buffers)
                 for each, training in zip(plain.modules(), modes, strict=True):
                     each.training = training
                 settings.put_back(plain, executable)
@@ -95,7 +95,7 @@ def _check_batch(runtime: Runtime, executable: Executable, inputs: Sequence[torc
 
 
 def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Executable | None:
-    """What runs calls of this kind with the values that modules and `inputs` hold; None where it must be made.
+    """What runs calls of this kind with the values that modules, buffers and `inputs` hold; None where it must be made.
 
     Raises:
         CaptureError: the model reads another value at every call.
@@ -107,12 +107,14 @@ def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Exec
     values: Values | None = None
     for executable in fitting:
         program = executable.local.program
-        if program.guards is None:
+        guards = program.guards
+        if guards is None:
             return executable
         if values is None:
-            values = Values(program, inputs, lambda name: _buffer(runtime, name), runtime.gather)
-        fixed = values.broken(program.guards)
+            values = Values(program, inputs, runtime.gather, lambda name: _buffer(runtime, name), runtime.seen)
+        fixed = values.broken(guards, runtime.held.get(id(executable)))
         if not fixed:
+            runtime.held[id(executable)] = values.buffers(guards)
             known.remove(executable)
             known.insert(0, executable)
             return executable

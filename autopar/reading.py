@@ -2,15 +2,19 @@
 
 A graph is captured for the whole batch, of which each rank holds a part. Where the capture reads a value, all ranks
 bring what they hold of the inputs that it follows from, and each captures with the same. At each call the values are
-computed again the same way; a batch that gives others runs the graph captured for those.
+computed again the same way; a batch that gives others runs the graph captured for those. Those that follow from buffers
+alone are computed again where a buffer was written to.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -23,6 +27,9 @@ from passes.program import Fixed, Guards, Program
 
 MOST_GRAPHS = 16
 """Kinds of values for which one call is captured."""
+
+_MOST_COMPARED = 1 << 16
+"""Elements of a buffer on the CPU whose values are compared too: what is written through `.data` is not counted."""
 
 Gather = Callable[[Tensor, int | None], Tensor]
 """(this rank's part, batch dim) -> the whole, on the CPU, the same on every rank."""
@@ -41,8 +48,7 @@ def gatherer(batch: BatchRanks) -> Gather:
 
 def inputs_read(program: Program) -> tuple[str, ...]:
     """Names of the user's inputs that the program's guards look at."""
-    given = {i.name for i in program.inputs if i.kind == "input"}
-    return tuple(name for name in program.guards.inputs if name in given) if program.guards else ()
+    return program.guards.inputs if program.guards else ()
 
 
 def captured_together(
@@ -94,36 +100,90 @@ def with_values(args: Any, kwargs: Any, known: Mapping[str, Tensor]) -> tuple[An
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A buffer as it was when its values were copied to the CPU."""
+
+    tensor: Tensor
+    version: float
+    address: int
+    values: Tensor
+
+    @staticmethod
+    def of(tensor: Tensor) -> Seen:
+        """`tensor` as it is now."""
+        copied = tensor.detach().to("cpu", copy=tensor.numel() <= _MOST_COMPARED)
+        return Seen(tensor, _version(tensor), tensor.data_ptr(), copied)
+
+    def is_now(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is the same and nobody has written to it. Does not wait for a device."""
+        if tensor is not self.tensor or _version(tensor) != self.version or tensor.data_ptr() != self.address:
+            return False
+        return not tensor.is_cpu or tensor.numel() > _MOST_COMPARED or torch.equal(tensor, self.values)
+
+
+def _version(tensor: Tensor) -> float:
+    """How often it was written to; of what does not count that, equal to none."""
+    return math.nan if tensor.is_inference() else tensor._version
+
+
 class Values:
-    """The whole values of a call's inputs and buffers, gathered as they are asked for, each once."""
+    """The whole values of a call's inputs and buffers, each looked at once.
+
+    `buffers` are those of the module, `seen` what is known of them from calls before.
+    """
 
     def __init__(
-        self, program: Program, inputs: Sequence[Tensor], buffer: Callable[[str], Tensor], gather: Gather | None
+        self,
+        program: Program,
+        inputs: Sequence[Tensor],
+        gather: Gather | None,
+        buffer: Callable[[str], Tensor],
+        seen: dict[str, Seen],
     ):
         names = [i for i in program.inputs if i.kind == "input"]
         self._parts = {i.name: (x, i.batch_dim) for i, x in zip(names, inputs, strict=True)}
-        self._buffer = buffer
         self._gather = gather or (lambda part, dim: part.detach().cpu())
-        self._known: dict[str, Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
+        self._buffer = buffer
+        self._seen = seen
+        self._buffers: dict[str, Seen] = {}
 
-    def broken(self, guards: Guards) -> list[Fixed]:
-        """What a graph takes for granted and is not so. Collective."""
+    def buffers(self, guards: Guards) -> list[Seen]:
+        """The buffers that a graph takes something for granted of: the same objects until they are written to."""
+        for name in guards.buffers:
+            if name not in self._buffers:
+                known, now = self._seen.get(name), self._buffer(name)
+                if known is None or not known.is_now(now):
+                    known = self._seen[name] = Seen.of(now)
+                self._buffers[name] = known
+        return [self._buffers[name] for name in guards.buffers]
+
+    def broken(self, guards: Guards, held: Sequence[Seen] | None) -> list[Fixed]:
+        """What a graph takes for granted and is not so; `held` are its buffers when all was so. Collective."""
+        seen = self.buffers(guards)
+        if not guards.inputs and seen == held:
+            return []
         for name in guards.inputs:
-            if name not in self._known:
-                parts = self._parts.get(name)
-                self._known[name] = self._buffer(name).detach().cpu() if parts is None else self._gather(*parts)
-        return broken(guards, self._known)
+            if name not in self._whole:
+                self._whole[name] = self._gather(*self._parts[name])
+        return broken(guards, self._whole, {name: each.values for name, each in self._buffers.items()})
 
 
 def too_many(fixed: Sequence[Fixed]) -> CaptureError:
     """The error for a model that reads another value at every call."""
     first = fixed[0]
     told = f"{first.where}: {first.what}, and has found {MOST_GRAPHS} different ones; each takes a graph of its own. "
-    if first.buffers:
+    if first.written:
         return CaptureError(
-            f"{told}It follows from what each step writes to the buffer {' and '.join(first.buffers)}: keep it a "
+            f"{told}It follows from what each step writes to the buffer {' and '.join(first.written)}: keep it a "
             "tensor. A queue of `size` rows is written by queue.index_copy_(0, (position + torch.arange(n)) % size, "
             "rows) and position.copy_((position + n) % size), and a branch is a torch.where"
+        )
+    if first.buffers:
+        return CaptureError(
+            f"{told}It follows from the buffer {' and '.join(first.buffers)}, which is written to between calls: keep "
+            "it a tensor. The first `n` of a row are row * (torch.arange(len(row)) < n), and a branch is a torch.where"
         )
     return CaptureError(
         f"{told}Use tensor ops (torch.where, masks) instead, or pad the inputs so that the value is the same"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import hooks, tree
 from autopar.batches import BatchRanks
-from autopar.reading import Gather
+from autopar.reading import Gather, Seen
 from passes.local import LocalProgram, Storage
 from passes.lower import Lowered, Unreduced
 
@@ -46,7 +47,8 @@ class Runtime:
     `steps` counts training calls, for random ops. `executables` has, per kind of call, one for each kind of values
     that the model reads of its modules and inputs, the last used first. `gather` makes inputs whole; None: they are.
     `bindings`, `settings` and `checked`: what `step.bound`, `settings.hold` and `parameters.checked` found out that
-    holds for the next call too.
+    holds for the next call too. `seen` has buffers that are read as numbers, and `held`, by program, as they were when
+    it was found to fit.
     """
 
     mesh: DeviceMesh
@@ -68,6 +70,8 @@ class Runtime:
     with_all: dict[int, Executable] = field(default_factory=dict)
     bindings: dict[int, tuple[Executable, Any]] = field(default_factory=dict)
     settings: dict[int, Any] = field(default_factory=dict)
+    seen: dict[str, Seen] = field(default_factory=dict)
+    held: dict[int, list[Seen]] = field(default_factory=dict)
     checked: Any = None
     accelerated: bool = False
     accelerating: bool = False
@@ -102,10 +106,13 @@ def has_gradients(local: LocalProgram) -> bool:
     return any(output.kind == "gradient" for output in local.outputs)
 
 
-def plain_module(module: nn.Module, trained: Sequence[bool]) -> nn.Module:
+def plain_module(
+    module: nn.Module, trained: Sequence[bool], buffers: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> nn.Module:
     """The model of a parallel module as it was before: its own class, whole parameters on the meta device.
 
-    trained: which parameters require gradients, in the order of `Runtime.specs`.
+    trained: which parameters require gradients, in the order of `Runtime.specs`. buffers: those that are to be others
+    than the module's, by name.
     """
     runtime = runtime_of(module)
     requires = dict(zip(runtime.specs, trained, strict=True))
@@ -116,7 +123,7 @@ def plain_module(module: nn.Module, trained: Sequence[bool]) -> nn.Module:
         new.__dict__.update(old.__dict__)
         return new
 
-    plain = tree.copied(module, parameter, lambda _, old: old)
+    plain = tree.copied(module, parameter, lambda name, old: buffers.get(name, old))
     plain.__class__ = runtime.original
     del plain.__dict__["_autopar"]
     plain.__dict__.pop("forward", None)  # what was put around the parallel module's (accelerate's autocast)

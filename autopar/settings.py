@@ -38,7 +38,7 @@ def warn_of_new(runtime: Runtime, executable: Executable) -> None:
     ]
     warnings.warn(
         f"{', '.join(changed[:3])} changed: the step is captured and planned anew, which takes seconds for each new "
-        "value; what changes often belongs in a buffer that is written in place, or in an input",
+        "value; what changes often belongs in a buffer or an input that the forward reads as a tensor",
         stacklevel=2,
     )
 

@@ -76,6 +76,11 @@ class Step:
         """Parameters, then inputs that require gradients."""
         return [*self.parameters.tensors, *(value for _, value in self.inputs)]
 
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers as the step reads them."""
+        return {entry.name: self.values[place] for place, entry in self.binding.others if entry.kind == "buffer"}
+
     def run(self) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """Outputs as the caller gets them, and what the backward needs; new buffers are written back."""
         with autocast_as(None):

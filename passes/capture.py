@@ -515,10 +515,10 @@ def _changing_notes(guards: Guards | None) -> list[str]:
     """Of values that were read and follow from what the step itself changes."""
     return [
         f"{shortened(fixed.where)}: {fixed.what}, which follows from what the step writes to the buffer "
-        f"{' and '.join(fixed.buffers)}: each new value is captured and planned anew. A position that stays a tensor "
+        f"{' and '.join(fixed.written)}: each new value is captured and planned anew. A position that stays a tensor "
         "(index_copy_ at (position + torch.arange(n)) % size) and a branch by torch.where are captured once"
         for fixed in (guards.fixed if guards else ())
-        if fixed.buffers
+        if fixed.written
     ]
 
 

@@ -39,20 +39,22 @@ class Read:
 def guards_of(
     root: torch.nn.Module, reads: Sequence[Read], inputs: Mapping[fx.Node, Input], changed: Collection[str]
 ) -> Guards | None:
-    """The reads that follow from the user's inputs, or from buffers that the step changes (named in `changed`)."""
-    graph, copies, names, kept = fx.Graph(), {}, [], []
+    """The reads that follow from the user's inputs or from buffers; the step changes those named in `changed`."""
+    graph, copies, kept = fx.Graph(), {}, []
     for read in reads:
-        leaves = [read.node] if read.node is not None else _nodes((read.args, read.kwargs))
-        needed = _ancestors(leaves)
+        needed = _ancestors([read.node] if read.node is not None else _nodes((read.args, read.kwargs)))
         given = [inputs[node] for node in needed if node in inputs]
-        buffers = tuple(i.name for i in given if i.kind != "input" and i.name in changed)
-        if buffers or any(i.kind == "input" for i in given):
-            kept.append((replace(read, fixed=replace(read.fixed, buffers=buffers)), needed))
+        if given:
+            buffers = tuple(i.name for i in given if i.kind != "input")
+            written = tuple(name for name in buffers if name in changed)
+            kept.append((replace(read, fixed=replace(read.fixed, buffers=buffers, written=written)), needed))
     if not kept:
         return None
-    for node in {node: None for _, needed in kept for node in needed if node in inputs}:
+    leaves = list({node: None for _, needed in kept for node in needed if node in inputs})
+    of_user = [node for node in leaves if inputs[node].kind == "input"]
+    of_model = [node for node in leaves if inputs[node].kind != "input"]
+    for node in (*of_user, *of_model):
         copies[node] = graph.placeholder(node.name)
-        names.append(inputs[node].name)
     results = []
     for read, needed in kept:
         for node in needed:
@@ -66,7 +68,12 @@ def guards_of(
             results.append(graph.call_function(read.target, args, kwargs))
     graph.output(tuple(results))
     graph.eliminate_dead_code()
-    return Guards(graph_module(root, graph), tuple(names), tuple(read.fixed for read, _ in kept))
+    return Guards(
+        graph_module(root, graph),
+        inputs=tuple(inputs[node].name for node in of_user),
+        buffers=tuple(inputs[node].name for node in of_model),
+        fixed=tuple(read.fixed for read, _ in kept),
+    )
 
 
 def _zeros(graph: fx.Graph, meta: Tensor) -> fx.Node:
@@ -96,10 +103,11 @@ def shapes(value: Any) -> Any:
     return pytree.tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, value)
 
 
-def broken(guards: Guards, values: Mapping[str, Tensor]) -> list[Fixed]:
-    """What no longer holds for the inputs and buffers `values`, whole ones by name."""
+def broken(guards: Guards, inputs: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> list[Fixed]:
+    """What no longer holds for these inputs and buffers, whole ones by name."""
+    values = (*(inputs[name] for name in guards.inputs), *(buffers[name] for name in guards.buffers))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        found = guards.graph(*(values[name] for name in guards.inputs))
+        found = guards.graph(*values)
     return [fixed for fixed, value in zip(guards.fixed, found, strict=True) if not _holds(fixed, value)]
 
 

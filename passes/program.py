@@ -82,7 +82,9 @@ class Fixed:
     """A number, a tensor, or, where `is_shape`, the shape of an op's result (of each, where it has several)."""
     is_shape: bool = False
     buffers: tuple[str, ...] = ()
-    """Buffers that the step changes and from which the value follows: the next step may find another."""
+    """Buffers from which the value follows: the next call may find another."""
+    written: tuple[str, ...] = ()
+    """Those of them that the step itself writes to."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ class Guards:
 
     graph: fx.GraphModule
     inputs: tuple[str, ...]
-    """Per placeholder, the name of the program's input or buffer."""
+    """Names of the program's inputs, by placeholder."""
+    buffers: tuple[str, ...]
+    """Names of its buffers, whose placeholders come behind."""
     fixed: tuple[Fixed, ...]
 
 

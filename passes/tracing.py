@@ -328,7 +328,9 @@ class Tracer(TorchDispatchMode):
     def values_read(self, tensor: Tensor, what: str) -> Tensor:
         """The real values of `tensor`, all of which the model reads."""
         value: Tensor = self.value(tensor, what)
-        self.reads.append(Read(self.node_of(tensor), None, (), {}, Fixed(self._location(), what, value)))
+        with off_the_record():  # the buffer or input itself may be written to later
+            kept = value.clone()
+        self.reads.append(Read(self.node_of(tensor), None, (), {}, Fixed(self._location(), what, kept)))
         return value
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:

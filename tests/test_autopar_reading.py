@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import autopar
-from autopar import examples
+from autopar import examples, reading
 from autopar.reading import MOST_GRAPHS
 from passes.errors import CaptureError
 
@@ -161,6 +161,161 @@ def test_a_position_in_a_buffer_is_told_with_what_does_instead() -> None:
 
 def test_a_position_that_stays_a_tensor_is_one_graph() -> None:
     assert run_ranks(_queued, 2, True) == [("", (), 1)] * 2
+
+
+class Curriculum(nn.Module):
+    """Reads buffers that are written between calls: by a user, a checkpoint, and training for evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("kept", torch.tensor(2))
+        self.register_buffer("spans", torch.tensor([1.0, 2.0]))
+        self.register_buffer("ready", torch.tensor(False))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.training:
+            self.scale.copy_(y.detach().std())
+            self.ready.fill_(True)
+        elif self.ready:
+            y = y / self.scale
+        return y[:, : int(self.kept)].square().sum() * sum(self.spans.tolist())
+
+
+def _kept_by_hand(model: Any, kept: int) -> None:
+    with torch.no_grad():
+        model.kept.fill_(kept)
+
+
+def _kept_of_checkpoint(model: Any, kept: int) -> None:
+    model.load_state_dict({"kept": torch.tensor(kept)}, strict=False)
+
+
+def _kept_through_data(model: Any, kept: int) -> None:
+    model.kept.data.fill_(kept)
+
+
+def _kept_as_another(model: Any, kept: int) -> None:
+    model.kept = torch.tensor(kept)
+
+
+def _spans(model: Any, span: int) -> None:
+    with torch.no_grad():
+        model.spans.mul_(span)
+
+
+WRITES = [_kept_by_hand, _kept_of_checkpoint, _kept_through_data, _kept_as_another, _spans]
+
+
+def _curriculum(rank: int, ranks: int) -> tuple[int, ...]:
+    """How often guards were computed: in a second call of a kind, in more of them, and in what follows writes."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+    alone = Curriculum().eval()
+    model = autopar.parallelize(Curriculum().eval(), mesh, (x.chunk(ranks)[rank],), options=OPTIONS)
+    computed, compute = [0], reading.broken
+
+    def counted(*args: Any) -> Any:
+        computed[-1] += 1
+        return compute(*args)
+
+    def same() -> None:
+        torch.testing.assert_close(model(x.chunk(ranks)[rank]).detach(), alone(x).detach())
+
+    reading.broken = counted
+    for _ in range(2):
+        same()
+        computed.append(0)
+    for each in (model, alone):
+        each.train()
+    same()
+    for each in (model, alone):
+        each.eval()
+    computed.append(0)
+    same()
+    for write, value in zip(WRITES * 2, (3, 2, 4, 1, 2, 2, 3, 1, 4, 3), strict=True):
+        for each in (model, alone):
+            write(each, value)
+        same()
+    return tuple(computed)
+
+
+def test_a_value_of_a_buffer_is_read_again_where_it_was_written_to() -> None:
+    for first, more, *_, after in run_ranks(_curriculum, 2):
+        assert first == 1
+        assert more == 0
+        assert after > 0
+
+
+def _never_the_same_buffer(rank: int, ranks: int) -> str:
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
+    model = autopar.parallelize(Curriculum(), mesh, (torch.ones(4, 4),), options=OPTIONS)
+    try:
+        for step in range(MOST_GRAPHS + 1):
+            _kept_by_hand(model, step)
+            model(torch.ones(4, 4))
+    except CaptureError as error:
+        return str(error)
+    return ""
+
+
+def test_a_buffer_that_is_never_the_same_is_an_error_that_says_what_would_do() -> None:
+    (told,) = run_ranks(_never_the_same_buffer, 1)
+    assert "test_autopar_reading.py" in told
+    assert "the buffer kept, which is written to between calls: keep it a tensor" in told
+
+
+def test_a_buffer_is_as_it_was_until_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device, whose values are not looked at."""
+    monkeypatch.setattr(torch, "equal", lambda *_: True)
+    buffer = torch.zeros(3)
+    seen = reading.Seen.of(buffer)
+    assert seen.is_now(buffer)
+    assert not seen.is_now(buffer.clone())
+    buffer[1:].fill_(1)
+    assert not seen.is_now(buffer)
+    assert seen.values.tolist() == [0, 0, 0]
+    seen = reading.Seen.of(buffer)
+    buffer.data = torch.ones(3)
+    assert not seen.is_now(buffer)
+    with torch.inference_mode():
+        buffer = torch.zeros(3)
+    assert not reading.Seen.of(buffer).is_now(buffer)
+
+
+class Counts(nn.Module):
+    """Scales by a number that it counts up in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.tensor(1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        scores = self.linear(x) * int(self.calls)
+        self.calls += 1
+        return {"loss": scores.square().mean(), "scores": scores}
+
+
+def _through_scores(rank: int, ranks: int) -> list[list[float]]:
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
+    model = autopar.parallelize(Counts(), mesh, (torch.ones(3, 4),), options=OPTIONS)
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.ones(3, 4))["scores"].full_tensor().sum().backward()
+        found.append(model.linear.bias.grad.full_tensor().tolist())
+    return found
+
+
+def test_a_gradient_beside_the_loss_is_that_of_the_number_which_the_forward_read() -> None:
+    """Its program is made in backward, when the buffer holds the next call's number."""
+    (found,) = run_ranks(_through_scores, 1)
+    assert found == [[3.0] * 4, [6.0] * 4]
 
 
 def test_a_plan_keeps_the_values_that_its_graph_follows_from() -> None:

@@ -53,7 +53,7 @@ def test_what_was_read_is_told_from_other_values(how: str) -> None:
     x = torch.randn(2, 3, 4)
 
     def of(mask: Tensor) -> Any:
-        return broken(guards, {"args.0": x, "args.1": mask})
+        return broken(guards, {"args.0": x, "args.1": mask}, {})
 
     assert not of(ONE_LESS)
     (fixed, *_) = of(FULL)
@@ -62,8 +62,21 @@ def test_what_was_read_is_told_from_other_values(how: str) -> None:
     assert not of(OTHER_ONE_LESS)
 
 
+class Rotary(nn.Module):
+    """Has a buffer that stays a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("inverse", torch.arange(1, 5) ** -1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.inverse.cos()
+
+
 def test_a_model_that_reads_nothing_has_no_guards() -> None:
     assert captured("", ONE_LESS).guards is None
+    assert capture(Rotary(), (torch.randn(2, 4),), batch_dims=[0], batch_size=2).guards is None
 
 
 def test_a_counter_in_a_buffer_is_guarded() -> None:
@@ -81,10 +94,16 @@ def test_a_counter_in_a_buffer_is_guarded() -> None:
 
     program = capture(Counts(), (torch.randn(2, 4),), batch_dims=[0], batch_size=2)
     assert program.guards is not None
-    assert program.guards.inputs == ("calls",)  # `scale` never changes
-    assert not broken(program.guards, {"calls": torch.tensor(0)})
-    assert broken(program.guards, {"calls": torch.tensor(7)})
-    (note,) = program.notes
+    assert not program.guards.inputs
+    assert sorted(program.guards.buffers) == ["calls", "scale"]
+
+    def of(calls: int, scale: float) -> list[Fixed]:
+        return broken(program.guards, {}, {"calls": torch.tensor(calls), "scale": torch.tensor(scale)})
+
+    assert not of(0, 3.0)
+    assert [fixed.buffers for fixed in of(7, 3.0)] == [("calls",)]
+    assert [fixed.buffers for fixed in of(0, 2.0)] == [("scale",)]
+    (note,) = program.notes  # the step does not write to `scale`
     line = Counts.forward.__code__.co_firstlineno + 3
     assert re.search(rf"test_passes_guards.py:{line}: .* writes to the buffer calls: each new value is captured", note)
 
@@ -109,8 +128,8 @@ def test_a_shape_is_guarded_without_what_it_does_not_follow_from() -> None:
     guards = capture(Spoken(), (x, targets), batch_dims=[0, 0], batch_size=2).guards
     assert guards is not None
     assert guards.inputs == ("args.1",)
-    assert not broken(guards, {"args.1": targets})
-    assert broken(guards, {"args.1": shorter})
+    assert not broken(guards, {"args.1": targets}, {})
+    assert broken(guards, {"args.1": shorter}, {})
 
 
 class AsksWhetherItIsCompiled(nn.Module):
@@ -150,7 +169,7 @@ def test_a_tensor_with_nan_holds_for_the_same_and_for_no_other() -> None:
         return (x * 1,)
 
     value = torch.tensor([1.0, float("nan")])
-    guards = Guards(torch.fx.symbolic_trace(guard), ("x",), (Fixed("line", "numpy", value),))
-    assert not broken(guards, {"x": value.clone()})
+    guards = Guards(torch.fx.symbolic_trace(guard), ("x",), (), (Fixed("line", "numpy", value),))
+    assert not broken(guards, {"x": value.clone()}, {})
     for other in (torch.tensor([1.0, 2.0]), torch.tensor([float("nan"), 1.0]), value[:1]):
-        assert broken(guards, {"x": other})
+        assert broken(guards, {"x": other}, {})
