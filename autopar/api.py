@@ -10,6 +10,7 @@ Between these, ranks agree: what one finds wrong, all raise.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -38,6 +39,7 @@ from passes.bytes_of import digest
 from passes.errors import PlanMismatchError
 from passes.infeasible import Smaller
 from passes.inputs import global_inputs
+from passes.left_behind import left_note
 from passes.local import LocalProgram, bind_groups, groups_used
 from passes.lower import lower
 from passes.named import check_strategy
@@ -347,6 +349,8 @@ def _applied(
         preload(module, *call, executable)
         if ours.rank == 0:
             warn_of_optimizers(model)
+            if program.left:
+                warnings.warn(left_note(program.left), stacklevel=2)
     return module
 
 

@@ -113,7 +113,8 @@ def _from_preset(name: str, wanted: Wanted) -> Named:
     notes = []
     if wanted.on_cpu:
         config |= preset.tiny
-        notes.append(f"{name} is scaled down to play on a CPU: {_sizes(config)}")
+        left = {k: v for k, v in config.items() if wanted.layers is None or k not in _LAYER_KEYS}
+        notes.append(f"{name} is scaled down to play on a CPU: {_sizes(left)}")
     return _built(name, preset.architecture, preset.model_class, config, wanted, notes)
 
 

@@ -124,7 +124,7 @@ class ParallelModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
-        # Gradients apart: torch 2.11 fails to copy a DTensor's with its parameter.
+        # Without gradients, as parameters are copied: of a DTensor's torch copies them too, and 2.11 fails to.
         gradients = {parameter: parameter.grad for parameter in self.parameters()}
         new = object.__new__(type(self))
         memo[id(self)] = new
@@ -135,9 +135,6 @@ class ParallelModule(nn.Module):
         finally:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
-        for parameter, gradient in gradients.items():
-            if gradient is not None:
-                cast(nn.Parameter, memo[id(parameter)]).grad = gradient.detach().clone()
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -26,6 +26,7 @@ from passes.fakes import told_once
 from passes.graphs import graph_module
 from passes.guards import guards_of
 from passes.inputs import flatten_inputs, path_name, refuse_hidden_tensors
+from passes.left_behind import functions_of, left_behind, left_note
 from passes.normalize import normalize
 from passes.precision import Precision, dtype_text
 from passes.program import Guards, Input, InputKind, Output, Program
@@ -191,7 +192,9 @@ def _capture(
         changed = {output.name for output in outputs if output.kind == "buffer"}
         more_notes += _mutated_notes([slot for slot in slots if slot.input.name not in changed])
         now = dict(attributes(model).values()) | dict(model.named_buffers())
-        more_notes += _attribute_notes(kept, now, overwritten=read.after - read.before)
+        left = left_behind(model, [tensor for _, tensor in result.tensors])
+        more_notes += _attribute_notes(kept, now, but={*left, *(read.after - read.before)})
+        more_notes += [left_note(left)] if left else []
         more_notes += precision.notes([slot.tensor for slot in held if slot.input.kind == "parameter"])
 
     _refuse_mixed_products(tracer.graph)
@@ -206,6 +209,7 @@ def _capture(
         out_constants=result.constants,
         aliases={alias: slot.input.name for slot in held for alias in slot.aliases},
         notes=tuple(dict.fromkeys([*notes, *more_notes, *tracer.notes])),
+        left=left,
         has_loss=bool(given) and all(t.is_loss for t in given),
         guards=guards,
         settings=read.settings,
@@ -490,16 +494,7 @@ def _has_own_functions(outputs: list[Tensor]) -> bool:
     Its backward may run one of its own, as checkpointing with `use_reentrant=True` does: that leaves gradients in
     `.grad` alone, and `torch.autograd.grad` refuses it, or does not reach it where its inputs lead to no parameter.
     """
-    seen: set[Any] = {output.grad_fn for output in outputs} - {None}
-    stack = list(seen)
-    while stack:
-        function = stack.pop()
-        if isinstance(function, torch.autograd.function.BackwardCFunction):
-            return True
-        new = {following for following, _ in function.next_functions if following is not None} - seen
-        seen |= new
-        stack.extend(new)
-    return False
+    return any(isinstance(each, torch.autograd.function.BackwardCFunction) for each in functions_of(outputs))
 
 
 def _mutated_notes(slots: Sequence[_Slot]) -> list[str]:
@@ -539,9 +534,9 @@ def _empty_buffers(model: nn.Module) -> dict[str, None]:
     }
 
 
-def _attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any], overwritten: Collection[str]) -> list[str]:
-    """Of attributes that eager's next call would find changed, but for those that it has `overwritten` by the time it
-    reads them, as the weight that `torch.nn.utils.weight_norm` makes of its two parts."""
+def _attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any], but: Collection[str]) -> list[str]:
+    """Of attributes that eager's next call would find changed; those that it has overwritten by the time it reads them
+    (the weight that `torch.nn.utils.weight_norm` makes of its two parts) are not."""
 
     def changed(old: Any, new: Any) -> bool:
         return old is not new and (isinstance(old, Tensor) or isinstance(new, Tensor) or old != new)
@@ -550,7 +545,7 @@ def _attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any], overwr
         f"attribute {name}: the forward changes it, and every step finds it as the first one did; what one step leaves "
         "to the next is for a buffer that is a tensor from the start"
         for name, old in before.items()
-        if name in after and name not in overwritten and changed(old, after[name])
+        if name in after and name not in but and changed(old, after[name])
     ]
 
 

@@ -136,6 +136,8 @@ class Program:
     """Tied names: every further FQN of a parameter or buffer -> the name its `Input` carries."""
     notes: tuple[str, ...] = ()
     """What a user should know about the capture; shown in the report."""
+    left: tuple[str, ...] = ()
+    """Attributes of modules where the forward leaves tensors that a loss may be made of (`passes/left_behind.py`)."""
     has_loss: bool = False
     """A scalar among the outputs is differentiated, by a tangent of its own; then it alone has a tangent. Else every
     differentiable output has one."""

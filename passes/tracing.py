@@ -15,7 +15,7 @@ import operator
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -187,7 +187,7 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and _drops(func, args, kwargs):
             return self._record_random(func, args, kwargs)
         return self._record_plain(func, args, kwargs)
 
@@ -576,6 +576,14 @@ def tracing(tracer: Tracer) -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
+
+
+def _drops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a random op is one: attention without dropout draws nothing."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            return bool(args[place] if place < len(args) else kwargs.get("dropout_p", argument.default_value))
+    return True
 
 
 def _random_state() -> bytes:

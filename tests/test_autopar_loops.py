@@ -281,6 +281,19 @@ def _doubled(module: nn.Module, args: tuple[Any, ...], out: dict[str, Tensor]) -
     return {**out, "loss": 2 * out["loss"]}
 
 
+class _Leaves(nn.Module):
+    """Leaves a loss beside the one that it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.aux = nn.Linear(6, 6), 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        self.aux = y.sum()
+        return y.square().mean()
+
+
 def _hooks(rank: int, ranks: int) -> None:
     """Hooks that the model comes with are captured once; those registered later run on the parallel module itself."""
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
@@ -302,8 +315,19 @@ def _hooks(rank: int, ranks: int) -> None:
             whole.backward()
             for handle in handles:
                 handle.remove()
-    for name, parameter in copy.deepcopy(model).named_parameters():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        autopar.parallelize(
+            _Leaves(), mesh, {"x": x.chunk(ranks)[rank]}, options=autopar.Options(compile=False, progress=False)
+        )
+    assert [str(each.message)[:14] for each in caught if "leaves there" in str(each.message)] == ["attribute aux:"] * (
+        rank == 0
+    )
+    for name, parameter in model.named_parameters():
         assert_near(parameter.grad.full_tensor(), eager.get_parameter(name).grad, name)
+    for each in (eager, model):  # with gradients; torch copies none of a parameter's
+        assert all(p.grad is None for p in copy.deepcopy(each).parameters())
+        assert all(p.grad is not None for p in each.parameters())
 
 
 def test_hooks_of_modules() -> None:

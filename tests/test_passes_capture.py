@@ -252,6 +252,33 @@ def test_attributes_that_the_next_call_would_find_changed_are_named() -> None:
         capture(Remembering(in_place=True), (torch.randn(2, 4),))
 
 
+class Routed(nn.Module):
+    """Leaves a loss of its router where the training loop looks for it, what its output is made of, and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.linear = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.aux, self.losses, self.by_name, self.hidden, self.mean = 0.0, [torch.zeros(())], {"z": None}, None, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).softmax(-1)
+        self.aux = chosen.square().mean()
+        self.losses = [chosen.mean()]
+        self.by_name["z"] = chosen.logsumexp(-1).mean()
+        self.hidden, self.mean = self.linear(x), chosen.detach().mean()
+        return self.hidden.square().mean()
+
+
+def test_losses_that_the_forward_leaves_in_modules_are_named() -> None:
+    model = nn.Sequential(Routed())
+    program = capture(model, (torch.randn(2, 4),))
+    assert program.left == ("0.aux", "0.losses", "0.by_name")
+    (note,) = program.notes
+    assert note.startswith("attribute 0.aux, 0.losses, 0.by_name: the forward leaves there")
+    assert (model[0].aux, model[0].by_name, model[0].hidden) == (0.0, {"z": None}, None)
+    assert capture(nn.Linear(4, 4), (torch.randn(2, 4),)).left == ()
+
+
 class Weighed(nn.Module):
     """Sets the weight of its layer by a hook, before the layer reads it; `looks`: after it read the old one."""
 
@@ -363,6 +390,40 @@ def test_checkpointing_runs_the_forward_again_with_the_same_dropout() -> None:
     slope = (step(1e-6)["output", ""] - step(-2e-6)["output", ""]) / 2e-6
     assert slope != 0
     torch.testing.assert_close(step(1e-6)["gradient", "inner.0.bias"][3], slope, rtol=1e-6, atol=1e-6)
+
+
+class Attends(torch.autograd.Function):
+    """Attention that is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.scaled_dot_product_attention(x, x, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            again = x.detach().requires_grad_()
+            y = F.scaled_dot_product_attention(again, again, again)
+        return torch.autograd.grad(y, again, gradients[0])[0]
+
+
+def test_attention_without_dropout_draws_nothing_and_may_be_run_again() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Attends.apply(self.linear(x)).square().mean()
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(2, 4, 6, 8)
+    found = run(capture(model, (x,)), model, (x,), {})
+    model(x).backward()
+    assert model.linear.weight.grad is not None
+    torch.testing.assert_close(found["gradient", "linear.weight"], model.linear.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 class Reseeds(nn.Module):
