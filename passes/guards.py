@@ -47,6 +47,7 @@ def guards_of(
         if given:
             buffers = tuple(i.name for i in given if i.kind != "input")
             written = tuple(name for name in buffers if name in changed)
+            buffers = buffers if len(buffers) == len(given) else ()
             kept.append((replace(read, fixed=replace(read.fixed, buffers=buffers, written=written)), needed))
     if not kept:
         return None

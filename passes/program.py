@@ -82,9 +82,9 @@ class Fixed:
     """A number, a tensor, or, where `is_shape`, the shape of an op's result (of each, where it has several)."""
     is_shape: bool = False
     buffers: tuple[str, ...] = ()
-    """Buffers from which the value follows: the next call may find another."""
+    """Buffers from which the value follows, where it follows from no input."""
     written: tuple[str, ...] = ()
-    """Those of them that the step itself writes to."""
+    """Buffers that the step changes and from which the value follows: the next step may find another."""
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,25 @@ def test_a_counter_in_a_buffer_is_guarded() -> None:
     assert re.search(rf"test_passes_guards.py:{line}: .* writes to the buffer calls: each new value is captured", note)
 
 
+def test_a_value_of_an_input_and_a_buffer_is_told_as_one_of_the_input() -> None:
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("scale", torch.full((), 3.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * float(x.max() * self.scale)
+
+    guards = capture(Scales(), (torch.ones(2, 4),), batch_dims=[0], batch_size=2).guards
+    assert guards is not None
+    assert (guards.inputs, guards.buffers) == (("args.0",), ("scale",))
+    for x, scale in ((2.0, 3.0), (1.0, 2.0)):
+        (fixed,) = broken(guards, {"args.0": torch.full((2, 4), x)}, {"scale": torch.tensor(scale)})
+        assert fixed.buffers == ()
+    assert not broken(guards, {"args.0": torch.ones(2, 4)}, {"scale": torch.tensor(3.0)})
+
+
 class Spoken(nn.Module):
     """A connectionist loss, whose state is as long as the longest target."""
 
