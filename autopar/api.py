@@ -28,6 +28,7 @@ from autopar.mixed import precision_of
 from autopar.module import ParallelModule, parallel_module, preload
 from autopar.optimizers import warn_of_optimizers
 from autopar.options import Options, check_async_tp, check_options
+from autopar.overlaps import Overlap, check_apart, overlapping
 from autopar.pipeline import Pipeline, PlanLike
 from autopar.reading import Gather, captured_together, gatherer, inputs_read, with_values
 from autopar.runtime import Executable, Tangents
@@ -58,6 +59,7 @@ class _Job:
     pipeline: Pipeline
     precision: Precision | None
     stages: Stages
+    overlaps: tuple[Overlap, ...]
 
     @property
     def batch_ranks(self) -> int:
@@ -74,7 +76,7 @@ def plan_with(
 ) -> Any:  # fmt: skip
     """A plan for `model` on `mesh`; on a DeviceMesh of several ranks one plans and the others receive its plan."""
     check_unwrapped(model)
-    job = _job(pipeline, mesh, options)
+    job = _job(pipeline, model, mesh, options)
     check_strategy(strategy)
     ours = _ranks(mesh)
     with ours.agreeing():
@@ -112,7 +114,7 @@ def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh
     if isinstance(plan, str | os.PathLike):
         raise ValueError(f"plan is the path {os.fspath(plan)!r}; pass autopar.Plan.load of it")
     told = cast(PlanLike, plan)
-    job = _job(pipeline, mesh, pipeline.options_of(plan))
+    job = _job(pipeline, model, mesh, pipeline.options_of(plan))
     ours = _ranks(mesh)
     with job.stages, ours.agreeing():
         if tuple(told.axes) != job.axes:
@@ -139,7 +141,7 @@ def parallelize_with(
             raise ValueError(f"a plan has the {name} that it was made with; leave out {name}, or plan with them")
         return apply_with(pipeline, model, plan, mesh)
     check_unwrapped(model)
-    job = _job(pipeline, mesh, options)
+    job = _job(pipeline, model, mesh, options)
     strategy = "auto" if strategy is None else strategy
     check_strategy(strategy)
     ours = _ranks(mesh)
@@ -164,7 +166,7 @@ def parallelize_with(
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
+def _job(pipeline: Pipeline, model: nn.Module, mesh: Any, options: Options | None) -> _Job:
     options = Options() if options is None else options
     check_options(options)
     axes = meshes.axes_of(mesh)
@@ -176,7 +178,7 @@ def _job(pipeline: Pipeline, mesh: Any, options: Options | None) -> _Job:
         _check_async_tp(options, mesh, axes, batch_axes)
     speaks = not dist.is_initialized() or dist.get_rank() == 0
     stages = Stages(shown=options.progress, speaks=speaks, prefix="autopar: ")
-    return _Job(axes, batch_axes, options, pipeline, precision, stages)
+    return _Job(axes, batch_axes, options, pipeline, precision, stages, overlapping(model))
 
 
 def _check_async_tp(options: Options, mesh: Any, axes: meshes.Axes, batch_axes: tuple[int, ...]) -> None:
@@ -220,10 +222,12 @@ def _captured(
     args, kwargs = examples.on_cpu(call)
     whole = global_inputs(args, kwargs, job.batch_ranks, job.options.batch_dims)
     args, kwargs = with_values(whole.args, whole.kwargs, known or {})
-    return job.pipeline.capture(
+    program = job.pipeline.capture(
         model, args, kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size, tangents=tangents,
         backward=backward, precision=job.precision,
     )  # fmt: skip
+    check_apart(job.overlaps, program)
+    return program
 
 
 def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Smaller:

@@ -25,6 +25,7 @@ from autopar.certificate import Kind, Parity, TensorError, Tolerances
 from autopar.machine import priced_for
 from autopar.mixed import precision_of
 from autopar.options import Options, check_options
+from autopar.overlaps import check_apart, overlapping
 from autopar.unwrapped import check_unwrapped
 from autopar.varied import Batch, Variety, real_copy, varied_batch
 from costmodel.hardware import Hardware
@@ -92,6 +93,7 @@ def verify(
             hardware = priced_for(hardware, mesh)
             planning.machine_of(hardware, axes, batch_axes, options)
         progress("copying the model")
+        overlaps = overlapping(model)
         copied, notes = real_copy(model, options.seed)
         call_args, call_kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
         ways = meshes.batch_ranks(axes, batch_axes)
@@ -101,6 +103,7 @@ def verify(
                 autocast,
             )  # fmt: skip
             program = check.captured()
+            check_apart(overlaps, program)
             if plan is None or program.fingerprint == plan.fingerprint or program.guards is None:
                 break  # else the plan is for a graph that follows from other values
         return check.parity(program, plan, (*notes, *batch.notes))
