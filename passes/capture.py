@@ -248,6 +248,8 @@ def _outputs(
 ) -> tuple[list[Output], list[fx.Node]]:
     """What the step gives: what the model returned, what it wrote to, gradients; and the nodes that yield it."""
     changed = [(slot, new) for slot in held if (new := slot.changed()) is not None]
+    for slot, new in changed:
+        _refuse_another_kind(tracer, slot, new)
     outputs = [
         *(
             Output("output", name, bool(backward and t.requires_grad), _batch_dim(t, batch_size))
@@ -258,6 +260,25 @@ def _outputs(
     ]
     tensors = [t for _, t in (*result.tensors, *changed, *found)]
     return outputs, [tracer.node_of(unwrapped(t)) for t in tensors]
+
+
+def _refuse_another_kind(tracer: Tracer, slot: _Slot, new: Tensor) -> None:
+    """A step's graph is of the shapes and dtypes that the first one finds.
+
+    Raises:
+        CaptureError: the forward puts a tensor of another shape or dtype in a buffer's place.
+    """
+    old = slot.tensor
+    if (new.shape, new.dtype) == (old.shape, old.dtype):
+        return
+    was, now = (f"{dtype_text(each.dtype)}{list(each.shape)}" for each in (old, new))
+    helps = f"register it as {dtype_text(new.dtype)}, or write to it in place (copy_), which keeps its dtype"
+    if new.shape != old.shape:
+        helps = "register it as large as it gets, and write to it in place"
+    raise CaptureError(
+        f"{place_of(tracer.node_of(unwrapped(new)))}: the {slot.input.kind} {slot.input.name} is {was} and the forward "
+        f"makes it {now}, so that the next step would be another graph; {helps}"
+    )
 
 
 def _inputs(

@@ -279,6 +279,46 @@ def test_losses_that_the_forward_leaves_in_modules_are_named() -> None:
     assert capture(nn.Linear(4, 4), (torch.randn(2, 4),)).left == ()
 
 
+class Replacing(nn.Module):
+    """Puts another tensor in a buffer's place."""
+
+    def __init__(self, held: Tensor, replace: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.replace = nn.Linear(4, 4), replace
+        self.register_buffer("held", held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        self.held = self.replace(self.held, y.detach())
+        return (y * self.held.sum()).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("held", "replace", "told"),
+    [
+        (torch.zeros(4, dtype=torch.long), lambda held, y: held + 0.4, r"int64\[4\] .* float32\[4\].* as float32, or"),
+        (torch.zeros(2, 4), lambda held, y: held[:1] + y.mean(0), r"float32\[2, 4\] .* float32\[1, 4\].* as large as"),
+        (torch.zeros(2, 4), lambda held, y: held.sum(0) + 1, r"float32\[2, 4\] .* float32\[4\].* as large as it gets"),
+        (torch.zeros(2, 4), lambda held, y: torch.cat([held, y]), r"float32\[2, 4\] .* float32\[5, 4\].* as large as"),
+    ],
+)
+def test_a_buffer_that_becomes_another_shape_or_dtype_is_named(held: Tensor, replace: Any, told: str) -> None:
+    with pytest.raises(CaptureError, match=rf"test_passes_capture.py:\d+: the buffer held is {told}"):
+        capture(Replacing(held, replace), (torch.randn(3, 4),))
+
+
+def test_what_is_advised_for_a_buffer_that_becomes_another_dtype_is_as_in_eager() -> None:
+    x = torch.randn(3, 4)
+    for held, replace in (
+        (torch.zeros(4), lambda held, y: held + 0.4),
+        (torch.zeros(4, dtype=torch.long), lambda held, y: held.copy_(held + 1.4)),
+    ):
+        model = Replacing(held, replace)
+        step = run(capture(model, (x,)), model, (x,), {})
+        model(x)
+        assert torch.equal(step["buffer", "held"], model.held)
+
+
 class Weighed(nn.Module):
     """Sets the weight of its layer by a hook, before the layer reads it; `looks`: after it read the old one."""
 
