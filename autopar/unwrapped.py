@@ -1,4 +1,4 @@
-"""The model as autopar takes it: a module, before any other parallelism is applied."""
+"""The model as autopar takes it: a module, before any other parallelism is applied, that trains its parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, FS
 
 
 def check_unwrapped(model: Any) -> None:
-    """Raise for what is no module, and for one that is laid out over ranks already.
+    """Raise for what is no module, and for one that is laid out over ranks already or has buffers to train.
 
     Raises:
         ValueError: with what was found, and where in the model.
@@ -37,3 +37,10 @@ def check_unwrapped(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(f"{name} is a DTensor already; pass the model before any other parallelism is applied")
+    trained = set(map(id, model.parameters()))
+    for name, buffer in model.named_buffers():
+        if buffer.requires_grad and id(buffer) not in trained:
+            raise ValueError(
+                f"{name} is a buffer that requires a gradient, which only parameters and inputs get; make it an "
+                "nn.Parameter, or detach() it before it is registered"
+            )

@@ -420,6 +420,34 @@ def test_rank_0s_buffers_count_where_ranks_differ_in_order_alone_too(alike: bool
         torch.testing.assert_close(loss, first[2])
 
 
+class Remembered(nn.Module):
+    """Scales by a tensor that gets a gradient in eager; `as_parameter`: as the error says."""
+
+    def __init__(self, as_parameter: bool) -> None:
+        super().__init__()
+        self.product = nn.Linear(8, 8)
+        if as_parameter:
+            self.memory = nn.Parameter(torch.ones(8))
+        else:
+            self.register_buffer("memory", torch.ones(8, requires_grad=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.product(x) * self.memory).square().mean()
+
+
+def test_a_buffer_that_would_lose_its_gradient_is_named() -> None:
+    x = (torch.randn(4, 8),)
+    for made in (autopar.plan, autopar.verify):
+        with pytest.raises(ValueError, match=r"^memory is a buffer that requires a gradient.*make it an nn\.Parameter"):
+            made(Remembered(as_parameter=False), {"dp": 2}, x, hardware="cpu")
+    parity = autopar.verify(Remembered(as_parameter=True), {"dp": 2}, x, hardware="cpu")
+    assert parity.ok
+    assert ("gradient", "memory") in {(tensor.kind, tensor.name) for tensor in parity.tensors}
+    model = Remembered(as_parameter=True)
+    model.register_buffer("alias", model.memory)  # a parameter under another name
+    autopar.plan(model, {"dp": 2}, x, hardware="cpu")
+
+
 def test_a_budget_may_be_written_as_a_float() -> None:
     assert Options(memory_budget=80e9).memory_budget == 80_000_000_000  # type: ignore[arg-type]
     assert isinstance(Options(memory_budget=80e9).memory_budget, int)  # type: ignore[arg-type]
