@@ -46,6 +46,7 @@ class Runtime:
     `accelerated`: whether our `Accelerator` has prepared the module; `accelerating`: whether it is about to.
     `steps` counts training calls, for random ops. `executables` has, per kind of call, one for each kind of values
     that the model reads of its modules and inputs, the last used first. `gather` makes inputs whole; None: they are.
+    `of_arrived`: executables with a backward of some of their outputs, by these.
     `bindings`, `settings` and `checked`: what `step.bound`, `settings.hold` and `parameters.checked` found out that
     holds for the next call too. `seen` has buffers that are read as numbers, and `held`, by program, as they were when
     it was found to fit.
@@ -68,6 +69,7 @@ class Runtime:
     unreduced: dict[int, tuple[Executable, Unreduced, list[torch.dtype]]] = field(default_factory=dict)
     executables: dict[Any, list[Executable]] = field(default_factory=dict)
     with_all: dict[int, Executable] = field(default_factory=dict)
+    of_arrived: dict[tuple[int, frozenset[str]], Executable] = field(default_factory=dict)
     bindings: dict[int, tuple[Executable, Any]] = field(default_factory=dict)
     settings: dict[int, Any] = field(default_factory=dict)
     seen: dict[str, Seen] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from autopar import stored
 from autopar.gradient import Gradient
 from autopar.held import hold, reduced
 from autopar.parameters import Checked
-from autopar.runtime import Executable, Runtime, device_of, has_gradients
+from autopar.runtime import Executable, Runtime, has_gradients
 from autopar.together import watch
 from passes.autocast import autocast_as
 from passes.errors import PlanMismatchError
@@ -52,8 +52,6 @@ class Binding:
     outputs: tuple[str, ...]
     """Names of the outputs; of those that are one scalar, the one that has the tangent."""
     tangents: frozenset[str]
-    reached: Mapping[str, frozenset[str]]
-    """Per gradient: the tangents that it follows from."""
     parted: frozenset[str]
     """Inputs that the batch splits."""
 
@@ -105,10 +103,11 @@ class Step:
         None, too, where what arrived does not depend on it: an optimizer leaves such a parameter as it is.
         """
         tangents = _tangents(self.runtime, executable.local, arrived, factor)
+        executable = _of_arrived(self.runtime, executable, arrived.keys())
         with autocast_as(None):
-            return self._gradients(executable, saved, tangents, arrived.keys())
+            return self._gradients(executable, saved, tangents)
 
-    def _gradients(self, executable: Executable, saved: Any, tangents: Any, arrived: Set[str]) -> dict[str, Any]:
+    def _gradients(self, executable: Executable, saved: Any, tangents: Any) -> dict[str, Any]:
         lowered, runtime = executable.lowered, self.runtime
         binding = _binding(runtime, executable)
         held = not runtime.syncs or bool(runtime.unreduced)
@@ -118,9 +117,6 @@ class Step:
         else:
             values = lowered.backward(saved, tangents)
         found = dict(zip(binding.gradients, values, strict=True))
-        if binding.tangents - arrived:
-            apart = [name for name, from_ in binding.reached.items() if from_ and not from_ & arrived]
-            found.update(dict.fromkeys(apart))
         if held and runtime.syncs:
             for name, value in reduced(runtime).items():
                 known = found.get(name)
@@ -214,23 +210,24 @@ def _bind(runtime: Runtime, local: LocalProgram) -> Binding:
         gradients=tuple(output.name for output in local.outputs if output.kind == "gradient"),
         outputs=tuple(of_one.get(name, name) for name in names),
         tangents=asked,
-        reached=_reached(local.program),
         parted=frozenset(i.name for i in local.program.inputs if i.kind == "input" and i.batch_dim is not None),
     )
 
 
-def _reached(program: Program) -> dict[str, frozenset[str]]:
-    """Per gradient: the tangents that it follows from."""
-    nothing: frozenset[str] = frozenset()
-    graph = program.graph.graph
-    placeholders = zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)
-    found = {node: frozenset({given.name}) for node, given in placeholders if given.kind == "tangent"}
-    for node in graph.nodes:
-        if any(each in found for each in node.all_input_nodes):
-            found[node] = nothing.union(*(found.get(each, nothing) for each in node.all_input_nodes))
-    nodes: Any = graph.output_node().args[0]
-    outputs = zip(program.outputs, nodes, strict=True)
-    return {output.name: found.get(node, nothing) for output, node in outputs if output.kind == "gradient"}
+def _of_arrived(runtime: Runtime, executable: Executable, arrived: Set[str]) -> Executable:
+    """The executable with a backward of what arrived alone, where that is not all that has tangents; made once.
+
+    It takes what the forward saved: only the backward is another.
+    """
+    if _binding(runtime, executable).tangents <= arrived:
+        return executable
+    key = id(executable), frozenset(arrived)
+    known = runtime.of_arrived.get(key)
+    if known is None or known.local is not executable.local:
+        make = executable.lowered.of_arrived
+        assert make is not None
+        known = runtime.of_arrived[key] = replace(executable, lowered=make(frozenset(arrived)))
+    return known
 
 
 def _number(value: int, device: torch.device) -> torch.Tensor:
@@ -290,7 +287,8 @@ class Differentiable(torch.autograd.Function):
             return (None,) * (1 + len(step.differentiable))
         with watch().watching():
             syncs = step.runtime.syncs
-            watch().doing(lambda: f"a backward that {'exchanges gradients' if syncs else 'exchanges no gradients'}")
+            given = [gradient is not None for gradient in gradients]
+            watch().doing(lambda: _in_words(step.binding, given, syncs))
             return Differentiable._backward(ctx, step, gradients)
 
     @staticmethod
@@ -314,6 +312,13 @@ class Differentiable(torch.autograd.Function):
             # That program averages over the batch's ranks what each brings; these are gradients of one global value.
             found = step.gradients(other, saved, arrived, runtime.batch.count)
         return None, *_as_stored(step, found), *_of_inputs(step, found)
+
+
+def _in_words(binding: Binding, given: Sequence[bool], syncs: bool) -> str:
+    """What tells backwards apart that ranks have in common."""
+    there = {name for name, arrived in zip(binding.outputs, given, strict=True) if arrived}
+    of = "" if there == binding.tangents else f" of {' and '.join(map(repr, sorted(there)))} alone"
+    return f"a backward{of} that {'exchanges gradients' if syncs else 'exchanges no gradients'}"
 
 
 def _versions(step: Step) -> list[int]:
@@ -357,17 +362,14 @@ def _one_name(program: Program, asked: Collection[str]) -> dict[str, str]:
 def _tangents(
     runtime: Runtime, local: LocalProgram, arrived: Mapping[str, torch.Tensor], factor: int
 ) -> list[torch.Tensor]:
-    """One per tangent placeholder: this rank's part of what arrived, or zeros; times `factor` what the batch splits."""
+    """This rank's part of each tangent that arrived, in the program's order; times `factor` what the batch splits."""
     split = {entry.name for entry in local.program.inputs if entry.kind == "tangent" and entry.batch_dim is not None}
     result = []
-    for entry, node in zip(local.inputs, local.graph.graph.find_nodes(op="placeholder"), strict=True):
-        if entry.kind != "tangent":
-            continue
-        value = arrived.get(entry.name)
+    for entry in local.inputs:
+        value = arrived.get(entry.name) if entry.kind == "tangent" else None
         if value is None:
-            fake = node.meta["val"]
-            value = torch.zeros(fake.shape, dtype=fake.dtype, device=device_of(runtime.mesh))
-        elif isinstance(value, DTensor):
+            continue
+        if isinstance(value, DTensor):
             layout = stored.placements(entry.storage, runtime.axis_sizes, entry.name)
             if tuple(value.placements) != layout:
                 value = value.redistribute(runtime.mesh, layout)

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd  # ops go to their kernels at once
 
+from passes.arrived import of_arrived
 from passes.booleans import as_bytes
 from passes.gloo import for_gloo, gloo_step
 from passes.layers import layer_patterns
@@ -83,6 +84,9 @@ class Lowered:
     bodies: int = 1
     """How many distinct graphs were compiled."""
     make_apart: Callable[[], Apart] | None = None
+    of_arrived: Callable[[frozenset[str]], Lowered] | None = None
+    """Given the outputs at which gradients arrived, not all that have tangents: the step whose backward takes these
+    tangents alone."""
 
     @property
     def outputs(self) -> int:
@@ -167,10 +171,48 @@ def lower(
     run.compile_all(halves, rank)
     forward = run(halves.forward, backward=False)
     backward = None if halves.backward is None else run(halves.backward, backward=True)
-    make_apart = None
-    if halves.backward is not None:
-        make_apart = functools.cache(functools.partial(run.apart, halves.backward, owned, fixed))
-    return Lowered(halves, forward, backward, strides, len(run.bodies), make_apart)
+    if halves.backward is None:
+        return Lowered(halves, forward, backward, strides, len(run.bodies))
+    make_apart = functools.cache(functools.partial(run.apart, halves.backward, owned, fixed))
+    lowered = Lowered(halves, forward, backward, strides, len(run.bodies), make_apart)
+
+    names = [node.name for node in ordered]
+    given = zip(placeholders, local.inputs, strict=True)
+    of_tangents = {name: entry.name for name, entry in given if entry.kind == "tangent"}
+    program = local.program
+
+    def of_some(arrived: frozenset[str]) -> Lowered:
+        whole = halves.backward
+        assert whole is not None
+        gm = of_arrived(program, whole, of_tangents, arrived)
+        missing = {name for name, output in of_tangents.items() if output not in arrived}
+        there = [n.name for n in whole.graph.find_nodes(op="placeholder") if n.name not in missing]
+        wanted = [there.index(n.name) for n in gm.graph.find_nodes(op="placeholder")]
+
+        def apart() -> Apart:
+            made = run.apart(gm, owned, fixed)
+            return replace(made, first=_of_these(made.first, wanted))
+
+        return replace(
+            lowered,
+            call_backward=_of_these(run(gm, backward=True), wanted),
+            strides=tuple(stride for name, stride in zip(names, strides, strict=True) if name not in missing),
+            make_apart=functools.cache(apart),
+            of_arrived=None,
+        )
+
+    return replace(lowered, of_arrived=functools.cache(of_some))
+
+
+def _of_these(run: Boxed, wanted: Sequence[int]) -> Boxed:
+    """`run` of some of the values that it is given; it empties their list."""
+
+    def picking(values: list[torch.Tensor]) -> Any:
+        some = [values[index] for index in wanted]
+        values.clear()
+        return run(some)
+
+    return picking
 
 
 def _layers(local: LocalProgram) -> Callable[[str], str]:

@@ -67,7 +67,7 @@ def split(local: LocalProgram) -> Halves:
     if misplaced := [node.name for node in outputs if node in backward]:
         raise AssertionError(f"outputs {misplaced} depend on tangents")
     if not gradients:
-        forward = _extract(local.graph, inputs, outputs, frozenset(), {})
+        forward = extract(local.graph, inputs, outputs, frozenset(), {})
         return Halves(_with_copies(forward, memories), None, len(outputs), ())
 
     of_parameters = parameter_chain(graph, constants)
@@ -77,10 +77,10 @@ def split(local: LocalProgram) -> Halves:
     kept = _kept(demands, of_parameters, twins.keys())
     saved_inputs = [p for p in inputs if p in kept]
     saved = [node for node in graph.nodes if node in kept and node.op != "placeholder"]
-    forward = _extract(local.graph, inputs, [*outputs, *saved], frozenset(), {})
+    forward = extract(local.graph, inputs, [*outputs, *saved], frozenset(), {})
     return Halves(
         _with_copies(forward, memories),
-        _with_own_results(_extract(local.graph, [*saved_inputs, *saved, *tangents], gradients, backward, twins)),
+        with_own_results(extract(local.graph, [*saved_inputs, *saved, *tangents], gradients, backward, twins)),
         len(outputs),
         tuple(inputs.index(p) for p in saved_inputs),
     )
@@ -178,7 +178,7 @@ def _twins(graph: fx.Graph, of_parameters: frozenset[fx.Node], backward: frozens
     return {node: again[text(node)] for node in waits if node not in backward and text(node) in again}
 
 
-def _extract(
+def extract(
     owner: fx.GraphModule,
     inputs: Sequence[fx.Node],
     outputs: Sequence[Any],
@@ -252,7 +252,7 @@ def _giving(gm: fx.GraphModule, results: Sequence[Any]) -> fx.GraphModule:
     return gm
 
 
-def _with_own_results(gm: fx.GraphModule) -> fx.GraphModule:
+def with_own_results(gm: fx.GraphModule) -> fx.GraphModule:
     """`gm` with a copy of each result whose memory an input, or a result before it, has too.
 
     Gradients are changed in place, each by itself: added to, clipped. Two biases whose outputs are added have one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -417,6 +418,64 @@ def _alternating(rank: int, ranks: int) -> None:
 
 def test_a_loss_leaves_what_it_does_not_depend_on() -> None:
     run_ranks(_alternating, 2)
+
+
+class _Overflowing(nn.Module):
+    """Of its scalars the second has infinite derivatives, and both meet in sums over ranks; none is called loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.other = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.up(x).relu()
+        y, z = self.down(h), self.other(h)
+        return {"mse": y.square().mean(), "exponent": (1e4 * z).exp().mean() + y.square().mean().add(200).exp()}
+
+
+class _Beside(_Overflowing):
+    """The same, with what may be differentiated instead."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.up(x).relu()
+        return {"loss": (1e4 * self.other(h)).exp().mean(), "hidden": self.down(h)}
+
+
+def _one_of_several(rank: int, ranks: int) -> None:
+    torch.manual_seed(0)
+    whole = torch.randn(2 * ranks, 8)
+    eager = _Overflowing()
+    beside = _Beside()
+    beside.load_state_dict(eager.state_dict())
+    options = autopar.Options(compile=False, progress=False)
+    for axis, part in (("dp", slice(2 * rank, 2 * rank + 2)), ("tp", slice(None))):
+        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=(axis,))
+        model = autopar.parallelize(eager, mesh, (whole[part],), strategy="megatron", options=options)
+        for apart in (False, True):  # a micro-batch whose gradients are held back, then one that exchanges them
+            with model.no_sync() if apart else contextlib.nullcontext():
+                model(whole[part])["mse"].backward()
+            if apart:
+                model(whole[part])["mse"].backward()
+            _compare_with(model, eager, lambda m, times=1 + apart: (times * m(whole)["mse"]).backward())
+        other = autopar.parallelize(beside, mesh, (whole[part],), strategy="megatron", options=options)
+        other(whole[part])["hidden"].full_tensor().square().mean().backward()
+        _compare_with(other, beside, lambda m: m(whole)["hidden"].square().mean().backward())
+
+
+def _compare_with(model: nn.Module, eager: nn.Module, backward: Callable[[nn.Module], None]) -> None:
+    """Gradients of `model` with those that `backward` leaves in `eager`; both are cleared."""
+    backward(eager)
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if q.grad is not None:
+            assert isinstance(p.grad, DTensor)
+            assert_near(p.grad.full_tensor(), q.grad, name)
+    model.zero_grad()
+    eager.zero_grad()
+
+
+def test_backward_through_one_of_several_outputs() -> None:
+    run_ranks(_one_of_several, 2)
 
 
 def _refused(rank: int, ranks: int) -> None:
