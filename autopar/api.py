@@ -227,7 +227,7 @@ def _captured(
         backward=backward, precision=job.precision,
     )  # fmt: skip
     check_apart(job.overlaps, program)
-    return program
+    return replace(program, notes=(*program.notes, *whole.notes))
 
 
 def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Smaller:

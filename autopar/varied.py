@@ -57,7 +57,7 @@ def varied_batch(
     whole = global_inputs(args, kwargs, ways, batch_dims)
     leaves, spec, names = flatten_inputs(args, kwargs)
     random = torch.Generator().manual_seed(seed)
-    notes: list[str] = []
+    notes = list(whole.notes)
     own = [
         _with_values(name, leaf, vocabulary, random) if isinstance(leaf, Tensor) else leaf
         for name, leaf in zip(names, leaves, strict=True)

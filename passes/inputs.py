@@ -30,6 +30,8 @@ class GlobalInputs:
     batch_size: int
     batch_dims: tuple[int | None, ...]
     """For each pytree leaf of `(args, kwargs)`, the dim that the batch axes split; None: every rank has the same."""
+    notes: tuple[str, ...] = ()
+    """Of what was guessed and may be otherwise."""
 
 
 def global_inputs(
@@ -66,7 +68,14 @@ def global_inputs(
     dims = [d if d is None or d >= 0 else d + leaf.dim() for d, leaf in zip(dims, leaves, strict=True)]
     tiled = [leaf if d is None else _tile(leaf, ways, d) for leaf, d in zip(leaves, dims, strict=True)]
     new_args, new_kwargs = pytree.tree_unflatten(tiled, spec)
-    return GlobalInputs(new_args, new_kwargs, batch * ways, tuple(dims))
+    guessed = [(n, leaf, d) for n, leaf, d in zip(names, leaves, dims, strict=True) if d is not None and n not in given]
+    notes = [
+        f"input {name!r} was taken for {leaf.shape[dim] // batch} rows per sample; where all samples share it, say "
+        f"Options(batch_dims={{{name!r}: None}})"
+        for name, leaf, dim in guessed
+        if ways > 1 and leaf.shape[dim] > batch
+    ]
+    return GlobalInputs(new_args, new_kwargs, batch * ways, tuple(dims), tuple(notes))
 
 
 def smaller_inputs(

@@ -70,6 +70,30 @@ def test_a_table_taken_for_rows_of_the_batch_is_named_where_forward_fails() -> N
     assert "rows per sample" not in str(raised.value)
 
 
+def test_rows_that_may_be_of_all_samples_are_noted() -> None:
+    class Nearest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, protos: torch.Tensor) -> torch.Tensor:
+            return (self.up(x) @ protos.t()).logsumexp(-1).mean()
+
+    def noted(ranks: int, rows: int, **options: object) -> list[str]:
+        call = {"x": torch.zeros(2, 8), "protos": torch.zeros(rows, 8)}
+        asked = autopar.Options(**options)  # type: ignore[arg-type]
+        plan = autopar.plan(Nearest(), {"dp": ranks}, call, strategy="ddp", hardware="cpu", options=asked)
+        return [note for note in plan.notes if "protos" in note]
+
+    assert noted(2, 6) == [
+        "input 'protos' was taken for 3 rows per sample; where all samples share it, say "
+        "Options(batch_dims={'protos': None})"
+    ]
+    assert noted(1, 6) == noted(2, 2) == []
+    for said in ({"protos": None}, {"x": 0, "protos": 0}):
+        assert not noted(2, 6, batch_dims=said)
+
+
 def test_positions_as_many_as_samples_are_named_where_forward_fails() -> None:
     class Positioned(nn.Module):
         def __init__(self) -> None:

@@ -57,10 +57,11 @@ def captured(
     progress("capturing the model")
     args, kwargs = examples.on_cpu(call)
     whole = global_inputs(args, kwargs, meshes.batch_ranks(axes, batch_axes), options.batch_dims)
-    return planning.captured(
+    program = planning.captured(
         skeleton(model), whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size,
         precision=precision_of(options.mp_policy),
     )  # fmt: skip
+    return replace(program, notes=(*program.notes, *whole.notes))
 
 
 def planned(
