@@ -46,6 +46,8 @@ class Binding:
     """Outputs and new buffers."""
     returned: tuple[tuple[Any, tuple[int, ...]] | None, ...]
     """Per output: the spec of the DTensor it becomes and the shape of its part, None for a plain tensor."""
+    kept: tuple[bool, ...]
+    """Per output and new buffer: whether it is in memory that the backward reads."""
     constant: tuple[bool, ...]
     """Per output: whether it has no gradient."""
     gradients: tuple[str, ...]
@@ -79,23 +81,29 @@ class Step:
         """The buffers as the step reads them."""
         return {entry.name: self.values[place] for place, entry in self.binding.others if entry.kind == "buffer"}
 
-    def run(self) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
-        """Outputs as the caller gets them, and what the backward needs; new buffers are written back."""
+    def run(self) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...], list[torch.Tensor]]:
+        """Outputs as the caller gets them, what the backward needs, and the DTensors of the outputs among that.
+
+        New buffers are written back.
+        """
         with autocast_as(None):
             results, saved = self.executable.lowered.forward(self.values)
         outputs: list[torch.Tensor] = []
+        shared: list[torch.Tensor] = []
         returned = iter(self.binding.returned)
         with torch.no_grad():
-            for value, output in zip(results, self.binding.results, strict=True):
+            for value, output, kept in zip(results, self.binding.results, self.binding.kept, strict=True):
                 if output.kind == "buffer":
                     _write(self.runtime, output.name, value)
                     continue
                 if (of := next(returned)) is not None:
                     spec, mine = of
-                    value = stored.distributed(stored.unpad(value.contiguous(), mine), spec)
+                    part = stored.unpad(value.contiguous(), mine)
+                    kept, value = kept and part is value, stored.distributed(part, spec)
+                    shared += [value] * kept
                 # A model may return one tensor under two names; autograd tells outputs apart by the tensor.
                 outputs.append(value.detach() if any(value is other for other in outputs) else value)
-        return outputs, saved
+        return outputs, saved, shared
 
     def gradients(self, executable: Executable, saved: Any, arrived: Mapping[str, torch.Tensor], factor: int) -> Any:
         """Local gradients by name; the parameters' still padded. None where ranks are yet to exchange it.
@@ -177,12 +185,13 @@ def _binding(runtime: Runtime, executable: Executable) -> Binding:
     """The executable's, made once."""
     known = runtime.bindings.get(id(executable))
     if known is None:
-        known = runtime.bindings[id(executable)] = executable, _bind(runtime, executable.local)
+        made = _bind(runtime, executable.local, executable.lowered.halves.kept)
+        known = runtime.bindings[id(executable)] = executable, made
     found: Binding = known[1]
     return found
 
 
-def _bind(runtime: Runtime, local: LocalProgram) -> Binding:
+def _bind(runtime: Runtime, local: LocalProgram, kept: tuple[bool, ...]) -> Binding:
     sizes = runtime.axis_sizes
     number = {name: index for index, name in enumerate(runtime.specs)}
     changed = frozenset(output.name for output in local.outputs if output.kind == "buffer")
@@ -206,6 +215,7 @@ def _bind(runtime: Runtime, local: LocalProgram) -> Binding:
         written=tuple(place for place, entry in parameters if entry.name in changed),
         results=results,
         returned=_returned(runtime, local),
+        kept=kept,
         constant=tuple(not output.requires_grad for output in declared),
         gradients=tuple(output.name for output in local.outputs if output.kind == "gradient"),
         outputs=tuple(of_one.get(name, name) for name in names),
@@ -267,11 +277,13 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, *differentiable: Any) -> tuple[torch.Tensor, ...]:
-        outputs, saved = step.run()
+        outputs, saved, shared = step.run()
         ctx.step = step
         ctx.versions = _versions(step)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
+        # Ops on a DTensor do not count as writes to its part: autograd has to see the DTensor too.
+        ctx.save_for_backward(*saved, *shared)
+        ctx.saved = len(saved)
         ctx.mark_non_differentiable(*(o for o, c in zip(outputs, step.binding.constant, strict=True) if c))
         return tuple(outputs)
 
@@ -299,7 +311,7 @@ class Differentiable(torch.autograd.Function):
             if gradient is not None:
                 arrived[name] = arrived[name] + gradient if name in arrived else gradient
         if arrived.keys() <= binding.tangents:
-            saved = list(ctx.saved_tensors)
+            saved = list(ctx.saved_tensors[: ctx.saved])
             _check_unchanged(step, ctx.versions, saved)
             if (clear := getattr(ctx, "maybe_clear_saved_tensors", None)) is not None:
                 clear()

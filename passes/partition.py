@@ -47,6 +47,13 @@ class Halves:
         """The forward's nodes whose values the backward keeps."""
         return _results(self.forward)[self.outputs :]
 
+    @property
+    def kept(self) -> tuple[bool, ...]:
+        """Of each of the outputs and new buffers: whether it is in memory that the backward keeps."""
+        inputs = self.forward.graph.find_nodes(op="placeholder")
+        bases = {*map(base_of, self.saved), *(inputs[index] for index in self.saved_inputs)}
+        return tuple(base_of(node) in bases for node in _results(self.forward)[: self.outputs])
+
 
 def split(local: LocalProgram) -> Halves:
     """Forward and backward of `local`; the graph of `local` is left as it is."""

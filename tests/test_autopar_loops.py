@@ -274,6 +274,45 @@ def test_all_changed_before_backward() -> None:
     run_ranks(_all_changed_before_backward, 2)
 
 
+class _Shown(nn.Module):
+    """Beside a loss what its backward reads (`hidden`), and what it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = nn.functional.gelu(self.up(x))
+        y = self.down(hidden)
+        return {"loss": (y - x).sin().mean(), "hidden": hidden, "y": y, "copy": hidden.clone()}
+
+
+def _outputs_changed_before_backward(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    eager, x = _Shown(), torch.randn(8, 6)
+    options = autopar.Options(compile=False, progress=False, recompute="none")
+    model = autopar.parallelize(eager, mesh, (x.chunk(ranks)[rank],), options=options)
+    for name in ("hidden", "y", "copy"):
+        for each, given in ((eager, x), (model, x.chunk(ranks)[rank])):
+            out = each(given)
+            with torch.no_grad():
+                out[name].zero_()
+            read = pytest.raises(RuntimeError, match="modified by an inplace operation")
+            with read if name == "hidden" else contextlib.nullcontext():
+                out["loss"].backward()
+        if name != "hidden":
+            for (of, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+                assert isinstance(p.grad, DTensor)
+                assert_near(p.grad.full_tensor(), q.grad, f"{of} with {name} changed")
+        model.zero_grad()
+        eager.zero_grad()
+
+
+def test_outputs_changed_before_backward() -> None:
+    run_ranks(_outputs_changed_before_backward, 2)
+
+
 def _shifted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args, {"x": kwargs["x"] + 1}
 
