@@ -175,33 +175,36 @@ def lower(
         return Lowered(halves, forward, backward, strides, len(run.bodies))
     make_apart = functools.cache(functools.partial(run.apart, halves.backward, owned, fixed))
     lowered = Lowered(halves, forward, backward, strides, len(run.bodies), make_apart)
-
-    names = [node.name for node in ordered]
-    given = zip(placeholders, local.inputs, strict=True)
-    of_tangents = {name: entry.name for name, entry in given if entry.kind == "tangent"}
-    program = local.program
-
-    def of_some(arrived: frozenset[str]) -> Lowered:
-        whole = halves.backward
-        assert whole is not None
-        gm = of_arrived(program, whole, of_tangents, arrived)
-        missing = {name for name, output in of_tangents.items() if output not in arrived}
-        there = [n.name for n in whole.graph.find_nodes(op="placeholder") if n.name not in missing]
-        wanted = [there.index(n.name) for n in gm.graph.find_nodes(op="placeholder")]
-
-        def apart() -> Apart:
-            made = run.apart(gm, owned, fixed)
-            return replace(made, first=_of_these(made.first, wanted))
-
-        return replace(
-            lowered,
-            call_backward=_of_these(run(gm, backward=True), wanted),
-            strides=tuple(stride for name, stride in zip(names, strides, strict=True) if name not in missing),
-            make_apart=functools.cache(apart),
-            of_arrived=None,
-        )
-
+    of_some = functools.partial(_of_some, lowered, local, run, halves.backward, owned, fixed)
     return replace(lowered, of_arrived=functools.cache(of_some))
+
+
+def _of_some(
+    lowered: Lowered, local: LocalProgram, run: _Runner, whole: fx.GraphModule, owned: Sequence[bool],
+    fixed: AbstractSet[str], arrived: frozenset[str],
+) -> Lowered:  # fmt: skip
+    """`lowered` with a backward of the outputs `arrived` alone in the place of `whole`."""
+    placeholders = [node.name for node in local.graph.graph.find_nodes(op="placeholder")]
+    given = zip(placeholders, local.inputs, strict=True)
+    tangents = {name: entry.name for name, entry in given if entry.kind == "tangent"}
+    gm = of_arrived(local.program, whole, tangents, arrived)
+    missing = {name for name, output in tangents.items() if output not in arrived}
+    there = [n.name for n in whole.graph.find_nodes(op="placeholder") if n.name not in missing]
+    wanted = [there.index(n.name) for n in gm.graph.find_nodes(op="placeholder")]
+    first = len(lowered.strides) - len(tangents)
+    of_tangents = zip(tangents, lowered.strides[first:], strict=True)
+
+    def apart() -> Apart:
+        made = run.apart(gm, owned, fixed)
+        return replace(made, first=_of_these(made.first, wanted))
+
+    return replace(
+        lowered,
+        call_backward=_of_these(run(gm, backward=True), wanted),
+        strides=(*lowered.strides[:first], *(stride for name, stride in of_tangents if name not in missing)),
+        make_apart=functools.cache(apart),
+        of_arrived=None,
+    )
 
 
 def _of_these(run: Boxed, wanted: Sequence[int]) -> Boxed:
