@@ -11,6 +11,8 @@ wakes a thread that waits in gloo.
     making      the half that a rank makes a program for; one that runs a known program in that half has other inputs
     doing       what a rank that waits runs in this half, and ran in the last ones; others run something else by mistake
 
+Where nothing failed and a rank does not come, as one that has fewer batches, one of those who wait says so.
+
 A healthy step costs no message, unless it takes longer than `PATIENCE_S`. Halves (a forward, a backward) have numbers,
 equal on all ranks, as all ranks take the same steps. A failure that this rank had too in that half (a mistake that all
 ranks made) is none of its business.
@@ -59,7 +61,7 @@ class Failure:
 class Watch:
     """The halves of steps that this rank goes through, and what the others say of theirs.
 
-    `end`: ends this process, which waits for a rank that will not come.
+    `end`: ends this process, which waits for a rank that will not come. `say`: tells the user what it waits for.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Watch:
         patience_s: float = PATIENCE_S,
         grace_s: float = GRACE_S,
         end: Callable[[str], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.store = store
         self.rank = rank
@@ -78,6 +81,7 @@ class Watch:
         self.patience_s = patience_s
         self.grace_s = grace_s
         self.end = end or _end
+        self.say = say or _say
         self.half = 0
         self.since_s: float | None = None
         self.making = False
@@ -193,6 +197,7 @@ class Watch:
 
     def _look(self) -> None:
         known: tuple[int, float] | None = None
+        said = 0
         while not self._stopped.wait(min(1.0, self.patience_s)):
             half, since_s = self.half, self.since_s
             if since_s is None or time.monotonic() - since_s < self.patience_s:
@@ -204,6 +209,10 @@ class Watch:
                 other = self.another()
             if other is None or self.half != half or self.since_s is None:
                 known = None
+                waited_s = time.monotonic() - since_s
+                if said != half == self.half and not self.making and waited_s > self.patience_s + self.grace_s:
+                    said = half
+                    self._say_who_is_missing(half, waited_s)
             elif known is None or known[0] != half:
                 known = (half, time.monotonic())
             elif time.monotonic() - known[1] > self.grace_s:
@@ -242,9 +251,31 @@ class Watch:
                     )
                     return
 
+    def _say_who_is_missing(self, half: int, waited_s: float) -> None:
+        """Of the ranks that wait, the first says which have not come to this half."""
+        there = {self.rank}
+        with contextlib.suppress(RuntimeError):
+            for rank in range(self.ranks):
+                key = f"{_PREFIX}/doing/{rank}"
+                if rank != self.rank and self.store.check([key]) and str(half) in json.loads(self.store.get(key)):
+                    there.add(rank)
+        missing = [str(rank) for rank in range(self.ranks) if rank not in there]
+        if missing and self.rank == min(there):
+            what = next((words() for at, words in self.recent if at == half), "a step")
+            shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+            who = f"rank {shown} has" if len(missing) == 1 else f"ranks {shown} have"
+            self.say(
+                f"rank {self.rank} has waited {waited_s:.0f} s in {what}, to which {who} not come: all ranks have to "
+                "make the same calls, with as many batches each"
+            )
+
 
 def _of_a_collective(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_A_COLLECTIVE)
+
+
+def _say(text: str) -> None:
+    print(f"autopar: {text}", file=sys.stderr, flush=True)
 
 
 def _end(text: str) -> None:

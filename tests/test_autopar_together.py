@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import re
 import sys
 import time
@@ -284,6 +285,32 @@ def test_a_rank_that_is_stuck_a_half_later_is_told_of_its_other_call(second: str
         assert all("rank 1 runs evaluates where rank 0 runs trains" in text or
                    "rank 0 runs trains where rank 1 runs evaluates" in text for text in told)  # fmt: skip
         assert told
+
+
+def test_who_waits_says_once_who_has_not_come() -> None:
+    """Rank 1 is out of batches; rank 2 comes, and leaves it to rank 0 to tell."""
+    store, said = _Store(), {rank: list[str]() for rank in range(3)}
+    watches = [
+        Watch(store, rank, 3, patience_s=0.05, grace_s=1.0, end=lambda text: None, say=said[rank].append)
+        for rank in range(3)
+    ]
+    with watches[0].watching(), watches[2].watching():
+        for each in (watches[0], watches[2]):
+            each.doing(lambda: "a training forward")
+        time.sleep(2.0)
+    assert not said[1]
+    assert not said[2]
+    (text,) = said[0]
+    assert re.match(r"rank 0 has waited \d+ s in a training forward, to which rank 1 has not come", text)
+    with watches[1].watching():
+        pass
+    with contextlib.ExitStack() as all_come:
+        for each in watches:
+            all_come.enter_context(each.watching())
+            each.doing(lambda: "a backward")
+        time.sleep(2.0)
+    assert len(said[0]) == 1
+    assert not said[1]
 
 
 def test_an_error_outside_a_step_is_told_as_the_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
