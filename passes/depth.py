@@ -147,7 +147,7 @@ def _alive(found: dict[str, float], schedule: Schedule) -> None:
 
 
 def _entered(schedule: Schedule) -> list[float]:
-    """When backward enters each repeated layer, from the last one to the first.
+    """When backward first enters each repeated layer, from the last one to the first.
 
     What backward computes again of all layers may come before the loss, in forward's order (scales made of weights):
     that is no backward of theirs.
@@ -161,7 +161,10 @@ def _entered(schedule: Schedule) -> list[float]:
     if visits and order and visits[0][0] != order[-1]:
         last = [i for i, (layer, _) in enumerate(visits) if layer == order[-1]]
         visits = visits[last[0] + 1 if len(last) > 1 else 0 :]
-    return [start for _, start in visits]
+    firsts: dict[str, float] = {}
+    for layer, start in visits:
+        firsts.setdefault(layer, start)
+    return list(firsts.values())
 
 
 def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from autopar.shallow import Prefix, Shallow, _depths, shallow
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
 from passes.depth import PLACES, Profile
+from passes.recompute import Mode
 from passes.setup import Setup
 
 LAYERS = 9
@@ -156,6 +157,22 @@ def test_scales_computed_again_before_the_loss_are_no_layers_backward() -> None:
     )  # fmt: skip
     assert planned.recompute == "pointwise"
     assert found.peak_bytes == pytest.approx(planned.peak_memory_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_peak_is_at_one_of_the_places(recompute: Mode) -> None:
+    """As a plan has it: 4 layers whose backward outweighs the loss, played whole. In full recompute ops of no layer
+    (the rotary angles') stand between those of the last one."""
+    model, setup = llama(4, 128), Setup(dp_shard=2, micro_batch=16, recompute=recompute)
+    captures = Captures(model, inputs)
+    assert captures.shallow.layers == 0
+    found = Profiler(captures, hardware("h100"), OPTIMIZERS["adamw-master"]).profile(setup, replica=False)
+    sample = torch.empty(16, 512, dtype=torch.long, device="meta")
+    planned = autopar.plan(
+        model, {"dp_shard": 2}, {"input_ids": sample, "labels": sample}, strategy="fsdp", hardware="h100",
+        options=autopar.Options(optimizer="adamw-master", recompute=recompute),
+    )  # fmt: skip
+    assert found.peak_bytes == pytest.approx(planned.peak_memory_bytes, rel=1e-3)
 
 
 class Weighed(nn.Module):
