@@ -157,6 +157,8 @@ class Hardware:
     host_bytes_per_s: float = 200e9
     """What the CPUs of a node stream together in an optimizer's update. 8 channels of DDR4-3200 are 205 GB/s a socket,
     and Adam's many streams reach about half of the two sockets' peak."""
+    hosts_per_node: int = 1
+    """Hosts whose CPUs these are, each with as many of a node's ranks: of a rack several."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.device, self.ranks_per_node))

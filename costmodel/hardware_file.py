@@ -104,8 +104,9 @@ def hardware_of(body: Any, where: str) -> Hardware:
     Raises:
         ValueError: a figure that is missing or makes no sense.
     """
-    if isinstance(body, dict):  # files that were written before there was this figure
-        body = {"host_bytes_per_s": Hardware.host_bytes_per_s, **body}
+    if isinstance(body, dict):  # files that were written before there were these figures
+        hosts = {"host_bytes_per_s": Hardware.host_bytes_per_s, "hosts_per_node": Hardware.hosts_per_node}
+        body = {**hosts, **body}
         if isinstance(body.get("device"), dict):
             body["device"] = {"step_error": Device.step_error, **body["device"]}
     parts = dict(_typed(body, Hardware, f"{where}: hardware"))

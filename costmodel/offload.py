@@ -11,13 +11,15 @@ from costmodel.hardware import Hardware
 
 
 def host_update_s(
-    parameters: float, hardware: Hardware, *, item_bytes: float = 2.0, state_bytes: float = 12.0
+    parameters: float, ranks: int, hardware: Hardware, *, item_bytes: float = 2.0, state_bytes: float = 12.0
 ) -> float:
-    """Seconds of an update of `parameters` elements per rank on the host, every rank of a node at once.
+    """Seconds of an update of `parameters` elements on each of `ranks` ranks, those of a host at once.
 
     Transfers overlap the CPU's work (buckets flow through), so the longer of the two counts, and one way of the other.
     """
     pcie_s = parameters * item_bytes / hardware.pcie_bytes_per_s
     moved = parameters * (item_bytes + 2 * (item_bytes + state_bytes))
-    cpu_s = moved * hardware.ranks_per_node / hardware.host_bytes_per_s
+    hosts = hardware.hosts_per_node
+    on_a_host = min(ranks, max(1, hardware.ranks_per_node // hosts))
+    cpu_s = moved * on_a_host * hosts / hardware.host_bytes_per_s
     return max(cpu_s, pcie_s) + pcie_s

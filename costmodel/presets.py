@@ -157,6 +157,7 @@ def _preset(name: str) -> Hardware:
         pcie_bytes_per_s=entry["pcie_bytes_per_s"][0],
         source="preset; see costmodel/data/hardware.json",
         host_bytes_per_s=entry.get("host_bytes_per_s", [Hardware.host_bytes_per_s])[0],
+        hosts_per_node=entry.get("hosts_per_node", [Hardware.hosts_per_node])[0],
     )
 
 

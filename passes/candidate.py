@@ -300,7 +300,7 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     bytes_ = at_rest(found, setup)
     peak = sharded_peak_bytes(found, _layer(setup, profiler, replica=False))
     if setup.offload:
-        seconds["optimizer"] = _host_update_s(whole["stored"], found, profiler)
+        seconds["optimizer"] = _host_update_s(setup, whole["stored"], found, profiler)
         peak -= bytes_.pop("optimizer")
     step = setup.accumulate * (micro_s + casts_s) + added_s + seconds["optimizer"]
     seconds["between"] = max(0.0, step - sum(seconds.values()))
@@ -442,10 +442,11 @@ def _added_s(setup: Setup, elements: float, found: Profile, hardware: Hardware) 
     return (setup.accumulate - 1) * addition_s(elements, item, setup.gradient_bytes, hardware.device)
 
 
-def _host_update_s(elements: float, found: Profile, profiler: Profiler) -> float:
-    """An update of so many parameters on the host, of the bytes that they and the optimizer's states have."""
+def _host_update_s(setup: Setup, elements: float, found: Profile, profiler: Profiler) -> float:
+    """An update of so many of a rank's parameters on its host, of the bytes that they and the optimizer's states
+    have."""
     item, states = (found.whole[name] / found.whole["stored"] for name in ("stored bytes", "states"))
-    return offload.host_update_s(elements, profiler.hardware, item_bytes=item, state_bytes=states)
+    return offload.host_update_s(elements, setup.ranks, profiler.hardware, item_bytes=item, state_bytes=states)
 
 
 def _state(
@@ -463,7 +464,7 @@ def _state(
     if setup.state != "zero0":
         update_s /= ranks
     if setup.offload:
-        update_s = _host_update_s(elements / (ranks if setup.state != "zero0" else 1), found, profiler)
+        update_s = _host_update_s(setup, elements / (ranks if setup.state != "zero0" else 1), found, profiler)
     if ranks == 1:
         return 0.0, 0.0, 0.0, update_s
     mesh = topology(hardware, {"pp": setup.pp, "dp": setup.data_ranks, "cp": setup.cp, "tp": setup.tp})

@@ -127,14 +127,18 @@ def test_a_pipeline_of_nothing_is_refused() -> None:
 
 
 def test_an_update_on_the_host_waits_for_the_slower_of_cpu_and_wire() -> None:
-    """A billion parameters on each of 8 ranks: 30 bytes each through the host's memory, 2 GB up and down the wire."""
+    """A billion parameters on each of the ranks, 8 a node: 30 bytes each through its memory, 2 GB up and down the
+    wire."""
     machine = hardware("h100")
-    cpu_s = 1e9 * (2 + 2 * 14) * 8 / 200e9
-    assert host_update_s(1e9, machine) == pytest.approx(cpu_s + 2e9 / 55.4e9)
+    for ranks, sharing in ((1, 1), (4, 4), (8, 8), (32, 8)):
+        cpu_s = 1e9 * (2 + 2 * 14) * sharing / 200e9
+        assert host_update_s(1e9, ranks, machine) == pytest.approx(cpu_s + 2e9 / 55.4e9)
 
 
 def test_a_rack_has_a_host_for_every_two_gpus() -> None:
     """64 of GB200: 32 CPUs of 512 GB/s, half of it reached, so that a rank has 128 GB/s of host memory."""
     machine = hardware("gb200")
     wire_s = 2e9 / machine.pcie_bytes_per_s
-    assert host_update_s(1e9, machine) == pytest.approx(30e9 / 128e9 + wire_s, rel=0.01)
+    for ranks in (2, 8, 64):
+        assert host_update_s(1e9, ranks, machine) == pytest.approx(30e9 / 128e9 + wire_s, rel=0.01)
+    assert host_update_s(1e9, 1, machine) == pytest.approx(30e9 / 256e9 + wire_s, rel=0.01)
