@@ -20,7 +20,7 @@ from costmodel.compute import addition_s
 from costmodel.hardware import Hardware, Topology, topology
 from costmodel.memory import OptimizerSpec
 from costmodel.token_exchange import token_exchange_s
-from passes.candidate_memory import at_rest, replicated_bytes, sharded_peak_bytes
+from passes.candidate_memory import at_rest, outside_elements, replicated_bytes, sharded_peak_bytes
 from passes.depth import Profile
 from passes.setup import Setup
 
@@ -342,7 +342,7 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     # the busiest stage's share of the parameters
     share = max(most, last) / layers
     tied = outside["tied"] if stages > 1 else 0.0  # on the first stage and on the last
-    elements = (found.layer("elements") * layers * share) + (outside["elements"] + tied) / min(stages, 2)
+    elements = found.layer("elements") * layers * share + outside_elements(setup, found)
     experts = found.layer("experts") * layers * share
     waits_s, behind_s, slowed_s, update_s = _state(setup, elements, experts, found, slowest_s, profiler)
     waits_s += _tied_s(setup, tied, hardware)

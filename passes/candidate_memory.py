@@ -64,14 +64,20 @@ def replicated_bytes(
 
 def _parameters(setup: Setup, found: Profile, elements: float, held: float) -> float:
     """What a rank holds, in the dtype of compute, with a share of all in that of storage where it is another; under
-    zero3 the share, and gathered what is of no layer and two layers, or all where nothing is freed."""
+    zero3 the share, and gathered what the stage has of no layer and two layers, or all where nothing is freed."""
     whole = found.whole
     item, stored_item = whole["bytes"] / whole["elements"], whole["stored bytes"] / whole["stored"]
     share = elements * stored_item / (setup.data_ranks * setup.cp)
     if setup.state == "zero3":
-        at_once = found.outside["elements"] + 2 * found.layer("elements")
+        at_once = outside_elements(setup, found) + 2 * found.layer("elements")
         return share + item * (min(elements, at_once) if setup.reshard else held)
     return held * item + (share if stored_item != item else 0.0)
+
+
+def outside_elements(setup: Setup, found: Profile) -> float:
+    """Parameters of no layer on one of the end stages: an embedding or a head, what is both on either."""
+    outside, ends = found.outside, min(setup.pp, 2)
+    return (outside["elements"] + (outside["tied"] if ends > 1 else 0.0)) / ends
 
 
 def _activations(setup: Setup, found: Profile, layers: tuple[int, int], *, whole_blocks: bool) -> tuple[float, float]:

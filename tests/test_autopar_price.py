@@ -234,6 +234,21 @@ def test_a_tied_embedding_lies_on_both_ends_of_a_pipeline() -> None:
     assert prices[True].seconds["exposed state"] == pytest.approx(4 * words * HIDDEN / wire, rel=0.25)
 
 
+def test_a_stage_gathers_what_it_has_outside_of_its_layers() -> None:
+    """ZeRO-3 on 2 stages x 2: of half of the layers and the embedding or the head a half, and gathered two layers and
+    that embedding or head."""
+    made = config()
+    made.vocab_size = 32000
+    with torch.device("meta"):
+        model = LlamaForCausalLM(made).to(torch.bfloat16)
+    words, layer = 32000 * HIDDEN, 4 * HIDDEN**2 + 3 * HIDDEN * FFN + 2 * HIDDEN
+    for stages in (2, 4):
+        setup = Setup(dp_shard=2, pp=stages, accumulate=8, state="zero3")
+        found = autopar.price(model, setup, "h100", sequence=LENGTH).bytes["parameters"]
+        stage = LAYERS // stages * layer + words
+        assert found == pytest.approx(2 * (stage / 2 + min(stage, words + 2 * layer)), rel=0.001)
+
+
 def test_what_was_measured_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ask = ["price", str(folder), "--gpus", "1", "--hardware", "h100", "--global-batch", "1", "--seq", "512"]
     step_s = told(capsys, *ask[1:])["step_time_s"]
