@@ -18,7 +18,7 @@ from autopar.subject import Subject, check_nodes, states_text, subject
 from costmodel.hardware import Hardware
 from costmodel.presets import hardware as hardware_of
 from costmodel.presets import stand_in_notes
-from passes.candidate import Estimate, estimate
+from passes.candidate import NO_LAYERS, Estimate, estimate
 from passes.collector import settled
 from passes.precision import Precision
 from passes.recompute import Mode
@@ -184,7 +184,7 @@ def _check_idle(setup: Setup) -> None:
 def _check_model(setup: Setup, asked: Subject) -> None:
     layers = asked.profiler.layers
     if setup.pp > 1 and not layers:
-        raise ValueError(f"pp is {setup.pp}, but no repeated layers were found, or too few to cut; pp=1 is priced")
+        raise ValueError(f"pp is {setup.pp}, but {NO_LAYERS}; pp=1 is priced")
     if setup.pp > max(1, layers):
         raise ValueError(f"pp is {setup.pp}, but the model has {layers} repeated layers; at most that")
     if setup.virtual > 1 and layers % (setup.pp * setup.virtual):

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -31,8 +32,11 @@ from costmodel.presets import hardware as hardware_of
 from costmodel.presets import stand_in_notes
 from passes.candidate import (
     LEAST_GAIN,
+    NO_ATTENTION,
+    NO_LAYERS,
     Either,
     Estimate,
+    attends,
     estimate,
     is_settled,
     lower_bound,
@@ -312,7 +316,7 @@ class _State:
                 "and may fit where these do not"
             )
         if not self.profiler.layers:
-            self.notes.append("no repeated layers were found, or too few to cut: captured whole, no pipeline priced")
+            self.notes.append(f"{NO_LAYERS}: captured whole, {self.unpriced_by_layer()} priced")
         return SearchResult(
             self.asked.name, self.gpus, machine.label, self.batch, self.asked.length, self.budget,
             tuple(_distinct(fitting)), tuple(_distinct(large)), found_verdict,
@@ -378,7 +382,7 @@ class _State:
             for pp in stages:
                 if pp > 1 and not (layers % pp == 0 or layers / pp > 4):
                     continue
-                for cp in self.contexts():
+                for cp in self.contexts:
                     ways = self.gpus // (tp * pp)
                     if ways % cp or self.batch % (ways // cp) or tp * cp > 32:
                         continue
@@ -408,15 +412,27 @@ class _State:
         if setup.pp > 1 and setup.tp > 1 and setup.recompute == "full":
             yield from (replace(each, whole_blocks=True) for each in staged)
 
+    @cached_property
     def contexts(self) -> list[int]:
         """Context-parallel ranks: parts of long sequences that stay at least `_LEAST_PART` tokens long."""
-        if self.length is None:
+        parts = [cp for cp in (2, 4, 8, 16) if self.length is not None and self.length >= cp * _LEAST_PART]
+        if not parts or not self.profiler.layers:
             return [1]
-        return [cp for cp in (1, 2, 4, 8, 16) if cp == 1 or self.length >= cp * _LEAST_PART]
+        if not attends(self.profiler.profile(Setup(dp_shard=self.gpus, recompute=self.recompute[0]), replica=True)):
+            self.notes.append(f"not priced: context parallelism, as {NO_ATTENTION}")
+            return [1]
+        return [1, *parts]
+
+    def unpriced_by_layer(self) -> str:
+        """What is not priced of a model without layers that are told apart."""
+        long = self.length is not None and self.length >= 2 * _LEAST_PART
+        kinds = {"context": long, "expert": self.profiler.experts > 0}
+        named = " or ".join(name for name, would_be in kinds.items() if would_be)
+        return f"no pipeline and no {named} parallelism" if named else "no pipeline"
 
     def expert_ranks(self, ranks: int, tp: int) -> list[int]:
         """Of so many ranks that have the same layers, how many may share the routed experts: powers of two."""
-        experts = self.profiler.experts
+        experts = self.profiler.experts if self.profiler.layers else 0
         sizes = [tp * 2**i for i in range(1, _MOST_EXPERT_RANKS.bit_length())] if experts else []
         return [1, *(ep for ep in sizes if ep <= _MOST_EXPERT_RANKS and ranks % ep == experts % ep == 0)]
 

@@ -112,7 +112,7 @@ def _attributes(layer: nn.Module) -> dict[str, Any]:
 
 
 def _depths(kinds: Sequence[int]) -> tuple[list[int], list[float], list[float]] | None:
-    """Prefixes that tell the costs of all, with the weights of the whole and of nothing; None: the whole is as cheap.
+    """Prefixes that tell the costs of all, with the weights of the whole and of nothing; None: the whole is cheaper.
 
     What a layer costs depends on the one before it, so neighbours are counted where few prefixes span them: each ends
     as the whole does. Kinds alone are counted where layers follow each other in too many ways for that.
@@ -166,7 +166,7 @@ def _spanning(
             break
     else:
         return None
-    if sum(depths) >= len(kinds):
+    if sum(depths) > len(kinds):
         return None
     # Nothing of what repeats: layers of a kind that every prefix has in full stay.
     held = [_of_each(kinds, depth) for depth in depths]

@@ -29,6 +29,8 @@ _CAST_BYTES = 2.0
 in 1 transposed, 4 for both."""
 LEAST_GAIN = 0.01
 """Of a step, that another way of running the same setup may save where it is priced too."""
+NO_LAYERS = "no repeated layers were found, or too few to cut"
+NO_ATTENTION = "no attention kernel was found (attention that a model writes out is products like others)"
 _GATHERED = 3
 """Layers whose parameters are there at once where they are freed after use, and gathered ahead."""
 
@@ -66,10 +68,11 @@ def estimate(setup: Setup, profiler: Profiler) -> Estimate:
     """Price `setup`.
 
     Raises:
-        ValueError: expert parallelism that is not priced.
+        ValueError: expert parallelism that is not priced, or what is priced by layer where no layers are told apart.
     """
     if setup.ep > 1:
         _check_experts(setup, profiler)
+    _check_layers(setup, profiler)
     if setup.is_played:
         return _sharded(setup, profiler)
     return _replicated(setup, profiler)
@@ -96,6 +99,30 @@ def _check_experts(setup: Setup, profiler: Profiler) -> None:
         raise ValueError(f"ep={setup.ep}, but the model has no routed experts")
     if f"experts.{setup.expert_parts}" not in profiler.profile(setup, replica=True).whole:
         raise ValueError(f"ep={setup.ep}: priced are powers of two that divide a layer's routed experts")
+
+
+def _check_layers(setup: Setup, profiler: Profiler) -> None:
+    """That what is priced by layer has layers, and context parallelism its attention."""
+    by_layer = {
+        f"cp={setup.cp}": setup.cp > 1,
+        f"ep={setup.ep}": setup.ep > 1,
+        "whole_blocks=True": setup.runs_whole,
+        "tp_overlap=True": setup.tp_overlap and not setup.is_played,
+        "tp_waits=True": setup.tp_waits and not setup.is_played,
+    }
+    asked = [name for name, is_asked in by_layer.items() if is_asked]
+    if not asked:
+        return
+    found = profiler.profile(setup, replica=not setup.is_played)
+    if not found.layers:
+        raise ValueError(f"{asked[0]}, but {NO_LAYERS}: what that takes is told from layers; leave it out")
+    if setup.cp > 1 and not attends(found):
+        raise ValueError(f"cp={setup.cp}, but {NO_ATTENTION}; cp=1 is priced")
+
+
+def attends(found: Profile) -> bool:
+    """Whether an attention kernel was found: what context parallelism is priced by."""
+    return found.whole.get("keys", 0.0) > 0
 
 
 @dataclass(frozen=True)
@@ -423,13 +450,16 @@ def _spared_by_experts_s(setup: Setup, found: Profile) -> float:
 
 def _casts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
     """Casts to fp8 of the layers' operands, each once per product, in a micro-batch. Parameters that stay on a rank are
-    cast once per step, as Transformer Engine's weight caching does: its share of that."""
+    cast once per step, as Transformer Engine's weight caching does: its share of that. Where no layers are told apart,
+    of all operands, each time."""
+    rate = hardware.device.memory_bytes_per_s * hardware.device.memory_efficiency
+    if not found.layers:
+        return _CAST_BYTES * found.whole["operands"] / rate
     elsewhere = found.layer("experts") * (1 - 1 / setup.expert_parts)
     operands = found.layer("operands") - 2 * elsewhere
     if setup.state != "zero3":
         operands -= 2 * (found.layer("elements") - elsewhere) * (1 - 1 / setup.accumulate)
-    moved = _CAST_BYTES * found.layers * max(0.0, operands)
-    return moved / (hardware.device.memory_bytes_per_s * hardware.device.memory_efficiency)
+    return _CAST_BYTES * found.layers * max(0.0, operands) / rate
 
 
 def _added_s(setup: Setup, elements: float, found: Profile, hardware: Hardware) -> float:

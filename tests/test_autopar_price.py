@@ -12,7 +12,14 @@ import pytest
 import torch
 from schemas import conforms
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import autopar
 from autopar import Setup
@@ -344,6 +351,54 @@ def test_a_model_whose_layers_do_not_repeat_has_no_stages() -> None:
         autopar.price(model, Setup(pp=2), "h100", (torch.zeros(1, 64),))
     with pytest.raises(ValueError, match="cp is 2: a sequence can be cut where inputs come from the model's config"):
         autopar.price(model, Setup(cp=2), "h100", (torch.zeros(1, 64),))
+
+
+@pytest.mark.parametrize(
+    ("setup", "name"),
+    [
+        (Setup(state="zero1", cp=4), "cp=4"),
+        (Setup(recompute="full", whole_blocks=True), "whole_blocks=True"),
+        (Setup(state="zero1", dp_shard=2, recompute="full", whole_blocks=True), "whole_blocks=True"),
+        (Setup(state="zero1", tp=2, tp_waits=True), "tp_waits=True"),
+    ],
+)
+def test_what_is_priced_by_layer_needs_layers(setup: Setup, name: str) -> None:
+    """Four are too few to tell what one takes."""
+    with pytest.raises(ValueError, match=f"^{name}, but no repeated layers were found, or too few to cut"):
+        autopar.price(small(4), setup, "h100", sequence=LENGTH)
+
+
+def test_experts_of_layers_that_are_not_told_apart_stay_on_each_rank() -> None:
+    made = MixtralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=128, sliding_window=None, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = MixtralForCausalLM(made).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^ep=2, but no repeated layers were found"):
+        autopar.price(model, Setup(state="zero1", dp_shard=2, ep=2), "h100", sequence=128)
+    options = autopar.Options(recompute="full")
+    found = autopar.search(model, 2, "h100", 2, sequence=128, options=options, top=1)
+    assert {candidate.setup.ep for candidate in found.candidates} == {1}
+    assert any(note.endswith("captured whole, no pipeline and no expert parallelism priced") for note in found.notes)
+
+
+def test_attention_that_is_written_out_is_not_priced_over_parts_of_a_sequence() -> None:
+    made = config()
+    made._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = LlamaForCausalLM(made).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^cp=2, but no attention kernel was found .*; cp=1 is priced"):
+        autopar.price(model, Setup(state="zero1", cp=2), "h100", sequence=LENGTH)
+
+
+def test_casts_of_few_layers_are_of_all_operands() -> None:
+    """By hand: three products of each weight, of rows, weight and result two each, read in 2 bytes and for one of two
+    products written in 2 more, at 87% of 3.35 TB/s."""
+    shapes = 4 * [*4 * [(HIDDEN, HIDDEN)], *3 * [(HIDDEN, FFN)]] + [(HIDDEN, VOCAB)]
+    operands = sum(2 * (LENGTH * (rows + columns) + rows * columns) for rows, columns in shapes)
+    found = autopar.price(small(4), Setup(fp8=True), "h100", sequence=LENGTH)
+    assert found.seconds["casts"] == pytest.approx(2 * operands / (0.87 * 3.35e12), rel=0.01)
 
 
 def test_fp8_where_there_is_none_is_named() -> None:

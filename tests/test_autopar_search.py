@@ -623,6 +623,23 @@ def test_the_command_line_says_in_what_dtype_a_config_is_planned(
         assert (words or "") in notes
 
 
+def test_sequences_are_not_cut_where_no_layer_tells_what_that_takes() -> None:
+    """8 layers may pay; of 4 none is told apart, and attention that is written out is no kernel."""
+    whole, eager = llama(512, 4, 8, 1024, 1000, most=8192), llama(512, 8, 8, 1024, 1000, most=8192)
+    eager.config._attn_implementation = "eager"
+    told = {}
+    for model in (llama(512, 8, 8, 1024, 1000, most=8192), whole, eager):
+        found = autopar.search(model, 2, "h100", 1, sequence=8192, options=OPTIONS, top=1)
+        parts = {candidate.setup.cp for candidate in (*found.candidates, *found.too_large)}
+        told[model] = parts, " ".join(found.notes)
+    (cut, said), (four, of_four), (written, of_written) = told.values()
+    assert cut == {1, 2}
+    assert "no attention kernel" not in said
+    assert four == written == {1}
+    assert "too few to cut: captured whole, no pipeline and no context parallelism priced" in of_four
+    assert "not priced: context parallelism, as no attention kernel was found" in of_written
+
+
 def test_images_are_no_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nor are their pixels in another dtype than the model's parameters, which a Swin's convolution refuses."""
     content = {

@@ -125,6 +125,11 @@ def test_weights_reproduce_any_cost_that_adds_up(kinds: list[int]) -> None:
     assert sum(w * c for w, c in zip(weights, costs, strict=True)) == pytest.approx(5.0 + sum(2 + 3 * k for k in kinds))
 
 
+@pytest.mark.parametrize(("layers", "told"), [(6, 0), (7, 7)])
+def test_layers_are_told_apart_where_that_captures_no_more_than_all(layers: int, told: int) -> None:
+    assert shallow(llama(layers)).layers == told
+
+
 def test_a_model_without_layers_is_taken_whole() -> None:
     found = shallow(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
     assert found.layers == 0
