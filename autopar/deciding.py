@@ -122,19 +122,25 @@ def ops_decided(question: Question, wanted: Sequence[Place], tell: Progress) -> 
         if place.layouts < 2:
             yield Decision(place.key, chosen, place.source, (), "it has no other layout")
             continue
-        tell(f"solving without {place.key} as {chosen}")
-        try:
-            made = question.solved(without=[(place.key, chosen)])
-        except NoFeasiblePlanError as error:
-            yield Decision(place.key, chosen, place.source, (_none("-", str(error)),), "nothing else fits")
-            continue
-        other = Alternative(made.decisions[place.key], made.step_time_s, made.peak_memory_bytes, plan=made)
-        decided_by = what_decided(question, other, place.key)
+        other = _otherwise(question, place.key, tell)
+        decided_by = "nothing else fits" if other.why_not else what_decided(question, other, place.key)
         yield Decision(place.key, chosen, place.source, (other,), decided_by)
 
 
+def _otherwise(question: Question, place: str, tell: Progress) -> Alternative:
+    """The best plan that does not lay out `place` as this one does."""
+    chosen = question.plan.decisions[place]
+    tell(f"solving without {place} as {chosen}")
+    try:
+        made = question.solved(without=[(place, chosen)])
+    except NoFeasiblePlanError as error:
+        return _none("-", str(error))
+    return Alternative(made.decisions[place], made.step_time_s, made.peak_memory_bytes, plan=made)
+
+
 def parameter_decided(question: Question, key: str, placed: Placements, tell: Progress) -> Decision:
-    """A parameter's other layouts in compute that differ on one mesh axis, each solved with it pinned."""
+    """A parameter's other layouts in compute that differ on one mesh axis, each solved with it pinned; where there are
+    none, the best plan that has it otherwise at rest."""
     plan = question.plan
     place = f"parameter {key}"
     if placed.pinned:
@@ -149,6 +155,8 @@ def parameter_decided(question: Question, key: str, placed: Placements, tell: Pr
             found.append(_none(text, _why_not(plan, layout, error)))
             continue
         found.append(Alternative(text, made.step_time_s, made.peak_memory_bytes, plan=made))
+    if place in plan.decisions and all(other.why_not for other in found):
+        found.append(_otherwise(question, place, tell))
     found.sort(key=lambda other: other.step_time_s)
     decision = Decision(place, str(placed), "", tuple(found), "nothing else fits")
     if decision.runner_up is not None:

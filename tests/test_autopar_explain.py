@@ -78,6 +78,24 @@ def test_the_strategy_decides_where_auto_would_do_otherwise(folder: Path, capsys
     assert {a["layout"]: a["why_not"] for a in one["alternatives"]}["S(0)S(0)"] == "dp splits the batch"
 
 
+def test_the_strategy_decides_how_a_parameter_lies_at_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under `ddp` whole on every rank, where `auto` shards it: in compute it can be nothing else."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=1024, max_position_embeddings=8192,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    on = ("--mesh", "dp=8", "--hardware", "h100", "--strategy", "ddp")
+    assert main(["plan", str(tmp_path), *on, "-o", str(tmp_path / "plan.json"), "--json"]) == 0
+    key = "model.layers.*.mlp.up_proj.weight"
+    one = explained(capsys, tmp_path, key, "--model", str(tmp_path))["parameters"][key]
+    (other,) = (a for a in one["alternatives"] if not a["why_not"])
+    assert other["layout"] != "R -> R"
+    assert other["layout"].endswith(" -> R")
+    assert one["decided_by"].startswith("the strategy: 'ddp' was asked for, 'auto' has S(")
+
+
 def test_a_plan_solved_again_keeps_the_strategy_it_was_asked_for(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
