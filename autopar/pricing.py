@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any, get_args
 
 import torch
@@ -138,13 +139,20 @@ def price(
 
 def _check_fields(setup: Setup, machine: Hardware) -> None:
     for name in _COUNTS:
-        if (value := getattr(setup, name)) < 1:
+        value = getattr(setup, name)
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; a whole number")
+        if value < 1:
             raise ValueError(f"{name} is {value}; at least 1")
     for name, known in (("state", get_args(State)), ("recompute", get_args(Mode)), ("in_block", get_args(Mode))):
         if (told := getattr(setup, name)) not in known:
             raise ValueError(f"{name} is {told!r}; one of {', '.join(known)}")
     if setup.gradient_bytes not in (2, 4):
         raise ValueError(f"gradient_bytes is {setup.gradient_bytes}; 2 or 4")
+    if not 0 <= setup.gather_bytes_per_s < math.inf:
+        raise ValueError(
+            f"gather_bytes_per_s is {setup.gather_bytes_per_s}; bytes per second, or 0 where gathers run beside compute"
+        )
     check_nodes(setup.ranks, machine)
     if machine.shared_host and setup.priced_only:
         raise ValueError(
@@ -166,8 +174,17 @@ def _check_fields(setup: Setup, machine: Hardware) -> None:
 def _check_idle(setup: Setup) -> None:
     """Refuse what would change nothing: whoever asked for it takes the price to have it."""
     full = f"recompute is {setup.recompute!r}; layers are run again to their end under 'full' alone"
+    unblocked = "no layers are run again to their end; whole_blocks=True and recompute='full' do that"
+    kept = "reshard is False; gathered parameters are kept for backward"
     unfreed = f"state is {setup.state!r}; gathered parameters are kept or freed under 'zero3' alone"
     alone = "tp is 1; there are no tensor-parallel ranks, leave it out"
+    ungathered = (
+        "dp_shard is 1; there is nothing to gather"
+        if setup.is_played
+        else "gathers are waited for so under 'zero3' without stages and context parallelism alone"
+    )
+    gathers = setup.is_played and setup.dp_shard > 1
+    played = "state is 'zero3'; without stages and context parallelism it runs as a plan does"
     for idle, name, why in (
         (setup.whole_blocks and not setup.runs_whole, "whole_blocks=True", full),
         (not setup.reshard and setup.state != "zero3", "reshard=False", unfreed),
@@ -176,6 +193,15 @@ def _check_idle(setup: Setup) -> None:
         (setup.tp_overlap and setup.tp == 1, "tp_overlap=True", alone),
         (setup.tp_waits and setup.tp == 1, "tp_waits=True", alone),
         (setup.tp_overlap and setup.tp_waits, "tp_overlap=True", "so is tp_waits; collectives do one of them"),
+        (setup.solved and setup.tp == 1, "solved=True", alone),
+        (setup.in_block != "pointwise" and not setup.runs_whole, f"in_block={setup.in_block!r}", unblocked),
+        (setup.balanced and setup.pp == 1, "balanced=True", "pp is 1; there are no stages, leave it out"),
+        (setup.gather_bytes_per_s and not gathers, f"gather_bytes_per_s={setup.gather_bytes_per_s:g}", ungathered),
+        (setup.gathers_late and not gathers, "gathers_late=True", ungathered),
+        (setup.gathers_late and not setup.reshard, "gathers_late=True", kept),
+        (setup.gathers_late and setup.gather_bytes_per_s, "gathers_late=True", "gather_bytes_per_s has all waited for"),
+        (not setup.overlap and setup.is_played, "overlap=False", played),
+        (setup.adds_in_products and setup.is_played, "adds_in_products=True", played),
     ):
         if idle:
             raise ValueError(f"{name}, but {why}")

@@ -130,6 +130,6 @@ def as_megatron(setup: Setup) -> Setup:
     parallelism gathers a rank's part kept; stages balanced, whose tensor-parallel ranks send in parts beside products,
     as in published pipelines (benchmarks/data)."""
     return replace(
-        setup, gradient_bytes=4, adds_in_products=True, gathers_again=setup.tp > 1, balanced=setup.pp > 1,
-        tp_overlap=setup.pp > 1 and setup.tp > 1,
+        setup, gradient_bytes=4, adds_in_products=True, gathers_again=setup.tp > 1 and setup.sequence_parallel,
+        balanced=setup.pp > 1, tp_overlap=setup.pp > 1 and setup.tp > 1,
     )  # fmt: skip

@@ -130,7 +130,7 @@ def setup_of(given: argparse.Namespace) -> Setup:
     )  # fmt: skip
     if not setup.is_played:
         setup = as_megatron(setup)
-        setup = replace(setup, gathers_again=setup.gathers_again and setup.sequence_parallel)
+        setup = replace(setup, gathers_again=given.regather_activations or setup.gathers_again)
     if given.tp_collectives:
         parts, waited = given.tp_collectives == "parts", given.tp_collectives == "waited"
         setup = replace(setup, tp_overlap=parts, tp_waits=waited)
