@@ -19,11 +19,13 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 
-from autopar import examples
+from autopar import examples, planning
+from autopar.mixed import policy_code, precision_of
+from autopar.options import Options
 from autopar.styles import container_of, imported, loop_code, pattern_of, styles_of
 from costmodel.memory import gib
 from passes.plan import Plan
-from passes.report_text import seconds_text
+from passes.report_text import RECOMPUTED, seconds_text
 
 _NOT_DIMENSIONS = ("transformers_version", "architectures", "dtype", "model_type")
 
@@ -71,7 +73,10 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
         for index, (name, items) in enumerate(inside.items())
     ]
     state_axes = _state_axes(plan, axis if styles else None, notes)
+    options = planning.options_of(plan)
+    policy = options.mp_policy if precision_of(options.mp_policy) is not None else None
     notes += _left_out(plan, axis)
+    notes += _left_out_of_the_step(plan, options, layers=bool(containers), shards_state=bool(state_axes))
     script = _template().render(
         title=f"{argument} on {' x '.join(f'{name}={size}' for name, size in plan.axes)}, planned as {plan.strategy}.",
         step=seconds_text(plan.step_time_s),
@@ -85,6 +90,9 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
         batch_axes=json.dumps(list(plan.batch_axes)),
         state_axes=repr(state_axes),
         shards_state=bool(state_axes),
+        policy=policy_code(policy) if policy is not None and state_axes else "",
+        micro_batches=plan.accumulate,
+        checkpoints=plan.recompute == "full" and bool(containers),
         kept="" if plan.reshard else ", reshard_after_forward=False",
         tensor_axis=axis,
         layers=layers,
@@ -145,6 +153,32 @@ def _left_out(plan: Plan, axis: str | None) -> list[str]:
             words = " and ".join(dict.fromkeys(spread))
             where = "between its products" if name == axis else "so its ranks repeat each other's compute"
             notes.append(f"{name} splits {words} in the plan; the script keeps that whole, {where}")
+    return notes
+
+
+def _left_out_of_the_step(plan: Plan, options: Options, *, layers: bool, shards_state: bool) -> list[str]:
+    """What of precision, memory and the optimizer it leaves out; `layers`: whether the model repeats any."""
+    notes = []
+    if precision_of(options.mp_policy) is not None and not shards_state:
+        notes.append(
+            "mixed precision is fully_shard's, and no axis shards state: the script computes in the parameters' dtype"
+        )
+    if plan.recompute == "full" and layers:
+        if len(plan.batch_axes) < len(plan.axes):
+            notes.append(
+                "what collectives of forward bring is kept in the plan; the script's checkpoints run them again"
+            )
+    elif plan.recompute != "none":
+        again = RECOMPUTED[plan.recompute]
+        notes.append(f"backward computes {again} again in the plan, nothing in the script")
+    if plan.regather:
+        notes.append("activations gathered again for backward in the plan: the script keeps them")
+    if options.async_tp:
+        notes.append("async_tp is a pass of torch.compile's; the script runs uncompiled")
+    if options.optimizer not in ("adam", "adamw"):
+        notes.append(
+            f"memory is the plan's with the optimizer {options.optimizer!r}; the script uses torch.optim.AdamW"
+        )
     return notes
 
 

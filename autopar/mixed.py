@@ -49,6 +49,13 @@ def precision_of(policy: Any) -> Precision | None:
     return None if found == Precision(cast_inputs=found.cast_inputs) else found
 
 
+def policy_code(policy: MixedPrecisionPolicy) -> str:
+    """A policy as code: what of it is not the default."""
+    default = MixedPrecisionPolicy()
+    said = [f"{name}={x!r}" for name in _FIELDS if (x := getattr(policy, name)) != getattr(default, name)]
+    return f"MixedPrecisionPolicy({', '.join(said)})"
+
+
 def policy_json(policy: MixedPrecisionPolicy | None) -> dict[str, Any] | None:
     """A policy as a plan's file keeps it: `{"param_dtype": "bfloat16", ...}`."""
     if policy is None:

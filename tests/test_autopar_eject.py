@@ -142,8 +142,11 @@ def losses_of_the_script(script: Path, ranks: int) -> list[float]:
     return [float(loss) for loss in re.findall(r"step \d+ loss (\S+)", printed[0])]
 
 
-def losses_of_one_device(script: Path, batch_ranks: int) -> list[float]:
-    """The same training by hand: the script's model and batches, no mesh."""
+def losses_of_one_device(
+    script: Path, batch_ranks: int, micro_batches: int = 1, compute: torch.dtype | None = None
+) -> list[float]:
+    """The same training by hand: the script's model and batches, no mesh; computed with copies of the parameters and
+    inputs in `compute`."""
     space: dict[str, Any] = {"__name__": "ejected"}
     exec(compile(script.read_text(), str(script), "exec"), space)
     torch.manual_seed(0)
@@ -151,8 +154,13 @@ def losses_of_one_device(script: Path, batch_ranks: int) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     found = []
     for step in range(STEPS):
-        parts = [space["batch"](step, rank, "cpu") for rank in range(batch_ranks)]
-        if isinstance(parts[0], tuple):
+        each = range(micro_batches * step, micro_batches * (step + 1))
+        parts = [space["batch"](index, rank, "cpu") for index in each for rank in range(batch_ranks)]
+        if compute is not None:
+            low = {name: p.to(compute) for name, p in model.named_parameters()}
+            given = [{name: x.to(compute) if x.is_floating_point() else x for name, x in p.items()} for p in parts]
+            out = torch.stack([torch.func.functional_call(model, low, kwargs=part) for part in given]).float().mean()
+        elif isinstance(parts[0], tuple):
             out = model(*map(torch.cat, zip(*parts, strict=True)))
         else:
             out = model(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
@@ -239,6 +247,40 @@ def test_what_is_read_without_a_call_stays_whole(tmp_path: Path, capsys: pytest.
     assert "layers.*.self_attn.out_proj is split over tp: it is read without being called" in told_in(capsys)
     assert '"linear1": ColwiseParallel(),' in script.read_text()
     assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 1), abs=2e-6)
+
+
+def test_micro_batches_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--strategy", "megatron", "--accumulate", "2", "--recompute", "full"]
+    script = ejected(tmp_path, "build", "dp=2,tp=2", *asked)
+    assert "backward computes" not in (told := told_in(capsys).partition("What the script does not say")[2])
+    assert "the script's checkpoints run them again" in told
+    text = script.read_text()
+    assert "layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)" in text
+    assert "per step of 2 micro-batches" in text
+    assert losses_of_the_script(script, 4) == pytest.approx(losses_of_one_device(script, 2, 2), abs=2e-6)
+
+
+def test_mixed_precision_in_layers_and_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = ejected(tmp_path, "build", "dp=2", "--strategy", "fsdp", "--param-dtype", "bf16", "--reduce-dtype", "fp32")
+    assert "mixed precision" not in told_in(capsys).partition("What the script does not say")[2]
+    text = script.read_text()
+    assert "POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)" in text
+    trained = losses_of_the_script(script, 2)
+    assert trained[0] == losses_of_one_device(script, 2, compute=torch.bfloat16)[0]
+    assert trained == pytest.approx(losses_of_one_device(script, 2), abs=0.04)
+    assert all(64 * loss == round(64 * loss) for loss in trained)  # of bfloat16, as what gives them computes in it
+
+
+def test_precision_and_what_backward_computes_again_are_listed_where_not_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--strategy", "megatron", "--param-dtype", "bf16", "--recompute", "selective", "--optimizer", "lion"]
+    script = ejected(tmp_path, "build", "tp=2", *asked)
+    told = told_in(capsys).partition("What the script does not say")[2]
+    assert "mixed precision is fully_shard's, and no axis shards state" in told
+    assert "(recompute 'selective') again in the plan, nothing in the script" in told
+    assert "with the optimizer 'lion'; the script uses torch.optim.AdamW" in told
+    assert "MixedPrecisionPolicy" not in script.read_text()
 
 
 def test_layers_in_nested_containers(tmp_path: Path) -> None:
