@@ -104,6 +104,37 @@ def test_a_plan_solved_again_keeps_the_strategy_it_was_asked_for(
     assert Plan.from_json(capsys.readouterr().out).strategy == "megatron"
 
 
+def test_a_plan_solved_again_with_another_batch_keeps_its_length_and_the_other_way_round(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = folder / "2x32.json"
+    assert (
+        main(
+            [
+                "plan",
+                str(folder),
+                "--mesh",
+                "dp=2",
+                "--hardware",
+                "h100",
+                "--batch",
+                "2",
+                "--seq",
+                "32",
+                "-o",
+                str(kept),
+            ]
+        )
+        == 0
+    )
+    for asked, shape in (("--batch=4", [4, 32]), ("--seq=16", [2, 16])):
+        capsys.readouterr()
+        assert main(["plan", str(folder), "--from", str(kept), asked, "--json"]) == 0
+        example = json.loads(Plan.from_json(capsys.readouterr().out).example)
+        _, named = example["tuple"]
+        assert named["dict"]["input_ids"]["tensor"][0] == shape
+
+
 @pytest.mark.parametrize(
     ("pattern", "told"),
     [

@@ -14,12 +14,14 @@ from typing import TypeVar, get_args
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from autopar import examples
 from autopar.model_argument import Named, Wanted, load_model
 from autopar.options import Options, Recompute
 from costmodel.layout import parse_layout
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware, hardware_names
 from passes.named import STRATEGIES
+from passes.plan import Plan
 from passes.precision import dtype_named
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -335,12 +337,30 @@ def _policy(given: argparse.Namespace) -> MixedPrecisionPolicy | None:
     return MixedPrecisionPolicy(param_dtype=given.param_dtype, reduce_dtype=given.reduce_dtype)
 
 
-def named_model(given: argparse.Namespace, *, on_cpu: bool = False, options: Options | None = None) -> Named:
-    """The model that the arguments of `add_model` mean, stored as `options` (default: those of `given`) has it."""
+def named_model(
+    given: argparse.Namespace, *, on_cpu: bool = False, options: Options | None = None, kept: Plan | None = None
+) -> Named:
+    """The model that the arguments of `add_model` mean, stored as `options` (default: those of `given`) has it.
+
+    Where one of --batch and --seq is given, the other is as in `kept`.
+    """
     if options is None:
         options = options_of(given) if hasattr(given, "param_dtype") else Options()
-    wanted = Wanted(given.batch, given.seq, given.layers, dtype=stored_dtype(options), on_cpu=on_cpu)
+    batch, sequence = given.batch, given.seq
+    if kept is not None and (batch is None) != (sequence is None):
+        rows, length = _fed(kept)
+        batch, sequence = batch or rows, sequence or length
+    wanted = Wanted(batch, sequence, given.layers, dtype=stored_dtype(options), on_cpu=on_cpu)
     return load_model(given.model, wanted)
+
+
+def _fed(kept: Plan) -> tuple[int | None, int | None]:
+    """Sequences per data-parallel rank and their length, where a plan was made for token ids."""
+    ids = examples.restored(kept.example)[1].get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        return None, None
+    rows, length = ids.shape
+    return rows, length
 
 
 def stored_dtype(options: Options) -> str:

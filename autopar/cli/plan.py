@@ -3,8 +3,8 @@
 Needs no GPU and no weights. Exits 1 where nothing fits in memory.
 
 --from solves a kept plan again: mesh, hardware, strategy, options and inputs are the plan's where nothing else is
-said. Lines of its `parameters` that a person edited, or marked "pinned": true, are kept; everything else is decided
-anew.
+said, --batch and --seq each by itself. Lines of its `parameters` that a person edited, or marked "pinned": true, are
+kept; everything else is decided anew.
 
 example:
   autopar plan llama3-8b --mesh dp=8,tp=8 --hardware h100 --batch 2 --seq 4096 -o plan.json --html report.html
@@ -69,7 +69,7 @@ def run(given: argparse.Namespace) -> int:
         if mesh is None:
             raise ValueError("no mesh; pass --mesh dp=2,tp=2, or --from PLAN, which has one")
         options = options_of(given, _options(kept))
-        named = named_model(given, options=options)
+        named = named_model(given, options=options, kept=kept)
         same = kept is not None and not given.batch and not given.seq
         call = examples.restored(kept.example) if kept and same else examples.call_of(named.model, named.inputs)
         hardware = planning.hardware_in(kept) if kept is not None and given.hardware is None else given.hardware

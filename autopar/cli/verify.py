@@ -74,7 +74,7 @@ def run(given: argparse.Namespace) -> int:
 
 def _as_planned(given: argparse.Namespace, plan: Plan) -> Named:
     """The model and inputs that a plan was made for: of the model's own size, in the dtype that its options store."""
-    named = named_model(given, options=planning.options_of(plan))
+    named = named_model(given, options=planning.options_of(plan), kept=plan)
     check_playable(given.model, named.model, "check a plan for a")
     own = examples.described(examples.call_of(named.model, named.inputs))
     if given.batch or given.seq or own == plan.example:
