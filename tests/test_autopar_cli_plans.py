@@ -28,6 +28,20 @@ def test_diff_says_what_changed_and_exits_1_where_it_got_worse(here: Here) -> No
     assert main(["diff", str(here.plan), str(here.other), "--max-regression", "1000%"]) == 0
 
 
+def test_diff_is_of_whole_steps(here: Here) -> None:
+    plan = Plan.load(here.other)
+    (group,) = {each.group for each in plan.collectives}
+    found = compare_plans(plan, replace(plan, accumulate=4))
+    figures = {figure.name: figure for figure in found.figures}
+    moved = sum(each.bytes * each.count for each in plan.collectives)
+    assert (figures["bytes communicated"].before, figures["bytes communicated"].after) == (moved, 4 * moved)
+    assert {figure.name for figure in found.worse(0.0)} == {"bytes communicated"}  # the other two are the file's own
+    grown = [name for name, figure in figures.items() if figure.after == pytest.approx(4 * figure.before) != 0.0]
+    kinds = {f"{each.kind} {each.group} {each.phase} bytes" for each in plan.collectives}
+    assert set(grown) == {"bytes communicated", "compute", f"exposed {group}", *kinds}
+    assert figures["optimizer"].change == 0
+
+
 def test_check_plans_again_and_fails_on_a_plan_that_got_worse(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(here.plan), here.model]) == 0
     assert "The same decisions" in capsys.readouterr().out

@@ -114,32 +114,33 @@ def _changes(before: Any, after: Any) -> tuple[Change, ...]:
 
 
 def _figures(before: Plan, after: Plan) -> list[Figure]:
-    def moved(plan: Plan) -> float:
-        return float(sum(each.bytes * each.count for each in plan.collectives))
-
+    """Of whole steps: a plan has compute and collectives of one micro-batch."""
+    sums = [_collectives(before), _collectives(after)]
+    moved, moved_after = (sum(each.values()) for each in sums)
+    times, times_after = before.accumulate, after.accumulate
     figures = [
         Figure("step", "s", before.step_time_s, after.step_time_s, True),
         Figure("peak memory", "bytes", before.peak_memory_bytes, after.peak_memory_bytes, True),
-        Figure("bytes communicated", "bytes", moved(before), moved(after), True),
-        Figure("compute", "s", before.breakdown.compute_s, after.breakdown.compute_s),
+        Figure("bytes communicated", "bytes", moved, moved_after, True),
+        Figure("compute", "s", times * before.breakdown.compute_s, times_after * after.breakdown.compute_s),
         Figure("optimizer", "s", before.breakdown.optimizer_s, after.breakdown.optimizer_s),
     ]
     for group in dict.fromkeys([*before.breakdown.exposed_s, *after.breakdown.exposed_s]):
-        one, other = (plan.breakdown.exposed_s.get(group, 0.0) for plan in (before, after))
+        one, other = (plan.accumulate * plan.breakdown.exposed_s.get(group, 0.0) for plan in (before, after))
         figures.append(Figure(f"exposed {group}", "s", one, other))
     for kind in dict.fromkeys([*before.breakdown.memory_bytes, *after.breakdown.memory_bytes]):
         one, other = (plan.breakdown.memory_bytes.get(kind, 0) for plan in (before, after))
         figures.append(Figure(f"memory: {kind}", "bytes", one, other))
-    sums = [_collectives(before), _collectives(after)]
     for key in dict.fromkeys([*sums[0], *sums[1]]):
         figures.append(Figure(f"{key} bytes", "bytes", sums[0].get(key, 0.0), sums[1].get(key, 0.0)))
     return figures
 
 
 def _collectives(plan: Plan) -> dict[str, float]:
+    """Bytes of a step by kind, axes and phase."""
     found: dict[str, float] = defaultdict(float)
     for each in plan.collectives:
-        found[f"{each.kind} {each.group} {each.phase}"] += each.bytes * each.count
+        found[f"{each.kind} {each.group} {each.phase}"] += plan.accumulate * each.bytes * each.count
     return found
 
 
