@@ -294,6 +294,7 @@ def _slower(link: Link, times: float, by_kind: Mapping[str, float]) -> Link:
     return replace(
         link,
         bytes_per_s=link.bytes_per_s / times,
+        wide_bytes_per_s=link.wide_bytes_per_s / times,
         peer_bytes_per_s=link.peer_bytes_per_s / times,
         multicast_bytes_per_s=link.multicast_bytes_per_s / times,
         latency_s=link.latency_s * times,

@@ -18,7 +18,8 @@ import autopar
 from autopar.cli import main
 from autopar.measured import KINDS, Beside, Measured, beside, corrected, measured
 from autopar.planning import hardware_in
-from costmodel.hardware import Device
+from costmodel.collectives import collective_s
+from costmodel.hardware import Device, topology
 from costmodel.hardware_file import save_hardware
 from costmodel.presets import hardware
 
@@ -117,6 +118,14 @@ def test_hardware_is_corrected_by_what_was_measured() -> None:
     assert found.device.attention_efficiency == h100.device.attention_efficiency  # nothing was predicted
     assert found.intra_node.bytes_per_s == pytest.approx(h100.intra_node.bytes_per_s / 2)  # 8 s for 4
     assert found.inter_node.latency_s == pytest.approx(h100.inter_node.latency_s * 2)
+
+
+@pytest.mark.parametrize("times", [0.5, 2.0])
+def test_a_gather_over_many_nodes_takes_as_much_longer_as_was_measured(times: float) -> None:
+    h100 = hardware("h100")
+    found = corrected(h100, [Beside("all_gather", 1.0, times)], "a trace")
+    before, after = (collective_s("all_gather", 4e9, (0,), topology(each, {"dp": 256})) for each in (h100, found))
+    assert after == pytest.approx(times * before, rel=1e-3)
 
 
 @pytest.mark.parametrize(
