@@ -23,9 +23,11 @@ from passes.inputs import default_inputs, position_limits
 from passes.precision import default_dtype
 
 _MOST_CPU_PARAMETERS = 10**9
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_DECODER_LAYER_KEYS = ("num_decoder_layers",)
-"""Of models with two stacks of layers, the other's."""
+_LAYER_KEYS = (
+    "num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_encoder_layers", "num_decoder_layers",
+    "encoder_layers", "decoder_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers",
+)  # fmt: skip
+"""What configs call the number of layers: of a model with two stacks, that of each."""
 _NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 
@@ -148,7 +150,7 @@ def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wante
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"{name}: transformers {transformers.__version__} has no model type {kind!r}{hint}")
     if wanted.layers is not None:
-        _set_layers(name, config, wanted.layers)
+        _set_layers(name, kind, config, wanted.layers)
         notes.append(f"{wanted.layers} layer{'s' if wanted.layers > 1 else ''} instead of the model's own")
     sequence = _sequence(name, config, wanted)
     config = {"use_cache": False, **dict.fromkeys(_NO_DROPOUT, 0.0)} | config if kind == "gpt2" else config
@@ -206,12 +208,19 @@ def _empty(build: Any, config: Any, wanted: Wanted) -> nn.Module:
     return model.train()
 
 
-def _set_layers(name: str, config: dict[str, Any], layers: int) -> None:
-    keys = [key for key in _LAYER_KEYS if key in config]
+def _set_layers(name: str, kind: str, config: dict[str, Any], layers: int) -> None:
+    known = dict(config)
+    with contextlib.suppress(Exception):  # a few kinds have no defaults
+        known = {**_transformers().CONFIG_MAPPING[kind]().to_dict(), **config}
+    keys = [key for key in _LAYER_KEYS if key in known]
+    if "depths" in known:
+        raise ValueError(
+            f"{name}: --layers {layers}, but the config has a number for each stage, depths {known['depths']}; write "
+            "others there"
+        )
     if not keys:
         raise ValueError(f"{name}: --layers {layers}, but the config has none of {', '.join(_LAYER_KEYS)}")
-    config[keys[0]] = layers
-    config |= {key: layers for key in _DECODER_LAYER_KEYS if key in config}
+    config |= dict.fromkeys(keys, layers)
     if isinstance(config.get("layer_types"), list):
         config["layer_types"] = (config["layer_types"] * layers)[:layers]
 

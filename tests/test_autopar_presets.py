@@ -85,6 +85,27 @@ def test_both_stacks_of_an_encoder_and_decoder_are_as_deep_as_asked_for_and_keep
     assert named.model(**named.inputs).loss.isfinite()
 
 
+@pytest.mark.parametrize(
+    "said", [{"encoder_layers": 4, "decoder_layers": 6, "num_hidden_layers": 4}, {"encoder_layers": 4}, {}]
+)
+def test_both_stacks_are_cut_however_the_config_counts_them(said: dict[str, int], tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 128, **said}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = {"model_type": "bart", "architectures": ["BartForConditionalGeneration"], **sizes, **heads}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model = load_model(str(tmp_path), Wanted(layers=2)).model.model
+    assert (len(model.encoder.layers), len(model.decoder.layers)) == (2, 2)
+
+
+def test_stages_with_numbers_of_their_own_are_not_cut(tmp_path: Path) -> None:
+    config = {"model_type": "swin", "architectures": ["SwinForImageClassification"], "num_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "depths": [2, 2, 6, 2]}), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"--layers 2, but the config has a number for each stage, depths \[2, 2, 6, 2"
+    ):
+        load_model(str(tmp_path), Wanted(layers=2))
+
+
 def test_batch_sequence_and_layers_are_as_asked_for() -> None:
     named = load_model("llama3-8b", Wanted(batch=3, sequence=512, layers=2))
     assert named.inputs["input_ids"].shape == (3, 512)
