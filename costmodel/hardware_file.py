@@ -109,7 +109,7 @@ def hardware_of(body: Any, where: str) -> Hardware:
         body = {**hosts, **body}
         if isinstance(body.get("device"), dict):
             body["device"] = {"step_error": Device.step_error, **body["device"]}
-    parts = dict(_typed(body, Hardware, f"{where}: hardware"))
+    parts = _typed(body, Hardware, f"{where}: hardware")
     device = parts["device"] = Device(**_typed(parts["device"], Device, f"{where}: hardware.device"))
     if device.reserve_bytes >= device.memory_bytes:
         raise ValueError(
@@ -119,7 +119,7 @@ def hardware_of(body: Any, where: str) -> Hardware:
     for link in ("intra_node", "inter_node"):
         if isinstance(parts[link], dict):  # files that were written before there were these figures
             parts[link] = {"wide_bytes_per_s": 0.0, "peer_bytes_per_s": 0.0, **parts[link]}
-        body = dict(_typed(parts[link], Link, f"{where}: hardware.{link}"))
+        body = _typed(parts[link], Link, f"{where}: hardware.{link}")
         body["measured"] = {kind: tuple(figures) for kind, figures in body["measured"].items()}
         parts[link] = Link(**body)
     return Hardware(**parts)
@@ -157,7 +157,7 @@ _MOST = dict.fromkeys(
 
 
 def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
-    """`body` with exactly the fields of `cls`, numbers in range."""
+    """`body` with exactly the fields of `cls`, numbers in range, whole ones as integers (4.0 is 4)."""
     if not isinstance(body, dict):
         raise ValueError(f"{where}: found {type(body).__name__}, expected an object")
     known = {entry.name: str(entry.type) for entry in fields(cls)}
@@ -184,7 +184,7 @@ def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}.{key}: found {value!r}, expected text")
         elif known[key] == "bool" and not isinstance(value, bool):
             raise ValueError(f"{where}.{key}: found {value!r}, expected true or false")
-    return body
+    return {key: int(value) if known[key] == "int" else value for key, value in body.items()}
 
 
 def _check_measured(value: Any, where: str) -> None:

@@ -410,6 +410,17 @@ def test_a_file_says_what_is_other_than_in_a_preset(tmp_path: Path) -> None:
             hardware(path)
 
 
+def test_whole_numbers_of_a_file_are_integers_however_written(tmp_path: Path) -> None:
+    path = tmp_path / "slow.json"
+    body = {"ranks_per_node": 4.0, "device": {"sm_count": 66.0, "memory_bytes": 64e9}}
+    path.write_text(json.dumps({"format": "autopar-hardware", "version": 2, "base": "h100", "hardware": body}))
+    found = hardware(str(path))
+    whole = (found.ranks_per_node, found.device.sm_count, found.device.memory_bytes)
+    assert whole == (4, 66, 64_000_000_000)
+    assert {type(each) for each in whole} == {int}
+    assert topology(found, {"dp": 8}).axes[0].in_node == 4
+
+
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     with pytest.raises(ValueError, match="cannot be read"):
