@@ -393,6 +393,19 @@ def test_what_is_priced_by_layer_needs_layers(setup: Setup, name: str) -> None:
         autopar.price(small(4), setup, "h100", sequence=LENGTH)
 
 
+@pytest.mark.parametrize("words", ["--cp 2", "--whole-layers --recompute full"])
+def test_what_is_priced_by_layer_is_named_by_its_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    made = config()
+    made.num_hidden_layers = 3
+    made.save_pretrained(tmp_path)
+    on = "--gpus 2 --global-batch 2 --seq 64 --hardware h100"
+    assert main(["price", str(tmp_path), *on.split(), *words.split()]) == 2
+    flag = words.removesuffix(" --recompute full")
+    assert f"autopar price: {flag}, but no repeated layers" in capsys.readouterr().err
+
+
 def test_experts_of_layers_that_are_not_told_apart_stay_on_each_rank() -> None:
     made = MixtralConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
