@@ -259,6 +259,11 @@ def _check_figures(plan: Plan, where: str) -> None:
 
 def _check_axes(plan: Plan, where: str) -> None:
     """Refuse a mesh that is none, and axes that split the batch without being the mesh's."""
+    names = [name for name, _ in plan.axes]
+    if twins := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"{where}: axes: {twins[0]!r} stands {names.count(twins[0])} times; give each axis its own name"
+        )
     for name, size in plan.axes:
         if size < 1:
             raise ValueError(f"{where}: axes: {name!r} has {size} ranks, expected 1 or more")
