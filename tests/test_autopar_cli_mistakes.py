@@ -104,6 +104,8 @@ MISTAKES = [
     ("plan HERE/heads --mesh dp=2", "not a multiple of the number of attention heads"),
     ("plan MODEL --mesh dp=2 --memory-budget .", "is no size"),
     ("plan MODEL --mesh dp=2 --memory-budget 0", "is nothing"),
+    (f"plan MODEL --mesh dp=2 --memory-budget {'9' * 400}", "9' is more than a device has; write bytes, or 80GiB"),
+    (f"plan MODEL --mesh dp=2 --accumulate {'9' * 400}", "9' is no positive whole number of at most 18 digits"),
     ("plan HERE/numbered.json --mesh dp=2", "'architectures' is [3]; a list of names of classes"),
     (
         "plan HERE/seeing.json --mesh dp=2 --seq 99",

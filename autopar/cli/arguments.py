@@ -60,10 +60,11 @@ def size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].lower() not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or 80GiB, 40GB, 512MiB")
-    found = int(float(match[1]) * _UNITS[match[2].lower()])
-    if found < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is nothing; write bytes, or 80GiB, 40GB, 512MiB")
-    return found
+    found = float(match[1]) * _UNITS[match[2].lower()]
+    if not 1 <= found < 2**63:
+        what = "nothing" if found < 1 else "more than a device has"
+        raise argparse.ArgumentTypeError(f"{text!r} is {what}; write bytes, or 80GiB, 40GB, 512MiB")
+    return int(found)
 
 
 def share(text: str) -> float:
@@ -79,8 +80,8 @@ def share(text: str) -> float:
 
 def count(text: str) -> int:
     """A positive whole number."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    if not re.fullmatch(r"0*[1-9]\d{0,17}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number of at most 18 digits")
     return int(text)
 
 
