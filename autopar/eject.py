@@ -24,6 +24,7 @@ from autopar.mixed import policy_code, precision_of
 from autopar.options import Options
 from autopar.styles import container_of, imported, loop_code, pattern_of, styles_of
 from costmodel.memory import gib
+from passes.capture import extra_arguments
 from passes.plan import Plan
 from passes.report_text import RECOMPUTED, seconds_text
 
@@ -99,6 +100,7 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
         outside=outside,
         imported=imported(styles.values()),
         loops=[loop_code(container) for container in containers],
+        more="".join(f", {name}={value!r}" for name, value in extra_arguments(model, *call)[0].items()),
         batch_code=_batch_code(plan, model, argument),
         dtype=str(next(iter(model.parameters())).dtype).removeprefix("torch."),
     )

@@ -167,7 +167,7 @@ def _capture(
     slots = [*held, *filter(None, user)]
     for slot in slots:
         slot.place(tracer, backward)
-    extra, notes = _extra_arguments(model, call_args, call_kwargs)
+    extra, notes = extra_arguments(model, call_args, call_kwargs)
 
     with _unchanged(model), torch.set_grad_enabled(backward), told_once(), tracing(tracer):
         for slot in slots:
@@ -404,7 +404,7 @@ def _user_slot(name: str, leaf: Any, batch_dim: int | None) -> _Slot | None:
     return _Slot(Input("input", name, leaf.requires_grad and torch.is_grad_enabled(), batch_dim), leaf)
 
 
-def _extra_arguments(
+def extra_arguments(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """A cache of keys and values is of no use in training: `use_cache=False` where a model would make one.

@@ -249,6 +249,19 @@ def test_what_is_read_without_a_call_stays_whole(tmp_path: Path, capsys: pytest.
     assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 1), abs=2e-6)
 
 
+def test_layers_that_run_again_write_to_no_cache(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=64, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0, architectures=["T5ForConditionalGeneration"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    script = tmp_path / "plan.py"
+    call = ["plan", str(tmp_path), "--mesh", "dp=2", "--hardware", "h100", "--strategy", "fsdp", "--recompute", "full"]
+    assert main([*call, "--batch", "2", "--seq", "16", "--eject", str(script)]) == 0
+    assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 2), abs=5e-6)
+
+
 def test_micro_batches_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--strategy", "megatron", "--accumulate", "2", "--recompute", "full"]
     script = ejected(tmp_path, "build", "dp=2,tp=2", *asked)
