@@ -25,6 +25,7 @@ from passes.errors import PlanMismatchError
 from passes.local import LocalProgram, Storage
 from passes.program import Program
 from passes.strides import laid_out
+from passes.walks import results_of
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def _constant(value: int, device: torch.device) -> torch.Tensor:
 def _returned(runtime: Runtime, local: LocalProgram) -> tuple[tuple[Any, tuple[int, ...]] | None, ...]:
     """How each output goes back: beside a loss, what is no scalar is a DTensor; else all is plain."""
     program, sizes = local.program, runtime.axis_sizes
-    nodes: Any = local.graph.graph.output_node().args[0]
+    nodes = results_of(local.graph.graph)
     outputs = [
         (output, node.meta["val"].dtype)
         for output, node in zip(local.outputs, nodes, strict=True)
@@ -361,7 +362,7 @@ def _check_unchanged(step: Step, versions: Sequence[int], read: Sequence[torch.T
 
 def _one_name(program: Program, asked: Collection[str]) -> dict[str, str]:
     """Other names under which a model returns a scalar -> the one that has its tangent."""
-    nodes: Any = program.graph.graph.output_node().args[0]
+    nodes = results_of(program.graph.graph)
     scalars = [
         (output.name, node)
         for output, node in zip(program.outputs, nodes, strict=True)

@@ -239,11 +239,7 @@ class Watch:
         mine = {str(half): what() for half, what in self.recent}
         with contextlib.suppress(RuntimeError):
             self.store.set(f"{_PREFIX}/doing/{self.rank}", json.dumps(mine))
-            for rank in range(self.ranks):
-                key = f"{_PREFIX}/doing/{rank}"
-                if rank == self.rank or not self.store.check([key]):
-                    continue
-                theirs = json.loads(self.store.get(key))
+            for rank, theirs in self._doings():
                 if half := next((each for each in mine if theirs.get(each, mine[each]) != mine[each]), None):
                     self.tell(
                         f"rank {rank} runs {theirs[half]} where rank {self.rank} runs {mine[half]}; all ranks have to "
@@ -251,14 +247,18 @@ class Watch:
                     )
                     return
 
+    def _doings(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Other ranks that wait or did, with what they run by half."""
+        for rank in range(self.ranks):
+            key = f"{_PREFIX}/doing/{rank}"
+            if rank != self.rank and self.store.check([key]):
+                yield rank, json.loads(self.store.get(key))
+
     def _say_who_is_missing(self, half: int, waited_s: float) -> None:
         """Of the ranks that wait, the first says which have not come to this half."""
         there = {self.rank}
         with contextlib.suppress(RuntimeError):
-            for rank in range(self.ranks):
-                key = f"{_PREFIX}/doing/{rank}"
-                if rank != self.rank and self.store.check([key]) and str(half) in json.loads(self.store.get(key)):
-                    there.add(rank)
+            there |= {rank for rank, theirs in self._doings() if str(half) in theirs}
         missing = [str(rank) for rank in range(self.ranks) if rank not in there]
         if missing and self.rank == min(there):
             what = next((words() for at, words in self.recent if at == half), "a step")
@@ -280,5 +280,5 @@ def _say(text: str) -> None:
 
 def _end(text: str) -> None:
     """The process ends here: its main thread waits in a collective that will never finish."""
-    print(f"autopar: {text}; this rank waits for it in vain and ends", file=sys.stderr, flush=True)
+    _say(f"{text}; this rank waits for it in vain and ends")
     os._exit(1)

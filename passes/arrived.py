@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any
 
 import torch
 from torch import fx
 
 from passes.local import WAIT
-from passes.partition import extract, made_of, with_own_results
+from passes.partition import extract, with_own_results
 from passes.program import Program
+from passes.walks import made_of, results_of
 from passes.work import is_named_anew
 
 aten = torch.ops.aten
@@ -34,28 +34,23 @@ def of_arrived(
     all tangents of `arrived`.
     """
     nowhere = _nowhere(program, arrived)
-    kinds = zip(_results(program.graph), program.outputs, strict=True)
+    kinds = zip(results_of(program.graph.graph), program.outputs, strict=True)
     of_program = [node for node, output in kinds if output.kind == "gradient"]
-    gm = extract(backward, _placeholders(backward), _results(backward), frozenset(), {})
+    gm = extract(backward, _placeholders(backward), results_of(backward.graph), frozenset(), {})
     there = {name: output in arrived for name, output in tangents.items()}
     lost = _lost(gm.graph, there, {node.name for node in nowhere})
     instead = _without(gm.graph, lost)
     results = [
         None if whole in nowhere or node in lost else instead.get(node, node)
-        for whole, node in zip(of_program, _results(gm), strict=True)
+        for whole, node in zip(of_program, results_of(gm.graph), strict=True)
     ]
-    read = made_of(results, stop=lambda node: False, instead=instead)
+    read = made_of(results, instead=instead)
     inputs = [node for node in _placeholders(gm) if node in read or there.get(node.name, False)]
     return with_own_results(extract(gm, inputs, results, frozenset(), instead))
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return list(gm.graph.find_nodes(op="placeholder"))
-
-
-def _results(gm: fx.GraphModule) -> tuple[Any, ...]:
-    results: Any = gm.graph.output_node().args[0]
-    return tuple(results)
 
 
 def _nowhere(program: Program, arrived: Collection[str]) -> AbstractSet[fx.Node]:

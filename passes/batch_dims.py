@@ -12,6 +12,7 @@ from passes.dims import Atom, Unified, outputs_of, value_of
 from passes.layers import Folding
 from passes.program import Program
 from passes.rules.create import FILLS, IOTAS
+from passes.walks import made_of
 
 aten = torch.ops.aten
 _SIZED = {aten.expand.default, aten.repeat.default, *FILLS, *IOTAS}
@@ -83,12 +84,8 @@ class _Finder:
         return self.unified.dims(value_of(node, self.folding))
 
     def _is_of_parameters(self, node: fx.Node) -> bool:
-        seen, stack = {node}, [node]
-        while stack:
-            new = set(stack.pop().all_input_nodes) - seen
-            seen |= new
-            stack.extend(new)
-        return not seen.isdisjoint(self.held) and seen.isdisjoint(self.passed)
+        nodes = made_of([node])
+        return not self.held.isdisjoint(nodes) and self.passed.isdisjoint(nodes)
 
     def _sized(self) -> set[int]:
         """Atoms that such ops make."""

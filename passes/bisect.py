@@ -26,6 +26,7 @@ from passes.program import Program
 from passes.rules.call import is_tensor
 from passes.rules.matmul import PRODUCTS
 from passes.simulate import SimulationError, gather, simulate
+from passes.walks import results_of
 
 aten = torch.ops.aten
 
@@ -199,8 +200,8 @@ class _Search:
 
     def returned(self, results: Sequence[Sequence[Any]]) -> Divergence | None:
         """Check what the ranks return."""
-        nodes: Any = self.local.program.graph.graph.output_node().args[0]
-        last: Any = self.local.graph.graph.output_node().args[0]
+        nodes = results_of(self.local.program.graph.graph)
+        last = results_of(self.local.graph.graph)
         for position, (described, node) in enumerate(zip(self.local.outputs, nodes, strict=True)):
             if not isinstance(node, fx.Node):
                 continue

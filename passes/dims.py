@@ -18,6 +18,7 @@ from passes.layers import Folding
 from passes.program import Input, Output, Program
 from passes.rules.call import is_tensor, operand_nodes
 from passes.rules.form import Form
+from passes.walks import results_of
 
 
 class Atom:
@@ -127,7 +128,7 @@ def outputs_of(program: Program) -> list[tuple[Output, fx.Node | None, fx.Node |
         if given.kind in ("parameter", "buffer", "input")
     }
     found = []
-    for out, node in zip(program.outputs, program.graph.graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
+    for out, node in zip(program.outputs, results_of(program.graph.graph), strict=True):
         tensor = node if isinstance(node, fx.Node) and is_tensor(node) else None
         placeholder, given = by_name[out.name] if out.kind != "output" else (None, None)
         found.append((out, tensor, placeholder, given))

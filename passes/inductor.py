@@ -27,6 +27,7 @@ from passes.local import COLLECTIVES
 from passes.scaled import with_scales_apart
 from passes.strides import laid_out
 from passes.unfused import attention_as_written
+from passes.walks import results_of
 
 # What a pointwise op reads stays in memory until it runs. A sum over a few rows is one to Inductor, so that a sum of
 # layers' gradients (of a bias of attention scores, say) keeps what all of them read. Torch 2.13 allows 12 on a CPU.
@@ -114,7 +115,7 @@ def _as_read(run: Callable[[list[torch.Tensor]], Any], gm: fx.GraphModule) -> Ca
     """`run`, with results in the strides that capture saw where Inductor gives others, as its decompositions may (of
     `lerp`): what reads them was compiled for those."""
     given = next((each.output_strides for each in _closed_over(run) if isinstance(each, CompiledFxGraph)), None)
-    outputs: Any = gm.graph.output_node().args[0]
+    outputs = results_of(gm.graph)
     results = [node.meta["val"] if isinstance(node, fx.Node) else None for node in outputs]
     if given is None or len(given) != len(results):
         return run

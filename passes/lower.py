@@ -31,11 +31,12 @@ from passes.on_sums import is_linear
 from passes.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.overlap import arranged
 from passes.pairs import as_pairs
-from passes.partition import Halves, made_of, split
+from passes.partition import Halves, split
 from passes.products import for_onednn
 from passes.regions import Call, Cut, Region, calls, cut, is_shaped_by_values
 from passes.retarget import retarget
 from passes.strides import laid_out
+from passes.walks import made_of, results_of
 
 aten = torch.ops.aten
 Tensors = Sequence[torch.Tensor]
@@ -260,7 +261,7 @@ class _Runner:
         parts, each = self._parts(gm, backward)
         if not _in_regions(each):
             return self._body(gm)
-        return self._outer(gm, parts, each, gm.graph.output_node().args[0])
+        return self._outer(gm, parts, each, results_of(gm.graph))
 
     @functools.cache  # noqa: B019 (lives as long as what it makes)
     def _parts(self, gm: fx.GraphModule, backward: bool, whole: bool = False) -> tuple[Cut, dict[Region, Call]]:
@@ -286,7 +287,7 @@ class _Runner:
         parts, each = self._parts(gm, True)
         if not _in_regions(each):
             parts, each = self._parts(gm, True, whole=True)
-        results: Any = gm.graph.output_node().args[0]
+        results = results_of(gm.graph)
         drains, same = set(parts.drains), {n for n in gm.graph.find_nodes(op="placeholder") if n.name in fixed}
         linear: set[fx.Node] = set()
         for node in parts.drains:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from passes.bytes_of import bytes_of
 from passes.order import settle_order
 from passes.program import Output, Program
+from passes.walks import results_of
 from passes.work import base_of
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ _VIEWS = {aten.view.default, aten.expand.default, aten.permute.default, aten._un
 def normalize(program: Program) -> Program:
     """Drop ops that change nothing, equal ops and unused ops from the graph, settle its order; set the fingerprint."""
     graph = program.graph.graph
-    bases = [base_of(node) for node in _returned(graph)]
+    bases = [base_of(node) for node in results_of(graph)]
     drop_no_ops(graph)
     copy_single_parts(graph)
     drop_written_slices(graph)
@@ -33,11 +34,6 @@ def normalize(program: Program) -> Program:
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     program.graph.recompile()
     return settled_in_order(dataclasses.replace(program, outputs=_with_memories(program, bases)))
-
-
-def _returned(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    nodes: Any = graph.output_node().args[0]
-    return tuple(nodes)
 
 
 def _with_memories(program: Program, bases: Sequence[fx.Node]) -> tuple[Output, ...]:

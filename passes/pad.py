@@ -37,6 +37,7 @@ from passes.program import Input, Output, Program
 from passes.randomness import UNIFORM
 from passes.rules.call import is_tensor, operand_nodes
 from passes.rules.create import FILLS, IOTAS
+from passes.walks import results_of
 from passes.zones import Zone, is_finite, is_number, is_pointwise, is_zero, join
 
 aten = torch.ops.aten
@@ -191,7 +192,7 @@ class _Padding:
         shapes = {given.name for given in inputs if given.shape is not None and given.kind == "parameter"}
         by_name = {given.name: node for given, node in self._given()}
         values: list[Any] = []
-        returned: Any = self.program.graph.graph.output_node().args[0]
+        returned = results_of(self.program.graph.graph)
         for (out, node, _, _), old in zip(outputs_of(self.program), returned, strict=True):
             if node is None:
                 found.append(out)

@@ -9,10 +9,9 @@ again, and gathered parameters that the program gathers for backward too are rea
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import fx
 from passes.graphs import graph_module
 from passes.local import COLLECTIVES, TOGETHER, WAIT, LocalProgram
 from passes.recompute import is_cheap_op
+from passes.walks import made_of, results_of
 from passes.work import base_of, is_named_anew, is_view_op
 
 aten = torch.ops.aten
@@ -45,21 +45,21 @@ class Halves:
     @property
     def saved(self) -> tuple[fx.Node, ...]:
         """The forward's nodes whose values the backward keeps."""
-        return _results(self.forward)[self.outputs :]
+        return results_of(self.forward.graph)[self.outputs :]
 
     @property
     def kept(self) -> tuple[bool, ...]:
         """Of each of the outputs and new buffers: whether it is in memory that the backward keeps."""
         inputs = self.forward.graph.find_nodes(op="placeholder")
         bases = {*map(base_of, self.saved), *(inputs[index] for index in self.saved_inputs)}
-        return tuple(base_of(node) in bases for node in _results(self.forward)[: self.outputs])
+        return tuple(base_of(node) in bases for node in results_of(self.forward.graph)[: self.outputs])
 
 
 def split(local: LocalProgram) -> Halves:
     """Forward and backward of `local`; the graph of `local` is left as it is."""
     graph = local.graph.graph
     placeholders = list(graph.find_nodes(op="placeholder"))
-    results = _results(local.graph)
+    results = results_of(local.graph.graph)
     kinds = [result.kind for result in local.outputs]
     outputs = [node for node, kind in zip(results, kinds, strict=True) if kind != "gradient"]
     gradients = [node for node, kind in zip(results, kinds, strict=True) if kind == "gradient"]
@@ -93,15 +93,9 @@ def split(local: LocalProgram) -> Halves:
     )
 
 
-def _results(gm: fx.GraphModule) -> tuple[Any, ...]:
-    """What a graph's output tuple holds."""
-    results: Any = gm.graph.output_node().args[0]
-    return tuple(results)
-
-
 def _backward_nodes(graph: fx.Graph, tangents: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> frozenset[fx.Node]:
     """Nodes that depend on a tangent, or were traced as backward and no output needs."""
-    forward = set(made_of(outputs, stop=lambda node: False))
+    forward = set(made_of(outputs))
     found: set[fx.Node] = set(tangents)
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
@@ -112,21 +106,6 @@ def _backward_nodes(graph: fx.Graph, tangents: Iterable[fx.Node], outputs: Itera
         elif node.target is not operator.getitem and node.meta.get("phase") == "backward" and node not in forward:
             found.add(node)
     return frozenset(found)
-
-
-def made_of(
-    roots: Iterable[Any], stop: Callable[[fx.Node], bool], instead: Mapping[fx.Node, fx.Node] = MappingProxyType({})
-) -> dict[fx.Node, None]:
-    """`roots` and what they are made of, going no further than nodes where `stop`; `instead` of some nodes others."""
-    found: dict[fx.Node, None] = {}
-    stack = [root for root in roots if isinstance(root, fx.Node)]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found[node] = None
-            if not stop(node):
-                stack.extend(instead.get(operand, operand) for operand in node.all_input_nodes)
-    return found
 
 
 def parameter_chain(graph: fx.Graph, constants: Iterable[fx.Node]) -> frozenset[fx.Node]:
@@ -231,7 +210,7 @@ def _with_copies(gm: fx.GraphModule, memories: Sequence[str]) -> fx.GraphModule:
 
     What is a constant of the graph is copied too, as the next step reads it.
     """
-    results = list(_results(gm))
+    results = list(results_of(gm.graph))
     bases = [base_of(node) for node in results]
     taken = {base: "" for base, memory in zip(bases, memories, strict=False) if not memory}
     taken |= dict.fromkeys(bases[len(memories) :], "")
@@ -266,7 +245,7 @@ def with_own_results(gm: fx.GraphModule) -> fx.GraphModule:
     """
     taken: dict[fx.Node, list[tuple[int, int]]] = {}
     own: list[Any] = []
-    for node in _results(gm):
+    for node in results_of(gm.graph):
         if isinstance(node, fx.Node):
             base, begin, end = _extent(node)
             parts = taken.setdefault(base, [])

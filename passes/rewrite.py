@@ -27,6 +27,7 @@ from passes.rules.call import operand_nodes
 from passes.sending import send_early
 from passes.space import Space
 from passes.strategies import Option, StoredOption
+from passes.walks import results_of
 from passes.words import Words
 
 aten = torch.ops.aten
@@ -238,8 +239,8 @@ class _Rewriter:
         program = self.space.program
         leaving = {item.index: item for item in returned(self.space, self.assignment)}
         found, values = [], []
-        nodes = program.graph.graph.output_node().args[0]
-        for index, (out, node) in enumerate(zip(program.outputs, nodes, strict=True)):  # type: ignore[arg-type]
+        nodes = results_of(program.graph.graph)
+        for index, (out, node) in enumerate(zip(program.outputs, nodes, strict=True)):
             item = leaving.get(index)
             if item is None:
                 found.append(LocalOutput(out.kind, out.name, Storage((), (None,) * len(self.space.topology.axes))))

@@ -25,6 +25,7 @@ from passes.layers import layer_patterns
 from passes.program import Program, Repeated
 from passes.randomness import UNIFORM
 from passes.rules.call import facts_of
+from passes.walks import results_of
 
 _LONGEST_UNIT = 8
 """Layers that repeat together (five with a window and one without): more are not looked for."""
@@ -119,16 +120,10 @@ def _stack(program: Program, name: str) -> _Stack | None:
     if found != set(range(layers)):
         return None
     stored: dict[fx.Node, list[Position]] = defaultdict(list)
-    for out, node in zip(program.outputs, _results(program), strict=True):
+    for out, node in zip(program.outputs, results_of(program.graph.graph), strict=True):
         if out.kind == "gradient" and out.name in by_name and isinstance(node, fx.Node):
             stored[node].append(by_name[out.name])
     return _Stack(of, nodes, inputs, {node: tuple(places) for node, places in stored.items()}, layers, makers, inside)
-
-
-def _results(program: Program) -> Sequence[Any]:
-    (output,) = program.graph.graph.find_nodes(op="output")
-    found: Sequence[Any] = output.args[0]
-    return found
 
 
 def _longest_run(stack: _Stack, unit: int) -> tuple[int, int]:
@@ -205,7 +200,7 @@ def _without(program: Program, stack: _Stack, repeated: Repeated) -> Program | N
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     kept = [i for i, node in enumerate(program.graph.graph.find_nodes(op="placeholder")) if node not in left_out]
-    results = _results(program)
+    results = results_of(program.graph.graph)
     leaving = [i for i, node in enumerate(results) if not (isinstance(node, fx.Node) and node in left_out)]
     names = {program.inputs[i].name for i in kept}
     for i in set(range(len(results))) - set(leaving):

@@ -26,6 +26,7 @@ from torch import Tensor, fx
 
 from passes.errors import AutoparError
 from passes.local import COLLECTIVES, TOGETHER, WAIT, LocalInput, LocalProgram, Storage
+from passes.walks import results_of
 
 c10d = torch.ops._c10d_functional
 Axes = Sequence[tuple[str, int]]
@@ -307,7 +308,7 @@ def simulate(
             for mine in values:
                 for slot in step.frees:
                     mine[slot] = None
-    returned: Any = local.graph.graph.output_node().args[0]
+    returned = results_of(local.graph.graph)
     return [list(fx.map_arg(returned, lambda n, mine=mine: mine[slots[n]])) for mine in values]  # type: ignore[misc]
 
 

@@ -1,0 +1,32 @@
+"""What a graph gives, and what its nodes are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import fx
+
+
+def results_of(graph: fx.Graph) -> tuple[Any, ...]:
+    """What a graph's output tuple holds: nodes, and None."""
+    results: Any = graph.output_node().args[0]
+    return tuple(results)
+
+
+def made_of(
+    roots: Iterable[Any],
+    stop: Callable[[fx.Node], bool] = lambda node: False,
+    instead: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+) -> dict[fx.Node, None]:
+    """`roots` and what they are made of, going no further than nodes where `stop`; `instead` of some nodes others."""
+    found: dict[fx.Node, None] = {}
+    stack = [root for root in roots if isinstance(root, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found[node] = None
+            if not stop(node):
+                stack.extend(instead.get(operand, operand) for operand in node.all_input_nodes)
+    return found
