@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from textwrap import TextWrapper
 from typing import Any, Literal
 
 from passes.bisect import Divergence
@@ -147,6 +148,30 @@ def _plain(value: Any) -> Any:
 
 def parity_text(parity: Parity, width: int = 100) -> str:
     """The certificate as text."""
+    lines = [f"Parity certificate: {'PASSED' if parity.ok else 'FAILED'}", "", *_facts(_checked(parity), width)]
+    if parity.tensors:
+        lines += ["", *_by_kind(parity, width)]
+    if failed := [t for t in parity.tensors if not t.ok]:
+        lines += ["", *_failed(failed, width)]
+    if parity.failure:
+        lines += ["", *_facts([("failed", parity.failure)], width)]
+    if parity.divergence is not None:
+        lines += ["", *_facts([("first at", str(parity.divergence))], width)]
+    lines += _facts(_why(parity), width)
+    if parity.notes:
+        lines += ["", *_facts([("note", note) for note in parity.notes], width)]
+    if parity.without_randomness is not None:
+        inner = parity_text(parity.without_randomness, width - 2)
+        lines += ["", "  In eval mode, where nothing is random:", *(f"  {x}".rstrip() for x in inner.splitlines())]
+    return "\n".join(lines) + "\n"
+
+
+_Facts = list[tuple[str, str]]
+"""What a line is about, and what it says."""
+
+
+def _checked(parity: Parity) -> _Facts:
+    """What was held against what."""
     mesh = " x ".join(f"{name}={size}" for name, size in parity.axes)
     issued = sum(parity.collectives.values())
     kinds = ", ".join(f"{count} {kind}" for kind, count in parity.collectives.items())
@@ -160,60 +185,53 @@ def parity_text(parity: Parity, width: int = 100) -> str:
         ("held against", parity.reference),
         ("collectives", f"{issued} on each rank: {kinds}" if issued else "none"),
     ]
-    if parity.optimizer:
-        facts.append(("step", parity.optimizer))
-    lines = [f"Parity certificate: {'PASSED' if parity.ok else 'FAILED'}", ""]
-    lines += _wrapped(facts, width)
-    if parity.tensors:
-        rows = []
-        for kind, title in _TITLES.items():
-            worst = parity.worst(kind)
-            if worst is not None:
-                all_of = [t for t in parity.tensors if t.kind == kind]
-                near = f"{sum(t.ok for t in all_of)} of {len(all_of)}"
-                rows.append([title, near, f"{worst.error:.1e}", f"{worst.tolerance:.0e}", worst.name or "(the output)"])
-        headers = ["", "equal", "worst error", "allowed", "worst tensor"]
-        lines += ["", *text_table(rows, headers, width, shrink=[4, 0])]
-    failed = [t for t in parity.tensors if not t.ok]
-    if failed:
-        rows = [[t.kind, t.name, str(list(t.shape)), f"{t.error:.2e}", t.note] for t in failed[:10]]
-        lines += ["", *text_table(rows, ["not equal", "", "shape", "error", ""], width, shrink=[1, 4])]
-        if len(failed) > 10:
-            lines.append(f"  ... and {len(failed) - 10} more")
-    if parity.failure:
-        lines += ["", *_wrapped([("failed", parity.failure)], width)]
-    if parity.divergence is not None:
-        lines += ["", *_wrapped([("first at", str(parity.divergence))], width)]
+    return [*facts, ("step", parity.optimizer)] if parity.optimizer else facts
+
+
+def _by_kind(parity: Parity, width: int) -> list[str]:
+    """How many tensors of each kind are equal, and the worst."""
+    rows = []
+    for kind, title in _TITLES.items():
+        worst = parity.worst(kind)
+        if worst is not None:
+            all_of = [t for t in parity.tensors if t.kind == kind]
+            equal = f"{sum(t.ok for t in all_of)} of {len(all_of)}"
+            rows.append([title, equal, f"{worst.error:.1e}", f"{worst.tolerance:.0e}", worst.name or "(the output)"])
+    return text_table(rows, ["", "equal", "worst error", "allowed", "worst tensor"], width, shrink=[4, 0])
+
+
+def _failed(failed: list[TensorError], width: int) -> list[str]:
+    """The first ten of those that are not equal."""
+    rows = [[t.kind, t.name, str(list(t.shape)), f"{t.error:.2e}", t.note] for t in failed[:10]]
+    more = [f"  ... and {len(failed) - 10} more"] if len(failed) > 10 else []
+    return [*text_table(rows, ["not equal", "", "shape", "error", ""], width, shrink=[1, 4]), *more]
+
+
+def _why(parity: Parity) -> _Facts:
+    """Of a check that failed: what the capture, roundings and the rewrite each have in it."""
+    facts = []
     if parity.captured_error is not None:
         told = f"the captured graph on one device is off by {parity.captured_error:.1e} from the unmodified model"
-        lines += _wrapped([("capture", told)], width)
+        facts.append(("capture", told))
     if parity.rounding_error is not None:
         told = f"moving every parameter by one moves the unmodified model itself by {parity.rounding_error:.1e}"
-        lines += _wrapped([("rounding", told)], width)
+        facts.append(("rounding", told))
     if parity.double_error is not None:
         told = f"the same ops in float64: the ranks are off by {parity.double_error:.1e} from the captured graph"
         if parity.model_double_error is not None:
             told += f", and that by {parity.model_double_error:.1e} from the unmodified model"
-        lines += _wrapped([("in float64", told)], width)
+        facts.append(("in float64", told))
     if parity.is_rounding:
-        told = "what differs may be rounding alone, which this model makes that large"
-        lines += _wrapped([("so", told)], width)
-    if parity.notes:
-        lines += ["", *(line for note in parity.notes for line in _wrapped([("note", note)], width))]
-    if parity.without_randomness is not None:
-        inner = parity_text(parity.without_randomness, width - 2)
-        lines += ["", "  In eval mode, where nothing is random:", *(f"  {x}".rstrip() for x in inner.splitlines())]
-    return "\n".join(lines) + "\n"
+        facts.append(("so", "what differs may be rounding alone, which this model makes that large"))
+    return facts
 
 
-def _wrapped(facts: list[tuple[str, str]], width: int) -> list[str]:
+def _facts(facts: _Facts, width: int) -> list[str]:
+    """Each on lines of its own, indented below its label."""
+    indent = " " * 16
+    wrap = TextWrapper(width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     lines = []
     for label, text in facts:
-        line = f"  {label:<14}"
-        for word in text.split():
-            if len(line) + len(word) > width and line.strip() and len(line) > 16:
-                lines.append(line.rstrip())
-                line = " " * 16
-            line += word + " "
-        lines.append(line.rstrip())
+        wrap.initial_indent = f"  {label:<14}"
+        lines += wrap.wrap(text)
     return lines
