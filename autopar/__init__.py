@@ -20,7 +20,8 @@ from autopar.module import ParallelModule
 from autopar.options import Options
 from autopar.pipeline import Pipeline
 from autopar.pricing import Price, price
-from autopar.search import SearchResult, search
+from autopar.search import search
+from autopar.search_result import SearchResult
 from autopar.verify import verify
 from costmodel.hardware import Hardware
 from passes.errors import (

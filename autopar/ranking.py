@@ -12,7 +12,7 @@ from passes.report_text import step_text
 from passes.tables import terminal_width, text_table
 
 if TYPE_CHECKING:
-    from autopar.search import Candidate, SearchResult
+    from autopar.search_result import Candidate, SearchResult
     from passes.setup import Setup
 
 NEAREST = 5

@@ -32,7 +32,8 @@ from autopar.cli.arguments import (
 from autopar.cli.compiling import Progress, planned, sampled
 from autopar.cli.terminal import clean_output, progress
 from autopar.options import Options
-from autopar.search import SearchResult, search
+from autopar.search import search
+from autopar.search_result import SearchResult
 from passes.inputs import global_inputs
 
 HELP = "rank mesh shapes by predicted step time and memory"
