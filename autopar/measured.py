@@ -138,29 +138,38 @@ def _of_kernels(inside: Sequence[Slice], kernels: Sequence[Slice]) -> dict[str, 
 def _of_ops(inside: Sequence[Slice]) -> dict[str, float]:
     marks = [s for s in inside if s.category == "user_annotation"]
     ops = [s for s in inside if s.category == "cpu_op"]
-    threads = [s.thread for s in marks if s.name.startswith(("ProfilerStep", "Optimizer.step"))]
-    thread = (
-        threads[0]
-        if threads
-        else max({s.thread for s in ops}, key=lambda t: sum(s.end_s - s.start_s for s in ops if s.thread == t))
-    )
     updates = [s for s in marks if s.name.startswith("Optimizer.step")]
     found: dict[str, float] = defaultdict(float)
     found["optimizer"] = sum(s.end_s - s.start_s for s in updates)
+    for ran, asked in _collectives_of(marks, ops):
+        found[_collective(asked.name) or "other"] += ran.end_s - ran.start_s
+    thread = _main_thread(marks, ops)
+    for op, alone_s in _alone([s for s in ops if s.thread == thread]):
+        if "c10d" not in op.name and not _within(op, updates):
+            found[_compute_kind(op.name, _MATMUL_OP)] += alone_s
+    return found
+
+
+def _main_thread(marks: Sequence[Slice], ops: Sequence[Slice]) -> Any:
+    """The one that trains: where steps are marked, else where ops take longest."""
+    for mark in marks:
+        if mark.name.startswith(("ProfilerStep", "Optimizer.step")):
+            return mark.thread
+    seconds: dict[Any, float] = defaultdict(float)
+    for op in ops:
+        seconds[op.thread] += op.end_s - op.start_s
+    return max(seconds, key=lambda thread: seconds[thread])
+
+
+def _collectives_of(marks: Sequence[Slice], ops: Sequence[Slice]) -> Iterable[tuple[Slice, Slice]]:
+    """Each collective that a backend ran, with what was asked for: some backends run one as another (gloo's
+    reduce-scatter is an all-reduce)."""
     ran = sorted((s for s in marks if re.match(r"(gloo|mpi|ucc):", s.name)), key=lambda s: s.start_s)
     issued = sorted((s for s in ops if _ISSUES.match(s.name) and _collective(s.name)), key=lambda s: s.start_s)
     outermost = [
         s for s in issued if not any(o.start_s <= s.start_s and s.end_s <= o.end_s for o in issued if o is not s)
     ]
-    # Some backends run one collective as another (gloo's reduce-scatter is an all-reduce): what was asked for counts.
-    asked = outermost if len(outermost) == len(ran) else ran
-    for each, wanted in zip(ran, asked, strict=True):
-        found[_collective(wanted.name) or "other"] += each.end_s - each.start_s
-    for op, alone_s in _alone([s for s in ops if s.thread == thread]):
-        if "c10d" in op.name or _within(op, updates):
-            continue
-        found[_compute_kind(op.name, _MATMUL_OP)] += alone_s
-    return found
+    return zip(ran, outermost if len(outermost) == len(ran) else ran, strict=True)
 
 
 def _alone(ops: Iterable[Slice]) -> list[tuple[Slice, float]]:

@@ -14,8 +14,11 @@ example:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+from torch import nn
 
 from autopar import examples, planning
 from autopar.cli.arguments import (
@@ -32,6 +35,7 @@ from autopar.cli.arguments import (
 from autopar.cli.compiling import planned
 from autopar.cli.terminal import clean_output, painted, progress, wrapped
 from autopar.eject import eject
+from autopar.examples import Call
 from autopar.options import Options
 from autopar.report import terminal_report
 from autopar.trace import trace_json
@@ -64,40 +68,9 @@ def run(given: argparse.Namespace) -> int:
     """Plan and print."""
     check_outputs({"MODEL": given.model}, output=given.output, html=given.html, trace=given.trace, eject=given.eject)
     with clean_output(), progress() as tell:
-        kept = Plan.load(given.kept) if given.kept else None
-        mesh = given.mesh or (kept.mesh if kept is not None else None)
-        if mesh is None:
-            raise ValueError("no mesh; pass --mesh dp=2,tp=2, or --from PLAN, which has one")
-        options = options_of(given, _options(kept))
-        named = named_model(given, options=options, kept=kept)
-        same = kept is not None and not given.batch and not given.seq
-        call = examples.restored(kept.example) if kept and same else examples.call_of(named.model, named.inputs)
-        hardware = planning.hardware_in(kept) if kept is not None and given.hardware is None else given.hardware
-        made = planned(
-            named.model,
-            call,
-            mesh,
-            hardware=hardware,
-            strategy=given.strategy or (planning.asked_of(kept) if kept is not None else "auto"),
-            options=options,
-            progress=tell,
-            keep_timeline=bool(given.html or given.trace),
-        )
-        other: tuple[str, ...] = ()
-        if kept is not None and made.fingerprint != kept.fingerprint:
-            other = (f"{given.kept} was made for another graph, {kept.fingerprint[:12]}: what it fixed was kept",)
-        made = replace(made, notes=(*named.notes, *other, *made.notes))
-        if given.output:
-            with writing("output", given.output):
-                made.save(given.output)
-        if given.html:
-            tell("drawing the report")
-            with writing("html", given.html):
-                made.report(given.html)
-        if given.trace:
-            with writing("trace", given.trace):
-                Path(given.trace).write_text(trace_json(made), encoding="utf-8")
-        ejected = eject(made, named.model, call, given.model, given.eject) if given.eject else None
+        made, model, call = _made(given, tell)
+        _write(made, given, tell)
+        ejected = eject(made, model, call, given.model, given.eject) if given.eject else None
         if ejected is not None:
             with writing("eject", given.eject):
                 Path(given.eject).write_text(ejected.script, encoding="utf-8")
@@ -112,6 +85,46 @@ def run(given: argparse.Namespace) -> int:
     if written := [path for path in (given.output, given.html, given.trace, given.eject) if path]:
         print("\n" + "\n".join(f"Written to {path}" for path in written))
     return 0 if made.fits else 1
+
+
+def _made(given: argparse.Namespace, tell: Callable[[str], None]) -> tuple[Plan, nn.Module, Call]:
+    """The plan, with the model and the call that it is for."""
+    kept = Plan.load(given.kept) if given.kept else None
+    mesh = given.mesh or (kept.mesh if kept is not None else None)
+    if mesh is None:
+        raise ValueError("no mesh; pass --mesh dp=2,tp=2, or --from PLAN, which has one")
+    options = options_of(given, _options(kept))
+    named = named_model(given, options=options, kept=kept)
+    same = kept is not None and not given.batch and not given.seq
+    call = examples.restored(kept.example) if kept and same else examples.call_of(named.model, named.inputs)
+    made = planned(
+        named.model,
+        call,
+        mesh,
+        hardware=planning.hardware_in(kept) if kept is not None and given.hardware is None else given.hardware,
+        strategy=given.strategy or (planning.asked_of(kept) if kept is not None else "auto"),
+        options=options,
+        progress=tell,
+        keep_timeline=bool(given.html or given.trace),
+    )
+    other: tuple[str, ...] = ()
+    if kept is not None and made.fingerprint != kept.fingerprint:
+        other = (f"{given.kept} was made for another graph, {kept.fingerprint[:12]}: what it fixed was kept",)
+    return replace(made, notes=(*named.notes, *other, *made.notes)), named.model, call
+
+
+def _write(made: Plan, given: argparse.Namespace, tell: Callable[[str], None]) -> None:
+    """The plan, its page and its trace, where they were asked for."""
+    if given.output:
+        with writing("output", given.output):
+            made.save(given.output)
+    if given.html:
+        tell("drawing the report")
+        with writing("html", given.html):
+            made.report(given.html)
+    if given.trace:
+        with writing("trace", given.trace):
+            Path(given.trace).write_text(trace_json(made), encoding="utf-8")
 
 
 def _options(kept: Plan | None) -> Options | None:
