@@ -10,29 +10,29 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import examples, meshes, planning
 from autopar.api import skeleton
-from autopar.certificate import Kind, Parity, TensorError, Tolerances
+from autopar.certificate import Parity, TensorError, Tolerances
 from autopar.machine import priced_for
 from autopar.mixed import precision_of
+from autopar.one_device import Values, eager, held_buffers, on_one_device, restore
 from autopar.options import Options, check_options
 from autopar.overlaps import check_apart, overlapping
+from autopar.tensor_errors import compare, limits, rounding
 from autopar.unwrapped import check_unwrapped
 from autopar.varied import Batch, Variety, real_copy, varied_batch
 from costmodel.hardware import Hardware
 from passes.autocast import autocast_as, autocast_dtype
-from passes.bisect import Divergence, difference, first_divergence, run_program
+from passes.bisect import Divergence, first_divergence
 from passes.double import doubled, in_double
-from passes.inputs import path_name
 from passes.local import LocalProgram
 from passes.named import check_strategy
 from passes.pipeline import Manner
@@ -45,10 +45,6 @@ __all__ = ["Parity", "Tolerances", "verify"]
 
 Progress = Callable[[str], None]
 
-_LEARNING_RATE = 1e-3
-_EPS_OF_RMS = 1e-2
-"""AdamW's eps as a share of the gradients' root mean square. AdamW divides by a gradient's own size, so that an element
-that is zero but for rounding would move by the learning rate whichever way the rounding falls."""
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -122,7 +118,7 @@ def _batches(
 
 def _takes(model: nn.Module, batch: Batch) -> bool:
     """Whether the model's forward runs on a batch."""
-    before = _buffers(model)
+    before = held_buffers(model)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -130,7 +126,7 @@ def _takes(model: nn.Module, batch: Batch) -> bool:
     except Exception:  # whatever a model raises on inputs that it does not take
         return False
     finally:
-        _restore(before)
+        restore(before)
     return True
 
 
@@ -185,7 +181,7 @@ class _Check:
         check_plan(plan, program.fingerprint, self.axes)
         self.progress("writing each rank's program")
         local = planning.rewritten(program, plan)
-        values = _Values.of(program, model, batch, self.options.seed)
+        values = Values.of(program, model, batch, self.options.seed)
         random = any(given.kind == "seed" for given in program.inputs)
         self.progress("running the reference")
         reference = self._reference(program, values, random)
@@ -231,7 +227,7 @@ class _Check:
             without_randomness=without,
         )
 
-    def _reference(self, program: Program, values: _Values, random: bool) -> StepValues:
+    def _reference(self, program: Program, values: Values, random: bool) -> StepValues:
         """What the step gives on one device: by the model, or by its captured graph where random numbers are drawn.
 
         Raises:
@@ -240,7 +236,7 @@ class _Check:
         try:
             with autocast_as(None if random else self.autocast):
                 if random:
-                    return _on_one_device(program, values)
+                    return on_one_device(program, values)
                 return eager(self.model, self.batch, program, values.tangents, self.precision)
         except Exception as error:  # whatever a model's ops make of values
             raise ValueError(
@@ -269,22 +265,22 @@ class _Check:
         )  # fmt: skip
 
     def _explained(
-        self, local: LocalProgram, values: _Values, reference: StepValues, random: bool
+        self, local: LocalProgram, values: Values, reference: StepValues, random: bool
     ) -> tuple[Divergence | None, float | None]:
         """Where the ranks leave the captured graph, and how far that is from the reference."""
         self.progress("looking for the first node that differs")
         seed = (self.options.seed, 0)
         per_rank = local_inputs(local, values.parameters, values.buffers, values.inputs, values.tangents, seed)
         low = _is_low(local.program, self.autocast)
-        limit, _ = _limits(self.tolerances, low)
+        limit, _ = limits(self.tolerances, low)
         found = first_divergence(local, per_rank, values.placeholders, limit)
         if random:
             return found, None
-        alone = _on_one_device(local.program, values)
+        alone = on_one_device(local.program, values)
         tensors, _ = compare(alone, reference, values.parameters, self.tolerances, low)
         return found, max((tensor.error for tensor in tensors), default=0.0)
 
-    def _moved_by_rounding(self, program: Program, values: _Values, reference: StepValues) -> float:
+    def _moved_by_rounding(self, program: Program, values: Values, reference: StepValues) -> float:
         """How far the reference moves where each of its parameters is moved by a rounding, up or down."""
         self.progress("moving the reference by a rounding")
         low = _is_low(program, self.autocast)
@@ -294,7 +290,7 @@ class _Check:
             with torch.no_grad():
                 for parameter, _ in before:
                     signs = torch.randint(0, 2, parameter.shape, generator=random) * 2 - 1
-                    parameter.add_((parameter * signs * _eps(low)).to(parameter.dtype))
+                    parameter.add_((parameter * signs * rounding(low)).to(parameter.dtype))
             moved = self._reference(program, values, random=False)
         finally:
             for parameter, old in before:
@@ -302,7 +298,7 @@ class _Check:
         tensors, _ = compare(moved, reference, values.parameters, self.tolerances, low)
         return max((tensor.error for tensor in tensors), default=0.0)
 
-    def _in_double(self, local: LocalProgram, values: _Values, random: bool) -> _InDouble:
+    def _in_double(self, local: LocalProgram, values: Values, random: bool) -> _InDouble:
         """The check in float64, where rounding all but vanishes."""
         if _is_low(local.program, self.autocast):
             return _InDouble()
@@ -317,7 +313,7 @@ class _Check:
         ranks = model = None
         try:
             with default_dtype(torch.float64):
-                alone = _on_one_device(wide.program, held)
+                alone = on_one_device(wide.program, held)
                 found = simulate_step(wide, held.parameters, held.buffers, held.inputs, held.tangents, seed)
                 ranks = worst(found, alone)
                 if not random:
@@ -353,155 +349,11 @@ _CAPTURED = (
 )
 
 
-# -- a step on one device ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Values:
-    """Full tensors for everything a program takes; `placeholders` has them in its order."""
-
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    inputs: list[Tensor]
-    tangents: list[Tensor]
-    placeholders: list[Tensor]
-
-    @staticmethod
-    def of(program: Program, model: nn.Module, batch: Batch, seed: int) -> _Values:
-        """Parameters and buffers as they are now, copied; tangents are 1 for a loss, else random."""
-        tensors = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
-        random = torch.Generator().manual_seed(seed)
-        parameters: dict[str, Tensor] = {}
-        buffers: dict[str, Tensor] = {}
-        tangents, placeholders = [], []
-        inputs = iter(batch.tensors)
-        nodes = program.graph.graph.find_nodes(op="placeholder")
-        for node, given in zip(nodes, program.inputs, strict=True):
-            fake = node.meta["val"]
-            if given.kind in ("parameter", "buffer"):
-                value = tensors[given.name].detach().clone()
-                computed = value.to(fake.dtype)
-                (parameters if given.kind == "parameter" else buffers)[given.name] = value
-            elif given.kind == "input":
-                value = next(inputs).detach()
-            elif given.kind == "tangent":
-                shape = tuple(int(n) for n in fake.shape)
-                value = torch.ones(shape) if not shape else torch.randn(shape, generator=random) / math.prod(shape)
-                value = value.to(fake.dtype)
-                tangents.append(value)
-            else:
-                value = torch.tensor([seed, 0], dtype=torch.int64)
-            placeholders.append(computed if given.kind == "parameter" else value)
-        return _Values(parameters, buffers, batch.tensors, tangents, placeholders)
-
-    def doubled(self) -> _Values:
-        """The same in float64."""
-        return _Values(**{field.name: doubled(getattr(self, field.name)) for field in fields(self)})
-
-
-def _on_one_device(program: Program, values: _Values) -> StepValues:
-    """The captured graph's step."""
-    found = StepValues({}, {}, {})
-    kinds = {"output": found.outputs, "buffer": found.buffers, "gradient": found.gradients}
-    for described, value in zip(program.outputs, run_program(program, values.placeholders), strict=True):
-        kinds[described.kind][described.name] = value
-    return found
-
-
-def eager(
-    model: nn.Module, batch: Batch, program: Program, tangents: list[Tensor], precision: Precision | None = None
-) -> StepValues:
-    """The unmodified model's step on the whole batch, on a model of our own: its buffers change as in training.
-
-    Under `precision`, what is cast is cast by autograd's own ops around the model.
-
-    Outputs and gradients have the names that `program` gives them.
-    """
-    tensors = {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
-    model.zero_grad()
-    args, kwargs = pytree.tree_map_only(
-        Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), (batch.args, batch.kwargs)
-    )
-    expected = {out.name for out in program.outputs if out.kind == "buffer"}
-    before = _buffers(model, expected)
-    differentiated = [given.name for given in program.inputs if given.kind == "tangent"]
-    with warnings.catch_warnings(), torch.set_grad_enabled(bool(differentiated)):
-        warnings.simplefilter("ignore")
-        outputs = _named_outputs(_forward(model, args, kwargs, precision))
-    if differentiated:
-        with autocast_as(None):
-            torch.autograd.backward([outputs[name] for name in differentiated], tangents)
-    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    given = dict(zip((x.name for x in program.inputs if x.kind == "input"), leaves, strict=True))
-    gradients = {name: tensor.grad.detach() for name, tensor in (tensors | given).items() if tensor.grad is not None}
-    known = {given.name for given in program.inputs if given.kind == "buffer"}
-    buffers = {
-        name: table[key].detach().clone()
-        for name, (table, key, _, old) in before.items()
-        if name in expected or (name in known and difference(table[key], old) > 0)
-    }
-    _restore(before)
-    first = {name for name, _ in model.named_parameters()} | set(given)
-    return StepValues(
-        {name: value.detach() for name, value in outputs.items()},
-        buffers,
-        {name: value for name, value in gradients.items() if name in first},
-    )
-
-
-def _forward(model: nn.Module, args: Any, kwargs: Any, precision: Precision | None) -> Any:
-    """What the model returns; under `precision`, on cast parameters and inputs."""
-    if precision is None:
-        return model(*args, **kwargs)
-    dtypes = {name: precision.dtypes_of(parameter) for name, parameter in model.named_parameters()}
-    cast = {name: p.to(of.computed) for name, p in model.named_parameters() if (of := dtypes[name]) is not None}
-    args, kwargs = pytree.tree_map(precision.cast_input, (args, kwargs))
-    out = torch.func.functional_call(model, cast, args, kwargs, tie_weights=True)
-    return pytree.tree_map(precision.cast_output, out)
-
-
-def _buffers(model: nn.Module, written: Collection[str] = ()) -> dict[str, tuple[dict[str, Any], str, Tensor, Tensor]]:
-    """Name -> where a buffer hangs, the tensor, and its values: a forward may write to it or put another there.
-
-    written: names of parameters to have among them.
-    """
-    found: dict[str, tuple[dict[str, Any], str, Tensor, Tensor]] = {}
-    for prefix, module in model.named_modules():
-        tables: tuple[dict[str, Any], ...] = (module._buffers, module._parameters)
-        for table in tables:
-            for key, tensor in table.items():
-                name = f"{prefix}.{key}" if prefix else key
-                if tensor is not None and (table is module._buffers or name in written):
-                    found[name] = table, key, tensor, tensor.detach().clone()
-    return found
-
-
-def _restore(before: dict[str, tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
-    for table, key, tensor, old in before.values():
-        table[key] = tensor
-        tensor.data.copy_(old)
-
-
-def _named_outputs(out: Any) -> dict[str, Tensor]:
-    try:
-        named = [(path_name(path), leaf) for path, leaf in pytree.tree_flatten_with_path(out)[0]]
-    except (ValueError, NotImplementedError):  # a container that does not name its parts
-        named = [(str(i), leaf) for i, leaf in enumerate(pytree.tree_leaves(out))]
-    return {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
-
-
-# -- comparing ---------------------------------------------------------------------------------------------------------
-
-
-def _first_line(error: Exception) -> str:
-    first, *_ = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {first}"
+def _is_low(program: Program, autocast: torch.dtype | None) -> bool:
+    """Whether the step computes in half precision, by its parameters or under autocast."""
+    nodes = program.graph.graph.find_nodes(op="placeholder")
+    given = zip(nodes, program.inputs, strict=True)
+    return autocast in _LOW or any(node.meta["val"].dtype in _LOW for node, what in given if what.kind == "parameter")
 
 
 def _doubts(reference: StepValues) -> tuple[str, ...]:
@@ -513,104 +365,6 @@ def _doubts(reference: StepValues) -> tuple[str, ...]:
     return ()
 
 
-def _is_low(program: Program, autocast: torch.dtype | None) -> bool:
-    """Whether the step computes in half precision, by its parameters or under autocast."""
-    nodes = program.graph.graph.find_nodes(op="placeholder")
-    given = zip(nodes, program.inputs, strict=True)
-    return autocast in _LOW or any(node.meta["val"].dtype in _LOW for node, what in given if what.kind == "parameter")
-
-
-def _eps(low: bool) -> float:
-    """A rounding, relative; `low`: in half precision."""
-    return 2.0**-8 if low else 2.0**-23
-
-
-def _limits(tolerances: Tolerances, low: bool) -> tuple[float, float]:
-    """(of scalar outputs, of all other tensors)."""
-    loss, gradient = (2e-2, 5e-2) if low else (1e-5, 1e-4)
-    return (
-        loss if tolerances.loss is None else tolerances.loss,
-        gradient if tolerances.gradient is None else tolerances.gradient,
-    )
-
-
-def compare(
-    found: StepValues, wanted: StepValues, parameters: Mapping[str, Tensor], tolerances: Tolerances, low: bool = False
-) -> tuple[tuple[TensorError, ...], str]:
-    """Every tensor's error, and what the optimizer's step was; `low`: where half precision rounded."""
-    of_loss, of_rest = _limits(tolerances, low)
-
-    def floor_of(norm: float) -> float:
-        return _eps(low) * norm / of_rest if of_rest else 0.0
-
-    total = _norm(wanted.gradients.values())
-    errors = []
-    for name, value in found.outputs.items():
-        limit = of_loss if not value.dim() else of_rest
-        errors.append(_error("output", name, value, wanted.outputs.get(name), limit))
-    for name in dict.fromkeys([*wanted.gradients, *found.gradients]):
-        pair = found.gradients.get(name), wanted.gradients.get(name)
-        errors.append(_error("gradient", name, *pair, of_rest, floor=floor_of(total)))
-    for name in dict.fromkeys([*wanted.buffers, *found.buffers]):
-        pair = found.buffers.get(name), wanted.buffers.get(name)
-        errors.append(_error("buffer", name, *pair, of_rest, floor=floor_of(_norm(_beside(name, wanted.buffers)))))
-    trained = {n: p for n, p in parameters.items() if n in wanted.gradients and n in found.gradients}
-    if not trained or not total:
-        return tuple(errors), ""
-    count = sum(wanted.gradients[name].numel() for name in trained)
-    step_eps = max(1e-8, _EPS_OF_RMS * total / math.sqrt(count))
-    after = [_stepped(trained, values.gradients, step_eps) for values in (found, wanted)]
-    for name, tensor in trained.items():
-        floor = _LEARNING_RATE * math.sqrt(tensor.numel())
-        errors.append(_error("parameter", name, after[0][name], after[1][name], of_rest, floor=floor))
-    return tuple(errors), f"AdamW, lr {_LEARNING_RATE:g}, eps {step_eps:.1e} ({_EPS_OF_RMS:.0%} of the gradients' rms)"
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    """Of all of them as one vector."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
-
-
-def _beside(name: str, buffers: Mapping[str, Tensor]) -> list[Tensor]:
-    """The statistics that a module keeps of the same values, the buffer's own among them: a running mean that is zero
-    but for rounding has the scale of the variance."""
-    own, module = buffers.get(name), name.rpartition(".")[0]
-    if own is None or not own.is_floating_point():
-        return []
-    return [
-        value
-        for other, value in buffers.items()
-        if other.rpartition(".")[0] == module
-        and (value.shape, value.dtype) == (own.shape, own.dtype)
-        and bool(value.isfinite().all())
-    ]
-
-
-def _error(
-    kind: Kind, name: str, found: Tensor | None, wanted: Tensor | None, tolerance: float, floor: float = 0.0
-) -> TensorError:
-    one = found if found is not None else wanted
-    assert one is not None
-    shape = tuple(one.shape)
-    if found is None or wanted is None:
-        missing = "the ranks" if found is None else "the unmodified model"
-        return TensorError(kind, name, shape, math.inf, tolerance, f"{missing} gave none")
-    if found.shape != wanted.shape:
-        return TensorError(kind, name, shape, math.inf, tolerance, f"the reference has shape {list(wanted.shape)}")
-    if wanted.dtype.is_floating_point and bool(wanted.isnan().any()):
-        return TensorError(kind, name, shape, math.nan, tolerance, "the reference holds NaNs, which prove nothing")
-    scale = float(torch.where(wanted.isfinite(), wanted, torch.zeros_like(wanted)).double().norm())
-    error = difference(found, wanted)
-    if floor > scale:
-        note = "" if kind == "parameter" else "zero but for rounding"
-        return TensorError(kind, name, shape, error * (scale or 1.0) / floor, tolerance, note)
-    return TensorError(kind, name, shape, error, tolerance)
-
-
-def _stepped(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], eps: float) -> dict[str, Tensor]:
-    """The parameters after a step of AdamW."""
-    stepped = {name: nn.Parameter(tensor.clone()) for name, tensor in parameters.items()}
-    for name, parameter in stepped.items():
-        parameter.grad = gradients[name].detach().to(parameter.dtype).clone()
-    torch.optim.AdamW(stepped.values(), lr=_LEARNING_RATE, eps=eps).step()
-    return {name: parameter.detach() for name, parameter in stepped.items()}
+def _first_line(error: Exception) -> str:
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first}"

@@ -16,8 +16,9 @@ import autopar
 from autopar import planning
 from autopar.certificate import Tolerances
 from autopar.options import Options
+from autopar.tensor_errors import compare
 from autopar.varied import varied_batch
-from autopar.verify import compare, verify
+from autopar.verify import verify
 from passes.errors import PlanMismatchError
 from passes.local import WAIT, LocalProgram
 from passes.simulate import StepValues
