@@ -23,7 +23,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 from autopar.watch import ENDED, RankFailedError, Watch
 
 SILENCE_S = 1800.0
-# Every rank makes its sessions in the same order, so equal numbers meet.
+# Every rank makes its sessions in the same order, so equal numbers meet. One rank alone (a plan for a mesh that is only
+# named, made on rank 0 to be printed) takes no number.
 SESSIONS = itertools.count()
 
 
@@ -43,7 +44,7 @@ class Together:
         self.silence_s = silence_s
         self.check = check
         self.round = 0
-        self.session = next(SESSIONS)
+        self.session = next(SESSIONS) if ranks > 1 else None
 
     def agree(self, error: BaseException | None = None) -> None:
         """Returns when every rank came here without an error.

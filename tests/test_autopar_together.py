@@ -27,6 +27,8 @@ from autopar.watch import Watch
 
 
 def _agrees(rank: int, ranks: int) -> tuple[str, bool, bool, str]:
+    if rank == 0:
+        Together(None, 0, 1).agree()  # as a plan for a mesh that is only named, which concerns nobody else
     ours = together()
     ours.agree()
     text = ours.from_first(lambda: f"plan of {rank}")
