@@ -48,7 +48,7 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     if id(executable) not in runtime.bindings:  # the first call of its kind
         _check_batch(runtime, executable, inputs)
     step = bound(runtime, executable, parameters, inputs, device)
-    _, _, _, modes, autocast = key
+    _, _, _, modes, autocast, _ = key
 
     def with_all() -> Executable:
         if id(executable) not in runtime.with_all:
@@ -71,7 +71,7 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
 
 def _in_words(key: Any) -> str:
     """What tells calls apart that ranks have in common: not numbers and objects, whose words may differ."""
-    _, leaves, trained, modes, autocast = key
+    _, leaves, trained, modes, autocast, _ = key
     tensors = ", ".join(f"{str(leaf[1]).removeprefix('torch.')}{list(leaf[0])}" for leaf in leaves if len(leaf) == 3)
     gradients = "no gradients" if trained is None else f"gradients of {sum(trained)} parameters"
     cast_to = "" if autocast is None else f" under autocast to {autocast}"
@@ -168,4 +168,8 @@ def call_key(runtime: Runtime, leaves: Sequence[Any], in_spec: Any, trained: tup
         for leaf in leaves
     )
     modes = tuple(module.training for module in runtime.modules)
-    return str(in_spec), what, trained, modes, autocast_dtype()
+    buffers = tuple(
+        None if (buffer := table.get(key)) is None else (buffer.shape, buffer.dtype)
+        for table, key in runtime.buffer_slots
+    )
+    return str(in_spec), what, trained, modes, autocast_dtype(), buffers

@@ -83,6 +83,11 @@ class Runtime:
         """Where each parameter hangs, in the order of `specs`."""
         return tuple(self.slots[name] for name in self.specs)
 
+    @functools.cached_property
+    def buffer_slots(self) -> tuple[tree.Slot, ...]:
+        """Where each buffer hangs."""
+        return tuple((module._buffers, key) for module in self.modules for key in module._buffers)
+
     @property
     def axis_sizes(self) -> tuple[int, ...]:
         """Ranks per mesh axis."""

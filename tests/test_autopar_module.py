@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_st
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
+import autopar
 from autopar.groups import Groups
 from autopar.module import ParallelModule, parallel_module, preload
 from autopar.runtime import Executable
@@ -351,3 +352,35 @@ def _preloaded(rank: int, ranks: int) -> None:
     assert calls == []
     with pytest.raises(TypeError, match="multiple values"):
         model(ids, ids=ids)
+
+
+class Scaled(nn.Module):
+    """A low-precision layer after a buffer in full precision, as frequencies of rotary positions are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+        self.register_buffer("scale", torch.arange(1.0, 9.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear((x * self.scale).bfloat16()).float().square().mean()
+
+
+def _buffers_of_another_kind(rank: int, ranks: int) -> None:
+    torch.manual_seed(0)
+    eager, x = Scaled(), torch.randn(4, 8)
+    model = autopar.parallelize(eager, mesh_of(ranks), (x,), options=autopar.Options(progress=False))
+    torch.testing.assert_close(model(x), eager(x), rtol=1e-2, atol=0)
+    for each in (eager, model):
+        each.to(torch.bfloat16)  # converts the buffer alone
+    torch.testing.assert_close(model(x), eager(x), rtol=1e-2, atol=0)
+    for each in (eager, model):
+        each.load_state_dict({**each.state_dict(), "scale": torch.ones(8, dtype=torch.int64)}, assign=True)
+    torch.testing.assert_close(model(x), eager(x), rtol=1e-2, atol=0)
+    for each in (eager, model):
+        each.scale = torch.full((1,), 2.0)
+    torch.testing.assert_close(model(x), eager(x), rtol=1e-2, atol=0)
+
+
+def test_a_buffer_of_another_dtype_or_shape_is_another_kind_of_call() -> None:
+    run_ranks(_buffers_of_another_kind, 1)
