@@ -5,7 +5,7 @@ The checks read each parameter. So they are made once, and again where a tensor 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -36,8 +36,11 @@ def checked(runtime: Runtime, device: torch.device) -> Checked:
     Raises:
         PlanMismatchError: one is not what the plan was made for.
     """
-    tensors = [table[key] for table, key in runtime.parameter_slots]
-    trained = tuple(tensor.requires_grad for tensor in tensors)
+    try:
+        tensors = [table[key] for table, key in runtime.parameter_slots]
+        trained = tuple(tensor.requires_grad for tensor in tensors)
+    except (AttributeError, KeyError):
+        raise _taken_out(runtime, runtime.specs) from None
     known: Checked | None = runtime.checked
     if (
         known is None
@@ -55,9 +58,21 @@ def checked(runtime: Runtime, device: torch.device) -> Checked:
     for alias, name in runtime.aliases.items():
         table, key = runtime.slots[alias]
         target, target_key = runtime.slots[name]
-        if table[key] is not target[target_key]:
+        if (found := table.get(key)) is not target.get(target_key):
+            if found is None:
+                raise _taken_out(runtime, [alias])
             raise PlanMismatchError(f"{alias} was tied to {name} when the plan was made and no longer is")
     return known
+
+
+def _taken_out(runtime: Runtime, names: Iterable[str]) -> PlanMismatchError:
+    """The error for the first of `names` that is no longer there."""
+    slots = ((name, runtime.slots[name]) for name in names)
+    gone = next(name for name, (table, key) in slots if table.get(key) is None)
+    return PlanMismatchError(
+        f"{gone} was taken out, as torch.nn.utils.prune and parametrizations do, and the plan is for the parameter "
+        "that was there; change the model before parallelize"
+    )
 
 
 def _check(runtime: Runtime, name: str, parameter: Any, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.utils import prune
 
 import autopar
 from autopar.groups import Groups
@@ -384,3 +385,21 @@ def _buffers_of_another_kind(rank: int, ranks: int) -> None:
 
 def test_a_buffer_of_another_dtype_or_shape_is_another_kind_of_call() -> None:
     run_ranks(_buffers_of_another_kind, 1)
+
+
+def _parameters_taken_out(rank: int, ranks: int) -> None:
+    ids, labels = mine(batches(1, ranks)[0], rank)
+    for taken_out, name in (
+        (lambda model: setattr(model.up, "bias", None), "up.bias"),
+        (lambda model: delattr(model.up, "bias"), "up.bias"),
+        (lambda model: prune.l1_unstructured(model.down, "weight", 0.5), "down.weight"),
+        (lambda model: delattr(model.head, "weight"), "head.weight"),
+    ):
+        model = made(Net(), mesh_of(ranks))
+        taken_out(model)
+        with pytest.raises(PlanMismatchError, match=rf"^{name} was taken out"):
+            model(ids, labels)
+
+
+def test_a_parameter_that_is_gone_is_named() -> None:
+    run_ranks(_parameters_taken_out, 1)
