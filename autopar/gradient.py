@@ -14,6 +14,7 @@ from operator import is_
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils import _pytree as pytree
@@ -26,6 +27,7 @@ _OF_NORMS = (
     _TOTAL, aten.add.Tensor, aten.mul.Tensor, aten.reciprocal.default, aten.clamp.default
 )  # fmt: skip
 """What makes one factor of the norms."""
+_UNSCALE = aten._amp_foreach_non_finite_check_and_unscale_.default
 _NEW = DTensor.__new__
 
 
@@ -53,6 +55,8 @@ class Gradient(DTensor):
             made = _norms(*args, **kwargs)
         elif func is aten.stack.default:
             made = _stacked(*args, **kwargs)
+        elif func is _UNSCALE:
+            made = _unscale(*args)
         elif func in _OF_NORMS:
             made = _whole(func, args, kwargs)
         elif _is_pointwise(func):
@@ -197,6 +201,19 @@ def _norm_spec(tensor: DTensor, part: torch.Tensor, order: Any) -> DTensorSpec:
         meta = TensorMeta(part.shape, part.stride(), part.dtype)
         _of_norms[key] = DTensorSpec(of.mesh, layout, tensor_meta=meta)
     return _of_norms[key]
+
+
+def _unscale(gradients: Sequence[Any], found: torch.Tensor, factor: torch.Tensor) -> Any:
+    """A `GradScaler`'s check: `found` becomes 1 on all ranks where any of them has an entry that is not finite.
+
+    DTensor asks only the ranks over which the first of the tensors is split.
+    """
+    _UNSCALE([each._local_tensor if isinstance(each, DTensor) else each for each in gradients], found, factor)
+    layouts = {(each._spec.mesh, each._spec.placements): None for each in gradients if isinstance(each, DTensor)}
+    axes = {(mesh, i): None for mesh, layout in layouts for i, p in enumerate(layout) if not p.is_replicate()}
+    for mesh, axis in axes:
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(axis))
+    return None
 
 
 def _stacked(tensors: Sequence[DTensor], dim: int = 0) -> Any:

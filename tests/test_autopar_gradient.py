@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,29 @@ def compared(rank: int, ranks: int) -> None:
 
 def test_clipping_and_optimizers_give_what_dtensors_give() -> None:
     run_ranks(compared, 4)
+
+
+def _overflow(rank: int, ranks: int) -> list[tuple[float, float]]:
+    """Scale and parameter after a step in which one rank overflows, by which gradient comes first."""
+    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "tp"))
+    seen = []
+    for layouts in permutations([(Replicate(), Replicate()), (Replicate(), Shard(0))]):
+        found = [nn.Parameter(distribute_tensor(torch.ones(ranks, 3), mesh, layout)) for layout in layouts]
+        for parameter in found:
+            parameter.grad = Gradient.of(torch.ones_like(parameter.to_local()), parameter._spec)
+            if rank == 1 and parameter.placements[1].is_shard():
+                parameter.grad.to_local()[0, 1] = float("inf")
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.ones(()))
+        scaler.step(torch.optim.SGD(found, lr=0.5))
+        scaler.update()
+        seen.append((scaler.get_scale(), found[0].detach().full_tensor().sum().item()))
+    return seen
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="does not ask the gradients' class")
+def test_a_scaled_step_is_left_out_on_all_ranks_where_one_overflows() -> None:
+    assert run_ranks(_overflow, 2) == [[(2.0, 6.0), (2.0, 6.0)]] * 2
 
 
 @pytest.fixture
