@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from autopar.meshes import axis_notes
@@ -22,11 +21,10 @@ from passes.local import LocalProgram
 from passes.model_flops import model_flops
 from passes.pins import check_pins
 from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
-from passes.plan import Placements, Plan
+from passes.plan import Plan
 from passes.precision import Precision
 from passes.program import Program
 from passes.space import Pin
-from passes.words import unfold_names
 
 _FIGURES = "hardware_figures"
 """Where a plan's options keep the figures it was priced with: they decide the steps of a reshard, on any machine."""
@@ -162,14 +160,7 @@ def planned(
     notes = (*notes, *slow_dtype_notes(mesh.device, model_flops(program).dtype))
     if options.batch_axes is None:
         notes = (*notes, *axis_notes(axes, batch_axes))
-    marked = {key: _marked(placed, options) for key, placed in plan.parameters.items()}
-    return replace(plan, parameters=marked, notes=notes)
-
-
-def _marked(placed: Placements, options: Options) -> Placements:
-    """A plan's line, marked where the user's pins name it."""
-    name = unfold_names(placed.names)[0]
-    return replace(placed, pinned=any(fnmatchcase(name, pattern) for pattern in options.pins))
+    return replace(plan, notes=notes)
 
 
 def pins_in(plan: Plan) -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from costmodel.layout import layout_text
 from passes.errors import NoFeasiblePlanError, PlanMismatchError
+from passes.layers import unique
 from passes.plan import Plan, check_plan, check_solved
 from passes.rules.call import op_text
 from passes.space import Site, Space
@@ -89,15 +90,6 @@ def without(space: Space, ruled_out: Sequence[tuple[str, str]]) -> Space:
 
 def _kind(site: Site) -> str:
     return site.given.kind if site.given is not None else "constant"
-
-
-def unique(key: str, taken: Mapping[str, Any]) -> str:
-    """`key`, or `key#2` and so on where it is taken."""
-    found, number = key, 1
-    while found in taken:
-        number += 1
-        found = f"{key}#{number}"
-    return found
 
 
 def assignment_of(plan: Plan, space: Space) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -110,3 +111,12 @@ def layer_patterns(names: list[str]) -> tuple[_Pattern, dict[str, int]]:
                 grown = True
         if not grown:
             return pattern, layers
+
+
+def unique(key: str, taken: Mapping[str, Any]) -> str:
+    """`key`, or `key#2` and so on where it is taken."""
+    found, number = key, 1
+    while found in taken:
+        number += 1
+        found = f"{key}#{number}"
+    return found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from costmodel.layout import Partial
 from costmodel.memory import gib
-from passes.decisions import choices, unique
+from passes.decisions import choices
 from passes.pad import Pad
+from passes.pins import parameter_lines
 from passes.plan import AxisRole, Baseline, Bound, Breakdown, Placements, Plan
 from passes.rules.call import op_text
 from passes.schedule import Collective, Schedule
@@ -32,11 +33,13 @@ def make_plan(
     notes: Iterable[str] = (),
     padded: tuple[Pad, ...] = (),
     repeated_keys: bool = False,
+    pinned: Container[int] = (),
     strategy: str | None = None,
     options: Mapping[str, Any] | None = None,
     example: str = "",
 ) -> Plan:
-    """The plan that gives site i of `space` option `assignment[i]`, priced by `schedule`."""
+    """The plan that gives site i of `space` option `assignment[i]`, priced by `schedule`; `pinned`: sites of parameters
+    that a person fixed."""
     words = Words(space)
     names = [axis.name for axis in space.topology.axes]
     breakdown = Breakdown(
@@ -50,7 +53,7 @@ def make_plan(
         peak_moment=schedule.peak_moment,
         top_tensors=schedule.memory.top,
     )
-    parameters = _parameters(space, assignment, words)
+    parameters = _parameters(space, assignment, words, pinned)
     return Plan(
         fingerprint=space.program.fingerprint,
         axes=tuple((axis.name, axis.size) for axis in space.topology.axes),
@@ -121,20 +124,18 @@ def folded(collectives: Sequence[Collective], words: Words) -> tuple[Collective,
     return tuple(sorted(found, key=lambda each: -each.seconds))
 
 
-def _parameters(space: Space, assignment: Sequence[int], words: Words) -> dict[str, Placements]:
+def _parameters(space: Space, assignment: Sequence[int], words: Words, pinned: Container[int]) -> dict[str, Placements]:
     read_as = _read_as(space, assignment)
     found: dict[str, Placements] = {}
     inputs = dict(zip(space.program.graph.graph.find_nodes(op="placeholder"), space.program.inputs, strict=True))
-    for index, members in enumerate(space.folding.members):
-        site = space.sites[index]
-        if site.given is None or site.given.kind != "parameter":
-            continue
+    for line, index in parameter_lines(space.analysis).items():
+        site, members = space.sites[index], space.folding.members[index]
         option = site.options[assignment[index]]
         assert isinstance(option, StoredOption)
         names = [name for node in members for name in all_names(inputs[node].name, space.program.repeated)]
         stored = math.prod(option.storage.padded_shape(space.topology.sizes)) * site.stored_itemsize
         layout = read_as.get(index, option.layout)
-        found[unique(words.pattern(site.name), found)] = Placements(
+        found[line] = Placements(
             at_rest=at_rest_text(option),
             in_compute=tensor_layout_text(layout, site.dims),
             shape=option.storage.shape,
@@ -142,6 +143,7 @@ def _parameters(space: Space, assignment: Sequence[int], words: Words) -> dict[s
             names=fold_names(names),
             count=len(names),
             bytes=stored * len(names),
+            pinned=index in pinned,
         )
     return found
 

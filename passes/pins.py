@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from costmodel.layout import Layout, Partial, layout_text
 from passes.analysis import Analysis
+from passes.layers import layer_patterns, unique
 
 
 @dataclass(frozen=True)
@@ -44,24 +45,29 @@ def check_pins(pins: Mapping[str, Layout | Pin], axes: int) -> None:
 
 
 def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: int) -> dict[int, tuple[str, Pin]]:
-    """Site -> (pattern, pin) for every parameter that a pin names.
+    """Site -> (pattern, pin) for every parameter that a pin names; what is a line's name (`parameter_lines`) names that
+    line alone.
 
     Raises:
         ValueError: a pin that names nothing, some of the parameters that repeated layers share, or one that another pin
             fixes otherwise; what `check_pins` refuses.
     """
     check_pins(pins, axes)
+    if not pins:
+        return {}
     tied: dict[str, list[str]] = {}
     for alias, first in analysis.program.aliases.items():
         tied.setdefault(first, []).append(alias)
     given = dict(zip(analysis.program.graph.graph.find_nodes(op="placeholder"), analysis.program.inputs, strict=True))
     found: dict[int, tuple[str, Pin]] = {}
+    lines = parameter_lines(analysis)
     for pattern, wanted in pins.items():
         pin = wanted if isinstance(wanted, Pin) else Pin(wanted)
         named = False
-        for index, members in enumerate(analysis.folding.members):
-            names = [given[node].name for node in members if node in given and given[node].kind == "parameter"]
+        for index in [lines[pattern]] if pattern in lines else lines.values():
+            names = [given[node].name for node in analysis.folding.members[index]]
             matching = [n for n in names if any(fnmatchcase(each, pattern) for each in (n, *tied.get(n, ())))]
+            matching = names if pattern in lines else matching
             if not matching:
                 continue
             if len(matching) < len(names):
@@ -84,6 +90,18 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
                 f"pin {pattern!r} names no parameter of the model; "
                 + (f"the nearest name is {near[0]}" if near else f"its parameters are {', '.join(known[:5])}, ...")
             )
+    return found
+
+
+def parameter_lines(analysis: Analysis) -> dict[str, int]:
+    """The lines that a plan has of parameters, by name: `layers.*.up.weight`, and `layers.*.up.weight#2` where layers
+    are not all laid out alike; each with its site."""
+    pattern, _ = layer_patterns([x.name for x in analysis.program.inputs if x.kind in ("parameter", "buffer")])
+    found: dict[str, int] = {}
+    for index in range(len(analysis.folding.members)):
+        place = analysis.places[index]
+        if place.given is not None and place.given.kind == "parameter":
+            found[unique(pattern(place.name), found)] = index
     return found
 
 

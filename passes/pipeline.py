@@ -30,6 +30,7 @@ from passes.local import LocalProgram
 from passes.make_plan import baseline, make_plan
 from passes.masks import use_causal_flag
 from passes.named import alike_axes, check_strategy, tensor_axes
+from passes.pins import pinned_layouts
 from passes.plan import Baseline, Bound, Plan, check_plan
 from passes.program import Program
 from passes.proposals import BY_HAND, SIMPLEST_FIRST, PaddingsOf, Progress, Search, with_parameters_kept
@@ -172,6 +173,7 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
         ),
         padded=chosen.padding.pads,
         repeated_keys=chosen.padding.repeated_keys,
+        pinned=pinned_layouts(chosen.space.analysis, request.pins, len(topology_.axes)),
         strategy=chosen.strategy,
         options=asked.options,
         example=asked.example,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import build
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
@@ -248,6 +249,43 @@ def test_a_pin_may_give_any_name_of_a_tied_parameter(name: str) -> None:
     assert free.placements["lm_head.weight"].in_compute == "RS(0)"
     assert made.placements["lm_head.weight"] == made.placements["transformer.wte.weight"]
     assert made.placements["lm_head.weight"].in_compute == "RR"
+    assert made.parameters["transformer.wte.weight"].pinned
+
+
+class _Halves(nn.Module):
+    """Four layers, the first two frozen; one weight's name ends as another's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for trained in (False, False, True, True):
+            layer, inner = nn.Module(), nn.Module()
+            layer.up, inner.up, layer.inner = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False), inner
+            self.layers.append(layer.requires_grad_(trained))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer.inner.up(layer.up(x).relu())  # type: ignore[union-attr, operator]
+        return x.square().mean()
+
+
+def test_a_line_of_a_plan_is_pinned_by_its_name_and_no_other() -> None:
+    """As `plan --from` pins what a person edited: of lines whose names a pattern would confuse, the one alone."""
+
+    def planned(**pins: str) -> Plan:
+        options = autopar.Options(progress=False, pins=pins)
+        x = torch.randn(4, 16)
+        return autopar.plan(_Halves(), dict(MESH), (x,), hardware="h100", strategy="fsdp", options=options)
+
+    free = planned()
+    assert list(free.parameters) == [
+        f"layers.*.{name}up.weight{half}" for half in ("", "#2") for name in ("", "inner.")
+    ]
+    for line in free.parameters:
+        made = planned(**{line: "RR -> RR"})
+        assert {key for key, placed in made.parameters.items() if placed.pinned} == {line}
+        for key, placed in made.parameters.items():
+            assert str(placed) == ("RR -> RR" if key == line else str(free.parameters[key])), (line, key)
 
 
 @pytest.mark.parametrize(
