@@ -46,7 +46,8 @@ def check_pins(pins: Mapping[str, Layout | Pin], axes: int) -> None:
 
 def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: int) -> dict[int, tuple[str, Pin]]:
     """Site -> (pattern, pin) for every parameter that a pin names; what is a line's name (`parameter_lines`) names that
-    line alone.
+    line alone. Of parameters that lie somewhere already, layers that were pinned apart may be laid out alike (none is
+    trained): there a pin of some is left out.
 
     Raises:
         ValueError: a pin that names nothing, some of the parameters that repeated layers share, or one that another pin
@@ -60,7 +61,7 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
         tied.setdefault(first, []).append(alias)
     given = dict(zip(analysis.program.graph.graph.find_nodes(op="placeholder"), analysis.program.inputs, strict=True))
     found: dict[int, tuple[str, Pin]] = {}
-    lines = parameter_lines(analysis)
+    lines, laid = parameter_lines(analysis), bool(analysis.program.stored)
     for pattern, wanted in pins.items():
         pin = wanted if isinstance(wanted, Pin) else Pin(wanted)
         named = False
@@ -71,6 +72,8 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
             if not matching:
                 continue
             if len(matching) < len(names):
+                if laid:
+                    continue
                 other = next(name for name in names if name not in matching)
                 raise ValueError(
                     f"pin {pattern!r} names {matching[0]} but not {other}; repeated layers are laid out alike: name "
@@ -83,7 +86,7 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
                     f"pins {other_pattern!r} and {pattern!r} both name {matching[0]}, and ask for {other_pin} and "
                     f"{pin}; give one"
                 )
-        if not named:
+        if not named and not laid:
             known = [entry.name for entry in given.values() if entry.kind == "parameter"]
             near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.3)
             raise ValueError(

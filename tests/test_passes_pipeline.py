@@ -24,7 +24,7 @@ from passes.price import price
 from passes.program import Program
 from passes.simulate import ledger
 from passes.solve import solve
-from passes.space import search_space
+from passes.space import Pin, search_space
 
 MESH = (("dp", 2), ("tp", 2))
 
@@ -286,6 +286,24 @@ def test_a_line_of_a_plan_is_pinned_by_its_name_and_no_other() -> None:
         assert {key for key, placed in made.parameters.items() if placed.pinned} == {line}
         for key, placed in made.parameters.items():
             assert str(placed) == ("RR -> RR" if key == line else str(free.parameters[key])), (line, key)
+
+
+def test_a_pin_of_frozen_layers_does_not_keep_the_model_from_being_evaluated() -> None:
+    """Without gradients frozen layers and trained ones are alike, and lie where training has laid them."""
+
+    def captured() -> Program:
+        return prepare(capture(_Halves(), (torch.randn(8, 16),), {}, batch_dims=[0], batch_size=8))
+
+    pins = {"layers.[01].*": Pin(parse_layout("RR")), "layers.*.up.weight#2": Pin(parse_layout("RR"))}
+    mesh, training = on_mesh("h100", MESH), captured()
+    request = Request(strategy="ddp", pins=pins)
+    local = local_program(training, compile_plan(training, mesh, (0,), request), mesh, pins)
+    with torch.no_grad():
+        evaluation = captured().of_stored({x.name: x.storage for x in local.inputs if x.kind == "parameter"})
+    made = compile_plan(evaluation, mesh, (0,), replace(request, stored=evaluation.stored))
+    assert {name: str(placed) for name, placed in made.placements.items()} == {
+        name: "RR -> RR" for name, _ in _Halves().named_parameters()
+    }
 
 
 @pytest.mark.parametrize(
