@@ -13,11 +13,12 @@ aten = torch.ops.aten
 _MOVES = (
     torch.ops._c10d_functional.all_gather_into_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,  # of a look-up, where one rank at most has an entry true
 )
 
 
 def as_bytes(gm: fx.GraphModule) -> None:
-    """Rewrites the gathers and exchanges of a bool tensor in `gm` to those of uint8, in place."""
+    """Rewrites the gathers, exchanges and scattered sums of a bool tensor in `gm` to those of uint8, in place."""
     graph = gm.graph
     for node in list(graph.nodes):
         if node.target in _MOVES and node.meta["val"].dtype == torch.bool:

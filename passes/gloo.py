@@ -133,6 +133,8 @@ def _scattered(graph: fx.Graph, node: fx.Node) -> None:
         made = _call(node, c10d.all_to_all_single.default, packed, [1] * ranks, [1] * ranks, group)
     with graph.inserting_before(waits[0]):
         whole = _call(node, _TERMS[op], _call(node, WAIT, made), [0])
+        if (dtype := packed.meta["val"].dtype) != whole.meta["val"].dtype:  # torch adds whole numbers up in int64
+            whole = _call(node, aten._to_copy.default, whole, dtype=dtype)
         parts = _call(node, aten.split_with_sizes.default, whole, [shape.numel() for shape in shapes])
     _replace(graph, node, waits, parts, shapes)
 
@@ -167,10 +169,10 @@ def _shape(node: fx.Node) -> torch.Size:
     return size
 
 
-def _call(like: fx.Node, target: Any, *args: Any) -> fx.Node:
+def _call(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A new node, with the metadata of `like` but its own fake value."""
-    made = like.graph.call_function(target, args)
+    made = like.graph.call_function(target, args, kwargs)
     made.meta = dict(like.meta)
     with torch.no_grad():
-        made.meta["val"] = target(*fx.map_arg(args, lambda operand: operand.meta["val"]))
+        made.meta["val"] = target(*fx.map_arg(args, lambda operand: operand.meta["val"]), **kwargs)
     return made

@@ -1,4 +1,4 @@
-"""Masks that compiled code gathers, on two ranks, against what one process makes of the whole mask."""
+"""Masks that compiled code gathers or adds up, on two ranks, against what one process makes of the whole mask."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from passes.lower import compiled
 
 aten = torch.ops.aten
 GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+SCATTER = torch.ops._c10d_functional.reduce_scatter_tensor.default
 ROWS, LENGTH = 2, 5
 
 
-def graph_of(mask: torch.Tensor, values: torch.Tensor) -> fx.GraphModule:
-    """Gathers a rank's rows of a mask and of values, and puts 1, 2, ... where the mask is true."""
+def graph_of(mask: torch.Tensor, values: torch.Tensor, collective: Any = GATHER) -> fx.GraphModule:
+    """Gathers a rank's rows of a mask and of values, or adds all ranks' up and keeps half, and puts 1, 2, ... where the
+    mask is true."""
     graph = fx.Graph()
     group = dist.group.WORLD.group_name
 
@@ -32,10 +34,11 @@ def graph_of(mask: torch.Tensor, values: torch.Tensor) -> fx.GraphModule:
     for name, value in (("mask", mask), ("values", values)):
         given.append(graph.placeholder(name))
         given[-1].meta["val"] = value
-    whole = [torch.empty(2 * ROWS, LENGTH, dtype=x.dtype) for x in (mask, values)]
-    items = [call(GATHER, x, 2, group, value=value) for x, value in zip(given, whole, strict=True)]
+    rows, how = (2 * ROWS, (2, group)) if collective is GATHER else (ROWS, ("sum", 2, group))
+    whole = [torch.empty(rows, LENGTH, dtype=x.dtype) for x in (mask, values)]
+    items = [call(collective, x, *how, value=value) for x, value in zip(given, whole, strict=True)]
     chosen, base = (call(WAIT, x, value=value) for x, value in zip(items, whole, strict=True))
-    numbers = call(aten.arange.default, 2 * ROWS * LENGTH, value=torch.empty(2 * ROWS * LENGTH))
+    numbers = call(aten.arange.default, rows * LENGTH, value=torch.empty(rows * LENGTH))
     numbers.kwargs = {"dtype": torch.float32, "device": torch.device("cpu")}
     graph.output((call(aten.masked_scatter.default, base, chosen, numbers, value=whole[1]),))
     return fx.GraphModule({}, graph)
@@ -50,7 +53,14 @@ def _scattered(rank: int, ranks: int) -> None:
     as_bytes(gm)
     (found,) = compiled(gm)(mine)
     torch.testing.assert_close(found, wanted)
+    places = torch.arange(LENGTH) % ranks == rank  # a rank's term: what it looked up, zero elsewhere
+    terms = [mask & places, values * places]
+    gm = graph_of(terms[0], terms[1], SCATTER)
+    as_bytes(gm)
+    (found,) = compiled(gm)(terms)
+    chosen, base = (x.chunk(ranks)[rank] for x in (mask, values))
+    torch.testing.assert_close(found, base.masked_scatter(chosen, torch.arange(chosen.numel(), dtype=torch.float32)))
 
 
-def test_a_mask_that_compiled_code_gathers_is_a_mask() -> None:
+def test_a_mask_that_compiled_code_gathers_or_adds_up_is_a_mask() -> None:
     run_ranks(_scattered, 2)

@@ -114,6 +114,15 @@ def test_one_exchange_of_the_same_bytes_takes_a_lists_place() -> None:
     assert moved.args[0].meta["val"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.float16])
+@pytest.mark.parametrize("shapes", [SHAPES[:1], SHAPES])
+def test_a_scattered_sum_keeps_its_dtype(dtype: torch.dtype, shapes: Any) -> None:
+    """torch adds bools and short integers up in int64, where compiled code reads what capture saw."""
+    gm = _graph(SCATTER, shapes, ("sum", 4, "dp"), dtype)
+    for_gloo(gm)
+    assert {node.meta["val"].dtype for node in gm.graph.output_node().all_input_nodes} == {dtype}
+
+
 def test_what_is_reduced_together_lies_in_one_table_with_most_of_it_as_it_was() -> None:
     """Six columns would hold (4, 6) alone, and not (4,)."""
     gm = _graph(REDUCE, ROWS_OF_FOUR, ("sum", "dp"), torch.float32)
