@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map_only
 
 from passes.cuda_attention import CPU_ATTENTION, retarget_attention
-from passes.fakes import FakeTensorMode
+from passes.fakes import DynamicOutputShapeException, FakeTensorMode
 from passes.graphs import graph_module
 
 
@@ -53,19 +54,22 @@ def _move_constants(node: fx.Node, device: torch.device) -> None:
 
 
 def _renew_values(gm: fx.GraphModule, device: torch.device) -> None:
-    """Computes the nodes' fake values again, on `device`."""
+    """Computes the nodes' fake values again, on `device`; a shape that follows from values is the one there was."""
+
+    def there(value: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
     class Renew(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
+            try:
+                result = super().run_node(n)
+            except DynamicOutputShapeException:
+                result = tree_map_only(torch.Tensor, there, n.meta["val"])
             if n.op != "output":
                 n.meta["val"] = result
             return result
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        inputs = [
-            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-            for value in (node.meta["val"] for node in gm.graph.find_nodes(op="placeholder"))
-        ]
+        inputs = [there(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
         del mode
         Renew(gm).run(*inputs)

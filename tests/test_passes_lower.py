@@ -216,6 +216,26 @@ def test_attention_takes_cuda_kernels(mask: bool, dtype: torch.dtype, dim: int, 
     assert split(local).backward is not None
 
 
+def test_a_step_with_a_shape_that_follows_from_values_is_moved_to_cuda() -> None:
+    """Tokens that a mask picks, as in a masked language model: captured with the number that the example has."""
+
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.head(x)[mask].square().mean()
+
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    gm = planned(captured(Picked(), {"x": torch.ones(2, 3, 4), "mask": mask}), {"dp": 1}, "ddp")[2].graph
+    moved = retarget(gm, torch.device("cuda"))
+    for before, after in zip(gm.graph.nodes, moved.graph.nodes, strict=True):
+        if isinstance(before.meta.get("val"), torch.Tensor):
+            assert before.meta["val"].shape == after.meta["val"].shape
+            assert after.meta["val"].device.type == "cuda", after
+
+
 def test_compiled_backward_frees_saved_values_as_it_goes() -> None:
     """The first saved values are gone when the last gradient is made; a custom op looks."""
     held: list[weakref.ref[torch.Tensor]] = []
