@@ -184,19 +184,25 @@ def kernel_of(
 ) -> Kernel:
     """Flash attention for half precision without a mask, cuDNN's where eager would take it, else the memory-efficient.
 
-    torch knows which is fastest on this device; where none is there to ask, flash.
+    torch knows which this device has and which is fastest; where none is there to ask, flash. A causal mask over more
+    keys than queries, or fewer, begins at the first of both in eager; in flash attention it ends at the last.
     """
     head_dim, value_dim = shapes[0][-1], shapes[2][-1]
-    if mask or dtype not in FLASH_DTYPES or head_dim != value_dim or head_dim > 256:
+    uneven = causal and shapes[0][-2] != shapes[1][-2]
+    if mask or uneven or dtype not in FLASH_DTYPES or head_dim != value_dim or head_dim > 256:
         return "efficient"
-    if head_dim % ALIGNED_ELEMENTS or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return "flash"
+    short = -head_dim % ALIGNED_ELEMENTS
     query, key, value = (
-        torch.empty((1, *shape[1:]), dtype=dtype, device=device, requires_grad=True) for shape in shapes
+        torch.empty((1, *shape[1:-1], head_dim + short), dtype=dtype, device=device, requires_grad=True)
+        for shape in shapes
     )
     grouped = shapes[0][1] != shapes[1][1]
     chosen = torch._fused_sdp_choice(query, key, value, None, dropout, causal, enable_gqa=grouped)
-    return "cudnn" if chosen == SDPBackend.CUDNN_ATTENTION.value else "flash"
+    if chosen == SDPBackend.CUDNN_ATTENTION.value and not short:
+        return "cudnn"
+    return "flash" if chosen in (SDPBackend.FLASH_ATTENTION.value, SDPBackend.CUDNN_ATTENTION.value) else "efficient"
 
 
 def _argument(node: fx.Node, name: str) -> Any:

@@ -14,7 +14,9 @@ from parity import captured, planned
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend
 
+from passes.cuda_attention import kernel_of
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
 from passes.lower import lower
 from passes.partition import split
@@ -234,6 +236,23 @@ def test_a_step_with_a_shape_that_follows_from_values_is_moved_to_cuda() -> None
         if isinstance(before.meta.get("val"), torch.Tensor):
             assert before.meta["val"].shape == after.meta["val"].shape
             assert after.meta["val"].device.type == "cuda", after
+
+
+def test_the_kernel_that_runs_attention_is_one_that_has_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A causal mask that is not square begins elsewhere in flash attention; some devices have none."""
+
+    def kernel(queries: int, *, causal: bool) -> str:
+        shapes = [(2, 4, queries, 16), (2, 4, 5, 16), (2, 4, 5, 16)]
+        return kernel_of(shapes, torch.bfloat16, False, 0.0, causal, torch.device("cpu"))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [kernel(5, causal=True), kernel(3, causal=False)] == ["flash", "flash"]
+    assert [kernel(3, causal=True), kernel(7, causal=True)] == ["efficient", "efficient"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for backend, taken in (("FLASH", "flash"), ("CUDNN", "cudnn"), ("EFFICIENT", "efficient")):
+        chosen = getattr(SDPBackend, f"{backend}_ATTENTION").value
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, chosen=chosen, **__: chosen)
+        assert kernel(5, causal=True) == taken
 
 
 def test_compiled_backward_frees_saved_values_as_it_goes() -> None:
