@@ -39,10 +39,11 @@ def _is_complex(node: fx.Node) -> bool:
 
 def _split(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """The parts of what may be a conjugate that was not computed yet."""
+    value = node.meta["val"].resolve_conj()
     whole = graph.call_function(aten.resolve_conj.default, (node,))
-    whole.meta = dict(node.meta)
+    whole.meta = {**node.meta, "val": value}
     parts = graph.call_function(aten.view_as_real.default, (whole,))
-    parts.meta = {**node.meta, "val": torch.view_as_real(node.meta["val"])}
+    parts.meta = {**node.meta, "val": torch.view_as_real(value)}
     return parts
 
 

@@ -40,7 +40,7 @@ class Step:
         self.graph = fx.Graph()
         self.given = [self._placeholder(name, value) for name, value in zip("zx", sent(0), strict=True)]
         group, (numbers, reals) = dist.group.WORLD.group_name, sent(0)
-        conjugate = self.call(aten._conj.default, self.given[0], value=numbers)
+        conjugate = self.call(aten._conj.default, self.given[0], value=numbers.conj())
         results = [
             self._arrived(self.call(GATHER, conjugate, 2, group, value=torch.cat([numbers] * 2))),
             self._arrived(self.call(SCATTER, conjugate, "sum", 2, group, value=numbers[:2].clone())),
