@@ -214,7 +214,8 @@ def _runs_causal(reading: Reading, key: Key) -> bool:
 def result_zone(reading: Reading, key: Key, result: int, given: Sequence[Zone]) -> Zone:
     """What stands in the added entries of a result along `key`; `given` what does in each operand's.
 
-    An operand that lacks the dim has "real" there, or the number it consists of.
+    An operand that lacks the dim has "real" there, or the number it consists of, or "finite" where "nowhere" stands in
+    other added entries of it.
     """
     node, target = reading.node, reading.node.target
     facts = reading.call.results[result]

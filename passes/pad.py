@@ -449,7 +449,8 @@ class _Padding:
         found: list[Zone] = []
         for operand, version, positions in zip(operands, versions, reading.at_operands, strict=True):
             fill = self.known[operand].fill
-            found.append(version.zones[positions[key]] if key in positions else "real" if fill is None else fill)
+            beside: Zone = "finite" if "nowhere" in version.zones.values() else "real"
+            found.append(version.zones[positions[key]] if key in positions else beside if fill is None else fill)
         return found
 
     def _fill(self, node: fx.Node) -> Zone | None:

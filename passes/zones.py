@@ -5,7 +5,7 @@ A *zone* is all entries of a tensor whose index along one padded dim lies beyond
     a number       every entry is that number (0, -inf, True)
     "positive"     every entry is finite and above zero, "nonnegative" finite and at least zero, "finite" finite
     "edge"         every entry is finite, but a sum of two may not be (what is masked by the least float)
-    "real"         copies of real entries, broadcast along the dim
+    "real"         copies of entries of a tensor that lacks the dim, which are no "nowhere"
     "nowhere"      an integer that no index or class equals (what `arange` gives there)
     "any"          nothing is known
 
@@ -83,6 +83,7 @@ _KEEPS_FINITE = _FIRST_TIMES | {
 _ADDITIONS = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 _FACTORS = {aten.mul.Tensor, aten.mul.Scalar}
 _KEEPS_EDGES = _KEEPS_FINITE - _ADDITIONS - _FACTORS - _FIRST_TIMES
+_EQUALITIES = {aten.eq.Tensor, aten.ne.Tensor, aten.eq.Scalar, aten.ne.Scalar}
 _COPIES = {
     aten._to_copy.default,
     aten.clone.default,
@@ -186,8 +187,10 @@ def _special(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
     if target is aten.masked_fill.Scalar:
         value: Any = node.args[2]
         return join([given[0], value]) if not is_number(given[1]) else value if given[1] else given[0]
-    if target in (aten.eq.Tensor, aten.ne.Tensor, aten.eq.Scalar, aten.ne.Scalar) and "nowhere" in given:
-        return target in (aten.ne.Tensor, aten.ne.Scalar)
+    if target in _EQUALITIES and "nowhere" in given:
+        others = [zone for zone in given if zone != "nowhere"]
+        apart = len(others) == len(given) - 1 and all(zone == "real" or is_number(zone) for zone in others)
+        return target in (aten.ne.Tensor, aten.ne.Scalar) if apart else None
     if target in (aten.logical_and.default, aten.bitwise_and.Tensor) and any(zone is False for zone in given):
         return False
     if target in (aten.logical_or.default, aten.bitwise_or.Tensor) and any(zone is True for zone in given):

@@ -529,3 +529,28 @@ def test_rows_that_a_gate_closes_three_times_by_the_least_float_are_numbers() ->
     pads = [each for each in uneven_dims(analysis, (2,), ()) if each.size == 9]
     assert pads
     same_on_one_device(model, pad(analysis, pads).program, kwargs)
+
+
+class Matched(nn.Module):
+    """Tokens of two views that are to match those at their own position, which a comparison of positions tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        scores = torch.tanh(self.one(x) @ self.two(x).mT)
+        places = torch.arange(x.shape[1])
+        own = places[:, None] == places
+        return {"loss": torch.where(own, scores, 0).sum((1, 2)).mean() + (~own * scores).square().mean()}
+
+
+def test_added_positions_that_are_compared_with_one_another_match_none() -> None:
+    torch.manual_seed(0)
+    model, kwargs = Matched(), {"x": torch.randn(4, 9, 8)}
+    analysis = analyse(captured(model, kwargs))
+    pads = [each for each in uneven_dims(analysis, (2,), ()) if each.size == 9]
+    assert pads
+    same_on_one_device(model, pad(analysis, pads).program, kwargs)
+    certificate = autopar.verify(model, {"tp": 2}, kwargs, strategy="fsdp")
+    assert certificate.ok, str(certificate)
