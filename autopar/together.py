@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +22,10 @@ from torch.distributed.distributed_c10d import _get_default_store
 from autopar.watch import ENDED, RankFailedError, Watch
 
 SILENCE_S = 1800.0
+_ROUND_S = 5.0
+"""How often a rank that waits looks whether others have failed or ended."""
+_PAUSE_S = 0.25
+"""At most, between two looks for what it waits for."""
 # Every rank makes its sessions in the same order, so equal numbers meet. One rank alone (a plan for a mesh that is only
 # named, made on rank 0 to be printed) takes no number.
 SESSIONS = itertools.count()
@@ -102,23 +105,33 @@ class Together:
         return self.ranks == 1 or self.store.add(key, 0) == 0
 
     def _read(self, key: str, prefix: str) -> str:
-        deadline = time.monotonic() + self.silence_s
-        while (left_s := deadline - time.monotonic()) > 0:
-            self.check()
-            asked_s, start = min(left_s, 5.0), time.monotonic()
-            try:
-                self.store.wait([key], timedelta(seconds=asked_s))
-                return str(self.store.get(key).decode())
-            except RuntimeError:  # a time-out, whatever the store; a lost store fails sooner
-                if time.monotonic() - start < asked_s / 2:
-                    raise
-            silent = [rank for rank in range(self.ranks) if not self.store.check([f"{prefix}/here/{rank}"])]
-            if ended := [rank for rank in silent if self.store.check([ENDED.format(rank)])]:
-                raise RankFailedError(
-                    f"ranks {ended} have ended while rank {self.rank} waits for them to capture or plan a call with "
-                    "it; all ranks have to make the same calls (an evaluation, too)"
-                )
-        raise TimeoutError(f"no word from ranks {silent} for {self.silence_s:.0f} s")
+        """What stands there, once it does. It is looked for: of each wait that times out torch warns on stderr."""
+        start, next_s = time.monotonic(), 0.0
+        while not self.store.check([key]):
+            waited_s = time.monotonic() - start
+            if waited_s >= next_s:
+                self.check()
+                if next_s:
+                    self._silent(prefix)
+                next_s += _ROUND_S
+            if waited_s > self.silence_s:
+                raise TimeoutError(f"no word from ranks {self._silent(prefix)} for {self.silence_s:.0f} s")
+            time.sleep(min(_PAUSE_S, 0.001 + waited_s / 20))
+        return str(self.store.get(key).decode())
+
+    def _silent(self, prefix: str) -> list[int]:
+        """Ranks that have not come.
+
+        Raises:
+            RankFailedError: one of them has ended.
+        """
+        silent = [rank for rank in range(self.ranks) if not self.store.check([f"{prefix}/here/{rank}"])]
+        if ended := [rank for rank in silent if self.store.check([ENDED.format(rank)])]:
+            raise RankFailedError(
+                f"ranks {ended} have ended while rank {self.rank} waits for them to capture or plan a call with it; "
+                "all ranks have to make the same calls (an evaluation, too)"
+            )
+        return silent
 
 
 def together(silence_s: float = SILENCE_S, check: Callable[[], None] = lambda: None) -> Together:

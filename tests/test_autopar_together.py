@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import re
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,23 @@ def test_a_silent_rank_is_named() -> None:
     outcomes = rank_outcomes(_silent, 3, timeout_s=60)
     assert [o.error for o in outcomes] == ["TimeoutError: no word from ranks [1] for 2 s", None,
                                            "TimeoutError: no word from ranks [1] for 2 s"]  # fmt: skip
+
+
+def test_a_long_wait_for_another_rank_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """torch's TCPStore prints two warnings for each of its waits that times out."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, second = (Together(store, rank, 2) for rank in range(2))
+    second.session = first.session
+
+    def late() -> None:
+        time.sleep(5.5)
+        first.agree()
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    second.agree()
+    thread.join()
+    assert capfd.readouterr().err == ""
 
 
 def test_one_rank_agrees_with_itself() -> None:
