@@ -248,8 +248,9 @@ def _number(value: int, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _constant(value: int, device: torch.device) -> torch.Tensor:
-    """`_number`, made once: for what no program writes to."""
-    return _number(value, device)
+    """`_number`, made once: for what no program writes to, and what a backward may keep."""
+    with torch.inference_mode(False):
+        return _number(value, device)
 
 
 def _returned(runtime: Runtime, local: LocalProgram) -> tuple[tuple[Any, tuple[int, ...]] | None, ...]:

@@ -93,3 +93,17 @@ def _ranks(rank: int, ranks: int) -> None:
 
 def test_evaluation_on_real_ranks() -> None:
     run_ranks(_ranks, 2, timeout_s=250)
+
+
+def _sampled_first(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+    parallel = autopar.parallelize(model, mesh, (torch.ones(2, 6),), options=OPTIONS)
+    with torch.inference_mode():  # what each rank draws of a mask follows from its place on the mesh
+        parallel(torch.ones(2, 6))
+    parallel(torch.ones(2, 6)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in parallel.parameters())
+
+
+def test_training_after_draws_in_inference_mode() -> None:
+    run_ranks(_sampled_first, 2)
