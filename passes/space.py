@@ -165,39 +165,65 @@ def search_space(
                 place.traffic,
             )
         )
+    held: dict[int, str] = {}
     for index, (pattern, _) in pinned.items():
-        _hold_readers(analysis, sites, index, pattern, topology, tuple(batch_axes))
+        _hold_readers(analysis, sites, index, pattern, topology, tuple(batch_axes), held)
     recomputed = replace(recomputation(analysis, recompute), reshard=reshard)
     return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites), recomputed)
 
 
 def _hold_readers(
-    analysis: Analysis, sites: list[Site], index: int, pattern: str, topology: Topology, batch_axes: tuple[int, ...]
+    analysis: Analysis,
+    sites: list[Site],
+    index: int,
+    pattern: str,
+    topology: Topology,
+    batch_axes: tuple[int, ...],
+    held: dict[int, str],
 ) -> None:
-    """Leave the ops that read a pinned parameter, themselves or through ops on it alone, no layout of it but the pin's.
+    """Leave the ops that read a pinned parameter, themselves or through ops on parameters, no layout of it but the
+    pin's; `held`: those that read one themselves, or what is made of it alone, and its pin, to which these are added.
 
-    Where the strategy leaves such an op none, all that `auto` has are open to it.
+    Where the strategy leaves such an op none, all that `auto` has are open to it. What is made of several parameters is
+    moved, where another pin wants it otherwise.
 
     Raises:
-        ValueError: an op that cannot read the parameter so.
+        ValueError: an op that cannot read the parameter so, or not beside another pinned one.
     """
-    todo = [(Value(index, 0), {option.layout for option in sites[index].options if isinstance(option, StoredOption)})]
+    first = Value(index, 0)
+    todo = [(first, {option.layout for option in sites[index].options if isinstance(option, StoredOption)})]
+    own = {first}
     while todo:
         value, layouts = todo.pop()
         for port in (port for wire in analysis.wires if wire.value == value for port in wire.ports if not port.stores):
             site, place = sites[port.site], analysis.places[port.site]
             if site.kind != "op" or place.op is None:
                 continue
+            other = held.get(port.site, pattern)
             choices = axis_choices(analysis, port.site, "auto", topology.sizes, batch_axes)
-            for options in (site.options, op_options(place.op, topology.sizes, choices)):
+            every = op_options(place.op, topology.sizes, choices) if other == pattern else ()
+            for options in (site.options, every):
                 kept = tuple(o for o in options if isinstance(o, Option) and o.operands[port.operand] in layouts)
                 if kept:
                     break
             else:
-                raise ValueError(f"pin {pattern!r}: {_cannot_read(analysis, port, layouts, topology, batch_axes)}")
+                if other == pattern:
+                    raise ValueError(f"pin {pattern!r}: {_cannot_read(analysis, port, layouts, topology, batch_axes)}")
+                if value in own:
+                    raise ValueError(f"pins {other!r} and {pattern!r}: {_reads_both(analysis, port, layouts)}")
+                continue
             sites[port.site] = replace(site, options=kept)
+            if value in own:
+                held.setdefault(port.site, pattern)
             if port.site in analysis.from_parameters:
-                todo += [(Value(port.site, r), {o.results[r] for o in kept}) for r in range(len(kept[0].results))]
+                made = [Value(port.site, r) for r in range(len(kept[0].results))]
+                todo += [(one, {o.results[one.result] for o in kept}) for one in made]
+                if _operands(analysis, port.site) <= own:
+                    own.update(made)
+
+
+def _operands(analysis: Analysis, site: int) -> set[Value]:
+    return {wire.value for wire in analysis.wires if any(port.site == site for port in wire.ports)}
 
 
 def _cannot_read(
@@ -210,10 +236,20 @@ def _cannot_read(
                 f"axis {topology.axes[axis].name!r} splits the batch, so compute needs the parameter whole there; give "
                 "R for it (a layout at rest is written before an arrow: 'S(0)R -> RR')"
             )
+    op, wanted = _op_and_layouts(analysis, port, layouts)
+    return f"{op} cannot read it as {wanted}; give R, or another dim"
+
+
+def _reads_both(analysis: Analysis, port: Port, layouts: Set[Layout]) -> str:
+    """Why an op cannot read two pinned parameters."""
+    op, wanted = _op_and_layouts(analysis, port, layouts)
+    return f"{op} reads both, and cannot read the second as {wanted} beside the first; give layouts that go together"
+
+
+def _op_and_layouts(analysis: Analysis, port: Port, layouts: Set[Layout]) -> tuple[str, str]:
     node = analysis.folding.members[port.site][0]
-    wanted = " or ".join(sorted(map(layout_text, layouts)))
     where = node.meta.get("module") or "the model"
-    return f"{op_text(node.target)} in {where} cannot read it as {wanted}; give R, or another dim"
+    return f"{op_text(node.target)} in {where}", " or ".join(sorted(map(layout_text, layouts)))
 
 
 def _parameter_options(

@@ -306,6 +306,38 @@ def test_a_pin_of_frozen_layers_does_not_keep_the_model_from_being_evaluated() -
     }
 
 
+class _Merged(nn.Module):
+    """A weight made of three, scaled by a fourth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in {"weight": (16, 16), "down": (4, 16), "up": (16, 4), "scale": (16, 1)}.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ ((self.weight + self.up @ self.down) * self.scale).t()).square().mean()
+
+
+@lru_cache
+def _merged() -> Program:
+    return prepare(capture(_Merged(), (torch.randn(8, 16),), {}, batch_dims=[0], batch_size=8))
+
+
+@pytest.mark.parametrize("names", [("weight", "up"), ("up", "weight"), ("weight", "scale"), ("scale", "weight")])
+def test_pins_of_parameters_that_meet_are_all_obeyed_in_any_order(names: tuple[str, str]) -> None:
+    """What is made of them is moved; no pin gives way to the one behind it."""
+    layouts = {"weight": "RS(0)", "up": "RR", "scale": "RR"}
+    pins = {name: parse_layout(layouts[name]) for name in names}
+    made = compile_plan(_merged(), on_mesh("h100", MESH), (0,), Request(pins=pins))
+    assert {name: made.placements[name].in_compute for name in names} == {name: layouts[name] for name in names}
+
+
+def test_pins_that_no_op_can_obey_together_are_both_named() -> None:
+    pins = {"up": parse_layout("RS(0)"), "down": parse_layout("RS(1)")}
+    with pytest.raises(ValueError, match=r"pins 'up' and 'down': mm in the model reads both, and cannot.* as RS\(1\)"):
+        compile_plan(_merged(), on_mesh("h100", MESH), (0,), Request(pins=pins))
+
+
 @pytest.mark.parametrize(
     ("pattern", "layout", "message"),
     [
