@@ -126,8 +126,8 @@ class ParallelModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
         # Without gradients, as parameters are copied: of a DTensor's torch copies them too, and 2.11 fails to.
         gradients = {parameter: parameter.grad for parameter in self.parameters()}
-        new = object.__new__(type(self))
-        memo[id(self)] = new
+        new, mesh = object.__new__(type(self)), runtime_of(self).mesh
+        memo |= {id(self): new, id(mesh): mesh}
         try:
             for parameter in gradients:
                 parameter.grad = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -77,6 +78,27 @@ class Runtime:
     checked: Any = None
     accelerated: bool = False
     accelerating: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        """For a copy of the module, which runs the same programs: they are known by who they are.
+
+        It has no gradients, so none that were held back either.
+        """
+        return replace(
+            self,
+            slots=copy.deepcopy(self.slots, memo),
+            modules=copy.deepcopy(self.modules, memo),
+            children=copy.deepcopy(self.children, memo),
+            executables={key: list(known) for key, known in self.executables.items()},
+            with_all=dict(self.with_all),
+            of_arrived=dict(self.of_arrived),
+            bindings=dict(self.bindings),
+            unreduced={},
+            settings={},
+            seen={},
+            held={},
+            checked=None,
+        )
 
     @functools.cached_property
     def parameter_slots(self) -> tuple[tree.Slot, ...]:

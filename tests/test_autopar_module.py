@@ -403,3 +403,30 @@ def _parameters_taken_out(rank: int, ranks: int) -> None:
 
 def test_a_parameter_that_is_gone_is_named() -> None:
     run_ranks(_parameters_taken_out, 1)
+
+
+def _copies(rank: int, ranks: int) -> None:
+    """A copy taken between two micro-batches trains by itself, by the same programs."""
+    torch.manual_seed(0)
+    eager, calls = Net(), []  # type: ignore[var-annotated]
+    model = made(eager, mesh_of(ranks), calls=calls)
+    first, second = batches(2, ranks)
+    with model.no_sync():
+        model(*mine(first, rank)).loss.backward()
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        each(*mine(second, rank)).loss.backward()
+    assert len(calls) == 1
+    eager(*second).loss.backward()
+    compare(copied, eager)
+    assert copied.up.weight.grad.device_mesh is copied.up.weight.device_mesh  # else optimizers go DTensor's long way
+    eager(*first).loss.backward()
+    compare(model, eager)
+    with torch.no_grad():
+        for each in (copied, eager):
+            each.up.weight.mul_(2)
+    torch.testing.assert_close(copied(*mine(first, rank)).loss, eager(*first).loss)
+
+
+def test_a_copy_runs_the_same_programs_and_has_no_gradients() -> None:
+    run_ranks(_copies, 2)
