@@ -8,6 +8,7 @@ propagate. Anything else goes DTensor's own way, and gives DTensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from operator import is_
@@ -183,22 +184,24 @@ def _norms(tensors: Sequence[DTensor], order: Any = 2, dtype: Any = None) -> Any
     made: list[Gradient] = []
     last: Any = None
     spec: Any = None
-    for tensor, part in zip(tensors, torch._foreach_norm([each._local_tensor for each in tensors], order), strict=True):
+    parts = [each._local_tensor for each in tensors]
+    if order == math.inf:  # torch has no largest entry of a rank's part that is empty
+        parts = [part if part.numel() else part.new_zeros(1) for part in parts]
+    for tensor, part, norm in zip(tensors, parts, torch._foreach_norm(parts, order), strict=True):
         of = tensor._spec
-        if of.placements != last or part.dtype != spec.tensor_meta.dtype:  # most lie as the one before
-            last, spec = of.placements, _norm_spec(tensor, part, order)
-        made.append(_NEW(Gradient, part, spec, requires_grad=False))  # type: ignore[arg-type]
+        if of.placements != last or norm.dtype != spec.tensor_meta.dtype:  # most lie as the one before
+            last, spec = of.placements, _norm_spec(of, part, norm, order)
+        made.append(_NEW(Gradient, norm, spec, requires_grad=False))  # type: ignore[arg-type]
     return made
 
 
-def _norm_spec(tensor: DTensor, part: torch.Tensor, order: Any) -> DTensorSpec:
+def _norm_spec(of: DTensorSpec, part: torch.Tensor, norm: torch.Tensor, order: Any) -> DTensorSpec:
     """As DTensor has it, but that a sum over one rank is no sum."""
-    of = tensor._spec
-    key = of.mesh, of.placements, part.dtype, order
+    key = of.mesh, of.placements, norm.dtype, order
     if key not in _of_norms:
-        layout = _NORM([_plain(tensor)], order)[0]._spec.placements
+        layout = _NORM([_NEW(DTensor, part, of, requires_grad=False)], order)[0]._spec.placements
         layout = tuple(p if size > 1 else Replicate() for p, size in zip(layout, of.mesh.shape, strict=True))
-        meta = TensorMeta(part.shape, part.stride(), part.dtype)
+        meta = TensorMeta(norm.shape, norm.stride(), norm.dtype)
         _of_norms[key] = DTensorSpec(of.mesh, layout, tensor_meta=meta)
     return _of_norms[key]
 

@@ -24,6 +24,9 @@ LAYOUTS = {
     "mixed": [(Replicate(), Replicate()), (Shard(0), Replicate()), (Replicate(), Shard(1)), (Shard(0), Shard(1))],
     "strided": [(_StridedShard(0, split_factor=2), Shard(0)), (Replicate(), Shard(0))],
 }
+OF_OUR_CLASS = pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="takes every subclass of DTensor for one"
+)
 
 
 def parameters(layouts: list, mesh, ours: bool) -> list[nn.Parameter]:
@@ -89,7 +92,22 @@ def _overflow(rank: int, ranks: int) -> list[tuple[float, float]]:
     return seen
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="does not ask the gradients' class")
+def _largest_entry(rank: int, ranks: int) -> float:
+    """The largest of the entries of a row, which one rank has, and of three."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    found = [nn.Parameter(distribute_tensor(torch.zeros(rows, 3), mesh, [Shard(0)])) for rows in (1, 3)]
+    for parameter in found:
+        of = parameter.grad = Gradient.of(torch.full_like(parameter.to_local(), -2.0 - rank), parameter._spec)
+        assert of.to_local().numel() or rank == 1
+    return nn.utils.clip_grad_norm_(found, 1.0, float("inf")).full_tensor().item()
+
+
+@OF_OUR_CLASS
+def test_the_largest_entry_where_a_rank_has_none_of_a_parameter() -> None:
+    assert run_ranks(_largest_entry, 2) == [3.0, 3.0]
+
+
+@OF_OUR_CLASS
 def test_a_scaled_step_is_left_out_on_all_ranks_where_one_overflows() -> None:
     assert run_ranks(_overflow, 2) == [[(2.0, 6.0), (2.0, 6.0)]] * 2
 
