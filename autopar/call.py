@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import Any, cast
@@ -42,6 +43,7 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     watch().doing(lambda: _in_words(key))
     executable = _fitting(runtime, key, inputs)
     if executable is None:
+        _warn_of_numbers(runtime, key, args, kwargs)
         with torch.inference_mode(False), torch.set_grad_enabled(trains):
             executable = runtime.remake(plain_module(module, parameters.trained), args, kwargs, "loss", trains)
         runtime.executables.setdefault(key, []).insert(0, executable)
@@ -121,6 +123,32 @@ def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Exec
         if len(fitting) >= MOST_GRAPHS and executable is fitting[-1]:
             raise too_many(fixed)
     return None
+
+
+def _warn_of_numbers(runtime: Runtime, key: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Says, on rank 0, which numbers a call was given that are others than those of a known one, alike but for them."""
+    spec, leaves, *rest = key
+    alike = (known[1] for known in reversed(runtime.executables) if (known[0], known[2:]) == (spec, tuple(rest)))
+    if runtime.mesh.get_rank() != 0 or not (
+        before := next(filter(lambda b: _differ_in_numbers(b, leaves), alike), None)
+    ):
+        return
+    paths, _ = pytree.tree_flatten_with_path((args, kwargs))
+    changed = [
+        f"{_path(path)} ({old[1]!r}, now {new[1]!r})"
+        for (path, _), old, new in zip(paths, before, leaves, strict=True)
+        if old != new
+    ]
+    warnings.warn(
+        f"{', '.join(changed[:3])} changed: the step is captured and planned anew, which takes seconds for each new "
+        "value; pass what changes often as a tensor",
+        stacklevel=2,
+    )
+
+
+def _differ_in_numbers(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    differing = [each for pair in zip(before, now, strict=True) if pair[0] != pair[1] for each in pair]
+    return bool(differing) and all(len(each) == 2 and each[0] in (int, float) for each in differing)
 
 
 def _buffer(runtime: Runtime, name: str) -> torch.Tensor:

@@ -210,6 +210,39 @@ def test_values_set_between_steps() -> None:
     assert not second
 
 
+class _Divided(nn.Module):
+    """A sum over as many targets as the loop says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, count: int, scale: float = 1.0) -> Tensor:
+        return scale * self.up(x).square().sum() / count
+
+
+def _numbers_given(rank: int, ranks: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    eager, x = _Divided(), torch.randn(4, 6)
+    mine = x.chunk(ranks)[rank]
+    options = autopar.Options(compile=False, progress=False)
+    model = autopar.parallelize(eager, mesh, {"x": mine, "count": 3}, options=options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for given in ((3,), (5,), (3,), (3, 2.0), (7, 4.0), (True,)):
+            torch.testing.assert_close(model(mine, *given), eager(x, *given))
+    return [str(one.message) for one in caught if "captured and planned anew" in str(one.message)]
+
+
+def test_numbers_that_a_call_is_given() -> None:
+    first, second = run_ranks(_numbers_given, 2)
+    assert [message.split(" changed")[0] for message in first] == [
+        "count (3, now 5)", "count (3, now 7), scale (2.0, now 4.0)",
+    ]  # fmt: skip
+    assert not second
+
+
 class _Normed(nn.Module):
     """Features and their loss, by layers that depend on the mode, on a number and on autocast."""
 
