@@ -20,7 +20,7 @@ from typing import Any
 from costmodel.memory import OPTIMIZERS, gib
 from passes.errors import NoFeasiblePlanError
 from passes.fitting import Candidate, Request, best, smallest
-from passes.pins import Pin
+from passes.pins import Pin, PinError
 from passes.program import Program
 from passes.proposals import SIMPLEST_FIRST, PaddingsOf, Search
 
@@ -202,7 +202,7 @@ def _planned(look: _Look) -> Candidate | None:
             raise _OutOfTimeError
         try:
             found += replace(asked, budgeted_s=min(_BUDGETED_S, left_s), missed=missed).candidates(name)
-        except NoFeasiblePlanError:
+        except (NoFeasiblePlanError, PinError):
             continue
     fits = best(found, asked.budget)
     if fits is None and missed:

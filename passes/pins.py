@@ -12,6 +12,10 @@ from passes.analysis import Analysis
 from passes.layers import layer_patterns, unique
 
 
+class PinError(ValueError):
+    """A program, as it is padded, has no layout that a pin asks for; padded otherwise it may have."""
+
+
 @dataclass(frozen=True)
 class Pin:
     """What a user fixes of a parameter: its layout in compute and, if given, at rest."""

@@ -30,7 +30,7 @@ from passes.local import LocalProgram
 from passes.make_plan import baseline, make_plan
 from passes.masks import use_causal_flag
 from passes.named import alike_axes, check_strategy, tensor_axes
-from passes.pins import pinned_layouts
+from passes.pins import PinError, pinned_layouts
 from passes.plan import Baseline, Bound, Plan, check_plan
 from passes.program import Program
 from passes.proposals import BY_HAND, SIMPLEST_FIRST, PaddingsOf, Progress, Search, with_parameters_kept
@@ -127,6 +127,7 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
     budget = request.budget_on(topology_)
     search = Search(paddings, topology_, asked.batch_axes, request, budget, asked.manner.progress)
     reasons: dict[str, str] = {}
+    refused: dict[str, PinError] = {}
     names = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
     beside = BY_HAND if request.stored is None else ()
     for name in (*beside, *(name for name in names if name not in beside)):
@@ -138,6 +139,10 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
             found[name] = replace(search, fastest_s=fastest_s).candidates(name)
         except NoFeasiblePlanError as error:
             reasons[name] = str(error)
+        except PinError as error:
+            refused[name], reasons[name] = error, "it has no layout that the pins ask for"
+    if refused.keys() >= set(names):
+        raise refused[names[-1]]
     competing = [candidate for name in names for candidate in found.get(name, [])]
     if request.strategy == "auto" and request.reshard is None:
         competing += with_parameters_kept(competing, budget, request)

@@ -31,6 +31,7 @@ from passes.fitting import (
 from passes.fusion import Fused
 from passes.named import alike_axes, tensor_axes
 from passes.pad import Pad
+from passes.pins import PinError
 from passes.price import price
 from passes.program import Program
 from passes.recompute import Mode, recomputation
@@ -190,7 +191,14 @@ class Search:
             elif used != needed or paddings is not plainly:
                 padded += self._tried(name, paddings, used, [*first, *padded]) or found
         if name != "auto":
-            return padded if best(padded, self.budget) else self._solved(name, plainly, needed)
+            if best(padded, self.budget):
+                return padded
+            try:
+                return self._solved(name, plainly, needed)
+            except PinError:
+                if not padded:
+                    raise
+                return padded
         if not padded:
             return self._tried(name, plainly, needed, first) or self._solved(name, plainly, needed)
         needed = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)

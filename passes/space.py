@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import product
 
 from costmodel.hardware import Topology
-from costmodel.layout import Layout, Partial, Replicate, Shard, layout_text
+from costmodel.layout import Layout, Partial, Replicate, Shard, layout_text, ways
 from passes.analysis import Analysis, Place, Port, SiteKind, Wire, analyse
 from passes.dims import ExpandedOp, Value
 from passes.fusion import Traffic
 from passes.layers import Folding
 from passes.local import DimShard, Storage
 from passes.named import axis_choices, stored_choices
-from passes.pins import Pin, pinned_layouts
+from passes.pins import Pin, PinError, pinned_layouts
 from passes.program import Input, Program
 from passes.recompute import Mode, Recomputation, recomputation
 from passes.rules.call import Call, op_text
-from passes.strategies import Option, StoredOption, op_options, plain_layouts, stored_options
+from passes.strategies import Option, StoredOption, leading_places, op_options, plain_layouts, stored_options
 
 __all__ = ["Pin", "Port", "Site", "Space", "Wire", "search_space"]
 
@@ -166,8 +167,8 @@ def search_space(
             )
         )
     held: dict[int, str] = {}
-    for index, (pattern, _) in pinned.items():
-        _hold_readers(analysis, sites, index, pattern, topology, tuple(batch_axes), held)
+    for index, (pattern, fixed) in pinned.items():
+        _hold_readers(analysis, sites, index, pattern, fixed, topology, tuple(batch_axes), held)
     recomputed = replace(recomputation(analysis, recompute), reshard=reshard)
     return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites), recomputed)
 
@@ -177,6 +178,7 @@ def _hold_readers(
     sites: list[Site],
     index: int,
     pattern: str,
+    pin: Pin,
     topology: Topology,
     batch_axes: tuple[int, ...],
     held: dict[int, str],
@@ -184,14 +186,19 @@ def _hold_readers(
     """Leave the ops that read a pinned parameter, themselves or through ops on parameters, no layout of it but the
     pin's; `held`: those that read one themselves, or what is made of it alone, and its pin, to which these are added.
 
-    Where the strategy leaves such an op none, all that `auto` has are open to it. What is made of several parameters is
+    Where the strategy leaves such an op none, all that `auto` has are open to it. A parameter that is expanded over the
+    batch may be split there. What is made of several parameters is
     moved, where another pin wants it otherwise.
 
     Raises:
-        ValueError: an op that cannot read the parameter so, or not beside another pinned one.
+        PinError: an op that cannot read the parameter so, or not beside another pinned one.
     """
     first = Value(index, 0)
-    todo = [(first, {option.layout for option in sites[index].options if isinstance(option, StoredOption)})]
+    places = dict(leading_places(analysis.places[index].dims))
+    wanted: set[Layout] = {tuple(Shard(places[p.dim]) if isinstance(p, Shard) else p for p in pin.in_compute)}
+    if analysis.program.stored:  # where it lies already decides
+        wanted = {option.layout for option in sites[index].options if isinstance(option, StoredOption)}
+    todo = [(first, wanted)]
     own = {first}
     while todo:
         value, layouts = todo.pop()
@@ -202,15 +209,17 @@ def _hold_readers(
             other = held.get(port.site, pattern)
             choices = axis_choices(analysis, port.site, "auto", topology.sizes, batch_axes)
             every = op_options(place.op, topology.sizes, choices) if other == pattern else ()
-            for options in (site.options, every):
-                kept = tuple(o for o in options if isinstance(o, Option) and o.operands[port.operand] in layouts)
+            for batch, options in product(((), batch_axes) if value != first else ((),), (site.options, every)):
+                kept = tuple(
+                    o for o in options if isinstance(o, Option) and _is_one(o.operands[port.operand], layouts, batch)
+                )
                 if kept:
                     break
             else:
                 if other == pattern:
-                    raise ValueError(f"pin {pattern!r}: {_cannot_read(analysis, port, layouts, topology, batch_axes)}")
+                    raise PinError(f"pin {pattern!r}: {_cannot_read(analysis, port, layouts, topology, batch_axes)}")
                 if value in own:
-                    raise ValueError(f"pins {other!r} and {pattern!r}: {_reads_both(analysis, port, layouts)}")
+                    raise PinError(f"pins {other!r} and {pattern!r}: {_reads_both(analysis, port, layouts)}")
                 continue
             sites[port.site] = replace(site, options=kept)
             if value in own:
@@ -220,6 +229,14 @@ def _hold_readers(
                 todo += [(one, {o.results[one.result] for o in kept}) for one in made]
                 if _operands(analysis, port.site) <= own:
                     own.update(made)
+
+
+def _is_one(layout: Layout, layouts: Set[Layout], batch_axes: Sequence[int]) -> bool:
+    """Whether a layout is one of several, or a part of one on axes that split the batch."""
+    if layout in layouts or not batch_axes:
+        return layout in layouts
+    freed = {tuple(p for axis, p in enumerate(one) if axis not in batch_axes) for one in layouts}
+    return tuple(p for axis, p in enumerate(layout) if axis not in batch_axes) in freed
 
 
 def _operands(analysis: Analysis, site: int) -> set[Value]:
@@ -276,22 +293,36 @@ def _parameter_options(
     kept = tuple(option for option in options if option.storage.shards == shards)
     if fixed.at_rest is not None:
         kept = tuple(option for option in kept if _at_rest(option.storage) == fixed.at_rest)
+        if not kept and _can_be(place.dims, fixed.in_compute, sizes):  # what compute splits may lie whole, or in chunks
+            kept = tuple(
+                option
+                for option in options
+                if _at_rest(option.storage) == fixed.at_rest
+                and all(shard in (None, wanted) for shard, wanted in zip(option.storage.shards, shards, strict=True))
+            )
     if not kept:
         shape = tuple(map(math.prod, place.dims))
         parts = [f"dim {d} as {' x '.join(map(str, dim))}" for d, dim in enumerate(place.dims) if len(dim) > 1]
         read = f" (the model reads {', '.join(parts)}, and the first is what is split)" if parts else ""
-        raise ValueError(
+        raise PinError(
             f"pin {pattern!r}: {place.name} of shape {shape}{read} cannot be {fixed} over axes of {tuple(sizes)} "
-            "ranks; split a dim that they divide, or give R; at rest, what compute splits is split alike, and what it "
-            "leaves whole may be S(0)"
+            "ranks; split a dim that they divide, or give R; at rest, what compute splits is split alike, S(0) or "
+            "whole, and what it leaves whole may be S(0)"
         )
     return kept
 
 
+def _can_be(dims: Sequence[Sequence[int]], layout: Layout, sizes: Sequence[int]) -> bool:
+    """Whether a tensor whose dims consist of atoms of these sizes can be computed with so."""
+    outermost = {dim: dims[dim][0] for dim, _ in leading_places(dims)}
+    split = {p.dim for p in layout if isinstance(p, Shard)}
+    return all(dim in outermost and outermost[dim] % ways(layout, sizes, dim) == 0 for dim in split)
+
+
 def _at_rest(storage: Storage) -> Layout:
-    """A stored tensor's placements, an axis at a time: chunks of a state axis are `S(0)` too."""
+    """A stored tensor's placements, an axis at a time: chunks of a state axis are splits too."""
     return tuple(
-        Shard(0) if axis in storage.state_axes else Replicate() if shard is None else Shard(shard.dim)
+        Shard(storage.state_dim) if axis in storage.state_axes else Replicate() if shard is None else Shard(shard.dim)
         for axis, shard in enumerate(storage.shards)
     )
 

@@ -306,6 +306,32 @@ def test_a_pin_of_frozen_layers_does_not_keep_the_model_from_being_evaluated() -
     }
 
 
+class _Classes(nn.Module):
+    """A token beside those of an image, and classes that ranks do not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 16))
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        return self.head(x + self.down(self.up(x).relu())).square().mean()
+
+
+@pytest.mark.parametrize(("strategy", "sizes"), [("megatron", (2, 2)), ("megatron", (2, 3)), ("auto", (2, 2))])
+def test_every_line_of_a_plan_can_be_kept(strategy: str, sizes: tuple[int, int]) -> None:
+    """Padded dims, chunks of another dim than the first, what compute takes a part of, and a token of each sample."""
+    program = prepare(capture(_Classes(), (torch.randn(12, 7, 16),), {}, batch_dims=[0], batch_size=12))
+    mesh = on_mesh("h100", list(zip(("dp", "tp"), sizes, strict=True)))
+    free = compile_plan(program, mesh, (0,), Request(strategy=strategy))
+    for line, placed in free.parameters.items():
+        pin = Pin(parse_layout(placed.in_compute), parse_layout(placed.at_rest))
+        made = compile_plan(program, mesh, (0,), Request(strategy=strategy, pins={line: pin}))
+        assert str(made.parameters[line]) == str(placed), line
+        assert (made.strategy, made.parameters[line].pinned) == (free.strategy, True)
+
+
 class _Merged(nn.Module):
     """A weight made of three, scaled by a fourth."""
 
