@@ -588,6 +588,35 @@ def _repeat(op: LocalOp) -> fx.Node:
     return op.emit.call(aten.repeat.default, op.operands[0], repeats)
 
 
+# ------------------------------------------------------------------------ kernels that do not look at operands' strides
+def _row_major(op: LocalOp) -> LocalOp:
+    """The op on operands in row-major memory, where capture saw them so and a transpose of a rank's part is not."""
+    return replace(op, operands=tuple(map(op.emit.contiguous, op.operands)))
+
+
+@localizer(aten._weight_norm_interface.default, aten._weight_norm_interface_backward.default)
+def _of_row_major(op: LocalOp) -> fx.Node:
+    return _row_major(op).as_is()
+
+
 @localizer(aten.native_group_norm.default, aten.native_group_norm_backward.default)
 def _group_norm(op: LocalOp) -> fx.Node:
-    return op.as_is(N=op.emit.shape(op.operands[0])[0])
+    images = [x.meta["val"] for x in op.operands if len(op.emit.shape(x)) == 4]
+    channels_last = images and all(x.is_contiguous(memory_format=torch.channels_last) for x in images)
+    return (op if channels_last else _row_major(op)).as_is(N=op.emit.shape(op.operands[0])[0])
+
+
+@localizer(
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+)
+def _attention(op: LocalOp) -> fx.Node:
+    """A head's entries lie side by side; the log-sum-exp and a mask are read by their strides."""
+    mask = op.call.get("attn_mask")
+
+    def side_by_side(index: int, x: fx.Node) -> fx.Node:
+        shape = op.emit.shape(x)
+        read_so = len(shape) == 4 and mask != Operand(index) and shape[-1] > 1
+        return op.emit.contiguous(x) if read_so and x.meta["val"].stride(-1) != 1 else x
+
+    return replace(op, operands=tuple(side_by_side(i, x) for i, x in enumerate(op.operands))).as_is()

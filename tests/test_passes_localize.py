@@ -87,3 +87,37 @@ def test_any_plan_computes_what_one_device_does(name: str, mesh: dict[str, int],
     found = errors(model, local, kwargs)
     assert found.output < 1e-5, found
     assert found.gradient < 1e-3, found
+
+
+class _Turned(nn.Module):
+    """A kernel that takes its operands to be in row-major memory, which those of two transposes are unless a part of
+    them is moved in between."""
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.scale = nn.Parameter(torch.rand(6) + 0.5)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm = nn.GroupNorm(2, 6)
+        if kernel == "weight_norm":
+            self.one = nn.utils.parametrizations.weight_norm(self.one)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y, z = ((layer(x).mT * self.scale).mT.contiguous() for layer in (self.one, self.two))
+        if self.kernel == "attention":
+            q, k, v = (each.unflatten(-1, (2, 4)).transpose(1, 2) for each in (y, z, x))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        elif self.kernel == "group_norm":
+            y = self.norm(y) * x * z
+        return {"loss": y.tanh().square().mean()}
+
+
+@pytest.mark.parametrize("kernel", ["attention", "group_norm", "weight_norm"])
+def test_kernels_read_their_operands_as_they_lie(kernel: str) -> None:
+    torch.manual_seed(0)
+    model, kwargs = _Turned(kernel), {"x": torch.randn(4, 6, 8)}
+    space = every_option(captured(model, kwargs), {"tp": 2}, ())
+    for seed in range(8):
+        found = errors(model, random_plan(space, seed)[1], kwargs)
+        assert found.output < 1e-5, (seed, found)
+        assert found.gradient < 1e-3, (seed, found)
