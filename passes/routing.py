@@ -32,6 +32,8 @@ _FALLBACK = "transformers.grouped_mm_fallback.default"
 _FALLBACK_BACKWARD = "transformers.grouped_mm_fallback_backward.default"
 _SORTS = {aten.sort.default, aten.sort.stable}
 _CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
+_NAMED_ANEW = {aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, *_CASTS}
+"""The same entries in the same order."""
 
 
 class _Adder:
@@ -288,22 +290,64 @@ def _follow_product(node: fx.Node, ordered: Sequence[bool], region: _Region) -> 
 
 def _sorted_behind(bounds: Any, region: _Region) -> fx.Node | None:
     """The count of rows per expert behind a product's bounds, where it is of the region's experts."""
-    node = _past(bounds, {aten.constant_pad_nd.default, aten.view.default, *_CASTS})
+    node = _past(bounds, {aten.constant_pad_nd.default, *_NAMED_ANEW})
     if node.target is not aten.cumsum.default:
         return None
     counts = _past(node.args[0], _CASTS)
-    experts = bounds.meta["val"].shape[1] - 1
-    call = call_of(counts) if counts.op == "call_function" else None
-    if call is None:
+    of = _counted_entries(counts, bounds.meta["val"].shape[1] - 1)
+    if of is None:
         return None
-    histogram = counts.target is aten.histc.default and (
-        call.get("bins", 100), call.get("min", 0), call.get("max", 0)
-    ) == (experts, 0, experts - 1)  # fmt: skip
-    if not histogram and not (counts.target is aten.bincount.default and call.get("minlength", 0) == experts):
-        return None
-    of = _past(counts.args[0], _CASTS)
+    of = _whole_numbers(of)
     from_sorted = of.target is operator.getitem and of.args == (region.sort, 0)
-    return counts if from_sorted or of is region.sort.args[0] else None
+    return counts if from_sorted or of is _whole_numbers(region.sort.args[0]) else None
+
+
+def _counted_entries(counts: fx.Node, experts: int) -> Any:
+    """The tensor of which `counts` says how often each of `experts` numbers stands in it; None where it does not.
+
+    Models write `histc`, `bincount` (which capture made a sum of ones), or the sum of a one-hot tensor.
+    """
+    if counts.op != "call_function" or counts.meta["val"].shape != (experts,):
+        return None
+    call, args = call_of(counts), counts.args
+    if counts.target is aten.histc.default:
+        wide = call.get("bins", 100) == experts and call.get("min", 0) == 0
+        return args[0] if wide and call.get("max", 0) in (experts - 1, experts) else None
+    if counts.target in (aten.scatter_add.default, aten.index_add.default) and len(args) == 4:
+        ones = _number(args[0]) == 0 and _number(args[3]) == 1 and call.get("alpha", 1) == 1
+        return args[2] if ones else None
+    if counts.target is aten.sum.dim_IntList:
+        rank = len(call.operands[0].shape)
+        all_but_last = sorted(d % rank for d in call.get("dim") or ()) == list(range(rank - 1))
+        return _one_hot_entries(_past(args[0], _CASTS), experts) if all_but_last else None
+    return None
+
+
+def _whole_numbers(node: Any) -> fx.Node:
+    """The tensor of whole numbers that a node casts and names anew."""
+    while node.op == "call_function" and node.target in _NAMED_ANEW and not _is_float(node.args[0]):
+        node = node.args[0]
+    return node  # type: ignore[no-any-return]
+
+
+def _is_float(node: fx.Node) -> bool:
+    return bool(node.meta["val"].dtype.is_floating_point)
+
+
+def _one_hot_entries(node: fx.Node, experts: int) -> Any:
+    """The tensor of which a node tells, in a dim behind its own, which of `experts` numbers each entry is."""
+    if node.target is not aten.eq.Tensor:
+        return None
+    sides: list[Any] = list(node.args)
+    counting = [k for k, side in enumerate(sides) if side.meta["val"].dim() == 1 and _counts_up(side, experts)]
+    beside = sides[1 - counting[0]] if len(counting) == 1 else None
+    return beside if beside is not None and beside.meta["val"].shape[-1] == 1 else None
+
+
+def _number(node: Any) -> Any:
+    """The number that a tensor is everywhere; None where it is not told."""
+    node = _past(node, {aten.expand.default, *_NAMED_ANEW})
+    return node.args[1] if node.target is aten.full.default else None
 
 
 def _past(node: Any, targets: Any) -> fx.Node:

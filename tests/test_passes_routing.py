@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
 import torch
 from moe_models import MOE, build_moe
@@ -89,14 +92,31 @@ def test_routing_by_blocks_is_exact() -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+COUNTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "histc": lambda expert, ordered: torch.histc(ordered.float(), bins=4, min=0, max=3),
+    "histc, as torchtitan": lambda expert, ordered: torch.histc(expert.view(-1, 2).float(), bins=4, min=0, max=4),
+    "bincount": lambda expert, ordered: torch.bincount(expert, minlength=4),
+    "one_hot": lambda expert, ordered: F.one_hot(expert.view(-1, 2), 4).sum((0, 1)),
+    "scatter_add": lambda expert, ordered: torch.zeros(4).scatter_add(0, ordered, torch.ones(ordered.shape)),
+}
+"""How many rows each of four experts has."""
+UNTOLD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "each twice": lambda expert, ordered: torch.bincount(expert, minlength=4) // 2 * 2,
+    "first rows": lambda expert, ordered: (expert[:4, None] == torch.arange(4)).sum(0),
+    "of four rows": lambda expert, ordered: (expert.view(4, -1, 1) == torch.arange(4)).sum((1, 2)),
+    "weighted": lambda expert, ordered: torch.bincount(expert, torch.full(expert.shape, 0.5), minlength=4),
+}
+"""Other numbers, which the groups of rows may follow from too."""
+
+
 class Dropping(nn.Module):
     """Experts with a capacity over the whole batch: which rows are first matters."""
 
-    def __init__(self, order_matters: bool) -> None:
+    def __init__(self, order_matters: bool, counted: str = "histc") -> None:
         super().__init__()
         self.router = nn.Linear(16, 4, bias=False)
         self.weight = nn.Parameter(torch.randn(4, 16, 16) / 4)
-        self.order_matters = order_matters
+        self.order_matters, self.counted = order_matters, counted
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, 16)
@@ -105,7 +125,7 @@ class Dropping(nn.Module):
         rows = flat[places] * gate[places, None]
         if self.order_matters:
             rows = rows * (torch.arange(rows.shape[0]) % 3 != 0)[:, None]
-        counts = torch.histc(ordered.float(), bins=4, min=0, max=3)
+        counts = COUNTS[self.counted](expert, ordered)
         made = torch.ops.transformers.grouped_mm_fallback(rows, self.weight, counts.cumsum(0).to(torch.int32))
         out = torch.zeros_like(flat).index_add(0, places, F.silu(made))
         return out.view_as(x)
@@ -126,6 +146,20 @@ def test_rows_are_put_in_another_order_only_where_nothing_can_tell(order_matters
     said = [note for note in local.program.notes if "routed together" in note]
     assert bool(said) == order_matters
     assert not order_matters or "test_passes_routing.py" in said[0]
+
+
+@pytest.mark.parametrize("counted", [*COUNTS, *UNTOLD])
+def test_rows_stay_with_their_tokens_however_experts_are_counted(counted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.integrations.moe  # noqa: F401  registers the op
+
+    monkeypatch.setattr(sys.modules[__name__], "COUNTS", COUNTS | UNTOLD)
+    torch.manual_seed(0)
+    model, x = Dropping(False, counted), torch.randn(8, 6, 16)
+    _, _, local = planned(captured(model, {"x": x}), {"dp": 2}, "ddp")
+    found = errors(model, local, {"x": x})
+    assert found.output < 1e-5, found
+    assert found.gradient < 1e-4, found
+    assert (TAKE_ROWS in _targets(local.program)) == (counted not in UNTOLD)
 
 
 def _routed(experts: int, rows: int, k: int, n: int) -> Call:
