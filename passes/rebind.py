@@ -9,6 +9,7 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _WrappedHook
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOLD_NOTHING = (bool, int, float, str, type(None), set)
@@ -56,6 +57,8 @@ def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         return [value.__self__], lambda parts: MethodType(value.__func__, *parts)
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords], lambda parts: kind(parts[0], *parts[1], **parts[2])
+    if kind is _WrappedHook:  # of `load_state_dict`; refers to its module weakly
+        return [value.hook, value.module() if value.with_module else None], lambda parts: _WrappedHook(*parts)
     if isinstance(value, FunctionType) and value.__closure__:
         filled = [i for i, cell in enumerate(value.__closure__) if _is_filled(cell)]
         return [value.__closure__[i].cell_contents for i in filled], lambda parts: _function(value, filled, parts)

@@ -66,6 +66,22 @@ def test_a_copy_runs_on_its_own_parameters() -> None:
         assert all(p.grad is None for p in model.parameters()), way
 
 
+def test_hooks_of_loading_get_the_copys_modules() -> None:
+    model, seen = nn.Sequential(nn.Linear(8, 4)), []
+
+    def note(module: nn.Module, *args: object) -> None:
+        seen.append(module)
+
+    model[0].register_load_state_dict_pre_hook(note)
+    copy = copied(model, lambda _, old: nn.Parameter(old.detach()), lambda _, old: old)
+    model.load_state_dict(model.state_dict())
+    assert seen == [model[0]]
+    state = model.state_dict()
+    del model, seen[:]
+    copy.load_state_dict(state)
+    assert seen == [copy[0]]  # type: ignore[index]
+
+
 def test_models_that_hold_their_parts_otherwise_are_planned() -> None:
     for way in _WAYS:
         parity = autopar.verify(Indirect(way), {"dp": 2, "tp": 2}, (torch.randn(4, 8),), strategy="megatron")
