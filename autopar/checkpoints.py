@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from autopar.module import ParallelModule, part_of
+from autopar.module import ParallelModule
 from autopar.runtime import runtime_of
+from autopar.whole import part_of
 
 
 def whole_state(module: ParallelModule, keep: bool) -> dict[str, torch.Tensor]:
@@ -73,15 +74,16 @@ def load_whole_optimizer(module: ParallelModule, optimizer: Optimizer, state: Ma
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if (saved := [len(group["params"]) for group in state["param_groups"]]) != sizes:
         raise ValueError(f"the optimizer's groups have {sizes} parameters, those saved {saved}; make it as it was")
+    runtime = runtime_of(module)
     names = {parameter: name for name, parameter in module.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     cut: dict[int, Any] = {}
     for number, parameter in zip(numbers, parameters, strict=True):
         if number in state["state"]:
-            whole = state["state"][number]
+            whole, name = state["state"][number], names[parameter]
             cut[number] = {
-                key: part_of(module, names[parameter], value)
+                key: part_of(value, runtime.specs[name], runtime.storages[name])
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape
                 else value
                 for key, value in whole.items()

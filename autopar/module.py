@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autopar import buffers as buffers_
-from autopar import hooks, stored, tree
+from autopar import hooks, stored, tree, whole
 from autopar.alone import guard
 from autopar.batches import BatchRanks
 from autopar.call import call, call_key
@@ -110,18 +110,6 @@ class ParallelModule(nn.Module):
         with buffers_.kept(self, device):
             super().to_empty(device=device, recurse=recurse)
         return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Whole tensors, as one device saves them, are cut; every rank has them all.
-        runtime = runtime_of(self)
-        for name in runtime.slots:
-            given, first = state_dict.get(prefix + name), runtime.aliases.get(name, name)
-            storage = runtime.storages.get(first)
-            if storage is None or not isinstance(given, torch.Tensor) or isinstance(given, DTensor):
-                continue
-            if tuple(given.shape) == storage.shape and not given.is_meta:
-                state_dict[prefix + name] = part_of(self, first, given)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
         # Without gradients, as parameters are copied: of a DTensor's torch copies them too, and 2.11 fails to.
@@ -231,6 +219,7 @@ def parallel_module(
     new.__class__ = _parallel_class(original)  # type: ignore[arg-type]
     hooks.set_aside(new)
     guard(new)
+    whole.cut_on_loading(new, runtime)
     return cast(ParallelModule, new)
 
 
@@ -254,15 +243,6 @@ def preload(module: ParallelModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     requires = tuple(table[key].requires_grad for table, key in runtime.parameter_slots)
     trained = requires if has_gradients(executable.local) else None
     runtime.executables[call_key(runtime, leaves, in_spec, trained)] = [executable]
-
-
-def part_of(module: ParallelModule, name: str, whole: torch.Tensor) -> DTensor:
-    """A whole tensor laid out as the parameter of that name is, a copy in its dtype; every rank has it whole."""
-    runtime = runtime_of(module)
-    spec, storage = runtime.specs[name], runtime.storages[name]
-    part = stored.cut(whole.detach(), storage, runtime.axis_sizes, runtime.coordinate)
-    part = part.to(device_of(runtime.mesh), spec.tensor_meta.dtype, copy=True).contiguous()
-    return stored.distributed(part, spec)
 
 
 def state_bytes(module: ParallelModule) -> int:

@@ -430,3 +430,39 @@ def _copies(rank: int, ranks: int) -> None:
 
 def test_a_copy_runs_the_same_programs_and_has_no_gradients() -> None:
     run_ranks(_copies, 2)
+
+
+class Renamed(nn.Linear):
+    """A layer that takes its weight under the name that an older one had."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__(inner, outer)
+        self.register_load_state_dict_pre_hook(self._as_it_was)
+
+    @staticmethod
+    def _as_it_was(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}kernel" in state:
+            state[f"{prefix}weight"] = state.pop(f"{prefix}kernel")
+
+
+def _whole_tensors_inside(rank: int, ranks: int) -> None:
+    torch.manual_seed(0)
+    eager, other = Net(), Net()
+    eager.up, other.up = Renamed(6, 18), Renamed(6, 18)
+    model = made(eager, mesh_of(ranks))
+    older = {name.replace("up.weight", "up.kernel"): value for name, value in other.state_dict().items()}
+    for each in (model, copy.deepcopy(model)):
+        each.load_state_dict(older)
+        assert each.head.weight is each.embed.weight
+        for name, value in each.state_dict().items():
+            assert torch.equal(value.full_tensor() if isinstance(value, DTensor) else value, other.state_dict()[name])
+    model.up.load_state_dict(eager.up.state_dict())
+    model.embed.load_state_dict({"weight": eager.embed.weight.double()}, assign=False)
+    for name in ("up.weight", "up.bias", "embed.weight", "head.weight"):
+        assert torch.equal(whole(model.state_dict()[name]), eager.state_dict()[name])
+    with pytest.raises(RuntimeError, match="size mismatch for bias"):
+        model.up.load_state_dict({"bias": torch.ones(3)}, strict=False)
+
+
+def test_modules_inside_load_whole_tensors() -> None:
+    run_ranks(_whole_tensors_inside, 2)
