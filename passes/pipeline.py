@@ -35,6 +35,7 @@ from passes.plan import Baseline, Bound, Plan, check_plan
 from passes.program import Program
 from passes.proposals import BY_HAND, SIMPLEST_FIRST, PaddingsOf, Progress, Search, with_parameters_kept
 from passes.randomness import own_randomness
+from passes.recompute import Mode
 from passes.report_text import seconds_text
 from passes.rewrite import rewrite
 from passes.routing import one_form
@@ -186,6 +187,10 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
     return plan, chosen
 
 
+_CHEAPEST: tuple[Mode, ...] = ("none", "pointwise")
+"""What may be computed again at no cost."""
+
+
 def _bound(chosen: Candidate, played: int) -> Bound:
     """What was proved of the one chosen among so many that were played."""
     note = "it is the only solution that was played as a schedule"
@@ -200,12 +205,16 @@ def _bound(chosen: Candidate, played: int) -> Bound:
     among = ", and ".join(" and ".join(mesh.axes[axis].name for axis in axes) for axes in alike)
     among = f" where {among} do the same" if among else ""
     solved, played_as = origin.recomputed, chosen.space.recomputed
-    if solved.mode != played_as.mode:
+    if chosen.padding.pads or chosen.padding.repeated_keys:
+        among += " with the same dims padded"
+    if solved.mode != played_as.mode or solved.mode not in _CHEAPEST:
         among += f" with recompute {solved.mode!r}"
     if solved.regather:
         among += " with activations gathered again for backward"
     if solved.reshard and not played_as.reshard:
         among += " with parameters gathered again for backward"
+    if math.isfinite(origin.limit_bytes):
+        among += f" within {gib(origin.limit_bytes)} as the solver adds bytes up"
     return Bound(origin.solution.seconds, origin.solution.bound_s, note, counted, among)
 
 

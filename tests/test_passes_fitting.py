@@ -71,6 +71,14 @@ def test_what_was_not_proved_is_looked_at_longer() -> None:
     assert best.seconds <= solution.seconds * (1 + 1e-9)
 
 
+def test_a_bound_within_a_budget_says_so() -> None:
+    chosen = binding(0.7)[0]
+    bound = pipeline._bound(chosen, 1)
+    costs = price(replace(chosen.space, recomputed=chosen.origin.recomputed), Budgeted(8))
+    assert solve(costs.weighed(chosen.origin.share)).seconds < bound.bound_s
+    assert "KiB as the solver adds bytes up" in bound.among
+
+
 def test_a_cheaper_solution_that_fits_comes_first() -> None:
     """One that is solved within fewer bytes than it may take is behind what these allow."""
     tight, loose = binding(0.6)[0], binding(0.8)

@@ -238,6 +238,22 @@ def test_a_pin_is_obeyed() -> None:
     assert [None if shard is None else shard.dim for shard in stored.shards] == [None, 0]
 
 
+@pytest.mark.parametrize(
+    ("name", "mesh", "request_", "said"),
+    [
+        ("gpt2", (("tp", 3),), Request(strategy="megatron"), "with the same dims padded"),
+        ("llama", MESH, Request(strategy="megatron", recompute="full"), "with recompute 'full'"),
+    ],
+)
+def test_a_bound_says_of_which_plans_it_holds(name: str, mesh: Any, request_: Request, said: str) -> None:
+    """Plans of the strategy that cost less by their sums compute less again, or pad nothing."""
+    topology, batch_axes = on_mesh("h100", mesh), tuple(a for a, (axis, _) in enumerate(mesh) if axis == "dp")
+    bound = compile_plan(program(name), topology, batch_axes, request_).bound
+    other = price(search_space(program(name), topology, batch_axes, strategy="megatron"))
+    assert solve(other.problem).seconds < bound.bound_s
+    assert said in bound.among
+
+
 @pytest.mark.parametrize("name", ["lm_head.weight", "lm_head.*", "transformer.wte.weight"])
 def test_a_pin_may_give_any_name_of_a_tied_parameter(name: str) -> None:
     """GPT-2's table is its head; a pin by either name is a pin of both, and whole is not what is chosen without."""
