@@ -82,6 +82,7 @@ def cheapest(
             if not mix.mixed and size <= problem.budget_bytes:
                 tree.close(bound_s)
             elif len(tree.open) >= _HALVED and math.isinf(problem.budget_bytes):
+                tree.add(_Node(bound_s, next(tree.order), node.allowed))
                 return _by_highs(relaxation, tree, max(gap, _HALVED_GAP), max(end - time.process_time(), 0.1))
             else:
                 descent = descent or Descent(problem)

@@ -143,6 +143,20 @@ def test_stopped_early_a_solution_fits_and_its_bound_is_one(
     assert found.bound_s <= min(fitting) + 1e-9 <= seconds + 2e-9
 
 
+def test_what_is_left_to_highs_counts_in_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of problems that are left to HiGHS at once and taken with a large gap, no bound is above the best there is."""
+    monkeypatch.setattr(linear, "_HALVED", 0)
+    left = 0
+    for seed in range(300):
+        problem = replace(random_problem(seed), budget_bytes=math.inf)
+        costs = (price(problem, picks)[0] for picks in product(*(range(len(of)) for of in problem.option_s)))
+        if math.isfinite(least := min(costs)):
+            picks, bound_s = linear.cheapest(problem, gap=0.5, time_limit_s=5.0)
+            assert bound_s <= least * (1 + 1e-6) + 1e-9, seed
+            left += price(problem, picks)[0] > least * 1.001
+    assert left
+
+
 def test_the_time_of_linear_programs_is_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that gives them no time to run, what is proved is the same."""
     rng = random.Random(0)
