@@ -183,7 +183,7 @@ def stored_choices(
             return not storage.state_axes and not any(storage.shards)
         if strategy == "fsdp":
             every = len(storage.state_axes) == len(storage.shards)
-            return not any(storage.shards) and (every or not storage.shape)
+            return not any(storage.shards) and (every or rows == 1)
         if any(storage.shards[axis] for axis in batch_axes):
             return False
         if any(storage.shards[axis] or axis in storage.state_axes for axis in alone):

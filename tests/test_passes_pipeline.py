@@ -348,6 +348,27 @@ def test_every_line_of_a_plan_can_be_kept(strategy: str, sizes: tuple[int, int])
         assert (made.strategy, made.parameters[line].pinned) == (free.strategy, True)
 
 
+class _Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(1, 16, 64))
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.positions
+        return (x + self.down(self.up(x).relu())).square().mean()
+
+
+def test_fsdp_leaves_a_parameter_of_one_row_whole_at_rest() -> None:
+    """Chunks of dim 0 are none, and no other dim is split by it, be it padded for three ranks or not."""
+    program = prepare(capture(_Positions(), (torch.zeros(8, 16, 64),), {}, batch_dims=[0], batch_size=8))
+    for sizes in ((2, 3), (1, 4)):
+        mesh = on_mesh("h100", list(zip(("dp", "tp"), sizes, strict=True)))
+        made = compile_plan(program, mesh, (0,), Request(strategy="fsdp"))
+        assert made.parameters["positions"].at_rest == "RR"
+        assert made.parameters["up.weight"].at_rest == "S(0)S(0)"
+
+
 class _Merged(nn.Module):
     """A weight made of three, scaled by a fourth."""
 
