@@ -22,7 +22,9 @@ from passes.strategies import StoredOption
 from passes.work import VIEWS
 
 aten = torch.ops.aten
-_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_WHOLE = r"(?:0|[1-9]\d*)"
+_NUMBER = re.compile(rf"(?<![^.])({_WHOLE})(?![^.])")
+_RANGES = re.compile(rf"{_WHOLE}(-{_WHOLE})?(,{_WHOLE}(-{_WHOLE})?)*")
 
 
 class Words:
@@ -162,7 +164,7 @@ def fold_names(names: Sequence[str]) -> str:
     """`layers.0-31.w` for `layers.0.w` ... `layers.31.w`; names that are no such ranges are listed."""
     if len(names) == 1:
         return names[0]
-    split = [tuple(re.split(r"(?<![^.])(\d+)(?![^.])", name)) for name in names]
+    split = [tuple(_NUMBER.split(name)) for name in names]
     if len({(len(parts), parts[::2]) for parts in split}) > 1:
         return ", ".join(names)
     first = list(split[0])

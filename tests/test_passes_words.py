@@ -11,7 +11,7 @@ from costmodel.hardware import topology
 from costmodel.presets import hardware
 from passes.routing import route_by_blocks
 from passes.space import search_space
-from passes.words import Words
+from passes.words import Words, fold_names, unfold_names
 
 ATTENTION = "model.layers.*.self_attn"
 EXPERTS = {
@@ -52,3 +52,17 @@ def test_dims_are_called_what_they_are(name: str) -> None:
         if site.given is not None and site.given.kind == "parameter" and site.kind != "returned"
     }
     assert {parameter: found[parameter] for parameter in NAMES[name]} == NAMES[name]
+
+
+@pytest.mark.parametrize(
+    ("names", "folded"),
+    [
+        (["a.0.w", "a.1.w", "a.2.w", "a.10.w"], "a.0-2,10.w"),
+        (["a.0.b.0.w", "a.0.b.1.w", "a.3.b.0.w", "a.3.b.1.w"], "a.0,3.b.0-1.w"),
+        (["a.00.w", "a.01.w"], "a.00.w, a.01.w"),  # keys of a ModuleDict
+        (["a.01.w"], "a.01.w"),
+    ],
+)
+def test_names_of_layers_come_back_as_they_were(names: list[str], folded: str) -> None:
+    assert fold_names(names) == folded
+    assert unfold_names(folded) == names
