@@ -92,3 +92,17 @@ def test_dropout_on_ranks() -> None:
     ((one, alone),) = run_ranks(_ranks, 1, timeout_s=250)
     torch.testing.assert_close(two, one, rtol=1e-5, atol=0.0)
     assert torch.equal(whole, alone)
+
+
+def _seeds_that_differ(rank: int, ranks: int, differ: bool) -> list[float]:
+    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    x, options = torch.randn(4, 16, 32), autopar.Options(compile=False, progress=False, seed=3 + differ * rank)
+    model = autopar.parallelize(Dropping(), mesh, (x,), strategy="megatron", options=options)
+    return _steps(model, x, 3)
+
+
+def test_all_ranks_draw_by_rank_0s_seed() -> None:
+    """A script that seeds each rank by its number would have ranks that share a batch drop other elements of it."""
+    alike, other = (run_ranks(_seeds_that_differ, 2, differ) for differ in (False, True))
+    assert other == alike
