@@ -320,9 +320,7 @@ def _executable(
 def _applied(
     job: _Job, model: nn.Module, plan: Any, mesh: DeviceMesh, program: Program, call: examples.Call, ours: Together
 ) -> ParallelModule:
-    job = replace(
-        job, options=job.pipeline.options_of(plan)
-    )  # rank 0's, of a script that seeds each rank by its number
+    job = replace(job, options=job.pipeline.options_of(plan))  # rank 0's: a script may seed each rank by its number
     groups = Groups(mesh, tuple(name for name, _ in job.axes))
     gather = _gather(job, mesh, ours)
     executable, local = _executable(job, ours, groups, program, plan)
