@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 from costmodel.hardware import Topology
-from costmodel.layout import Layout, Partial, Replicate, Shard, layout_text, ways
+from costmodel.layout import Layout, Partial, Replicate, Shard, ways
 from passes.analysis import Analysis, Place, Port, SiteKind, Wire, analyse
 from passes.dims import ExpandedOp, Value
 from passes.fusion import Traffic
 from passes.layers import Folding
 from passes.local import DimShard, Storage
 from passes.named import axis_choices, stored_choices
+from passes.pinned_readers import Readers
 from passes.pins import Pin, PinError, pinned_layouts
 from passes.program import Input, Program
 from passes.recompute import Mode, Recomputation, recomputation
-from passes.rules.call import Call, op_text
+from passes.rules.call import Call
 from passes.strategies import Option, StoredOption, leading_places, op_options, plain_layouts, stored_options
 
 __all__ = ["Pin", "Port", "Site", "Space", "Wire", "search_space"]
@@ -166,107 +166,13 @@ def search_space(
                 place.traffic,
             )
         )
-    held: dict[int, str] = {}
+    readers = Readers(analysis, topology, tuple(batch_axes), [site.options for site in sites])
     for index, (pattern, fixed) in pinned.items():
-        _hold_readers(analysis, sites, index, pattern, fixed, topology, tuple(batch_axes), held)
+        readers.hold(index, pattern, fixed)
+    for index, kept in readers.kept.items():
+        sites[index] = replace(sites[index], options=kept)
     recomputed = replace(recomputation(analysis, recompute), reshard=reshard)
     return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites), recomputed)
-
-
-def _hold_readers(
-    analysis: Analysis,
-    sites: list[Site],
-    index: int,
-    pattern: str,
-    pin: Pin,
-    topology: Topology,
-    batch_axes: tuple[int, ...],
-    held: dict[int, str],
-) -> None:
-    """Leave the ops that read a pinned parameter, themselves or through ops on parameters, no layout of it but the
-    pin's; `held`: those that read one themselves, or what is made of it alone, and its pin, to which these are added.
-
-    Where the strategy leaves such an op none, all that `auto` has are open to it. A parameter that is expanded over the
-    batch may be split there. What is made of several parameters is
-    moved, where another pin wants it otherwise.
-
-    Raises:
-        PinError: an op that cannot read the parameter so, or not beside another pinned one.
-    """
-    first = Value(index, 0)
-    places = dict(leading_places(analysis.places[index].dims))
-    wanted: set[Layout] = {tuple(Shard(places[p.dim]) if isinstance(p, Shard) else p for p in pin.in_compute)}
-    if analysis.program.stored:  # where it lies already decides
-        wanted = {option.layout for option in sites[index].options if isinstance(option, StoredOption)}
-    todo = [(first, wanted)]
-    own = {first}
-    while todo:
-        value, layouts = todo.pop()
-        for port in (port for wire in analysis.wires if wire.value == value for port in wire.ports if not port.stores):
-            site, place = sites[port.site], analysis.places[port.site]
-            if site.kind != "op" or place.op is None:
-                continue
-            other = held.get(port.site, pattern)
-            choices = axis_choices(analysis, port.site, "auto", topology.sizes, batch_axes)
-            every = op_options(place.op, topology.sizes, choices) if other == pattern else ()
-            for batch, options in product(((), batch_axes) if value != first else ((),), (site.options, every)):
-                kept = tuple(
-                    o for o in options if isinstance(o, Option) and _is_one(o.operands[port.operand], layouts, batch)
-                )
-                if kept:
-                    break
-            else:
-                if other == pattern:
-                    raise PinError(f"pin {pattern!r}: {_cannot_read(analysis, port, layouts, topology, batch_axes)}")
-                if value in own:
-                    raise PinError(f"pins {other!r} and {pattern!r}: {_reads_both(analysis, port, layouts)}")
-                continue
-            sites[port.site] = replace(site, options=kept)
-            if value in own:
-                held.setdefault(port.site, pattern)
-            if port.site in analysis.from_parameters:
-                made = [Value(port.site, r) for r in range(len(kept[0].results))]
-                todo += [(one, {o.results[one.result] for o in kept}) for one in made]
-                if _operands(analysis, port.site) <= own:
-                    own.update(made)
-
-
-def _is_one(layout: Layout, layouts: Set[Layout], batch_axes: Sequence[int]) -> bool:
-    """Whether a layout is one of several, or a part of one on axes that split the batch."""
-    if layout in layouts or not batch_axes:
-        return layout in layouts
-    freed = {tuple(p for axis, p in enumerate(one) if axis not in batch_axes) for one in layouts}
-    return tuple(p for axis, p in enumerate(layout) if axis not in batch_axes) in freed
-
-
-def _operands(analysis: Analysis, site: int) -> set[Value]:
-    return {wire.value for wire in analysis.wires if any(port.site == site for port in wire.ports)}
-
-
-def _cannot_read(
-    analysis: Analysis, port: Port, layouts: Set[Layout], topology: Topology, batch_axes: Sequence[int]
-) -> str:
-    """Why an op cannot read a parameter as any of `layouts`, and what would do."""
-    for axis in batch_axes:
-        if all(isinstance(layout[axis], Shard) for layout in layouts):
-            return (
-                f"axis {topology.axes[axis].name!r} splits the batch, so compute needs the parameter whole there; give "
-                "R for it (a layout at rest is written before an arrow: 'S(0)R -> RR')"
-            )
-    op, wanted = _op_and_layouts(analysis, port, layouts)
-    return f"{op} cannot read it as {wanted}; give R, or another dim"
-
-
-def _reads_both(analysis: Analysis, port: Port, layouts: Set[Layout]) -> str:
-    """Why an op cannot read two pinned parameters."""
-    op, wanted = _op_and_layouts(analysis, port, layouts)
-    return f"{op} reads both, and cannot read the second as {wanted} beside the first; give layouts that go together"
-
-
-def _op_and_layouts(analysis: Analysis, port: Port, layouts: Set[Layout]) -> tuple[str, str]:
-    node = analysis.folding.members[port.site][0]
-    where = node.meta.get("module") or "the model"
-    return f"{op_text(node.target)} in {where}", " or ".join(sorted(map(layout_text, layouts)))
 
 
 def _parameter_options(
