@@ -215,7 +215,8 @@ def _batch_code(plan: Plan, model: nn.Module, argument: str) -> str:
         if name == "labels" and "input_ids" in tensors and tensors["input_ids"].shape == value.shape:
             return "input_ids"
         if value.dtype.is_floating_point:
-            made = f"torch.randn({shape}, generator=source).to(device)"
+            dtype = "" if value.dtype == torch.float32 else f", {value.dtype}"
+            made = f"torch.randn({shape}, generator=source).to(device{dtype})"
         elif "mask" in name or value.dtype == torch.bool:
             made = f"torch.ones({shape}, dtype={value.dtype}, device=device)"
         else:

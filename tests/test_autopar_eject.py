@@ -303,5 +303,38 @@ def test_layers_in_nested_containers(tmp_path: Path) -> None:
     assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 2), abs=2e-6)
 
 
+def dtypes_in_the_script(rank: int, ranks: int, script: str) -> dict[str, torch.dtype]:
+    """What the script lays out, in the dtype that it has by default."""
+    space: dict[str, Any] = {"__name__": "ejected"}
+    exec(compile(Path(script).read_text(), script, "exec"), space)
+    parallel, found = space["parallel"], {}
+
+    def seen(model: nn.Module, mesh: Any) -> nn.Module:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        found.update({name: tensor.dtype for name, tensor in tensors})
+        return parallel(model, mesh)
+
+    space["parallel"] = seen
+    sys.argv = [script, "--steps", "1", "--device", "cpu"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        space["main"]()
+    return found
+
+
+def test_rotary_frequencies_are_not_cast_with_the_parameters(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    script = tmp_path / "plan.py"
+    call = ["plan", str(tmp_path), "--mesh", "dp=1", "--hardware", "h100", "--strategy", "fsdp"]
+    assert main([*call, "--batch", "2", "--seq", "16", "--eject", str(script)]) == 0
+    found = run_ranks(dtypes_in_the_script, 1, str(script))[0]
+    assert found.pop("model.rotary_emb.inv_freq") == torch.float32
+    assert found.pop("model.rotary_emb.original_inv_freq") == torch.float32
+    assert set(found.values()) == {torch.bfloat16}
+
+
 def told_in(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
