@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import pprint
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
         imported=imported(styles.values()),
         loops=[loop_code(container) for container in containers],
         more="".join(f", {name}={value!r}" for name, value in extra_arguments(model, *call)[0].items()),
-        batch_code=_batch_code(plan, model, argument),
+        batch_code=_batch_code(plan, model, call),
         dtype=str(next(iter(model.parameters())).dtype).removeprefix("torch."),
     )
     return Ejected(script, tuple(notes))
@@ -200,27 +201,35 @@ def _recipe(model: nn.Module, argument: str) -> dict[str, Any]:
     return {"file": None, "name": type(model).__name__, "config_name": type(config).__name__, "config": text}
 
 
-def _batch_code(plan: Plan, model: nn.Module, argument: str) -> str:
-    """The body of the script's `batch`."""
-    args, kwargs = examples.restored(plan.example)
+def _batch_code(plan: Plan, model: nn.Module, call: examples.Call) -> str:
+    """The body of the script's `batch`: whole numbers are below the most of those in `call`, as labels are few."""
+    examples.restored(plan.example)  # refuses what no script could write
+    args, kwargs = call
     most = getattr(getattr(model, "config", None), "vocab_size", None) or _fewest_rows(model)
     tensors: dict[str, torch.Tensor] = {}
     lines = []
 
     def text_of(name: str, value: Any) -> str:
+        if isinstance(value, dict):
+            items = [f"{key!r}: {text_of(_variable(name, key), item)}" for key, item in value.items()]
+            return f"{{{', '.join(items)}}}"
+        if isinstance(value, tuple | list):
+            items = [text_of(_variable(name, index), item) for index, item in enumerate(value)]
+            return f"[{', '.join(items)}]" if isinstance(value, list) else f"({''.join(f'{item}, ' for item in items)})"
         if not isinstance(value, torch.Tensor):
             return repr(value)
         shape = tuple(value.shape)
         tensors[name] = value
-        if name == "labels" and "input_ids" in tensors and tensors["input_ids"].shape == value.shape:
+        if name == "labels" and "input_ids" in tensors and _may_be(value, tensors["input_ids"]):
             return "input_ids"
+        dtype = "" if value.dtype in (torch.float32, torch.int64) else f", {value.dtype}"
         if value.dtype.is_floating_point:
-            dtype = "" if value.dtype == torch.float32 else f", {value.dtype}"
             made = f"torch.randn({shape}, generator=source).to(device{dtype})"
         elif "mask" in name or value.dtype == torch.bool:
             made = f"torch.ones({shape}, dtype={value.dtype}, device=device)"
         else:
-            made = f"torch.randint(0, {most}, {shape}, generator=source).to(device)"
+            below = most if name == "input_ids" or value.is_meta or not value.numel() else max(1, int(value.max()) + 1)
+            made = f"torch.randint(0, {below}, {shape}, generator=source).to(device{dtype})"
         lines.append(f"{name} = {made}")
         return name
 
@@ -230,6 +239,16 @@ def _batch_code(plan: Plan, model: nn.Module, argument: str) -> str:
     given = ", ".join(f'"{name}": {text}' for name, text in keywords.items())
     lines.append(f"return ({', '.join(positional)},)" if positional else f"return {{{given}}}")
     return "\n".join(lines)
+
+
+def _variable(name: str, key: object) -> str:
+    """What the script calls the item `key` of an input."""
+    return re.sub(r"\W", "_", f"{name}_{key}")
+
+
+def _may_be(labels: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether the labels are the token ids, as far as is known."""
+    return labels.shape == ids.shape and (labels.is_meta or ids.is_meta or torch.equal(labels, ids))
 
 
 def _fewest_rows(model: nn.Module) -> int:

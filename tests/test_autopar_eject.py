@@ -123,6 +123,21 @@ class Nested(nn.Module):
 
 def nested():
     return Nested(), (torch.randn(4, 6, 16),)
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(64, 16), nn.Linear(16, 3)
+
+    def forward(self, tokens, views, kinds):
+        given = self.embed(tokens).mean(1) + views["left"][0] + views["left"][1].to(torch.float32)
+        return F.cross_entropy(self.head(given), kinds)
+
+
+def classifier():
+    views = {"left": [torch.randn(4, 16), torch.randn(4, 16, dtype=torch.bfloat16)]}
+    return Classifier(), {"tokens": torch.randint(0, 64, (4, 6)), "views": views, "kinds": torch.tensor([0, 2, 1, 0])}
 """
 
 
@@ -334,6 +349,26 @@ def test_rotary_frequencies_are_not_cast_with_the_parameters(tmp_path: Path) -> 
     assert found.pop("model.rotary_emb.inv_freq") == torch.float32
     assert found.pop("model.rotary_emb.original_inv_freq") == torch.float32
     assert set(found.values()) == {torch.bfloat16}
+
+
+def test_labels_are_classes_and_inputs_may_be_nested(tmp_path: Path) -> None:
+    script = ejected(tmp_path, "classifier", "dp=2", "--strategy", "fsdp")
+    space: dict[str, Any] = {"__name__": "ejected"}
+    exec(compile(script.read_text(), str(script), "exec"), space)
+    made = space["batch"](0, 0, "cpu")
+    left, right = made["views"]["left"]
+    assert (left.shape, left.dtype, right.shape, right.dtype) == ((4, 16), torch.float32, (4, 16), torch.bfloat16)
+    assert set(made["kinds"].tolist()) <= {0, 1, 2}
+    trained = losses_of_the_script(script, 2)
+    torch.manual_seed(0)
+    model = space["build"]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for step in range(STEPS):
+        loss = sum(model(**space["batch"](step, rank, "cpu")) for rank in (0, 1)) / 2
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert trained[step] == pytest.approx(loss.item(), abs=2e-6)
 
 
 def told_in(capsys: pytest.CaptureFixture[str]) -> str:
