@@ -138,6 +138,30 @@ class Classifier(nn.Module):
 def classifier():
     views = {"left": [torch.randn(4, 16), torch.randn(4, 16, dtype=torch.bfloat16)]}
     return Classifier(), {"tokens": torch.randint(0, 64, (4, 6)), "views": views, "kinds": torch.tensor([0, 2, 1, 0])}
+
+
+class Returns(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.f = kind, nn.Linear(16, 4)
+
+    def forward(self, x):
+        y = self.f(x)
+        two = y.square().mean(), y.abs().mean()
+        kinds = {"values": y, "beside": (two[0], y), "two": {"first": two[0], "second": two[1]}}
+        return kinds[self.kind]
+
+
+def values():
+    return Returns("values"), {"x": torch.randn(4, 16)}
+
+
+def beside():
+    return Returns("beside"), {"x": torch.randn(4, 16)}
+
+
+def two():
+    return Returns("two"), {"x": torch.randn(4, 16)}
 """
 
 
@@ -369,6 +393,17 @@ def test_labels_are_classes_and_inputs_may_be_nested(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert trained[step] == pytest.approx(loss.item(), abs=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["values", "beside", "two"])
+def test_a_model_that_names_no_loss_is_trained_on_its_scalars_or_a_mean(tmp_path: Path, kind: str) -> None:
+    script = ejected(tmp_path, kind, "dp=1", "--strategy", "fsdp")
+    space: dict[str, Any] = {"__name__": "ejected"}
+    exec(compile(script.read_text(), str(script), "exec"), space)
+    torch.manual_seed(0)
+    y = space["build"]().f(space["batch"](0, 0, "cpu")["x"])
+    wanted = {"values": y.mean(), "beside": y.square().mean(), "two": y.square().mean() + y.abs().mean()}[kind]
+    assert losses_of_the_script(script, 1)[0] == pytest.approx(wanted.item(), abs=2e-6)
 
 
 def told_in(capsys: pytest.CaptureFixture[str]) -> str:
