@@ -140,7 +140,16 @@ def _from_config(path: Path, wanted: Wanted) -> Named:
         )
     if classes[0] and not hasattr(_transformers(), classes[0]):
         notes.append(f"transformers has no {classes[0]} ('architectures'); its causal language model is used instead")
-    return _built(str(path), kind, classes[0], config, wanted, notes)
+    return _built(str(path), kind, classes[0], _without_dtypes(config), wanted, notes)
+
+
+def _without_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, and those of its parts, in no dtype of its own: it would go before the one that is wanted."""
+    return {
+        key: _without_dtypes(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ("dtype", "torch_dtype")
+    }
 
 
 def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wanted: Wanted, notes: list[str]) -> Named:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from autopar.model_argument import Wanted, load_model
 from autopar.presets import presets
@@ -121,3 +122,15 @@ def test_relative_positions_have_no_end(tmp_path: Path) -> None:
     named = load_model(str(file), Wanted(sequence=1024))
     assert {tensor.shape[1] for tensor in named.inputs.values() if tensor.dim() == 2} == {1024}
     assert not any(512 in parameter.shape for parameter in named.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "llava"])
+def test_a_config_is_built_in_the_dtype_that_is_wanted_whatever_it_says(tmp_path: Path, kind: str) -> None:
+    """`from_config`, of a model without a class and of the parts of one, goes by a config's own dtype."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"model_type": "llama", **sizes, "vocab_size": 64, "torch_dtype": "float32"}
+    seen = {"model_type": "clip_vision_model", **sizes, "image_size": 32, "patch_size": 16, "dtype": "float16"}
+    both = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(text if kind == "llama" else {**both, "vision_config": seen}))
+    named = load_model(str(tmp_path / "config.json"), Wanted(dtype="bfloat16"))
+    assert {parameter.dtype for parameter in named.model.parameters()} == {torch.bfloat16}
