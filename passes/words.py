@@ -24,6 +24,7 @@ from passes.work import VIEWS
 aten = torch.ops.aten
 _WHOLE = r"(?:0|[1-9]\d*)"
 _NUMBER = re.compile(rf"(?<![^.])({_WHOLE})(?![^.])")
+_COMMA = re.compile(r"(?<!\\), ")
 _RANGES = re.compile(rf"{_WHOLE}(-{_WHOLE})?(,{_WHOLE}(-{_WHOLE})?)*")
 
 
@@ -161,7 +162,11 @@ class Words:
 
 
 def fold_names(names: Sequence[str]) -> str:
-    """`layers.0-31.w` for `layers.0.w` ... `layers.31.w`; names that are no such ranges are listed."""
+    """`layers.0-31.w` for `layers.0.w` ... `layers.31.w`; names that are no such ranges are listed.
+
+    A name that looks like these itself, as keys of a `ModuleDict` may, is written so that it does not: `edges.0\\-1.w`.
+    """
+    names = [_escaped(name) for name in names]
     if len(names) == 1:
         return names[0]
     split = [tuple(_NUMBER.split(name)) for name in names]
@@ -178,12 +183,24 @@ def fold_names(names: Sequence[str]) -> str:
 
 def unfold_names(text: str) -> list[str]:
     """The names that `fold_names` folded."""
-    if ", " in text:
-        return text.split(", ")
+    if len(listed := _COMMA.split(text)) > 1:
+        return [_plain(name) for name in listed]
     parts = [
-        [str(number) for number in _numbers(part)] if _RANGES.fullmatch(part) else [part] for part in text.split(".")
+        [str(number) for number in _numbers(part)] if _RANGES.fullmatch(part) else [_plain(part)]
+        for part in text.split(".")
     ]
     return [".".join(chosen) for chosen in itertools.product(*parts)]
+
+
+def _escaped(name: str) -> str:
+    return ".".join(
+        re.sub(r"[-,]", r"\\\g<0>", part) if "," in part or ("-" in part and _RANGES.fullmatch(part)) else part
+        for part in name.split(".")
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\\([-,])", r"\1", name)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -61,6 +61,10 @@ def test_dims_are_called_what_they_are(name: str) -> None:
         (["a.0.b.0.w", "a.0.b.1.w", "a.3.b.0.w", "a.3.b.1.w"], "a.0,3.b.0-1.w"),
         (["a.00.w", "a.01.w"], "a.00.w, a.01.w"),  # keys of a ModuleDict
         (["a.01.w"], "a.01.w"),
+        (["a.0-1.w"], r"a.0\-1.w"),
+        (["a.0-1.w", "a.1-2.w"], r"a.0\-1.w, a.1\-2.w"),
+        (["a.x, y.0.w", "a.x, y.1.w"], r"a.x\, y.0-1.w"),
+        (["a.x-y.w"], "a.x-y.w"),
     ],
 )
 def test_names_of_layers_come_back_as_they_were(names: list[str], folded: str) -> None:
