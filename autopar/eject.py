@@ -23,7 +23,7 @@ from torch import nn
 from autopar import examples, planning
 from autopar.mixed import policy_code, precision_of
 from autopar.options import Options
-from autopar.styles import container_of, imported, loop_code, pattern_of, styles_of
+from autopar.styles import container_of, imported, loop_code, pattern_of, quoted, styles_of
 from costmodel.memory import gib
 from passes.capture import extra_arguments
 from passes.plan import Plan
@@ -79,14 +79,15 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
     policy = options.mp_policy if precision_of(options.mp_policy) is not None else None
     notes += _left_out(plan, axis)
     notes += _left_out_of_the_step(plan, options, layers=bool(containers), shards_state=bool(state_axes))
+    mesh = " x ".join(f"{name}={size}" for name, size in plan.axes)
     script = _template().render(
-        title=f"{argument} on {' x '.join(f'{name}={size}' for name, size in plan.axes)}, planned as {plan.strategy}.",
+        title=_in_docstring(f"{argument} on {mesh}, planned as {plan.strategy}."),
         step=seconds_text(plan.step_time_s),
         memory=gib(plan.peak_memory_bytes),
         hardware=plan.hardware,
         ranks=math.prod(size for _, size in plan.axes),
-        file=file,
-        notes=[f"- {note}" for note in notes],
+        file=_in_docstring(file),
+        notes=[f"- {_in_docstring(note)}" for note in notes],
         model=_recipe(model, argument),
         mesh=json.dumps(plan.mesh),
         batch_axes=json.dumps(list(plan.batch_axes)),
@@ -108,11 +109,16 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
     return Ejected(script, tuple(notes))
 
 
+def _in_docstring(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"""', r"\"\"\"")
+
+
 def _template() -> Any:
     env = Environment(
         loader=PackageLoader("autopar", "templates"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
+    env.filters["quoted"] = quoted
     return env.get_template("eject.py.j2")
 
 
@@ -236,7 +242,7 @@ def _batch_code(plan: Plan, model: nn.Module, call: examples.Call) -> str:
     named = sorted(kwargs.items(), key=lambda item: item[0] != "input_ids")
     positional = [text_of(f"input_{index}", value) for index, value in enumerate(args)]
     keywords = {name: text_of(name, value) for name, value in named}
-    given = ", ".join(f'"{name}": {text}' for name, text in keywords.items())
+    given = ", ".join(f"{quoted(name)}: {text}" for name, text in keywords.items())
     lines.append(f"return ({', '.join(positional)},)" if positional else f"return {{{given}}}")
     return "\n".join(lines)
 

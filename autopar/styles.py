@@ -7,6 +7,7 @@ through the rules and tried on a rank's shapes; elsewhere its result is gathered
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -254,12 +255,17 @@ def container_of(model: nn.Module, pattern: str) -> str:
     return ""
 
 
+def quoted(text: str) -> str:
+    """A name as the script writes it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def loop_code(container: str) -> str:
     """What a script loops over to get each layer of a container."""
     first, *more = container.split(".*")
-    code = f'model.get_submodule("{first}").children()'
+    code = f"model.get_submodule({quoted(first)}).children()"
     for part in more:
-        inner = f'part.get_submodule("{part[1:]}")' if part else "part"
+        inner = f"part.get_submodule({quoted(part[1:])})" if part else "part"
         code = f"[layer for part in {code} for layer in {inner}.children()]"
     return code
 

@@ -152,6 +152,12 @@ class Returns(nn.Module):
         return kinds[self.kind]
 
 
+def odd():
+    stack = Stack()
+    stack.blocks = nn.ModuleDict({kind: Between("plain") for kind in ('say "x"', "0-1", 3 * chr(34) + "b")})
+    return stack, {"x": torch.randn(4, 6, 16)}
+
+
 def values():
     return Returns("values"), {"x": torch.randn(4, 16)}
 
@@ -404,6 +410,13 @@ def test_a_model_that_names_no_loss_is_trained_on_its_scalars_or_a_mean(tmp_path
     y = space["build"]().f(space["batch"](0, 0, "cpu")["x"])
     wanted = {"values": y.mean(), "beside": y.square().mean(), "two": y.square().mean() + y.abs().mean()}[kind]
     assert losses_of_the_script(script, 1)[0] == pytest.approx(wanted.item(), abs=2e-6)
+
+
+def test_names_of_modules_may_be_any_text(tmp_path: Path) -> None:
+    script = ejected(tmp_path, "odd", "tp=2", "--strategy", "megatron")
+    for name in (r'"blocks.say \"x\".up"', '"blocks.0-1.up"', r'"blocks.\"\"\"b.up"'):
+        assert f"{name}: ColwiseParallel(" in script.read_text()
+    assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 1), abs=2e-6)
 
 
 def told_in(capsys: pytest.CaptureFixture[str]) -> str:
