@@ -12,6 +12,7 @@ import gzip
 import json
 import math
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +77,7 @@ def read_trace(path: str | Path) -> list[Slice]:
     raw = Path(path).read_bytes()
     try:
         content = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not JSON ({error}); pass what torch.profiler's export_chrome_trace wrote") from None
     events = content.get("traceEvents") if isinstance(content, dict) else content
     if not isinstance(events, list):

@@ -134,6 +134,7 @@ def test_a_gather_over_many_nodes_takes_as_much_longer_as_was_measured(times: fl
         (b"", "not JSON"),
         (b"{", "not JSON"),
         (gzip.compress(b"[]" * 1000, mtime=0)[:-9], "not JSON"),
+        (gzip.compress(b"[]" * 1000, mtime=0)[:10] + b"\xff" * 20, "not JSON"),
         (b'{"a": 1}', "no traceEvents"),
         (b'{"traceEvents": []}', "without ops or kernels"),
         (
