@@ -58,7 +58,7 @@ def run(given: argparse.Namespace) -> int:
         return _from_trace(given)
     if given.plan or given.hardware:
         raise ValueError("--plan and --hardware go with --from-trace TRACE")
-    if given.seconds <= 0:
+    if not 0 < given.seconds < math.inf:
         raise ValueError(f"--seconds {given.seconds:g}: measuring takes some time; 10 is usual")
     with clean_output(), progress() as tell, tempfile.TemporaryDirectory() as folder:
         tell(f"measuring for about {given.seconds:g} s")

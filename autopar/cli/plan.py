@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Plan and print."""
-    check_outputs({"MODEL": given.model}, output=given.output, html=given.html, trace=given.trace, eject=given.eject)
+    written = {"html": given.html, "trace": given.trace, "eject": given.eject}
+    check_outputs({"MODEL": given.model, "--hardware": given.hardware}, output=given.output, **written)
+    check_outputs({"--from": given.kept}, **written)
     with clean_output(), progress() as tell:
         made, model, call = _made(given, tell)
         _write(made, given, tell)
@@ -82,8 +84,8 @@ def run(given: argparse.Namespace) -> int:
         print("\n" + painted("What the script does not say", "bold"))
         for note in ejected.notes:
             print(wrapped(f"- {note}", indent=2))
-    if written := [path for path in (given.output, given.html, given.trace, given.eject) if path]:
-        print("\n" + "\n".join(f"Written to {path}" for path in written))
+    if files := [path for path in (given.output, *written.values()) if path]:
+        print("\n" + "\n".join(f"Written to {path}" for path in files))
     return 0 if made.fits else 1
 
 

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Search and print."""
-    check_outputs({"MODEL": given.model}, html=given.html)
+    check_outputs({"MODEL": given.model, "--hardware": given.hardware}, html=given.html)
     options = Options(
         memory_budget=given.memory_budget, optimizer=given.optimizer or "adamw", recompute=given.recompute or "auto",
         batch_dims=once("--batch-dim", given.batch_dim) or None,
