@@ -210,6 +210,7 @@ _PRICES: dict[str, Callable[[float, Group, Topology], float]] = {
     "broadcast": _broadcast_s,
     "send_recv": _send_recv_s,
 }
+KINDS = tuple(_PRICES)
 
 
 LEAST_TAKEN = 0.26

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from costmodel.collectives import KINDS
 from costmodel.files import write_whole
 from costmodel.hardware import Device, Hardware, Link
 
@@ -141,6 +142,7 @@ _MAY_BE_ZERO = {
     "fp8_matmul_efficiency",
     "speed_spread",
 }
+_DTYPES = ("bfloat16", "float16", "float8", "tf32", "float32", "float64")
 _MOST = dict.fromkeys(
     (
         "matmul_efficiency",
@@ -178,6 +180,7 @@ def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
         elif known[key].startswith("Mapping"):
             if not isinstance(value, dict) or not value:
                 raise ValueError(f"{where}.{key}: found {value!r}, expected dtype names and their rates")
+            _check_names(value, _DTYPES, f"{where}.{key}")
             for dtype, rate in value.items():
                 _check_number(rate, f"{where}.{key}.{dtype}", zero=False)
         elif known[key] == "str" and not isinstance(value, str):
@@ -190,11 +193,17 @@ def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
 def _check_measured(value: Any, where: str) -> None:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: found {value!r}, expected collectives and their figures")
+    _check_names(value, KINDS, where)
     for kind, figures in value.items():
         if not isinstance(figures, (list, tuple)) or len(figures) != 3:
             raise ValueError(f"{where}.{kind}: found {figures!r}, expected [base_s, hop_s, bytes_per_s]")
         for index, figure in enumerate(figures):
             _check_number(figure, f"{where}.{kind}[{index}]", zero=index < 2)
+
+
+def _check_names(found: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    if unknown := sorted(set(found) - set(known)):
+        raise ValueError(f"{where}: found {', '.join(map(repr, unknown))}, expected names among {', '.join(known)}")
 
 
 def _check_number(value: Any, where: str, *, zero: bool) -> None:

@@ -457,6 +457,14 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
             lambda c: c["hardware"]["inter_node"].update(measured={"all_gather": [0, 0, 0]}),
             "all_gather\\[2\\]: found 0",
         ),
+        (
+            lambda c: c["hardware"]["device"]["peak_flops_per_s"].update(bf16=1e14),
+            "peak_flops_per_s: found 'bf16', expected names among bfloat16, float16",
+        ),
+        (
+            lambda c: c["hardware"]["inter_node"].update(measured={"allgather": [0, 0, 1]}),
+            "inter_node.measured: found 'allgather', expected names among all_gather, reduce_scatter",
+        ),
         (lambda c: c["hardware"].update(colour="red"), "unknown \\['colour'\\]"),
     ):
         broken = json.loads(json.dumps(good))
