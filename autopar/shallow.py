@@ -98,17 +98,20 @@ def _kinds(layers: Sequence[nn.Module]) -> list[int]:
 
 
 def _attributes(layer: nn.Module) -> dict[str, Any]:
-    """Plain attributes, classes and parameters' shapes of a layer's modules, by place."""
+    """Plain attributes, classes, parameters' and buffers' shapes of a layer's modules, by place."""
     found: dict[str, Any] = {}
     for name, module in layer.named_modules():
         found[f"{name}:"] = type(module)
-        found |= {
-            f"{name}.{key}": value
-            for key, value in vars(module).items()
-            if value is None or type(value) in (bool, int, float, str)
-        }
-        found |= {f"{name}.{key}": tuple(p.shape) for key, p in module.named_parameters(recurse=False)}
+        found |= {f"{name}.{key}": value for key, value in vars(module).items() if _is_plain(value)}
+        held = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        found |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in held}
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):  # an attention's window, a convolution's stride
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _depths(kinds: Sequence[int]) -> tuple[list[int], list[float], list[float]] | None:

@@ -203,3 +203,43 @@ def test_an_input_that_samples_share_is_as_large_at_every_batch() -> None:
     options = autopar.Options(batch_dims={"weight": None})
     found = autopar.search(Weighed(), 2, "h100", 6, call, options=options)
     assert found.options().batch_dims == {"weight": None}
+
+
+class Windowed(nn.Module):
+    """MLPs on the first tokens alone: so many as a tuple or a buffer of the layer says."""
+
+    def __init__(self, tokens: int, kind: str) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+        if kind == "tuple":
+            self.window: tuple[int, int] | torch.Tensor = (0, tokens)
+        else:
+            self.register_buffer("window", torch.ones(tokens, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.window[1] if isinstance(self.window, tuple) else len(self.window)
+        near, far = x[:, :tokens], x[:, tokens:]
+        return torch.cat([near + self.down(self.up(near).relu()), far], 1)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "buffer"])
+def test_layers_that_differ_by_a_tuple_or_a_buffer_are_not_alike(kind: str) -> None:
+    tokens = [8] * 8 + [256] * 8
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layers = nn.Linear(64, 64), nn.ModuleList(Windowed(n, kind) for n in tokens)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            for layer in self.layers:
+                x = layer(x)
+            return x.square().mean()
+
+    with torch.device("meta"):
+        model = Stack()
+    call = {"x": torch.empty(1, 256, 64, device="meta")}
+    found = autopar.price(model, Setup(), "h100", call)
+    product = 2 * 64 * 64  # of a token; backward takes two, but for the gradient of the inputs
+    assert found.model_flops == pytest.approx(product * (2 * 256 + 3 * 2 * sum(tokens)))
