@@ -79,6 +79,11 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
     policy = options.mp_policy if precision_of(options.mp_policy) is not None else None
     notes += _left_out(plan, axis)
     notes += _left_out_of_the_step(plan, options, layers=bool(containers), shards_state=bool(state_axes))
+    trained = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    if state_axes and len(trained) > 1:
+        notes.append(
+            f"trained parameters are {' and '.join(sorted(trained))}; fully_shard takes one: --dtype casts all"
+        )
     mesh = " x ".join(f"{name}={size}" for name, size in plan.axes)
     script = _template().render(
         title=_in_docstring(f"{argument} on {mesh}, planned as {plan.strategy}."),

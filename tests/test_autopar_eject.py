@@ -158,6 +158,23 @@ def odd():
     return stack, {"x": torch.randn(4, 6, 16)}
 
 
+class Mixed(nn.Module):
+    def __init__(self, frozen):
+        super().__init__()
+        self.base, self.up = nn.Linear(16, 16, dtype=torch.bfloat16).requires_grad_(not frozen), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return (self.up(x) + self.base(x.to(self.base.weight.dtype)).float()).square().mean()
+
+
+def mixed():
+    return Mixed(False), {"x": torch.randn(4, 16)}
+
+
+def frozen():
+    return Mixed(True), {"x": torch.randn(4, 16)}
+
+
 def values():
     return Returns("values"), {"x": torch.randn(4, 16)}
 
@@ -417,6 +434,18 @@ def test_names_of_modules_may_be_any_text(tmp_path: Path) -> None:
     for name in (r'"blocks.say \"x\".up"', '"blocks.0-1.up"', r'"blocks.\"\"\"b.up"'):
         assert f"{name}: ColwiseParallel(" in script.read_text()
     assert losses_of_the_script(script, 2) == pytest.approx(losses_of_one_device(script, 1), abs=2e-6)
+
+
+def test_a_function_s_model_keeps_its_dtypes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = ejected(tmp_path, "frozen", "dp=1", "--strategy", "fsdp")
+    assert "fully_shard takes one" not in told_in(capsys)
+    found = run_ranks(dtypes_in_the_script, 1, str(script))[0]
+    assert found == dict.fromkeys(("base.weight", "base.bias"), torch.bfloat16) | dict.fromkeys(
+        ("up.weight", "up.bias"), torch.float32
+    )
+    script = ejected(tmp_path, "mixed", "dp=1", "--strategy", "fsdp")
+    assert "trained parameters are bfloat16 and float32; fully_shard takes one: --dtype casts all" in told_in(capsys)
+    assert losses_of_the_script(script, 1) == pytest.approx(losses_of_one_device(script, 1), abs=2e-6)
 
 
 def told_in(capsys: pytest.CaptureFixture[str]) -> str:
