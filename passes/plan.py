@@ -267,6 +267,12 @@ def _check_axes(plan: Plan, where: str) -> None:
     for name, size in plan.axes:
         if size < 1:
             raise ValueError(f"{where}: axes: {name!r} has {size} ranks, expected 1 or more")
+    for name in names:
+        if name not in plan.roles:
+            raise ValueError(f"{where}: roles: found none of the axis {name!r}; each axis has one")
+    for group in plan.breakdown.exposed_s:
+        if group not in plan.breakdown.hidden_s:
+            raise ValueError(f"{where}: breakdown: hidden_s has no {group!r}, which exposed_s has")
     for name in plan.batch_axes:
         if name not in plan.mesh:
             raise ValueError(f"{where}: batch_axes: the mesh has no axis {name!r}; it has {', '.join(plan.mesh)}")

@@ -169,6 +169,7 @@ def test_a_text_that_is_no_plan_is_refused(text: str, message: str) -> None:
         ("step_time_s", "fast", "step_time_s: found 'fast', expected int or float"),
         ("axes", [["dp"]], r"axes\[0\]: found 1 entries, expected 2"),
         ("axes", [["dp", 2], ["dp", 2]], "here: axes: 'dp' stands 2 times; give each axis its own name"),
+        ("roles", {}, "here: roles: found none of the axis 'dp'; each axis has one"),
         ("speed", 3, "unknown field 'speed'"),
         ("bound", {"seconds": 1.0}, "bound: the field 'bound_s' is missing"),
     ],
