@@ -166,6 +166,8 @@ MISTAKES = [
     ("calibrate --device tpu", "device is 'tpu'; cpu and cuda can be measured"),
     ("calibrate --device cuda:99", "device is 'cuda:99', but torch sees"),
     ("calibrate --from-trace HERE/step.json", "needs --plan PLAN"),
+    ("calibrate --from-trace HERE/step.json --plan HERE/plan.json --ranks 2", "--ranks: with --from-trace nothing is"),
+    ("explain HERE/plan.json up.weight --layers 2", "--layers 2 goes with --model MODEL"),
     ("calibrate --plan HERE/plan.json", "go with --from-trace"),
     ("diff HERE/plan.json", "give two plans, or one plan and --measured TRACE"),
     ("diff HERE/plan.json --measured HERE/plan.json", "no traceEvents"),

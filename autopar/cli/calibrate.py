@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `autopar calibrate`."""
     parser.add_argument("-o", "--output", type=output, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda (default: cuda where there is one)")
-    parser.add_argument("--ranks", type=count, default=1, metavar="N", help="processes that measure together (1)")
-    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="about how long to measure (10)")
+    parser.add_argument("--ranks", type=count, metavar="N", help="processes that measure together (1)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="about how long to measure (10)")
     parser.add_argument("--from-trace", metavar="TRACE", help="correct figures by this torch.profiler trace instead")
     parser.add_argument("--plan", metavar="PLAN", help="with --from-trace: the plan whose step was recorded")
     parser.add_argument(
@@ -58,12 +58,13 @@ def run(given: argparse.Namespace) -> int:
         return _from_trace(given)
     if given.plan or given.hardware:
         raise ValueError("--plan and --hardware go with --from-trace TRACE")
-    if not 0 < given.seconds < math.inf:
-        raise ValueError(f"--seconds {given.seconds:g}: measuring takes some time; 10 is usual")
+    budget_s = 10.0 if given.seconds is None else given.seconds
+    if not 0 < budget_s < math.inf:
+        raise ValueError(f"--seconds {budget_s:g}: measuring takes some time; 10 is usual")
     with clean_output(), progress() as tell, tempfile.TemporaryDirectory() as folder:
-        tell(f"measuring for about {given.seconds:g} s")
+        tell(f"measuring for about {budget_s:g} s")
         path = Path(folder) / "hardware.json"
-        found, errors = save_calibration(path, device=given.device, ranks=given.ranks, budget_s=given.seconds)
+        found, errors = save_calibration(path, device=given.device, ranks=given.ranks or 1, budget_s=budget_s)
         if given.output:
             with writing("output", given.output):
                 Path(given.output).write_bytes(path.read_bytes())
@@ -82,6 +83,9 @@ def _from_trace(given: argparse.Namespace) -> int:
     """Correct a plan's hardware by a trace of its step."""
     if not given.plan:
         raise ValueError("--from-trace needs --plan PLAN, the plan whose step was recorded")
+    measuring = {"--device": given.device, "--ranks": given.ranks, "--seconds": given.seconds}
+    if asked := [flag for flag, value in measuring.items() if value is not None]:
+        raise ValueError(f"{', '.join(asked)}: with --from-trace nothing is measured; leave it out")
     check_outputs({"--from-trace": given.from_trace, "--plan": given.plan}, output=given.output)
     plan = Plan.load(given.plan)
     base = hardware(given.hardware) if given.hardware else planning.hardware_in(plan)

@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Look up, solve and print."""
+    if given.layers and not given.model:
+        raise ValueError(f"--layers {given.layers} goes with --model MODEL, of which they are")
     plan = Plan.load(given.plan)
     check_solved(plan)
     decisions: dict[str, Decision] = {}
