@@ -216,7 +216,7 @@ class Plan:
         """One self-contained HTML file; `frontier` are the plans that a search found, drawn by time and memory."""
         from passes.report_html import plan_html  # what draws its pages takes a second to import
 
-        Path(path).write_text(plan_html(self, frontier), encoding="utf-8")
+        write_whole(path, plan_html(self, frontier))
 
     def _repr_html_(self) -> str:
         from passes.report_html import frame_html

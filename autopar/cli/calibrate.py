@@ -25,6 +25,7 @@ from autopar.cli.comparing import print_measured
 from autopar.cli.terminal import clean_output, painted, progress, table, wrapped
 from autopar.measured import beside, corrected, measured
 from costmodel.calibrate import save_calibration
+from costmodel.files import write_whole
 from costmodel.hardware import Hardware
 from costmodel.hardware_file import save_hardware
 from costmodel.memory import gib
@@ -67,7 +68,7 @@ def run(given: argparse.Namespace) -> int:
         found, errors = save_calibration(path, device=given.device, ranks=given.ranks or 1, budget_s=budget_s)
         if given.output:
             with writing("output", given.output):
-                Path(given.output).write_bytes(path.read_bytes())
+                write_whole(given.output, path.read_text(encoding="utf-8"))
     off = {kind: median(map(abs, values)) for kind, values in errors.items()}
     if given.json:
         figures = json.loads(json.dumps(asdict(found)))

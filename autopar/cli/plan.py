@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
@@ -39,6 +38,7 @@ from autopar.examples import Call
 from autopar.options import Options
 from autopar.report import terminal_report
 from autopar.trace import trace_json
+from costmodel.files import write_whole
 from passes.plan import Plan
 from passes.tables import terminal_width
 
@@ -75,7 +75,7 @@ def run(given: argparse.Namespace) -> int:
         ejected = eject(made, model, call, given.model, given.eject) if given.eject else None
         if ejected is not None:
             with writing("eject", given.eject):
-                Path(given.eject).write_text(ejected.script, encoding="utf-8")
+                write_whole(given.eject, ejected.script)
     if given.json:
         print(made.to_json())
         return 0 if made.fits else 1
@@ -126,7 +126,7 @@ def _write(made: Plan, given: argparse.Namespace, tell: Callable[[str], None]) -
             made.report(given.html)
     if given.trace:
         with writing("trace", given.trace):
-            Path(given.trace).write_text(trace_json(made), encoding="utf-8")
+            write_whole(given.trace, trace_json(made))
 
 
 def _options(kept: Plan | None) -> Options | None:
