@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import Any, cast
@@ -127,11 +126,12 @@ def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Exec
 
 def _warn_of_numbers(runtime: Runtime, key: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Says, on rank 0, which numbers a call was given that are others than those of a known one, alike but for them."""
+    if runtime.mesh.get_rank() != 0:
+        return
     spec, leaves, *rest = key
     alike = (known[1] for known in reversed(runtime.executables) if (known[0], known[2:]) == (spec, tuple(rest)))
-    if runtime.mesh.get_rank() != 0 or not (
-        before := next(filter(lambda b: _differ_in_numbers(b, leaves), alike), None)
-    ):
+    before = next((each for each in alike if _differ_in_numbers(each, leaves)), None)
+    if before is None:
         return
     paths, _ = pytree.tree_flatten_with_path((args, kwargs))
     changed = [
@@ -139,11 +139,7 @@ def _warn_of_numbers(runtime: Runtime, key: Any, args: tuple[Any, ...], kwargs: 
         for (path, _), old, new in zip(paths, before, leaves, strict=True)
         if old != new
     ]
-    warnings.warn(
-        f"{', '.join(changed[:3])} changed: the step is captured and planned anew, which takes seconds for each new "
-        "value; pass what changes often as a tensor",
-        stacklevel=2,
-    )
+    settings.warn_of_changed(changed, "pass what changes often as a tensor")
 
 
 def _differ_in_numbers(before: Sequence[Any], now: Sequence[Any]) -> bool:

@@ -27,6 +27,7 @@ from autopar.styles import container_of, imported, loop_code, pattern_of, quoted
 from costmodel.memory import gib
 from passes.capture import extra_arguments
 from passes.plan import Plan
+from passes.precision import dtype_text
 from passes.report_text import RECOMPUTED, seconds_text
 
 _NOT_DIMENSIONS = ("transformers_version", "architectures", "dtype", "model_type")
@@ -79,7 +80,7 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
     policy = options.mp_policy if precision_of(options.mp_policy) is not None else None
     notes += _left_out(plan, axis)
     notes += _left_out_of_the_step(plan, options, layers=bool(containers), shards_state=bool(state_axes))
-    trained = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    trained = {dtype_text(p.dtype) for p in model.parameters() if p.requires_grad}
     if state_axes and len(trained) > 1:
         notes.append(
             f"trained parameters are {' and '.join(sorted(trained))}; fully_shard takes one: --dtype casts all"
@@ -109,7 +110,7 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
         loops=[loop_code(container) for container in containers],
         more="".join(f", {name}={value!r}" for name, value in extra_arguments(model, *call)[0].items()),
         batch_code=_batch_code(plan, model, call),
-        dtype=str(next(iter(model.parameters())).dtype).removeprefix("torch."),
+        dtype=dtype_text(next(iter(model.parameters())).dtype),
     )
     return Ejected(script, tuple(notes))
 

@@ -4,6 +4,7 @@ captured: a new value is a call of another kind."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -36,10 +37,15 @@ def warn_of_new(runtime: Runtime, executable: Executable) -> None:
         for module, prefix, attribute, old in zip(*_read(runtime, executable), strict=True)
         if old != (new := getattr(module, attribute, None))
     ]
+    warn_of_changed(changed, "what changes often belongs in a buffer or an input that the forward reads as a tensor")
+
+
+def warn_of_changed(changed: Sequence[str], instead: str) -> None:
+    """Says which values make a call of another kind, and what would not."""
     warnings.warn(
         f"{', '.join(changed[:3])} changed: the step is captured and planned anew, which takes seconds for each new "
-        "value; what changes often belongs in a buffer or an input that the forward reads as a tensor",
-        stacklevel=2,
+        f"value; {instead}",
+        stacklevel=3,
     )
 
 

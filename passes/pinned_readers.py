@@ -7,7 +7,7 @@ made of several is moved, where another pin wants it otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -24,10 +24,30 @@ Options = tuple[Option, ...] | tuple[StoredOption, ...]
 """Of a site."""
 
 
+def readers_options(
+    analysis: Analysis,
+    topology: Topology,
+    batch_axes: tuple[int, ...],
+    options: Sequence[Options],
+    pinned: Mapping[int, tuple[str, Pin]],
+) -> dict[int, tuple[Option, ...]]:
+    """Site -> the options that are left, of the ops that read pinned parameters (`pinned`: site -> pattern and pin).
+
+    Where the strategy leaves such an op none, all that `auto` has are open to it.
+
+    Raises:
+        PinError: an op that cannot read a parameter so, or not beside another pinned one.
+    """
+    readers = _Readers(analysis, topology, batch_axes, options)
+    for index, (pattern, pin) in pinned.items():
+        readers.hold(index, pattern, pin)
+    return readers.kept
+
+
 @dataclass(frozen=True)
-class Readers:
-    """The readers of pinned parameters on a mesh. `kept`: site -> its options that are left; `held`: site -> the pin of
-    the parameter that it reads, itself or in what is made of that alone."""
+class _Readers:
+    """`kept`: site -> its options that are left; `held`: site -> the pin of the parameter that it reads, itself or in
+    what is made of that alone."""
 
     analysis: Analysis
     topology: Topology
@@ -37,13 +57,7 @@ class Readers:
     held: dict[int, str] = field(default_factory=dict)
 
     def hold(self, index: int, pattern: str, pin: Pin) -> None:
-        """Leave the readers of the parameter of site `index` what goes with its pin.
-
-        Where the strategy leaves an op none, all that `auto` has are open to it.
-
-        Raises:
-            PinError: an op that cannot read the parameter so, or not beside another pinned one.
-        """
+        """Leave the readers of the parameter of site `index` what goes with its pin."""
         first = Value(index, 0)
         todo = [(first, self._wanted(index, pin))]
         own = {first}

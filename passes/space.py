@@ -14,7 +14,7 @@ from passes.fusion import Traffic
 from passes.layers import Folding
 from passes.local import DimShard, Storage
 from passes.named import axis_choices, stored_choices
-from passes.pinned_readers import Readers
+from passes.pinned_readers import readers_options
 from passes.pins import Pin, PinError, pinned_layouts
 from passes.program import Input, Program
 from passes.recompute import Mode, Recomputation, recomputation
@@ -166,10 +166,8 @@ def search_space(
                 place.traffic,
             )
         )
-    readers = Readers(analysis, topology, tuple(batch_axes), [site.options for site in sites])
-    for index, (pattern, fixed) in pinned.items():
-        readers.hold(index, pattern, fixed)
-    for index, kept in readers.kept.items():
+    read = readers_options(analysis, topology, tuple(batch_axes), [site.options for site in sites], pinned)
+    for index, kept in read.items():
         sites[index] = replace(sites[index], options=kept)
     recomputed = replace(recomputation(analysis, recompute), reshard=reshard)
     return Space(analysis, topology, tuple(batch_axes), strategy, tuple(sites), recomputed)
