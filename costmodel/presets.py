@@ -19,6 +19,7 @@ from typing import Any
 
 from costmodel.hardware import Device, Hardware, Link
 from costmodel.hardware_file import load_hardware
+from costmodel.host_memory import host_memory_bytes
 
 
 def hardware_names() -> tuple[str, ...]:
@@ -165,7 +166,7 @@ def _generic_cpu(entry: Mapping[str, Any]) -> Hardware:
     """This machine's CPU by core count and memory; rates are rough until it is calibrated."""
     core = _values({key: value for key, value in entry.items() if key != "link"})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory_bytes = host_memory_bytes()
     link = Link(**_values(entry["link"]))
     peak = {dtype: flops * cores for dtype, flops in core.pop("peak_flops_per_s").items()}
     rate = core.pop("memory_bytes_per_s") * cores

@@ -13,6 +13,7 @@ import pytest
 from costmodel.compute import matmul, op_s
 from costmodel.hardware import dtype_name, topology
 from costmodel.hardware_file import load_hardware, save_hardware
+from costmodel.host_memory import host_memory_bytes
 from costmodel.presets import fitted, hardware, hardware_names, preset_of, sources, with_attention
 
 H100 = hardware("h100")
@@ -472,3 +473,28 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=message):
             load_hardware(path)
+
+
+@pytest.mark.parametrize(
+    ("listed", "files", "expected"),
+    [
+        ("0::/job/step\n", {"job/memory.max": "3000000", "job/step/memory.max": "max"}, 3_000_000),
+        ("0::/of/the/host\n", {"memory.max": "2000000"}, 2_000_000),
+        ("0::/../..\n", {"memory.max": "2000000"}, 2_000_000),
+        ("5:cpu:/\n4:memory:/pod\n0::/\n", {"memory/pod/memory.limit_in_bytes": "4000000"}, 4_000_000),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": str(2**63 - 4096)}, None),
+        ("0::/\n", {}, None),
+    ],
+)
+def test_memory_is_what_a_container_is_held_to(
+    tmp_path: Path, listed: str, files: dict[str, str], expected: int | None
+) -> None:
+    """Both versions of control groups, limits of an outer group, paths that are the host's, and none at all."""
+    (tmp_path / "cgroup").write_text(listed)
+    for name, text in files.items():
+        path = tmp_path / "fs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    pages = Path("/proc/meminfo").read_text().split()
+    found = host_memory_bytes(tmp_path / "fs", tmp_path / "cgroup")
+    assert found == (expected or int(pages[pages.index("MemTotal:") + 1]) * 1024)
