@@ -2,7 +2,7 @@
 
 An op reads a parameter itself, or what is made of parameters alone (a cast, a transpose, a low-rank update added to a
 weight). Two pins may meet in one. Both are obeyed where each parameter, or what is made of it alone, is read; what is
-made of several is moved, where another pin wants it otherwise.
+made of several is moved, where another pin wants it otherwise, and so is a parameter's second operand of one op.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from costmodel.hardware import Topology
-from costmodel.layout import Layout, Shard, layout_text
+from costmodel.layout import Layout, Partial, Shard, layout_text
 from passes.analysis import Analysis, Port
 from passes.dims import Value
 from passes.named import axis_choices
@@ -45,36 +45,46 @@ def readers_options(
 
 
 @dataclass(frozen=True)
+class _Held:
+    """An operand of an op that reads a pinned parameter, itself or in what is made of that alone."""
+
+    operand: int
+    parameter: int
+    pattern: str
+
+
+@dataclass(frozen=True)
 class _Readers:
-    """`kept`: site -> its options that are left; `held`: site -> the pin of the parameter that it reads, itself or in
-    what is made of that alone."""
+    """`kept`: site -> its options that are left; `held`: site -> the operand that a pin fixed first."""
 
     analysis: Analysis
     topology: Topology
     batch_axes: tuple[int, ...]
     options: Sequence[Options]
     kept: dict[int, tuple[Option, ...]] = field(default_factory=dict)
-    held: dict[int, str] = field(default_factory=dict)
+    held: dict[int, _Held] = field(default_factory=dict)
 
     def hold(self, index: int, pattern: str, pin: Pin) -> None:
         """Leave the readers of the parameter of site `index` what goes with its pin."""
-        first = Value(index, 0)
-        todo = [(first, self._wanted(index, pin))]
-        own = {first}
+        parameter = Value(index, 0)
+        todo = [(parameter, self._wanted(index, pin))]
+        own = {parameter}
         while todo:
             value, layouts = todo.pop()
             for port in self._ports(value):
-                may_be_part = self.batch_axes if value != first else ()
-                kept = self._reading(port, layouts, may_be_part, self.held.get(port.site, pattern) == pattern)
+                may_be_part = self.batch_axes if value != parameter else ()
+                mine = _Held(port.operand, index, pattern)
+                first = self.held.get(port.site, mine)
+                kept = self._reading(port, layouts, may_be_part, alone=first == mine)
                 if not kept:
-                    self._refuse(port, layouts, pattern, value in own)
+                    self._refuse(port, layouts, mine, first, value in own)
                     continue
                 self.kept[port.site] = kept
                 if value in own:
-                    self.held.setdefault(port.site, pattern)
+                    self.held.setdefault(port.site, mine)
                 if port.site in self.analysis.from_parameters:
                     made = [Value(port.site, r) for r in range(len(kept[0].results))]
-                    todo += [(one, {o.results[one.result] for o in kept}) for one in made]
+                    todo += [(one, given) for one in made if (given := _given(kept, one.result))]
                     if self._operands(port.site) <= own:
                         own.update(made)
 
@@ -95,10 +105,10 @@ class _Readers:
         return {wire.value for wire in self.analysis.wires if any(port.site == site for port in wire.ports)}
 
     def _reading(
-        self, port: Port, layouts: Set[Layout], may_be_part: tuple[int, ...], alone: bool
+        self, port: Port, layouts: Set[Layout], may_be_part: tuple[int, ...], *, alone: bool
     ) -> tuple[Option, ...]:
         """An op's options that read one of `layouts`, or else, of what is made of a parameter (which may be expanded
-        over the batch), a part on axes that split the batch; `alone`: no other pin holds the op."""
+        over the batch), a part on axes that split the batch; `alone`: no pin has fixed another operand of the op."""
         op = self.analysis.places[port.site].op
         given: Sequence[Option | StoredOption] = self.kept.get(port.site, self.options[port.site])
         every: Sequence[Option | StoredOption] = ()
@@ -113,16 +123,21 @@ class _Readers:
                 return kept
         return ()
 
-    def _refuse(self, port: Port, layouts: Set[Layout], pattern: str, is_own: bool) -> None:
+    def _refuse(self, port: Port, layouts: Set[Layout], mine: _Held, first: _Held, is_own: bool) -> None:
         """Raises where an op has to read the value so: where no other pin holds it, or the value is its own pin's."""
-        other = self.held.get(port.site, pattern)
-        if other == pattern:
-            raise PinError(f"pin {pattern!r}: {self._cannot_read(port, layouts)}")
-        if is_own:
+        if first == mine:
+            raise PinError(f"pin {mine.pattern!r}: {self._cannot_read(port, layouts)}")
+        if first.parameter != mine.parameter and is_own:
             op, wanted = self._op_and_layouts(port, layouts)
+            both = [self.analysis.places[held.parameter].name for held in (first, mine)]
+            pins = (
+                f"pin {mine.pattern!r} names {both[0]} and {both[1]}"
+                if first.pattern == mine.pattern
+                else f"pins {first.pattern!r} and {mine.pattern!r}"
+            )
             raise PinError(
-                f"pins {other!r} and {pattern!r}: {op} reads both, and cannot read the second as {wanted} beside the "
-                "first; give layouts that go together"
+                f"{pins}: {op} reads both, and cannot read the second as {wanted} beside the first; give layouts that "
+                "go together"
             )
 
     def _cannot_read(self, port: Port, layouts: Set[Layout]) -> str:
@@ -140,6 +155,12 @@ class _Readers:
         node = self.analysis.folding.members[port.site][0]
         where = node.meta.get("module") or "the model"
         return f"{op_text(node.target)} in {where}", " or ".join(sorted(map(layout_text, layouts)))
+
+
+def _given(options: Sequence[Option], result: int) -> set[Layout]:
+    """The layouts in which an op's options give a result; none where it is a partial sum, which readers have summed."""
+    layouts = {option.results[result] for option in options}
+    return set() if any(isinstance(part, Partial) for layout in layouts for part in layout) else layouts
 
 
 def _is_one(layout: Layout, layouts: Set[Layout], batch_axes: Sequence[int]) -> bool:

@@ -399,6 +399,35 @@ def test_pins_that_no_op_can_obey_together_are_both_named() -> None:
     pins = {"up": parse_layout("RS(0)"), "down": parse_layout("RS(1)")}
     with pytest.raises(ValueError, match=r"pins 'up' and 'down': mm in the model reads both, and cannot.* as RS\(1\)"):
         compile_plan(_merged(), on_mesh("h100", MESH), (0,), Request(pins=pins))
+    with pytest.raises(ValueError, match=r"pin '\*' names .*: mm in the model reads both, and cannot.* as RS\(0\)"):
+        compile_plan(_merged(), on_mesh("h100", MESH), (0,), Request(pins={"*": parse_layout("RS(0)")}))
+
+
+def test_what_pinned_parameters_make_as_a_partial_sum_is_summed_for_its_readers() -> None:
+    """The low rank split over tp: each rank has a part of the sum over it."""
+    layouts = {"up": "RS(1)", "down": "RS(0)"}
+    pins = {name: parse_layout(layout) for name, layout in layouts.items()}
+    made = compile_plan(_merged(), on_mesh("h100", MESH), (0,), Request(pins=pins))
+    assert {name: made.placements[name].in_compute for name in layouts} == layouts
+    assert made.decisions["forward mm"] == "RS(1), RS(0) -> RP"
+
+
+class _Twice(nn.Module):
+    """A weight times its own transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ (self.weight @ self.weight.t())).square().mean()
+
+
+def test_a_pinned_parameter_that_an_op_reads_twice_is_moved_for_the_second() -> None:
+    program = prepare(capture(_Twice(), (torch.randn(8, 16),), {}, batch_dims=[0], batch_size=8))
+    made = compile_plan(program, on_mesh("h100", MESH), (0,), Request(pins={"weight": parse_layout("RS(0)")}))
+    assert made.placements["weight"].in_compute == "RS(0)"
+    assert made.decisions["forward mm"] == "RS(0), RR -> RS(0)"
 
 
 @pytest.mark.parametrize(
