@@ -2,60 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import importlib.util
-import json
-import os
-import sys
-import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import torch
-from torch import nn
-
+from autopar.hugging_face import from_config, from_preset
+from autopar.model_file import from_file
+from autopar.named_model import Named, Wanted
 from autopar.presets import presets
-from passes.inputs import default_inputs, position_limits
-from passes.precision import default_dtype
-
-_MOST_CPU_PARAMETERS = 10**9
-_LAYER_KEYS = (
-    "num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_encoder_layers", "num_decoder_layers",
-    "encoder_layers", "decoder_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers",
-)  # fmt: skip
-"""What configs call the number of layers: of a model with two stacks, that of each."""
-_NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-_ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """How the model named on the command line is built.
-
-    `batch` (1) and `sequence` are what one data-parallel rank feeds it. `layers`: so many instead of its own.
-    `on_cpu`: with random values in float32 (a preset scaled down), to be run; else on the meta device in `dtype`.
-    """
-
-    batch: int | None = None
-    sequence: int | None = None
-    layers: int | None = None
-    dtype: str = "bfloat16"
-    on_cpu: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Named:
-    """The model, what one data-parallel rank feeds it, and what to tell about it."""
-
-    model: nn.Module
-    inputs: Any
-    title: str
-    notes: tuple[str, ...] = ()
 
 
 def load_model(argument: str, wanted: Wanted | None = None) -> Named:
@@ -66,10 +19,10 @@ def load_model(argument: str, wanted: Wanted | None = None) -> Named:
     """
     wanted = wanted or Wanted()
     if argument in presets():
-        return _from_preset(argument, wanted)
+        return from_preset(argument, wanted)
     path, colon, function = argument.rpartition(":")
     if colon and path.endswith(".py"):
-        return _from_file(Path(path), function, wanted)
+        return from_file(Path(path), function, wanted)
     if argument.endswith(".py"):
         if not Path(argument).is_file():
             raise ValueError(f"{argument}: no such file; pass file.py:function, which makes the model")
@@ -80,7 +33,7 @@ def load_model(argument: str, wanted: Wanted | None = None) -> Named:
         if not found.exists():
             raise ValueError(f"{argument}: a folder without a config.json")
     if found.is_file():
-        return _from_config(found, wanted)
+        return from_config(found, wanted)
     if argument.endswith(".json"):
         raise ValueError(f"{argument}: no such file; pass a Hugging Face config.json")
     near = difflib.get_close_matches(argument.lower(), presets(), n=3, cutoff=0.4)
@@ -89,235 +42,3 @@ def load_model(argument: str, wanted: Wanted | None = None) -> Named:
         f"no model {argument!r}{hint} A model is a preset ({', '.join(presets())}), a Hugging Face config.json or its "
         "folder, or file.py:function"
     )
-
-
-# -- transformers ------------------------------------------------------------------------------------------------------
-
-
-def _transformers() -> ModuleType:
-    """The library, told to download nothing and to be quiet."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError(
-            "presets and config.json files need the transformers library: pip install 'autopar[hf]'; or name a "
-            "function that makes the model, file.py:function"
-        ) from None
-    transformers.logging.set_verbosity_error()
-    module: ModuleType = transformers
-    return module
-
-
-def _from_preset(name: str, wanted: Wanted) -> Named:
-    preset = presets()[name]
-    config = dict(preset.config)
-    notes = []
-    if wanted.on_cpu:
-        config |= preset.tiny
-        left = {k: v for k, v in config.items() if wanted.layers is None or k not in _LAYER_KEYS}
-        notes.append(f"{name} is scaled down to play on a CPU: {_sizes(left)}")
-    return _built(name, preset.architecture, preset.model_class, config, wanted, notes)
-
-
-def _from_config(path: Path, wanted: Wanted) -> Named:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no JSON ({error}); pass a Hugging Face config.json") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{path}: no 'model_type' in it; pass a Hugging Face config.json")
-    kind = config.pop("model_type")
-    classes = config.pop("architectures", None) or [""]
-    if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes):
-        raise ValueError(f"{path}: 'architectures' is {classes!r}; a list of names of classes is wanted")
-    notes = []
-    said = config.get("dtype", config.get("torch_dtype"))
-    if not wanted.on_cpu and wanted.dtype in ("bfloat16", "float16") and wanted.dtype != said:
-        notes.append(
-            f"parameters are planned in {wanted.dtype}; the config {f'says {said}' if said else 'names no dtype'} "
-            f"(plan's --param-dtype {wanted.dtype} keeps them in float32 and computes in {wanted.dtype})"
-        )
-    if classes[0] and not hasattr(_transformers(), classes[0]):
-        notes.append(f"transformers has no {classes[0]} ('architectures'); its causal language model is used instead")
-    return _built(str(path), kind, classes[0], _without_dtypes(config), wanted, notes)
-
-
-def _without_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config, and those of its parts, in no dtype of its own: it would go before the one that is wanted."""
-    return {
-        key: _without_dtypes(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in ("dtype", "torch_dtype")
-    }
-
-
-def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wanted: Wanted, notes: list[str]) -> Named:
-    transformers = _transformers()
-    if kind not in transformers.CONFIG_MAPPING:
-        near = difflib.get_close_matches(kind, list(transformers.CONFIG_MAPPING), n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"{name}: transformers {transformers.__version__} has no model type {kind!r}{hint}")
-    if wanted.layers is not None:
-        _set_layers(name, kind, config, wanted.layers)
-        notes.append(f"{wanted.layers} layer{'s' if wanted.layers > 1 else ''} instead of the model's own")
-    sequence = _sequence(name, config, wanted)
-    config = {"use_cache": False, **dict.fromkeys(_NO_DROPOUT, 0.0)} | config if kind == "gpt2" else config
-    if wanted.on_cpu:
-        config |= {key: value for key, value in _ENDS.items() if _needs_end(config, key, kind)}
-    try:
-        made = transformers.CONFIG_MAPPING[kind](**config)
-        build = getattr(transformers, model_class, None) or transformers.AutoModelForCausalLM.from_config
-        model = _empty(build, made, wanted)
-    except Exception as error:  # whatever a config's values make of a library's code
-        if "Unrecognized configuration class" in str(error):
-            raise ValueError(
-                f"{name}: a {kind!r} is no causal language model, and 'architectures' names no class of transformers; "
-                "name one there, or make the model in a function, file.py:function"
-            ) from None
-        raise ValueError(f"{name}: transformers cannot build it: {type(error).__name__}: {error}") from None
-    if wanted.on_cpu:
-        check_playable(name, model)
-        torch.manual_seed(wanted.seed)
-        model = build(made).train()
-    inputs = default_inputs(model, wanted.batch or 1, sequence)
-    if wanted.sequence is not None and "input_ids" not in inputs:
-        raise ValueError(
-            f"{name}: --seq {wanted.sequence}, but a {type(model).__name__} reads {', '.join(inputs)} and no tokens; "
-            "leave it out"
-        )
-    return Named(model, inputs, name, tuple(notes))
-
-
-def check_playable(name: str, model: nn.Module, instead: str = "pass --layers 2, or a") -> None:
-    """Refuse with a ValueError a model that is too large to play every rank on a CPU; `instead`: of what would do, what
-    comes before "smaller config.json"."""
-    count = sum(p.numel() for p in model.parameters())
-    if count > _MOST_CPU_PARAMETERS:
-        raise ValueError(
-            f"{name}: {count / 1e9:.1f} billion parameters are too many to play every rank on a CPU; {instead} "
-            "smaller config.json of the same architecture"
-        )
-
-
-def _needs_end(config: Mapping[str, Any], key: str, kind: str) -> bool:
-    """Whether the token that `key` names, or that its architecture has where nothing is said, may be no word."""
-    token, words = config.get(key), config.get("vocab_size")
-    if isinstance(token, int) and isinstance(words, int):
-        return not 0 <= token < words
-    return key in config or kind in _SMALL_VOCABULARY
-
-
-_SMALL_VOCABULARY = ("llama", "gpt2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mixtral", "deepseek_v3")
-
-
-def _empty(build: Any, config: Any, wanted: Wanted) -> nn.Module:
-    with default_dtype(getattr(torch, wanted.dtype)), torch.device("meta"):
-        model: nn.Module = build(config)
-    return model.train()
-
-
-def _set_layers(name: str, kind: str, config: dict[str, Any], layers: int) -> None:
-    known = dict(config)
-    with contextlib.suppress(Exception):  # a few kinds have no defaults
-        known = {**_transformers().CONFIG_MAPPING[kind]().to_dict(), **config}
-    keys = [key for key in _LAYER_KEYS if key in known]
-    if "depths" in known:
-        raise ValueError(
-            f"{name}: --layers {layers}, but the config has a number for each stage, depths {known['depths']}; write "
-            "others there"
-        )
-    if not keys:
-        raise ValueError(f"{name}: --layers {layers}, but the config has none of {', '.join(_LAYER_KEYS)}")
-    config |= dict.fromkeys(keys, layers)
-    if isinstance(config.get("layer_types"), list):
-        config["layer_types"] = (config["layer_types"] * layers)[:layers]
-
-
-def _sequence(name: str, config: dict[str, Any], wanted: Wanted) -> int:
-    """The sequence length: what was asked for, if the model has positions for it."""
-    key = next(iter(position_limits(config.get)), None)
-    if wanted.sequence is None:
-        longest = 16 if wanted.on_cpu else 2048
-        return min(longest, config[key]) if key else longest
-    if key and wanted.sequence > config[key]:
-        raise ValueError(
-            f"{name}: --seq {wanted.sequence}, but the model has {config[key]} positions ({key}); at most that"
-        )
-    return wanted.sequence
-
-
-def _sizes(config: Mapping[str, Any]) -> str:
-    words = {
-        "hidden_size": "hidden", "n_embd": "hidden", "num_hidden_layers": "layers", "n_layer": "layers",
-        "num_attention_heads": "heads", "n_head": "heads", "vocab_size": "vocabulary",
-        "num_local_experts": "experts", "num_experts": "experts", "n_routed_experts": "experts",
-    }  # fmt: skip
-    return ", ".join(f"{word} {config[key]}" for key, word in words.items() if key in config)
-
-
-# -- file.py:function --------------------------------------------------------------------------------------------------
-
-
-def _from_file(path: Path, function: str, wanted: Wanted) -> Named:
-    name = f"{path}:{function}"
-    if wanted.layers is not None:
-        raise ValueError(f"--layers is for presets and config.json files; {name} makes its own layers")
-    torch.manual_seed(wanted.seed)
-    with contextlib.redirect_stdout(sys.stderr):  # what a user's code prints is no part of a report
-        found = _returned(path, function)
-    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"{name} returned {_a(model)}; return a torch.nn.Module, or a module and its inputs: a tuple of positional "
-            "or a mapping of keyword arguments"
-        )
-    if inputs is None:
-        inputs = default_inputs(model, wanted.batch or 1, wanted.sequence or 128)
-    elif wanted.batch is not None or wanted.sequence is not None:
-        raise ValueError(f"--batch and --seq: {name} returns its inputs; set them there, or return the module alone")
-    return Named(model, inputs, function)
-
-
-def _returned(path: Path, function: str) -> Any:
-    """What a function of a user's file returns.
-
-    Raises:
-        ValueError: no such file or function, or the user's own error with the line it came from.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; a model is file.py:function")
-    name = f"_autopar_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-        make = getattr(module, function, None)
-        if callable(make):
-            return make()
-    except (Exception, SystemExit) as error:
-        raise ValueError(_its_error(path, error)) from None
-    finally:
-        sys.path.remove(str(path.parent.resolve()))
-    own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == name and callable(value)]
-    raise ValueError(f"{path} has no function {function!r}; it has {', '.join(own) or 'none'}")
-
-
-def _a(found: object) -> str:
-    """`None`, or what it is: `a dict`, `a tuple of 3`, `the class Model, not a module of it`."""
-    if isinstance(found, type):
-        return f"the class {found.__name__}, not a module of it"
-    name = f"a {type(found).__name__}"
-    return "None" if found is None else f"{name} of {len(found)}" if isinstance(found, tuple | list) else name
-
-
-def _its_error(path: Path, error: BaseException) -> str:
-    """The user's own error, with the line of the user's file it came from."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    where = f"{path}:{line}" if line else str(path)
-    return f"{where}: {type(error).__name__}: {error}"

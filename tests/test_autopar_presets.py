@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from autopar.model_argument import Wanted, load_model
+from autopar.model_argument import load_model
+from autopar.named_model import Wanted
 from autopar.presets import presets
 
 PUBLISHED = {
@@ -111,6 +112,22 @@ def test_batch_sequence_and_layers_are_as_asked_for() -> None:
     named = load_model("llama3-8b", Wanted(batch=3, sequence=512, layers=2))
     assert named.inputs["input_ids"].shape == (3, 512)
     assert len(named.model.model.layers) == 2
+    assert named.notes == ("2 layers instead of the model's own",)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "lost"),
+    [
+        ("deepseek-v3", 3, ["DeepseekV3MoE (first in model.layers.3.mlp)"]),
+        ("deepseek-v3", 4, []),
+        ("gemma3-12b", 5, ["full_attention"]),
+        ("gemma3-12b", 6, []),
+    ],
+)
+def test_kinds_of_layers_that_were_left_out_are_told(name: str, layers: int, lost: list[str]) -> None:
+    """DeepSeek-V3 has three dense layers first (arXiv 2412.19437), Gemma 3 every sixth global (arXiv 2503.19786)."""
+    told = "".join(f"; no {each}" for each in lost)
+    assert load_model(name, Wanted(layers=layers)).notes == (f"{layers} layers instead of the model's own{told}",)
 
 
 def test_relative_positions_have_no_end(tmp_path: Path) -> None:

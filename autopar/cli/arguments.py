@@ -15,7 +15,8 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from autopar import examples
-from autopar.model_argument import Named, Wanted, load_model
+from autopar.model_argument import load_model
+from autopar.named_model import Named, Wanted
 from autopar.options import Options, Recompute
 from costmodel.layout import parse_layout
 from costmodel.memory import OPTIMIZERS

@@ -11,7 +11,8 @@ from torch import nn
 from autopar import examples, meshes, planning
 from autopar.api import skeleton
 from autopar.mixed import precision_of
-from autopar.model_argument import Named, Wanted, load_model
+from autopar.model_argument import load_model
+from autopar.named_model import Named, Wanted
 from autopar.options import Options
 from autopar.reading import inputs_read
 from autopar.subject import sequence_of

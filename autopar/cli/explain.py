@@ -23,7 +23,8 @@ from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, painted, progress, table, table_rows, wrapped
 from autopar.deciding import Alternative, Decision, Question, leading, ops_decided, parameter_decided
 from autopar.looking_up import Found, look_up
-from autopar.model_argument import Wanted, load_model
+from autopar.model_argument import load_model
+from autopar.named_model import Wanted
 from costmodel.layout import Shard, parse_layout
 from costmodel.memory import gib
 from passes.decisions import Place

@@ -27,7 +27,7 @@ from autopar.cli.arguments import (
     tolerance,
 )
 from autopar.cli.terminal import clean_output, painted, progress
-from autopar.model_argument import Named, check_playable
+from autopar.named_model import Named, check_playable
 from autopar.verify import verify
 from passes.plan import Plan
 from passes.tables import terminal_width
