@@ -18,9 +18,10 @@ from torch import nn
 
 from passes.autocast import autocast_as, autocast_dtype
 from passes.bytes_of import bytes_of
+from passes.default_inputs import default_inputs
 from passes.errors import PlanMismatchError
 from passes.infeasible import Smaller
-from passes.inputs import default_inputs, flatten_inputs, part_of_batch
+from passes.inputs import flatten_inputs, part_of_batch
 from passes.program import Program
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -16,7 +16,7 @@ from torch import nn
 
 from autopar.named_model import Named, Wanted, check_playable
 from autopar.presets import presets
-from passes.inputs import default_inputs, position_limits
+from passes.default_inputs import default_inputs, position_limits
 from passes.precision import default_dtype
 
 _LAYER_KEYS = (
@@ -124,7 +124,7 @@ def _built(name: str, kind: str, model_class: str, config: dict[str, Any], wante
         torch.manual_seed(wanted.seed)
         model = build(made).train()
     inputs = default_inputs(model, wanted.batch or 1, sequence)
-    if wanted.sequence is not None and "input_ids" not in inputs:
+    if wanted.sequence is not None and "pixel_values" in inputs:
         raise ValueError(
             f"{name}: --seq {wanted.sequence}, but a {type(model).__name__} reads {', '.join(inputs)} and no tokens; "
             "leave it out"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from autopar.named_model import Named, Wanted
-from passes.inputs import default_inputs
+from passes.default_inputs import default_inputs
 
 
 def from_file(path: Path, function: str, wanted: Wanted) -> Named:

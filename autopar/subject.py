@@ -19,7 +19,8 @@ from costmodel.hardware import Hardware, topology
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
 from costmodel.presets import slow_dtype_notes
 from passes.candidate import kernels_of
-from passes.inputs import default_inputs, global_inputs
+from passes.default_inputs import default_inputs
+from passes.inputs import global_inputs
 from passes.pipeline import launch_note, tight_note
 from passes.precision import Precision
 from passes.setup import Setup

@@ -1,11 +1,10 @@
-"""Example inputs: from one data-parallel rank's to the global batch, or from a Hugging Face model's configuration."""
+"""Example inputs: from one data-parallel rank's to the global batch, and parts of one."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import FunctionType, MethodType, ModuleType
@@ -233,84 +232,3 @@ def _tile(tensor: Tensor, ways: int, dim: int) -> Tensor:
 
 def _describe(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
-
-
-# ------------------------------------------------------------------------------------- inputs that a model tells of
-def position_limits(told: Callable[[str], Any]) -> dict[str, int]:
-    """How many positions a model has, by what its config calls them; `told` gives a config's value, or None.
-
-    T5 and its kin have relative ones alone: their `n_positions` says what they were trained with.
-    """
-    relative = told("relative_attention_num_buckets") is not None
-    names = ("max_position_embeddings",) if relative else ("max_position_embeddings", "n_positions")
-    return {name: n for name in names if isinstance(n := told(name), int)}
-
-
-def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int = 128) -> dict[str, Tensor]:
-    """Keyword arguments that train a Hugging Face model: token ids or images of its own size, and labels.
-
-    Raises ValueError, saying what to pass, where the model does not tell what it wants, and for a batch of over 4 GiB.
-    """
-    wanted = list(inspect.signature(model.forward).parameters)
-    config = getattr(model, "config", None)
-    main = getattr(model, "main_input_name", None)
-    if config is None or main not in wanted:
-        raise _ask(model, wanted, "the model does not say what its inputs look like")
-    random = torch.Generator().manual_seed(0)
-    kind = type(model).__name__
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if main == "input_ids" and isinstance(getattr(text, "vocab_size", None), int):
-        if text.vocab_size < 1:
-            raise ValueError(f"the config of the {kind} has a vocab_size of {text.vocab_size}; at least 1 is wanted")
-        limits = position_limits(lambda name: getattr(text, name, None))
-        length = min([sequence_length, *(n for n in limits.values() if n > 0)])
-        _check_size(batch_size, 8 * length)
-        ids = torch.randint(min(4, text.vocab_size - 1), text.vocab_size, (batch_size, length), generator=random)
-        inputs = {"input_ids": ids}
-        if "labels" not in wanted:
-            if "pixel_values" in wanted:
-                raise _ask(model, wanted, f"a {kind} reads images too, and which go with which text is not known")
-            if "decoder_input_ids" in wanted:
-                inputs["decoder_input_ids"] = ids.clone()
-            return inputs
-        if kind.endswith(("ForSequenceClassification",)):
-            return {**inputs, "labels": torch.zeros(batch_size, dtype=torch.long)}
-        if kind.endswith("ForTokenClassification"):
-            return {**inputs, "labels": torch.zeros_like(ids)}
-        if kind.endswith(("LM", "LMHeadModel", "ForConditionalGeneration", "ForPreTraining")):
-            return {**inputs, "labels": ids.clone()}
-        raise _ask(model, wanted, f"the labels of a {kind} are not known")
-    if main == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        if isinstance(height, int) and isinstance(width, int) and "input_ids" not in wanted:
-            _check_size(batch_size, 4 * channels * height * width)
-            pixels = torch.randn(batch_size, channels, height, width, generator=random)
-            floats = (p.dtype for p in model.parameters() if p.is_floating_point())
-            inputs = {"pixel_values": pixels.to(next(floats, pixels.dtype))}
-            if "labels" in wanted and not kind.endswith("ForImageClassification"):
-                raise _ask(model, wanted, f"the labels of a {kind} are not known")
-            return {**inputs, "labels": torch.zeros(batch_size, dtype=torch.long)} if "labels" in wanted else inputs
-    raise _ask(model, wanted, f"what a {kind} takes as {main} is not known")
-
-
-_MOST_BYTES = 1 << 32
-"""Of inputs that are made as an example."""
-
-
-def _check_size(batch_size: int, sample_bytes: int) -> None:
-    whole_bytes = batch_size * sample_bytes
-    if whole_bytes > _MOST_BYTES:
-        raise ValueError(
-            f"a batch of {batch_size:,} is {whole_bytes / (1 << 30):,.0f} GiB of inputs, and examples are made on this "
-            f"host: at most {_MOST_BYTES // sample_bytes:,} of {sample_bytes:,} bytes will do"
-        )
-
-
-def _ask(model: nn.Module, wanted: Sequence[str], why: str) -> ValueError:
-    return ValueError(
-        f"example_inputs: {why}. Pass what one data-parallel rank feeds {type(model).__name__}: a tuple of positional "
-        f"or a mapping of keyword arguments, such as {{'input_ids': ids, 'labels': ids}}; its forward takes "
-        f"{', '.join(wanted)}. On the command line a function gives them with the model: file.py:function"
-    )

@@ -11,8 +11,9 @@ import autopar
 from costmodel.hardware import topology
 from costmodel.presets import hardware
 from passes.capture import capture
+from passes.default_inputs import default_inputs
 from passes.errors import CaptureError
-from passes.inputs import default_inputs, global_inputs, one_sample
+from passes.inputs import global_inputs, one_sample
 from passes.pipeline import prepare
 from passes.space import Space, search_space
 
@@ -162,16 +163,28 @@ def test_hugging_face_models_tell_what_they_want() -> None:
     image = transformers.ViTConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )
+    speech = transformers.WhisperConfig(
+        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, pad_token_id=0,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=4, max_source_positions=10,
+        max_target_positions=8, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    both = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     for model in (
         transformers.LlamaForCausalLM(text),
         transformers.LlamaForSequenceClassification(text),
+        transformers.BertForQuestionAnswering(both),
+        transformers.BertForMultipleChoice(both),
         transformers.ViTForImageClassification(image),
+        transformers.WhisperForConditionalGeneration(speech),
     ):
         if hasattr(model.config, "pad_token_id"):
             model.config.pad_token_id = 0
         inputs = default_inputs(model)
         assert model(**inputs).loss.isfinite()
         assert {v.shape[0] for v in inputs.values()} == {2}
+    assert inputs["labels"].shape == (2, 8)
     assert default_inputs(transformers.LlamaForCausalLM(text))["input_ids"].shape == (2, 64)
 
 
