@@ -11,7 +11,7 @@ travels has another dtype than what is stored, a `cast` stands between.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from costmodel.collectives import collective_s
 from costmodel.hardware import Topology
@@ -113,53 +113,64 @@ def state_scatter(
     gathered first. None where there is no way.
     """
     partial = [axis for axis in axes if given[axis] == Partial()]
-    later = tuple(  # HSDP: the replicas' sums are added when each rank is left with its chunk of them
-        axis
-        for axis, placement in enumerate(layout)
-        if axes
-        and len(partial) == len(axes)
-        and axis < min(axes)
-        and given[axis] == Partial()
-        and placement == Replicate()
-    )
+    together = bool(axes) and len(partial) == len(axes)
+    later = _summed_later(given, layout, axes) if together else ()
     target = tuple(
-        (Partial() if axis in partial else Replicate()) if axis in axes else Partial() if axis in later else placement
+        Partial() if axis in (*partial, *later) else Replicate() if axis in axes else placement
         for axis, placement in enumerate(layout)
     )
-    path = steps(shape, itemsize, given, target, topology)
-    if path is None:
-        return None
-    if padded:
-        path = (*path, state_cut(local, itemsize, target, topology))
-    if not axes:
+
+    def moved(to: Layout) -> tuple[Step, ...] | None:
+        path = steps(shape, itemsize, given, to, topology)
+        return (*path, state_cut(local, itemsize, to, topology)) if padded and path is not None else path
+
+    path = moved(target)
+    if path is None or not axes:
         return path
-    if len(partial) == len(axes):
+    if together:
         full = _full_bytes(local, itemsize, axes, topology, dim)
-        seconds = collective_s("reduce_scatter", full, axes, topology) + (_copy_s(full, topology) if dim else 0.0)
-        ranks = _ranks(axes, topology)
-        scattered = tuple(Partial() if axis in later else placement for axis, placement in enumerate(layout))
-        path = (*path, Step("state_scatter", axes, None, None, "sum", full, seconds, target, scattered, ranks))
-        if not later:
-            return path
-        chunk = full // ranks
-        seconds, ranks = collective_s("all_reduce", chunk, later, topology), _ranks(later, topology)
-        return (*path, Step("all_reduce", later, None, None, "sum", chunk, seconds, scattered, layout, ranks))
-    if local[dim] % _ranks(axes, topology) and partial:  # uneven chunks of several axes cannot be cut axis by axis
-        whole = tuple(Replicate() if axis in axes else placement for axis, placement in enumerate(layout))
-        path = steps(shape, itemsize, given, whole, topology)
-        assert path is not None
-        path = (*path, state_cut(local, itemsize, whole, topology)) if padded else path
+        return (*path, *_scattered_together(full, target, layout, axes, later, topology, copied=dim != 0))
+    if partial and local[dim] % _ranks(axes, topology):  # uneven chunks of several axes cannot be cut axis by axis
         partial = []
-    moves = list(path)
-    if not partial:
-        full = _full_bytes(local, itemsize, axes, topology, dim)
-        before = moves[-1].after if moves else given
-        return (*moves, Step("state_slice", axes, None, None, "", full, 0.0, before, layout, _ranks(axes, topology)))
-    full = math.prod(local) * itemsize
+        path = moved(tuple(Replicate() if axis in axes else placement for axis, placement in enumerate(layout)))
+        assert path is not None
+    if partial:
+        return (*path, *_axis_by_axis(math.prod(local) * itemsize, target, layout, axes, partial, topology))
+    full = _full_bytes(local, itemsize, axes, topology, dim)
+    before = path[-1].after if path else given
+    return (*path, Step("state_slice", axes, None, None, "", full, 0.0, before, layout, _ranks(axes, topology)))
+
+
+def _summed_later(given: Layout, layout: Layout, axes: Sequence[int]) -> tuple[int, ...]:
+    """HSDP: the axes of replicas, whose sums are added when each rank is left with its chunk of them."""
+    return tuple(axis for axis in range(min(axes)) if given[axis] == Partial() and layout[axis] == Replicate())
+
+
+def _scattered_together(
+    full: int, given: Layout, layout: Layout, axes: tuple[int, ...], later: tuple[int, ...], topology: Topology, *,
+    copied: bool,
+) -> Iterator[Step]:  # fmt: skip
+    """One reduce-scatter of `full` bytes over all of `axes`, and an all-reduce of the chunks over `later`; `copied`:
+    chunks are of another dim than the first."""
+    ranks = _ranks(axes, topology)
+    seconds = collective_s("reduce_scatter", full, axes, topology) + (_copy_s(full, topology) if copied else 0.0)
+    scattered = tuple(Partial() if axis in later else placement for axis, placement in enumerate(layout))
+    yield Step("state_scatter", axes, None, None, "sum", full, seconds, given, scattered, ranks)
+    if later:
+        chunk, replicas = full // ranks, _ranks(later, topology)
+        seconds = collective_s("all_reduce", chunk, later, topology)
+        yield Step("all_reduce", later, None, None, "sum", chunk, seconds, scattered, layout, replicas)
+
+
+def _axis_by_axis(
+    full: int, given: Layout, layout: Layout, axes: Sequence[int], partial: Sequence[int], topology: Topology
+) -> Iterator[Step]:
+    """A reduce-scatter over each axis in `partial` and a slice over each other one, in order."""
     for axis in axes:
-        kind, collective = ("state_scatter", "reduce_scatter") if axis in partial else ("state_slice", "")
-        seconds = collective_s(collective, full, (axis,), topology) if collective else 0.0
-        op, ranks = "sum" if collective else "", topology.sizes[axis]
-        moves.append(Step(kind, (axis,), None, None, op, full, seconds, target, layout, ranks))
-        full //= topology.sizes[axis]
-    return tuple(moves)
+        ranks = topology.sizes[axis]
+        if axis in partial:
+            seconds = collective_s("reduce_scatter", full, (axis,), topology)
+            yield Step("state_scatter", (axis,), None, None, "sum", full, seconds, given, layout, ranks)
+        else:
+            yield Step("state_slice", (axis,), None, None, "", full, 0.0, given, layout, ranks)
+        full //= ranks

@@ -200,57 +200,71 @@ def _leaves(dim: Sequence[Atom]) -> list[Atom]:
     return [leaf for atom in dim for leaf in atom.leaves()]
 
 
+_Key = tuple[int, int]
+"""Of a leaf: a factor of an op's form, and which of its leaves."""
+
+
 def _expanded_op(form: Form, atoms: Sequence[Atom], producers: Sequence[Sequence[list[list[Atom]]]]) -> ExpandedOp:
     """`producers[k]` are the dims, as their producers see them, of the values that reach operand k."""
-    blocked: set[tuple[int, int]] = set()
-    operand_shapes: list[tuple[tuple[int, ...], ...]] = []
-    places: list[dict[tuple[int, int], int]] = []
-    for index, dims in enumerate(form.operands):
-        seen = producers[index] or [[[atoms[f] for f in dim] for dim in dims]]
-        first = [_leaves(dim) for dim in seen[0]]
-        alike = all([len(_leaves(d)) for d in other] == [len(d) for d in first] for other in seen[1:])
-        place: dict[tuple[int, int], int] = {}
-        offset = 0
-        for d, dim in enumerate(dims):
-            mine = [(f, j) for f in dim for j in range(len(atoms[f].leaves()))]
-            own = _leaves([atoms[f] for f in dim])
-            match = alike
-            for i, key in enumerate(mine):
-                match = match and all(i < len(theirs := _leaves(other[d])) and theirs[i] is own[i] for other in seen)
-                if match:
-                    place[key] = offset + i
-                else:
-                    blocked.add(key)
-            offset += len(first[d])
-        places.append(place)
-        operand_shapes.append(tuple(tuple(leaf.size for leaf in dim) for dim in first))
-    result_places: list[dict[tuple[int, int], int]] = []
-    for dims in form.results:
-        place, offset = {}, 0
-        for dim in dims:
-            for f in dim:
-                for j in range(len(atoms[f].leaves())):
-                    place[f, j] = offset
-                    offset += 1
-        result_places.append(place)
-    leaves = []
-    for f in range(len(form.sizes)):
-        for j, atom in enumerate(atoms[f].leaves()):
-            if f in form.whole or (f, j) in blocked or (j and f in form.leading):
-                continue
-            leaves.append(
-                Leaf(
-                    atom.size,
-                    tuple(place.get((f, j)) for place in places),
-                    tuple(place.get((f, j)) for place in result_places),
-                    form.reduces.get(f),
-                    id(atom),
-                )
-            )
-    results = tuple(
-        tuple(tuple(leaf.size for leaf in _leaves([atoms[f] for f in dim])) for dim in dims) for dims in form.results
+    read = [
+        _operand(dims, atoms, producers[index] or [[[atoms[f] for f in dim] for dim in dims]])
+        for index, dims in enumerate(form.operands)
+    ]
+    made = [_result_places(dims, atoms) for dims in form.results]
+    blocked = set().union(*(operand.blocked for operand in read))
+    leaves = tuple(
+        Leaf(
+            atom.size,
+            tuple(operand.places.get((f, j)) for operand in read),
+            tuple(places.get((f, j)) for places in made),
+            form.reduces.get(f),
+            id(atom),
+        )
+        for f in range(len(form.sizes))
+        for j, atom in enumerate(atoms[f].leaves())
+        if f not in form.whole and (f, j) not in blocked and not (j and f in form.leading)
     )
-    names = tuple(
-        tuple(tuple(id(leaf) for leaf in _leaves([atoms[f] for f in dim])) for dim in dims) for dims in form.results
+    results = [[_leaves([atoms[f] for f in dim]) for dim in dims] for dims in form.results]
+    return ExpandedOp(
+        leaves,
+        form.linear,
+        tuple(operand.shape for operand in read),
+        tuple(tuple(tuple(leaf.size for leaf in dim) for dim in dims) for dims in results),
+        tuple(tuple(tuple(id(leaf) for leaf in dim) for dim in dims) for dims in results),
     )
-    return ExpandedOp(tuple(leaves), form.linear, tuple(operand_shapes), results, names)
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """`shape`: sizes of the leaves of each dim, as the first producer has them; `places`: where in the expanded shape
+    the op's own leaves are; `blocked`: those that producers do not have alike, so that no axis can split them."""
+
+    shape: tuple[tuple[int, ...], ...]
+    places: dict[_Key, int]
+    blocked: set[_Key]
+
+
+def _operand(dims: Sequence[Sequence[int]], atoms: Sequence[Atom], producers: Sequence[list[list[Atom]]]) -> _Operand:
+    """Of an operand with these factors in its dims; of a dim, leaves up to the first that differs can be split."""
+    seen = [[_leaves(dim) for dim in theirs] for theirs in producers]
+    first = seen[0]
+    alike = all([len(dim) for dim in other] == [len(dim) for dim in first] for other in seen)
+    places: dict[_Key, int] = {}
+    blocked: set[_Key] = set()
+    offset = 0
+    for d, dim in enumerate(dims):
+        own = [((f, j), leaf) for f in dim for j, leaf in enumerate(atoms[f].leaves())]
+        match = alike
+        for i, (key, leaf) in enumerate(own):
+            match = match and all(i < len(other[d]) and other[d][i] is leaf for other in seen)
+            if match:
+                places[key] = offset + i
+            else:
+                blocked.add(key)
+        offset += len(first[d])
+    return _Operand(tuple(tuple(leaf.size for leaf in dim) for dim in first), places, blocked)
+
+
+def _result_places(dims: Sequence[Sequence[int]], atoms: Sequence[Atom]) -> dict[_Key, int]:
+    keys = [(f, j) for dim in dims for f in dim for j in range(len(atoms[f].leaves()))]
+    return {key: place for place, key in enumerate(keys)}
