@@ -107,6 +107,13 @@ def _is_elementwise(func: Any) -> bool:
 
 
 @cache
+def _broadcasts(func: Any) -> bool:
+    """Whether such an op takes further lists of smaller tensors; fused optimizers do not."""
+    found: bool = func._schema.name.startswith("aten::_foreach_")
+    return found
+
+
+@cache
 def _is_pointwise(func: Any) -> bool:
     """Whether an op writes to its first tensor, element by element: what a loop over parameters calls."""
     found: bool = torch.Tag.pointwise in func.tags and func._schema.name.endswith("_")
@@ -140,6 +147,8 @@ def _elementwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     layouts = [each._spec.placements for each in args[0] if isinstance(each, DTensor)]
     if len(layouts) != len(args[0]) or not _are_whole_or_split(layouts):
         return NotImplemented
+    if _broadcasts(func) and not all(_are_of_shape(args[0], value) for value in (*args[1:], *kwargs.values())):
+        return NotImplemented
     local = [_local(value, layouts) for value in args]
     named = {key: _local(value, layouts) for key, value in kwargs.items()}
     if any(value is NotImplemented for value in (*local, *named.values())):
@@ -160,6 +169,13 @@ def _local(value: Any, layouts: list[tuple[Placement, ...]]) -> Any:
     if isinstance(value, DTensor):
         return value._local_tensor if _is_whole(value._spec) else NotImplemented
     return value
+
+
+def _are_of_shape(tensors: Sequence[Any], value: Any) -> bool:
+    """Whether `value`, where it is a list of DTensors, has the shapes of `tensors`."""
+    if not isinstance(value, list | tuple) or not all(isinstance(each, DTensor) for each in value[:1]):
+        return True
+    return [each._spec.tensor_meta.shape for each in value] == [each._spec.tensor_meta.shape for each in tensors]
 
 
 def _are_whole_or_split(layouts: Sequence[tuple[Placement, ...]]) -> bool:

@@ -74,6 +74,18 @@ def test_clipping_and_optimizers_give_what_dtensors_give() -> None:
     run_ranks(compared, 4)
 
 
+def _columns_scaled(rank: int, ranks: int) -> list[list[float]]:
+    """A gradient whose columns are scaled by a vector that is split over the same ranks."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    rows, factors = (distribute_tensor(x, mesh, [Shard(0)]) for x in (torch.ones(4, 2), torch.tensor([2.0, 3.0])))
+    torch._foreach_mul_([Gradient.of(rows.to_local(), rows._spec)], [factors])
+    return rows.full_tensor().tolist()
+
+
+def test_a_list_of_smaller_tensors_is_no_list_of_parts() -> None:
+    assert run_ranks(_columns_scaled, 2) == [[[2.0, 3.0]] * 4] * 2
+
+
 def _overflow(rank: int, ranks: int) -> list[tuple[float, float]]:
     """Scale and parameter after a step in which one rank overflows, by which gradient comes first."""
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "tp"))
