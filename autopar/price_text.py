@@ -71,7 +71,8 @@ def price_text(price: Price, name: str | None, measured_s: float | None) -> str:
 
 def ranks_text(setup: Setup) -> str:
     """Who does what, in a sentence."""
-    stages = f"{setup.pp} stages" + (f" of {setup.virtual} parts in turn" if setup.virtual > 1 else "")
+    stages = f"{setup.pp} balanced stages" if setup.balanced else f"{setup.pp} stages"
+    stages += f" of {setup.virtual} parts in turn" if setup.virtual > 1 else ""
     copies = f"{setup.dp_replicate} copies x {setup.dp_shard}" if setup.dp_replicate > 1 else str(setup.data_ranks)
     parts = [
         *([stages] if setup.pp > 1 else []),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any, get_args
 
@@ -23,11 +23,14 @@ from passes.candidate import NO_LAYERS, Estimate, estimate
 from passes.collector import settled
 from passes.precision import Precision
 from passes.recompute import Mode
+from passes.report_text import step_text
 from passes.setup import Setup, State
 
 _COUNTS = (
     "dp_replicate", "dp_shard", "tp", "pp", "cp", "ep", "virtual", "micro_batch", "accumulate",
 )  # fmt: skip
+_LEAST_BALANCE = 0.02
+"""Of a step, that balanced stages may save where a price says so."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def price(
         asked.name, machine.label, setup, asked.length, found.step_s, math.ceil(found.peak_bytes),
         asked.budget_bytes(setup.ranks), dict(found.seconds), dict(found.bytes), found.hidden_s,
         products.flops * setup.global_batch, peaks["float8" if setup.fp8 else products.dtype],
-        (*_notes(found, asked), *stand_in_notes(hardware)),
+        (*_notes(found, asked), *_balance_notes(found, asked), *stand_in_notes(hardware)),
     )  # fmt: skip
 
 
@@ -221,6 +224,20 @@ def _check_model(setup: Setup, asked: Subject) -> None:
         raise ValueError(f"cp is {setup.cp}: a sequence can be cut where inputs come from the model's config alone")
     if setup.cp > 1 and asked.cut_length is not None and asked.cut_length % setup.cp:
         raise ValueError(f"cp is {setup.cp}, which does not divide a sequence of {asked.cut_length}")
+
+
+def _balance_notes(found: Estimate, asked: Subject) -> list[str]:
+    """What stages would gain by fewer layers beside the head."""
+    setup = found.setup
+    if setup.pp == 1 or setup.balanced:
+        return []
+    balanced = estimate(replace(setup, balanced=True), asked.profiler)
+    if balanced.step_s >= (1 - _LEAST_BALANCE) * found.step_s:
+        return []
+    return [
+        f"the head makes the last of {setup.pp} stages the slowest: with fewer layers there (--balanced-stages, "
+        f"Setup.balanced) a step takes {step_text(balanced.step_s)}"
+    ]
 
 
 def _notes(found: Estimate, asked: Subject) -> list[str]:

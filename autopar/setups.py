@@ -104,7 +104,7 @@ class Setups:
                             yield from self.ways(as_megatron(Setup(
                                 dp_shard=data, tp=tp, pp=pp, cp=cp, ep=ep, micro_batch=micro,
                                 accumulate=local // micro, state="zero1" if data * cp > 1 else "zero0",
-                                recompute=recompute,
+                                recompute=recompute, balanced=pp > 1,
                             )))  # fmt: skip
 
     def ways(self, setup: Setup) -> Iterator[Setup]:

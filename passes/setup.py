@@ -127,9 +127,9 @@ class Setup:
 
 def as_megatron(setup: Setup) -> Setup:
     """`setup` run as Megatron-LM does: gradients in fp32, added up within the products that make them; of what sequence
-    parallelism gathers a rank's part kept; stages balanced, whose tensor-parallel ranks send in parts beside products,
-    as in published pipelines (benchmarks/data)."""
+    parallelism gathers a rank's part kept; tensor-parallel ranks of a stage send in parts beside products, as in
+    published pipelines (benchmarks/data)."""
     return replace(
         setup, gradient_bytes=4, adds_in_products=True, gathers_again=setup.tp > 1 and setup.sequence_parallel,
-        balanced=setup.pp > 1, tp_overlap=setup.pp > 1 and setup.tp > 1,
+        tp_overlap=setup.pp > 1 and setup.tp > 1,
     )  # fmt: skip

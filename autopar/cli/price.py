@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=count, default=1, metavar="N", help="tensor-parallel ranks (1)")
     parser.add_argument("--pp", type=count, default=1, metavar="N", help="pipeline stages (1)")
     parser.add_argument("--virtual", type=count, default=1, metavar="N", help="parts of the model on each stage (1)")
+    parser.add_argument(
+        "--balanced-stages", action="store_true",
+        help="the last stage has fewer layers where its head would make it the slowest, as in the search (all have as "
+        "many, where the stages divide them)",
+    )  # fmt: skip
     parser.add_argument("--cp", type=count, default=1, metavar="N", help="context-parallel ranks (1)")
     parser.add_argument("--ep", type=count, default=1, metavar="N", help="ranks that share a layer's experts (1)")
     parser.add_argument(
@@ -123,7 +128,7 @@ def setup_of(given: argparse.Namespace) -> Setup:
     usual: State = ("zero1" if data * given.cp > 1 else "zero0") if staged else "zero3"
     setup = Setup(
         dp_replicate=given.replicas, dp_shard=data // given.replicas, tp=given.tp, pp=given.pp, cp=given.cp,
-        ep=given.ep, virtual=given.virtual, micro_batch=given.micro_batch,
+        ep=given.ep, virtual=given.virtual, balanced=given.balanced_stages, micro_batch=given.micro_batch,
         accumulate=given.global_batch // (data * given.micro_batch), recompute=given.recompute,
         whole_blocks=given.whole_layers, sequence_parallel=given.sequence_parallel, state=given.state or usual,
         reshard=not given.keep_gathered, gathers_again=given.regather_activations, fp8=given.fp8, offload=given.offload,
