@@ -245,6 +245,7 @@ def _notes(found: Estimate, asked: Subject) -> list[str]:
     if not asked.hardware.shared_host:
         error = EXPERTS_ERROR if setup.ep > 1 else asked.hardware.device.step_error
         notes.append(f"predictions of such steps are off by {error:.0%} on average")
+    notes += asked.attention_notes(setup)
     notes += asked.step_notes(setup, found.step_s, found.seconds["optimizer"], found.peak_bytes)
     notes.append(states_text(asked.profiler.optimizer))
     if asked.unpriced:

@@ -85,6 +85,13 @@ class Captures:
             self._programs[key] = prepare(made or copy_of(self._captured(prefix, batch, parts).program))
         return self._programs[key]
 
+    @property
+    def prepared_notes(self) -> tuple[str, ...]:
+        """What preparing them changed in how the programs run."""
+        captured = {note for each in self._told.values() for note in each.program.notes}
+        notes = (note for program in self._programs.values() for note in program.notes)
+        return tuple(dict.fromkeys(note for note in notes if note not in captured))
+
     def _rebatched(self, prefix: int, batch: int, parts: int) -> Program | None:
         before = self._batches.get((prefix, parts))
         if prefix == 0 or before is None:

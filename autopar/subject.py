@@ -18,7 +18,7 @@ from autopar.unwrapped import check_unwrapped
 from costmodel.hardware import Hardware, topology
 from costmodel.memory import OPTIMIZERS, OptimizerSpec
 from costmodel.presets import slow_dtype_notes
-from passes.candidate import kernels_of
+from passes.candidate import attends, kernels_of
 from passes.default_inputs import default_inputs
 from passes.inputs import global_inputs
 from passes.pipeline import launch_note, tight_note
@@ -56,6 +56,21 @@ class Subject:
     def unpriced(self) -> list[str]:
         """Options that were given and are not priced."""
         return [name for name in _UNPRICED if getattr(self.options, name) != getattr(Options(), name)]
+
+    def attention_notes(self, setup: Setup) -> list[str]:
+        """Why attention runs op by op, where it does: with dropout, or as the model has it."""
+        if told := self.profiler.captures.prepared_notes:
+            return list(told)
+        found = self.profiler.profile(setup, replica=not setup.is_played)
+        config = getattr(self.profiler.captures.model, "config", None)
+        heads = getattr(config, "num_attention_heads", None)
+        if not heads or attends(found):
+            return []
+        return [
+            "no attention kernel was found: the model's attention is priced op by op, with its scores in memory; "
+            "attn_implementation='sdpa', where the model has it, or a framework with a kernel of its own takes less "
+            "time and memory"
+        ]
 
     def step_notes(self, setup: Setup, step_s: float, update_s: float, peak_bytes: float) -> list[str]:
         """What its figures leave out of a setup's step on GPUs: what the allocator loses of the memory where it fits,

@@ -209,6 +209,23 @@ def test_fp8_is_a_share_of_its_own_peak() -> None:
     assert "fp8" in found.setup.priced_only
 
 
+@pytest.mark.parametrize(("attention", "dropout", "told_of"), [
+    ("sdpa", 0.0, ""), ("eager", 0.0, "no attention kernel was found"), ("sdpa", 0.1, "attention with dropout"),
+])  # fmt: skip
+def test_attention_that_no_kernel_computes_is_named(attention: str, dropout: float, told_of: str) -> None:
+    made = GPT2Config(
+        n_embd=512, n_layer=2, n_head=8, n_positions=1024, vocab_size=500, attn_pdrop=dropout, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_implementation=attention,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(made).to(torch.bfloat16)
+    found = autopar.price(model, Setup(dp_shard=8), "h100")
+    notes = [note for note in found.notes if "attention" in note]
+    assert [told_of in note for note in notes] == [True] * bool(told_of)
+    searched = autopar.search(model, 8, "h100", 8, options=autopar.Options(recompute="none"), top=1)
+    assert [note for note in searched.notes if "attention" in note and "no plan" not in note] == notes
+
+
 PUBLISHED = [
     # DGX Cloud benchmarking recipes, NeMo 25.02: Llama 3.1 8B, bf16, 8192 tokens, 8 H100
     ("llama3-8b --gpus 8 --hardware h100 --global-batch 128 --seq 8192 --cp 2 --gradients bf16", 12.27),
