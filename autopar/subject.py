@@ -21,7 +21,7 @@ from costmodel.presets import slow_dtype_notes
 from passes.candidate import attends, kernels_of
 from passes.default_inputs import default_inputs
 from passes.inputs import global_inputs
-from passes.pipeline import launch_note, tight_note
+from passes.plan_notes import launch_note, tight_note
 from passes.precision import Precision
 from passes.setup import Setup
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from costmodel.hardware import Hardware, Topology, topology
-from costmodel.memory import ALLOCATION_BYTES, OptimizerSpec, gib
-from costmodel.memory import optimizer as optimizer_of
+from costmodel.memory import ALLOCATION_BYTES, gib
 from costmodel.presets import hardware
 from passes.blocks import NotPeriodicError
 from passes.chunks import split_chunks
@@ -29,20 +28,19 @@ from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
 from passes.local import LocalProgram
 from passes.make_plan import baseline, make_plan
 from passes.masks import use_causal_flag
-from passes.named import alike_axes, check_strategy, tensor_axes
+from passes.named import alike_axes, check_strategy
 from passes.pins import PinError, pinned_layouts
 from passes.plan import Baseline, Bound, Plan, check_plan
+from passes.plan_notes import plan_notes
 from passes.program import Program
 from passes.proposals import BY_HAND, SIMPLEST_FIRST, PaddingsOf, Progress, Search, with_parameters_kept
 from passes.randomness import own_randomness
 from passes.recompute import Mode
-from passes.report_text import seconds_text
 from passes.rewrite import rewrite
 from passes.routing import one_form
 from passes.shorten import shorten
-from passes.space import Pin, Space, search_space, trained
+from passes.space import Pin, Space, search_space
 from passes.timeline import Timeline, timeline_of
-from passes.uneven import padding_notes
 from passes.weights import prepare_again
 
 __all__ = ["Manner", "Progress", "Request", "compile_plan", "local_program", "on_mesh", "prepare"]
@@ -123,30 +121,13 @@ class _Asked:
 
 def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]) -> tuple[Plan, Candidate]:
     """The plan, and the candidate that it is; `found`: candidates by strategy, to which new ones are added."""
-    topology_, request = asked.topology, asked.request
-    paddings = PaddingsOf(program, topology_.sizes, asked.batch_axes, fused=request.compiled)
-    budget = request.budget_on(topology_)
-    search = Search(paddings, topology_, asked.batch_axes, request, budget, asked.manner.progress)
-    reasons: dict[str, str] = {}
-    refused: dict[str, PinError] = {}
-    names = SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
-    beside = BY_HAND if request.stored is None else ()
-    for name in (*beside, *(name for name in names if name not in beside)):
-        if name in found:
-            continue
-        fits = best([candidate for others in found.values() for candidate in others], budget)
-        fastest_s = fits.schedule.step_time_s if fits is not None and name == "auto" else math.inf
-        try:
-            found[name] = replace(search, fastest_s=fastest_s).candidates(name)
-        except NoFeasiblePlanError as error:
-            reasons[name] = str(error)
-        except PinError as error:
-            refused[name], reasons[name] = error, "it has no layout that the pins ask for"
-    if refused.keys() >= set(names):
-        raise refused[names[-1]]
-    competing = [candidate for name in names for candidate in found.get(name, [])]
-    if request.strategy == "auto" and request.reshard is None:
-        competing += with_parameters_kept(competing, budget, request)
+    request = asked.request
+    paddings = PaddingsOf(program, asked.topology.sizes, asked.batch_axes, fused=request.compiled)
+    budget = request.budget_on(asked.topology)
+    search = Search(paddings, asked.topology, asked.batch_axes, request, budget, asked.manner.progress)
+    reasons = _look(search, found)
+    competing = [candidate for name in _competing(request) for candidate in found.get(name, [])]
+    competing += _with_parameters_kept(competing, search)
     chosen = best(competing, budget)
     if chosen is None:
         if not asked.manner.diagnose:
@@ -155,8 +136,7 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
     if not chosen.origin.solution.is_proved:
         asked.manner.progress("proving the fastest")
         longer = looked_at_longer(chosen, request, budget)
-        if request.strategy == "auto" and request.reshard is None:
-            longer += with_parameters_kept(longer, budget, request)
+        longer += _with_parameters_kept(longer, search)
         chosen = best(longer[::-1], budget) or chosen
     baselines = {name: _as_baseline(found.get(name, []), reasons.get(name, ""), budget) for name in BY_HAND}
     plan = make_plan(
@@ -166,25 +146,55 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
         bound=_bound(chosen, len(competing)),
         baselines={name: b for name, b in baselines.items() if b is not None},
         budget_bytes=budget,
-        notes=(
-            *chosen.space.program.notes,
-            *padding_notes(chosen.padding, chosen.space, chosen.assignment, chosen.untried),
-            *_states_notes(chosen, request.optimizer),
-            *_async_tp_notes(chosen, request),
-            *_idle_notes(chosen, request),
-            *_budget_notes(budget, topology_),
-            *_tight_notes(chosen),
-            *_launch_notes(chosen, request),
-            *_missed_notes(search),
-        ),
+        notes=plan_notes(chosen, search),
         padded=chosen.padding.pads,
         repeated_keys=chosen.padding.repeated_keys,
-        pinned=pinned_layouts(chosen.space.analysis, request.pins, len(topology_.axes)),
+        pinned=pinned_layouts(chosen.space.analysis, request.pins, len(asked.topology.axes)),
         strategy=chosen.strategy,
         options=asked.options,
         example=asked.example,
     )
     return plan, chosen
+
+
+def _competing(request: Request) -> tuple[str, ...]:
+    """The strategies that a plan may be of, the simplest first."""
+    return SIMPLEST_FIRST if request.strategy == "auto" and request.stored is None else (request.strategy,)
+
+
+def _look(search: Search, found: dict[str, list[Candidate]]) -> dict[str, str]:
+    """Adds the candidates of each strategy to `found`; why others have none. What people would write by hand is looked
+    at too, to be compared with.
+
+    Raises:
+        PinError: the pins leave no strategy that a plan may be of anything.
+    """
+    names = _competing(search.request)
+    beside = BY_HAND if search.request.stored is None else ()
+    reasons: dict[str, str] = {}
+    refused: dict[str, PinError] = {}
+    for name in (*beside, *(name for name in names if name not in beside)):
+        if name in found:
+            continue
+        fits = best([candidate for others in found.values() for candidate in others], search.budget)
+        fastest_s = fits.schedule.step_time_s if fits is not None and name == "auto" else math.inf
+        try:
+            found[name] = replace(search, fastest_s=fastest_s).candidates(name)
+        except NoFeasiblePlanError as error:
+            reasons[name] = str(error)
+        except PinError as error:
+            refused[name], reasons[name] = error, "it has no layout that the pins ask for"
+    if refused.keys() >= set(names):
+        raise refused[names[-1]]
+    return reasons
+
+
+def _with_parameters_kept(candidates: Sequence[Candidate], search: Search) -> list[Candidate]:
+    """Where `auto` is left to decide it: the candidates that keep gathered parameters, as far as that fits."""
+    request = search.request
+    if request.strategy != "auto" or request.reshard is not None:
+        return []
+    return with_parameters_kept(candidates, search.budget, request)
 
 
 _CHEAPEST: tuple[Mode, ...] = ("none", "pointwise")
@@ -216,129 +226,6 @@ def _bound(chosen: Candidate, played: int) -> Bound:
     if math.isfinite(origin.limit_bytes):
         among += f" within {gib(origin.limit_bytes)} as the solver adds bytes up"
     return Bound(origin.solution.seconds, origin.solution.bound_s, note, counted, among)
-
-
-_IN_FP32 = {"adamw": "adamw-bf16", "adam": "adamw-bf16"}
-"""Optimizers budgeted with two fp32 states -> what to ask for where states are in two bytes."""
-
-
-def _states_notes(chosen: Candidate, optimizer: str | OptimizerSpec) -> list[str]:
-    """Where states are budgeted in fp32, but torch's optimizer keeps them in their parameters' lower dtype: by how much
-    that is over."""
-    spec = optimizer_of(optimizer)
-    if spec.name not in _IN_FP32:
-        return []
-    lower = optimizer_of(_IN_FP32[spec.name])
-    stored = trained(chosen.space, chosen.assignment)
-    elements = sum(elements for site, elements in stored if site.stored_itemsize == 2)
-    over = round(elements * (spec.state_bytes_per_param - lower.state_bytes_per_param))
-    if not over:
-        return []
-    return [
-        f"optimizer {spec.name!r} is budgeted with states in fp32; torch.optim's keeps those of two-byte parameters in "
-        f"two bytes, {gib(over)} less on a rank: {lower.name!r} budgets that"
-    ]
-
-
-_WORTH_SAYING = 0.98
-
-
-def _async_tp_notes(chosen: Candidate, request: Request) -> list[str]:
-    """Where the step would be faster with products in parts: by how much."""
-    mesh = chosen.space.topology
-    if request.async_tp or not request.compiled or mesh.device.is_cpu:
-        return []
-    if not tensor_axes(mesh.sizes, chosen.space.batch_axes):
-        return []
-    space, now_s = replace(chosen.space, async_tp=True), chosen.schedule.step_time_s
-    played = as_asked(space, chosen.assignment, request)
-    if played.step_time_s > _WORTH_SAYING * now_s:
-        return []
-    return [
-        f"Options(async_tp=True) or --async-tp is predicted to take {seconds_text(played.step_time_s)} per step "
-        f"instead of {seconds_text(now_s)}: products go in parts beside the collectives of activations"
-    ]
-
-
-def _idle_notes(chosen: Candidate, request: Request) -> list[str]:
-    """What was asked of gathered parameters or activations, where the plan gathers none: the other way is the same."""
-    notes, now, recomputed = [], chosen.schedule, chosen.space.recomputed
-    for option, asked, other in (
-        ("reshard_after_forward", request.reshard, replace(recomputed, reshard=not request.reshard)),
-        ("regather_activations", request.regather or None, replace(recomputed, regather=False)),
-    ):
-        if asked is None:
-            continue
-        played = as_asked(replace(chosen.space, recomputed=other), chosen.assignment, request)
-        if (played.step_time_s, played.memory.bytes) == (now.step_time_s, now.memory.bytes):
-            notes.append(f"{option}={asked} changes nothing: the plan gathers nothing that it could free or keep")
-    return notes
-
-
-_RESERVED = 1.14
-"""What torch's allocator holds to what tensors take of it, in published runs (benchmarks/published_results.md)."""
-
-
-def _tight_notes(chosen: Candidate) -> list[str]:
-    """Where the step may not fit for what the allocator cannot use."""
-    device = chosen.space.topology.device
-    note = None if device.is_cpu else tight_note(chosen.schedule.peak_memory_bytes, device.usable_bytes)
-    return [note] if note else []
-
-
-def tight_note(peak_bytes: float, usable_bytes: float) -> str | None:
-    """What is said of a step that may not fit for what the allocator cannot use."""
-    share = peak_bytes / usable_bytes
-    if share * _RESERVED <= 1:
-        return None
-    return (
-        f"tensors take {share:.0%} of what the device has for them, and published runs reserve 14% to 20% more than "
-        "theirs take: should it run out of memory, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True loses less, and a "
-        "lower memory budget leaves more room"
-    )
-
-
-_LAUNCH_S = 60e-6
-"""What the host of one machine took for each kernel of a step that waited for it (benchmarks/gpu/results.md: tp=8)."""
-
-
-def _launch_notes(chosen: Candidate, request: Request) -> list[str]:
-    """Where the host that launches kernels may be what the step waits for."""
-    schedule = chosen.schedule
-    if chosen.space.topology.device.is_cpu or not request.compiled:
-        return []
-    note = launch_note(schedule.kernels, schedule.micro_batch_s)
-    return [note] if note else []
-
-
-def launch_note(kernels: float, seconds: float) -> str | None:
-    """What is said of a micro-batch whose kernels are short."""
-    if seconds >= kernels * _LAUNCH_S:
-        return None
-    return (
-        f"a micro-batch launches some {kernels:,.0f} kernels, one every {seconds_text(seconds / kernels)}: a host that "
-        f"takes longer for each is what the step waits for, which is not priced ({seconds_text(_LAUNCH_S)} were seen)"
-    )
-
-
-def _budget_notes(budget: float, topology_: Topology) -> list[str]:
-    """Where the budget that was asked for is more than the device has."""
-    if budget <= topology_.device.memory_bytes:
-        return []
-    return [
-        f"the memory budget is {gib(budget)}, more than the {gib(topology_.device.memory_bytes)} that "
-        f"{topology_.hardware.label} has: what is planned may not fit there"
-    ]
-
-
-def _missed_notes(search: Search) -> list[str]:
-    """Where the budget binds and there was no time for all that might have fitted: what was not looked at."""
-    if not search.missed:
-        return []
-    return [
-        f"within the memory budget, not looked at after {search.budgeted_s:.0f} s of the processor: "
-        f"{', '.join(dict.fromkeys(search.missed))}"
-    ]
 
 
 def _timeline(chosen: Candidate, request: Request) -> Timeline:
