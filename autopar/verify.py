@@ -40,6 +40,7 @@ from passes.plan import Plan, check_plan
 from passes.precision import Precision, default_dtype, dtype_text
 from passes.program import Program
 from passes.simulate import SimulationError, StepValues, ledger, local_inputs, simulate_step
+from passes.tracing import as_one_process
 
 __all__ = ["Parity", "Tolerances", "verify"]
 
@@ -120,7 +121,7 @@ def _takes(model: nn.Module, batch: Batch) -> bool:
     """Whether the model's forward runs on a batch."""
     before = held_buffers(model)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), as_one_process():
             warnings.simplefilter("ignore")
             model(*batch.args, **batch.kwargs)
     except Exception:  # whatever a model raises on inputs that it does not take
@@ -234,7 +235,7 @@ class _Check:
             ValueError: it cannot be run on these values, which capture has not seen.
         """
         try:
-            with autocast_as(None if random else self.autocast):
+            with autocast_as(None if random else self.autocast), as_one_process():
                 if random:
                     return on_one_device(program, values)
                 return eager(self.model, self.batch, program, values.tangents, self.precision)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import traceback
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ from passes.provenance import Provenance, error_line, place_of, shortened
 from passes.rebind import rebind
 from passes.settings import attributes, settings_read
 from passes.tracing import (
+    NO_OTHER_RANKS,
     WRITES_OUTSIDE,
     Branches,
     ReadsInputsError,
@@ -305,9 +307,17 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                 f"{where}: FlexAttention is not supported, as its mask is a function that no rule can split; use "
                 "attn_implementation='sdpa', or torch.nn.functional.scaled_dot_product_attention with a mask"
             ) from error
+        if _raised_by_distributed(error):
+            raise CaptureError(f"{where}: asks for other ranks: {NO_OTHER_RANKS}") from error
         if "mutating a non-functional tensor" in str(error):
             raise CaptureError(f"{where}: {WRITES_OUTSIDE}") from error
         raise CaptureError(f"{where}: {_RAISED} {type(error).__name__}: {error}") from error
+
+
+def _raised_by_distributed(error: BaseException) -> bool:
+    """Whether it was raised in the code of `torch.distributed`."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return "/torch/distributed/" in frame.f_code.co_filename
 
 
 def _passed_through(error: BaseException, module: str) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,6 +53,11 @@ _MAX_INLINE_ELEMENTS = 2**24
 WRITES_OUTSIDE = (
     "writes in place to a tensor that is no parameter, buffer or input, so that what it wrote would be lost; register "
     "it as a buffer"
+)
+_COLLECTIVES = {"c10d", "_c10d_functional", "_c10d_functional_autograd"}
+NO_OTHER_RANKS = (
+    "a step is captured as one device computes it on the global batch, where torch.distributed is not initialised, so "
+    "there is nothing to exchange; leave that out where dist.is_initialized() is False"
 )
 _BRANCHES_INSTEAD = "Use tensor ops (torch.where, masks) instead, or make it a constant of the model"
 _WITHOUT_CHECKS_INSTEAD = (
@@ -157,6 +163,8 @@ class Tracer(TorchDispatchMode):
                 f"{self._location()}: a batch norm whose running statistics would be lost; call "
                 "torch.nn.functional.batch_norm or torch.nn.BatchNorm"
             )
+        if func.namespace in _COLLECTIVES:
+            raise CaptureError(f"{self._location()}: {func} between ranks: {NO_OTHER_RANKS}")
         if func._schema.is_mutable:
             if isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
                 raise CaptureError(f"{self._location()}: {WRITES_OUTSIDE}")
@@ -534,6 +542,18 @@ _ASKS = re.compile("compiling|tracing")
 
 
 @contextmanager
+def as_one_process() -> Iterator[None]:
+    """Inside, `torch.distributed` is not initialised: a model that would exchange something between ranks, as
+    `SyncBatchNorm` does, computes what it does on one device."""
+    group = dist.GroupMember.WORLD
+    dist.GroupMember.WORLD = None
+    try:
+        yield
+    finally:
+        dist.GroupMember.WORLD = group
+
+
+@contextmanager
 def tracing(tracer: Tracer) -> Iterator[None]:
     """Record what is run inside. Random state and global settings are as before afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
@@ -558,7 +578,7 @@ def tracing(tracer: Tracer) -> Iterator[None]:
     torch._C._set_mkldnn_enabled(False)
     torch._enable_functionalization(reapply_views=True)
     try:
-        with tracer.fake_mode, tracer, _Calls(tracer):
+        with as_one_process(), tracer.fake_mode, tracer, _Calls(tracer):
             yield
     finally:
         torch._disable_functionalization()

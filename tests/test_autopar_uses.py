@@ -5,21 +5,26 @@ from __future__ import annotations
 import copy
 import io
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from parity import assert_near
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import autopar
 from autopar.examples import described, restored
-from passes.errors import PlanMismatchError
+from passes.capture import capture
+from passes.errors import CaptureError, PlanMismatchError
 from passes.inputs import flatten_inputs
 
 
@@ -129,3 +134,74 @@ def test_containers_are_described_by_shapes() -> None:
         with pytest.raises(PlanMismatchError, match=r"Pair|Holder"):
             restored(one)
     assert described(((), {"given": Pair(torch.ones(2), 3)})) != described(((), {"given": Pair(torch.ones(3), 3)}))
+
+
+class Exchanges(nn.Module):
+    """As written for `DistributedDataParallel`: statistics, a centre and negatives of all ranks' samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = nn.Sequential(nn.Linear(7, 8), nn.SyncBatchNorm(8))
+        self.other = nn.Linear(3, 8)
+        self.register_buffer("center", torch.zeros(8))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        one, other = self.one(x), self.other(y)
+        ranks, total = 1, other.detach().sum(0)
+        if dist.is_initialized():
+            ranks = dist.get_world_size()
+            dist.all_reduce(total)
+            parts = [torch.zeros_like(other) for _ in range(ranks)]
+            dist.all_gather(parts, other)
+            other = torch.cat(parts)
+        self.center.mul_(0.9).add_(total / (len(x) * ranks), alpha=0.1)
+        return F.cross_entropy(one @ (other - self.center).T, torch.arange(len(x)))
+
+
+def _exchanges(rank: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(1)
+    x, y = (torch.randn(4 * ranks, width)[4 * rank : 4 * rank + 4] for width in (7, 3))
+    options = autopar.Options(compile=False, progress=False)
+    model = autopar.parallelize(Exchanges(), mesh, (x, y), options=options)
+    loss = model(x, y)
+    loss.backward()
+    gradient = model.other.weight.grad
+    assert dist.is_initialized()
+    assert isinstance(gradient, DTensor)
+    return loss.detach(), gradient.full_tensor(), model.center.clone()
+
+
+def test_what_a_model_would_exchange_between_ranks_is_of_the_global_batch() -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(8, 7), torch.randn(8, 3)
+    eager = Exchanges()
+    loss = eager(x, y)
+    loss.backward()
+    assert eager.other.weight.grad is not None
+    wanted = loss.detach(), eager.other.weight.grad, eager.center
+    for found in run_ranks(_exchanges, 2):
+        for name, one, other in zip(("loss", "gradient", "center"), found, wanted, strict=True):
+            assert_near(one, other, name)
+
+
+class _Insists(nn.Module):
+    def __init__(self, exchange: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.up, self.exchange = nn.Linear(4, 4), exchange
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.up(x)
+        self.exchange(y.detach())
+        return y.square().mean()
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [dist.all_reduce, lambda x: dist.get_rank(), lambda x: all_reduce(x, "sum", "0")],
+    ids=["collective", "rank", "functional"],
+)
+def test_a_forward_that_needs_other_ranks_is_refused(exchange: Callable[[Tensor], object]) -> None:
+    with pytest.raises(CaptureError, match=r"(?s)\.py:\d+: .*one device computes it.*is_initialized"):
+        capture(_Insists(exchange), (torch.randn(2, 4),), batch_dims=[0], batch_size=2)
