@@ -84,6 +84,7 @@ def _views() -> list[Sample]:
         s(aten.slice.Tensor, f(4, 6), 0, splits=2),
         s(aten.slice_backward.default, f(4, 3), [4, 6], 1, 0, 3, 1, splits=1),
         s(aten.slice_backward.default, f(4, 6), [4, 6], 1, 0, 6, 1, splits=1),
+        s(aten.slice_backward.default, f(4, 6), [4, 6], 1, -6, 2**63 - 1, 1, splits=1),
         s(aten.constant_pad_nd.default, f(4, 6), [1, 2], splits=1),
         s(aten.constant_pad_nd.default, f(4, 6), [0, 0, 1, 0], 3.0, splits=1),
         s(aten.constant_pad_nd.default, f(4, 6), [1, -1], splits=1),
