@@ -42,6 +42,10 @@ from passes.zones import Zone, is_finite, is_number, is_pointwise, is_zero, join
 
 aten = torch.ops.aten
 
+_APART = 127
+"""How far below all that an `arange` counts its added entries are: beyond what marks a place as none (-1, -100), and so
+near that powers of them are numbers where those of real positions are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pad:
@@ -284,12 +288,15 @@ class _Padding:
             return False
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         start, step, length = given.get("start", 0), given.get("step", 1), self.sizes[id(dim)][1]
+        nowhere = int(min(0, start, start + step * length)) - _APART
+        if nowhere < torch.iinfo(value.dtype).min:
+            return False
         self.emit.meta = _meta(node)
         new = self.emit.call(aten.arange.start_step, start, start + step * length, step, **node.kwargs)
         known = self.known[node] = _Known(dims, frozenset({(0, 0)}), node.meta)
         version = _Version(new, {(0, 0): "finite"})
         self._put(known, version, known.base)
-        self._overwrite(known, version, (0, 0), torch.iinfo(value.dtype).min, _meta(node))
+        self._overwrite(known, version, (0, 0), nowhere, _meta(node))
         version.zones[0, 0] = "nowhere"
         return True
 

@@ -554,3 +554,28 @@ def test_added_positions_that_are_compared_with_one_another_match_none() -> None
     same_on_one_device(model, pad(analysis, pads).program, kwargs)
     certificate = autopar.verify(model, {"tp": 2}, kwargs, strategy="fsdp")
     assert certificate.ok, str(certificate)
+
+
+class Placed(nn.Module):
+    """Positions as features, in powers, and scores that fall off with the square of the distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.width = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        places = torch.arange(x.shape[1])
+        at = places / x.shape[1]
+        x = F.layer_norm(x + self.places(torch.stack([at, at * at, at**3], -1)), (8,))
+        scores = self.one(x) @ x.mT - ((places[:, None] - places) / self.width) ** 2
+        return {"loss": self.two(scores.softmax(-1) @ x).square().mean()}
+
+
+def test_powers_of_added_positions_are_numbers() -> None:
+    torch.manual_seed(0)
+    model, kwargs = Placed(), {"x": torch.randn(4, 9, 8)}
+    analysis = analyse(captured(model, kwargs))
+    pads = [each for each in uneven_dims(analysis, (2,), ()) if each.size == 9]
+    assert pads
+    same_on_one_device(model, pad(analysis, pads).program, kwargs)
