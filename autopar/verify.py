@@ -35,12 +35,12 @@ from passes.bisect import Divergence, first_divergence
 from passes.double import doubled, in_double
 from passes.local import LocalProgram
 from passes.named import check_strategy
+from passes.one_process import as_one_process
 from passes.pipeline import Manner
 from passes.plan import Plan, check_plan
 from passes.precision import Precision, default_dtype, dtype_text
 from passes.program import Program
 from passes.simulate import SimulationError, StepValues, ledger, local_inputs, simulate_step
-from passes.tracing import as_one_process
 
 __all__ = ["Parity", "Tolerances", "verify"]
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +31,7 @@ from passes.decompositions import DECOMPOSITIONS
 from passes.errors import CaptureError
 from passes.fakes import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from passes.guards import Read, shapes
+from passes.one_process import as_one_process
 from passes.program import Fixed
 from passes.provenance import Place, Provenance, model_line, short_location, torch_function
 from passes.values import ExampleValues, TooLargeError, UnknownValueError, off_the_record, run_real
@@ -539,18 +539,6 @@ def _stacked(data: Any) -> Tensor:
 
 _ASKS = re.compile("compiling|tracing")
 """Names of functions that libraries wrap `torch.compiler.is_compiling` in."""
-
-
-@contextmanager
-def as_one_process() -> Iterator[None]:
-    """Inside, `torch.distributed` is not initialised: a model that would exchange something between ranks, as
-    `SyncBatchNorm` does, computes what it does on one device."""
-    group = dist.GroupMember.WORLD
-    dist.GroupMember.WORLD = None
-    try:
-        yield
-    finally:
-        dist.GroupMember.WORLD = group
 
 
 @contextmanager

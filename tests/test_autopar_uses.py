@@ -6,6 +6,7 @@ import copy
 import io
 from collections import namedtuple
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from autopar.examples import described, restored
 from passes.capture import capture
 from passes.errors import CaptureError, PlanMismatchError
 from passes.inputs import flatten_inputs
+from passes.one_process import as_one_process
 
 
 @dataclass(slots=True)
@@ -184,6 +186,17 @@ def test_what_a_model_would_exchange_between_ranks_is_of_the_global_batch() -> N
     for found in run_ranks(_exchanges, 2):
         for name, one, other in zip(("loss", "gradient", "center"), found, wanted, strict=True):
             assert_near(one, other, name)
+
+
+def _seen_by_others(rank: int, ranks: int) -> tuple[bool, int]:
+    """Whether this thread is alone, and how many ranks another thread has."""
+    with as_one_process(), ThreadPoolExecutor(1) as other:
+        return not dist.is_initialized(), other.submit(dist.get_world_size).result()
+
+
+def test_other_threads_keep_their_ranks_while_a_model_is_captured() -> None:
+    """One may be saving a checkpoint."""
+    assert run_ranks(_seen_by_others, 2) == [(True, 2)] * 2
 
 
 class _Insists(nn.Module):
