@@ -82,7 +82,7 @@ _KEEPS_FINITE = _FIRST_TIMES | {
 }
 _ADDITIONS = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 _FACTORS = {aten.mul.Tensor, aten.mul.Scalar}
-_KEEPS_EDGES = _KEEPS_FINITE - _ADDITIONS - _FACTORS - _FIRST_TIMES
+_KEEPS_EDGES = _KEEPS_FINITE - _ADDITIONS - _FACTORS - _FIRST_TIMES - {aten.gelu.default, aten.elu.default}
 _EQUALITIES = {aten.eq.Tensor, aten.ne.Tensor, aten.eq.Scalar, aten.ne.Scalar}
 _COPIES = {
     aten._to_copy.default,
@@ -148,19 +148,26 @@ def unknown(dtype: torch.dtype) -> Zone:
 
 def pointwise_zone(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.dtype], result: torch.dtype) -> Zone:
     """The zone of a pointwise op's result; `given` and `dtypes` are of its tensor operands in order."""
-    zone = _special(node, given)
+    zone = _special(node, given, result)
     if zone is None and given and all(map(is_number, given)):
         zone = _computed(node, given, dtypes)
     if zone is None:
         zone = _general(node, given)
     if zone == "edge" and any(_reach(dtype) > _reach(result) for dtype in dtypes):
         zone = "any"
+    if zone == "positive" and any(_least(dtype) < _least(result) for dtype in dtypes):
+        zone = "nonnegative"
     return "finite" if zone == "real" or (zone == "any" and unknown(result) == "finite") else zone
 
 
 def _reach(dtype: torch.dtype) -> float:
     """The largest number of a floating dtype; 0 of another."""
     return torch.finfo(dtype).max if dtype.is_floating_point else 0.0
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The smallest number above zero of a floating dtype, but for denormal ones; 1 of another."""
+    return torch.finfo(dtype).tiny if dtype.is_floating_point else 1.0
 
 
 def _computed(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.dtype]) -> Zone | None:
@@ -178,7 +185,7 @@ def _computed(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.dtype
     return None if number != number else number
 
 
-def _special(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
+def _special(node: fx.Node, given: Sequence[Zone], result: torch.dtype) -> Zone | None:
     """Ops whose result follows from some of their operands; None where that says nothing."""
     target = node.target
     if target is aten.where.self:
@@ -194,15 +201,15 @@ def _special(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
     if target in (aten.logical_and.default, aten.bitwise_and.Tensor) and any(zone is False for zone in given):
         return False
     if target in (aten.logical_or.default, aten.bitwise_or.Tensor) and any(zone is True for zone in given):
-        return True
+        return True if result is torch.bool else None
     if target in _COPIES:
         copied = given[0]
         return copied if isinstance(copied, str) and copied != "nowhere" else None
     if target is aten.mul.Tensor:
         return _product(node, given)
     if target in _FIRST_TIMES and is_zero(given[0]) and all(map(is_finite, given)):
-        return 0
-    if target in (aten.add.Tensor, aten.sub.Tensor) and len(given) == 2:
+        return None if any(map(is_edge, given)) else 0
+    if target in (aten.add.Tensor, aten.sub.Tensor) and len(given) == 2 and "alpha" not in node.kwargs:
         infinite = [zone for zone in given if is_number(zone) and isinstance(zone, float) and math.isinf(zone)]
         if len(infinite) == 1 and all(is_finite(zone) for zone in given if zone is not infinite[0]):
             return infinite[0] if infinite[0] is given[0] or target is aten.add.Tensor else -infinite[0]
