@@ -117,6 +117,53 @@ def test_gpu_script_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         # 7 products a layer and the head, each with two in backward; the plan makes some of them again.
         assert sum(count for _, count, _, _ in r["products"]) >= 3 * (2 * 7 + 1)
     assert "| dp=2,tp=4 |" in (tmp_path / "results.md").read_text()
+    # The optimizer's states, two of each of 21 parameters, are there when a step's kernels are counted.
+    filled = [count for r in results["rank0"] for name, count, _ in r["longest"] if name == "aten::zeros_like"]
+    assert max(filled, default=0) < 2 * 21
+
+
+def by_halves(script: Any, monkeypatch: pytest.MonkeyPatch, out: Path, half: str, left: int) -> None:
+    """The script for one half on a CPU, where it is ended after so many measurements."""
+
+    def measured(arguments: Any, *part: str) -> dict[str, Any]:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return {
+            "how": part[1], "dtype": part[2], "losses": [2.0, 1.0], "step_s": 1.0, "prepared_s": 0.0, "peak_bytes": 1,
+            "tokens": 1,
+        }  # fmt: skip
+
+    monkeypatch.setattr(script, "measured", measured)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--only", half, "--out", str(out)])
+    script.main()
+
+
+def test_gpu_script_keeps_what_it_has_where_it_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        by_halves(imported("benchmarks/gpu", "run"), monkeypatch, tmp_path, "train", 3)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [r["how"] for r in results["train"]] == ["eager", "torch.compile", "torch.compile, CUDA graphs"]
+    assert results["torch"] == torch.__version__
+    assert "CUDA graphs" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("what", "other"), [("device", "NVIDIA H100"), ("torch", "2.11.0"), ("command", "--small")])
+def test_gpu_script_mixes_no_halves_of_two_machines(
+    what: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = imported("benchmarks/gpu", "run")
+    by_halves(script, monkeypatch, tmp_path, "train", 99)
+    path = tmp_path / "results.json"
+    last = json.loads(path.read_text()) | {"rank0": [], "note": "of another run"}
+    path.write_text(json.dumps(last))
+    by_halves(script, monkeypatch, tmp_path, "train", 99)
+    assert json.loads(path.read_text())["note"] == "of another run"
+    path.write_text(text := json.dumps(last | {what: other}))
+    with pytest.raises(SystemExit, match=rf"results.json is of {what} {other}, this is "):
+        by_halves(script, monkeypatch, tmp_path, "train", 99)
+    assert path.read_text() == text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

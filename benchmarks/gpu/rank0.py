@@ -24,7 +24,7 @@ from autopar.measured import beside, read_trace
 from autopar.measured import measured as measured_kinds
 from costmodel.compute import matmul, op_s
 from costmodel.hardware import Device
-from costmodel.presets import hardware
+from costmodel.presets import hardware, preset_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from by_hand import sharded
@@ -49,8 +49,9 @@ def measure_rank0(device: str, small: bool, how: str, strategy: str, mesh_text: 
     step_flops = model_flops(config, rows * sizes["dp"], length) / ranks
     example = batch(config, rows, length, 0, device)
     start = time.perf_counter()
+    figures = hardware("cpu" if device == "cpu" else preset_of(torch.cuda.get_device_name()))
     plan = autopar.plan(
-        model, mesh, example, strategy=strategy, hardware="cpu" if device == "cpu" else None,
+        model, mesh, example, strategy=strategy, hardware=figures,
         options=autopar.Options(compile=not small, optimizer="adamw" if small else "adamw-bf16"),
     )  # fmt: skip
     if how == "autopar":
@@ -67,7 +68,7 @@ def measure_rank0(device: str, small: bool, how: str, strategy: str, mesh_text: 
     found = {
         "how": how, "strategy": strategy, "mesh": mesh_text, "step_s": step_s, "peak_bytes": peak,
         "finite": all(map(math.isfinite, losses)), "prepared_s": prepared_s, "flops_per_s": step_flops / step_s,
-        "peak_flops_per_s": hardware("cpu" if device == "cpu" else None).device.peak_flops_per_s,
+        "peak_flops_per_s": figures.device.peak_flops_per_s,
         **traced(model, config, rows, length, device, plan if how == "autopar" else None),
     }  # fmt: skip
     if how == "autopar":
@@ -75,7 +76,7 @@ def measure_rank0(device: str, small: bool, how: str, strategy: str, mesh_text: 
             "predicted_step_s": plan.step_time_s, "predicted_peak_bytes": plan.peak_memory_bytes,
             "predicted_communication_s": sum(collective.seconds for collective in plan.collectives),
             "predicted_compute_s": plan.breakdown.compute_s + plan.breakdown.optimizer_s,
-            "products": products(model, device, hardware("cpu" if device == "cpu" else None).device),
+            "products": products(model, device, figures.device),
         }  # fmt: skip
     dist.destroy_process_group()
     return found
@@ -103,9 +104,16 @@ def traced(
 ) -> dict[str, Any]:
     """What one step launches (kernels; ops, on a CPU): how many, seconds by kind, also the plan's, and the longest."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    timed_s(device, lambda: renewed(model))
-    with profile(activities=activities) as recorded:
-        trained(model, config, rows, length, 1, device, clip=False)
+    recorded = profile(activities=activities)
+    starts = iter((lambda: None, recorded.start))
+
+    def before() -> None:
+        """Recorded is the second step: the first fills the optimizer's states."""
+        timed_s(device, lambda: renewed(model))
+        next(starts)()
+
+    trained(model, config, rows, length, 2, device, clip=False, before=before)
+    recorded.stop()
     category = "kernel" if device == "cuda" else "cpu_op"
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "trace.json")

@@ -6,8 +6,9 @@
             seconds, peak memory and kernels of what this rank computes, beside the same layout by hand, eager and
             compiled, and beside what the plan predicts, kind by kind and product by product
 
-Each measurement has a process of its own. Without a CUDA device there is nothing to measure and the exit code is 0;
-`--device cpu --small` goes through the same steps with a tiny model.
+Each measurement has a process of its own, and results are written after each: a run that is ended keeps what it has.
+Without a CUDA device there is nothing to measure and the exit code is 0; `--device cpu --small` goes through the same
+steps with a tiny model.
 
     python benchmarks/gpu/run.py                       # writes benchmarks/gpu/results.md and results.json
     python benchmarks/gpu/run.py --only rank0          # one half; the other stays as it is in results.json
@@ -35,6 +36,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import autopar
+
+MOST_S = 300
+"""A measurement that takes longer hangs."""
 
 
 def measure_train(device: str, small: bool, how: str, dtype: str) -> dict[str, Any]:
@@ -108,8 +112,65 @@ def measured(arguments: argparse.Namespace, *part: str) -> dict[str, Any] | None
         if arguments.small:
             command.append("--small")
         print("measuring", *part, flush=True)
-        subprocess.run([*command, "--part", *part], check=False, env={**os.environ, "WORLD_SIZE": "1", "RANK": "0"})
+        environment = {**os.environ, "WORLD_SIZE": "1", "RANK": "0"}
+        try:
+            subprocess.run([*command, "--part", *part], check=False, env=environment, timeout=MOST_S)
+        except subprocess.TimeoutExpired:
+            print(f"ended after {MOST_S} s")
         return json.loads(path.read_text()) if path.exists() else None
+
+
+def parts(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
+    """What is to be measured."""
+    hows = ("eager", "torch.compile", "torch.compile, CUDA graphs", "autopar")
+    dtypes = ("float32", "bfloat16")
+    plans = [("fsdp", "dp=8"), ("megatron", "dp=2,tp=4"), ("megatron", "dp=1,tp=8"), ("auto", "dp=2,tp=4")]
+    programs = HOWS
+    if arguments.small:  # nothing small is compiled
+        hows, dtypes, plans, programs = hows[::3], dtypes[:1], plans[:2], HOWS[::2]
+    train = [("train", how, dtype) for dtype in dtypes for how in hows]
+    rank0 = [("rank0", how, *plan) for plan in plans for how in programs if _exists(how, *plan)]
+    return [part for part in (*train, *rank0) if arguments.only in (None, part[0])]
+
+
+def described(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where and on what is measured."""
+    return {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "command": "python benchmarks/gpu/run.py" + (" --device cpu" if arguments.device == "cpu" else "")
+        + (" --small" if arguments.small else ""),
+        "train_model": "Tiny LLaMA." if arguments.small else
+        "LLaMA, 8 layers, hidden 1024, vocabulary 32,000; 8 rows of 1,024 tokens; AdamW, clipping at 1.",
+        "rank0_model": "Tiny LLaMA." if arguments.small else
+        "LLaMA-3-8B's dimensions with 4 of its 32 layers, bf16; 1 row of 4,096 tokens per data-parallel rank; AdamW.",
+    }  # fmt: skip
+
+
+def kept(arguments: argparse.Namespace, here: dict[str, Any]) -> dict[str, Any]:
+    """The half that is not measured, as it was last.
+
+    Raises:
+        SystemExit: it was measured elsewhere or otherwise; names both.
+    """
+    path = arguments.out / "results.json"
+    if not arguments.only or not path.exists():
+        return {}
+    last = json.loads(path.read_text())
+    for what in ("device", "torch", "command"):
+        if last[what] != here[what]:
+            sys.exit(f"{path} is of {what} {last[what]}, this is {here[what]}: --out another folder, or no --only")
+    other = {"train": "rank0", "rank0": "train"}[arguments.only]
+    return {other: last[other], **({"note": last["note"]} if other == "rank0" and "note" in last else {})}
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """Losses are held against eager's: without it a dtype has nothing to say."""
+    with_eager = {r["dtype"] for r in results["train"] if r["how"] == "eager"}
+    results = {**results, "train": [r for r in results["train"] if r["dtype"] in with_eager]}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.md").write_text(as_markdown(results))
 
 
 def main() -> int:
@@ -131,42 +192,14 @@ def main() -> int:
         arguments.result.write_text(json.dumps(result))
         return 0
 
-    previous = {"train": [], "rank0": []}
-    if arguments.only and (arguments.out / "results.json").exists():
-        previous = json.loads((arguments.out / "results.json").read_text())
-    hows = ("eager", "torch.compile", "torch.compile, CUDA graphs", "autopar")
-    if arguments.small:
-        hows = hows[::3]
-    dtypes = ("float32",) if arguments.small else ("float32", "bfloat16")
-    train = previous["train"]
-    if arguments.only != "rank0":
-        train = [measured(arguments, "train", how, dtype) for dtype in dtypes for how in hows]
-    plans = [("fsdp", "dp=8"), ("megatron", "dp=2,tp=4"), ("megatron", "dp=1,tp=8"), ("auto", "dp=2,tp=4")]
-    programs = HOWS
-    if arguments.small:
-        plans, programs = plans[:2], HOWS[::2]  # nothing small is compiled
-    rank0 = previous["rank0"]
-    if arguments.only != "train":
-        rank0 = [measured(arguments, "rank0", how, *plan) for plan in plans for how in programs if _exists(how, *plan)]
-    failed = [*train, *rank0].count(None)
-    good_train = [r for r in train if r is not None]
-    # Losses are held against eager's; without it a dtype has nothing to say.
-    with_eager = {r["dtype"] for r in good_train if r["how"] == "eager"}
-    results = {
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "command": "python benchmarks/gpu/run.py" + (" --device cpu" if arguments.device == "cpu" else "")
-        + (" --small" if arguments.small else ""),
-        "train_model": "Tiny LLaMA." if arguments.small else
-        "LLaMA, 8 layers, hidden 1024, vocabulary 32,000; 8 rows of 1,024 tokens; AdamW, clipping at 1.",
-        "rank0_model": "Tiny LLaMA." if arguments.small else
-        "LLaMA-3-8B's dimensions with 4 of its 32 layers, bf16; 1 row of 4,096 tokens per data-parallel rank; AdamW.",
-        "train": [r for r in good_train if r["dtype"] in with_eager],
-        "rank0": [r for r in rank0 if r is not None],
-    }  # fmt: skip
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.out / "results.md").write_text(as_markdown(results))
+    here = described(arguments)
+    results = {**here, "train": [], "rank0": [], **kept(arguments, here)}
+    failed = 0
+    for part in parts(arguments):
+        found = measured(arguments, *part)
+        failed += found is None
+        results[part[0]] += [found] if found is not None else []
+        write(results, arguments.out)
     print((arguments.out / "results.md").read_text())
     if failed:
         print(f"{failed} measurements failed; their errors are above")
