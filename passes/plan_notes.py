@@ -111,8 +111,9 @@ def tight_note(peak_bytes: float, usable_bytes: float) -> str | None:
     )
 
 
-_LAUNCH_S = 60e-6
-"""What the host of one machine took for each kernel of a step that waited for it (benchmarks/gpu/results.md: tp=8)."""
+_LAUNCH_S = 80e-6
+"""What the host of one machine took for each kernel of a step that waited for it (benchmarks/gpu/results.md: tp=8, of
+whose kernels 78 fills are of no step)."""
 
 
 def _launch_notes(chosen: Candidate, request: Request) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,8 +178,20 @@ def test_kernels_are_as_many_as_a_profiler_counted() -> None:
     assert launched[2] - launched[0] == 12 * (launched[1] - launched[0])
 
 
+def test_the_host_is_told_of_by_what_its_launches_took() -> None:
+    """The step that waited for its host (tp=8) launched 326 kernels less the fills of a new optimizer's states, two for
+    each of 39 parameters, which were not in it."""
+    results = json.loads((Path(__file__).parents[1] / "benchmarks" / "gpu" / "results.json").read_text())
+    (waited,) = (r for r in results["rank0"] if (r["mesh"], r["how"]) == ("dp=1,tp=8", "autopar"))
+    each_s = waited["step_s"] / (waited["kernels"] - 2 * (4 * 9 + 3))
+    assert launch_note(100, 100 * each_s * 1.01) is None
+    note = launch_note(100, 100 * each_s * 0.99)
+    assert note is not None
+    assert note.endswith(f"({each_s * 1e6:.1f} us were seen)")
+
+
 def test_long_kernels_and_cpus_wait_for_no_host() -> None:
-    assert launch_note(1000, 0.061) is None
+    assert launch_note(1000, 0.081) is None
     assert "1,000 kernels, one every 20.0 us" in (launch_note(1000, 0.02) or "")
     assert not any("launches some" in note for note in plan(Request(), "cpu").notes)
     assert any("launches some" in note for note in plan(Request()).notes)
