@@ -40,24 +40,38 @@ def guards_of(
     root: torch.nn.Module, reads: Sequence[Read], inputs: Mapping[fx.Node, Input], changed: Collection[str]
 ) -> Guards | None:
     """The reads that follow from the user's inputs or from buffers; the step changes those named in `changed`."""
-    graph, copies, kept = fx.Graph(), {}, []
+    kept = []
     for read in reads:
         needed = _ancestors([read.node] if read.node is not None else _nodes((read.args, read.kwargs)))
         given = [inputs[node] for node in needed if node in inputs]
         if given:
-            buffers = tuple(i.name for i in given if i.kind != "input")
-            written = tuple(name for name in buffers if name in changed)
-            buffers = buffers if len(buffers) == len(given) else ()
-            kept.append((replace(read, fixed=replace(read.fixed, buffers=buffers, written=written)), needed))
+            kept.append((replace(read, fixed=_of_buffers(read.fixed, given, changed)), needed))
     if not kept:
         return None
     leaves = list({node: None for _, needed in kept for node in needed if node in inputs})
     of_user = [node for node in leaves if inputs[node].kind == "input"]
     of_model = [node for node in leaves if inputs[node].kind != "input"]
-    for node in (*of_user, *of_model):
-        copies[node] = graph.placeholder(node.name)
+    return Guards(
+        graph_module(root, _computing(kept, [*of_user, *of_model])),
+        inputs=tuple(inputs[node].name for node in of_user),
+        buffers=tuple(inputs[node].name for node in of_model),
+        fixed=tuple(read.fixed for read, _ in kept),
+    )
+
+
+def _of_buffers(fixed: Fixed, given: Sequence[Input], changed: Collection[str]) -> Fixed:
+    """`fixed` with the buffers that it follows from, where it follows from these alone, and those the step writes."""
+    buffers = tuple(entry.name for entry in given if entry.kind != "input")
+    written = tuple(name for name in buffers if name in changed)
+    return replace(fixed, buffers=buffers if len(buffers) == len(given) else (), written=written)
+
+
+def _computing(reads: Sequence[tuple[Read, Sequence[fx.Node]]], leaves: Sequence[fx.Node]) -> fx.Graph:
+    """A graph from `leaves` to what was read, each with the nodes that it follows from."""
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in leaves}
     results = []
-    for read, needed in kept:
+    for read, needed in reads:
         for node in needed:
             if node not in copies:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -69,12 +83,7 @@ def guards_of(
             results.append(graph.call_function(read.target, args, kwargs))
     graph.output(tuple(results))
     graph.eliminate_dead_code()
-    return Guards(
-        graph_module(root, graph),
-        inputs=tuple(inputs[node].name for node in of_user),
-        buffers=tuple(inputs[node].name for node in of_model),
-        fixed=tuple(read.fixed for read, _ in kept),
-    )
+    return graph
 
 
 def _zeros(graph: fx.Graph, meta: Tensor) -> fx.Node:

@@ -68,36 +68,48 @@ def drop_no_ops(graph: fx.Graph) -> None:
 
 
 def _same_as(node: fx.Node) -> fx.Node | None:
+    """The operand that a node's value is, where it is one."""
     if node.op != "call_function" or not node.args:
         return None
-    first = node.args[0]
-    if node.target is aten.cat.default:
-        part = _one_part(node)
-        return part if part is not None and _same_strides(part.meta["val"], node.meta["val"]) else None
-    if not isinstance(first, fx.Node) or not isinstance(node.meta["val"], Tensor):
+    same = _one_part(node) if node.target is aten.cat.default else node.args[0]
+    if not isinstance(same, fx.Node) or not isinstance(node.meta["val"], Tensor):
         return None
-    old, new = first.meta["val"], node.meta["val"]
+    old, new = same.meta["val"], node.meta["val"]
     if not isinstance(old, Tensor) or old.shape != new.shape or old.dtype != new.dtype:
         return None
-    if node.target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default):
-        return first
-    if node.target in (aten.clone.default, aten._to_copy.default):
-        return first if _same_strides(old, new) else None
-    if node.target in (aten.view.default, aten._unsafe_view.default, aten.expand.default):
-        return first
-    if node.target is aten.permute.default:
-        dims: Any = node.args[1]
-        return first if [d % max(old.dim(), 1) for d in dims] == list(range(old.dim())) else None
-    if node.target is aten.slice.Tensor:
-        return first if len(node.args) < 5 or node.args[4] == 1 else None
-    if node.target in (aten.transpose.int,):
-        a, b = (d % max(old.dim(), 1) for d in node.args[1:])  # type: ignore[operator]
-        return first if a == b else None
-    if node.target is aten.sum.dim_IntList and not old.dim():
-        return first
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
-        return first if _is_one(node.args[1]) and _same_strides(old, new) else None
-    return None
+    return same if _changes_nothing(node, old, new) else None
+
+
+def _changes_nothing(node: fx.Node, old: Tensor, new: Tensor) -> bool:
+    """Whether an op gives what it is given, where shapes and dtypes are the same."""
+    target, args = node.target, node.args
+    if target in _SAME_WHERE_SHAPES_ARE:
+        return True
+    if target in (aten.clone.default, aten._to_copy.default, aten.cat.default):
+        return _same_strides(old, new)
+    if target is aten.permute.default:
+        dims: Any = args[1]
+        return [dim % max(old.dim(), 1) for dim in dims] == list(range(old.dim()))
+    if target is aten.transpose.int:
+        one, other = (dim % max(old.dim(), 1) for dim in args[1:])  # type: ignore[operator]
+        return bool(one == other)
+    if target is aten.slice.Tensor:
+        return len(args) < 5 or bool(args[4] == 1)
+    if target is aten.sum.dim_IntList:
+        return not old.dim()
+    if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+        return _is_one(args[1]) and _same_strides(old, new)
+    return False
+
+
+_SAME_WHERE_SHAPES_ARE = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+}
 
 
 def _is_one(value: Any) -> bool:

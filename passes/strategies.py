@@ -137,42 +137,64 @@ def stored_options(
     padded dim are the chunks that `torch.chunk` cuts.
     """
     padded = tuple(math.prod(sizes) for sizes in dims)
-    shape = tuple(padded if shape is None else shape)
-    expanded = expanded_shape(dims)
+    tensor = _Stored(tuple(padded if shape is None else shape), padded, expanded_shape(dims), tuple(axis_sizes), dtypes)
     places = leading_places(dims)
-    state, whole = (-2, -2), (-1, -1)
-    choices = [whole, *places, *([state] if places and places[0][0] == 0 else [])]
-    options = []
-    for picks in product(choices, repeat=len(axis_sizes)):
+    choices = [_WHOLE, *places, *([_STATE] if places and places[0][0] == 0 else [])]
+    found = (
+        tensor.option(picks, [dim for dim, _ in places if dim]) for picks in product(choices, repeat=len(axis_sizes))
+    )
+    return tuple(option for option in found if option is not None)
+
+
+_Pick = tuple[int, int]
+"""What an axis does with a stored tensor: splits a dim, whose outermost atom has that place in the expanded shape."""
+_WHOLE: _Pick = (-1, -1)
+_STATE: _Pick = (-2, -2)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor to be stored: its shape outside the graph, padded, and expanded."""
+
+    shape: tuple[int, ...]
+    padded: tuple[int, ...]
+    expanded: tuple[int, ...]
+    axis_sizes: tuple[int, ...]
+    dtypes: Dtypes | None
+
+    def option(self, picks: Sequence[_Pick], others: Sequence[int]) -> StoredOption | None:
+        """The way to store it in which each axis does what was picked for it, if there is one; `others`: dims but the
+        first that chunks may be of."""
         split = {
-            pick: [s for other, s in zip(picks, axis_sizes, strict=True) if other == pick]
-            for pick in set(picks)
-            if pick[0] >= 0
+            pick: [size for other, size in zip(picks, self.axis_sizes, strict=True) if other == pick]
+            for pick in picks
+            if pick not in (_WHOLE, _STATE)
         }
-        if any(expanded[place] % math.prod(sizes) for (_, place), sizes in split.items()):
-            continue
-        if any(not _chunks_alike(shape[dim], padded[dim], sizes) for (dim, _), sizes in split.items()):
-            continue
-        shards = tuple(DimShard(dim) if dim >= 0 else None for dim, _ in picks)
-        state_axes = tuple(axis for axis, pick in enumerate(picks) if pick == state)
-        storage = Storage(shape, shards, state_axes)
-        free = [dim for dim, _ in places if dim and not any(d == dim for d, _ in split)]
-        ranks = math.prod(axis_sizes[axis] for axis in state_axes)
-        if state_axes and 0 in storage.uneven_dims(axis_sizes):
-            if not free:
-                continue
-            storage = replace(storage, state_dim=max(free, key=lambda dim: shape[dim]))
-        elif state_axes and storage.computed_shape(axis_sizes)[0] < ranks:
-            even = [dim for dim in free if shape[dim] % ranks == 0]
-            storage = replace(storage, state_dim=even[0] if even else 0)
-        layout: Layout = tuple(Shard(place) if dim >= 0 else Replicate() for dim, place in picks)
-        ways = [1] * len(shape)
-        for (dim, _), sizes in split.items():
-            ways[dim] = math.prod(sizes)
-        computed = storage.computed_shape(axis_sizes)
-        padding = tuple(n // parts - held for n, parts, held in zip(padded, ways, computed, strict=True))
-        options.append(StoredOption(layout, storage, padding if any(padding) else (), dtypes))
-    return tuple(options)
+        ways = {dim: math.prod(sizes) for (dim, _), sizes in split.items()}
+        if any(self.expanded[place] % ways[dim] for dim, place in split):
+            return None
+        if not all(_chunks_alike(self.shape[dim], self.padded[dim], sizes) for (dim, _), sizes in split.items()):
+            return None
+        shards = tuple(DimShard(pick[0]) if pick in split else None for pick in picks)
+        state_axes = tuple(axis for axis, pick in enumerate(picks) if pick == _STATE)
+        storage = self._in_chunks(Storage(self.shape, shards, state_axes), [dim for dim in others if dim not in ways])
+        if storage is None:
+            return None
+        layout: Layout = tuple(Shard(pick[1]) if pick in split else Replicate() for pick in picks)
+        held = storage.computed_shape(self.axis_sizes)
+        padding = tuple(n // ways.get(dim, 1) - held[dim] for dim, n in enumerate(self.padded))
+        return StoredOption(layout, storage, padding if any(padding) else (), self.dtypes)
+
+    def _in_chunks(self, storage: Storage, free: Sequence[int]) -> Storage | None:
+        """`storage` in chunks of a dim that can be cut so, `free` ones beside the first; None where there is none."""
+        if not storage.state_axes:
+            return storage
+        if 0 in storage.uneven_dims(self.axis_sizes):
+            return replace(storage, state_dim=max(free, key=lambda dim: self.shape[dim])) if free else None
+        ranks = math.prod(self.axis_sizes[axis] for axis in storage.state_axes)
+        if storage.computed_shape(self.axis_sizes)[0] >= ranks:
+            return storage
+        return replace(storage, state_dim=next((dim for dim in free if self.shape[dim] % ranks == 0), 0))
 
 
 def _chunks_alike(rows: int, padded: int, sizes: Sequence[int]) -> bool:
