@@ -356,6 +356,8 @@ def _applied(
             warn_of_optimizers(model)
             if program.left:
                 warnings.warn(left_note(program.left), stacklevel=2)
+            if local.program.attends and not job.options.batch_dims:
+                warnings.warn(local.program.attends, stacklevel=2)
     return module
 
 

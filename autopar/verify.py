@@ -224,7 +224,7 @@ class _Check:
             rounding_error=rounding_error,
             double_error=double.ranks,
             model_double_error=double.model,
-            notes=(*_doubts(reference), *double.notes, *notes, *program.notes),
+            notes=(*_doubts(reference), *double.notes, *notes, *program.notes, *filter(None, [local.program.attends])),
             without_randomness=without,
         )
 

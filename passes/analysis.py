@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from passes.batch_dims import with_batch_dims
+from passes.batch_dims import with_attending, with_batch_dims
 from passes.buckets import Gradients
 from passes.dims import ExpandedOp, Unified, Value, expand, expanded_shape, is_getitem, outputs_of, unified, value_of
 from passes.discover import discover, form_of_rule
@@ -161,6 +161,7 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
     ops = expand(atoms)
     batch, sequence = _data_atoms(program, folding, ops)
     program = with_batch_dims(program, folding, atoms, batch)
+    program = with_attending(program, folding, atoms, batch)
     weights = program.weights()
     moved = traffic(program.graph.graph, folding, calls, fused, weights)
     returned = _returned(program)

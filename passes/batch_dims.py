@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,6 +12,7 @@ from torch import fx
 from passes.dims import Atom, Unified, outputs_of, value_of
 from passes.layers import Folding
 from passes.program import Program
+from passes.provenance import place_of
 from passes.rules.create import FILLS, IOTAS
 from passes.walks import made_of
 
@@ -50,6 +52,43 @@ def with_batch_dims(program: Program, folding: Folding, unified: Unified, batch:
         ),
         notes=tuple(dict.fromkeys([*program.notes, *notes])),
     )
+
+
+def with_attending(program: Program, folding: Folding, unified: Unified, batch: frozenset[int]) -> Program:
+    """The program with a note where samples attend to one another and no mask keeps them apart: what was taken for the
+    batch is then rather the sequence."""
+    for node in program.graph.graph.nodes:
+        keys = _keys(node)
+        if keys is None:
+            continue
+        source, dim = keys
+        if not batch.isdisjoint(id(atom) for atom in unified.dims(value_of(source, folding))[dim]):
+            given = [each for each in program.inputs if each.kind == "input" and each.batch_dim is not None]
+            taken = [f"dim {each.batch_dim} of {each.name!r}" for each in given]
+            shown = " and ".join(taken[:2]) + (f" and {len(taken) - 2} more" if len(taken) > 2 else "")
+            note = (
+                f"{place_of(node)}: samples attend to one another, where the batch is {shown}. A batch that lies "
+                "elsewhere (sequence first) is told by Options(batch_dims={name: dim}); a list with a tensor for each "
+                "sample has to be one padded tensor"
+            )
+            return replace(program, notes=tuple(dict.fromkeys([*program.notes, note])), attends=note)
+    return program
+
+
+def _keys(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """Of attention without a mask of its own: a tensor and its dim that counts the keys."""
+    if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
+        mask = node.kwargs.get("attn_mask")
+        return (node.args[1], 2) if mask is None else None  # type: ignore[return-value]
+    if node.target is aten._softmax.default and _is_score(node.args[0]):
+        return node, node.args[1]  # type: ignore[return-value]
+    return None
+
+
+def _is_score(node: Any) -> bool:
+    while node.target in (aten.view.default, aten.mul.Tensor, aten.div.Tensor):
+        node = node.args[0]
+    return node.target is aten.bmm.default
 
 
 class _Finder:

@@ -138,6 +138,8 @@ class Program:
     """What a user should know about the capture; shown in the report."""
     left: tuple[str, ...] = ()
     """Attributes of modules where the forward leaves tensors that a loss may be made of (`passes/left_behind.py`)."""
+    attends: str = ""
+    """A note where samples attend to one another (`passes/batch_dims.py`): their dim may be another one."""
     has_loss: bool = False
     """A scalar among the outputs is differentiated, by a tangent of its own; then it alone has a tangent. Else every
     differentiable output has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -123,3 +124,58 @@ def _on_ranks(rank: int, ranks: int) -> None:
 
 def test_each_rank_has_its_samples_and_the_whole_of_what_has_none() -> None:
     run_ranks(_on_ranks, 2)
+
+
+class Attending(nn.Module):
+    """A layer of `torch.nn.TransformerEncoder`, or attention that gives its weights, over samples side by side."""
+
+    def __init__(self, batch_first: bool, fused: bool = True, causal: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.length_dim, self.fused, self.causal = int(batch_first), fused, causal
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, dropout=0.0, batch_first=batch_first)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=batch_first)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        length = x.shape[self.length_dim]
+        mask = nn.Transformer.generate_square_subsequent_mask(length) if self.causal else None
+        h = self.layer(x, mask) if self.fused else self.attention(x, x, x)[0]
+        return F.mse_loss(h, y)
+
+
+@pytest.mark.parametrize(("fused", "causal"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_batch_that_attends_to_itself_is_told(batch_first: bool, fused: bool, causal: bool) -> None:
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    model = Attending(batch_first, fused, causal)
+    program = analyse(prepare(capture(model, (x, x), batch_dims=(0, 0), batch_size=BATCH))).program
+    told = [note for note in program.notes if "samples attend to one another" in note]
+    assert told == ([] if batch_first else [program.attends])
+    assert bool(program.attends) != batch_first
+
+
+def _sequence_first(rank: int, ranks: int) -> tuple[list[str], list[Tensor]]:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(1)
+    x, y = (torch.randn(LENGTH, BATCH, WIDTH).chunk(ranks, 1)[rank].contiguous() for _ in range(2))
+    said, losses = [], []
+    for dims in (None, {"x": 1, "y": 1}):
+        options = autopar.Options(compile=False, progress=False, batch_dims=dims)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = autopar.parallelize(Attending(batch_first=False), mesh, {"x": x, "y": y}, options=options)
+        said.append(" ".join(str(each.message) for each in caught if "attend" in str(each.message)))
+        losses.append(model(x, y).detach())
+    return said, losses
+
+
+def test_sequences_first_are_warned_of() -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(LENGTH, BATCH, WIDTH), torch.randn(LENGTH, BATCH, WIDTH)
+    wanted = Attending(batch_first=False)(x, y)
+    (first, *others) = run_ranks(_sequence_first, 2)
+    for said, losses in (first, *others):
+        assert abs(losses[0] - wanted) > 1e-3 * wanted  # of sequences twice as long
+        assert abs(losses[1] - wanted) < 1e-6 * wanted
+        assert not said[1]
+    assert "where the batch is dim 0 of 'x' and dim 0 of 'y'" in first[0][0]
