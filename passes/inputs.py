@@ -44,8 +44,9 @@ def global_inputs(
     The batch size is the length of dim 0 that most tensors share. A tensor has its batch in dim 0 where that is the
     batch size or a multiple of it (flattened image patches), unless its length there is that of another tensor's
     sequence and it is a vector or a square (positions, masks); in dim 1 where that is the batch size and dim 0 is not
-    (stacked position ids). `batch_dims` says it for leaves by name, such as `input_ids` or `args.0`. Values are
-    repeated for each rank; the result of a fake or meta tensor, or a very large one, is a meta tensor.
+    (stacked position ids; of a batch of one, where the dims behind dim 0 are all those of another tensor).
+    `batch_dims` says it for leaves by name, such as `input_ids` or `args.0`. Values are repeated for each rank; the
+    result of a fake or meta tensor, or a very large one, is a meta tensor.
     """
     leaves, spec, names = flatten_inputs(args, dict(kwargs))
     given = dict(batch_dims or {})
@@ -59,9 +60,9 @@ def global_inputs(
     if batch == 0:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise ValueError(f"the batch has no samples (the inputs' shapes are {shapes}); give every rank at least one")
-    lengths = {n for t in tensors.values() if t.dim() and t.shape[0] == batch for n in t.shape[1:]}
+    whole = {tuple(t.shape) for t in tensors.values() if t.dim() and t.shape[0] == batch}
     dims = [
-        (given[n] if n in given else _guess(leaf, batch, lengths)) if isinstance(leaf, Tensor) else None
+        (given[n] if n in given else _guess(leaf, batch, whole)) if isinstance(leaf, Tensor) else None
         for n, leaf in zip(names, leaves, strict=True)
     ]
     dims = [d if d is None or d >= 0 else d + leaf.dim() for d, leaf in zip(dims, leaves, strict=True)]
@@ -208,15 +209,16 @@ def _batch_size(tensors: Mapping[str, Tensor], given: Mapping[str, int | None]) 
     )
 
 
-def _guess(tensor: Tensor, batch: int, lengths: set[int]) -> int | None:
+def _guess(tensor: Tensor, batch: int, shapes: set[tuple[int, ...]]) -> int | None:
+    """`shapes`: of the tensors with as many rows as the batch."""
     if not tensor.dim() or not tensor.numel():
         return None
     rows = tensor.shape[0]
     if rows == batch:
         return 0
-    if tensor.dim() > 2 and tensor.shape[1] == batch and batch > 1:
+    if tensor.dim() > 2 and tensor.shape[1] == batch and (batch > 1 or tuple(tensor.shape[1:]) in shapes):
         return 1
-    positions = rows in lengths and (tensor.dim() == 1 or tensor.shape[0] == tensor.shape[1])
+    positions = any(rows in shape[1:] for shape in shapes) and (tensor.dim() == 1 or tensor.shape[0] == tensor.shape[1])
     return 0 if rows % batch == 0 and not positions and rows > batch else None
 
 

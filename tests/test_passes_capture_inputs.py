@@ -123,6 +123,15 @@ def test_positions_and_square_masks_are_shared() -> None:
     assert found.kwargs["stacked"].shape == (3, 8, 8)
 
 
+def test_stacked_positions_of_a_batch_of_one() -> None:
+    ids = torch.zeros(1, 8)
+    batch = {"ids": ids, "labels": ids, "positions": torch.zeros(3, 1, 8), "patches": torch.zeros(6, 1, 4)}
+    found = global_inputs((), batch, 2)
+    assert dict(zip(batch, found.batch_dims, strict=True)) == {"ids": 0, "labels": 0, "positions": 1, "patches": 0}
+    assert found.kwargs["positions"].shape == (3, 2, 8)
+    assert [note for note in found.notes if "positions" in note] == []
+
+
 def test_the_user_can_say_where_the_batch_is() -> None:
     source, target = torch.zeros(9, 2, 16), torch.zeros(5, 2, 16)
     found = global_inputs((source, target), {}, 2, {"args.0": 1, "args.1": -2})
