@@ -182,13 +182,17 @@ class _Search:
             yield self.candidate(estimate(replace(candidate.setup, offload=True), self.profiler))
 
     def times_on(self, gpus: int, found: Sequence[Candidate]) -> Times:
-        """Steps on another number of GPUs: of sharded state alone, and of what here was fastest of all else."""
+        """Steps on another number of GPUs: of sharded state alone, and of what here was fastest of each other kind."""
         states = (setup for setup in self.setups.plans(gpus) if setup.tp == 1)
         else_ = [c for c in found if c.fits and c.setup.ranks > c.setup.data_ranks and not c.setup.fp8]
         else_ = [c for c in else_ if c.setup.ep == 1]  # which no verdict rests on
         fastest = sorted((c for c in else_ if not c.setup.offload), key=lambda c: c.step_time_s)
         kept = [c.setup for c in distinct(c for c in fastest if c.setup.pp > 1)][:_ELSEWHERE]
-        kept += [c.setup for c in fastest if c.setup.pp == c.setup.cp == 1 and c.setup.state == "zero3"][:1]
+        plans = [c.setup for c in fastest if c.setup.pp == c.setup.cp == 1 and c.setup.state == "zero3"]
+        widths = {setup.tp: setup for setup in reversed(plans)}.values()  # the fastest of each: one may divide no more
+        kept += widths
+        if gpus < self.gpus:  # in as many micro-batches as here, too
+            kept += [replace(each, micro_batch=each.micro_batch * self.gpus // gpus) for each in widths]
         kept += [c.setup for c in fastest if c.setup.pp == 1 < c.setup.cp][:1]
         budget = self.asked.budget_bytes(gpus)
         return times_of(states, on(gpus, self.batch, kept), self.profiler, budget, either=self.either)

@@ -289,7 +289,7 @@ def _reach_text(reach: Reach, gpus: int, batch: int) -> str:
         if times is None or times.state_s is None:
             return ""
         other_s = min(times.others_s, default=None)
-        other = f"the fastest other way {_s(other_s)}" if other_s is not None else "and no other that was tried fits"
+        other = f"the fastest other way {_s(other_s)}" if other_s is not None else "and no other way was found"
         return f" ({_s(times.state_s)} a step, {other})"
 
     still = "stays enough" if reach.gpus >= gpus else "is enough"

@@ -26,6 +26,7 @@ from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
 from passes.candidate import Either, estimate, lower_bound
 from passes.recompute import Mode
+from passes.report_text import seconds_text
 from passes.setup import Setup, State
 
 
@@ -817,3 +818,15 @@ def test_gathered_parameters_are_kept_where_that_is_faster() -> None:
     assert planned[False].step_time_s == pytest.approx(kept.best.step_time_s, rel=0.03)
     assert planned[False].step_time_s < 0.98 * planned[True].step_time_s
     assert planned[False].peak_memory_bytes > planned[True].peak_memory_bytes
+
+
+def test_on_fewer_gpus_the_other_ways_are_those_of_a_search_there() -> None:
+    """Sharded state is held against narrower tensor parallelism there, and larger micro-batches."""
+    config = GPT2Config(vocab_size=512, n_embd=128, n_layer=2, n_head=8, n_positions=64, use_cache=False)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    here, fewer = (autopar.search(model, gpus, "h100", 16, sequence=32, options=OPTIONS, top=2) for gpus in (8, 4))
+    assert here.verdict.answer == "computation"
+    assert here.verdict.enough_gpus == 4
+    assert fewer.verdict.computation_s is not None
+    assert f"the fastest other way {seconds_text(fewer.verdict.computation_s)})" in here.verdict.text[-1]
