@@ -246,6 +246,12 @@ def _notes(found: Estimate, asked: Subject) -> list[str]:
         error = EXPERTS_ERROR if setup.ep > 1 else asked.hardware.device.step_error
         notes.append(f"predictions of such steps are off by {error:.0%} on average")
     notes += asked.attention_notes(setup)
+    node = asked.hardware.ranks_per_node
+    if setup.tp > node:
+        notes.append(
+            f"tensor parallelism over {setup.tp} crosses nodes, which have {node} GPU{'s' * (node > 1)} each; a "
+            'hardware file with another "ranks_per_node" says otherwise'
+        )
     notes += asked.step_notes(setup, found.step_s, found.seconds["optimizer"], found.peak_bytes)
     notes.append(states_text(asked.profiler.optimizer))
     if asked.unpriced:

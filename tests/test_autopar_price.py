@@ -226,6 +226,12 @@ def test_attention_that_no_kernel_computes_is_named(attention: str, dropout: flo
     assert [note for note in searched.notes if "attention" in note and "no plan" not in note] == notes
 
 
+@pytest.mark.parametrize(("gpu", "said"), [("gh200", "nodes, which have 1 GPU each"), ("h100", "")])
+def test_tensor_parallelism_over_the_network_is_named(gpu: str, said: str) -> None:
+    found = autopar.price(small(), Setup(tp=4), gpu, sequence=LENGTH)
+    assert [said in note for note in found.notes if "crosses nodes" in note] == [True] * bool(said)
+
+
 PUBLISHED = [
     # DGX Cloud benchmarking recipes, NeMo 25.02: Llama 3.1 8B, bf16, 8192 tokens, 8 H100
     ("llama3-8b --gpus 8 --hardware h100 --global-batch 128 --seq 8192 --cp 2 --gradients bf16", 12.27),
