@@ -179,8 +179,31 @@ class Search:
         wanted = paddings.join(needed, uneven)
         if wanted == needed and paddings is plainly:
             return self._solved(name, plainly, needed)
-        tried: dict[tuple[Pad, ...], list[Candidate]] = {}
         first = self._tried(name, paddings, wanted)
+        padded = self._as_used(name, paddings, wanted, None if paddings is not plainly else needed, first)
+        if name != "auto":
+            return padded if best(padded, self.budget) else self._plainly_or(name, padded, plainly, needed)
+        if not padded:
+            return self._tried(name, plainly, needed, first) or self._solved(name, plainly, needed)
+        bare = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
+        plain = self._tried(name, plainly, bare, padded, others=True)
+        untried = self._with_fewer(name, paddings, plain, padded, bare, None if paddings is not plainly else bare)
+        chosen = best([*plain, *padded], self.budget)
+        if chosen is not None and chosen.padding.pads not in (wanted, bare) and self._binds(name, chosen):
+            # So far it computes again what others that fit do.
+            repeated = self.paddings.under(name, chosen.padding.repeated_keys)
+            padded += self._tried(name, repeated, chosen.padding.pads, [chosen], others=True)
+        padded = [replace(each, untried=tuple(p for p in each.padding.pads if p in untried)) for each in padded]
+        return [*plain, *padded]
+
+    def _as_used(
+        self, name: str, paddings: Paddings, wanted: tuple[Pad, ...], plain: tuple[Pad, ...] | None,
+        first: Sequence[Candidate],
+    ) -> list[Candidate]:  # fmt: skip
+        """Solutions with only those dims padded that each of `first` splits, which had all that are `wanted`; `plain`:
+        pads that are those of a solution without any."""
+        needed = stored_pads(paddings.whole, self.request.stored or {}, self.topology.sizes)
+        tried: dict[tuple[Pad, ...], list[Candidate]] = {}
         for each in first:
             used = paddings.join(needed, used_pads(each.padding, each.space, each.assignment))
             tried.setdefault(used, []).append(each)
@@ -188,40 +211,40 @@ class Search:
         for used, found in tried.items():
             if used == wanted:
                 padded += found
-            elif used != needed or paddings is not plainly:
+            elif used != plain:
                 padded += self._tried(name, paddings, used, [*first, *padded]) or found
-        if name != "auto":
-            if best(padded, self.budget):
-                return padded
-            try:
-                return self._solved(name, plainly, needed)
-            except PinError:
-                if not padded:
-                    raise
-                return padded
-        if not padded:
-            return self._tried(name, plainly, needed, first) or self._solved(name, plainly, needed)
-        needed = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
-        plain = self._tried(name, plainly, needed, padded, others=True)
-        chosen = best([*plain, *padded], self.budget)
+        return padded
+
+    def _plainly_or(
+        self, name: str, padded: list[Candidate], plainly: Paddings, needed: tuple[Pad, ...]
+    ) -> list[Candidate]:
+        """Solutions with nothing padded; where a pin asks for what only others allow, those that are `padded`."""
+        try:
+            return self._solved(name, plainly, needed)
+        except PinError:
+            if not padded:
+                raise
+            return padded
+
+    def _with_fewer(
+        self, name: str, paddings: Paddings, plain: Sequence[Candidate], padded: list[Candidate],
+        needed: tuple[Pad, ...], known: tuple[Pad, ...] | None,
+    ) -> set[Pad]:  # fmt: skip
+        """Adds to `padded` solutions that leave out one pad of the best after the other, the largest first; the pads
+        that there was no time to leave out. `known`: pads that are those of a solution without any."""
         end_s, untried = time.process_time() + _LEFT_OUT_S, set()
-        for pad in sorted({p for each in padded for p in each.padding.pads}, key=lambda p: (p.size / p.padded, p.node)):
+        every = {pad for each in padded for pad in each.padding.pads}
+        for pad in sorted(every, key=lambda pad: (pad.size / pad.padded, pad.node)):
+            chosen = best([*plain, *padded], self.budget)
             if chosen is None or pad not in chosen.padding.pads or pad in needed:
                 continue
             if time.process_time() > end_s:
                 untried.add(pad)
                 continue
             fewer = tuple(p for p in chosen.padding.pads if p != pad)
-            if fewer == needed and paddings is plainly:
-                continue  # that is as it is
-            padded += self._tried(name, paddings, fewer, [chosen], HIDDEN_SHARES[:1])
-            chosen = best([*plain, *padded], self.budget)
-        if chosen is not None and chosen.padding.pads not in (wanted, needed) and self._binds(name, chosen):
-            # So far it computes again what others that fit do.
-            repeated = self.paddings.under(name, chosen.padding.repeated_keys)
-            padded += self._tried(name, repeated, chosen.padding.pads, [chosen], others=True)
-        padded = [replace(each, untried=tuple(p for p in each.padding.pads if p in untried)) for each in padded]
-        return [*plain, *padded]
+            if fewer != known:
+                padded += self._tried(name, paddings, fewer, [chosen], HIDDEN_SHARES[:1])
+        return untried
 
     def _tried(
         self,
