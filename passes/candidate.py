@@ -20,7 +20,7 @@ from costmodel.compute import addition_s
 from costmodel.hardware import Hardware, Topology, topology
 from costmodel.memory import OptimizerSpec
 from costmodel.token_exchange import token_exchange_s
-from passes.candidate_memory import at_rest, outside_elements, replicated_bytes, sharded_peak_bytes
+from passes.candidate_memory import Parameters, at_rest, parameters_of, replicated_bytes, sharded_peak_bytes
 from passes.depth import Profile
 from passes.setup import Setup
 
@@ -230,11 +230,15 @@ def _slowed_at_least_s(setup: Setup, found: Profile, hardware: Hardware) -> floa
     is sent while compute waits for activations anyway; or compute waits for it, which is longer."""
     mesh = topology(hardware, {"dp_replicate": setup.dp_replicate, "dp_shard": setup.dp_shard, "tp": setup.tp})
     size = found.whole["bytes"]
+    reduced = size * found.whole["trained elements"] / found.whole["elements"]
     waits_s = found.total("exposed.activation.")
     slowed_s = 0.0
-    for axis, kinds, sent in (0, ("all_reduce",), size / setup.dp_shard), (1, ("all_gather", "reduce_scatter"), size):
+    sent: dict[int, dict[str, float]] = {
+        0: {"all_reduce": reduced / setup.dp_shard}, 1: {"all_gather": size, "reduce_scatter": reduced}
+    }  # fmt: skip
+    for axis, collectives in sent.items():
         if mesh.sizes[axis] > 1:
-            sent_s = sum(collective_s(kind, sent, (axis,), mesh) for kind in kinds)
+            sent_s = sum(collective_s(kind, each, (axis,), mesh) for kind, each in collectives.items())
             slowed_s += min(taken_shares((axis,), mesh)) * max(0.0, sent_s - waits_s)
     return slowed_s
 
@@ -368,12 +372,11 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     sent_s = 2 * (setup.virtual * micro + stages - 1) * message_s
     # the busiest stage's share of the parameters
     share = max(most, last) / layers
-    tied = outside["tied"] if stages > 1 else 0.0  # on the first stage and on the last
-    elements = found.layer("elements") * layers * share + outside_elements(setup, found)
-    experts = found.layer("experts") * layers * share
-    waits_s, behind_s, slowed_s, update_s = _state(setup, elements, experts, found, slowest_s, profiler)
-    waits_s += _tied_s(setup, tied, hardware)
-    added_s = _added_s(setup, elements - experts * (1 - 1 / setup.expert_parts), found, hardware)
+    parameters, trained = (parameters_of(setup, found, layers * share, of) for of in ("", "trained "))
+    waits_s, behind_s, slowed_s, update_s = _state(setup, parameters, trained, found, slowest_s, profiler)
+    if stages > 1:
+        waits_s += _tied_s(setup, outside["trained tied"], hardware)
+    added_s = _added_s(setup, trained, found, hardware)
     step = passed_s + added_s + waits_s + slowed_s + update_s
     hidden_s = behind_s + max(0.0, sent_s - messages_s) + micro * layers / stages * by_parts_s
     seconds = {
@@ -385,7 +388,7 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
         "exposed state": waits_s,
         "optimizer": update_s,
     }
-    bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), (most, last), elements, experts)
+    bytes_ = replicated_bytes(setup, found, _layer(setup, profiler, replica=True), (most, last), parameters, trained)
     return Estimate(setup, step, sum(bytes_.values()), seconds, bytes_, hidden_s)
 
 
@@ -462,57 +465,49 @@ def _casts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
     return _CAST_BYTES * found.layers * max(0.0, operands) / rate
 
 
-def _added_s(setup: Setup, elements: float, found: Profile, hardware: Hardware) -> float:
+def _added_s(setup: Setup, trained: Parameters, found: Profile, hardware: Hardware) -> float:
     """Once per step: gradients of all micro-batches but the first, added to the sum of those before."""
     if setup.adds_in_products:
         return 0.0
     item = found.whole["bytes"] / found.whole["elements"]
-    if setup.reduces_each:
-        elements /= setup.data_ranks * setup.cp
-    return (setup.accumulate - 1) * addition_s(elements, item, setup.gradient_bytes, hardware.device)
+    return (setup.accumulate - 1) * addition_s(trained.summed(setup), item, setup.gradient_bytes, hardware.device)
 
 
 def _host_update_s(setup: Setup, elements: float, found: Profile, profiler: Profiler) -> float:
     """An update of so many of a rank's parameters on its host, of the bytes that they and the optimizer's states
     have."""
-    item, states = (found.whole[name] / found.whole["stored"] for name in ("stored bytes", "states"))
+    item = found.whole["stored bytes"] / found.whole["stored"]
+    states = found.whole["states"] / max(1.0, found.whole["gradients"] / item)
     return offload.host_update_s(elements, setup.ranks, profiler.hardware, item_bytes=item, state_bytes=states)
 
 
 def _state(
-    setup: Setup, elements: float, experts: float, found: Profile, stage_s: float, profiler: Profiler
+    setup: Setup, parameters: Parameters, trained: Parameters, found: Profile, stage_s: float, profiler: Profiler
 ) -> tuple[float, float, float, float]:
     """Exposed and hidden seconds of gradient reduction and of parameters' gathers, what the hidden take from compute,
     and the update. Once per step, but that zero3 which frees parameters gathers them for each half of each micro-batch,
     and that ranks which keep shares of gradients reduce those of each.
 
-    `elements`: parameters of a stage, `experts` of them in routed experts; a rank has its share of these alone, and
-    fewer ranks have the same.
+    `parameters`: of a stage, of which `trained` have gradients.
     """
-    hardware, ranks = profiler.hardware, setup.data_ranks * setup.cp
-    update_s = found.whole["optimizer_s"] * elements / found.whole["elements"]
-    if setup.state != "zero0":
-        update_s /= ranks
+    hardware, updated = profiler.hardware, trained.updated(setup)
+    update_s = found.whole["optimizer_s"] * updated / max(1.0, found.whole["trained elements"])
     if setup.offload:
-        update_s = _host_update_s(setup, elements / (ranks if setup.state != "zero0" else 1), found, profiler)
-    if ranks == 1:
+        update_s = _host_update_s(setup, updated, found, profiler)
+    if setup.data_ranks * setup.cp == 1:
         return 0.0, 0.0, 0.0, update_s
     mesh = topology(hardware, {"pp": setup.pp, "dp": setup.data_ranks, "cp": setup.cp, "tp": setup.tp})
-    axes, apart = (1, 2), experts if setup.expert_parts > 1 else 0.0
-    reduce_s, gather_s = _exchanged_s(setup, elements - apart, found, axes, mesh)
-    if apart:
-        both_s = _exchanged_s(setup, apart / setup.expert_parts, found, (1,), _experts_mesh(setup, hardware))
-        reduce_s, gather_s = reduce_s + both_s[0], gather_s + both_s[1]
+    axes = (1, 2)
+    reduce_s, gather_s = _exchanged_s(setup, parameters, trained, found, axes, mesh)
     each_time = setup.state == "zero3" and setup.reshard
     gathers, reductions = (setup.accumulate if each else 1 for each in (each_time, setup.reduces_each))
     again_s = gather_s if each_time else 0.0
     if not setup.overlap:
         return reductions * (reduce_s + again_s) + gathers * gather_s, 0.0, 0.0, update_s
     backward_s, forward_s = stage_s * 2 / 3, stage_s / 3
-    # what comes first in forward and last in backward, an embedding or a layer, has nothing to hide behind
-    alone = max(min(1.0, setup.pp / max(1.0, found.layers)), found.outside["elements"] / 2 / found.whole["elements"])
-    waits_s = reductions * _waits_s(reduce_s + again_s, backward_s, alone)
-    waits_s += gathers * _waits_s(gather_s, forward_s, alone)
+    gathered = "" if setup.state == "zero3" else "trained "
+    waits_s = reductions * _waits_s(reduce_s + again_s, backward_s, _alone(setup, found, "trained "))
+    waits_s += gathers * _waits_s(gather_s, forward_s, _alone(setup, found, gathered))
     sms, _ = taken_shares(axes, mesh)
     behind_s = reductions * (reduce_s + again_s) + gathers * gather_s - waits_s
     return waits_s, behind_s, sms * behind_s, update_s
@@ -527,17 +522,42 @@ def _tied_s(setup: Setup, tied: float, hardware: Hardware) -> float:
     return collective_s("all_reduce", tied * setup.gradient_bytes, (0,), ends)
 
 
+def _alone(setup: Setup, found: Profile, of: str) -> float:
+    """The share of what is sent that comes first in forward and last in backward, an embedding's or a layer's: it has
+    nothing to hide behind."""
+    outside = found.outside.get(f"{of}elements", 0.0) / 2 / max(1.0, found.whole.get(f"{of}elements", 0.0))
+    return max(min(1.0, setup.pp / max(1.0, found.layers)), outside)
+
+
 def _waits_s(sent_s: float, compute_s: float, alone: float) -> float:
     """What compute waits for of what is sent beside it, a share of which is `alone`."""
     return max(sent_s - compute_s, sent_s * alone)
 
 
 def _exchanged_s(
-    setup: Setup, elements: float, found: Profile, axes: tuple[int, ...], mesh: Topology
+    setup: Setup, parameters: Parameters, trained: Parameters, found: Profile, axes: tuple[int, ...], mesh: Topology
 ) -> tuple[float, float]:
-    """Seconds to reduce the gradients of so many parameters over the axes, and to gather them once updated."""
-    gradients, item = elements * setup.gradient_bytes, found.whole["bytes"] / found.whole["elements"]
-    if setup.state == "zero0":
-        return collective_s("all_reduce", gradients, axes, mesh), 0.0
-    reduce_s = collective_s("reduce_scatter", gradients, axes, mesh)
-    return reduce_s, collective_s("all_gather", elements * item, axes, mesh)
+    """Seconds to reduce the gradients of a stage over the axes, and to gather what was updated, under zero3 all. Of
+    routed experts that ranks share fewer have the same."""
+    item = found.whole["bytes"] / found.whole["elements"]
+    sent = parameters if setup.state == "zero3" else trained
+    if trained.parts == 1:
+        return _reduced_s(setup, trained.elements, axes, mesh), _gathered_s(setup, item * sent.elements, axes, mesh)
+    alike = _experts_mesh(setup, mesh.given)
+    reduce_s = _reduced_s(setup, trained.elements - trained.experts, axes, mesh)
+    gather_s = _gathered_s(setup, item * (sent.elements - sent.experts), axes, mesh)
+    reduce_s += _reduced_s(setup, trained.experts / trained.parts, (1,), alike)
+    return reduce_s, gather_s + _gathered_s(setup, item * sent.experts / trained.parts, (1,), alike)
+
+
+def _reduced_s(setup: Setup, elements: float, axes: tuple[int, ...], mesh: Topology) -> float:
+    """Gradients of so many parameters, whole or in shares."""
+    if not elements:
+        return 0.0
+    kind = "all_reduce" if setup.state == "zero0" else "reduce_scatter"
+    return collective_s(kind, elements * setup.gradient_bytes, axes, mesh)
+
+
+def _gathered_s(setup: Setup, size: float, axes: tuple[int, ...], mesh: Topology) -> float:
+    """So many bytes of parameters, of which ranks have shares."""
+    return collective_s("all_gather", size, axes, mesh) if size and setup.state != "zero0" else 0.0

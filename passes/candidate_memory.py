@@ -12,9 +12,39 @@ backward is in, which has all its activations back.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from costmodel.pipeline import in_flight
 from passes.depth import PLACES, Profile
 from passes.setup import Setup
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements of a stage's parameters, and of them those in routed experts, of which a rank has 1 / `parts`."""
+
+    elements: float
+    experts: float
+    parts: int
+
+    @property
+    def held(self) -> float:
+        """By a rank. What ranks share is the same for experts: fewer elements, among as many ranks fewer."""
+        return self.elements - self.experts * (1 - 1 / self.parts)
+
+    def updated(self, setup: Setup) -> float:
+        """By a rank, where all of these have gradients."""
+        return self.held if setup.state == "zero0" else self.elements / (setup.data_ranks * setup.cp)
+
+    def summed(self, setup: Setup) -> float:
+        """Of as many a rank keeps the sum of gradients."""
+        return self.elements / (setup.data_ranks * setup.cp) if setup.reduces_each else self.held
+
+
+def parameters_of(setup: Setup, found: Profile, layers: float, of: str = "") -> Parameters:
+    """Of an end stage with so many layers; `of`: "trained ", those that have gradients."""
+    elements = found.layer(f"{of}elements") * layers + outside_elements(setup, found, of)
+    return Parameters(elements, found.layer(f"{of}experts") * layers, setup.expert_parts)
 
 
 def sharded_peak_bytes(found: Profile, layer: Profile | None) -> float:
@@ -40,44 +70,39 @@ def replicated_bytes(
     found: Profile,
     layer: Profile | None,
     layers: tuple[int, int],
-    elements: float,
-    experts: float = 0.0,
+    parameters: Parameters,
+    trained: Parameters,
 ) -> dict[str, float]:
-    """Of the busiest stage with `elements` parameters, `experts` of them in routed experts, of which a rank has its
-    share; from a replica's schedule. `layer`: as above; `layers`: of the first stage and of the last."""
-    ranks = setup.data_ranks * setup.cp
-    held = elements - experts * (1 - 1 / setup.expert_parts)
-    """By a rank. What ranks share is the same for experts: fewer elements, among as many ranks fewer."""
-    all_states, per_element = found.whole["states"] / found.whole["elements"], found.whole["gradients"]
-    per_element /= found.whole["elements"] * found.whole["stored bytes"] / found.whole["stored"]
-    states = all_states * (elements / ranks if setup.state != "zero0" else held)
-    trained = per_element * (elements / ranks if setup.reduces_each else held)
+    """Of the busiest stage with `parameters`, of which `trained` have gradients; from a replica's schedule. `layer`: as
+    above; `layers`: of the first stage and of the last."""
+    states = found.whole["states"] / max(1.0, found.whole["trained elements"])
     kept, working = _activations(setup, layer or found, layers, whole_blocks=layer is not None)
     return {
-        "parameters": _parameters(setup, found, elements, held),
-        "gradients": trained * setup.gradient_bytes,
-        "optimizer": 0.0 if setup.offload else states,
+        "parameters": _parameters(setup, found, parameters),
+        "gradients": trained.summed(setup) * setup.gradient_bytes,
+        "optimizer": 0.0 if setup.offload else trained.updated(setup) * states,
         "activations": kept,
         "working": working,
     }
 
 
-def _parameters(setup: Setup, found: Profile, elements: float, held: float) -> float:
+def _parameters(setup: Setup, found: Profile, stage: Parameters) -> float:
     """What a rank holds, in the dtype of compute, with a share of all in that of storage where it is another; under
     zero3 the share, and gathered what the stage has of no layer and two layers, or all where nothing is freed."""
     whole = found.whole
     item, stored_item = whole["bytes"] / whole["elements"], whole["stored bytes"] / whole["stored"]
-    share = elements * stored_item / (setup.data_ranks * setup.cp)
+    share = stage.elements * stored_item / (setup.data_ranks * setup.cp)
     if setup.state == "zero3":
         at_once = outside_elements(setup, found) + 2 * found.layer("elements")
-        return share + item * (min(elements, at_once) if setup.reshard else held)
-    return held * item + (share if stored_item != item else 0.0)
+        return share + item * (min(stage.elements, at_once) if setup.reshard else stage.held)
+    return stage.held * item + (share if stored_item != item else 0.0)
 
 
-def outside_elements(setup: Setup, found: Profile) -> float:
+def outside_elements(setup: Setup, found: Profile, of: str = "") -> float:
     """Parameters of no layer on one of the end stages: an embedding or a head, what is both on either."""
     outside, ends = found.outside, min(setup.pp, 2)
-    return (outside["elements"] + (outside["tied"] if ends > 1 else 0.0)) / ends
+    elements, tied = (outside.get(f"{of}{name}", 0.0) for name in ("elements", "tied"))
+    return (elements + (tied if ends > 1 else 0.0)) / ends
 
 
 def _activations(setup: Setup, found: Profile, layers: tuple[int, int], *, whole_blocks: bool) -> tuple[float, float]:
@@ -109,4 +134,5 @@ def _made_in_place(setup: Setup, found: Profile) -> bool:
 def _fresh_bytes(setup: Setup, found: Profile) -> float:
     """One layer's gradients before they are added to those of other micro-batches, or reduced."""
     item = found.whole["bytes"] / found.whole["elements"]
-    return item * (found.layer("elements") - found.layer("experts") * (1 - 1 / setup.expert_parts))
+    elsewhere = found.layer("trained experts") * (1 - 1 / setup.expert_parts)
+    return item * (found.layer("trained elements") - elsewhere)

@@ -83,8 +83,8 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
                 layer passes to the next), keys (attention's keys and values), gathered (activations that forward
                 gathers and keeps whole for backward), gathered parts (a rank's own of those)
     counts      kernels (that the host launches), elements (of parameters on this rank in compute; `bytes`: theirs;
-                `tied`: those of parameters that are in several modules), stored (at rest; `stored bytes`: theirs),
-                operands (of matrix products)
+                `tied`: those of parameters that are in several modules; `trained elements`, `trained tied`: of those
+                that have gradients), stored (at rest; `stored bytes`: theirs), operands (of matrix products)
     experts     see `expert_numbers`
     """
     found: dict[str, float] = defaultdict(float)
@@ -176,8 +176,9 @@ def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) ->
             continue
         if given is not None and given.kind == "parameter":
             computed = math.prod(option.storage.computed_shape(sizes)) * site.count
-            found["elements"] += computed
-            found["tied"] += computed * (given.name in tied)
+            for of in ("", "trained ") if given.requires_grad else ("",):
+                found[f"{of}elements"] += computed
+                found[f"{of}tied"] += computed * (given.name in tied)
             found["bytes"] += computed * site.itemsize
             stored = math.prod(option.storage.padded_shape(sizes)) * site.count
             found["stored"] += stored

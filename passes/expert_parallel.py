@@ -30,7 +30,7 @@ _LOOKED_UP = {torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default, 
 def expert_numbers(space: Space, assignment: Sequence[int], laid: Tracks) -> dict[str, float]:
     """Of one micro-batch on one rank, by name; nothing where no experts are routed.
 
-    experts         elements of their parameters, as computed with
+    experts         elements of their parameters, as computed with; `trained experts`: of those that have gradients
     routed          bytes of rows that experts read, a token's as often as it has experts
     routed tokens   bytes of them with each token counted once
     experts.PARTS   seconds of their products with 1 / PARTS of this rank's experts and as many rows: powers of two
@@ -57,7 +57,9 @@ def expert_numbers(space: Space, assignment: Sequence[int], laid: Tracks) -> dic
     for index in matrices:
         site, option = space.sites[index], space.sites[index].options[assignment[index]]
         assert isinstance(option, StoredOption)
-        found["experts"] += math.prod(option.storage.computed_shape(sizes)) * site.count
+        elements = math.prod(option.storage.computed_shape(sizes)) * site.count
+        found["experts"] += elements
+        found["trained experts"] += elements * (site.given is not None and site.given.requires_grad)
     return dict(found)
 
 

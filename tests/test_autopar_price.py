@@ -188,6 +188,28 @@ def test_an_update_on_the_host_moves_what_the_optimizer_keeps(optimizer: str, by
         assert found.seconds["optimizer"] == pytest.approx(by_hand, rel=0.01)
 
 
+@pytest.mark.parametrize(("state", "staged"), [("zero0", False), ("zero1", True), ("zero2", False)])
+def test_frozen_parameters_send_and_add_nothing(state: State, staged: bool) -> None:
+    """One matrix of each layer is trained: around rings of 8 or 4 ranks that takes its bytes over the wire, twice, for
+    gradients and for parameters or in an all-reduce, and their latencies. A further micro-batch reads it, and reads and
+    writes the sum."""
+    model = wide()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    setup = Setup(dp_shard=8 // (1 + staged), pp=1 + staged, accumulate=2, state=state, overlap=False)
+    h100 = hardware("h100")
+    found = autopar.price(model, setup, h100, sequence=LENGTH)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / setup.pp
+    sent = 3 if setup.reduces_each else 2  # reductions of each micro-batch
+    wire_s = sent * 2 * trained * (1 - 1 / setup.dp_shard) / h100.intra_node.bytes_per_s
+    assert found.seconds["exposed state"] == pytest.approx(wire_s, abs=60e-6 * sent)
+    in_products = autopar.price(model, replace(setup, adds_in_products=True), h100, sequence=LENGTH)
+    kept = trained / setup.dp_shard if setup.reduces_each else trained
+    memory = h100.device.memory_bytes_per_s * h100.device.memory_efficiency
+    added_s = found.seconds["compute"] - in_products.seconds["compute"]
+    assert added_s == pytest.approx(3 * 2 * kept / memory, rel=0.05, abs=5e-6)
+
+
 @pytest.mark.parametrize("state", ["zero1", "zero3"])
 def test_activations_gathered_again_without_tensor_parallel_ranks_are_named(
     folder: Path, capsys: pytest.CaptureFixture[str], state: State

@@ -95,6 +95,15 @@ def test_bounds_count_what_the_optimizer_keeps(case: str) -> None:
     assert found.bytes["optimizer"] == pytest.approx(states, rel=0.01)
 
 
+def test_bounds_count_what_is_sent_of_trained_parameters_alone() -> None:
+    model = llama(1024, 8, 16, 2816, 8192)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    profiler = Profiler(Captures(model, inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
+    copies = Setup(dp_replicate=16)
+    assert lower_bound(copies, profiler)[0] <= estimate(copies, profiler).step_s
+
+
 def test_nothing_that_plans_can_do_is_faster(found: SearchResult, profiler: Profiler) -> None:
     """Every mesh, micro-batch and storage by hand, with gathered parameters freed and kept."""
     by_hand = {

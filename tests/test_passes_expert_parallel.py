@@ -78,6 +78,19 @@ def test_what_a_rank_keeps_of_experts(parts: int) -> None:
     assert together.bytes["optimizer"] == alone.bytes["optimizer"]
 
 
+def test_a_rank_updates_the_experts_that_it_has() -> None:
+    """Where nothing is sharded; of gradients that are, it adds up a 16th of all, whoever has the experts."""
+    rest = profiler().profile(Setup(dp_shard=16, state="zero1"), replica=True).whole["elements"] - EXPERTS
+    alone, together = (priced(state="zero0", ep=ep).seconds["optimizer"] for ep in (1, 4))
+    assert together / alone == pytest.approx((rest + EXPERTS / 4) / (rest + EXPERTS))
+
+    def added_s(ep: int) -> float:
+        beside = priced(state="zero2", ep=ep, adds_in_products=False)
+        return beside.seconds["compute"] - priced(state="zero2", ep=ep).seconds["compute"]
+
+    assert added_s(4) == pytest.approx(added_s(1))
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_layers_own_gradients_are_of_the_experts_that_a_rank_has(parts: int) -> None:
     """2 bytes of each parameter of a layer, until they are added to those before; nothing where products add them."""
