@@ -29,7 +29,7 @@ from passes.named import stored_choices
 from passes.pad import Pad
 from passes.pipeline import prepare
 from passes.precision import Precision
-from passes.price import Budgeted, price
+from passes.price import price
 from passes.program import Program
 from passes.proposals import HIDDEN_SHARES, PaddingsOf
 from passes.rebatch import Told, copy_of, rebatched, told
@@ -253,9 +253,7 @@ class Profiler:
     def _quickest(self, space: Space, setup: Setup, *, whole: bool) -> tuple[int, ...]:
         """What the solver finds; under `auto` with all that state takes counted, or what often stays exposed of it,
         whichever the schedule has as faster. On one data-parallel rank, whose step is a bound, all is counted."""
-        spec = self.optimizer
-        budgeted = Budgeted(int(spec.state_bytes_per_param + spec.master_bytes_per_param))
-        priced = price(space, budgeted, self._seconds[id(space.sites)])
+        priced = price(space, self.optimizer, self._seconds[id(space.sites)])
         problems = [priced.problem]
         if space.strategy == "auto" and not whole:
             problems.append(priced.weighed(HIDDEN_SHARES[1]))

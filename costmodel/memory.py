@@ -75,8 +75,13 @@ class AtRest:
     master: int
 
     @property
+    def states(self) -> int:
+        """What the optimizer keeps."""
+        return self.optimizer + self.master
+
+    @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.master
+        return self.parameters + self.gradients + self.states
 
     def by_kind(self) -> dict[str, int]:
         return {

@@ -105,7 +105,8 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
         found[f"exposed.{end}"] += each.exposed_s
         found[f"hidden.{end}"] += each.hidden_s
     _alive(found, schedule)
-    found["gradients"] = sum(elements * site.stored_itemsize for site, elements in trained(space, assignment))
+    stored = trained(space, assignment)
+    found["gradients"] = sum(math.prod(shape) * site.count * site.stored_itemsize for site, shape in stored)
     _counts(found, space, assignment)
     found["operands"] = sum(cost.operands * space.sites[site].count for site, cost in laid.costs.items())
     _between(found, space, words, laid)

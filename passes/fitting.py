@@ -21,7 +21,7 @@ from passes.errors import NoFeasiblePlanError
 from passes.linear import Near
 from passes.local import Storage
 from passes.pad import Pad
-from passes.price import Budgeted, Priced, price
+from passes.price import Priced, price
 from passes.recompute import Mode, Recomputation
 from passes.schedule import Schedule, play
 from passes.solve import PROVED_GAP, Solution, solve
@@ -135,11 +135,6 @@ class Enough:
     """By share."""
 
 
-def budgeted(request: Request) -> Budgeted:
-    """What problems count as state."""
-    return Budgeted(int(OPTIMIZERS[request.optimizer].state_bytes_per_param))
-
-
 def fitting(posed: Posed, share: float, enough: Enough) -> Candidate | None:
     """The solution whose played peak fits, where there is one that costs less than is enough: the solver's sum of
     bytes is tightened by what the schedule finds on top of it, until both agree, or what does not fit yet is slower
@@ -221,7 +216,7 @@ def looked_at_longer(chosen: Candidate, request: Request, budget: float) -> list
     """
     origin, known = chosen.origin, chosen.origin.solution
     space = replace(chosen.space, recomputed=origin.recomputed)
-    priced = price(space, budgeted(request), {})
+    priced = price(space, OPTIMIZERS[request.optimizer], {})
     posed = Posed(request, budget, chosen.strategy, origin.joined, chosen.padding, space, priced)
     end_s = time.process_time() + _PROOF_S
     limit, bound_s, near = origin.limit_bytes, known.bound_s, Near()

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from costmodel.memory import OPTIMIZERS, gib
+from costmodel.memory import OPTIMIZERS, at_rest, gib
 from passes.errors import NoFeasiblePlanError
 from passes.fitting import Candidate, Request, best, smallest
 from passes.pins import Pin, PinError
@@ -216,8 +216,9 @@ def _least_bytes(asked: Search) -> float:
     total = 0.0
     for place in asked.paddings.under(asked.request.strategy).whole.places:
         if place.given is not None and place.given.kind == "parameter":
-            states = spec.state_bytes_per_param if place.given.requires_grad else 0.0
-            total += math.prod(map(math.prod, place.dims)) * place.count * (place.itemsize + states)
+            shape, trainable = tuple(map(math.prod, place.dims)), place.given.requires_grad
+            kept = at_rest(shape, spec, item_bytes=place.itemsize, trainable=trainable)
+            total += place.count * (kept.parameters + kept.states)
     return total / asked.topology.ranks
 
 

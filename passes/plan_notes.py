@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from costmodel.hardware import Topology
@@ -43,7 +44,7 @@ def _states_notes(chosen: Candidate, optimizer: str | OptimizerSpec) -> list[str
         return []
     lower = optimizer_of(_IN_FP32[spec.name])
     stored = trained(chosen.space, chosen.assignment)
-    elements = sum(elements for site, elements in stored if site.stored_itemsize == 2)
+    elements = sum(math.prod(shape) * site.count for site, shape in stored if site.stored_itemsize == 2)
     over = round(elements * (spec.state_bytes_per_param - lower.state_bytes_per_param))
     if not over:
         return []

@@ -18,8 +18,9 @@ import torch
 
 from costmodel.collectives import collective_s
 from costmodel.compute import Work, op_s, update_traffic_s
-from costmodel.hardware import Topology
+from costmodel.hardware import Device, Topology
 from costmodel.layout import Layout, Partial, Replicate, is_gather, local_shape
+from costmodel.memory import OPTIMIZERS, OptimizerSpec, at_rest
 from costmodel.reshard import Step, reshard_s, steps
 from costmodel.state import cast, state_gather, state_pad, state_scatter
 from passes.buckets import sends_one_gather
@@ -34,14 +35,6 @@ from passes.work import VIEWS, work_of
 
 aten = torch.ops.aten
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Budgeted:
-    """What an optimizer step costs per parameter element, beside the parameter: bytes kept, and bytes moved."""
-
-    state_bytes: int
-    gradient: bool = True
 
 
 @dataclass(frozen=True)
@@ -196,15 +189,18 @@ def local_work(site: Site, option: Option, sizes: Sequence[int]) -> tuple[Work, 
     return work_of(site.call, operands, results, site.traffic), results
 
 
-def price(space: Space, optimizer: Budgeted | None = None, known: dict[tuple[int, int], float] | None = None) -> Priced:
+def price(
+    space: Space, optimizer: OptimizerSpec | None = None, known: dict[tuple[int, int], float] | None = None
+) -> Priced:
     """The problem of choosing an option for every site.
 
-    known: seconds of the same sites' options, from where other ops were computed again; what is found is added.
+    optimizer: AdamW where not said. known: seconds of the same sites' options, from where other ops were computed
+    again; what is found is added.
 
     Raises:
         NoFeasiblePlanError: a site has no option left.
     """
-    optimizer = optimizer or Budgeted(8)
+    optimizer = optimizer or OPTIMIZERS["adamw"]
     for site in space.sites:
         if not site.options:
             raise NoFeasiblePlanError(f"{site.name}: no layout is left by the strategy and the pins")
@@ -239,26 +235,30 @@ def price(space: Space, optimizer: Budgeted | None = None, known: dict[tuple[int
     return Priced(problem, groups, table, tuple(parts for _, parts in found))
 
 
-def _option_s(space: Space, site: Site, option: Option | StoredOption, optimizer: Budgeted) -> float:
+def _option_s(space: Space, site: Site, option: Option | StoredOption, optimizer: OptimizerSpec) -> float:
     device = space.topology.device
     if isinstance(option, StoredOption):
         if site.given is None or site.given.kind != "parameter" or not site.given.requires_grad:
             return 0.0
-        elements = math.prod(option.storage.padded_shape(space.topology.sizes))
-        return update_traffic_s(elements, site.stored_itemsize, optimizer.state_bytes, device)
+        return update_s(option.storage.padded_shape(space.topology.sizes), site.stored_itemsize, optimizer, device)
     work, _ = local_work(site, option, space.topology.sizes)
     return op_s(work, device)
 
 
-def _option_bytes(space: Space, site: Site, option_index: int, optimizer: Budgeted) -> float:
+def update_s(shape: tuple[int, ...], item_bytes: int, optimizer: OptimizerSpec, device: Device) -> float:
+    """Seconds that an update of a parameter moves memory, of which a rank stores a part of `shape`."""
+    elements = math.prod(shape)
+    states = at_rest(shape, optimizer, item_bytes=item_bytes).states
+    return update_traffic_s(elements, item_bytes, states / max(1, elements), device)
+
+
+def _option_bytes(space: Space, site: Site, option_index: int, optimizer: OptimizerSpec) -> float:
     option = site.options[option_index]
     if not isinstance(option, StoredOption) or site.kind == "returned":
         return 0.0
-    elements = math.prod(option.storage.padded_shape(space.topology.sizes))
-    each = site.stored_itemsize
-    if site.given is not None and site.given.kind == "parameter" and site.given.requires_grad:
-        each += site.stored_itemsize + optimizer.state_bytes
-    return float(elements * each * site.count)
+    shape = option.storage.padded_shape(space.topology.sizes)
+    trainable = site.given is not None and site.given.kind == "parameter" and site.given.requires_grad
+    return float(at_rest(shape, optimizer, item_bytes=site.stored_itemsize, trainable=trainable).total * site.count)
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------

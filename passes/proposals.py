@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from costmodel.collectives import taken_shares
 from costmodel.hardware import Topology
+from costmodel.memory import OPTIMIZERS
 from passes.analysis import analyse
 from passes.blocks import NotPeriodicError
 from passes.decisions import without
@@ -24,7 +25,6 @@ from passes.fitting import (
     Request,
     as_asked,
     best,
-    budgeted,
     fitting,
     smallest,
 )
@@ -324,7 +324,7 @@ class Search:
             if (again := (recomputed.held, recomputed.again, regather)) in seen:
                 continue  # the mode adds nothing here
             seen.add(again)
-            priced = price(space, budgeted(self.request), known)
+            priced = price(space, OPTIMIZERS[self.request.optimizer], known)
             posed = Posed(self.request, self.budget, name, self.joined, padding, space, priced)
             unbound = True
             for share in shares:

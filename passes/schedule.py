@@ -17,18 +17,20 @@ and hidden seconds add up to its own.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from costmodel.compute import addition_s, update_traffic_s
+from costmodel.compute import addition_s
 from costmodel.memory import OptimizerSpec
 from costmodel.memory import optimizer as optimizer_of
 from passes.footprint import Footprint, Times, footprint
 from passes.fusion import Fused
 from passes.moves import Move
 from passes.player import KINDS, Event, Played, Player
+from passes.price import update_s
 from passes.space import Space, trained
 from passes.tracks import Tracks, tracks
 from passes.words import Words
@@ -135,7 +137,7 @@ def play(
     found = tracks(space, assignment) if laid is None else laid
     player = Player(space, words, found, events)
     player.play()
-    update_s, added_s = _update_s(space, assignment, spec), _added_s(space, assignment)
+    optimizer_s, added_s = _optimizer_s(space, assignment, spec), _added_s(space, assignment)
     average_s = added_s * (accumulate - 1) / accumulate
     collectives = _Ledger(player, words).collectives()
     exposed: dict[tuple[str, ...], float] = defaultdict(float)
@@ -148,9 +150,9 @@ def play(
         space, assignment, found, times, words, spec, accumulate=accumulate, fused=compiled, keep_buffers=events
     )
     return Schedule(
-        step_time_s=accumulate * (player.now_s + average_s) + update_s,
+        step_time_s=accumulate * (player.now_s + average_s) + optimizer_s,
         micro_batch_s=player.now_s,
-        optimizer_s=update_s,
+        optimizer_s=optimizer_s,
         added_s=added_s,
         accumulate=accumulate,
         compute_s=player.compute_s + average_s,
@@ -173,21 +175,21 @@ def _group(axes: Sequence[str]) -> str:
     return ",".join(axes)
 
 
-def _update_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> float:
+def _optimizer_s(space: Space, assignment: Sequence[int], spec: OptimizerSpec) -> float:
     """The update of what a rank stores of each parameter."""
-    device, states = space.topology.device, spec.state_bytes_per_param + spec.master_bytes_per_param
+    device = space.topology.device
     return sum(
-        site.count * (device.update_s + update_traffic_s(elements / site.count, site.stored_itemsize, states, device))
-        for site, elements in trained(space, assignment)
+        site.count * (device.update_s + update_s(shape, site.stored_itemsize, spec, device))
+        for site, shape in trained(space, assignment)
     )
 
 
 def _added_s(space: Space, assignment: Sequence[int]) -> float:
     """The addition of what a rank has of each parameter's gradient, an op each as autograd runs it."""
+    device = space.topology.device
     return sum(
-        site.count
-        * addition_s(elements / site.count, site.stored_itemsize, site.stored_itemsize, space.topology.device)
-        for site, elements in trained(space, assignment)
+        site.count * addition_s(math.prod(shape), site.stored_itemsize, site.stored_itemsize, device)
+        for site, shape in trained(space, assignment)
     )
 
 

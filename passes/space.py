@@ -254,13 +254,13 @@ def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes
     return StoredOption(layout, batch_storage(shape, batch_dim, len(sizes), batch_axes), _padding(inside, shape))
 
 
-def trained(space: Space, assignment: Sequence[int]) -> Iterator[tuple[Site, int]]:
-    """Parameters that an optimizer updates, and how many elements of each (of all alike ones) a rank stores."""
+def trained(space: Space, assignment: Sequence[int]) -> Iterator[tuple[Site, tuple[int, ...]]]:
+    """Parameters that an optimizer updates, and the shape of what a rank stores of each."""
     for site, pick in zip(space.sites, assignment, strict=True):
         if site.given is not None and site.given.kind == "parameter" and site.given.requires_grad:
             option = site.options[pick]
             assert isinstance(option, StoredOption)
-            yield site, math.prod(option.storage.padded_shape(space.topology.sizes)) * site.count
+            yield site, option.storage.padded_shape(space.topology.sizes)
 
 
 def _padding(inside: Sequence[int], outside: Sequence[int]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from passes import fitting, pipeline, proposals
 from passes.capture import capture
 from passes.fitting import Candidate, Enough, Posed, Request, looked_at_longer
 from passes.pipeline import compile_plan, on_mesh, prepare
-from passes.price import Budgeted, price
+from passes.price import price
 from passes.program import Program
 from passes.proposals import PaddingsOf, Search
 from passes.solve import solve
@@ -65,7 +65,7 @@ def test_what_was_not_proved_is_looked_at_longer() -> None:
     assert found[-1].assignment == chosen.assignment
     assert solution.is_proved
     assert solution.gap < 0.01
-    costs = price(replace(chosen.space, recomputed=origin.recomputed), Budgeted(8))
+    costs = price(replace(chosen.space, recomputed=origin.recomputed))
     best = solve(costs.weighed(origin.share, origin.limit_bytes), gap=0.0, time_limit_s=60.0)
     assert solution.bound_s <= best.seconds * (1 + 1e-9)
     assert best.seconds <= solution.seconds * (1 + 1e-9)
@@ -74,7 +74,7 @@ def test_what_was_not_proved_is_looked_at_longer() -> None:
 def test_a_bound_within_a_budget_says_so() -> None:
     chosen = binding(0.7)[0]
     bound = pipeline._bound(chosen, 1)
-    costs = price(replace(chosen.space, recomputed=chosen.origin.recomputed), Budgeted(8))
+    costs = price(replace(chosen.space, recomputed=chosen.origin.recomputed))
     assert solve(costs.weighed(chosen.origin.share)).seconds < bound.bound_s
     assert "KiB as the solver adds bytes up" in bound.among
 

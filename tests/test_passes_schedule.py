@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from torch import fx, nn
 
 from costmodel.hardware import Topology, topology
 from costmodel.layout import Replicate
+from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
 from costmodel.reshard import Step
 from passes.by_parts import ByParts, by_parts
@@ -29,7 +31,7 @@ from passes.program import Program
 from passes.schedule import Schedule, play
 from passes.simulate import ledger
 from passes.solve import solve
-from passes.space import Space, search_space
+from passes.space import Site, Space, search_space
 from passes.tracks import OpCost, Slot, Tracks, op_cost, tracks
 
 # -- by hand: ops and collectives of given seconds ---------------------------------------------------------------------
@@ -479,6 +481,31 @@ def test_the_update_moves_a_ranks_own_state() -> None:
     moved = elements * (3 * 4 + 2 * 8)  # parameter twice, gradient once, two fp32 states twice
     seconds = moved / (device.memory_bytes_per_s * device.memory_efficiency)
     assert played("fsdp", 4).optimizer_s == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw-master", "sgd"])
+def test_what_other_optimizers_keep_is_moved_and_the_solver_counts_the_same(optimizer: str) -> None:
+    """A value per row and column of a matrix, 12 bytes per parameter, or nothing: read and written beside the rest."""
+    device = hardware("h100").device
+    shapes = [tuple(p.shape) for p in llama()[0].parameters()]
+    elements = sum(math.prod(shape) for shape in shapes)
+    factored = sum(4 * (sum(shape) if len(shape) > 1 else shape[0]) for shape in shapes)
+    kept = {"adafactor": factored, "adamw-master": 12 * elements, "sgd": 0}[optimizer]
+    seconds = (3 * 4 * elements + 2 * kept) / (device.memory_bytes_per_s * device.memory_efficiency)
+    space, assignment = planned_llama("ddp", 4, 1)
+    found = play(space, assignment, optimizer=optimizer)
+    assert found.optimizer_s == pytest.approx(seconds)
+    assert found.memory.by_kind.get("optimizer", 0) == kept
+    priced = price(space, OPTIMIZERS[optimizer]).problem
+    without = price(replace(space, sites=tuple(map(_frozen, space.sites)))).problem
+    for told, wanted in (("option_s", seconds), ("option_bytes", 4 * elements + kept)):
+        most = [sum(map(max, getattr(problem, told))) for problem in (priced, without)]
+        assert most[0] - most[1] == pytest.approx(wanted)
+
+
+def _frozen(site: Site) -> Site:
+    given = site.given
+    return site if given is None else replace(site, given=replace(given, requires_grad=False))
 
 
 def test_the_update_of_each_parameter_takes_time_of_its_own() -> None:
