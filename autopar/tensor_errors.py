@@ -15,7 +15,8 @@ from passes.simulate import StepValues
 _LEARNING_RATE = 1e-3
 _EPS_OF_RMS = 1e-2
 """AdamW's eps as a share of the gradients' root mean square. AdamW divides by a gradient's own size, so that an element
-that is zero but for rounding would move by the learning rate whichever way the rounding falls."""
+that is zero but for rounding would move by the learning rate whichever way the rounding falls. Where a whole gradient
+is, the eps is what is allowed of it."""
 
 
 def rounding(low: bool) -> float:
@@ -42,13 +43,14 @@ def compare(
         return rounding(low) * norm / of_rest if of_rest else 0.0
 
     total = _norm(wanted.gradients.values())
+    least = floor_of(total)
     errors = []
     for name, value in found.outputs.items():
         limit = of_loss if not value.dim() else of_rest
         errors.append(_error("output", name, value, wanted.outputs.get(name), limit))
     for name in dict.fromkeys([*wanted.gradients, *found.gradients]):
         pair = found.gradients.get(name), wanted.gradients.get(name)
-        errors.append(_error("gradient", name, *pair, of_rest, floor=floor_of(total)))
+        errors.append(_error("gradient", name, *pair, of_rest, floor=least))
     for name in dict.fromkeys([*wanted.buffers, *found.buffers]):
         pair = found.buffers.get(name), wanted.buffers.get(name)
         errors.append(_error("buffer", name, *pair, of_rest, floor=floor_of(_norm(_beside(name, wanted.buffers)))))
@@ -57,11 +59,17 @@ def compare(
         return tuple(errors), ""
     count = sum(wanted.gradients[name].numel() for name in trained)
     step_eps = max(1e-8, _EPS_OF_RMS * total / math.sqrt(count))
-    after = [_stepped(trained, values.gradients, step_eps) for values in (found, wanted)]
+    all_eps = {
+        name: max(step_eps, least / math.sqrt(tensor.numel())) if _norm([wanted.gradients[name]]) < least else step_eps
+        for name, tensor in trained.items()
+    }
+    after = [_stepped(trained, values.gradients, all_eps) for values in (found, wanted)]
     for name, tensor in trained.items():
         floor = _LEARNING_RATE * math.sqrt(tensor.numel())
         errors.append(_error("parameter", name, after[0][name], after[1][name], of_rest, floor=floor))
-    return tuple(errors), f"AdamW, lr {_LEARNING_RATE:g}, eps {step_eps:.1e} ({_EPS_OF_RMS:.0%} of the gradients' rms)"
+    more = ", more where a gradient is zero but for rounding" if max(all_eps.values()) > step_eps else ""
+    step = f"AdamW, lr {_LEARNING_RATE:g}, eps {step_eps:.1e} ({_EPS_OF_RMS:.0%} of the gradients' rms{more})"
+    return tuple(errors), step
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
@@ -105,10 +113,13 @@ def _error(
     return TensorError(kind, name, shape, error, tolerance)
 
 
-def _stepped(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], eps: float) -> dict[str, Tensor]:
-    """The parameters after a step of AdamW."""
+def _stepped(
+    parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], eps: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """The parameters after a step of AdamW, each with its own eps."""
     stepped = {name: nn.Parameter(tensor.clone()) for name, tensor in parameters.items()}
     for name, parameter in stepped.items():
         parameter.grad = gradients[name].detach().to(parameter.dtype).clone()
-    torch.optim.AdamW(stepped.values(), lr=_LEARNING_RATE, eps=eps).step()
+    groups = [{"params": [parameter], "eps": eps[name]} for name, parameter in stepped.items()]
+    torch.optim.AdamW(groups, lr=_LEARNING_RATE).step()
     return {name: parameter.detach() for name, parameter in stepped.items()}

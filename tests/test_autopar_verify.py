@@ -490,3 +490,15 @@ def test_a_plan_whose_graph_follows_from_values_is_checked_on_values_that_give_i
     assert certificate.ok, certificate
     with pytest.raises(PlanMismatchError):
         autopar.verify(Pads(), {"dp": 2, "tp": 2}, (ids[:, :3],), plan=plan)
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_leaves_its_parameter_equal() -> None:
+    """A bias before a softmax over the sequence: as much of an error as its gradient may have may be in its step."""
+    torch.manual_seed(0)
+    parameters = {"weight": torch.randn(300, 300), "bias": torch.zeros(2)}
+    weight = torch.randn(300, 300)
+    wanted = StepValues({}, {}, {"weight": weight, "bias": torch.zeros(2)})
+    for off, ok in ((1e-5, True), (1e-3, False)):
+        found = StepValues({}, {}, {"weight": weight, "bias": torch.full((2,), off)})
+        tensors, _ = compare(found, wanted, parameters, Tolerances())
+        assert [tensor.ok for tensor in tensors if tensor.name == "bias"] == [ok, ok]
