@@ -234,7 +234,9 @@ def result_zone(reading: Reading, key: Key, result: int, given: Sequence[Zone]) 
     if target in _MOVES_AMONG_ZEROS:
         return join([*(mine or given), reading.call.get("value", 0)])
     if target in _PRODUCTS:
-        zero = any(is_zero(given[k]) for k in _PRODUCTS[target])
+        factors = _PRODUCTS[target]
+        added = [zone for k, zone in enumerate(given) if k not in factors]
+        zero = any(is_zero(given[k]) for k in factors) and all(map(is_zero, added))
         return 0 if zero and finite else _rest(summable, nothing)
     if target in _SUMS:
         return given[0] if is_zero(given[0]) or given[0] in ("nonnegative", "positive") else _rest(summable, nothing)
@@ -258,6 +260,8 @@ def result_zone(reading: Reading, key: Key, result: int, given: Sequence[Zone]) 
         return given[0] if 0 in have else _rest(is_finite(given[0]), nothing)
     if target in _ADDS_AT or target in _ACCUMULATES:
         values = _ADDS_AT.get(target, len(given) - 1)
+        if target in _ACCUMULATES and values not in have and not is_zero(given[values]):
+            return _rest(summable, nothing)  # a value for many places is added in added ones too
         return given[0] if values not in have else join([given[0], given[values]])
     if rule_of(target) is not None and str(target).startswith("autopar.uniform"):
         return "nonnegative"
