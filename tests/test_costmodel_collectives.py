@@ -161,6 +161,87 @@ def test_groups_of_a_node_without_a_switch_by_hand() -> None:
     assert gather_s == pytest.approx(3.5 * GIB / 144.9e9 + copy_s / 2, rel=0.005)
 
 
+def plain(intra: tuple[float, ...], inter: tuple[float, ...], **links: float) -> Hardware:
+    """Nodes of 8 with links of (rate, latency, base), and memory that copies in no time."""
+    names = ("bytes_per_s", "latency_s", "base_s")
+    inside = {"pipeline_s": 0.0, "multicast_bytes_per_s": links.get("switch", 0.0)}
+    across = {"pipeline_s": 0.0, "wide_bytes_per_s": links.get("wide", 0.0)}
+    return replace(
+        H100,
+        device=replace(H100.device, memory_bytes_per_s=1e30),
+        intra_node=replace(H100.intra_node, **dict(zip(names, intra, strict=True)), **inside),
+        inter_node=replace(H100.inter_node, **dict(zip(names, inter, strict=True)), **across),
+    )
+
+
+NODE, TWO, FOUR, ACROSS = {"x": 8}, {"x": 16}, {"x": 32}, {"x": 2, "y": 8}
+"""One to four nodes of 8 ranks, and a rank of each of two."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "seconds"),
+    [
+        ("all_gather", NODE, 10_007),
+        ("all_gather", TWO, 1_000_114),
+        ("reduce_scatter", ACROSS, 1_000_100),
+        ("all_reduce", NODE, 10_014),
+        ("all_reduce", TWO, 1_000_214),  # a tree: 7 hops up and down in the node, 1 up and down outside
+        ("all_reduce", FOUR, 1_000_414),
+        ("all_reduce", {"x": 3, "y": 8}, 1_000_400),
+        ("all_to_all", NODE, 10_008),
+        ("all_to_all", TWO, 1_000_116),  # 8 in the node, 8 more through the card
+        ("broadcast", NODE, 10_007),
+        ("broadcast", TWO, 1_000_114),
+        ("send_recv", {"x": 2}, 10_001),
+        ("send_recv", ACROSS, 1_000_100),
+    ],
+)
+def test_hops_are_those_counted_by_hand(kind: str, mesh: dict[str, int], seconds: float) -> None:
+    """Of a message of no bytes: hops of 1 s in a node and 100 s outside, starts of 10,000 s and 1,000,000 s."""
+    machine = plain((1.0, 1.0, 1e4), (1.0, 100.0, 1e6))
+    assert collective_s(kind, 0.0, (0,), topology(machine, mesh)) == pytest.approx(seconds, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "rates", "share"),
+    [
+        ("all_gather", NODE, (100, 1), 7 / 8 / 100),
+        ("all_gather", TWO, (100, 1), 15 / 16 / 8),
+        ("all_gather", TWO, (1, 100), 15 / 16),
+        ("all_gather", ACROSS, (1, 100), 1 / 2 / 100),
+        ("reduce_scatter", {"x": 4, "y": 4}, (100, 1), 3 / 4 / 2),
+        ("all_reduce", NODE, (100, 1), 2 * 7 / 8 / 100),
+        ("all_reduce", TWO, (100, 1), 1 / 8),  # a tree
+        ("all_reduce", FOUR, (100, 1), 2 * 31 / 32 / 8),
+        ("all_reduce", TWO, (1, 100), 2 * 7 / 8),
+        ("all_reduce", ACROSS, (100, 1), 1),
+        ("all_to_all", NODE, (100, 1), 7 / 8 / 100),
+        ("all_to_all", TWO, (100, 1), 8 / 16),
+        ("all_to_all", TWO, (1, 100), 7 / 16),
+        ("broadcast", NODE, (100, 1), 1 / 100),
+        ("broadcast", TWO, (100, 1), 1 / 8),
+        ("send_recv", {"x": 2}, (100, 1), 1 / 100),
+        ("send_recv", ACROSS, (100, 1), 1),
+    ],
+)
+def test_bytes_are_those_counted_by_hand(
+    kind: str, mesh: dict[str, int], rates: tuple[float, float], share: float
+) -> None:
+    """Of a message so large that nothing else counts, over links of these rates."""
+    machine = plain((rates[0], 0.0, 0.0), (rates[1], 0.0, 0.0))
+    assert collective_s(kind, 1e9, (0,), topology(machine, mesh)) == pytest.approx(1e9 * share)
+
+
+def test_a_switch_and_wide_rings_by_hand() -> None:
+    switched = plain((100.0, 0.0, 0.0), (1e3, 0.0, 0.0), switch=1e3)
+    for mesh, share in ((NODE, (1 + 1 / 8) / 1e3), (TWO, (1 + 1 / 8) / 1e3), ({"x": 2}, 1 / 100)):
+        assert collective_s("all_reduce", 1e9, (0,), topology(switched, mesh)) == pytest.approx(1e9 * share), mesh
+    wide = plain((100.0, 0.0, 0.0), (1.0, 0.0, 0.0), wide=0.5)
+    for mesh, rate in (({"x": 120}, 8), ({"x": 128}, 4), ({"x": 64, "y": 2}, 4)):
+        share = (mesh["x"] - 1) / mesh["x"] / rate
+        assert collective_s("all_gather", 1e9, (0,), topology(wide, mesh)) == pytest.approx(1e9 * share), mesh
+
+
 def test_small_messages_cost_latency_only() -> None:
     """A kilobyte over 8 ranks of a node: 8 us and 7 hops of 2.2 us."""
     mesh = topology(H100, {"tp": 8})

@@ -113,6 +113,40 @@ def test_causal_attention_does_half_the_work() -> None:
     assert op_s(causal, A100) / op_s(full, A100) == pytest.approx(0.5 + 0.5 * 128 / 4096, rel=0.01)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_moves_its_operands_once(backward: bool) -> None:
+    """3 sequences of 5 heads on 1 of keys; 7 queries, 11 keys, heads of 13; 2 bytes, and 4 of each log-sum-exp."""
+    q, kv, statistics = 3 * 5 * 7 * 13 * 2, 3 * 1 * 11 * 13 * 2, 3 * 5 * 7 * 4
+    work = attention(3, 5, 7, 11, 13, kv_heads=1, backward=backward)
+    read = q + kv + kv + (q + q + statistics if backward else 0)
+    assert work.bytes_read == read
+    assert work.bytes_written == (q + kv + kv if backward else q + statistics)
+    assert work.flops == (5 if backward else 2) * 2 * 3 * 5 * 7 * 11 * 13
+
+
+def test_attention_fills_blocks_of_rows_and_multiprocessors() -> None:
+    def busy_s(batch: int, queries: int, size: int) -> float:
+        work = attention(batch, 1, queries, 1 << 20, size)
+        return op_s(replace(work, bytes_read=0, bytes_written=0, launches=0), A100)
+
+    assert busy_s(1, 64, 128) == pytest.approx(busy_s(1, 128, 128))  # half a block takes as long as one
+    assert busy_s(1, 128, 128) == pytest.approx(busy_s(108, 128, 128))  # and one as long as one on each of 108 SMs
+    assert busy_s(109, 128, 128) == pytest.approx(2 * busy_s(108, 128, 128))
+    assert busy_s(108 * 80, 128, 128) == pytest.approx(80 * busy_s(108, 128, 128))
+    assert busy_s(108 * 8 + 1, 128, 128) < 8.1 * busy_s(108, 128, 128)
+    assert busy_s(108, 128, 64) == pytest.approx((64 + 24) / (128 + 24) * busy_s(108, 128, 128))
+    assert busy_s(108, 128, 256) == pytest.approx(2 * busy_s(108, 128, 128))
+
+
+def test_a_last_wave_by_hand() -> None:
+    """Tiles of 16 x 16 on 10 SMs: 11 of them take two waves, or 1.225 where `k` is deep enough to be cut."""
+    device = replace(A100, tile_m=16, tile_n=16, sm_count=10, kernel_launch_s=0.0)
+    rate = device.peak_flops_per_s["bfloat16"] * device.matmul_efficiency * device.sustained
+    for tiles, k, waves in ((11, 512, 2.0), (11, 2048, 1.225), (19, 2048, 2.0), (101, 2048, 11.0), (15, 1024, 1.65)):
+        work = replace(matmul(16 * tiles, 16, k), bytes_read=0, bytes_written=0)
+        assert op_s(work, device) == pytest.approx(waves * 10 * 2 * 16 * 16 * (k + 8) / rate), (tiles, k)
+
+
 def test_what_fits_the_cache_moves_at_its_rate() -> None:
     """1 MB of cache at 10 TB/s: 1 MB at 87% of it, the next 2 MB at 87% of 2 TB/s."""
     device = replace(A100, cache_bytes=1_000_000, cache_bytes_per_s=10e12, kernel_launch_s=0.0)

@@ -71,6 +71,11 @@ def test_messages_wait_unless_interleaved() -> None:
     """4 stages, 8 micro-batches, 0.1 s a message: two waits a micro-batch, six to fill and drain."""
     assert step_s(8, 3.0, 3.0, 0.1, 4)[2] == pytest.approx(2 * 8 * 0.1 + 6 * 0.1)
     assert step_s(8, 3.0, 3.0, 0.1, 4, 2)[2] == pytest.approx(6 * 0.1)
+    # A chunk's forward takes 3 / (3 x 2) s, and a message 0.5 s longer.
+    total, bubble_s, messages_s = step_s(8, 3.0, 3.0, 1.0, 4, 2)
+    assert messages_s == pytest.approx(2 * 2 * 8 * 0.5 + 6 * 1.0)
+    assert total == pytest.approx(8 * 3.0 + bubble_s + messages_s)
+    assert step_s(8, 3.0, 3.0, 1.0, 1) == (24.0, 0.0, 0.0)
 
 
 def test_the_first_stage_holds_a_layer_set_per_stage() -> None:

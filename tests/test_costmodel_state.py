@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from costmodel.state import cut_evenly, largest_chunk
+from costmodel.state import chunks, cut_evenly, largest_chunk
 
 
 def _chunked(rows: int, sizes: tuple[int, ...]) -> list[list[int]]:
@@ -23,6 +23,7 @@ def _chunked(rows: int, sizes: tuple[int, ...]) -> list[list[int]]:
 def test_the_largest_chunk_and_even_cuts_are_those_of_torch(sizes: tuple[int, ...]) -> None:
     for rows in range(1, 30):
         parts = _chunked(rows, sizes)
+        assert chunks(rows, sizes) == tuple(map(len, parts))
         assert largest_chunk(rows, sizes) == max(map(len, parts))
         for each in range(1, rows + 2):
             whole = list(range(rows))

@@ -54,3 +54,12 @@ def test_more_experts_of_a_token_cross_the_network_no_oftener_than_there_are_nod
     mesh = topology(_with_links(1e15, SLOW), {"ep": 16})
     assert token_exchange_s(1e6, 1, (0,), mesh) == pytest.approx(0.5, rel=1e-3)
     assert token_exchange_s(1e6, 64, (0,), mesh) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_starts_are_those_of_both_links() -> None:
+    machine = _with_links(1e15, 1e15)
+    intra, inter = machine.intra_node, machine.inter_node
+    inside_s = intra.base_s + 8 * intra.latency_s
+    assert token_exchange_s(0.0, 8, (0,), topology(machine, {"ep": 8})) == pytest.approx(inside_s)
+    across_s = inside_s + inter.base_s + inter.latency_s
+    assert token_exchange_s(0.0, 8, (0,), topology(machine, {"ep": 16})) == pytest.approx(across_s)
