@@ -21,7 +21,15 @@ from passes import plots
 from passes.formulas import link_figures, published_formulas, ring_formulas
 from passes.frontier import FrontierPoint
 from passes.mesh_drawing import MeshDrawing, mesh_drawing
-from passes.report_text import MEMORY_KINDS, bound_text, percent_text, role_text, seconds_text, title_text
+from passes.report_text import (
+    MEMORY_KINDS,
+    bound_text,
+    kept_texts,
+    percent_text,
+    role_text,
+    seconds_text,
+    title_text,
+)
 
 if TYPE_CHECKING:
     from passes.plan import Placements, Plan
@@ -109,6 +117,7 @@ def plan_html(plan: Plan, frontier: Sequence[FrontierPoint] = ()) -> str:
         plan=plan,
         title=title_text(plan),
         bound=bound_text(plan),
+        kept=kept_texts(plan),
         roles=[(name, size, role_text(plan.roles[name], size)) for name, size in plan.axes],
         time=time,
         hidden=hidden,

@@ -114,6 +114,20 @@ def bound_text(plan: Plan) -> str:
     )
 
 
+def kept_texts(plan: Plan) -> list[str]:
+    """What is not kept for backward, and what is, a sentence each."""
+    sentences = (
+        (f"backward computes again: {RECOMPUTED[plan.recompute]}", True),
+        ("gathered parameters stay from forward to backward (reshard_after_forward=False)", not plan.reshard),
+        (
+            "activations that forward gathered are freed there and gathered again (regather_activations=True)",
+            plan.regather,
+        ),
+        ("weight gradients run at once, not beside what is sent next, for memory's sake", not plan.postpone),
+    )
+    return [text for text, is_so in sentences if is_so]
+
+
 def _head(plan: Plan, width: int) -> list[str]:
     machine, *axes = plan.machine or ("",)
     where = f" ({machine})" if machine else ""
@@ -236,20 +250,7 @@ def _memory(plan: Plan, width: int) -> list[str]:
         if size >= 0.001 * plan.peak_memory_bytes
     ]
     lines = [_title(title, width), *wrapped_lines(f"the peak is at {parts.peak_moment}", width, "  ")]
-    lines += wrapped_lines(f"backward computes again: {RECOMPUTED[plan.recompute]}", width, "  ")
-    if not plan.reshard:
-        lines += wrapped_lines(
-            "gathered parameters stay from forward to backward (reshard_after_forward=False)", width, "  "
-        )
-    if plan.regather:
-        lines += wrapped_lines(
-            "activations that forward gathered are freed there and gathered again (regather_activations=True)", width,
-            "  ",
-        )  # fmt: skip
-    if not plan.postpone:
-        lines += wrapped_lines(
-            "weight gradients run at once, not beside what is sent next, for memory's sake", width, "  "
-        )
+    lines += [line for text in kept_texts(plan) for line in wrapped_lines(text, width, "  ")]
     lines += text_table(rows, ["kind", "bytes", "share", ""], width, right=[1, 2])
     rows = [
         [top.name, f"x{top.count}" if top.count > 1 else "", top.kind, gib(top.bytes)]

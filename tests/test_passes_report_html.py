@@ -98,6 +98,16 @@ def test_everything_in_the_plan_is_in_the_page(name: str, strategy: str) -> None
         assert f"{other} is tied to" in text
 
 
+def test_what_is_computed_and_gathered_again_is_told() -> None:
+    plan = made("llama", "fsdp")[0]
+    text = Page(plan_html(replace(plan, recompute="widening"))).text
+    assert "Backward computes again: pointwise ops and products that give more than they read" in text
+    assert "reshard_after_forward=False" not in text
+    text = Page(plan_html(replace(plan, reshard=False, regather=True, postpone=False))).text
+    for told in ("reshard_after_forward=False", "regather_activations=True", "Weight gradients run at once"):
+        assert told in text
+
+
 def test_nothing_is_loaded_and_nothing_runs() -> None:
     found = page()
     assert not found.tags.keys() & {"script", "link", "img", "iframe", "object", "embed", "base"}
