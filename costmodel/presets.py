@@ -85,6 +85,8 @@ def slow_dtype_notes(device: Device, dtype: str) -> list[str]:
     if device.is_cpu or dtype not in ("bfloat16", "float16") or dtype == device.half:
         return []
     slow, fast = (device.peak_flops_per_s.get(each, 0.0) / 1e12 for each in (dtype, device.half))
+    if slow >= fast:
+        return []
     return [
         f"products are priced in {dtype}, of which {device.name} does {slow:g} TFLOP/s at most, and of {device.half} "
         f"{fast:g}: train in {device.half} there"

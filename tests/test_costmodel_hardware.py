@@ -14,7 +14,15 @@ from costmodel.compute import matmul, op_s
 from costmodel.hardware import dtype_name, topology
 from costmodel.hardware_file import load_hardware, save_hardware
 from costmodel.host_memory import host_memory_bytes
-from costmodel.presets import fitted, hardware, hardware_names, preset_of, sources, with_attention
+from costmodel.presets import (
+    fitted,
+    hardware,
+    hardware_names,
+    preset_of,
+    slow_dtype_notes,
+    sources,
+    with_attention,
+)
 
 H100 = hardware("h100")
 
@@ -498,3 +506,11 @@ def test_memory_is_what_a_container_is_held_to(
     pages = Path("/proc/meminfo").read_text().split()
     found = host_memory_bytes(tmp_path / "fs", tmp_path / "cgroup")
     assert found == (expected or int(pages[pages.index("MemTotal:") + 1]) * 1024)
+
+
+def test_a_dtype_that_is_as_fast_is_not_advised_against() -> None:
+    v100, h100 = hardware("v100-sxm2-32gb").device, hardware("h100").device
+    assert h100.peak_flops_per_s["float16"] == h100.peak_flops_per_s[h100.half]
+    assert slow_dtype_notes(h100, "float16") == []
+    (note,) = slow_dtype_notes(v100, "bfloat16")
+    assert note.endswith("train in float16 there")
