@@ -50,7 +50,7 @@ def verdict_text(basis: Basis, profiler: Profiler) -> tuple[str, ...]:
     if answer in ("computation", "context", "pipeline", "nothing"):
         text += _why_not_state(basis, profiler)
     if answer in ("state", "computation", "context"):
-        text.append(_pipeline_text(ways.pipeline, ways.resident[answer]))
+        text.append(_pipeline_text(basis))
     if answer == "state":
         text += _rests_on_overlap(ways)
     if ways.experts is not None:
@@ -302,9 +302,12 @@ def _reach_text(reach: Reach, gpus: int, batch: int) -> str:
     return f"{text}."
 
 
-def _pipeline_text(pipeline: Priced | None, best: Priced) -> str:
+def _pipeline_text(basis: Basis) -> str:
+    pipeline, best = basis.ways.pipeline, basis.ways.resident[basis.answer]
     if pipeline is None:
-        return "No pipeline fits or divides the layers."
+        if any(c.setup.pp > 1 for c in basis.found):
+            return "No pipeline fits."
+        return "No pipeline was priced (none divides the GPUs, the layers and the batch, or a note says why)."
     little = "gain little" if pipeline.step_time_s < best.step_time_s else "not pay"
     return (
         f"A pipeline would {little}: the best ({_mesh(pipeline.setup)}, priced only) takes {_s(pipeline.step_time_s)}, "

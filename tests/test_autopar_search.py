@@ -774,6 +774,13 @@ def test_sharded_state_that_fits_without_recompute_is_not_said_to_fit_only_with_
     assert "Sharded state alone is fastest where backward computes the wide products" in told("widening", "none")
 
 
+def test_a_pipeline_that_does_not_fit_is_told_from_none() -> None:
+    state = Candidate(Setup(dp_shard=8), 10.0, 1, 0, {"compute": 9.0}, {})
+    stages = Candidate(Setup(dp_shard=4, pp=2, state="zero1"), 9.0, 9, 1, {"bubble": 0.9}, {})
+    unused: Any = None
+    assert verdict([state, stages], unused, 8, 8, 8).text[-1] == "No pipeline fits."
+
+
 def test_copies_that_are_hardly_slower_are_told() -> None:
     """What is simpler is named, with what it takes; not where it is slower by more than is let pass."""
 
@@ -783,6 +790,7 @@ def test_copies_that_are_hardly_slower_are_told() -> None:
         unused: Any = None
         found = verdict([state, copied], unused, 8, 8, 4 << 30)
         assert found.answer == "state"
+        assert "No pipeline was priced (" in " ".join(found.text)
         return " ".join(found.text)
 
     said = "Copies of the model (DDP), which is simpler, would do too: 10.30 s, 3.0% more, in 2.00 GiB."
