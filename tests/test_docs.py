@@ -102,6 +102,29 @@ def test_links_lead_somewhere() -> None:
             assert (document.parent / target).exists(), (document.name, target)
 
 
+def test_measured_figures_are_those_of_the_results() -> None:
+    """What the page on strategies says of memory, and the README of planning, beside the tables it is from."""
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (ROOT / "benchmarks" / "memory_results.md").read_text().splitlines()
+        if line.startswith("| llama ")
+    ]
+    rows = {row[4]: row[5:8] for row in cells if row[1] == "megatron" and row[3] == "compiled"}
+    whole, again, full, both = (
+        rows[how] for how in ("pointwise", "pointwise, gathered again", "full", "full, gathered again")
+    )
+    page = " ".join((ROOT / "docs" / "strategies.md").read_text().split())
+    assert f"takes {again[0]} MiB for {whole[0]}, and {both[0]} for {full[0]} with full recompute" in page
+    worst = max(abs(float(row[2].rstrip("%"))) for row in (whole, again, full, both))
+    assert f"each predicted to {worst}% or better" in page
+    (line,) = (
+        line for line in (ROOT / "benchmarks" / "planning_results.md").read_text().splitlines()
+        if line.startswith("| after capture, with memory to spare, to a quarter")
+    )  # fmt: skip
+    times = [float(cell) for cell in line.split("|")[2:-1] if cell.strip()]
+    assert f"costs {min(times):.2f} to {max(times):.2f} times (405B)" in (ROOT / "README.md").read_text()
+
+
 def test_dependencies_have_their_reasons() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     reasons = (ROOT / "docs" / "design.md").read_text()
