@@ -80,7 +80,8 @@ def ranks_text(setup: Setup) -> str:
         *([f"{setup.cp} context-parallel"] if setup.cp > 1 else []),
         *([f"{setup.tp} tensor-parallel"] if setup.tp > 1 else []),
     ]
-    shared = [f"{setup.ep} ranks share a layer's experts"] if setup.ep > 1 else []
+    beside = ", tokens sent beside another micro-batch" if setup.experts_beside else ""
+    shared = [f"{setup.ep} ranks share a layer's experts{beside}"] if setup.ep > 1 else []
     kept = [] if setup.reshard or setup.state != "zero3" else ["gathered parameters kept for backward"]
     again = "layers run again to their end" if setup.runs_whole else f"recompute {setup.recompute}"
     return "; ".join([" x ".join(parts), *shared, _STATES[setup.state], *kept, again])

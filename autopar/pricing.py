@@ -198,6 +198,12 @@ def _check_idle(setup: Setup) -> None:
         (setup.tp_overlap and setup.tp_waits, "tp_overlap=True", "so is tp_waits; collectives do one of them"),
         (setup.solved and setup.tp == 1, "solved=True", alone),
         (setup.in_block != "pointwise" and not setup.runs_whole, f"in_block={setup.in_block!r}", unblocked),
+        (setup.experts_beside and setup.ep == 1, "experts_beside=True", "ep is 1; no tokens are sent, leave it out"),
+        (
+            setup.experts_beside and setup.accumulate == 1,
+            "experts_beside=True",
+            "accumulate is 1; there is no other micro-batch to send them beside",
+        ),
         (setup.balanced and setup.pp == 1, "balanced=True", "pp is 1; there are no stages, leave it out"),
         (setup.gather_bytes_per_s and not gathers, f"gather_bytes_per_s={setup.gather_bytes_per_s:g}", ungathered),
         (setup.gathers_late and not gathers, "gathers_late=True", ungathered),

@@ -359,8 +359,9 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
     layer_s = found.layer("micro_s") + attention_s + ring_s + _rest_again_s(setup, found)
     by_parts_s = _hidden_by_parts_s(setup, found)
     layer_s += _waited_by_layer_s(setup, found) - by_parts_s + _gathered_again_s(setup, found, hardware)
-    sent_to_experts_s = _sent_to_experts_s(setup, found, hardware)
-    layer_s += sent_to_experts_s - _spared_by_experts_s(setup, found)
+    layer_s -= _spared_by_experts_s(setup, found)
+    to_experts = _sent_to_experts(setup, found, hardware, layer_s)
+    layer_s += to_experts.waits_s + to_experts.slowed_s
     casts_s = _casts_s(setup, found, hardware) if setup.fp8 else 0.0
     layer_s += casts_s / layers
     outside_s = outside["micro_s"]
@@ -378,13 +379,15 @@ def _replicated(setup: Setup, profiler: Profiler) -> Estimate:
         waits_s += _tied_s(setup, outside["trained tied"], hardware)
     added_s = _added_s(setup, trained, found, hardware)
     step = passed_s + added_s + waits_s + slowed_s + update_s
-    hidden_s = behind_s + max(0.0, sent_s - messages_s) + micro * layers / stages * by_parts_s
+    hidden_s = behind_s + max(0.0, sent_s - messages_s)
+    hidden_s += micro * layers / stages * (by_parts_s + to_experts.hidden_s)
+    layers_s = micro * share * layers
     seconds = {
-        "compute": micro * (slowest_s - share * layers * sent_to_experts_s) + added_s,
+        "compute": micro * slowest_s - layers_s * (to_experts.waits_s + to_experts.slowed_s) + added_s,
         "bubble": bubble_s,
         "messages": messages_s,
-        "experts": micro * share * layers * sent_to_experts_s,
-        "slowed": slowed_s,
+        "experts": layers_s * to_experts.waits_s,
+        "slowed": slowed_s + layers_s * to_experts.slowed_s,
         "exposed state": waits_s,
         "optimizer": update_s,
     }
@@ -423,19 +426,34 @@ def _context(setup: Setup, found: Profile, hardware: Hardware) -> tuple[float, f
     return ring_s, (setup.cp - 1) * attention_s
 
 
-def _sent_to_experts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
-    """Per layer and micro-batch: rows sent to their experts and back, forward and backward, and once more what is
-    computed again. Compute waits for all of it.
+@dataclass(frozen=True)
+class _Beside:
+    """Per layer and micro-batch, what is sent: what compute waits for, what is hidden behind it, and what that slows it
+    down by."""
+
+    waits_s: float = 0.0
+    hidden_s: float = 0.0
+    slowed_s: float = 0.0
+
+
+def _sent_to_experts(setup: Setup, found: Profile, hardware: Hardware, compute_s: float) -> _Beside:
+    """Rows sent to their experts and back, forward and backward, and once more what is computed again. Compute waits
+    for all of it; or it runs beside another micro-batch's, but for the first forward and the last backward, which have
+    none beside them.
 
     Tensor-parallel ranks have the rows of their part of the sequence each.
     """
     if setup.ep == 1:
-        return 0.0
+        return _Beside()
     tokens = found.layer("routed tokens")
     mesh = _experts_mesh(setup, hardware)
     one_way_s = token_exchange_s(tokens / setup.tp, found.layer("routed") / tokens, (2,), mesh)
     again = 2 if setup.runs_whole else 1 if setup.recompute == "full" else 0
-    return (4 + again) * one_way_s
+    sent_s = (4 + again) * one_way_s
+    if not setup.experts_beside:
+        return _Beside(waits_s=sent_s)
+    hidden_s = (1 - 1 / setup.accumulate) * min(sent_s, compute_s)
+    return _Beside(sent_s - hidden_s, hidden_s, taken_shares((2,), mesh)[0] * hidden_s)
 
 
 def _experts_mesh(setup: Setup, hardware: Hardware) -> Topology:

@@ -23,6 +23,9 @@ class Setup:
     ep: int = 1
     """Ranks that have some of the routed experts each, of those that have the same layers: tensor-parallel ranks first,
     then context-parallel ones, then those that see other samples. Tokens are sent to them."""
+    experts_beside: bool = False
+    """Whether tokens go to their experts beside another micro-batch's compute, as by DeepSeek-V3's DualPipe (arXiv
+    2412.19437, section 3.2.1) and Megatron-LM's `--overlap-moe-expert-parallel-comm`; else compute waits."""
     virtual: int = 1
     balanced: bool = False
     """Whether the last stage of a pipeline has fewer layers where its head would make it the slowest, as nanotron and

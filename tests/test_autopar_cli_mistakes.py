@@ -147,6 +147,8 @@ MISTAKES = [
     ("price MODEL --gpus 8 --global-batch 8 --hardware a100-80gb --fp8", "has no fp8 matrix products"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware a100-80gb --fp8", "price: --fp8: a100-80gb has no fp8"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --whole-layers", "--whole-layers, but --recompute is"),
+    ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --balanced-stages", "--balanced-stages, but --pp 1"),
+    ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --experts-beside", "--experts-beside, but --ep is 1"),
     (
         "price MODEL --gpus 8 --global-batch 8 --hardware h100 --state zero1 --keep-gathered",
         "--keep-gathered, but --st",

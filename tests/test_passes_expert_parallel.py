@@ -113,6 +113,20 @@ def test_each_micro_batch_sends_tokens_four_times() -> None:
     assert again.seconds["experts"] == pytest.approx(6 * LAYERS * 4 * once_s)
 
 
+def test_tokens_may_be_sent_beside_another_micro_batch() -> None:
+    """Of 4 micro-batches 3 quarters, as the first forward and the last backward have nothing beside them; that takes
+    26% of its time from compute, and is no more than there is compute."""
+    waited, beside = priced(ep=8), priced(ep=8, experts_beside=True)
+    sent_s, compute_s = waited.seconds["experts"], waited.seconds["compute"]
+    hidden_s = 3 / 4 * min(sent_s, compute_s)
+    assert sent_s - beside.seconds["experts"] == pytest.approx(hidden_s, rel=0.05)
+    assert beside.hidden_s - waited.hidden_s == pytest.approx(hidden_s, rel=0.05)
+    slowed_s = beside.seconds["slowed"] - waited.seconds["slowed"]
+    assert slowed_s == pytest.approx(0.26 * hidden_s, rel=0.05)
+    assert waited.step_s - beside.step_s == pytest.approx(hidden_s - slowed_s, rel=0.05)
+    assert sum(beside.seconds.values()) == pytest.approx(beside.step_s)
+
+
 def test_products_of_fewer_experts_are_faster() -> None:
     """By the products themselves: forward of gate and up (one), of down, and for each two backward, on one rank."""
     device = hardware("h100").device

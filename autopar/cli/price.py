@@ -46,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cp", type=count, default=1, metavar="N", help="context-parallel ranks (1)")
     parser.add_argument("--ep", type=count, default=1, metavar="N", help="ranks that share a layer's experts (1)")
     parser.add_argument(
+        "--experts-beside", action="store_true",
+        help="tokens go to their experts beside another micro-batch's compute (it waits for them)",
+    )  # fmt: skip
+    parser.add_argument(
         "--replicas", type=count, default=1, metavar="N", help="copies of sharded state, as HSDP keeps (1)"
     )
     parser.add_argument(
@@ -128,8 +132,9 @@ def setup_of(given: argparse.Namespace) -> Setup:
     usual: State = ("zero1" if data * given.cp > 1 else "zero0") if staged else "zero3"
     setup = Setup(
         dp_replicate=given.replicas, dp_shard=data // given.replicas, tp=given.tp, pp=given.pp, cp=given.cp,
-        ep=given.ep, virtual=given.virtual, balanced=given.balanced_stages, micro_batch=given.micro_batch,
-        accumulate=given.global_batch // (data * given.micro_batch), recompute=given.recompute,
+        ep=given.ep, experts_beside=given.experts_beside, virtual=given.virtual, balanced=given.balanced_stages,
+        micro_batch=given.micro_batch, accumulate=given.global_batch // (data * given.micro_batch),
+        recompute=given.recompute,
         whole_blocks=given.whole_layers, sequence_parallel=given.sequence_parallel, state=given.state or usual,
         reshard=not given.keep_gathered, gathers_again=given.regather_activations, fp8=given.fp8, offload=given.offload,
     )  # fmt: skip
