@@ -42,7 +42,7 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     watch().doing(lambda: _in_words(key))
     executable = _fitting(runtime, key, inputs)
     if executable is None:
-        _warn_of_numbers(runtime, key, args, kwargs)
+        _warn_of_given(runtime, key, args, kwargs)
         with torch.inference_mode(False), torch.set_grad_enabled(trains):
             executable = runtime.remake(plain_module(module, parameters.trained), args, kwargs, "loss", trains)
         runtime.executables.setdefault(key, []).insert(0, executable)
@@ -124,13 +124,14 @@ def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Exec
     return None
 
 
-def _warn_of_numbers(runtime: Runtime, key: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Says, on rank 0, which numbers a call was given that are others than those of a known one, alike but for them."""
+def _warn_of_given(runtime: Runtime, key: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Says, on rank 0, which numbers, functions or objects a call was given that are others than those of a known one,
+    alike but for them."""
     if runtime.mesh.get_rank() != 0:
         return
     spec, leaves, *rest = key
     alike = (known[1] for known in reversed(runtime.executables) if (known[0], known[2:]) == (spec, tuple(rest)))
-    before = next((each for each in alike if _differ_in_numbers(each, leaves)), None)
+    before = next((each for each in alike if _differ_by_chance(each, leaves)), None)
     if before is None:
         return
     paths, _ = pytree.tree_flatten_with_path((args, kwargs))
@@ -139,12 +140,22 @@ def _warn_of_numbers(runtime: Runtime, key: Any, args: tuple[Any, ...], kwargs: 
         for (path, _), old, new in zip(paths, before, leaves, strict=True)
         if old != new
     ]
-    settings.warn_of_changed(changed, "pass what changes often as a tensor")
+    settings.warn_of_changed(changed, "pass what changes often as a tensor, functions and objects as the same ones")
 
 
-def _differ_in_numbers(before: Sequence[Any], now: Sequence[Any]) -> bool:
-    differing = [each for pair in zip(before, now, strict=True) if pair[0] != pair[1] for each in pair]
-    return bool(differing) and all(len(each) == 2 and each[0] in (int, float) for each in differing)
+def _differ_by_chance(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Whether calls differ in numbers, or in which object of a class they were given (a lambda made for each)."""
+    differing = [pair for pair in zip(before, now, strict=True) if pair[0] != pair[1]]
+    return bool(differing) and all(_are_numbers(*pair) or _are_objects(*pair) for pair in differing)
+
+
+def _are_numbers(*leaves: Any) -> bool:
+    return all(len(leaf) == 2 and leaf[0] in (int, float) for leaf in leaves)
+
+
+def _are_objects(old: Any, new: Any) -> bool:
+    """Whether both are of one class whose objects are equal to themselves alone."""
+    return len(old) == len(new) == 2 and old[0] is new[0] and old[0].__eq__ is object.__eq__
 
 
 def _buffer(runtime: Runtime, name: str) -> torch.Tensor:

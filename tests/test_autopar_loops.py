@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -240,6 +241,41 @@ def test_numbers_that_a_call_is_given() -> None:
     assert [message.split(" changed")[0] for message in first] == [
         "count (3, now 5)", "count (3, now 7), scale (2.0, now 4.0)",
     ]  # fmt: skip
+    assert not second
+
+
+class _Given(nn.Module):
+    """Its loss is a function that the call is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, score: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        return self.up(x).mean() if score is None else score(self.up(x))
+
+
+def _functions_given(rank: int, ranks: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    eager, x = _Given(), torch.randn(4, 6)
+    mine = x.chunk(ranks)[rank]
+    options = autopar.Options(compile=False, progress=False)
+    model = autopar.parallelize(eager, mesh, {"x": mine, "score": _score}, options=options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for given in (_score, None, lambda y: y.square().mean(), _score):
+            torch.testing.assert_close(model(mine, given), eager(x, given))
+    return [str(one.message) for one in caught if "captured and planned anew" in str(one.message)]
+
+
+def _score(y: Tensor) -> Tensor:
+    return y.exp().mean()
+
+
+def test_functions_that_a_call_is_given() -> None:
+    (message,), second = run_ranks(_functions_given, 2)
+    assert re.match(r"score \(<function _score at \w+>, now <function .*<lambda> at \w+>\) changed: ", message)
     assert not second
 
 
