@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from autopar.module import ParallelModule
 
@@ -34,6 +35,9 @@ def check_unwrapped(model: Any) -> None:
             raise ValueError(f"{where} is under {kind}; pass the model before any other parallelism is applied")
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{where} is compiled TorchScript; pass the module that it was scripted or traced from")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet, as of a lazy module; run the model once on a batch before")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(f"{name} is a DTensor already; pass the model before any other parallelism is applied")

@@ -608,6 +608,7 @@ def _refused(rank: int, ranks: int) -> None:
         (inner(fully_shard(_Scored(True), mesh=mesh)), "^1 is under FSDPModule; pass the model before any other"),
         (nn.parallel.DistributedDataParallel(_Scored(True)), "^the model is under DistributedDataParallel"),
         (inner(torch.jit.script(nn.Linear(4, 4))), "^1 is compiled TorchScript; pass the module that it was"),
+        (inner(nn.LazyLinear(4)), "^1.weight has no shape yet, as of a lazy module; run the model once"),
         (split, r"^up\.weight is a DTensor already"),
     ):
         with pytest.raises(ValueError, match=message):
