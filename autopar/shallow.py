@@ -6,7 +6,8 @@
 
 A cost that is linear in how many layers of each kind there are, or in how often they follow each other (seconds of a
 schedule, bytes at a moment), follows exactly from as many prefixes as there are unknowns. Layers are of one kind where
-their modules, the shapes of what they hold and their plain attributes (but for their index) are alike.
+their modules, the shapes and dtypes of what they hold, what of it is frozen, and their plain attributes (but for their
+index) are alike.
 """
 
 from __future__ import annotations
@@ -98,13 +99,13 @@ def _kinds(layers: Sequence[nn.Module]) -> list[int]:
 
 
 def _attributes(layer: nn.Module) -> dict[str, Any]:
-    """Plain attributes, classes, parameters' and buffers' shapes of a layer's modules, by place."""
+    """Plain attributes and classes of a layer's modules, and what their parameters and buffers are, by place."""
     found: dict[str, Any] = {}
     for name, module in layer.named_modules():
         found[f"{name}:"] = type(module)
         found |= {f"{name}.{key}": value for key, value in vars(module).items() if _is_plain(value)}
         held = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-        found |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in held}
+        found |= {f"{name}.{key}": (tuple(t.shape), t.dtype, t.requires_grad) for key, t in held}
     return found
 
 

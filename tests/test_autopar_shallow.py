@@ -243,3 +243,39 @@ def test_layers_that_differ_by_a_tuple_or_a_buffer_are_not_alike(kind: str) -> N
     found = autopar.price(model, Setup(), "h100", call)
     product = 2 * 64 * 64  # of a token; backward takes two, but for the gradient of the inputs
     assert found.model_flops == pytest.approx(product * (2 * 256 + 3 * 2 * sum(tokens)))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "cast"])
+def test_layers_that_are_frozen_or_in_another_dtype_are_not_alike(kind: str) -> None:
+    """Half of sixteen are trained in fp32: 8 bytes of states for each of their parameters, and of the first product's;
+    the others are frozen, or have 2 bytes a parameter and 8 of states and 4 of a master copy."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (nn.Linear(64, 64, bias=False) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(self.up(x.to(self.up.weight.dtype)).relu())
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layers = nn.Linear(64, 128, bias=False), nn.ModuleList(Layer() for _ in range(16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x, _ = self.first(x).chunk(2, -1)
+            for layer in self.layers:
+                x = layer(x)
+            return x.square().mean()
+
+    with torch.device("meta"):
+        model = Stack()
+    for layer in model.layers[:8]:
+        layer.requires_grad_(kind != "frozen")
+        layer.to(torch.float32 if kind == "frozen" else torch.bfloat16)
+    call = {"x": torch.empty(1, 256, 64, device="meta")}
+    found = autopar.price(model, Setup(), "h100", call)
+    each, low = 2 * 64 * 64, kind == "cast"
+    assert found.bytes["parameters"] == pytest.approx(each * (9 * 4 + 8 * (2 if low else 4)))
+    assert found.bytes["optimizer"] == pytest.approx(each * (9 * (8 + 4 * low) + 8 * 12 * low))
