@@ -358,6 +358,13 @@ def test_calibrated_figures_replace_the_formulas() -> None:
     assert collective_s("all_gather", 4e6, (0,), across) == collective_s(
         "all_gather", 4e6, (0,), topology(H100, {"dp": 4, "tp": 8})
     )
+    figures = dict.fromkeys(("all_gather", "all_reduce", "send_recv"), (1e-3, 1e-4, 1e9))
+    machine = replace(H100, inter_node=replace(H100.inter_node, measured=figures))
+    one = topology(machine, {"dp": 4, "tp": 8})  # a rank in each of 4 nodes
+    assert collective_s("all_reduce", 4e6, (0,), one) == pytest.approx(1e-3 + 6e-4 + 6e-3)
+    assert collective_s("send_recv", 4e6, (0,), one) == pytest.approx(1e-3 + 1e-4 + 4e-3)
+    pooled = [collective_s("all_gather", 4e6, (0,), topology(each, {"dp": 16})) for each in (machine, H100)]
+    assert pooled[0] == pooled[1]
 
 
 def test_pricing_is_fast() -> None:

@@ -37,6 +37,17 @@ def test_no_product_beats_the_peak_or_the_memory(gpu: str) -> None:
                 assert seconds > (work.bytes_read + work.bytes_written) / device.memory_bytes_per_s
 
 
+def test_products_of_a_batch_by_hand() -> None:
+    work = matmul(3, 5, 7, batch=2)
+    assert (work.flops, work.bytes_read, work.bytes_written) == (2 * 2 * 105, 2 * 2 * (21 + 35), 2 * 2 * 15)
+
+
+def test_off_the_tensor_cores_half_the_fp32_peak_is_reached() -> None:
+    """19.5 TFLOP/s with fused multiply-adds; a view takes nothing, whatever it spans."""
+    assert op_s(pointwise(0, 0, flops=1e12), A100) == pytest.approx(2e-6 + 1e12 / 9.75e12)
+    assert op_s(Work(0.0, 1e9, 1e9, "view"), A100) == 0.0
+
+
 def test_a_wave_of_tiles_is_paid_whole() -> None:
     """109 tiles of 128 x 128 on 108 SMs take two waves where k is too short to be cut."""
     one, two = matmul(128, 128 * 108, 512), matmul(128, 128 * 109, 512)
@@ -141,6 +152,10 @@ def test_attention_fills_blocks_of_rows_and_multiprocessors() -> None:
 def test_a_last_wave_by_hand() -> None:
     """Tiles of 16 x 16 on 10 SMs: 11 of them take two waves, or 1.225 where `k` is deep enough to be cut."""
     device = replace(A100, tile_m=16, tile_n=16, sm_count=10, kernel_launch_s=0.0)
+    many, one = (
+        replace(work, bytes_read=0, bytes_written=0) for work in (matmul(16, 16, 512, batch=11), matmul(176, 16, 512))
+    )
+    assert op_s(many, device) == pytest.approx(op_s(one, device))
     rate = device.peak_flops_per_s["bfloat16"] * device.matmul_efficiency * device.sustained
     for tiles, k, waves in ((11, 512, 2.0), (11, 2048, 1.225), (19, 2048, 2.0), (101, 2048, 11.0), (15, 1024, 1.65)):
         work = replace(matmul(16 * tiles, 16, k), bytes_read=0, bytes_written=0)
