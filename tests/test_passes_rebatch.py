@@ -104,9 +104,7 @@ def mixtral(layers: int) -> nn.Module:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("make", "shallow", "deep"), [(llama, 3, 4), (gemma, 7, 8), (gemma, 7, 13), (gpt2, 3, 4), (mixtral, 3, 4)]
-)
+@pytest.mark.parametrize(("make", "shallow", "deep"), [(llama, 3, 4), (gemma, 7, 13), (gpt2, 3, 4), (mixtral, 3, 4)])
 def test_it_computes_what_a_capture_does(make: Callable[[int], nn.Module], shallow: int, deep: int) -> None:
     with torch.device("meta"):
         small, large = make(shallow).to(torch.bfloat16), make(deep).to(torch.bfloat16)
