@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
-from commands import MODELS, Here, autopar
+from commands import MODELS, Here, autopar, environment
 
 from autopar.cli import main
 from autopar.cli.main import with_flags
@@ -23,7 +25,14 @@ MISTAKES = [
     ("plan MODEL --mesh dp=2,dp=2", "stands twice"),
     ("plan MODEL --mesh dp=0", "is no axis"),
     ("plan MODEL --mesh dp=2 --hardware h100 --batch-axes ep", "ep"),
+    ("plan MODEL --mesh dp=2 --hardware h100 --batch-axes ep", "autopar plan: --batch-axes names ['ep']"),
     ("plan MODEL --mesh dp=2 --batch-axes 2", "names no axes; write dp or dp,ep"),
+    ("plan MODEL --mesh dp=2,tp=2 --hardware cpu --async-tp", "autopar plan: --async-tp is for GPUs"),
+    ("price MODEL --gpus 2 --hardware h100 --global-batch 2 --virtual 4", "without stages; give --pp, or leave it out"),
+    (
+        "price MODEL --gpus 1 --global-batch 1 --layers 1",
+        "autopar price: unrecognized arguments: --layers 1; see autopar",
+    ),
     ("plan MODEL --mesh dp=2 --recompute some", "choose from"),
     ("plan MODEL --mesh a=1,b=1,c=1,d=1,e=1,f=1", "6 axes"),
     ("plan MODEL --mesh dp=99999999999999999999", "has 99,999,999,999,999,999,999 ranks; at most 2,147,483,648 work"),
@@ -263,6 +272,13 @@ def test_a_mistake_in_a_process_is_no_traceback(here: Here) -> None:
     line = next(i for i, text in enumerate(MODELS.splitlines(), 1) if ".nothing" in text)
     assert f"models.py:{line}: AttributeError" in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_closed_standard_output_is_no_traceback(here: Here) -> None:
+    command = [sys.executable, "-m", "autopar", "diff", str(here.plan), str(here.plan)]
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    ran = subprocess.run(closed, stderr=subprocess.PIPE, text=True, env=environment(), check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_what_does_not_fit_is_told_in_flags() -> None:

@@ -68,10 +68,15 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
+    if sys.stdout is None:  # closed: nobody looks on, and no file that is written may take its number
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        given = parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
+        given, unknown = parser().parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
+    if unknown:
+        words = " ".join(unknown)
+        return _said(given.command, f"unrecognized arguments: {words}; see autopar {given.command} --help", 2)
     with quiet_libraries():
         return _run(given)
 
@@ -114,7 +119,9 @@ _FLAGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\bthe pin '([^']+)': (\S+ -> \S+?|\S+?)(?=[;:,.]? |[;:,.]?$)", r"--pin '\1=\2'"),
     (r"\ba memory budget of ([\d.]+ \w+) \((\d+) bytes\)", r"--memory-budget \2 (\1)"),
     (r"\bthe mesh (\w+=\d+(?: x \w+=\d+)*)", lambda found: "--mesh " + found[1].replace(" x ", ",")),
-    (r"\bOptions\(async_tp=True\)", "--async-tp"),
+    (r"\bOptions\(async_tp=True\)|^async_tp(?= is )", "--async-tp"),
+    (r"^batch_axes(?= names )", "--batch-axes"),
+    (r"without stages; give pp,", "without stages; give --pp,"),
     (r"\bdp_replicate is (\d+)", r"--replicas \1"),
     (r"\b(pp|cp|virtual) is (\d+)", r"--\1 \2"),
     (r"^ep=(\d+) with (zero\d)", r"--ep \1 with --state \2"),
