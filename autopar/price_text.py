@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from passes.setup import Setup
 
 _SECONDS = {
-    "compute": "products, attention and all else; of stages the slowest",
+    "compute": "products, attention and all else",
     "recompute": "what backward computes again",
     "slowed": "compute, by collectives that run beside it",
     "casts": "operands to fp8",
@@ -21,10 +21,12 @@ _SECONDS = {
     "messages": "between stages, that compute waits for",
     "experts": "tokens to their experts and back",
     "exposed state": "parameters and gradients that compute waits for",
-    "exposed activations": "tensor parallelism's collectives that compute waits for",
+    "exposed activations": "sums over ranks, as of the loss, that compute waits for",
     "optimizer": "the update",
     "between": "what is none of these; of products that are cut in parts, what they take longer",
 }
+_STAGED = {"compute": "products, attention and all else; of stages the slowest"}
+_SPLIT = {"exposed activations": "tensor parallelism's collectives that compute waits for"}
 _BYTES = {**MEMORY_KINDS, "activations and working": "kept from forward for backward, and temporary results"}
 _STATES = {
     "zero0": "state whole on every data-parallel rank", "zero1": "optimizer sharded (ZeRO-1)",
@@ -50,8 +52,9 @@ def price_text(price: Price, name: str | None, measured_s: float | None) -> str:
     ]
     if measured_s is not None:
         lines.append(f"  measured {step_text(measured_s)}: {_compared(price.step_time_s / measured_s - 1)}")
+    words = _SECONDS | (_STAGED if setup.pp > 1 else {}) | (_SPLIT if setup.tp > 1 else {})
     rows = [
-        [part, seconds_text(seconds), percent_text(seconds / price.step_time_s), _SECONDS.get(part, "")]
+        [part, seconds_text(seconds), percent_text(seconds / price.step_time_s), words.get(part, "")]
         for part, seconds in price.seconds.items()
         if seconds >= 0.001 * price.step_time_s
     ]
@@ -66,7 +69,10 @@ def price_text(price: Price, name: str | None, measured_s: float | None) -> str:
     lines += ["", *text_table(rows, ["of the memory", "bytes", "share", ""], width, shrink=[3], right=[1, 2]), ""]
     if setup.priced_only:
         lines += wrapped_lines(f"no plan does these yet: {', '.join(setup.priced_only)}", width, "")
-    return "\n".join([*lines, *(line for note in price.notes for line in wrapped_lines(f"- {note}", width, ""))])
+    for note in price.notes:
+        first, *rest = wrapped_lines(f"- {note}", width - 2, "")
+        lines += [first, *(f"  {line}" for line in rest)]
+    return "\n".join(lines)
 
 
 def ranks_text(setup: Setup) -> str:

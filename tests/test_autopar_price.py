@@ -370,6 +370,22 @@ def test_parts_add_up_and_are_explained(folder: Path, capsys: pytest.CaptureFixt
     assert "no plan does these yet: pipeline, ZeRO-1, fp8, overlapped tensor parallelism" in out
 
 
+def test_nothing_is_said_of_stages_and_tensor_parallel_ranks_that_are_not_there(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    words = ["--gpus", "4", "--hardware", "h100", "--global-batch", "4", "--seq", "16"]
+    text = {}
+    for tp in ("1", "2"):
+        assert main(["price", str(folder), *words, "--tp", tp]) == 0
+        out = capsys.readouterr().out
+        assert "exposed activations" in out
+        text[tp] = out
+    assert "stages" not in text["1"]
+    assert "tensor parallelism" not in text["1"]
+    assert "tensor parallelism's collectives that compute waits for" in text["2"]
+
+
 def test_without_tokens_samples_are_counted() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1))
     found = autopar.price(model.to("meta"), Setup(dp_shard=2), "h100", (torch.zeros(1, 64),))
