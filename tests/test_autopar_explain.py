@@ -58,6 +58,17 @@ def test_a_layers_own_name_means_all_alike_layers(folder: Path, capsys: pytest.C
     assert found["collectives"]
 
 
+def test_bytes_are_said_to_be_of_all_alike_layers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = Plan.load(folder / "plan.json").parameters["model.layers.*.mlp.up_proj.weight"]
+    assert one.count > 1
+    for name, told in (
+        ("mlp.up_proj.weight", f" per rank for all {one.count} together\n"),
+        ("embed_tokens", " per rank\n"),
+    ):
+        assert main(["explain", str(folder / "plan.json"), name]) == 0
+        assert told in capsys.readouterr().out
+
+
 def test_a_tied_name_means_the_parameter_it_is_tied_to(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(explained(capsys, folder, "lm_head.weight")["parameters"]) == ["model.embed_tokens.weight"]
 

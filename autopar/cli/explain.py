@@ -105,7 +105,8 @@ def _worth(ops: Sequence[Place]) -> list[Place]:
 def _print_parameter(plan: Plan, one: Placements, decision: Decision | None) -> None:
     axes = ", ".join(f"{name}={size}" for name, size in plan.axes)
     print(painted(one.names, "bold"))
-    print(f"  [{', '.join(one.dims)}] of shape {list(one.shape)}, {gib(one.bytes)} per rank")
+    together = f" for all {one.count} together" if one.count > 1 else ""
+    print(f"  [{', '.join(one.dims)}] of shape {list(one.shape)}, {gib(one.bytes)} per rank{together}")
     print(f"  at rest {one.at_rest}, in compute {one.in_compute} (a placement per axis: {axes})")
     print(wrapped(_what_it_means(plan, one), indent=2))
     if one.pinned:
