@@ -223,7 +223,9 @@ def test_a_config_json_and_its_folder_are_models(here: Here, capsys: pytest.Capt
     for argument in (folder, folder / "config.json"):
         assert main(["inspect", str(argument), "--mesh", "dp=2", "--layers", "2", "--seq", "32", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
+        conforms(found)
         assert found["layers"] == {"model.layers.*": 2}
+        assert "2 layers instead of the model's own" in found["notes"]
         assert found["inputs"]["input_ids"] == [2, 32]
 
 

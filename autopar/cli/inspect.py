@@ -73,12 +73,13 @@ def run(given: argparse.Namespace) -> int:
         space = search_space(program, on_mesh("h100", axes), batch_axes)
         rows = op_rows(space)
         facts = graph_facts(program, space, rows)
+    notes = [*named.notes, *program.notes]
     if given.json:
-        operations = [asdict(row) for row in rows]
-        print(json.dumps({"format": "autopar-graph", "version": 1, **facts, "operations": operations}, indent=2))
+        lists = {"operations": [asdict(row) for row in rows], "notes": notes}
+        print(json.dumps({"format": "autopar-graph", "version": 1, **facts, **lists}, indent=2))
         return 0
     _print(facts, rows, given)
-    for note in (*named.notes, *program.notes):
+    for note in notes:
         print(wrapped(f"- {note}", indent=2))
     return 0
 
@@ -168,7 +169,8 @@ def _print(facts: dict[str, Any], rows: list[OpRow], given: argparse.Namespace) 
         print(body)
     left = sum(row.view for row in rows if given.phase in (row.phase, "both"))
     if left and not given.all:
-        print(f"\n  {left} kinds of views are left out; --all shows them.")
+        kinds = f"{left} kinds of views are" if left > 1 else "1 kind of view is"
+        print(f"\n  {kinds} left out; --all shows them.")
     if facts["without_rule"]:
         missing = ", ".join(map(op_text, facts["without_rule"]))
         print("\n" + wrapped(f"Without a rule, whole on every rank: {missing}", indent=2))
