@@ -59,7 +59,10 @@ NO_OTHER_RANKS = (
     "a step is captured as one device computes it on the global batch, where torch.distributed is not initialised, so "
     "there is nothing to exchange; leave that out where dist.is_initialized() is False"
 )
-_BRANCHES_INSTEAD = "Use tensor ops (torch.where, masks) instead, or make it a constant of the model"
+_BRANCHES_INSTEAD = (
+    "Use tensor ops (torch.where, masks) instead, or make it a constant of the model; a number for a log is better "
+    "returned as a tensor and read outside"
+)
 _WITHOUT_CHECKS_INSTEAD = (
     "Leave out its checks, where an argument does (validate_args=False), or write out in the model what it computes"
 )
