@@ -22,6 +22,7 @@ from passes.dims import Value
 from passes.itinerary import itinerary, returned
 from passes.moves import Move, Run
 from passes.price import given_state, local_work
+from passes.rules.matmul import PRODUCTS
 from passes.space import Space
 from passes.strategies import Option, StoredOption
 from passes.work import INLINED, VIEWS
@@ -223,5 +224,5 @@ def op_cost(space: Space, site_index: int, option: Option) -> OpCost:
         fusing = "pointwise"
     elif work.kind == "reduction":
         fusing = "reduction"
-    read = work.batch * (work.m * work.k + work.k * work.n) if kind == "matmul" else 0.0
+    read = work.batch * (work.m * work.k + work.k * work.n) if call.target in PRODUCTS else 0.0
     return OpCost(seconds, kind, fusing, sizes, read, 0.0 if work.kind == "view" else work.launches)

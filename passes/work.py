@@ -164,19 +164,27 @@ def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape], tra
     if is_reduction(target):
         return Work(elements, read, written, "reduction", dtype)
     if target in (aten.convolution.default, aten.convolution_backward.default):
-        return Work(_convolution_flops(call, operands, results), read, written, "matmul", dtype)
+        return _convolution(call, operands, results, Work(0, read, written, "matmul", dtype))
     if target in COPIED:
         return Work(0, read, written, "copy", dtype)
     return Work(elements, read, written, "unknown", dtype)
 
 
-def _convolution_flops(call: Call, operands: Sequence[Shape], results: Sequence[Shape]) -> float:
-    """Two for each value of the result (transposed: of the input) and of the kernel that meets it. Backward takes as
-    many for the input's gradient, where that is wanted, and for the weight's."""
+def _convolution(call: Call, operands: Sequence[Shape], results: Sequence[Shape], work: Work) -> Work:
+    """The product that libraries make of it: each position of the result (transposed: of the input) has a row, a column
+    for each value of the kernel that meets it. Backward takes as many products for the input's gradient, where that is
+    wanted, and for the weight's. Products of groups are narrow: none that tensor cores are fast at.
+    """
     backward = call.target is aten.convolution_backward.default
     y, x, weight = operands[:3] if backward else (results[0], *operands[:2])
     products = sum(made is not None for made in call.results[:2]) if backward else 1
-    return 2.0 * products * math.prod(x if call.get("transposed") else y) * math.prod(weight[1:])
+    transposed = bool(call.get("transposed"))
+    met = x if transposed else y
+    work = replace(work, flops=2.0 * products * math.prod(met) * math.prod(weight[1:]))
+    if call.get("groups", 1) != 1:
+        return work
+    k, n = (weight[0], math.prod(weight[1:])) if transposed else (math.prod(weight[1:]), weight[0])
+    return replace(work, m=math.prod(met) // max(1, met[1]), n=n, k=k, batch=products)
 
 
 def _routed(call: Call, operands: Sequence[Shape], result: Shape, dtype: str, item: int) -> Work:

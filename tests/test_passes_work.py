@@ -7,7 +7,11 @@ import torch
 from parity import captured
 from torch import nn
 
+from costmodel.compute import matmul, op_s
+from costmodel.presets import hardware
 from passes.model_flops import model_flops
+from passes.rules.call import call_of
+from passes.work import work_of
 
 BATCH, IN, OUT, LENGTH = 2, 8, 12, 40
 
@@ -40,3 +44,29 @@ def test_a_convolution_takes_two_flops_where_a_value_and_a_weight_meet(
 
     program = captured(Model(), {"x": torch.zeros(BATCH, IN, LENGTH)})
     assert model_flops(program).flops == 2 * meetings * (2 if first else 3)
+
+
+@pytest.mark.parametrize(
+    ("made", "rows", "inner", "columns"),
+    [
+        (nn.Conv2d(3, 768, 16, stride=16), 64 * 14 * 14, 3 * 16 * 16, 768),
+        (nn.Conv2d(64, 256, 3, padding=1), 64 * 224 * 224, 64 * 3 * 3, 256),
+        (nn.ConvTranspose2d(64, 256, 2, stride=2), 64 * 224 * 224, 64, 256 * 2 * 2),
+    ],
+    ids=["patches", "dense", "transposed"],
+)
+def test_a_convolution_takes_as_long_as_the_product_that_libraries_make_of_it(
+    made: nn.Conv2d | nn.ConvTranspose2d, rows: int, inner: int, columns: int
+) -> None:
+    """A row of it is a position; what is read and written is less or more than the product's."""
+    device = hardware("h100").device
+    with torch.device("meta"):
+        x = torch.empty(64, made.in_channels, 224, 224)
+    program = captured(made.to("meta", torch.bfloat16), {"input": x.bfloat16()})
+    (node,) = (n for n in program.graph.graph.nodes if n.target is torch.ops.aten.convolution.default)
+    call = call_of(node)
+    work = work_of(call, [facts.shape for facts in call.operands], [tuple(node.meta["val"].shape)])
+    product = matmul(rows, columns, inner)
+    assert work.flops == product.flops
+    moved = work.bytes_moved / (device.memory_bytes_per_s * device.memory_efficiency)
+    assert op_s(product, device) / 1.5 < op_s(work, device) < op_s(product, device) + moved
