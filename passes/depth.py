@@ -24,6 +24,7 @@ from passes.space import Space, trained
 from passes.strategies import StoredOption
 from passes.tracks import Tracks
 from passes.words import Words
+from passes.work import INLINED, VIEWS
 
 PLACES = ("forward", "last layers", "first layers", "end")
 """Where memory may peak: until backward reaches a repeated layer; in the last one or two; in the first two; after."""
@@ -80,8 +81,9 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
                 exposed.ROLE.PHASE.GROUP, hidden.ROLE.PHASE.GROUP
     bytes       alive.PLACE, bare.PLACE (the same but for parameters' gradients, where buffers were kept), rest (all
                 step long), states (of it, what the optimizer keeps), gradients (of what it updates), boundary (what one
-                layer passes to the next), keys (attention's keys and values), gathered (activations that forward
-                gathers and keeps whole for backward), gathered parts (a rank's own of those)
+                layer passes to the next), keys (attention's keys and values, before they are repeated for groups of
+                heads), gathered (activations that forward gathers and keeps whole for backward), gathered parts (a
+                rank's own of those)
     counts      kernels (that the host launches), elements (of parameters on this rank in compute; `bytes`: theirs;
                 `tied`: those of parameters that are in several modules; `trained elements`, `trained tied`: of those
                 that have gradients), stored (at rest; `stored bytes`: theirs), operands (of matrix products)
@@ -99,7 +101,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
             phase = "within" if index in within else "again" if item.again else item.phase
             found[f"compute.{phase}.{cost.kind}"] += cost.seconds
             if cost.kind == "attention" and phase == "forward":
-                found["keys"] += sum(laid.slots[slot].bytes for slot in laid.reads[index][1:3])
+                found["keys"] += sum(_unrepeated_bytes(laid, slot) for slot in laid.reads[index][1:3])
     for each in schedule.collectives:
         end = f"{each.role}.{each.phase}.{each.group}"
         found[f"exposed.{end}"] += each.exposed_s
@@ -112,6 +114,18 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     _between(found, space, words, laid)
     _gathered(found, laid)
     return {**found, **expert_numbers(space, assignment, laid)}
+
+
+def _unrepeated_bytes(laid: Tracks, slot: int) -> int:
+    """Of keys or values, as few as views and copies made them of."""
+    least = laid.slots[slot].bytes
+    while (made := laid.slots[slot].producer) >= 0:
+        item = laid.items[made]
+        if not isinstance(item, Run) or not (item.node.target in VIEWS or item.node.target in INLINED):
+            break
+        (slot,) = laid.reads[made]
+        least = min(least, laid.slots[slot].bytes)
+    return least
 
 
 _ALWAYS = ("parameters", "buffers", "inputs", "optimizer")

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import autopar
 from autopar.cli.main import main
@@ -477,6 +477,20 @@ def test_zero3_with_context_parallelism_gathers_for_each_half_of_each_micro_batc
         return found.seconds["exposed state"] + found.hidden_s
 
     assert sent_s("zero3") == pytest.approx(6 * 3 / 2 * sent_s("zero1"), rel=0.05)
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_a_ring_sends_keys_that_groups_of_heads_share_once(window: int | None) -> None:
+    """2 of 8 heads' keys and values, of half of 512 tokens; where attention has a mask they are repeated for it."""
+    config = MistralConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
+        head_dim=32, vocab_size=1000, sliding_window=window, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = MistralForCausalLM(config).to(torch.bfloat16)
+    profiler = Profiler(Captures(model, inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
+    found = profiler.profile(Setup(cp=2, state="zero1"), replica=True)
+    assert found.layer("keys") == pytest.approx(2 * 256 * 2 * 32 * 2)
 
 
 def test_a_residual_stream_that_all_ranks_have_is_sent_in_parts(profiler: Profiler) -> None:
