@@ -109,6 +109,8 @@ _QUOTIENTS = {
     aten.fmod.Tensor,
 }
 _LOOKUPS = {aten.gather.default, aten.index_select.default, *_INDEXED}
+_DIVERGES = {aten._linalg_eigh.default, aten._linalg_svd.default}
+"""They raise where a matrix has an entry that is not finite."""
 _ADDS_AT = {aten.index_add.default: 2, aten.scatter_add.default: 2}
 
 
@@ -173,6 +175,8 @@ def _needs(reading: Reading, key: Key) -> tuple[Need, ...] | None:
         return indices
     if lost:
         return _times_gradient(reading) if target in _TIMES_GRADIENT else None
+    if target in _DIVERGES:
+        return (Need(0, "finite"),)
     whole_numbers = any(not reading.call.operands[k].dtype.is_floating_point for k in have)
     return None if whole_numbers and not _is_known(target) else ()
 

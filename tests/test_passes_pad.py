@@ -579,3 +579,27 @@ def test_powers_of_added_positions_are_numbers() -> None:
     pads = [each for each in uneven_dims(analysis, (2,), ()) if each.size == 9]
     assert pads
     same_on_one_device(model, pad(analysis, pads).program, kwargs)
+
+
+class Spectra(nn.Module):
+    """Eigenvalues and singular values of a matrix of each token, divided by its trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 16, bias=False), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        each = self.one(x).unflatten(-1, (4, 4))
+        each = each @ each.mT
+        each = each / each.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        values = torch.cat([torch.linalg.eigvalsh(each), torch.linalg.svdvals(each)], -1)
+        return {"loss": self.two(values).square().mean()}
+
+
+def test_added_matrices_have_eigenvalues() -> None:
+    torch.manual_seed(0)
+    model, kwargs = Spectra(), {"x": torch.randn(4, 9, 8)}
+    analysis = analyse(captured(model, kwargs))
+    pads = [each for each in uneven_dims(analysis, (2,), ()) if each.size == 9]
+    assert pads
+    same_on_one_device(model, pad(analysis, pads).program, kwargs)
