@@ -63,7 +63,8 @@ def reach_up(gpus: int, batch: int, times: Callable[[int], Times]) -> Reach:
 
 
 def reach_down(gpus: int, batch: int, node: int, times: Callable[[int], Times]) -> Reach | None:
-    """From `gpus`, where it is not enough, to half as many and on; None where it is not there either."""
+    """From `gpus`, where it is not enough, to half as many and on; None where it is not there either, or nothing that
+    was tried fits beside it: that is what is fastest on `gpus`, other ways may fit."""
     count, beyond, past = gpus, gpus, None
     for _ in range(_HALVINGS):
         if count % 2 or (count // 2 > node and count // 2 % node):
@@ -72,7 +73,7 @@ def reach_down(gpus: int, batch: int, node: int, times: Callable[[int], Times]) 
         if batch % count:
             continue
         here = times(count)
-        if here.state_s is None:
+        if here.state_s is None or (not here.others_s and count > 1):
             return None
         if here.enough:
             return Reach(count, here, beyond, past)

@@ -567,6 +567,15 @@ def test_how_far_sharded_state_goes(last: int) -> None:
         assert (down.gpus, down.beyond) == (max(tried([16, 8, 4, 2])), 32)
 
 
+def test_sharded_state_that_was_held_against_nothing_is_not_said_to_be_enough() -> None:
+    """GPT-3 175B on 48 A100s, where the fastest ways on 384 do not fit and a pipeline with more recompute is faster."""
+    others = {8: (0.9,), 4: (), 2: (), 1: ()}
+    assert reach_down(16, 16, 8, lambda n: Times(1.0, others[n])) is None
+    down = reach_down(2, 2, 8, lambda n: Times(1.0, others[n]))  # nothing else can run on one
+    assert down is not None
+    assert down.gpus == 1
+
+
 def test_what_is_as_fast_elsewhere_has_smaller_micro_batches_where_a_rank_has_fewer_samples() -> None:
     fastest = Setup(dp_shard=8, tp=2, micro_batch=4)
     (more,) = on(32, 32, [fastest])
