@@ -69,7 +69,8 @@ copied once more, and compute waited for it (its pull request 1188)."""
 
 
 _OPTIONAL = {
-    **dict.fromkeys(("tp", "pp", "virtual", "cp"), "1"), **dict.fromkeys(("tp_overlap", "balanced"), "no"),
+    **dict.fromkeys(("tp", "pp", "virtual", "cp"), "1"),
+    **dict.fromkeys(("tp_overlap", "balanced", "experts_beside"), "no"),
     **dict.fromkeys(("ep", "replicas", "node_gbps", "node_gpus", "gathers", "peak_gib", "peak_of", "assumed"), ""),
     **dict.fromkeys(("head", "experts", "experts_per_token"), ""),
 }  # fmt: skip
@@ -82,11 +83,12 @@ _AMOUNTS = ("measured", "node_gbps", "peak_gib")
 _WORDS = {
     "family": ("llama", "gpt", "qwen3_moe"),
     "tied": ("yes", "no"),
-    "precision": ("bf16", "fp8"),
+    "precision": ("bf16", "fp16", "fp8"),
     "state": ("zero0", "zero1", "zero2", "zero3", "zero0+offload", "zero1+offload", "zero2+offload", "zero3+offload"),
     "stored": ("bf16", "fp32"),
     "gradients": ("bf16", "fp32"),
     "balanced": ("yes", "no"),
+    "experts_beside": ("yes", "no"),
     "gathers": ("", "waited", "late"),
     "sequence_parallel": ("yes", "no"),
     "recompute": ("none", "full", "attention", "selective"),
@@ -164,6 +166,16 @@ class Run:
         return _with_network(found, float(told)) if told else found
 
     @property
+    def half(self) -> str:
+        """The dtype of 16 bits that was computed in; `bf16` in other columns stands for it."""
+        return "float16" if self.line["precision"] == "fp16" else "bfloat16"
+
+    @property
+    def half_dtype(self) -> torch.dtype:
+        """The same, as torch has it."""
+        return cast(torch.dtype, getattr(torch, self.half))
+
+    @property
     def setup(self) -> Setup:
         """As the run was."""
         number = self.number
@@ -180,6 +192,7 @@ class Run:
             state=cast(Any, state), fp8=self.line["precision"] == "fp8", offload="offload" in self.line["state"],
             gather_bytes_per_s=_WAITED_BYTES_PER_S if self.line["gathers"] == "waited" else 0.0,
             gathers_late=self.line["gathers"] == "late", balanced=self.line["balanced"] == "yes",
+            experts_beside=self.line["experts_beside"] == "yes",
             gradient_bytes=4 if self.line["gradients"] == "fp32" else 2, adds_in_products=self.adds_in_products,
         )  # fmt: skip
 
@@ -223,7 +236,7 @@ class Run:
         if unit == "causal TFLOP/s/GPU":
             return 3 * _forward_flops(self, causal=True) * batch / (value * 1e12) / gpus
         assert unit == "model FLOPs/peak", unit
-        peak = hardware(self.line["hardware"]).device.peak_flops_per_s["bfloat16"]
+        peak = hardware(self.line["hardware"]).device.peak_flops_per_s[self.half]
         return 3 * forward / (value * peak) / gpus
 
     @property
@@ -315,11 +328,16 @@ def _contradictions(run: Run) -> list[tuple[str, str, str]]:
     for name in ("ep", "head", "experts", "experts_per_token"):
         if line["family"] != "qwen3_moe" and line[name] not in ("", "1"):
             refuse(name, "nothing would do where there are no experts")
+    if line["experts_beside"] == "yes" and line["ep"] in ("", "1"):
+        refuse("experts_beside", "'no' would do where no tokens are sent")
     if bool(line["peak_gib"]) != bool(line["peak_of"]):
         refuse("peak_of", "with a peak_gib 'allocated' or 'reserved' would do, without one nothing")
     machine = hardware(line["hardware"])
     if line["precision"] == "fp8" and "float8" not in machine.device.peak_flops_per_s:
         refuse("precision", f"on {machine.device.name} bf16 would do")
+    peaks, fast = machine.device.peak_flops_per_s, machine.device.half
+    if not machine.device.is_cpu and peaks.get(run.half, 0.0) < peaks[fast]:
+        refuse("precision", f"on {machine.device.name} {'fp16' if fast == 'float16' else 'bf16'} would do")
     if line["attention"] != "unfused":
         try:
             with_attention(machine, line["attention"])
@@ -333,10 +351,11 @@ def _contradictions(run: Run) -> list[tuple[str, str, str]]:
 def _forward_flops(run: Run, *, causal: bool = False) -> float:
     """Of one sequence: 2 per multiply-add of the products, attention in full or its causal half."""
     n = run.number
-    hidden, head = n("hidden"), n("hidden") // n("heads")
-    products = hidden * (2 * hidden + 2 * n("kv_heads") * head)
-    products += (3 if run.line["family"] == "llama" else 2) * hidden * n("ffn")
-    attention = 2 * n("seq") * hidden * (0.5 if causal else 1.0)
+    hidden, head = n("hidden"), int(run.line["head"] or n("hidden") // n("heads"))
+    width = n("heads") * head
+    products = hidden * (2 * width + 2 * n("kv_heads") * head)
+    products += (2 if run.line["family"] == "gpt" else 3) * hidden * n("ffn")
+    attention = 2 * n("seq") * width * (0.5 if causal else 1.0)
     return 2.0 * n("seq") * (n("layers") * (products + attention) + hidden * n("vocab"))
 
 
@@ -444,7 +463,7 @@ def model_of(run: Run) -> nn.Module:
         )  # fmt: skip
         build = GPT2LMHeadModel
     with torch.device("meta"):
-        made: nn.Module = build(config).to(torch.float32 if run.line["stored"] == "fp32" else torch.bfloat16)
+        made: nn.Module = build(config).to(torch.float32 if run.line["stored"] == "fp32" else run.half_dtype)
     return made.train()
 
 
@@ -455,7 +474,7 @@ _EXPERTS = ("head", "experts", "experts_per_token")
 def _key(run: Run) -> tuple[str, ...]:
     """What runs of one captured model have in common."""
     told = *(run.line[name] for name in _MODEL), *(run.told(name) for name in _EXPERTS)
-    return *told, str(run.line["attention"] == "unfused"), str(run.number("tp") > 1)
+    return *told, run.half, str(run.line["attention"] == "unfused"), str(run.number("tp") > 1)
 
 
 class Prices:
@@ -466,9 +485,9 @@ class Prices:
             ids = torch.empty(1, run.number("seq") // parts, dtype=torch.long, device="meta")
             return {"input_ids": ids, "labels": ids}
 
-        reduced = torch.float32 if run.line["gradients"] == "fp32" else torch.bfloat16
+        reduced = torch.float32 if run.line["gradients"] == "fp32" else run.half_dtype
         fp32 = run.line["stored"] == "fp32"
-        precision = Precision(torch.bfloat16, reduced) if fp32 else None
+        precision = Precision(run.half_dtype, reduced) if fp32 else None
         self.captures = Captures(model_of(run), inputs, precision=precision)
         self.optimizer = OPTIMIZERS["adamw" if fp32 else "adamw-master"]
         self.profilers: dict[tuple[str, ...], Profiler] = {}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -45,7 +46,8 @@ def test_no_run_computes_faster_than_its_gpus() -> None:
         forward = 2 * (n("layers") * (per_layer + n("seq") * width) + hidden * n("vocab"))
         times = 4 if row.line["recompute"] == "full" else 3
         flops = times * forward * n("seq") * n("global_batch") / n("gpus")
-        peak = row.machine.device.peak_flops_per_s["float8" if row.line["precision"] == "fp8" else "bfloat16"]
+        dtype = {"fp8": "float8", "fp16": "float16"}.get(row.line["precision"], "bfloat16")
+        peak = row.machine.device.peak_flops_per_s[dtype]
         assert 0.04 < flops / row.measured_s / peak < 0.82, f"{row.source} {row.line['model']}: {row.measured_s} s"
 
 
@@ -70,8 +72,9 @@ PLAIN = replace(LATE, line={**LATE.line, "gathers": ""})
 PIPELINE = next(row for row in ROWS if row.number("virtual") > 1 and row.number("tp") > 1)
 COPIES = next(row for row in ROWS if row.told("replicas"))
 ON_B200 = next(row for row in ROWS if row.line["hardware"] == "b200")
-OPTIONAL = ("tp", "pp", "virtual", "cp", "tp_overlap", "balanced", "gathers", "replicas", "node_gbps", "node_gpus",
-            "ep", "head", "experts", "experts_per_token", "peak_gib", "peak_of", "assumed")  # fmt: skip
+OPTIONAL = ("tp", "pp", "virtual", "cp", "tp_overlap", "balanced", "experts_beside", "gathers", "replicas",
+            "node_gbps", "node_gpus", "ep", "head", "experts", "experts_per_token", "peak_gib", "peak_of",
+            "assumed")  # fmt: skip
 
 
 def write(path: Path, lines: list[dict[str, str]]) -> Path:
@@ -154,7 +157,7 @@ def test_a_row_without_a_price_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("attention", "fa3", "fa1, fa2, cudnn, aiter, aiter16, unfused"), ("hardware", "h100x", "h100"),
         ("state", "fsdp", "zero3"),
-        ("family", "mpt", "gpt"), ("tied", "true", "yes, no"), ("precision", "fp16", "bf16, fp8"),
+        ("family", "mpt", "gpt"), ("tied", "true", "yes, no"), ("precision", "fp4", "bf16, fp16, fp8"),
         ("stored", "float32", "bf16, fp32"), ("gradients", "float32", "bf16, fp32"), ("gathers", "waits", "waited"),
         ("sequence_parallel", "1", "yes, no"), ("recompute", "some", "selective"), ("compiled", "true", "blocks"),
         ("tp_overlap", "true", "waited"), ("unit", "s", "s/step"), ("peak_of", "used", "allocated, reserved"),
@@ -205,8 +208,17 @@ def test_chunks_that_do_not_divide_a_stage_are_refused() -> None:
     assert columns(PLAIN, virtual="2") == ["virtual"]
 
 
+def test_flops_of_a_mixture_are_those_of_a_tokens_experts() -> None:
+    """By hand, of Mixtral 8x22B: two of eight experts in each of 56 layers, the head, causal attention."""
+    row = next(row for row in ROWS if row.line["model"] == "Mixtral 8x22B" and row.line["precision"] == "bf16")
+    layer = 6144 * (2 * 48 * 128 + 2 * 8 * 128) + 2 * 3 * 6144 * 16384
+    token = 6 * (56 * layer + 6144 * 32768) + 3 * 56 * 2 * 2 * 6144 * 4096 / 2
+    assert row.measured_s == pytest.approx(256 * 4096 * token / 128 / float(row.line["measured"]) / 1e12)
+
+
 def test_experts_of_a_model_without_them_are_refused() -> None:
-    assert columns(PLAIN, ep="2", experts="8") == ["ep", "experts"]
+    assert columns(PLAIN, ep="2", experts="8", experts_beside="yes") == ["ep", "experts"]
+    assert columns(PLAIN, experts_beside="yes") == ["experts_beside"]
     row = next(row for row in ROWS if row.line["experts"])
     assert columns(row, experts="", head="") == ["head", "experts"]
 
@@ -232,6 +244,15 @@ def test_a_network_of_its_own_where_the_usual_one_is_not_known_is_refused() -> N
     (fault,) = refused(PLAIN, hardware="cpu", attention="unfused", node_gbps="100")
     assert fault.column == "node_gbps"
     assert "h100" in fault.instead
+
+
+def test_the_slow_sixteen_bits_of_a_gpu_are_refused() -> None:
+    """V100 multiplies bf16 at 14 TFLOP/s, fp16 at 125."""
+    (fault,) = refused(PLAIN, hardware="v100-sxm2-32gb", attention="unfused")
+    assert (fault.column, fault.instead) == ("precision", "on v100-sxm2-32gb fp16 would do")
+    row = replace(PLAIN, line={**PLAIN.line, "hardware": "v100-sxm2-32gb", "attention": "unfused", "precision": "fp16"})
+    made = published.model_of(replace(row, line={**row.line, "stored": "bf16", "layers": "1"}))
+    assert {p.dtype for p in made.parameters()} == {torch.float16}
 
 
 def test_kernels_without_figures_are_refused() -> None:
