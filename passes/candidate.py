@@ -331,7 +331,8 @@ def _sharded(setup: Setup, profiler: Profiler) -> Estimate:
     bytes_ = at_rest(found, setup)
     peak = sharded_peak_bytes(found, _layer(setup, profiler, replica=False))
     if setup.offload:
-        seconds["optimizer"] = _host_update_s(setup, whole["stored"], found, profiler)
+        item = whole["stored bytes"] / whole["stored"]
+        seconds["optimizer"] = _host_update_s(setup, whole["gradients"] / item, found, profiler)
         peak -= bytes_.pop("optimizer")
     step = setup.accumulate * (micro_s + casts_s) + added_s + seconds["optimizer"]
     seconds["between"] = max(0.0, step - sum(seconds.values()))
