@@ -249,7 +249,7 @@ def result_zone(reading: Reading, key: Key, result: int, given: Sequence[Zone]) 
     if target is aten.embedding.default:
         return given[0] if 0 in have else "finite"
     if target is aten.embedding_dense_backward.default:
-        return given[0] if 0 in have else 0
+        return _added([given[0]], summable, nothing) if 0 in have else 0
     if target in _TIMES_GRADIENT:
         # A causal attention's columns: the gradient's rows there are zero, by what `needs_of` asks.
         zero = is_zero(given[0]) or (target is _FLASH_BACKWARD and 0 not in have and key[0] in reading.form.whole)
@@ -266,10 +266,18 @@ def result_zone(reading: Reading, key: Key, result: int, given: Sequence[Zone]) 
         values = _ADDS_AT.get(target, len(given) - 1)
         if target in _ACCUMULATES and values not in have and not is_zero(given[values]):
             return _rest(summable, nothing)  # a value for many places is added in added ones too
-        return given[0] if values not in have else join([given[0], given[values]])
+        return given[0] if values not in have else _added([given[0], given[values]], summable, nothing)
     if rule_of(target) is not None and str(target).startswith("autopar.uniform"):
         return "nonnegative"
     return nothing
+
+
+def _added(zones: Sequence[Zone], summable: bool, nothing: Zone) -> Zone:
+    """Of sums of some of such entries, or of none."""
+    if all(map(is_zero, zones)):
+        return 0
+    above = all(zone in ("nonnegative", "positive") or is_zero(zone) for zone in zones)
+    return "nonnegative" if above else _rest(summable, nothing)
 
 
 def _rest(finite: bool, nothing: Zone) -> Zone:

@@ -576,6 +576,7 @@ class _Padding:
         emit.meta = meta
         version.node = emit.call(aten.masked_fill.Scalar, version.node, mask, fill)
         version.zones = _overwritten(version.zones, place, fill)
+        version.origin = None  # to move that again would undo this
         self._put(known, version, at, str(meta["phase"]))
 
     def _beyond(self, lengths: tuple[int, ...], part: int, size: int, behind: int) -> fx.Node:
