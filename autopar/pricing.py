@@ -222,9 +222,9 @@ def _check_model(setup: Setup, asked: Subject) -> None:
         raise ValueError(f"pp is {setup.pp}, but {NO_LAYERS}; pp=1 is priced")
     if setup.pp > max(1, layers):
         raise ValueError(f"pp is {setup.pp}, but the model has {layers} repeated layers; at most that")
-    if setup.virtual > 1 and layers % (setup.pp * setup.virtual):
+    if setup.virtual > 1 and (most := math.ceil(layers / setup.pp)) % setup.virtual:
         raise ValueError(
-            f"virtual is {setup.virtual}: {layers} layers are not cut evenly into {setup.pp} x {setup.virtual} parts"
+            f"virtual is {setup.virtual}: a stage's {most} of {layers} layers are not cut evenly into that many parts"
         )
     if setup.cp > 1 and asked.cut_length is None:
         raise ValueError(f"cp is {setup.cp}: a sequence can be cut where inputs come from the model's config alone")
