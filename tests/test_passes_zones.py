@@ -50,7 +50,8 @@ def entries(zone: Zone, dtype: torch.dtype, random: Random) -> Tensor:
 def holds(zone: Zone, x: Tensor) -> bool:
     """Whether the entries are of the zone; numbers up to how scalars and vectors are rounded."""
     if not isinstance(zone, str):
-        return torch.allclose(x.double(), torch.tensor(zone, dtype=torch.float64), rtol=1e-5, atol=0)
+        wide = torch.complex128 if x.is_complex() else torch.float64
+        return torch.allclose(x.to(wide), torch.tensor(zone, dtype=wide), rtol=1e-5, atol=0)
     if zone == "any" or zone == "real":
         return True
     if zone == "nowhere":
