@@ -19,8 +19,9 @@ from autopar.subject import Subject, check_nodes, states_text, subject
 from costmodel.hardware import Hardware
 from costmodel.presets import hardware as hardware_of
 from costmodel.presets import stand_in_notes
-from passes.candidate import NO_LAYERS, Estimate, estimate
+from passes.candidate import NO_LAYERS, estimate
 from passes.collector import settled
+from passes.estimate import Estimate
 from passes.precision import Precision
 from passes.recompute import Mode
 from passes.report_text import step_text

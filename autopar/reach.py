@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from autopar.leads import is_enough
 from autopar.waiting import Waiting
-from passes.candidate import Either, Profiler, is_settled, lower_bound, ways_of
+from passes.candidate import Either, is_settled, lower_bound, ways_of
+from passes.estimate import Profiler
 from passes.setup import Setup
 
 

@@ -29,8 +29,9 @@ from autopar.waiting import TooLarge, Waiting, least_recomputed
 from costmodel.hardware import Hardware
 from costmodel.presets import hardware as hardware_of
 from costmodel.presets import stand_in_notes
-from passes.candidate import LEAST_GAIN, Either, Estimate, estimate, is_settled, lower_bound, ways_of, with_least_memory
+from passes.candidate import LEAST_GAIN, Either, estimate, is_settled, lower_bound, ways_of, with_least_memory
 from passes.collector import settled
+from passes.estimate import Estimate
 from passes.recompute import Mode
 from passes.setup import Setup
 

@@ -1,7 +1,7 @@
 """Predicted against measured step times of published training runs: `python benchmarks/published.py`.
 
 Each row of `data/published.csv` is priced as the search prices a setup: the model captured, the mesh planned by the
-named strategy, the step played; pipelines, context parallelism and ZeRO-1/2 by the formulas of `passes/candidate.py`.
+named strategy, the step played; pipelines, context parallelism and ZeRO-1/2 by the formulas of `passes/candidate_replicated.py`.
 Prints errors by source with rank correlations, the fitted parameters, and every row.
 
 Rows that cannot be priced are named on stderr, all of them, and the others priced; the exit code is 1 then.
@@ -42,8 +42,9 @@ from costmodel.hardware import Hardware
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import fitted, hardware, hardware_names, with_attention
 from passes.analysis import Analysis
-from passes.candidate import Estimate, estimate
+from passes.candidate import estimate
 from passes.errors import AutoparError
+from passes.estimate import Estimate
 from passes.precision import Precision
 from passes.recompute import Mode, Recomputation, is_cheap_op, recomputation
 from passes.rules.call import Call

@@ -16,7 +16,8 @@ from transformers import Starcoder2Config, Starcoder2ForCausalLM
 from autopar.profiling import Captures, Profiler
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
-from passes.candidate import Estimate, estimate
+from passes.candidate import estimate
+from passes.estimate import Estimate
 from passes.setup import Setup
 
 B, S, H, HEADS, V = 2, 2048, 2048, 16, 65536

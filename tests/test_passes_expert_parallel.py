@@ -17,7 +17,8 @@ from costmodel.hardware import topology
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
 from costmodel.token_exchange import token_exchange_s
-from passes.candidate import Estimate, estimate
+from passes.candidate import estimate
+from passes.estimate import Estimate
 from passes.expert_parallel import with_fewer_experts
 from passes.setup import Setup
 
