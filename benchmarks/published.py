@@ -1,8 +1,8 @@
 """Predicted against measured step times of published training runs: `python benchmarks/published.py`.
 
 Each row of `data/published.csv` is priced as the search prices a setup: the model captured, the mesh planned by the
-named strategy, the step played; pipelines, context parallelism and ZeRO-1/2 by the formulas of `passes/candidate_replicated.py`.
-Prints errors by source with rank correlations, the fitted parameters, and every row.
+named strategy, the step played; pipelines, context parallelism and ZeRO-1/2 by the formulas of
+`passes/candidate_replicated.py`. Prints errors by source with rank correlations, the fitted parameters, and every row.
 
 Rows that cannot be priced are named on stderr, all of them, and the others priced; the exit code is 1 then.
 """
