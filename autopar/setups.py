@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -115,10 +116,9 @@ class Setups:
                 yield setup
                 yield replace(setup, state="zero2")
             return
-        layers = self.profiler.layers
-        staged = [setup]
-        if setup.pp > 1 and layers % setup.pp == 0 and layers > setup.pp:
-            staged.append(replace(setup, virtual=layers // setup.pp))
+        staged, most = [setup], math.ceil(self.profiler.layers / setup.pp)
+        if setup.pp > 1 and most > 1:
+            staged.append(replace(setup, virtual=most))
         yield from staged
         if setup.pp > 1 and setup.tp > 1 and setup.recompute == "full":
             yield from (replace(each, whole_blocks=True) for each in staged)

@@ -63,6 +63,12 @@ def profiler() -> Profiler:
     return Profiler(Captures(small(), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
 
 
+def test_stages_that_do_not_divide_the_layers_are_interleaved_too() -> None:
+    """A layer a chunk, as many chunks as the largest stage has: 18 layers on 2 stages or 4."""
+    found = autopar.search(llama(128, 18, 4, 256, 1000), 4, "h100", 8, sequence=64, options=OPTIONS, top=1)
+    assert {(c.setup.pp, c.setup.virtual) for c in found.candidates if c.setup.virtual > 1} == {(2, 9), (4, 5)}
+
+
 @pytest.mark.parametrize("recompute", ["pointwise", "full"])
 def test_the_parts_of_a_step_add_up(profiler: Profiler, recompute: Mode) -> None:
     """Seconds to the step, with nothing between them left to explain, and bytes to the peak: gradients that add up over
