@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from autopar.cli.main import main
 from autopar.profiling import Captures, Profiler
 from autopar.reach import Times, on, reach_down, reach_up, times_of
 from autopar.search import Candidate, SearchResult
+from autopar.setups import Setups
 from autopar.verdict import verdict
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
@@ -63,10 +65,14 @@ def profiler() -> Profiler:
     return Profiler(Captures(small(), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
 
 
-def test_stages_that_do_not_divide_the_layers_are_interleaved_too() -> None:
-    """A layer a chunk, as many chunks as the largest stage has: 18 layers on 2 stages or 4."""
-    found = autopar.search(llama(128, 18, 4, 256, 1000), 4, "h100", 8, sequence=64, options=OPTIONS, top=1)
-    assert {(c.setup.pp, c.setup.virtual) for c in found.candidates if c.setup.virtual > 1} == {(2, 9), (4, 5)}
+@pytest.mark.parametrize(("layers", "stages", "chunks"), [(18, 4, {1, 5}), (18, 2, {1, 9}), (4, 4, {1})])
+def test_stages_are_interleaved_whether_they_divide_the_layers_or_not(
+    layers: int, stages: int, chunks: set[int]
+) -> None:
+    """A layer a chunk, as many chunks as the largest stage has."""
+    told: Any = SimpleNamespace(layers=layers)
+    setups = Setups(told, 8, 8, None, ["pointwise"], reshard=True, regather=True)
+    assert {each.virtual for each in setups.ways(Setup(dp_shard=2, pp=stages, state="zero1"))} == chunks
 
 
 @pytest.mark.parametrize("recompute", ["pointwise", "full"])

@@ -151,7 +151,7 @@ def test_activations_gathered_again_make_room_for_kept_parameters() -> None:
     where = topology(hardware("h100"), {"dp": 4, "tp": 4})
     free = compile_plan(program, where, [0], Request())
     both = compile_plan(program, where, [0], Request(reshard=False, regather=True))
-    for share in (0.98, 0.95, 0.9):
+    for share in (0.98, 0.9):
         budget = int(share * free.peak_memory_bytes)
         assert both.peak_memory_bytes < budget < free.peak_memory_bytes
         within = compile_plan(program, where, [0], Request(budget_bytes=budget))

@@ -16,7 +16,7 @@ from costmodel.hardware import Topology, topology
 from costmodel.presets import hardware
 from passes.errors import NoFeasiblePlanError
 from passes.lower import lower
-from passes.pipeline import Request, compile_plan, local_program
+from passes.pipeline import Manner, Request, compile_plan, local_program
 from passes.plan import Plan
 from passes.program import Program
 from passes.recompute import Mode
@@ -50,7 +50,8 @@ def _mesh(**axes: int) -> Topology:
 
 
 def _plan(**asked: object) -> Plan:
-    return compile_plan(_program(), _mesh(tp=4), [], Request(**{"strategy": "megatron"} | asked))  # type: ignore[arg-type]
+    request = Request(**{"strategy": "megatron"} | asked)  # type: ignore[arg-type]
+    return compile_plan(_program(), _mesh(tp=4), [], request, manner=Manner(diagnose=False))
 
 
 def _sent(plan: Plan) -> dict[tuple[str, str], int]:
