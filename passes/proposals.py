@@ -180,14 +180,14 @@ class Search:
         if wanted == needed and paddings is plainly:
             return self._solved(name, plainly, needed)
         first = self._tried(name, paddings, wanted)
-        padded = self._as_used(name, paddings, wanted, None if paddings is not plainly else needed, first)
+        padded = self._as_used(name, paddings, needed, wanted, first, repeats=paddings is not plainly)
         if name != "auto":
             return padded if best(padded, self.budget) else self._plainly_or(name, padded, plainly, needed)
         if not padded:
             return self._tried(name, plainly, needed, first) or self._solved(name, plainly, needed)
         bare = stored_pads(plainly.whole, self.request.stored or {}, self.topology.sizes)
         plain = self._tried(name, plainly, bare, padded, others=True)
-        untried = self._with_fewer(name, paddings, plain, padded, bare, None if paddings is not plainly else bare)
+        untried = self._with_fewer(name, paddings, plain, padded, bare, repeats=paddings is not plainly)
         chosen = best([*plain, *padded], self.budget)
         if chosen is not None and chosen.padding.pads not in (wanted, bare) and self._binds(name, chosen):
             # So far it computes again what others that fit do.
@@ -197,12 +197,11 @@ class Search:
         return [*plain, *padded]
 
     def _as_used(
-        self, name: str, paddings: Paddings, wanted: tuple[Pad, ...], plain: tuple[Pad, ...] | None,
-        first: Sequence[Candidate],
+        self, name: str, paddings: Paddings, needed: tuple[Pad, ...], wanted: tuple[Pad, ...],
+        first: Sequence[Candidate], *, repeats: bool,
     ) -> list[Candidate]:  # fmt: skip
-        """Solutions with only those dims padded that each of `first` splits, which had all that are `wanted`; `plain`:
-        pads that are those of a solution without any."""
-        needed = stored_pads(paddings.whole, self.request.stored or {}, self.topology.sizes)
+        """Solutions with only those dims padded that are `needed` or that each of `first` splits, which had all that
+        are `wanted`; `repeats`: keys too, so that the needed ones alone are no solution without."""
         tried: dict[tuple[Pad, ...], list[Candidate]] = {}
         for each in first:
             used = paddings.join(needed, used_pads(each.padding, each.space, each.assignment))
@@ -211,7 +210,7 @@ class Search:
         for used, found in tried.items():
             if used == wanted:
                 padded += found
-            elif used != plain:
+            elif used != needed or repeats:
                 padded += self._tried(name, paddings, used, [*first, *padded]) or found
         return padded
 
@@ -228,10 +227,10 @@ class Search:
 
     def _with_fewer(
         self, name: str, paddings: Paddings, plain: Sequence[Candidate], padded: list[Candidate],
-        needed: tuple[Pad, ...], known: tuple[Pad, ...] | None,
+        needed: tuple[Pad, ...], *, repeats: bool,
     ) -> set[Pad]:  # fmt: skip
         """Adds to `padded` solutions that leave out one pad of the best after the other, the largest first; the pads
-        that there was no time to leave out. `known`: pads that are those of a solution without any."""
+        that there was no time to leave out. `repeats`: as above."""
         end_s, untried = time.process_time() + _LEFT_OUT_S, set()
         every = {pad for each in padded for pad in each.padding.pads}
         for pad in sorted(every, key=lambda pad: (pad.size / pad.padded, pad.node)):
@@ -242,7 +241,7 @@ class Search:
                 untried.add(pad)
                 continue
             fewer = tuple(p for p in chosen.padding.pads if p != pad)
-            if fewer != known:
+            if fewer != needed or repeats:
                 padded += self._tried(name, paddings, fewer, [chosen], HIDDEN_SHARES[:1])
         return untried
 

@@ -140,9 +140,8 @@ def stored_options(
     tensor = _Stored(tuple(padded if shape is None else shape), padded, expanded_shape(dims), tuple(axis_sizes), dtypes)
     places = leading_places(dims)
     choices = [_WHOLE, *places, *([_STATE] if places and places[0][0] == 0 else [])]
-    found = (
-        tensor.option(picks, [dim for dim, _ in places if dim]) for picks in product(choices, repeat=len(axis_sizes))
-    )
+    others = [dim for dim, _ in places if dim]
+    found = (tensor.option(picks, others) for picks in product(choices, repeat=len(axis_sizes)))
     return tuple(option for option in found if option is not None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -505,6 +505,17 @@ def test_scores_masked_twice_by_the_least_float_are_numbers_in_added_rows() -> N
     assert certificate.ok, str(certificate)
 
 
+def same_with_tokens_padded(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The model and its call, which give the same on one device where their nine tokens are padded for two ranks."""
+    torch.manual_seed(0)
+    model, kwargs = make(), {"x": torch.randn(4, 9, 8)}
+    analysis = analyse(captured(model, kwargs))
+    pads = [each for each in uneven_dims(analysis, (2,), ()) if each.size == 9]
+    assert pads
+    same_on_one_device(model, pad(analysis, pads).program, kwargs)
+    return model, kwargs
+
+
 class Gated(nn.Module):
     """Attention whose rows a gate closes by the least float times a number that the graph does not tell: next to none
     in real rows, a half in added ones."""
@@ -523,12 +534,7 @@ class Gated(nn.Module):
 
 
 def test_rows_that_a_gate_closes_three_times_by_the_least_float_are_numbers() -> None:
-    torch.manual_seed(0)
-    model, kwargs = Gated(), {"x": torch.randn(4, 9, 8)}
-    analysis = analyse(captured(model, kwargs))
-    pads = [each for each in uneven_dims(analysis, (2,), ()) if each.size == 9]
-    assert pads
-    same_on_one_device(model, pad(analysis, pads).program, kwargs)
+    same_with_tokens_padded(Gated)
 
 
 class Matched(nn.Module):
@@ -546,12 +552,7 @@ class Matched(nn.Module):
 
 
 def test_added_positions_that_are_compared_with_one_another_match_none() -> None:
-    torch.manual_seed(0)
-    model, kwargs = Matched(), {"x": torch.randn(4, 9, 8)}
-    analysis = analyse(captured(model, kwargs))
-    pads = [each for each in uneven_dims(analysis, (2,), ()) if each.size == 9]
-    assert pads
-    same_on_one_device(model, pad(analysis, pads).program, kwargs)
+    model, kwargs = same_with_tokens_padded(Matched)
     certificate = autopar.verify(model, {"tp": 2}, kwargs, strategy="fsdp")
     assert certificate.ok, str(certificate)
 
@@ -573,12 +574,7 @@ class Placed(nn.Module):
 
 
 def test_powers_of_added_positions_are_numbers() -> None:
-    torch.manual_seed(0)
-    model, kwargs = Placed(), {"x": torch.randn(4, 9, 8)}
-    analysis = analyse(captured(model, kwargs))
-    pads = [each for each in uneven_dims(analysis, (2,), ()) if each.size == 9]
-    assert pads
-    same_on_one_device(model, pad(analysis, pads).program, kwargs)
+    same_with_tokens_padded(Placed)
 
 
 class Spectra(nn.Module):
@@ -597,9 +593,4 @@ class Spectra(nn.Module):
 
 
 def test_added_matrices_have_eigenvalues() -> None:
-    torch.manual_seed(0)
-    model, kwargs = Spectra(), {"x": torch.randn(4, 9, 8)}
-    analysis = analyse(captured(model, kwargs))
-    pads = [each for each in uneven_dims(analysis, (2,), ()) if each.size == 9]
-    assert pads
-    same_on_one_device(model, pad(analysis, pads).program, kwargs)
+    same_with_tokens_padded(Spectra)
