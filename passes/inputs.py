@@ -49,33 +49,44 @@ def global_inputs(
     result of a fake or meta tensor, or a very large one, is a meta tensor.
     """
     leaves, spec, names = flatten_inputs(args, dict(kwargs))
-    given = dict(batch_dims or {})
-    if unknown := sorted(set(given) - set(names)):
-        raise ValueError(f"batch_dims names {unknown}, but the inputs are {names}")
     tensors = {n: leaf for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)}
-    for name, dim in given.items():
-        if dim is not None and (name not in tensors or not -tensors[name].dim() <= dim < tensors[name].dim()):
-            raise ValueError(f"batch_dims[{name!r}] is {dim}, but the input is {_describe(tensors.get(name))}")
+    given = _checked(batch_dims or {}, names, tensors)
     batch = _batch_size(tensors, given)
     if batch == 0:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise ValueError(f"the batch has no samples (the inputs' shapes are {shapes}); give every rank at least one")
     whole = {tuple(t.shape) for t in tensors.values() if t.dim() and t.shape[0] == batch}
-    dims = [
-        (given[n] if n in given else _guess(leaf, batch, whole)) if isinstance(leaf, Tensor) else None
-        for n, leaf in zip(names, leaves, strict=True)
-    ]
-    dims = [d if d is None or d >= 0 else d + leaf.dim() for d, leaf in zip(dims, leaves, strict=True)]
-    tiled = [leaf if d is None else _tile(leaf, ways, d) for leaf, d in zip(leaves, dims, strict=True)]
+    guessed = {name: _guess(tensor, batch, whole) for name, tensor in tensors.items() if name not in given}
+    dims = {**guessed, **given}
+    places = [dims.get(name) for name in names]
+    tiled = [leaf if dim is None else _tile(leaf, ways, dim) for leaf, dim in zip(leaves, places, strict=True)]
     new_args, new_kwargs = pytree.tree_unflatten(tiled, spec)
-    guessed = [(n, leaf, d) for n, leaf, d in zip(names, leaves, dims, strict=True) if d is not None and n not in given]
-    notes = [
-        f"input {name!r} was taken for {leaf.shape[dim] // batch} rows per sample; where all samples share it, say "
+    several = {n: tensors[n].shape[d] // batch for n, d in guessed.items() if d is not None}
+    notes = tuple(
+        f"input {name!r} was taken for {rows} rows per sample; where all samples share it, say "
         f"Options(batch_dims={{{name!r}: None}})"
-        for name, leaf, dim in guessed
-        if ways > 1 and leaf.shape[dim] > batch
-    ]
-    return GlobalInputs(new_args, new_kwargs, batch * ways, tuple(dims), tuple(notes))
+        for name, rows in several.items()
+        if ways > 1 and rows > 1
+    )
+    return GlobalInputs(new_args, new_kwargs, batch * ways, tuple(places), notes)
+
+
+def _checked(
+    batch_dims: Mapping[str, int | None], names: Sequence[str], tensors: Mapping[str, Tensor]
+) -> dict[str, int | None]:
+    """`batch_dims`, counted from the first dim.
+
+    Raises:
+        ValueError: one names no input, or no dim of it.
+    """
+    if unknown := sorted(set(batch_dims) - set(names)):
+        raise ValueError(f"batch_dims names {unknown}, but the inputs are {names}")
+    found: dict[str, int | None] = {}
+    for name, dim in batch_dims.items():
+        if dim is not None and (name not in tensors or not -tensors[name].dim() <= dim < tensors[name].dim()):
+            raise ValueError(f"batch_dims[{name!r}] is {dim}, but the input is {_describe(tensors.get(name))}")
+        found[name] = dim if dim is None else dim % tensors[name].dim()
+    return found
 
 
 def smaller_inputs(

@@ -204,7 +204,10 @@ def price(
     for site in space.sites:
         if not site.options:
             raise NoFeasiblePlanError(f"{site.name}: no layout is left by the strategy and the pins")
-    groups, table = _merge(space)
+    merging = _Merging(space)
+    for index in range(len(space.sites)):
+        merging.add(index)
+    groups, table = tuple(map(tuple, merging.groups)), tuple(map(tuple, merging.rows))
     where = {site: (v, k) for v, group in enumerate(groups) for k, site in enumerate(group)}
     seconds, sizes = [], []
     twice = {i for i in space.recomputed.again if not is_cheap_op(space.sites[i].call.target)}  # type: ignore[union-attr]
@@ -264,64 +267,72 @@ def _option_bytes(space: Space, site: Site, option_index: int, optimizer: Optimi
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
-def _merge(
-    space: Space,
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[tuple[int, ...], ...], ...]]:
-    """Groups of sites that decide together, and the joint options of each."""
-    group_of: dict[int, int] = {}
-    groups: list[list[int]] = []
-    rows: list[list[tuple[int, ...]]] = []
-    producers: dict[tuple[int, int], set[Value]] = defaultdict(set)
-    readers: dict[Value, set[int]] = defaultdict(set)
-    for wire in space.wires:
-        for port in wire.ports:
-            readers[wire.value].add(port.site)
-            if not port.stores:
-                producers[port.site, port.operand].add(wire.value)
+class _Merging:
+    """Groups of sites that decide together, and the joint options of each: `rows[group]`, an option per site."""
 
-    def layout_of(value: Value, group: int, row: tuple[int, ...]) -> Layout | None:
-        site = space.sites[value.op]
-        option = site.options[row[groups[group].index(value.op)]]
-        return option.results[value.result] if isinstance(option, Option) else None
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.groups: list[list[int]] = []
+        self.rows: list[list[tuple[int, ...]]] = []
+        self.group_of: dict[int, int] = {}
+        self.operands: dict[tuple[int, int], set[Value]] = defaultdict(set)
+        """The values that an op, by its site, reads as its k-th operand."""
+        self.readers: dict[Value, set[int]] = defaultdict(set)
+        for wire in space.wires:
+            for port in wire.ports:
+                self.readers[wire.value].add(port.site)
+                if not port.stores:
+                    self.operands[port.site, port.operand].add(wire.value)
 
-    for index, site in enumerate(space.sites):
-        joined = False
-        if site.kind == "op" and site.op is not None and site.op.operands:
-            sources = [producers[index, k] for k in range(len(site.op.operands))]
-            origins = {group_of.get(value.op, -1) for values in sources for value in values}
-            single = all(len(values) == 1 for values in sources) and len(origins) == 1 and -1 not in origins
-            if single and site.call is not None and site.call.target in VIEWS:
-                # A view of a tensor with other readers may want to follow a gather that serves them all.
-                single = all(len(readers[value]) == 1 for values in sources for value in values)
-            alike = single and all(space.sites[v.op].count == site.count for vs in sources for v in vs)
-            if alike and all(space.sites[v.op].kind == "op" for vs in sources for v in vs):
-                joined = _try_join(space, index, next(iter(origins)), groups, rows, sources, layout_of)
-                if joined:
-                    group_of[index] = next(iter(origins))
-        if not joined:
-            group_of[index] = len(groups)
-            groups.append([index])
-            rows.append([(i,) for i in range(len(site.options))])
-    return tuple(map(tuple, groups)), tuple(map(tuple, rows))
+    def add(self, index: int) -> None:
+        """Join the site to the group that makes all it reads, or let it decide by itself."""
+        values = self._joinable(index)
+        if values and (rows := self._extended(index, values)) is not None:
+            group = self.group_of[values[0].op]
+            self.rows[group] = rows
+            self.groups[group].append(index)
+        else:
+            group = len(self.groups)
+            self.rows.append([(i,) for i in range(len(self.space.sites[index].options))])
+            self.groups.append([index])
+        self.group_of[index] = group
 
+    def _joinable(self, index: int) -> list[Value]:
+        """What the op reads, a value per operand, where ops of one group make it as often as the op runs; else none."""
+        sites = self.space.sites
+        site = sites[index]
+        if site.kind != "op" or site.op is None or site.call is None:
+            return []
+        sources = [self.operands[index, k] for k in range(len(site.op.operands))]
+        if any(len(values) != 1 for values in sources):
+            return []
+        values = [next(iter(values)) for values in sources]
+        if len({self.group_of.get(value.op) for value in values}) != 1 or values[0].op not in self.group_of:
+            return []
+        if site.call.target in VIEWS and any(len(self.readers[value]) > 1 for value in values):
+            return []  # a view of a tensor with other readers may want to follow a gather that serves them all
+        alike = all(sites[v.op].kind == "op" and sites[v.op].count == site.count for v in values)
+        return values if alike else []
 
-def _try_join(space, index, group, groups, rows, sources, layout_of) -> bool:  # type: ignore[no-untyped-def]
-    """Append the site to the group where each of the group's options leaves it exactly one of its own."""
-    site = space.sites[index]
-    by_operands: dict[tuple[Layout, ...], list[int]] = defaultdict(list)
-    for i, option in enumerate(site.options):
-        by_operands[option.operands].append(i)
-    values = [next(iter(vs)) for vs in sources]
-    extended = []
-    for row in rows[group]:
-        given = tuple(layout_of(value, group, row) for value in values)
-        fitting = by_operands.get(given, [])
-        if len(fitting) != 1:
-            return False
-        extended.append((*row, fitting[0]))
-    rows[group] = extended
-    groups[group].append(index)
-    return True
+    def _extended(self, index: int, values: list[Value]) -> list[tuple[int, ...]] | None:
+        """The group's joint options with the site's, where each of them leaves it exactly one."""
+        by_operands: dict[tuple[Layout, ...], list[int]] = defaultdict(list)
+        for i, option in enumerate(self.space.sites[index].options):
+            assert isinstance(option, Option)
+            by_operands[option.operands].append(i)
+        group = self.group_of[values[0].op]
+        extended = []
+        for row in self.rows[group]:
+            fitting = by_operands.get(tuple(self._layout(value, group, row) for value in values), [])
+            if len(fitting) != 1:
+                return None
+            extended.append((*row, fitting[0]))
+        return extended
+
+    def _layout(self, value: Value, group: int, row: tuple[int, ...]) -> Layout:
+        option = self.space.sites[value.op].options[row[self.groups[group].index(value.op)]]
+        assert isinstance(option, Option)
+        return option.results[value.result]
 
 
 # -- flows -------------------------------------------------------------------------------------------------------------
