@@ -511,36 +511,11 @@ def summary(rows: dict[tuple[str, str], Row], asked: int, mesh: Mesh = MESH) -> 
     from tabulate import tabulate
 
     names = sorted({name for name, _ in rows})
-    counts, low = [], []
-    for strategy in STRATEGIES:
-        mine = [row for (_, s), row in rows.items() if s == strategy]
-        split = sorted(row.split for row in mine if not math.isnan(row.split))
-        middle = split[len(split) // 2] if split else math.nan
-        right = sum(row.right for row in mine)
-        counts.append(
-            [strategy, len(mine), sum(r.captured for r in mine), sum(r.planned for r in mine), sum(r.ran for r in mine),
-             right, f"{right / max(1, len(mine)):.1%}", f"{middle:.2f}", f"{split[0] if split else math.nan:.2f}"]
-        )  # fmt: skip
-    for name in names:
-        row = rows.get((name, "megatron"))
-        if row is not None and row.split < 0.9:
-            low.append([name, f"{row.split:.2f}"])
+    low = [[n, f"{row.split:.2f}"] for n in names if (row := rows.get((n, "megatron"))) is not None and row.split < 0.9]
     wrong = [[r.architecture, r.strategy, r.error.replace("|", "\\|")] for _, r in sorted(rows.items()) if not r.right]
     missing = Counter(op for row in rows.values() if row.strategy == "megatron" for op in row.replicated.split("; "))
     del missing[""]
     head = ["strategy", "run", "captured", "planned", "ran", "right", "", "split: median", "lowest"]
-    per = []
-    for name in names:
-        line: list[Any] = [name, next(row.family for (n, _), row in rows.items() if n == name)]
-        for strategy in STRATEGIES:
-            row = rows.get((name, strategy))
-            if row is None:
-                line += ["", "", ""]
-            elif not row.ran:
-                line += ["failed", "", ""]
-            else:
-                line += [f"{row.loss_error:.0e}", f"{row.gradient_error:.0e}", f"{row.split:.2f}"]
-        per.append(line)
     columns = ["architecture", "family"]
     for strategy in STRATEGIES:
         columns += [f"{strategy}: loss", "gradient", "split"]
@@ -555,7 +530,7 @@ def summary(rows: dict[tuple[str, str], Row], asked: int, mesh: Mesh = MESH) -> 
         f"the whole batch: right is a loss to {LOSS_LIMIT:g} and every gradient to {GRADIENT_LIMIT:g} of its norm. "
         "`split` is the share of a rank's multiply-adds that the tp axis splits. `zoo_results.csv` has all columns.",
         "",
-        tabulate(counts, head, "github"),
+        tabulate([_counted(strategy, rows) for strategy in STRATEGIES], head, "github"),
         "",
         "## What fails, and why",
         "",
@@ -571,10 +546,34 @@ def summary(rows: dict[tuple[str, str], Row], asked: int, mesh: Mesh = MESH) -> 
         "",
         "## Each architecture",
         "",
-        tabulate(per, columns, "github", disable_numparse=True),
+        tabulate([_line(name, rows) for name in names], columns, "github", disable_numparse=True),
         "",
     ]
     return "\n".join(text)
+
+
+def _counted(strategy: str, rows: dict[tuple[str, str], Row]) -> list[Any]:
+    """A line of counts: how many architectures got how far under a strategy, and how much of them tp splits."""
+    mine = [row for (_, of), row in rows.items() if of == strategy]
+    split = sorted(row.split for row in mine if not math.isnan(row.split)) or [math.nan]
+    right = sum(row.right for row in mine)
+    reached = [sum(r.captured for r in mine), sum(r.planned for r in mine), sum(r.ran for r in mine)]
+    share = f"{right / max(1, len(mine)):.1%}"
+    return [strategy, len(mine), *reached, right, share, f"{split[len(split) // 2]:.2f}", f"{split[0]:.2f}"]
+
+
+def _line(name: str, rows: dict[tuple[str, str], Row]) -> list[str]:
+    """An architecture's errors and split under each strategy."""
+    found = [rows.get((name, strategy)) for strategy in STRATEGIES]
+    line = [name, next(row.family for row in found if row is not None)]
+    for row in found:
+        if row is None:
+            line += ["", "", ""]
+        elif not row.ran:
+            line += ["failed", "", ""]
+        else:
+            line += [f"{row.loss_error:.0e}", f"{row.gradient_error:.0e}", f"{row.split:.2f}"]
+    return line
 
 
 def _kinds(rows: dict[tuple[str, str], Row]) -> str:
@@ -600,7 +599,7 @@ def _chosen(
             yield name, listed.get(name, ""), strategies
 
 
-def main() -> int:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="names, separated by commas")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
@@ -613,11 +612,23 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=dict(MESH)["tp"], help="ranks of the tensor axis, with --simulate")
     parser.add_argument("--no-run", action="store_true", help="only make the .md from the .csv")
     arguments = parser.parse_args()
+    if arguments.tp != dict(MESH)["tp"]:
+        if not arguments.simulate:
+            parser.error("--tp goes with --simulate: there are four ranks")
+        if arguments.out == parser.get_default("out"):
+            parser.error("--tp: give --out, as the results kept are of another mesh")
+    return arguments
+
+
+def _tell(place: str, row: Row) -> None:
+    told = row.error or f"loss {row.loss_error:.0e}, gradient {row.gradient_error:.0e}"
+    what = f"{row.architecture:32} {row.strategy:9} {'ok  ' if row.right else 'FAIL'}"
+    print(f"{place} {what} split {row.split:4.2f} {row.seconds:5.1f} s  {told}", flush=True)
+
+
+def main() -> int:
+    arguments = _arguments()
     mesh: Mesh = (*MESH[:-1], ("tp", arguments.tp))
-    if mesh != MESH and not arguments.simulate:
-        parser.error("--tp goes with --simulate: there are four ranks")
-    if mesh != MESH and arguments.out == parser.get_default("out"):
-        parser.error("--tp: give --out, as the results kept are of another mesh")
     keep = arguments.resume or arguments.failed or arguments.only or arguments.no_run
     rows = read(arguments.out) if keep else {}
     jobs = [] if arguments.no_run else list(_chosen(arguments, rows))
@@ -633,12 +644,7 @@ def main() -> int:
             done_with = sum(1 for row in found if row.error or row.ran)
             for row in found[:done_with]:
                 rows[name, row.strategy] = row
-                told = row.error or f"loss {row.loss_error:.0e}, gradient {row.gradient_error:.0e}"
-                print(
-                    f"[{done + 1}/{len(jobs)}] {name:32} {row.strategy:9} {'ok  ' if row.right else 'FAIL'} "
-                    f"split {row.split:4.2f} {row.seconds:5.1f} s  {told}",
-                    flush=True,
-                )
+                _tell(f"[{done + 1}/{len(jobs)}]", row)
             write(arguments.out, rows)
             left = left[done_with:]
             if not good and ranks is not None:
