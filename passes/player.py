@@ -60,26 +60,11 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
     items = found.items
     issue: list[list[int]] = [[] for _ in range(len(items) + 1)]
     ends = {x.bucket: index for index, x in enumerate(items) if isinstance(x, Move) and x.bucket >= 0}
-    layer_start = module_start = 0
-    layer: object = None
-    module: object = None
-    unit: object = None
-    gathering: object = None
-    unit_start = gathering_start = gathering_before = 0
+    begun = _Begun(words)
     packed: list[tuple[int, int]] = []
     """Sums that go together, and where each could be sent."""
     for index, item in enumerate(items):
-        node = item.node if isinstance(item, Run) else item.reader
-        if node is not None:
-            name, phase = node.meta.get("module", ""), item.phase
-            here = (phase, words.instance(name))
-            if here != layer:
-                layer, layer_start = here, index
-            outside = words.layers and "*" not in words.pattern(name)
-            if (within := (phase, "" if outside else here[1])) != unit:
-                unit, unit_start = within, index
-            if (phase, name) != module:
-                module, module_start = (phase, name), index
+        begun.enter(index, item)
         if isinstance(item, Run):
             continue
         gathered = found.slots[found.writes[index][0]].gathered
@@ -88,19 +73,56 @@ def issue_points(space: Space, words: Words, found: Tracks) -> list[list[int]]:
             continue
         producer = found.slots[found.reads[index][0]].producer
         if gathered:
-            if unit != gathering:
-                gathering, gathering_before, gathering_start = unit, gathering_start, unit_start
-            first = gathering_before
+            first = begun.gatherer_before()
         elif producer >= 0 and items[producer].phase == item.phase:
-            first = layer_start
+            first = begun.layer.start
         else:
-            first = module_start
+            first = begun.module.start
         packed = packed if item.packed else []
         packed.append((max(first, producer + 1), index))
         if not item.packed or index == ends[item.bucket]:
             issue[max(start for start, _ in packed)] += [move for _, move in packed]
             packed = []
     return issue
+
+
+class _Here(NamedTuple):
+    """A part of the step, and the item that it begins with."""
+
+    part: object
+    start: int
+
+
+class _Begun:
+    """The layer, the module and the gatherer (see `issue_points`) that the item in hand lies in."""
+
+    def __init__(self, words: Words) -> None:
+        self.words = words
+        self.layer = self.module = self.gatherer = self.last_gatherer = _Here(None, 0)
+        self.before = 0
+        """The start of the gatherer before the last one."""
+
+    def enter(self, index: int, item: Run | Move) -> None:
+        """Go on to the next item."""
+        node = item.node if isinstance(item, Run) else item.reader
+        if node is None:
+            return
+        name, phase = node.meta.get("module", ""), item.phase
+        instance = self.words.instance(name)
+        outside = self.words.layers and "*" not in self.words.pattern(name)
+        self.layer = _at(index, (phase, instance), self.layer)
+        self.gatherer = _at(index, (phase, "" if outside else instance), self.gatherer)
+        self.module = _at(index, (phase, name), self.module)
+
+    def gatherer_before(self) -> int:
+        """The item in hand gathers: where the part that gathered something before this one begins."""
+        if self.gatherer.part != self.last_gatherer.part:
+            self.before, self.last_gatherer = self.last_gatherer.start, self.gatherer
+        return self.before
+
+
+def _at(index: int, part: object, last: _Here) -> _Here:
+    return last if last.part == part else _Here(part, index)
 
 
 # -- playing -----------------------------------------------------------------------------------------------------------
