@@ -45,10 +45,9 @@ _HOW: dict[How, str] = {
 _ROUNDINGS = 16
 """Units in the last place of an op's largest operand that its result may be off by."""
 
-_aten = torch.ops.aten
 _EXACT_TO_THE_RESULT = {
-    _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar, _aten.pow.Tensor_Scalar, _aten.neg.default,
-    _aten.sqrt.default, _aten.rsqrt.default, _aten.reciprocal.default, _aten.exp.default, _aten.where.self,
+    aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar, aten.neg.default,
+    aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.exp.default, aten.where.self,
 }  # fmt: skip
 """Ops in which nothing cancels: they round by units in the last place of what they give, however large an operand."""
 

@@ -118,7 +118,7 @@ def assignment_of(plan: Plan, space: Space) -> tuple[int, ...]:
                 f"{space.strategy!r}: {shown}"
             )
         picks.append(texts.index(wanted))
-    unknown = next((key for key in plan.decisions if key not in {key for key, _ in open_to}), None)
-    if unknown is not None:
-        raise PlanMismatchError(f"the plan lays out {unknown!r}, which is no place of this graph; remove that line")
+    known = {key for key, _ in open_to}
+    if unknown := [key for key in plan.decisions if key not in known]:
+        raise PlanMismatchError(f"the plan lays out {unknown[0]!r}, which is no place of this graph; remove that line")
     return tuple(picks)
