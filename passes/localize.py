@@ -70,6 +70,8 @@ class LocalOp:
 
 
 def _start(emit: Emitter, dims: Sequence[Sequence[int]], layout: Layout, dim: int) -> fx.Node | None:
+    if not dims[dim]:  # of size 1; what stands at that place is the next dim's
+        return None
     first = sum(len(d) for d in dims[:dim])
     axes = [a for a, placement in enumerate(layout) if placement == Shard(first)]
     inner = [a for a, p in enumerate(layout) if isinstance(p, Shard) and first < p.dim < first + len(dims[dim])]

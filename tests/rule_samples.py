@@ -352,6 +352,7 @@ def _indexing() -> list[Sample]:
         s(aten.index_put.default, f(4, 8, 6), [i(4, 0), None, i(6, 0)], f(0, 8)),
         s(aten.index.Tensor, f(8, 6), [i(8, 0)]),
         s(aten.index_put.default, f(4, 6), [b(4, 6)], f()),
+        *_of_one_row(),
         s(aten.searchsorted.Tensor, f(5).sort().values, f(4, 6), splits=2),
         s(aten.searchsorted.Tensor, f(4, 5).sort().values, f(4, 6), right=True, splits=2),
         s(aten.bucketize.Tensor, f(4, 6), f(5).sort().values, splits=2),
@@ -370,6 +371,21 @@ def _indexing() -> list[Sample]:
         s(aten.unique_consecutive.default, i(2, 12)),
         s(aten.repeat_interleave.Tensor, torch.tensor([2, 1, 3])),
         s(aten._embedding_bag.default, weight, i(8, 6), torch.tensor([0, 2, 3])),
+    ]
+
+
+def _of_one_row() -> list[Sample]:
+    """Look-ups where there is but one place to look, as in an embedding of the only kind of token."""
+    row, first = f(1, 6), torch.zeros(4, dtype=torch.long)
+    return [
+        s(aten.embedding.default, row, first, splits=2),
+        s(aten.embedding_dense_backward.default, f(4, 6), first, 1, -1, False, splits=2),
+        s(aten.gather.default, row, 0, torch.zeros(4, 6, dtype=torch.long), splits=2),
+        s(aten.index_select.default, row, 0, first, splits=2),
+        s(aten.index.Tensor, row, [first], splits=2),
+        s(aten.index_put.default, row, [first], f(4, 6), True, splits=2),
+        s(aten.index_add.default, row, 0, first, f(4, 6), splits=2),
+        s(aten.scatter_add.default, row, 0, torch.zeros(4, 6, dtype=torch.long), f(4, 6), splits=2),
     ]
 
 
