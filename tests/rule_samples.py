@@ -599,6 +599,8 @@ def _windows() -> list[Sample]:
 def _algebra() -> list[Sample]:
     square = f(4, 3, 3)
     positive = square @ square.mT + torch.eye(3, dtype=torch.float64)
+    # One right-hand side for as many matrices as it has rows.
+    shared = [(aten._linalg_solve_ex.default, {}), (aten.linalg_solve_triangular.default, {"upper": True})]
     batch: list[Callable[..., Any]] = [
         aten.linalg_cholesky_ex.default,
         aten.linalg_inv_ex.default,
@@ -615,6 +617,8 @@ def _algebra() -> list[Sample]:
         s(aten.linalg_solve_triangular.default, positive.triu(), f(4, 3, 2), upper=True, splits=1),
         s(aten._linalg_solve_ex.default, positive, f(4, 3, 2), splits=1),
         s(aten._linalg_solve_ex.default, positive[0], f(3, 2)),
+        s(aten._linalg_solve_ex.default, positive, f(4, 3), splits=1),
+        *[s(op, positive.triu()[:3], f(3, 2), **how) for op, how in shared],
         s(aten.linalg_cross.default, f(4, 3), f(1, 3), splits=1),
         s(aten._fft_c2c.default, c(4, 6), [1], 0, True, splits=1),
         s(aten._fft_c2c.default, c(4, 6, 2), [1, 2], 1, False, splits=1),

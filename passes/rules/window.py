@@ -125,6 +125,13 @@ LINEAR_ALGEBRA = {
 """Ops on matrices: dims before the last two are batch; each result starts with them."""
 
 
+def _has_shared_matrix(call: Call) -> bool:
+    """Whether the whole batch has one right-hand side, whose rows may be as many as the batch has matrices."""
+    first, *others = (facts.shape for facts in call.operands)
+    vectors = first[:-1] if call.target is aten._linalg_solve_ex.default else first
+    return any(len(shape) < len(first) and shape != vectors for shape in others)
+
+
 def _planes(call: Call, last: int) -> Form:
     first = call.operands[0].shape
     build = FormBuilder()
@@ -134,7 +141,7 @@ def _planes(call: Call, last: int) -> Form:
         return batch + build.dims(shape[len(batch) :], whole=True)
 
     shapes = [facts.shape for facts in (*call.operands, *filter(None, call.results))]
-    if any(shape[: len(batch)] != first[: len(batch)] for shape in shapes):
+    if _has_shared_matrix(call) or any(shape[: len(batch)] != first[: len(batch)] for shape in shapes):
         build.whole |= {factor for dim in batch for factor in dim}
         return build.form(
             [build.dims(facts.shape, whole=True) for facts in call.operands],
