@@ -284,6 +284,8 @@ def _gather(op: LocalOp) -> fx.Node:
 
 @localizer(aten.index_select.default)
 def _index_select(op: LocalOp) -> fx.Node:
+    if not op.call.operands[0].shape:
+        return op.as_is()
     dim = op.call.get("dim") % len(op.call.operands[0].shape)
     start = op.operand_start(0, dim)
     if start is None:

@@ -203,6 +203,8 @@ def _reductions() -> list[Sample]:
         s(aten.mode.default, f(4, 6), splits=1),
         s(aten.kthvalue.default, f(4, 6), 2, splits=1),
         s(aten.any.dims, b(4, 6, 2), [0, 1], splits=1),
+        s(aten.any.dims, b(4, 6), None),
+        s(aten.any.dims, b(4, 6), [], True, splits=2),
         s(aten.count_nonzero.dim_IntList, i(2, 4, 6), [1], splits=1),
         s(aten.aminmax.default, f(4, 6), dim=1, splits=1),
         s(aten.var.correction, f(4, 6), [1], correction=1, splits=1),
@@ -243,6 +245,7 @@ def _reductions() -> list[Sample]:
         s(aten.tril.default, f(4, 6, 6), -1, splits=1),
         s(aten.topk.default, f(4, 6), 2, splits=1),
         s(aten.topk.default, f(4, 6, 2), 3, 1, splits=2),
+        s(aten.topk.default, f(), 1),
     ]
 
 
@@ -305,6 +308,7 @@ def _indexing() -> list[Sample]:
         s(aten.gather.default, f(4, 6), 1, i(6, 3, 2), splits=2),
         s(aten.index_select.default, f(4, 6), 1, i(6, 4), splits=3),
         s(aten.index_select.default, f(4, 6), -2, i(4, 3), splits=2),
+        s(aten.index_select.default, f(), 0, torch.tensor([0])),
         s(aten.scatter.value, f(4, 6), 1, i(6, 4, 2), 2.0, splits=1),
         s(aten.scatter.src, f(4, 6), 1, torch.tensor([[1, 3]] * 4), f(4, 2), splits=1),
         s(aten.scatter.src, f(4, 6), 0, torch.tensor([[1] * 3]), f(2, 6)),

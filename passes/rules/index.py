@@ -66,6 +66,8 @@ def _gather(call: Call) -> Form:
 @rule(aten.index_select.default)
 def _index_select(call: Call) -> Form:
     source = call.operands[0].shape
+    if not source:
+        return whole_form(call)
     dim = call.get("dim") % len(source)
     build = FormBuilder()
     dims = tuple(

@@ -8,7 +8,7 @@ import torch
 
 from passes.rules.call import Call
 from passes.rules.form import Dims, Form, FormBuilder
-from passes.rules.table import rule
+from passes.rules.table import rule, whole_form
 
 aten = torch.ops.aten
 
@@ -19,7 +19,7 @@ _LAST = {aten.mode.default, aten.kthvalue.default}
 
 def _reduced_dims(call: Call, rank: int) -> set[int]:
     dim = call.get("dim", -1 if call.target in _LAST else None)
-    if dim is None or dim == []:
+    if dim is None or (dim == [] and call.target is not aten.any.dims):
         return set(range(rank))
     return {d % rank for d in (dim if isinstance(dim, Sequence) else [dim])} if rank else set()
 
@@ -140,6 +140,8 @@ def _triangle(call: Call) -> Form:
 @rule(aten.topk.default)
 def _topk(call: Call) -> Form:
     source = call.operands[0].shape
+    if not source:
+        return whole_form(call)
     dim = call.get("dim", -1) % len(source)
     build = FormBuilder()
     dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(source))
