@@ -163,6 +163,11 @@ def _fill(op: LocalOp) -> fx.Node:
     return op.as_is(size=list(op.result_shapes[0]))
 
 
+def in_dtype(number: float, dtype: torch.dtype) -> float:
+    """A number as `arange` of that dtype takes it: cut to a whole one for whole numbers."""
+    return number if dtype.is_floating_point else int(number)
+
+
 @localizer(*IOTAS)
 def _iota(op: LocalOp) -> fx.Node:
     facts = op.call.results[0]
@@ -171,7 +176,7 @@ def _iota(op: LocalOp) -> fx.Node:
         return op.as_is()
     emit = op.emit
     index = global_indices(emit, op.op.results[0], op.result_layouts[0], 0)
-    start, step = op.call.get("start", 0), op.call.get("step", 1)
+    start, step = in_dtype(op.call.get("start", 0), facts.dtype), in_dtype(op.call.get("step", 1), facts.dtype)
     if facts.dtype != torch.int64:
         index = emit.call(torch.ops.prims.convert_element_type.default, index, facts.dtype)
     if step != 1:

@@ -32,7 +32,7 @@ from passes.dims import Atom, atoms_of, is_getitem, outputs_of, value_of
 from passes.emit import emitter_like, relax_views
 from passes.graphs import graph_module
 from passes.harmless import Key, Need, Place, Reading, fill_of, keeps_values, looked_up, needs_of, result_zone
-from passes.localize import LocalOp, run_locally
+from passes.localize import LocalOp, in_dtype, run_locally
 from passes.program import Input, Output, Program
 from passes.randomness import UNIFORM
 from passes.rules.call import is_tensor, operand_nodes
@@ -287,7 +287,8 @@ class _Padding:
         if len(dims[0]) > 1 or id(dim) not in self.sizes or "end" not in names or value.dtype.is_floating_point:
             return False
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        start, step, length = given.get("start", 0), given.get("step", 1), self.sizes[id(dim)][1]
+        start, step = (in_dtype(given.get(name, number), value.dtype) for name, number in (("start", 0), ("step", 1)))
+        length = self.sizes[id(dim)][1]
         nowhere = int(min(0, start, start + step * length)) - _APART
         if nowhere < torch.iinfo(value.dtype).min:
             return False

@@ -417,6 +417,8 @@ def _created() -> list[Sample]:
         s(aten.arange.start_step, 3, 27, 2, splits=1),
         s(aten.arange.start_step, 0.5, 6.5, 0.5, splits=1),
         s(aten.arange.start_step, 11, -1, -1, splits=1),
+        s(aten.arange.start_step, 1.0, 13.0, 1.0, dtype=torch.int64, splits=1),
+        s(aten.arange.start_step, 0.5, 15, 2.5, dtype=torch.int64, splits=1),
         s(prims.iota.default, 12, start=2, step=3, dtype=torch.int64, device="cpu", requires_grad=False, splits=1),
         s(aten.eye.default, 6),
         s(aten.eye.m, 4, 6),
