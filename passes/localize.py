@@ -547,6 +547,13 @@ def _slice(op: LocalOp) -> fx.Node:
     return op.as_is()
 
 
+@localizer(aten.slice_scatter.default)
+def _slice_scatter(op: LocalOp) -> fx.Node:
+    dim = op.call.get("dim", 0)
+    size, part = (facts.shape[dim] for facts in op.call.operands)
+    return op.as_is(start=0, end=sys.maxsize) if size == part else op.as_is()
+
+
 @localizer(aten.slice_backward.default)
 def _slice_backward(op: LocalOp) -> fx.Node:
     dim, end = op.call.get("dim"), op.call.get("end")

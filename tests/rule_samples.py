@@ -99,6 +99,7 @@ def _views() -> list[Sample]:
         s(aten.repeat.default, f(4, 6), [1, 1], splits=2),
         s(aten.repeat.default, f(1, 6), [4, 1], splits=2),
         s(aten.slice_scatter.default, f(4, 6), f(4, 2), 1, 2, 4, splits=1),
+        s(aten.slice_scatter.default, f(4, 6), f(4, 6), -1, -6, 6, splits=2),
         s(aten.select_scatter.default, f(4, 6), f(4), -1, 2, splits=1),
         s(aten.split.Tensor, f(4, 7), 3, 1, splits=1),
         s(aten.split.Tensor, f(4, 6), 2, splits=1),
