@@ -16,7 +16,7 @@ from autopar.examples import by_name
 from autopar.parameters import checked
 from autopar.reading import MOST_GRAPHS, Values, too_many
 from autopar.runtime import Executable, Runtime, device_of, plain_module, runtime_of
-from autopar.step import Differentiable, bound
+from autopar.step import Differentiable, Step, bound
 from autopar.together import watch
 from passes.autocast import autocast_as, autocast_dtype
 from passes.errors import PlanMismatchError
@@ -51,7 +51,7 @@ def _forward(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs:
     step = bound(runtime, executable, parameters, inputs, device)
     _, _, _, modes, autocast, _ = key
 
-    def with_all() -> Executable:
+    def with_all(step: Step) -> Executable:
         if id(executable) not in runtime.with_all:
             with torch.enable_grad(), autocast_as(autocast):  # all as it was at the call, whatever it is now
                 plain = plain_module(module, parameters.trained, step.buffers)

@@ -70,7 +70,7 @@ class Step:
     values: list[torch.Tensor]
     inputs: list[tuple[str, torch.Tensor]]
     """Inputs that require gradients, by the names of these in the program."""
-    with_all: Callable[[], Executable] | None = None
+    with_all: Callable[[Step], Executable] | None = None
 
     @property
     def differentiable(self) -> list[Any]:
@@ -300,9 +300,9 @@ class Differentiable(torch.autograd.Function):
         if all(gradient is None for gradient in gradients):
             return (None,) * (1 + len(step.differentiable))
         with watch().watching():
-            syncs = step.runtime.syncs
+            binding, syncs = step.binding, step.runtime.syncs
             given = [gradient is not None for gradient in gradients]
-            watch().doing(lambda: _in_words(step.binding, given, syncs))
+            watch().doing(lambda: _in_words(binding, given, syncs))
             return Differentiable._backward(ctx, step, gradients)
 
     @staticmethod
@@ -312,20 +312,29 @@ class Differentiable(torch.autograd.Function):
         for name, gradient in zip(binding.outputs, gradients, strict=True):
             if gradient is not None:
                 arrived[name] = arrived[name] + gradient if name in arrived else gradient
-        if arrived.keys() <= binding.tangents:
-            saved = list(ctx.saved_tensors[: ctx.saved])
+        if step.with_all is None or arrived.keys() <= binding.tangents:
+            saved = list(ctx.saved_tensors[: ctx.saved])  # torch's own error where they were let go
             _check_unchanged(step, ctx.versions, saved)
-            if (clear := getattr(ctx, "maybe_clear_saved_tensors", None)) is not None:
-                clear()
+            _let_go(ctx, step)
             found = step.gradients(step.executable, saved, arrived, 1)
         else:
-            assert step.with_all is not None
             _check_unchanged(step, ctx.versions, step.values)
-            other = step.with_all()
-            saved = list(other.lowered.forward(step.values)[1])
+            other, values = step.with_all(step), step.values
+            _let_go(ctx, step)
+            saved = list(other.lowered.forward(values)[1])
+            del values
             # That program averages over the batch's ranks what each brings; these are gradients of one global value.
             found = step.gradients(other, saved, arrived, runtime.batch.count)
         return None, *_as_stored(step, found), *_of_inputs(step, found)
+
+
+def _let_go(ctx: Any, step: Step) -> None:
+    """Frees what is kept for one backward, unless autograd keeps the graph for another: a loss may live on."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return
+    step.values, step.with_all = [], None
+    if (clear := getattr(ctx, "maybe_clear_saved_tensors", None)) is not None:
+        clear()
 
 
 def _in_words(binding: Binding, given: Sequence[bool], syncs: bool) -> str:

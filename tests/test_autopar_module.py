@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import types
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -466,3 +468,42 @@ def _whole_tensors_inside(rank: int, ranks: int) -> None:
 
 def test_modules_inside_load_whole_tensors() -> None:
     run_ranks(_whole_tensors_inside, 2)
+
+
+def _kept_for_a_backward(rank: int, ranks: int) -> None:
+    torch.manual_seed(0)
+    model = made(Net(), mesh_of(ranks))
+    batch = batches(1, ranks)[0]
+
+    def seen(through: str, retain: bool = False) -> tuple[torch.Tensor, weakref.ref[torch.Tensor]]:
+        """What goes backward, kept as a list of losses keeps it, and the batch."""
+        ids, labels = (x.clone() for x in mine(batch, rank))
+        out = model(ids, labels)
+        value = out.loss if through == "loss" else out.logits.sum().full_tensor()
+        value.backward(retain_graph=retain)
+        return value, weakref.ref(ids)
+
+    gc.collect()
+    gc.disable()
+    try:
+        for through in ("loss", "logits"):
+            loss, ids = seen(through)
+            assert ids() is None, through
+            again, ids = seen(through, retain=True)
+            assert ids() is not None
+            again.backward()
+            assert ids() is None, through
+            for each in (loss, again):
+                with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                    each.backward()
+        with torch.no_grad():
+            given = mine(batch, rank)[0].clone()
+            ids, _ = weakref.ref(given), model(given, mine(batch, rank)[1])
+            del given
+        assert ids() is None
+    finally:
+        gc.enable()
+
+
+def test_what_a_call_was_given_goes_with_its_backward() -> None:
+    run_ranks(_kept_for_a_backward, 2)
