@@ -20,7 +20,7 @@ from passes.expert_parallel import expert_numbers
 from passes.moves import Move, Run
 from passes.program import Program
 from passes.schedule import Schedule
-from passes.space import Space, trained
+from passes.space import Space, trained_elements
 from passes.strategies import StoredOption
 from passes.tracks import Tracks
 from passes.words import Words
@@ -107,8 +107,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
         found[f"exposed.{end}"] += each.exposed_s
         found[f"hidden.{end}"] += each.hidden_s
     _alive(found, schedule)
-    stored = trained(space, assignment)
-    found["gradients"] = sum(math.prod(shape) * site.count * site.stored_itemsize for site, shape in stored)
+    found["gradients"] = sum(size * count for size, count in trained_elements(space, assignment).items())
     _counts(found, space, assignment)
     found["operands"] = sum(cost.operands * space.sites[site].count for site, cost in laid.costs.items())
     _between(found, space, words, laid)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from costmodel.hardware import Topology
@@ -12,7 +11,7 @@ from passes.fitting import Candidate, Request, as_asked
 from passes.named import tensor_axes
 from passes.proposals import Search
 from passes.report_text import seconds_text
-from passes.space import trained
+from passes.space import trained_elements
 from passes.uneven import padding_notes
 
 
@@ -43,8 +42,7 @@ def _states_notes(chosen: Candidate, optimizer: str | OptimizerSpec) -> list[str
     if spec.name not in _IN_FP32:
         return []
     lower = optimizer_of(_IN_FP32[spec.name])
-    stored = trained(chosen.space, chosen.assignment)
-    elements = sum(math.prod(shape) * site.count for site, shape in stored if site.stored_itemsize == 2)
+    elements = trained_elements(chosen.space, chosen.assignment)[2]
     over = round(elements * (spec.state_bytes_per_param - lower.state_bytes_per_param))
     if not over:
         return []

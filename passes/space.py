@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -261,6 +262,14 @@ def trained(space: Space, assignment: Sequence[int]) -> Iterator[tuple[Site, tup
             option = site.options[pick]
             assert isinstance(option, StoredOption)
             yield site, option.storage.padded_shape(space.topology.sizes)
+
+
+def trained_elements(space: Space, assignment: Sequence[int]) -> Counter[int]:
+    """Elements that a rank stores of them, by the bytes of each."""
+    found: Counter[int] = Counter()
+    for site, shape in trained(space, assignment):
+        found[site.stored_itemsize] += math.prod(shape) * site.count
+    return found
 
 
 def _padding(inside: Sequence[int], outside: Sequence[int]) -> tuple[int, ...]:
