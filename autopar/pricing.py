@@ -205,6 +205,11 @@ def _check_idle(setup: Setup) -> None:
             "experts_beside=True",
             "accumulate is 1; there is no other micro-batch to send them beside",
         ),
+        (
+            setup.experts_beside and setup.pp > 1 and setup.virtual == 1,
+            "experts_beside=True",
+            f"virtual is 1; a forward and a backward run in pairs where the {setup.pp} stages are interleaved alone",
+        ),
         (setup.balanced and setup.pp == 1, "balanced=True", "pp is 1; there are no stages, leave it out"),
         (setup.gather_bytes_per_s and not gathers, f"gather_bytes_per_s={setup.gather_bytes_per_s:g}", ungathered),
         (setup.gathers_late and not gathers, "gathers_late=True", ungathered),

@@ -27,7 +27,8 @@ _COLUMNS = {
     "dp x shard x tp": "ranks that replicate the state x that shard it x that split the computation",
     "pp": "pipeline stages / parts of the model on each, taken in turn",
     "cp": "ranks that split the sequence inside attention",
-    "ep": "ranks that share a layer's experts, of those that have the same layers; tokens are sent to them",
+    "ep": "ranks that share a layer's experts, of those that have the same layers; tokens are sent to them; beside: "
+    "while another micro-batch is computed (DualPipe, Megatron-LM's --overlap-moe-expert-parallel-comm)",
     "batch": "samples per micro-batch x micro-batches per step",
     "recompute": "full, whole: layers are run again to their end, what they send too, as checkpointing does",
     "gathered": "kept: parameters stay from forward to backward, others are freed and gathered again; again: so are "
@@ -113,7 +114,7 @@ def _row(rank: int, candidate: Candidate, result: SearchResult) -> list[str]:
         f"{setup.dp_replicate} x {setup.dp_shard} x {setup.tp}{_SOLVED * setup.solved}",
         (f"{setup.pp}" + (f"/{setup.virtual}" if setup.virtual > 1 else "")) if setup.pp > 1 else "",
         str(setup.cp) if setup.cp > 1 else "",
-        str(setup.ep) if setup.ep > 1 else "",
+        f"{setup.ep}{', beside' * setup.experts_beside}" if setup.ep > 1 else "",
         f"{setup.micro_batch} x {setup.accumulate}",
         "full, whole" if setup.runs_whole else setup.recompute,
         ", ".join(gathered_words(setup)),

@@ -137,10 +137,10 @@ class SearchResult:
 
 def parallelism(setup: Setup) -> Setup:
     """What is listed once: the setup without micro-batch, virtual stages, recompute, what becomes of gathers, how many
-    ranks share experts where they do, and who says what tensor-parallel ranks do."""
+    ranks share experts where they do and when tokens are sent to them, and who says what tensor-parallel ranks do."""
     return replace(
         setup, micro_batch=1, accumulate=1, recompute="pointwise", whole_blocks=False, virtual=1, reshard=True,
-        gathers_again=False, ep=min(setup.ep, 2), solved=False,
+        gathers_again=False, ep=min(setup.ep, 2), experts_beside=False, solved=False,
     )  # fmt: skip
 
 
@@ -157,6 +157,7 @@ def _point(candidate: Candidate, chosen: bool) -> FrontierPoint:
     setup = candidate.setup
     parts = [f"{name}={size}" for name, size in candidate.mesh.items()]
     parts += [f"{setup.micro_batch} x {setup.accumulate}", setup.recompute]
+    parts += [*(["experts beside"] if setup.experts_beside else [])]
     parts += [*(["tp by solver"] if setup.solved else []), *gathered_words(setup)]
     return FrontierPoint(
         " ".join(parts), candidate.step_time_s, candidate.peak_memory_bytes, candidate.fits, chosen,

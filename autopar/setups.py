@@ -64,7 +64,8 @@ class Setups:
             more = [size for size in range(setup.micro_batch + 1, local + 1) if local % size == 0]
             if more and setup.micro_batch >= max(self.micro_batches(local, setup.pp)):
                 for recompute in self.recompute:
-                    yield replace(setup, micro_batch=more[0], accumulate=local // more[0], recompute=recompute)
+                    larger = replace(setup, micro_batch=more[0], accumulate=local // more[0], recompute=recompute)
+                    yield replace(larger, experts_beside=larger.experts_beside and larger.may_send_beside)
 
     def plans(self, gpus: int) -> Iterator[Setup]:
         """What plans can do."""
@@ -102,11 +103,15 @@ class Setups:
                     local = self.batch // data
                     for micro in self.micro_batches(local, pp):
                         for recompute, ep in itertools.product(self.recompute, self.expert_ranks(ways * tp, tp)):
-                            yield from self.ways(as_megatron(Setup(
+                            waited = self.ways(as_megatron(Setup(
                                 dp_shard=data, tp=tp, pp=pp, cp=cp, ep=ep, micro_batch=micro,
                                 accumulate=local // micro, state="zero1" if data * cp > 1 else "zero0",
                                 recompute=recompute, balanced=pp > 1,
                             )))  # fmt: skip
+                            for each in waited:
+                                yield each
+                                if each.may_send_beside:
+                                    yield replace(each, experts_beside=True)
 
     def ways(self, setup: Setup) -> Iterator[Setup]:
         """ZeRO-1, and ZeRO-2 where gradients need not wait for a pipeline's other micro-batches; plain and interleaved

@@ -316,8 +316,13 @@ def _pipeline_text(basis: Basis) -> str:
 
 
 def _experts_text(experts: Priced) -> str:
+    beside = (
+        ", beside another micro-batch's compute (Megatron-LM's --overlap-moe-expert-parallel-comm, DualPipe)"
+        if experts.setup.experts_beside
+        else ""
+    )
     return (
         f"Expert parallelism ({_mesh(experts.setup)}, priced only) takes {_s(experts.step_time_s)}, "
-        f"{_share(experts, 'experts')} of it to send tokens to their experts and back; such figures are off by "
+        f"{_share(experts, 'experts')} of it to send tokens to their experts and back{beside}; such figures are off by "
         f"{EXPERTS_ERROR:.0%} on average."
     )

@@ -38,6 +38,15 @@ def in_flight(stages: int, micro_batches: int, virtual: int = 1, stage: int = 0)
     return min(float(micro_batches), chunks / virtual)
 
 
+def alone_share(stages: int, micro_batches: int, virtual: int = 1) -> float:
+    """Of the chunks that the last stage runs, the share whose forward and backward have no other beside them, where a
+    forward of one micro-batch and a backward of another run in pairs: as many as run forward before the first backward.
+
+    Stages before it run more alone, while they would wait for it.
+    """
+    return min(1.0, ((virtual - 1) * stages + 1) / (virtual * micro_batches))
+
+
 def spread(layers: int, layer_s: float, outside_s: float, stages: int, *, balanced: bool = False) -> tuple[int, int]:
     """Layers of the stages but the last, the most that one of them has, and of the last.
 

@@ -7,7 +7,8 @@
 
 A layer that is run again as a whole keeps its input alone (2sbh bytes in bf16, arXiv 2205.05198 Table 2), and one
 whose gathered activations are gathered again (`Setup.gathers_again`) a rank's part of them; but for the one that
-backward is in, which has all its activations back.
+backward is in, which has all its activations back. Where forward of one micro-batch runs beside backward of another
+(`Setup.experts_beside`), layer by layer, one layer more is kept.
 """
 
 from __future__ import annotations
@@ -117,8 +118,9 @@ def _activations(setup: Setup, found: Profile, layers: tuple[int, int], *, whole
         head = found.outside["alive.forward"] - found.outside["rest"]
 
     def of(stage: int) -> tuple[float, float]:
-        kept = kept_bytes * layers[stage > 0] * in_flight(stages, setup.accumulate, setup.virtual, stage)
-        return kept, max(backward, head) if stage == stages - 1 else backward
+        kept = layers[stage > 0] * in_flight(stages, setup.accumulate, setup.virtual, stage)
+        kept += setup.experts_beside  # the layer whose forward runs beside another's backward
+        return kept_bytes * kept, max(backward, head) if stage == stages - 1 else backward
 
     return max(of(0), of(stages - 1), key=sum)
 

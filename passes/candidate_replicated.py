@@ -28,7 +28,7 @@ def replicated(setup: Setup, profiler: Profiler) -> Estimate:
     layer, outside_s = _layer(setup, found, hardware), found.outside["micro_s"]
     most, last = pipeline.spread(layers, layer.seconds, outside_s, stages, balanced=setup.balanced)
     slowest_s = max(most * layer.seconds, last * layer.seconds + outside_s)
-    average_s = (layers * layer.seconds + outside_s) / stages
+    average_s = (layers * layer.alone_s + outside_s) / stages
     message_s = _message_s(setup, found, hardware)
     passed_s, bubble_s, messages_s = pipeline.step_s(micro, slowest_s, average_s, message_s, stages, setup.virtual)
     sent_s = 2 * (setup.virtual * micro + stages - 1) * message_s
@@ -59,10 +59,11 @@ def replicated(setup: Setup, profiler: Profiler) -> Estimate:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Seconds of a layer in a micro-batch, forward and backward; what is hidden of its activations' collectives by
-    parts, and what is sent to its experts."""
+    """Seconds of a layer in a micro-batch, forward and backward; `alone_s`: with no other micro-batch beside it; what
+    is hidden of its activations' collectives by parts, and what is sent to its experts."""
 
     seconds: float
+    alone_s: float
     by_parts_s: float
     to_experts: Sent
 
@@ -77,7 +78,7 @@ def _layer(setup: Setup, found: Profile, hardware: Hardware) -> _Layer:
     seconds += to_experts.waits_s + to_experts.slowed_s
     if setup.fp8:
         seconds += operand_casts_s(setup, found, hardware) / max(1, found.layers)
-    return _Layer(seconds, by_parts_s, to_experts)
+    return _Layer(seconds, seconds + to_experts.hidden_s - to_experts.slowed_s, by_parts_s, to_experts)
 
 
 def _hidden_by_parts_s(setup: Setup, found: Profile) -> float:
@@ -140,8 +141,8 @@ def _context(setup: Setup, found: Profile, hardware: Hardware) -> tuple[float, f
 
 def _sent_to_experts(setup: Setup, found: Profile, hardware: Hardware, compute_s: float) -> Sent:
     """Rows sent to their experts and back, forward and backward, and once more what is computed again. Compute waits
-    for all of it; or it runs beside another micro-batch's, but for the first forward and the last backward, which have
-    none beside them.
+    for all of it; or it runs beside another micro-batch's, but for the first forwards and the last backwards (of one
+    stage, one each), which have none beside them.
 
     Tensor-parallel ranks have the rows of their part of the sequence each.
     """
@@ -154,7 +155,8 @@ def _sent_to_experts(setup: Setup, found: Profile, hardware: Hardware, compute_s
     sent_s = (4 + again) * one_way_s
     if not setup.experts_beside:
         return Sent(waits_s=sent_s)
-    hidden_s = (1 - 1 / setup.accumulate) * min(sent_s, compute_s)
+    paired = 1 - pipeline.alone_share(setup.pp, setup.accumulate, setup.virtual)
+    hidden_s = paired * min(sent_s, compute_s)
     return Sent(sent_s - hidden_s, hidden_s, taken_shares((2,), mesh)[0] * hidden_s)
 
 

@@ -24,8 +24,9 @@ class Setup:
     """Ranks that have some of the routed experts each, of those that have the same layers: tensor-parallel ranks first,
     then context-parallel ones, then those that see other samples. Tokens are sent to them."""
     experts_beside: bool = False
-    """Whether tokens go to their experts beside another micro-batch's compute, as by DeepSeek-V3's DualPipe (arXiv
-    2412.19437, section 3.2.1) and Megatron-LM's `--overlap-moe-expert-parallel-comm`; else compute waits."""
+    """Whether tokens go to their experts beside another micro-batch's compute, the forward of one beside the backward
+    of another, as by DeepSeek-V3's DualPipe (arXiv 2412.19437, section 3.2.1) and Megatron-LM's
+    `--overlap-moe-expert-parallel-comm`; else compute waits."""
     virtual: int = 1
     balanced: bool = False
     """Whether the last stage of a pipeline has fewer layers where its head would make it the slowest, as nanotron and
@@ -79,6 +80,12 @@ class Setup:
     def is_played(self) -> bool:
         """Whether its price is a plan's schedule itself: all state sharded, all layers on every rank."""
         return self.pp == self.cp == 1 and self.state == "zero3"
+
+    @property
+    def may_send_beside(self) -> bool:
+        """Whether `experts_beside` is a way that Megatron-LM has: stages are interleaved, and no layer is run again."""
+        paired = self.accumulate > 1 and (self.pp == 1 or self.virtual > 1)
+        return self.ep > 1 and paired and self.recompute != "full"
 
     @property
     def reduces_each(self) -> bool:

@@ -442,6 +442,10 @@ MISTAKES: list[tuple[Setup, str]] = [
     (Setup(dp_shard=8, adds_in_products=True), "adds_in_products=True, but state is 'zero3'"),
     (Setup(dp_shard=8, experts_beside=True), "experts_beside=True, but ep is 1; no tokens are sent"),
     (Setup(dp_shard=8, ep=2, state="zero1", experts_beside=True), "experts_beside=True, but accumulate is 1"),
+    (
+        Setup(dp_shard=4, pp=2, ep=2, accumulate=2, state="zero1", experts_beside=True),
+        "experts_beside=True, but virtual is 1; a forward and a backward",
+    ),
     (Setup(dp_shard=8, balanced=True), "balanced=True, but pp is 1; there are no stages"),
     (Setup(dp_shard=8, in_block="none"), "in_block='none', but no layers are run again to their end"),
     (Setup(dp_shard=8, solved=True), "solved=True, but tp is 1; there are no tensor-parallel ranks"),

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from costmodel.offload import host_update_s
-from costmodel.pipeline import bubble_share, in_flight, spread, step_s
+from costmodel.pipeline import alone_share, bubble_share, in_flight, spread, step_s
 from costmodel.presets import hardware
 
 
@@ -43,6 +43,51 @@ def test_a_step_takes_what_a_played_pipeline_takes(stages: int, micro_batches: i
     assert total == pytest.approx(played_1f1b(stages, micro_batches, 1.0, 2.0))
     assert bubble_s == pytest.approx(bubble_share(stages, micro_batches) * micro_batches * 3.0)
     assert messages_s == 0.0
+
+
+def played_in_pairs(
+    stages: int, virtual: int, micro_batches: int, alone_s: tuple[float, float], pair_s: float
+) -> float:
+    """Interleaved stages that run one chunk more forward than they must before their first backward, so that each then
+    runs a forward and a backward of other micro-batches as a pair, in `pair_s` (Megatron-LM's combined 1F1B)."""
+    chunks = []
+    for first in range(0, micro_batches, stages):
+        group = range(first, min(first + stages, micro_batches))
+        chunks += [(chunk, i) for chunk in range(virtual) for i in group]
+    ends: dict[tuple[str, int, int], float] = {}
+    clocks, at = [0.0] * stages, [0] * stages
+    warm = [min(len(chunks), 2 * (stages - 1 - s) + (virtual - 1) * stages + 1) for s in range(stages)]
+    while any(at[s] < warm[s] + len(chunks) for s in range(stages)):
+        for s in range(stages):
+            forward = chunks[at[s]] if at[s] < len(chunks) else None
+            backward = chunks[at[s] - warm[s]] if warm[s] <= at[s] < warm[s] + len(chunks) else None
+            needed, made = [], []
+            if forward is not None:
+                place = forward[0] * stages + s
+                needed += [("f", place - 1, forward[1])] if place else []
+                made.append(("f", place, forward[1]))
+            if backward is not None:
+                place, last = (virtual - 1 - backward[0]) * stages + s, virtual * stages - 1
+                needed.append(("b", place + 1, backward[1]) if place < last else ("f", place, backward[1]))
+                made.append(("b", place, backward[1]))
+            if made and all(each in ends for each in needed):
+                spent_s = pair_s if len(made) == 2 else alone_s[0 if forward is not None else 1]
+                clocks[s] = max([clocks[s], *(ends[each] for each in needed)]) + spent_s
+                ends.update(dict.fromkeys(made, clocks[s]))
+                at[s] += 1
+    return max(clocks)
+
+
+@pytest.mark.parametrize(
+    ("stages", "micro_batches", "virtual"), [(1, 4, 1), (2, 8, 2), (4, 8, 3), (4, 8, 12), (8, 32, 4), (8, 8, 4)]
+)
+def test_forward_and_backward_in_pairs_as_played(stages: int, micro_batches: int, virtual: int) -> None:
+    """A chunk takes 1 s forward and 2 s backward, and sends for half as long, which a pair hides."""
+    average_s = virtual * 4.5
+    paired_s = virtual * (4.5 - 1.5 * (1 - alone_share(stages, micro_batches, virtual)))
+    bubble_s = bubble_share(stages, micro_batches, virtual) * micro_batches * average_s
+    played_s = played_in_pairs(stages, virtual, micro_batches, (1.5, 3.0), 3.0)
+    assert micro_batches * paired_s + bubble_s == pytest.approx(played_s)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,18 @@ def test_tokens_may_be_sent_beside_another_micro_batch() -> None:
     assert sum(beside.seconds.values()) == pytest.approx(beside.step_s)
 
 
+def test_of_interleaved_stages_the_forwards_before_the_first_backward_wait_for_their_tokens() -> None:
+    """With 2 stages of 4 chunks 7 of 16, of 4 micro-batches; so do those of the bubble. A layer more is kept."""
+    staged = {"pp": 2, "virtual": 4, "dp_shard": 8, "ep": 8}
+    waited, beside = priced(**staged), priced(**staged, experts_beside=True)
+    sent_s = waited.seconds["experts"]
+    assert beside.seconds["experts"] == pytest.approx(7 / 16 * sent_s)
+    assert beside.seconds["bubble"] == pytest.approx(waited.seconds["bubble"])
+    assert waited.step_s - beside.step_s == pytest.approx((1 - 0.26) * 9 / 16 * sent_s)
+    chunks = 2 * (2 - 1) + (4 - 1) * 2 + 1  # in flight on the first stage, of one layer each
+    assert waited.bytes["activations"] / chunks == pytest.approx(beside.bytes["activations"] / (chunks + 1))
+
+
 def test_products_of_fewer_experts_are_faster() -> None:
     """By the products themselves: forward of gate and up (one), of down, and for each two backward, on one rank."""
     device = hardware("h100").device
@@ -185,6 +197,21 @@ def test_the_search_prices_it_where_there_are_experts() -> None:
     said = next(line for line in found.verdict.text if line.startswith("Expert parallelism"))
     assert f"ep {fastest.setup.ep}," in said
     assert "  ep  " in found.text()
+    assert any(c.setup.experts_beside for c in found.candidates)
+    assert ", beside" in found.text()
+    assert "--overlap-moe-expert-parallel-comm" in found.text()
+
+
+def test_the_search_sends_tokens_beside_a_micro_batch_where_megatron_does() -> None:
+    """Not where there is one, stages are not interleaved, or layers are run again."""
+    sent = Setup(dp_shard=8, ep=8, accumulate=2, state="zero1")
+    staged = replace(sent, pp=2)
+    assert sent.may_send_beside
+    assert replace(staged, virtual=2).may_send_beside
+    assert not any(
+        each.may_send_beside
+        for each in (replace(sent, ep=1), replace(sent, accumulate=1), replace(sent, recompute="full"), staged)
+    )
 
 
 def test_no_search_prices_it_without() -> None:

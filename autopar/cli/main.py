@@ -133,6 +133,7 @@ _FLAGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^balanced=True, but", "--balanced-stages, but"),
     (r"^experts_beside=True, but ep is (\d+)", r"--experts-beside, but --ep is \1"),
     (r"^experts_beside=True, but accumulate", "--experts-beside, but accumulate"),
+    (r"^experts_beside=True, but virtual is", "--experts-beside, but --virtual is"),
     (r"^reshard=False, but state is '(\w+)'", r"--keep-gathered, but --state is \1"),
     (r"^sequence_parallel=False, but tp is", "--no-sequence-parallel, but --tp is"),
     (r"^gathers_again=True, but tp is", "--regather-activations, but --tp is"),
