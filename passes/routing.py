@@ -171,9 +171,11 @@ def route_by_blocks(program: Program, blocks: int) -> Program:
     graph.output_node().meta = dict(program.graph.graph.output_node().meta)
     notes: dict[str, None] = {}
     order = {node: place for place, node in enumerate(graph.nodes)}
-    regions = []
+    regions: list[_Region] = []
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in _SORTS or not _is_list(node):
+            continue
+        if any(node in region.sorts for region in regions):
             continue
         try:
             regions.append(_region(node, blocks, order))
@@ -260,7 +262,7 @@ def _follow(node: fx.Node, region: _Region, blocks: int) -> None:
         elif source in region.rows:
             region.rows[node] = None
         return
-    if target in _SORTS and operands[0] in region.index and region.index[operands[0]] == region.size:
+    if target in _SORTS and _is_list(node) and region.index.get(operands[0]) == region.size:
         region.sorts[node] = None
         region.rows[node] = None
         return

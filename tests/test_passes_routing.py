@@ -162,6 +162,36 @@ def test_rows_stay_with_their_tokens_however_experts_are_counted(counted: str, m
     assert (TAKE_ROWS in _targets(local.program)) == (counted not in UNTOLD)
 
 
+class SortedBack(nn.Module):
+    """Experts whose rows go back by a sort of the places that they were taken from, the last ones first or not."""
+
+    def __init__(self, descending: bool) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4, bias=False)
+        self.weight = nn.Parameter(torch.randn(4, 16, 16) / 4)
+        self.descending = descending
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 16)
+        ordered, places = torch.sort(self.router(flat).argmax(-1), stable=True)
+        counts = torch.histc(ordered.float(), bins=4, min=0, max=3)
+        made = torch.ops.transformers.grouped_mm_fallback(flat[places], self.weight, counts.cumsum(0).to(torch.int32))
+        back = made[places.argsort(descending=self.descending)]
+        return (back.flip(0) if self.descending else back).view_as(x)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_rows_go_back_to_their_tokens_by_a_sort_of_places(descending: bool) -> None:
+    import transformers.integrations.moe  # noqa: F401  registers the op
+
+    torch.manual_seed(0)
+    model, x = SortedBack(descending), torch.randn(8, 6, 16)
+    local = planned(captured(model, {"x": x}), {"dp": 2}, "ddp")[2]
+    assert errors(model, local, {"x": x}).output < 1e-5
+    assert (TAKE_ROWS in _targets(local.program)) != descending
+    assert any("routed together" in note for note in local.program.notes) == descending
+
+
 def _routed(experts: int, rows: int, k: int, n: int) -> Call:
     facts = [TensorFacts(shape, torch.bfloat16) for shape in ((rows, k), (experts, k, n), (1, experts + 1))]
     return Call(ROUTED_MM, {}, tuple(facts), (TensorFacts((rows, n), torch.bfloat16),))
