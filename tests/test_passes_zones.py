@@ -23,6 +23,7 @@ ZONES: dict[torch.dtype, list[Zone]] = {
 }
 for _zones in ZONES.values():
     _zones.append("real")
+ZONES[torch.float32].append("any")
 CAST_TO = [torch.float16, torch.bfloat16, torch.float64, *ZONES]
 CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
 NOWHERE = -127
@@ -38,6 +39,8 @@ def entries(zone: Zone, dtype: torch.dtype, random: Random) -> Tensor:
     x = 3 * torch.randn(COUNT, generator=generator)
     if zone == "edge":
         x[::3], x[1::3] = LEAST, -LEAST
+    elif zone == "any":
+        x[::4], x[1::4], x[2::4] = torch.nan, torch.inf, -torch.inf
     elif zone == "nowhere":
         x[:] = NOWHERE
     elif zone == "positive":
@@ -92,30 +95,46 @@ BY_HAND = {aten.add.Tensor, aten.sub.Tensor, aten.where.self}
 they give many, where it is infinite or nearly so."""
 
 
+def holds_of(op: Any, args: list[Any], kwargs: dict[str, Any], random: Random, *, same: bool = False) -> None:
+    """Asserts what is claimed of an op on such arguments, its operands one tensor where `same`."""
+    graph = fx.Graph()
+    nodes = [graph.placeholder("x") if isinstance(each, tuple) else each for each in args]
+    given = [each for each in args if isinstance(each, tuple)]
+    zones, dtypes = [zone for zone, _ in given], [dtype for _, dtype in given]
+    operands = [entries(zone, dtype, random) for zone, dtype in given]
+    if same:
+        nodes, operands = nodes[:1] * len(nodes), operands[:1] * len(operands)
+    if op in (aten.div.Tensor, aten.reciprocal.default) and zones[-1] == "real":
+        operands[-1] = operands[-1].where(operands[-1] != 0, 1)  # else the model's own result is no number
+    numbers = [zone for zone in zones if not isinstance(zone, str)]
+    if op not in BY_HAND and len(numbers) == len(zones) and any(abs(zone) >= -LEAST for zone in numbers):
+        return
+    if op is aten.masked_fill.Scalar and not dtypes[0].is_floating_point:
+        return
+    values = iter(operands)
+    try:
+        made = run(op, [next(values) if isinstance(node, fx.Node) else node for node in nodes], kwargs)
+    except (RuntimeError, NotImplementedError):  # not of these dtypes
+        return
+    zone = pointwise_zone(graph.call_function(op, tuple(nodes), kwargs), zones, dtypes, made.dtype)
+    assert holds(zone, made), f"{given} {nodes} {kwargs}: {zone}, {made}"
+
+
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_what_is_claimed_of_a_pointwise_op_holds(op: Any) -> None:
     random = Random(str(op))
     for _ in range(100):
-        args, kwargs = drawn(op, random)
-        graph = fx.Graph()
-        nodes = [graph.placeholder("x") if isinstance(each, tuple) else each for each in args]
-        given = [each for each in args if isinstance(each, tuple)]
-        zones, dtypes = [zone for zone, _ in given], [dtype for _, dtype in given]
-        operands = [entries(zone, dtype, random) for zone, dtype in given]
-        if op in (aten.div.Tensor, aten.reciprocal.default) and zones[-1] == "real":
-            operands[-1] = operands[-1].where(operands[-1] != 0, 1)  # else the model's own result is no number
-        numbers = [zone for zone in zones if not isinstance(zone, str)]
-        if op not in BY_HAND and len(numbers) == len(zones) and any(abs(zone) >= -LEAST for zone in numbers):
-            continue
-        if op is aten.masked_fill.Scalar and not dtypes[0].is_floating_point:
-            continue
-        values = iter(operands)
-        try:
-            made = run(op, [next(values) if isinstance(node, fx.Node) else node for node in nodes], kwargs)
-        except (RuntimeError, NotImplementedError):  # not of these dtypes
-            continue
-        zone = pointwise_zone(graph.call_function(op, tuple(nodes), kwargs), zones, dtypes, made.dtype)
-        assert holds(zone, made), f"{given} {nodes} {kwargs}: {zone}, {made}"
+        holds_of(op, *drawn(op, random), random)
+
+
+def test_what_is_claimed_of_any_two_zones_holds() -> None:
+    random, two = Random(0), [aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.maximum.default, aten.eq.Tensor]
+    for op in two:
+        for dtype in (torch.float32, torch.int64):
+            for one in ZONES[dtype]:
+                holds_of(op, [(one, dtype), (one, dtype)], {}, random, same=True)
+                for other in ZONES[dtype]:
+                    holds_of(op, [(one, dtype), (other, dtype)], {}, random)
 
 
 def test_what_holds_of_entries_of_several_zones() -> None:
@@ -124,4 +143,9 @@ def test_what_holds_of_entries_of_several_zones() -> None:
         for one in zones:
             for other in zones:
                 x = torch.cat([entries(zone, dtype, random) for zone in (one, other)])
-                assert holds(join([one, other]), x), (one, other)
+                zone = join([one, other])
+                assert holds(zone, x), (one, other)
+                if dtype is torch.float32:  # sums of the least float are no numbers
+                    node = fx.Graph().placeholder("x")
+                    double = node.graph.call_function(aten.add.Tensor, (node, node))
+                    assert holds(pointwise_zone(double, [zone, zone], [dtype, dtype], dtype), x + x), (one, other)
