@@ -325,7 +325,19 @@ class Differentiable(torch.autograd.Function):
             del values
             # That program averages over the batch's ranks what each brings; these are gradients of one global value.
             found = step.gradients(other, saved, arrived, runtime.batch.count)
-        return None, *_as_stored(step, found), *_of_inputs(step, found)
+        made = _as_stored(step, found)
+        if not all(step.parameters.trained):
+            _give_frozen(step, made)
+        return None, *made, *_of_inputs(step, found)
+
+
+def _give_frozen(step: Step, gradients: Sequence[torch.Tensor | None]) -> None:
+    """Gradients that were held back of parameters frozen since, which autograd brings none."""
+    checked = step.parameters
+    with torch.no_grad():
+        for parameter, trained, gradient in zip(checked.tensors, checked.trained, gradients, strict=True):
+            if gradient is not None and not trained:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def _let_go(ctx: Any, step: Step) -> None:

@@ -267,3 +267,24 @@ def test_what_cannot_be_exchanged_as_a_sum_is_exchanged_by_each_backward(
 ) -> None:
     """With gradient sync off. An input's gradient is of its own micro-batch, whichever axis it is summed over."""
     run_ranks(_uneasy, 2, axis, strategy, compile, timeout_s=280)
+
+
+def _frozen_between(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    eager = Plain()
+    batches = _batches(ranks)
+    parts = [batch.chunk(ranks)[rank] for batch in batches]
+    options = autopar.Options(compile=False, progress=False)
+    model = autopar.parallelize(eager, mesh, {"ids": parts[0]}, strategy="fsdp", options=options)
+    for index, (whole, part) in enumerate(zip(batches, parts, strict=True)):
+        model.set_requires_gradient_sync(index == MICRO_BATCHES - 1)
+        for each, ids in ((eager, whole), (model, part)):
+            each.head.requires_grad_(index == 0)  # type: ignore[union-attr]
+            each(ids)["loss"].backward()
+    for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad, msg=name)
+
+
+def test_a_gradient_held_back_is_given_to_a_parameter_frozen_since() -> None:
+    run_ranks(_frozen_between, 2)
