@@ -236,7 +236,8 @@ class Profiler:
                 self._recomputations[key] = self.recomputation(analysis, setup.recompute)
             regather = setup.gathers_again and not whole
             again = replace(self._recomputations[key], reshard=setup.reshard or whole, regather=regather)
-            return replace(space, recomputed=again, async_tp=setup.tp_overlap and not whole)
+            parts = setup.tp_overlap and not whole
+            return replace(space, recomputed=again, async_tp=parts, fp8=setup.fp8 and whole)
 
         if like is not None and [(p.size, p.padded) for p in wanted] == [(p.size, p.padded) for p in like.wanted]:
             space = space_of(tuple(pad for pad, kept in zip(wanted, like.kept, strict=True) if kept))

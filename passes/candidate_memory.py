@@ -109,7 +109,7 @@ def outside_elements(setup: Setup, found: Profile, of: str = "") -> float:
 def _activations(setup: Setup, found: Profile, layers: tuple[int, int], *, whole_blocks: bool) -> tuple[float, float]:
     """What layers keep for backward, and what is on top, of the first or the last stage: the one with more."""
     saved, rest, stages = found.saved_bytes, found.whole["rest"], setup.pp
-    spared = found.layer("gathered") - found.layer("gathered parts") if setup.gathers_again else 0.0
+    spared = found.layer("spared") if setup.gathers_again else 0.0
     kept_bytes = found.layer("boundary") if whole_blocks else saved - spared
     backward = max(0.0, found.whole["bare.last layers"] - rest - found.layers * saved) + saved - kept_bytes
     head = found.outside["bare.forward"] - found.outside["rest"]

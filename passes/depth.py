@@ -22,7 +22,7 @@ from passes.program import Program
 from passes.schedule import Schedule
 from passes.space import Space, trained_elements
 from passes.strategies import StoredOption
-from passes.tracks import Tracks
+from passes.tracks import Tracks, kept_bytes
 from passes.words import Words
 from passes.work import INLINED, VIEWS
 
@@ -82,8 +82,8 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     bytes       alive.PLACE, bare.PLACE (the same but for parameters' gradients, where buffers were kept), rest (all
                 step long), states (of it, what the optimizer keeps), gradients (of what it updates), boundary (what one
                 layer passes to the next), keys (attention's keys and values, before they are repeated for groups of
-                heads), gathered (activations that forward gathers and keeps whole for backward), gathered parts (a
-                rank's own of those)
+                heads), gathered (activations that forward gathers and keeps whole for backward), spared (of those,
+                where a rank keeps its own part alone)
     counts      kernels (that the host launches), elements (of parameters on this rank in compute; `bytes`: theirs;
                 `tied`: those of parameters that are in several modules; `trained elements`, `trained tied`: of those
                 that have gradients), stored (at rest; `stored bytes`: theirs), operands (of matrix products)
@@ -111,7 +111,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     _counts(found, space, assignment)
     found["operands"] = sum(cost.operands * space.sites[site].count for site, cost in laid.costs.items())
     _between(found, space, words, laid)
-    _gathered(found, laid)
+    _gathered(found, space, laid)
     return {**found, **expert_numbers(space, assignment, laid)}
 
 
@@ -233,13 +233,16 @@ def _of_parameters(program: Program) -> set[fx.Node]:
     return found
 
 
-def _gathered(found: dict[str, float], laid: Tracks) -> None:
-    """Bytes of activations that forward gathers and backward reads as they are, and of a rank's own part of them."""
+def _gathered(found: dict[str, float], space: Space, laid: Tracks) -> None:
+    """Bytes of activations that forward gathers and backward reads as they are, and what keeping a rank's own part of
+    them alone spares."""
     items = tuple(zip(laid.items, laid.reads, laid.writes, strict=True))
     late = {slot for item, read, _ in items if item.phase == "backward" for slot in read}
     for item, read, made in items:
         if not isinstance(item, Move) or item.phase == "backward" or made[0] not in late:
             continue
         if not laid.slots[made[0]].gathered and any(step.kind == "all_gather" for step in item.steps):
-            found["gathered"] += laid.slots[made[0]].bytes
-            found["gathered parts"] += laid.slots[read[0]].bytes
+            whole = laid.slots[made[0]].bytes
+            found["gathered"] += whole
+            part = laid.slots[read[0]].bytes / whole if whole else 0.0
+            found["spared"] += kept_bytes(space, laid, made[0]) * (1 - part)

@@ -3,7 +3,8 @@
     at rest       parameters, buffers and optimizer states, all step long
     gradients     from where backward reduces them to the end of the step
     gathered      stored parameters brought whole, from their gather to their last reader of the phase
-    activations   forward values that backward reads
+    activations   forward values that backward reads; with fp8 products, what these alone read, in one byte from its
+                  last reader in forward on
     working       anything else, from the op that makes it to its last reader
     communication copies that collectives need
 
@@ -27,7 +28,7 @@ from passes.moves import Move, Run
 from passes.player import KINDS
 from passes.space import Space
 from passes.strategies import StoredOption
-from passes.tracks import Fusing, Tracks
+from passes.tracks import Fusing, Tracks, kept_bytes
 from passes.words import Words
 
 _MOST_SOURCES = 4
@@ -222,6 +223,8 @@ class _Lives:
         tracks, times = self.tracks, self.times
         last: list[float] = [-1.0] * len(tracks.slots)
         reader: list[int] = [-1] * len(tracks.slots)
+        forward: dict[int, tuple[float, int]] = {}
+        """Buffer -> its last reader in forward, and when."""
         for index, item in enumerate(tracks.items):
             at_s = times.op_start_s[index]
             if isinstance(item, Move) and (done := times.steps[index]):
@@ -230,6 +233,8 @@ class _Lives:
                 for base in self.bases[operand]:
                     if at_s >= last[base]:
                         last[base], reader[base] = at_s, index
+                        if item.phase == "forward":
+                            forward[base] = at_s, index
         forever = set()
         for leaving, phase, _ in tracks.leaving:
             if phase == "forward":
@@ -252,6 +257,11 @@ class _Lives:
                 names[value] = self.words.value(slot.node) + (", computed again" if again else "")
             kind = self._kind(index, birth, death, gradients)
             buffer = Buffer(names[value], slot.bytes, birth, death, kind)
+            size = kept_bytes(self.space, tracks, index)
+            if kind == "activations" and index in forward and size < slot.bytes:
+                until_s, by = forward[index]
+                found += self._in_all_layers(buffer._replace(death=until_s, kind="working"), slot.producer, by)
+                buffer = buffer._replace(bytes=size, birth=until_s)
             found += self._in_all_layers(buffer, slot.producer, reader[index])
         return found
 

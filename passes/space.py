@@ -58,7 +58,8 @@ class Space:
     """Everything a plan can choose from under `strategy`; site i is `analysis.places[i]` with its options.
 
     `recomputed` is what backward computes again, whatever is chosen. `async_tp`: products beside collectives of
-    activations go in parts with them (`by_parts`).
+    activations go in parts with them (`by_parts`). `fp8`: what backward's products alone read is kept for them in one
+    byte.
     """
 
     analysis: Analysis
@@ -68,6 +69,7 @@ class Space:
     sites: tuple[Site, ...]
     recomputed: Recomputation
     async_tp: bool = False
+    fp8: bool = False
 
     @property
     def program(self) -> Program:

@@ -94,6 +94,25 @@ class Tracks:
                 found.add(index)
         return frozenset(found)
 
+    @cached_property
+    def multiplied(self) -> frozenset[int]:
+        """Slots that backward reads as operands of products, views between, and for nothing else."""
+        late, alone = [False] * len(self.slots), [True] * len(self.slots)
+        for slot, _, _ in self.leaving:
+            alone[slot] = False
+        for index in range(len(self.items) - 1, -1, -1):
+            item, made = self.items[index], self.writes[index]
+            named = not item.steps if isinstance(item, Move) else self.costs[item.site].fusing == "view"
+            product = isinstance(item, Run) and item.node.target in PRODUCTS
+            for slot in self.reads[index]:
+                if named:
+                    late[slot] |= any(late[each] for each in made)
+                    alone[slot] &= all(alone[each] for each in made)
+                elif item.phase == "backward":
+                    late[slot] = True
+                    alone[slot] &= product
+        return frozenset(slot for slot, read in enumerate(late) if read and alone[slot])
+
 
 def tracks(space: Space, assignment: Sequence[int], known: Costs | None = None) -> Tracks:
     """Number the tensors of the plan that gives site i option `assignment[i]`.
@@ -189,6 +208,14 @@ class _Slots:
         if key not in self._bytes:
             self._bytes[key] = part_bytes(self._space, value, where)
         return self._bytes[key]
+
+
+def kept_bytes(space: Space, laid: Tracks, slot: int) -> int:
+    """What a slot takes that is kept for backward: with fp8 products one byte per element of what these alone read."""
+    made = laid.slots[slot]
+    itemsize = space.itemsize_of(space.analysis.flow.value[made.node])
+    in_fp8 = space.fp8 and itemsize == 2 and not made.gathered and slot in laid.multiplied
+    return made.bytes // itemsize if in_fp8 else made.bytes
 
 
 def part_bytes(space: Space, value: Value, where: Layout | StoredOption) -> int:

@@ -154,3 +154,19 @@ def test_a_stage_has_one_layers_backward_at_a_time_however_deep() -> None:
     """Gradients of a layer (24 h^2 bytes) outweigh what it keeps (2sbh); they count with the stage's, not again."""
     setup = Setup(pp=2, micro_batch=1, accumulate=4, state="zero0", recompute="full")
     assert priced(24, setup).bytes["working"] == pytest.approx(priced(12, setup).bytes["working"], rel=0.01)
+
+
+def test_what_products_alone_read_again_is_kept_in_fp8() -> None:
+    """Without recompute both norms' results and the activation's: 6 of a layer's sbh, a byte less each; the norms' 2
+    where pointwise ops are computed again. What attention keeps stays in 2, and under zero3 all does."""
+
+    def spared(setup: Setup) -> float:
+        return priced(9, setup).bytes["activations"] - priced(9, replace(setup, fp8=True)).bytes["activations"]
+
+    plain = Setup(dp_shard=4, accumulate=4, micro_batch=B, state="zero1", recompute="none")
+    assert spared(plain) == pytest.approx(9 * 6 * SBH)
+    assert spared(replace(plain, recompute="pointwise")) == pytest.approx(9 * 2 * SBH)
+    parts = replace(plain, tp=4, gathers_again=True)
+    assert spared(parts) == pytest.approx(9 * 6 * SBH / 4)
+    sharded = Setup(dp_shard=4, micro_batch=B, recompute="none")
+    assert priced(9, replace(sharded, fp8=True)).peak_bytes == priced(9, sharded).peak_bytes
