@@ -212,7 +212,7 @@ class Profiler:
     def _sample(self, picked: _Picked, setup: Setup, *, whole: bool) -> dict[str, float]:
         space, assignment = picked.space, picked.assignment
         laid = self._tracks(space, assignment)
-        return sample(space, assignment, self._played(space, assignment, laid, setup, whole), laid)
+        return sample(space, assignment, self._played(space, assignment, laid, setup, whole), laid, self.in_place)
 
     def _picked(
         self, prefix: int, batch: int, parts: int, axes: dict[str, int], setup: Setup, hardware: Hardware,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from passes.expert_parallel import expert_numbers
+from passes.fusion import Fused
 from passes.moves import Move, Run
 from passes.program import Program
 from passes.schedule import Schedule
@@ -72,8 +73,10 @@ def profile(samples: Sequence[Mapping[str, float]], weights: Sequence[float], ou
     return Profile(layers, combined(weights), combined(outside))
 
 
-def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tracks) -> dict[str, float]:
-    """The numbers of one played plan with its tracks, of one micro-batch but for `optimizer_s` and what is alive.
+def sample(
+    space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tracks, compiled: Fused = True
+) -> dict[str, float]:
+    """The numbers of one plan, played as `compiled`, of one micro-batch but for `optimizer_s` and what is alive.
 
     seconds     micro_s, forward_s, optimizer_s, added_s, slowed_s; compute.PHASE.KIND (PHASE "again": forward ops that
                 run again in backward; "within": those that do so within their readers, where they take no time of
@@ -94,7 +97,7 @@ def sample(space: Space, assignment: Sequence[int], schedule: Schedule, laid: Tr
     found["micro_s"], found["forward_s"] = schedule.micro_batch_s, schedule.forward_s
     found["optimizer_s"], found["slowed_s"] = schedule.optimizer_s, schedule.contention_s
     found["added_s"], found["kernels"] = schedule.added_s, schedule.kernels
-    within = laid.fused_again
+    within = laid.fused_again(compiled)
     for index, item in enumerate(laid.items):
         if isinstance(item, Run):
             cost = laid.costs[item.site]

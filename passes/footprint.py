@@ -157,16 +157,8 @@ class _Lives:
     def _fusing(self, slot: int) -> Fusing | None:
         """How the op that makes a slot treats memory; None for what is there or moved."""
         producer = self.tracks.slots[slot].producer
-        item = self.tracks.items[producer] if producer >= 0 else None
-        return self._treats(item) if isinstance(item, Run) else None
-
-    def _treats(self, item: Run | Move) -> Fusing:
-        """How an item treats memory: what is not compiled reads and writes all that it names, views apart."""
-        if isinstance(item, Move):
-            return "kernel"
-        fusing = self.tracks.costs[item.site].fusing
-        alone = fusing != "view" and not isinstance(self.fused, bool) and not self.fused(item.node)
-        return "kernel" if alone else fusing
+        made = producer >= 0 and isinstance(self.tracks.items[producer], Run)
+        return self.tracks.treats(producer, self.fused) if made else None
 
     def _written(self) -> list[bool]:
         """Whether a slot is a buffer of its own in memory, leaving aside that views name another's."""
@@ -177,8 +169,7 @@ class _Lives:
         for slot, _, _ in tracks.leaving:
             needed[slot] = True
         for index in range(len(tracks.items) - 1, -1, -1):
-            item = tracks.items[index]
-            fusing = self._treats(item)
+            fusing = tracks.treats(index, self.fused)
             through = any(needed[slot] for slot in tracks.writes[index]) if fusing == "view" else fusing == "kernel"
             for slot in tracks.reads[index]:
                 if through or self._crosses(slot, index):
@@ -189,7 +180,7 @@ class _Lives:
         """How many ops and moves read a slot, itself or as a view."""
         found = [0] * len(self.tracks.slots)
         for index in range(len(self.tracks.items) - 1, -1, -1):
-            viewed = self._treats(self.tracks.items[index]) == "view"
+            viewed = self.tracks.treats(index, self.fused) == "view"
             count = sum(found[slot] for slot in self.tracks.writes[index]) if viewed else 1
             for slot in set(self.tracks.reads[index]):
                 found[slot] += count

@@ -19,6 +19,7 @@ from costmodel.collectives import collective_s, taken_shares
 from costmodel.reshard import Step
 from passes.blocks import Block, blocks
 from passes.by_parts import by_parts
+from passes.fusion import Fused
 from passes.moves import Move, Run
 from passes.rules.call import op_text
 from passes.space import Space
@@ -203,12 +204,12 @@ class _Mark:
 class Player:
     """The clocks: `now_s` is where compute stands, `free_s` when each axis' stream is free again."""
 
-    def __init__(self, space: Space, words: Words, found: Tracks, keep_events: bool) -> None:
+    def __init__(self, space: Space, words: Words, found: Tracks, keep_events: bool, compiled: Fused = True) -> None:
         self.space = space
         self.words = words
         self.tracks = found
         self.issue = issue_points(space, words, found)
-        self.fused = found.fused_again
+        self.fused = found.fused_again(compiled)
         self.by_parts = by_parts(space, found)
         self.blocks = blocks(found, space.program.repeated, self.issue, self.fused)
         self.passes: dict[Block, list[float]] = {}

@@ -135,7 +135,7 @@ def play(
     spec = optimizer_of(optimizer)
     words = Words(space)
     found = tracks(space, assignment) if laid is None else laid
-    player = Player(space, words, found, events)
+    player = Player(space, words, found, events, compiled)
     player.play()
     optimizer_s, added_s = _optimizer_s(space, assignment, spec), _added_s(space, assignment)
     average_s = added_s * (accumulate - 1) / accumulate

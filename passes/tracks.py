@@ -19,6 +19,7 @@ from torch import fx
 from costmodel.compute import op_s
 from costmodel.layout import Layout, Partial, Replicate, local_shape
 from passes.dims import Value
+from passes.fusion import Fused
 from passes.itinerary import itinerary, returned
 from passes.moves import Move, Run
 from passes.price import given_state, local_work
@@ -78,14 +79,21 @@ class Tracks:
     leaving: tuple[tuple[int, str, bool], ...]
     """What the step gives: slot, phase, and whether it is a parameter's gradient."""
 
-    @cached_property
-    def fused_again(self) -> frozenset[int]:
+    def treats(self, index: int, compiled: Fused) -> Fusing:
+        """How an item treats memory: what is not compiled reads and writes all that it names, views apart."""
+        item = self.items[index]
+        if isinstance(item, Move):
+            return "kernel"
+        fusing = self.costs[item.site].fusing
+        runs = compiled if isinstance(compiled, bool) else compiled(item.node)
+        return fusing if runs or fusing == "view" else "kernel"
+
+    def fused_again(self, compiled: Fused) -> frozenset[int]:
         """Items that compute a pointwise op again within the ops that read it: what those read costs no more for it."""
         found = set()
         written = [False] * len(self.slots)
         for index in range(len(self.items) - 1, -1, -1):
-            item = self.items[index]
-            fusing = "kernel" if isinstance(item, Move) else self.costs[item.site].fusing
+            item, fusing = self.items[index], self.treats(index, compiled)
             made = any(written[slot] for slot in self.writes[index])
             if fusing == "kernel" or (fusing == "view" and made):
                 for slot in self.reads[index]:

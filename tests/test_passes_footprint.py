@@ -19,13 +19,13 @@ from passes.schedule import play
 
 
 @lru_cache
-def program() -> Program:
+def program(vocabulary: int = 4096, attention: str = "sdpa") -> Program:
     """A LLaMA whose logits and activations outweigh what is rounded."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
-        vocab_size=4096, use_cache=False,
+        vocab_size=vocabulary, use_cache=False, attn_implementation=attention,
     )  # fmt: skip
     with torch.device("meta"):
         model, ids = LlamaForCausalLM(config), torch.empty(8, 512, dtype=torch.long)
@@ -43,6 +43,17 @@ def test_the_peak_is_that_of_the_emitted_program(strategy: str, mode: Mode, rega
     schedule = play(space, assignment, optimizer="sgd", compiled=False)
     emitted, _ = step_peak(rewrite(space, assignment))
     assert schedule.peak_memory_bytes == pytest.approx(emitted, rel=0.08)
+
+
+@pytest.mark.parametrize("mode", ["pointwise", "selective", "full"])
+def test_what_is_computed_again_uncompiled_is_there_one_after_the_other(mode: Mode) -> None:
+    """Scores of attention that is written out: scaled, masked and their softmax are tensors and take time each."""
+    space, assignment, _ = planned(program(512, "eager"), {"dp": 2}, "ddp", name="cpu")
+    space = replace(space, recomputed=recomputation(space.analysis, mode))
+    schedule, compiled = (play(space, assignment, optimizer="sgd", compiled=how) for how in (False, True))
+    emitted, _ = step_peak(rewrite(space, assignment))
+    assert schedule.peak_memory_bytes == pytest.approx(emitted, rel=0.001)
+    assert schedule.micro_batch_s > compiled.micro_batch_s
 
 
 def test_gloo_packs_what_it_gathers_together_and_receives_all_terms_of_a_sum() -> None:
