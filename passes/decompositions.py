@@ -3,7 +3,7 @@
 Each function takes the op's arguments and calls other aten ops, which the tracer records. They are chosen so that
 
 - a sharded class (vocabulary) dim of a cross-entropy needs only pointwise ops and reductions: the target's logit is
-  picked by comparing an `arange` along the classes with the target, never by a gather;
+  picked by comparing an `arange` along the classes with the target, never by a gather; so does their `logsumexp`;
 - an op yields one tensor (`split`, `unbind` become slices and selects);
 - constructors are `full` and `arange`, random ops are `rand`, `randn` and the like, all else is pointwise;
 - a bias is added by a pointwise op.
@@ -12,7 +12,7 @@ Each function takes the op's arguments and calls other aten ops, which the trace
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import nan, prod
+from math import inf, nan, prod
 from typing import Any
 
 import torch
@@ -40,6 +40,18 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Recorded:
 def _log_softmax_backward(grad: Tensor, out: Tensor, dim: int, input_dtype: torch.dtype) -> Recorded:
     total = aten.sum.dim_IntList(grad, [dim], True)
     return _cast(aten.sub.Tensor(grad, aten.mul.Tensor(aten.exp.default(out), total)), input_dtype)
+
+
+def _logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Recorded:
+    if not x.dtype.is_floating_point or not x.numel():
+        return NotImplemented
+    dtype, dims = x.dtype, list(dim) or list(range(x.dim()))
+    x = _cast(x, torch.float32) if dtype in _LOW_PRECISION else x
+    most = aten.amax.default(x, dims, True)
+    most = aten.where.self(aten.eq.Scalar(aten.abs.default(most), inf), _zero(x), most)
+    total = aten.sum.dim_IntList(aten.exp.default(aten.sub.Tensor(x, most)), dims, keepdim)
+    most = most if keepdim else aten.view.default(most, list(total.shape))
+    return _cast(aten.add.Tensor(aten.log.default(total), most), dtype)
 
 
 # -------------------------------------------------------------------------------------- negative log-likelihood
@@ -311,6 +323,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     ),
     aten._log_softmax.default: _log_softmax,
     aten._log_softmax_backward_data.default: _log_softmax_backward,
+    aten.logsumexp.default: _logsumexp,
     aten.nll_loss_forward.default: _nll_loss,
     aten.nll_loss_backward.default: _nll_loss_backward,
     aten.nll_loss2d_forward.default: _nll_loss,

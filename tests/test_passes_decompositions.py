@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from parity import captured, errors, planned
 from rule_samples import b, f, i, p
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.decompositions import DECOMPOSITIONS
+from passes.simulate import ledger
 
 aten = torch.ops.aten
 
@@ -64,6 +66,7 @@ def _losses() -> list[tuple[Any, ...]]:
 def _others() -> list[tuple[Any, ...]]:
     x = f(5, 7)
     soft = x.log_softmax(1)
+    infinite = torch.tensor([[-torch.inf, -torch.inf], [torch.inf, 1.0], [torch.nan, 1.0], [2.0, -torch.inf]])
     return [
         (aten.softplus_backward.default, f(5, 7), x, 2.0, 1.5),
         (aten.log_sigmoid_forward.default, x),
@@ -72,6 +75,12 @@ def _others() -> list[tuple[Any, ...]]:
         (aten._log_softmax.default, f(5, 7, 3), 0, False),
         (aten._log_softmax.default, x.bfloat16(), -1, False),
         (aten._log_softmax_backward_data.default, f(5, 7), soft, 1, torch.float64),
+        (aten.logsumexp.default, x, [1]),
+        (aten.logsumexp.default, f(3, 5, 7), [-1, 0], True),
+        (aten.logsumexp.default, x.bfloat16(), [0]),
+        (aten.logsumexp.default, 200 * x, [0, 1]),
+        (aten.logsumexp.default, infinite, [1]),
+        (aten.logsumexp.default, f(), [0]),
         (aten.mean.default, x),
         (aten.mean.dim, x, [0]),
         (aten.mean.dim, f(3, 5, 7), [-1, 0], True),
@@ -155,7 +164,32 @@ def test_it_gives_what_the_op_gives(sample: Sequence[Any]) -> None:
         assert found[1].shape == wanted[1].shape
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+class ZLoss(nn.Module):
+    """A vocabulary's cross-entropy, and what keeps the logits small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 8)
+        self.head = nn.Linear(8, 64, bias=False)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.embed(ids).tanh())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+        return {"loss": loss + 0.1 * logits.logsumexp(-1).square().mean()}
+
+
+def test_logits_split_along_the_vocabulary_stay_split_under_a_z_loss() -> None:
+    torch.manual_seed(0)
+    model, ids = ZLoss(), torch.randint(0, 64, (4, 16))
+    local = planned(captured(model, {"ids": ids}), {"tp": 4}, "megatron", ())[2]
+    found = errors(model, local, {"ids": ids})
+    assert found.output < 1e-5, found
+    assert found.gradient < 1e-4, found
+    logits_bytes = ids.numel() * 64 * 4
+    assert all(issued.full_bytes < logits_bytes / 4 for issued in ledger(local))
 
 
 @pytest.mark.parametrize("sample", SHAPES_ALONE, ids=lambda s: str(s[0]))
