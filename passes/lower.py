@@ -31,7 +31,7 @@ from passes.on_sums import is_linear
 from passes.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.overlap import arranged
 from passes.pairs import as_pairs
-from passes.partition import Halves, split
+from passes.partition import Halves, parameter_chain, split
 from passes.products import for_onednn
 from passes.regions import Call, Cut, Region, calls, cut, is_shaped_by_values
 from passes.retarget import retarget
@@ -288,8 +288,9 @@ class _Runner:
         if not _in_regions(each):
             parts, each = self._parts(gm, True, whole=True)
         results = results_of(gm.graph)
-        drains, same = set(parts.drains), {n for n in gm.graph.find_nodes(op="placeholder") if n.name in fixed}
-        linear: set[fx.Node] = set()
+        drains, placeholders = set(parts.drains), gm.graph.find_nodes(op="placeholder")
+        same = parameter_chain(gm.graph, [n for n in placeholders if n.name in fixed], gathered=False)
+        linear: set[fx.Node] = set(same)
         for node in parts.drains:
             if is_linear(node, same) and all(x in linear for x in node.all_input_nodes if x in drains):
                 linear.add(node)

@@ -108,12 +108,13 @@ def _backward_nodes(graph: fx.Graph, tangents: Iterable[fx.Node], outputs: Itera
     return frozenset(found)
 
 
-def parameter_chain(graph: fx.Graph, constants: Iterable[fx.Node]) -> frozenset[fx.Node]:
-    """Nodes made of parameters, buffers and coordinates by casts, views, pointwise ops and gathers alone."""
+def parameter_chain(graph: fx.Graph, constants: Iterable[fx.Node], gathered: bool = True) -> frozenset[fx.Node]:
+    """Nodes made of parameters, buffers and coordinates by casts, views, pointwise ops and, where `gathered`, gathers
+    alone."""
     chain = set(constants)
     for node in graph.nodes:
         allowed = node.op == "call_function" and (
-            is_cheap_op(node.target) or node.target in COLLECTIVES or node.target is WAIT
+            is_cheap_op(node.target) or (gathered and (node.target in COLLECTIVES or node.target is WAIT))
         )
         if allowed and node.all_input_nodes and all(operand in chain for operand in node.all_input_nodes):
             chain.add(node)

@@ -70,7 +70,8 @@ def cut(gm: fx.GraphModule, constants: Iterable[fx.Node], layer_of: Callable[[st
     """
     nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
     fetches = _fetches(nodes, parameter_chain(gm.graph, constants))
-    drains = _drains(nodes, set(constants)) - fetches if backward else frozenset()
+    here = parameter_chain(gm.graph, constants, gathered=False)
+    drains = _drains(nodes, here) - fetches if backward else frozenset()
     outside = fetches | drains
     runs = _runs([node for node in nodes if node not in outside and not _is_free(node)], fetches, layer_of)
     results = gm.graph.output_node().all_input_nodes
@@ -126,8 +127,8 @@ def _fetches(nodes: Sequence[fx.Node], chain: frozenset[fx.Node]) -> frozenset[f
     return frozenset(found)
 
 
-def _drains(nodes: Sequence[fx.Node], constants: set[fx.Node]) -> frozenset[fx.Node]:
-    """Collectives whose results only leave the graph, and what is made of these results alone."""
+def _drains(nodes: Sequence[fx.Node], constants: frozenset[fx.Node]) -> frozenset[fx.Node]:
+    """Collectives whose results only leave the graph, and what is made of these results and `constants` alone."""
     found: set[fx.Node] = set()
     for node in nodes:
         made_of = [operand for operand in node.all_input_nodes if operand not in constants]

@@ -13,7 +13,7 @@ from stacks import Stack
 from torch import fx, nn
 
 from passes.local import COLLECTIVES, WAIT, LocalProgram
-from passes.lower import lower
+from passes.lower import _interpreted, _Runner, lower
 from passes.overlap import arranged
 from passes.partition import split
 from passes.regions import Cut, Region, cut
@@ -180,3 +180,32 @@ def test_gathers_are_issued_one_layer_ahead_and_reductions_waited_for_behind() -
                 assert at[made] < at[reduction]
                 assert all(at[reduction] < at[region] for region in later)
                 assert all(at[wait] > (at[later[0]] if later else at[reduction]) for wait in waits)
+
+
+def test_a_gradient_whose_part_a_coordinate_picks_is_reduced_outside_of_regions_and_once() -> None:
+    """All of it is added up, then each rank takes the rows it stores."""
+    c10d, aten = torch.ops._c10d_functional, torch.ops.aten
+    graph = fx.Graph()
+    x, coordinate = (graph.placeholder(name) for name in ("x", "coordinate"))
+    x.meta["val"], coordinate.meta["val"] = torch.arange(8.0).view(4, 2), torch.tensor(1)
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        made = graph.call_function(target, args)
+        # Of one rank: what is reduced is what it was.
+        given = fx.map_arg(args, lambda node: node.meta["val"])
+        made.meta["val"] = given[0] if target in (WAIT, c10d.all_reduce.default) else target(*given)
+        return made
+
+    gradient = call(aten.mul.Tensor, x, 2.0)
+    summed = call(WAIT, call(c10d.all_reduce.default, gradient, "sum", "dp"))
+    rows = call(aten.view.default, summed, [2, 2, 2])
+    graph.output((call(aten.index_select.default, rows, 0, call(aten.view.default, coordinate, [1])),))
+    gm = fx.GraphModule(nn.Module(), graph)
+    parts = cut(gm, [coordinate], lambda _: "", True)
+    assert [region.nodes for region in parts.regions] == [(gradient,)]
+    made = _Runner(torch.device("cpu"), _interpreted, lambda _: "", {"coordinate"}).apart(gm, [True], {"coordinate"})
+    assert (made.gradients, made.partial) == (1, 1)
+    held, partial, place = made.first([x.meta["val"], coordinate.meta["val"]])
+    assert held is None
+    assert torch.equal(partial, 2 * x.meta["val"])
+    assert torch.equal(place, coordinate.meta["val"])
