@@ -277,6 +277,20 @@ class Search:
         except (NoFeasiblePlanError, NotPeriodicError, ValueError):
             return []
 
+    def keeping(self, chosen: Candidate) -> list[Candidate]:
+        """Where gathered parameters are kept in a solution that was looked for with them freed: those for keeping them,
+        with the same dims padded. Without tensor axes there is nothing to choose by it."""
+        freed = chosen.origin.recomputed.reshard and not chosen.space.recomputed.reshard
+        if not freed or not tensor_axes(self.topology.sizes, self.batch_axes):
+            return []
+        request = replace(self.request, reshard=False)
+        search = replace(self, request=request, joined=chosen.origin.joined, fastest_s=chosen.schedule.step_time_s)
+        paddings = self.paddings.under("auto", chosen.padding.repeated_keys)
+        try:
+            return search._solved("auto", paddings, chosen.padding.pads, ways=[_way_of(chosen)])
+        except (NoFeasiblePlanError, NotPeriodicError, ValueError):
+            return []
+
     def _binds(self, name: str, chosen: Candidate) -> bool:
         """Whether the budget kept the chosen one from being faster."""
         return not chosen.unbound or _way_of(chosen) != self._ways(name)[0]

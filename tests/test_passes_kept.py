@@ -157,3 +157,18 @@ def test_activations_gathered_again_make_room_for_kept_parameters() -> None:
         within = compile_plan(program, where, [0], Request(budget_bytes=budget))
         assert within.peak_memory_bytes <= budget, share
         assert within.step_time_s <= both.step_time_s * (1 + 1e-3), share
+
+
+def test_auto_is_as_fast_as_with_parameters_that_are_asked_to_stay() -> None:
+    """Gathered once, other layouts pay than where they are gathered twice."""
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=8,
+        vocab_size=32000, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model, ids = LlamaForCausalLM(config).to(torch.bfloat16), torch.empty(4, 1024, dtype=torch.long)
+    program = captured(model, {"input_ids": ids, "labels": ids})
+    where = topology(hardware("h100"), {"dp": 4, "tp": 2})
+    free, kept = (compile_plan(program, where, [0], Request(reshard=reshard)) for reshard in (None, False))
+    assert not free.reshard
+    assert free.step_time_s <= kept.step_time_s * (1 + fitting.TIE)
