@@ -36,7 +36,7 @@ def with_batch_dims(program: Program, folding: Folding, unified: Unified, batch:
     dims = {out.name: finder.batch_dim(node, out.batch_dim) for out, node in returned}
     notes = [
         f"output {out.name or 'of the model'}: samples are the inner part of its dim {dim}, of which each "
-        "data-parallel rank gets an equal run, whosever samples these are; return it before it is flattened"
+        "data-parallel rank gets an equal run, whosever samples these are; return it before it is flattened or joined"
         for out, node in returned
         if (dim := dims[out.name]) is not None and finder.is_inside(node, dim)
     ]

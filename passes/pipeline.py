@@ -25,6 +25,7 @@ from passes.decisions import assignment_of
 from passes.errors import NoFeasiblePlanError
 from passes.fitting import Candidate, Request, as_asked, best, looked_at_longer, smallest
 from passes.infeasible import Smaller, what_is_needed, why_nothing_fits
+from passes.joined import split_joined
 from passes.local import LocalProgram
 from passes.make_plan import baseline, make_plan
 from passes.masks import use_causal_flag
@@ -62,7 +63,7 @@ class Manner:
 
 def prepare(program: Program) -> Program:
     """What is done to a captured program before it is planned."""
-    return prepare_again(split_chunks(one_form(own_randomness(use_causal_flag(program)))))
+    return prepare_again(split_joined(split_chunks(one_form(own_randomness(use_causal_flag(program))))))
 
 
 def on_mesh(hardware_: str | Hardware | None, axes: Sequence[tuple[str, int]]) -> Topology:
