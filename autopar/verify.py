@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+import torch.utils._pytree as pytree
+from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar import examples, meshes, planning
@@ -40,6 +41,7 @@ from passes.pipeline import Manner
 from passes.plan import Plan, check_plan
 from passes.precision import Precision, default_dtype, dtype_text
 from passes.program import Program
+from passes.provenance import place_of
 from passes.simulate import SimulationError, StepValues, ledger, local_inputs, simulate_step
 
 __all__ = ["Parity", "Tolerances", "verify"]
@@ -70,7 +72,8 @@ def verify(
 
     Under `Options(mp_policy=...)` the reference casts parameters, inputs and outputs by hand around the unmodified
     model. In half precision every layout rounds otherwise: a loss may then differ by 2e-2 (relative), any other tensor
-    by 5e-2 of its norm, where `tolerances` says nothing else; in float32 by 1e-5 and 1e-4.
+    by 5e-2 of its norm, where `tolerances` says nothing else; in float32 by 1e-5 and 1e-4. A part of the step in half
+    precision (`torch.autocast` inside the forward) makes it one in half precision, with a note.
 
     Where the step draws random numbers (dropout), the ranks are held against the captured graph on one device with the
     same seed, and in eval mode against the unmodified model.
@@ -193,7 +196,7 @@ class _Check:
             found = simulate_step(
                 local, values.parameters, values.buffers, values.inputs, values.tangents, (self.options.seed, 0)
             )
-            low = _is_low(program, self.autocast)
+            low = _is_low(program)
             tensors, step = compare(found, reference, values.parameters, self.tolerances, low)
         except SimulationError as error:
             failure = str(error)
@@ -224,7 +227,14 @@ class _Check:
             rounding_error=rounding_error,
             double_error=double.ranks,
             model_double_error=double.model,
-            notes=(*_doubts(reference), *double.notes, *notes, *program.notes, *filter(None, [local.program.attends])),
+            notes=(
+                *_doubts(reference),
+                *double.notes,
+                *self._limits_told(program),
+                *notes,
+                *program.notes,
+                *filter(None, [local.program.attends]),
+            ),
             without_randomness=without,
         )
 
@@ -259,6 +269,12 @@ class _Check:
             found.add(dtype_text(parameter.dtype) + computed)
         return ", ".join(sorted(found))
 
+    def _limits_told(self, program: Program) -> Iterator[str]:
+        """Where the model computes in half precision of itself, which what it was given does not show."""
+        first = _first_low(program)
+        if first is not None and first.op != "placeholder" and self.autocast is None and self.precision is None:
+            yield f"{place_of(first)}: computed in half precision, whose rounding the limits allow"
+
     def _planned(self, program: Program) -> Plan:
         return planning.planned(
             program, self.axes, batch_axes=self.batch_axes, hardware=self.hardware, strategy=self.strategy,
@@ -272,7 +288,7 @@ class _Check:
         self.progress("looking for the first node that differs")
         seed = (self.options.seed, 0)
         per_rank = local_inputs(local, values.parameters, values.buffers, values.inputs, values.tangents, seed)
-        low = _is_low(local.program, self.autocast)
+        low = _is_low(local.program)
         limit, _ = limits(self.tolerances, low)
         found = first_divergence(local, per_rank, values.placeholders, limit)
         if random:
@@ -284,7 +300,7 @@ class _Check:
     def _moved_by_rounding(self, program: Program, values: Values, reference: StepValues) -> float:
         """How far the reference moves where each of its parameters is moved by a rounding, up or down."""
         self.progress("moving the reference by a rounding")
-        low = _is_low(program, self.autocast)
+        low = _is_low(program)
         random = torch.Generator().manual_seed(self.options.seed)
         before = [(parameter, parameter.detach().clone()) for parameter in self.model.parameters()]
         try:
@@ -301,7 +317,7 @@ class _Check:
 
     def _in_double(self, local: LocalProgram, values: Values, random: bool) -> _InDouble:
         """The check in float64, where rounding all but vanishes."""
-        if _is_low(local.program, self.autocast):
+        if _is_low(local.program):
             return _InDouble()
         self.progress("again in float64")
         wide, held = in_double(local), values.doubled()
@@ -350,11 +366,15 @@ _CAPTURED = (
 )
 
 
-def _is_low(program: Program, autocast: torch.dtype | None) -> bool:
-    """Whether the step computes in half precision, by its parameters or under autocast."""
-    nodes = program.graph.graph.find_nodes(op="placeholder")
-    given = zip(nodes, program.inputs, strict=True)
-    return autocast in _LOW or any(node.meta["val"].dtype in _LOW for node, what in given if what.kind == "parameter")
+def _is_low(program: Program) -> bool:
+    """Whether the step computes in half precision, if a part of it."""
+    return _first_low(program) is not None
+
+
+def _first_low(program: Program) -> fx.Node | None:
+    """The first node that is in half precision."""
+    values = ((node, pytree.tree_leaves(node.meta.get("val"))) for node in program.graph.graph.nodes)
+    return next((node for node, found in values if any(getattr(t, "dtype", None) in _LOW for t in found)), None)
 
 
 def _doubts(reference: StepValues) -> tuple[str, ...]:

@@ -210,6 +210,29 @@ def test_bf16_is_allowed_its_own_rounding() -> None:
     assert max(t.error for t in found.tensors) > 1e-4
 
 
+class PartlyLow(nn.Module):
+    """Parameters, input and loss in float32; one matrix product that is cast by the model itself, or under autocast."""
+
+    def __init__(self, cast: bool) -> None:
+        super().__init__()
+        self.cast, self.up, self.down = cast, nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=not self.cast):
+            up = self.up(x)
+            low = up.bfloat16() @ self.down.weight.t().bfloat16() if self.cast else self.down(up)
+        return low.float().square().mean()
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_half_precision_inside_is_allowed_its_own_rounding(cast: bool) -> None:
+    torch.manual_seed(0)
+    found = verify(PartlyLow(cast), MESH, {"x": torch.randn(8, 16)}, strategy="megatron", hardware="h100")
+    assert found.ok, str(found)
+    assert max(t.error for t in found.tensors) > 1e-4
+    assert any("test_autopar_verify.py" in note and "computed in half precision" in note for note in found.notes)
+
+
 def test_tolerances_decide() -> None:
     found = check("hand", tolerances=Tolerances(loss=0.0, gradient=0.0))
     assert not found.ok
