@@ -109,7 +109,7 @@ def _kind(code: CodeType) -> int:
             inside = file.startswith(f"{_TORCH}nn/modules/") and not file.endswith(_PLUMBING)
             kind = _TORCH_MODULE if inside else _SKIP
         else:
-            other = file in _OWN_FILES or file.startswith("<") or file.endswith("/typing_extensions.py")
+            other = file.startswith((f"{_OWN}/", "<")) or file.endswith("/typing_extensions.py")
             kind = _SKIP if other else _MODEL
         _kinds[code] = kind
     return kind

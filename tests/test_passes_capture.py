@@ -662,6 +662,24 @@ def test_an_error_of_the_model_is_told_once() -> None:
     assert logged == []
 
 
+def test_what_makes_a_weight_is_at_the_line_that_asks_for_it() -> None:
+    """torch's parametrizations run where an attribute is read, which capture looks at."""
+
+    class Parametrized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+            self.down = nn.utils.parametrizations.orthogonal(nn.Linear(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x)).sum()
+
+    program = capture(Parametrized(), (torch.randn(2, 8),))
+    line = inspect.getsourcelines(Parametrized.forward)[1] + 1
+    sources = {node.meta["source"] for node in program.graph.graph.nodes if node.op == "call_function"}
+    assert {source.rpartition("/")[2] for source in sources} == {f"test_passes_capture.py:{line}"}
+
+
 def test_every_node_says_where_it_came_from() -> None:
     program = capture(Encoder(), (tokens(),), {"labels": tokens()})
     nodes = [n for n in program.graph.graph.nodes if n.op == "call_function"]
