@@ -203,9 +203,6 @@ def _runs_causal(reading: Reading, key: Key) -> bool:
     call = reading.call
     if not call.get("is_causal", False) or isinstance(call.get("attn_mask"), Operand):
         return False
-    query, key_ = call.facts("query").shape, call.facts("key").shape
-    if query[2] != key_[2]:
-        return False
     names = [n for n, argument in call.arguments.items() if isinstance(argument, Operand)]
     query_at, key_at = (reading.at_operands[names.index(n)] for n in ("query", "key"))
     atom = reading.keys[key]
