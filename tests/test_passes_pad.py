@@ -577,6 +577,28 @@ def test_powers_of_added_positions_are_numbers() -> None:
     same_with_tokens_padded(Placed)
 
 
+class CutTwice(nn.Module):
+    """Six columns that one op reads as two by three and another as three by two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = self.one(x)
+        twice = h.unflatten(-1, (2, 3)).softmax(-1).flatten(-2) * h.unflatten(-1, (3, 2)).cumsum(-1).flatten(-2)
+        return {"loss": (self.two(twice) + h).square().mean()}
+
+
+def test_a_dim_is_padded_for_one_of_two_ops_that_cut_it_otherwise() -> None:
+    torch.manual_seed(0)
+    model, kwargs = CutTwice(), {"x": torch.randn(4, 5, 6)}
+    analysis = analyse(captured(model, kwargs))
+    for part, size in enumerate((2, 3)):
+        made = pad(analysis, [Pad("one_weight", 0, part, size, size + 1)])
+        same_on_one_device(model, made.program, kwargs)
+
+
 class Spectra(nn.Module):
     """Eigenvalues and singular values of a matrix of each token, divided by its trace."""
 
