@@ -556,11 +556,11 @@ def _slice_scatter(op: LocalOp) -> fx.Node:
 
 @localizer(aten.slice_backward.default)
 def _slice_backward(op: LocalOp) -> fx.Node:
-    dim, end = op.call.get("dim"), op.call.get("end")
-    sizes, whole = list(op.result_shapes[0]), op.call.get("input_sizes")[dim]
+    dim, sizes = op.call.get("dim"), list(op.result_shapes[0])
+    whole = op.call.get("input_sizes")[dim]
     if op.call.operands[0].shape[dim] == whole:  # from the first, also where that is said from the end
         return op.as_is(input_sizes=sizes, start=0, end=sys.maxsize)
-    return op.as_is(input_sizes=sizes, end=sys.maxsize if end >= whole else end)
+    return op.as_is(input_sizes=sizes)
 
 
 @localizer(
