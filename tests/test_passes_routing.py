@@ -192,6 +192,56 @@ def test_rows_go_back_to_their_tokens_by_a_sort_of_places(descending: bool) -> N
     assert any("routed together" in note for note in local.program.notes) == descending
 
 
+TELLS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "sums so far": lambda rows, places: rows.cumsum(0),
+    "the row before": lambda rows, places: rows + rows.roll(1, 0),
+    "pairs of rows": lambda rows, places: rows + rows.view(-1, 2, 16).sum(1).repeat_interleave(2, 0),
+    "the first rows": lambda rows, places: rows * rows[torch.tensor([0, 1, 5])].detach().sum(),
+    "a row for each": lambda rows, places: rows[torch.arange(48).flip(0)],
+    "counted rows": lambda rows, places: rows * torch.arange(48)[:, None],
+}
+"""What notices the order that experts' rows are in."""
+KEEPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "sum of all rows": lambda rows, places: rows * rows.sum(0).detach().tanh(),
+    "largest of all rows": lambda rows, places: rows + rows.amax(0),
+    "each row's token": lambda rows, places: rows * places[:, None].float().cos(),
+    "rows halved": lambda rows, places: rows.view(48, 2, 8).softmax(-1).flatten(1),
+}
+"""What does not."""
+
+
+class Ordered(nn.Module):
+    """Experts of one matrix each, with something done to their rows behind it."""
+
+    def __init__(self, done: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4, bias=False)
+        self.weight = nn.Parameter(torch.randn(4, 16, 16) / 4)
+        self.done = done
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 16)
+        ordered, places = torch.sort(self.router(flat).argmax(-1), stable=True)
+        counts = torch.histc(ordered.float(), bins=4, min=0, max=3)
+        made = torch.ops.transformers.grouped_mm_fallback(flat[places], self.weight, counts.cumsum(0).to(torch.int32))
+        return torch.zeros_like(flat).index_add(0, places, self.done(made, places)).view_as(x)
+
+
+@pytest.mark.parametrize("name", [*TELLS, *KEEPS])
+def test_rows_stay_in_the_batchs_order_where_an_op_notices_it(name: str) -> None:
+    import transformers.integrations.moe  # noqa: F401  registers the op
+
+    torch.manual_seed(0)
+    model, x = Ordered((TELLS | KEEPS)[name]), torch.randn(8, 6, 16)
+    program = captured(model, {"x": x})
+    blocks = route_by_blocks(program, 4)
+    assert (TAKE_ROWS in _targets(blocks)) == (name in KEEPS)
+    known = {"x": x, **dict(model.named_parameters())}
+    values = [known[one.name].detach() if one.name in known else x for one in program.inputs]
+    for one, other in zip(*(fx.Interpreter(p.graph).run(*values) for p in (blocks, program)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def _routed(experts: int, rows: int, k: int, n: int) -> Call:
     facts = [TensorFacts(shape, torch.bfloat16) for shape in ((rows, k), (experts, k, n), (1, experts + 1))]
     return Call(ROUTED_MM, {}, tuple(facts), (TensorFacts((rows, n), torch.bfloat16),))
