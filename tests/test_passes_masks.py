@@ -256,6 +256,8 @@ MAKERS: dict[str, Callable[[int], Tensor]] = {
     "wide window": lambda n: causal(n) & by(n, n, lambda i, j: i - j < n),
     "nearly wide window": lambda n: causal(n) & by(n, n, lambda i, j: i - j < n - 1),
     "documents": lambda n: causal(n) & by(n, n, lambda i, j: i // 128 == j // 128),
+    "tiles apart": lambda n: by(n, n, lambda i, j: i // 256 == j // 256),
+    "tiles behind": lambda n: by(n, n, lambda i, j: i // 256 >= j // 256),
     "one document": lambda n: causal(n) & by(n, n, lambda i, j: i // 4096 == j // 4096),
     "per sample": lambda n: causal(n) & (torch.arange(2).view(2, 1, 1, 1) > 0),
     "samples alike": lambda n: causal(n) & (torch.arange(2).view(2, 1, 1, 1) >= 0),
