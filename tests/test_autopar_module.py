@@ -507,3 +507,38 @@ def _kept_for_a_backward(rank: int, ranks: int) -> None:
 
 def test_what_a_call_was_given_goes_with_its_backward() -> None:
     run_ranks(_kept_for_a_backward, 2)
+
+
+class Turned(nn.Module):
+    """Keeps for backward what lies transposed in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.right = nn.Linear(6, 8), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.right(self.up(x).transpose(1, 2).tanh()).square().mean()}
+
+
+def _packed_meanwhile(rank: int, ranks: int) -> None:
+    torch.manual_seed(0)
+    eager, x = Turned(), torch.randn(2, 5, 6)
+    model = autopar.parallelize(eager, mesh_of(ranks), {"x": x}, options=autopar.Options(progress=False))
+    turned: list[bool] = []
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        """As `save_on_cpu(pin_memory=True)` has it."""
+        turned.append(not value.is_contiguous())
+        return torch.empty(value.shape, dtype=value.dtype).copy_(value)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        loss = model(x=x)["loss"]
+    assert any(turned)
+    loss.backward()
+    eager(x)["loss"].backward()
+    for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad, msg=name)
+
+
+def test_what_backward_keeps_may_be_elsewhere_meanwhile() -> None:
+    run_ranks(_packed_meanwhile, 1)
