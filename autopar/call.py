@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import Any, cast
@@ -125,8 +126,8 @@ def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Exec
 
 
 def _warn_of_given(runtime: Runtime, key: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Says, on rank 0, which numbers, functions or objects a call was given that are others than those of a known one,
-    alike but for them."""
+    """Says, on rank 0, which numbers, texts, functions or objects a call was given that are others than those of a
+    known one, alike but for them."""
     if runtime.mesh.get_rank() != 0:
         return
     spec, leaves, *rest = key
@@ -140,17 +141,19 @@ def _warn_of_given(runtime: Runtime, key: Any, args: tuple[Any, ...], kwargs: Ma
         for (path, _), old, new in zip(paths, before, leaves, strict=True)
         if old != new
     ]
-    settings.warn_of_changed(changed, "pass what changes often as a tensor, functions and objects as the same ones")
+    instead = "pass what changes often as a tensor, functions and objects as the same ones, and no names of samples"
+    settings.warn_of_changed(changed, instead)
 
 
 def _differ_by_chance(before: Sequence[Any], now: Sequence[Any]) -> bool:
-    """Whether calls differ in numbers, or in which object of a class they were given (a lambda made for each)."""
+    """Whether calls differ in numbers or texts, or in which object of a class they were given (a lambda made for
+    each)."""
     differing = [pair for pair in zip(before, now, strict=True) if pair[0] != pair[1]]
-    return bool(differing) and all(_are_numbers(*pair) or _are_objects(*pair) for pair in differing)
+    return bool(differing) and all(_are_values(*pair) or _are_objects(*pair) for pair in differing)
 
 
-def _are_numbers(*leaves: Any) -> bool:
-    return all(len(leaf) == 2 and leaf[0] in (int, float) for leaf in leaves)
+def _are_values(*leaves: Any) -> bool:
+    return all(len(leaf) == 2 and issubclass(leaf[0], int | float | str) and leaf[0] is not bool for leaf in leaves)
 
 
 def _are_objects(old: Any, new: Any) -> bool:
@@ -191,7 +194,7 @@ def _constant(leaf: Any) -> Any:
         hash(leaf)
     except TypeError:
         return type(leaf), repr(leaf)
-    return type(leaf), leaf
+    return type(leaf), math.nan if isinstance(leaf, float) and math.isnan(leaf) else leaf  # one that is itself
 
 
 def call_key(runtime: Runtime, leaves: Sequence[Any], in_spec: Any, trained: tuple[bool, ...] | None) -> Any:

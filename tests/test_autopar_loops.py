@@ -218,7 +218,7 @@ class _Divided(nn.Module):
         super().__init__()
         self.up = nn.Linear(6, 8)
 
-    def forward(self, x: Tensor, count: int, scale: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, count: int, scale: float = 1.0, name: str = "") -> Tensor:
         return scale * self.up(x).square().sum() / count
 
 
@@ -231,15 +231,18 @@ def _numbers_given(rank: int, ranks: int) -> list[str]:
     model = autopar.parallelize(eager, mesh, {"x": mine, "count": 3}, options=options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for given in ((3,), (5,), (3,), (3, 2.0), (7, 4.0), (True,)):
+        for given in ((3,), (5,), (3,), (3, 2.0), (7, 4.0), (True,), (3, 2.0, "a"), (3, 2.0, "b"), (3, 2.0, "a")):
             torch.testing.assert_close(model(mine, *given), eager(x, *given))
+        for _ in range(3):  # one number, though none is equal to it
+            assert model(mine, 3, float("nan")).isnan().all()
     return [str(one.message) for one in caught if "captured and planned anew" in str(one.message)]
 
 
 def test_numbers_that_a_call_is_given() -> None:
     first, second = run_ranks(_numbers_given, 2)
     assert [message.split(" changed")[0] for message in first] == [
-        "count (3, now 5)", "count (3, now 7), scale (2.0, now 4.0)",
+        "count (3, now 5)", "count (3, now 7), scale (2.0, now 4.0)", "name ('a', now 'b')",
+        "count (7, now 3), scale (4.0, now nan)",
     ]  # fmt: skip
     assert not second
 
