@@ -285,7 +285,10 @@ class Differentiable(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Ops on a DTensor do not count as writes to its part: autograd has to see the DTensor too.
         ctx.save_for_backward(*saved, *shared)
-        ctx.strides = [value.stride() for value in saved]
+        ctx.saved = len(saved)
+        # `save_on_cpu` and its like may give another layout back.
+        packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        ctx.strides = [value.stride() for value in saved] if packed else None
         ctx.mark_non_differentiable(*(o for o, c in zip(outputs, step.binding.constant, strict=True) if c))
         return tuple(outputs)
 
@@ -313,8 +316,8 @@ class Differentiable(torch.autograd.Function):
             if gradient is not None:
                 arrived[name] = arrived[name] + gradient if name in arrived else gradient
         if step.with_all is None or arrived.keys() <= binding.tangents:
-            saved = list(ctx.saved_tensors[: len(ctx.strides)])  # torch's own error where they were let go
-            if [value.stride() for value in saved] != ctx.strides:  # kept elsewhere meanwhile (`save_on_cpu`)
+            saved = list(ctx.saved_tensors[: ctx.saved])  # torch's own error where they were let go
+            if ctx.strides is not None:
                 saved = list(map(laid_out, saved, ctx.strides))
             _check_unchanged(step, ctx.versions, saved)
             _let_go(ctx, step)
