@@ -5,8 +5,9 @@
                them are one kernel: what enters it is read once, and only what others read is written
 
 Inductor fuses so. A reduction over rows (a bias's gradient, a norm's weight's) runs through memory in another order: it
-is a kernel of its own that reads what its chain reads. A forward value that only backward's pointwise ops read is not
-written: they compute it again (see `recompute`).
+is a kernel of its own that reads what its chain reads. What is made of hardly anything (which word is the target, a
+mask of positions, random numbers) each kernel makes for itself. A forward value that only backward's pointwise ops read
+is not written: they compute it again (see `recompute`).
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def traffic(
 
 
 _FUSIBLE = ("pointwise", "row", "column")
+_LITTLE = 1 / 8
+"""What is made of less than this share of its bytes is made where it is read."""
 
 
 def _kind(call: Call) -> str:
@@ -93,8 +96,11 @@ class _Kernels:
         self.kind = {node: kinds[folding.of[node]] for node in self.nodes}
         self.level: dict[fx.Node, int] = {}
         self.parent: dict[fx.Node, fx.Node] = {}
+        self.made_anew: set[fx.Node] = set()
         for node in self.nodes:
             self._place(node)
+            if self.kind[node] == "pointwise" and self._is_of_little(node):
+                self.made_anew.add(node)
         self.written = self._written(graph)
 
     def _place(self, node: fx.Node) -> None:
@@ -107,6 +113,11 @@ class _Kernels:
         for operand in operands:
             if self._joins(operand, node):
                 self.parent[self.group(operand)] = self.group(node)
+
+    def _is_of_little(self, node: fx.Node) -> bool:
+        """Whether what a pointwise op is made of is small beside its result."""
+        operands = {self.source(x) for x in operand_nodes(node)} - self.made_anew
+        return sum(map(_bytes, operands)) <= _LITTLE * _bytes(node)
 
     def _joins(self, operand: fx.Node, node: fx.Node) -> bool:
         return (
@@ -137,6 +148,8 @@ class _Kernels:
                 for operand in map(self.source, operand_nodes(node)):
                     if operand not in self.parent or self._together(operand, node):
                         continue
+                    if operand in self.made_anew and node in self.parent:
+                        continue
                     if self.kind[node] == "kernel" or operand.meta.get("phase") == node.meta.get("phase"):
                         found.add(operand)
         return found & set(self.parent)
@@ -153,10 +166,25 @@ class _Kernels:
                 continue
             seen.add(one)
             same = one in self.parent and one.meta.get("phase") == node.meta.get("phase") and one not in self.written
-            if same and self.level[one] == self.level[node] - 1:
+            if same and (one in self.made_anew or self.level[one] == self.level[node] - 1):
                 stack += [self.source(x) for x in operand_nodes(one)]
             else:
                 found.add(one)
+        return found
+
+    def _made_from(self, node: fx.Node) -> list[fx.Node]:
+        """What a kernel reads that reads `node`: itself, or what it computes it from again where that is not written.
+        Reductions of rows are kept: they are small."""
+        found, stack, seen = [], [node], set()
+        while stack:
+            one = stack.pop()
+            if one in seen or one in self.made_anew:
+                continue
+            seen.add(one)
+            if one not in self.parent or one in self.written:
+                found.append(one)
+            elif self.kind[one] == "pointwise":
+                stack += [self.source(x) for x in operand_nodes(one)]
         return found
 
     def traffic(self, weights: Mapping[fx.Node, int]) -> list[Traffic | None]:
@@ -179,10 +207,11 @@ class _Kernels:
                 reads = []
                 for operand in operands:
                     inside = operand in self.parent and self.group(operand) is group
-                    again = operand in self.parent and operand not in self.written
-                    first = (group, operand) not in read
-                    read.add((group, operand))
-                    reads.append(1.0 if first and not inside and not again else 0.0)
+                    enters = self._made_from(operand) if not inside else ()
+                    fresh = [one for one in enters if (group, one) not in read]
+                    read |= {(group, one) for one in fresh}
+                    size = _bytes(operand)
+                    reads.append(sum(map(_bytes, fresh)) / size if size else float(bool(fresh)))
                 mine = [reads, [1.0 if node in self.written else 0.0] * results, [0.0 if group in led else 1.0]]
                 led.add(group)
             weight = weights.get(node, 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from moved_bytes import bytes_a_logit
 from torch import nn
 
 from autopar import planning
@@ -82,3 +84,8 @@ def test_a_sum_over_rows_with_two_results_writes_both() -> None:
     (found,) = (place.traffic for place in analyse(program).places if place.call and place.call.target is both)
     assert found is not None
     assert (found.reads, found.writes) == ((1.0,), (1.0, 1.0))
+
+
+def test_a_compiled_loss_reads_the_logits_twice_and_writes_their_gradient() -> None:
+    """2 bytes each, as Inductor's kernels do: which word is the target each makes for itself."""
+    assert bytes_a_logit(True) == pytest.approx(6, rel=0.05)
