@@ -508,15 +508,15 @@ class Prices:
 
 def _fused(run: Run) -> bool | Callable[[fx.Node], bool]:
     """What ran as fused kernels: all of a compiled step; what follows the layers, where only the loss is compiled; the
-    layers, where the loss is not (Megatron-LM's own kernels, or each block compiled); of torch's own ops those that
-    the captured graph has in parts."""
+    layers, where the loss is not (Megatron-LM's own kernels, or each block compiled); of the loss's own ops those that
+    the captured graph has in parts, or does for all words."""
     compiled = run.line["compiled"]
     if compiled == "yes":
         return True
     if compiled == "loss":
         return _is_outside_layers
     if compiled == "layers":
-        return _is_in_layers
+        return _is_in_layers_or_by_index
     return _is_in_layers_or_one_op if compiled == "blocks" else _is_part_of_one_op
 
 
@@ -529,11 +529,29 @@ def _is_outside_layers(node: fx.Node) -> bool:
 
 
 def _is_part_of_one_op(node: fx.Node) -> bool:
-    """What torch runs as one kernel of the loss: log_softmax, its backward, the sum over targets. Casts, and the
-    gradient with one entry per row, are written out."""
+    """What torch runs as part of another op of the loss. Its own ops are casts, log_softmax, the gradient with one
+    entry per row, and log_softmax's backward: what the last node of each reads and writes, 36 bytes a logit in bf16."""
     if _is_in_layers(node) or node.target == aten._to_copy.default:
         return False
-    return not (node.target == aten.where.self and node.meta.get("phase") == "backward")
+    if node.meta.get("phase") == "backward":
+        return node.target not in (aten.where.self, aten.sub.Tensor)
+    return node.target != aten.sub.Tensor or any(user.target == aten.exp.default for user in _in_forward(node))
+
+
+def _in_forward(node: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if user.meta.get("phase") != "backward"]
+
+
+def _is_in_layers_or_by_index(node: fx.Node) -> bool:
+    """The layers, and of the loss what Megatron-LM does for a target's word alone, where the captured graph goes
+    through all words (`megatron/core/tensor_parallel/cross_entropy.py`): its own passes over the logits are two casts,
+    the maximum, less it, exp, the sum, a division, and in backward a product, 52 bytes a logit."""
+    if _is_in_layers(node):
+        return True
+    if node.meta.get("phase") == "backward":
+        return node.target not in (aten._to_copy.default, aten.mul.Tensor)
+    picked = node.target == aten.sum.dim_IntList and node.all_input_nodes[0].target == aten.where.self
+    return picked or node.target in (aten.eq.Tensor, aten.where.self)
 
 
 def _is_in_layers_or_one_op(node: fx.Node) -> bool:

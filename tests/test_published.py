@@ -7,9 +7,14 @@ import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from moved_bytes import bytes_a_logit
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -278,3 +283,49 @@ def test_a_row_of_too_many_values_is_named(tmp_path: Path) -> None:
     found, (fault,) = read(path)
     assert not found
     assert (fault.line, fault.found) == (2, " and more")
+
+
+class Moved(TorchDispatchMode):
+    """Bytes that ops read and write, views and what is picked by index apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not view and not any(word in str(func) for word in ("nll_loss", "index")):
+            read = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
+            self.bytes += sum(t.numel() * t.itemsize for t in (*read, made))
+        elif "nll_loss_backward" in str(func):
+            self.bytes += made.numel() * made.itemsize  # zeros, but for one entry a row
+        return made
+
+
+def megatrons(logits: torch.Tensor, targets: torch.Tensor) -> None:
+    """What Megatron-LM's vocabulary-parallel cross-entropy runs on one rank's logits, forward and backward."""
+    rows = torch.arange(len(targets))
+    found = logits.float()
+    found -= found.amax(-1, keepdim=True)
+    found[rows, targets]
+    torch.exp(found, out=found)
+    found.div_(found.sum(-1, keepdim=True))
+    found[rows, targets] -= 1.0
+    found.mul_(torch.full((len(targets), 1), 1 / len(targets))).bfloat16()
+
+
+@pytest.mark.parametrize(("compiled", "known"), [("no", 36), ("layers", 52)])
+def test_a_loss_moves_what_its_ops_do(compiled: str, known: int) -> None:
+    """Per logit in bf16, of torch's cross-entropy in fp32 and of Megatron-LM's, as a dispatcher counts them."""
+    logits = torch.randn(64, 4096).bfloat16()
+    targets = torch.randint(0, 4096, (64,))
+    with Moved() as moved:
+        if compiled == "layers":
+            megatrons(logits, targets)
+        else:
+            nn.functional.cross_entropy(logits.requires_grad_().float(), targets).backward()
+    assert moved.bytes / logits.numel() == pytest.approx(known, rel=0.01)
+
+    row = replace(PLAIN, line={**PLAIN.line, "compiled": compiled})
+    assert bytes_a_logit(published._fused(row)) == pytest.approx(known, rel=0.1)
