@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
+from torch import fx
+
 from costmodel.hardware import Topology
+from costmodel.layout import Partial
 from costmodel.memory import OptimizerSpec, gib
 from costmodel.memory import optimizer as optimizer_of
 from passes.fitting import Candidate, Request, as_asked
 from passes.named import tensor_axes
+from passes.program import Program
 from passes.proposals import Search
+from passes.provenance import place_of
 from passes.report_text import seconds_text
 from passes.space import trained_elements
+from passes.strategies import Option
+from passes.tracks import op_cost
 from passes.uneven import padding_notes
 
 
@@ -21,6 +29,7 @@ def plan_notes(chosen: Candidate, search: Search) -> tuple[str, ...]:
     return (
         *chosen.space.program.notes,
         *padding_notes(chosen.padding, chosen.space, chosen.assignment, chosen.untried),
+        *_whole_notes(chosen),
         *_states_notes(chosen, request.optimizer),
         *_async_tp_notes(chosen, request),
         *_idle_notes(chosen, request),
@@ -29,6 +38,49 @@ def plan_notes(chosen: Candidate, search: Search) -> tuple[str, ...]:
         *_launch_notes(chosen, request),
         *_missed_notes(search),
     )
+
+
+_SEEN = 0.05
+"""The share of the products that is told of."""
+
+
+def _whole_notes(chosen: Candidate) -> list[str]:
+    """Where the ranks of a batch axis all compute the same products of samples: how much, and the line of the most."""
+    space, notes = chosen.space, []
+    samples = _of_samples(space.program)
+    for axis in space.batch_axes:
+        total_s, whole_s = 0.0, defaultdict[str, float](float)
+        for index, (site, pick) in enumerate(zip(space.sites, chosen.assignment, strict=True)):
+            option = site.options[pick]
+            if not isinstance(option, Option) or (cost := op_cost(space, index, option)).kind == "other":
+                continue
+            node, seconds = space.folding.members[index][0], cost.seconds * site.count
+            if node.meta["phase"] != "forward":
+                continue
+            total_s += seconds
+            partial = any(isinstance(result[axis], Partial) for result in option.results)
+            if option.splits[axis] is None and not partial and node in samples:
+                whole_s[place_of(node)] += seconds
+        share = sum(whole_s.values()) / (total_s or 1.0)
+        if share >= _SEEN:
+            most = max(whole_s, key=whole_s.__getitem__)
+            notes.append(
+                f"{share:.0%} of forward's matrix products run whole on every rank of "
+                f"{space.topology.axes[axis].name}, most at {most}: what they read has no dim of samples that the axis "
+                "could split"
+            )
+    return notes
+
+
+def _of_samples(program: Program) -> set[fx.Node]:
+    """What follows from inputs that have a batch."""
+    graph = program.graph.graph
+    given = zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)
+    found = {node for node, what in given if what.kind == "input" and what.batch_dim is not None}
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 _IN_FP32 = {"adamw": "adamw-bf16", "adam": "adamw-bf16"}

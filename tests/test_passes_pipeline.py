@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from functools import lru_cache
@@ -195,6 +196,32 @@ def test_long_kernels_and_cpus_wait_for_no_host() -> None:
     assert "1,000 kernels, one every 20.0 us" in (launch_note(1000, 0.02) or "")
     assert not any("launches some" in note for note in plan(Request(), "cpu").notes)
     assert any("launches some" in note for note in plan(Request()).notes)
+
+
+class Chunked(nn.Module):
+    """A head over the tokens of a few samples at a time."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.up, self.head = dim, nn.Linear(16, 32), nn.Linear(32, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(x).flatten(0, 1) if self.dim == 0 else self.up(x)
+        parts = [self.head(part).square().sum() for part in hidden.chunk(4, self.dim)]
+        return torch.stack(parts).sum() / x.numel()
+
+
+def test_products_that_every_data_parallel_rank_computes_are_told() -> None:
+    """A part of the flattened tokens is of some samples alone, one along the sequence of all."""
+    notes = {}
+    for dim in (0, 1):
+        step = prepare(capture(Chunked(dim), (torch.randn(8, 512, 16),), {}, batch_dims=[0], batch_size=8))
+        made = compile_plan(step, on_mesh("h100", (("dp", 2),)), (0,), Request(strategy="ddp"))
+        notes[dim] = [note for note in made.notes if "whole on every rank of dp" in note]
+    line = inspect.getsourcelines(Chunked.forward)[1] + 2
+    (note,) = notes[0]
+    assert f"{Path(__file__).name}:{line}: " in note
+    assert notes[1] == []
 
 
 def test_a_budget_beyond_the_device_is_told() -> None:
