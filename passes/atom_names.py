@@ -64,8 +64,7 @@ def atom_names(space: Space, stored: dict[int, list[int | None]]) -> dict[int, s
         if len(dims) >= 2 and dims[-1][0] in heard.contracted and dims[-2][0] not in heard.contracted:
             names.setdefault(dims[-2][0], "parts")  # of a fused product, each with the columns that another contracts
         elif len(dims) >= 2:
-            names.setdefault(dims[-1][0], "head_size")
-            names.setdefault(dims[-2][0], "heads")
+            _name_heads(names, [atom for atom, _ in dims])
     _name_inner(names, weights, set(heard.contracted) | heard.routed)
     return names
 
@@ -114,6 +113,14 @@ class _Heard:
             self.names |= {leaf.atom: "experts" for leaf in op.leaves if leaf.operands[1] == 0}
             self.routed.update(leaf.atom for leaf in op.leaves if leaf.operands[1] and leaf.results[0] is not None)
         self.stacked.update(leaf.atom for leaf in op.leaves if None not in (*leaf.operands, leaf.results[0]))
+
+
+def _name_heads(names: dict[int, str], atoms: Sequence[int]) -> None:
+    """What a dim of heads consists of: behind the heads, where an op named them, all is of a head (rotary pairs)."""
+    named = [place for place, atom in enumerate(atoms) if names.get(atom) in ("heads", "kv_heads", "group")]
+    for atom in atoms[named[-1] + 1 if named else -1 :]:
+        names.setdefault(atom, "head_size")
+    names.setdefault(atoms[-2], "heads")
 
 
 def _name_routers(

@@ -91,7 +91,7 @@ class Words:
             return tuple(str(math.prod(dim)) for dim in place.dims)
         words, found, start = self.dims(Value(site, 0)), [], 0
         for dim in place.dims:
-            found.append("*".join(words[start : start + len(dim)]) or "1")
+            found.append("*".join(word for word, _ in itertools.groupby(words[start : start + len(dim)])) or "1")
             start += len(dim)
         return tuple(word.replace("kv_heads*group", "heads") for word in found)
 

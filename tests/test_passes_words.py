@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from moe_models import MOE, build_moe
 from parity import captured
 from small_models import build
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import autopar
 from costmodel.hardware import topology
 from costmodel.presets import hardware
 from passes.routing import route_by_blocks
@@ -70,3 +74,31 @@ def test_dims_are_called_what_they_are(name: str) -> None:
 def test_names_of_layers_come_back_as_they_were(names: list[str], folded: str) -> None:
     assert fold_names(names) == folded
     assert unfold_names(folded) == names
+
+
+class Rotated(nn.Module):
+    """Attention with grouped keys, whose heads are turned as complex numbers, as Meta's LLaMA and torchtitan do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq, self.wk, self.wv = nn.Linear(32, 48), nn.Linear(32, 24), nn.Linear(32, 24)
+        self.wo = nn.Linear(48, 32)
+        self.turns = nn.Buffer(torch.polar(torch.ones(8, 6), torch.rand(8, 6)))
+
+    def turned(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self.turns[:, None]).flatten(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (w(x).unflatten(-1, (-1, 12)) for w in (self.wq, self.wk, self.wv))
+        query, key = self.turned(query), self.turned(key)
+        key, value = (t[:, :, :, None].expand(-1, -1, -1, 2, -1).flatten(2, 3) for t in (key, value))
+        heads = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)), is_causal=True)
+        return self.wo(heads.transpose(1, 2).flatten(2)).square().mean()
+
+
+def test_pairs_that_rotary_positions_turn_are_of_a_head() -> None:
+    given, mesh = {"x": torch.randn(4, 8, 32)}, {"dp": 2, "tp": 2}
+    plan = autopar.plan(Rotated(), mesh, given, strategy="megatron", hardware="h100")
+    rows = {name: of.dims[0] for name, of in plan.parameters.items() if name in ("wq.weight", "wk.weight", "wv.weight")}
+    assert rows == dict.fromkeys(["wk.weight", "wv.weight"], "kv_heads*head_size") | {"wq.weight": "heads*head_size"}
