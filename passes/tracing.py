@@ -286,6 +286,11 @@ class Tracer(TorchDispatchMode):
                 "gradient would be lost; register it (nn.ModuleList and nn.ParameterList do so for a list), or set "
                 "requires_grad=False"
             )
+        if tensor.is_nested:
+            raise CaptureError(
+                f"{self._location()}: makes a nested tensor, which no rule can split; pass rows padded to one length, "
+                "or packed ones with a document's number for each token"
+            )
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             raise CaptureError(
                 f"{self._location()}: uses a {tuple(tensor.shape)} tensor without values (meta or fake) that is no "

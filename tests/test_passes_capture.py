@@ -490,6 +490,21 @@ def test_numbers_that_are_drawn_twice_are_an_error_that_names_the_line() -> None
     assert not capture(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)), (x,)).notes
 
 
+def test_a_nested_tensor_is_an_error_that_says_what_would_do() -> None:
+    class Jagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.nested.nested_tensor_from_jagged(self.up(x).flatten(0, 1), offsets=torch.arange(0, 17, 8))
+            return rows.values().sum()
+
+    line = inspect.getsourcelines(Jagged.forward)[1] + 1
+    with pytest.raises(CaptureError, match=rf"test_passes_capture.py:{line}: makes a nested tensor.* padded to one"):
+        capture(Jagged(), (torch.randn(2, 8, 8),))
+
+
 def test_a_sparse_gradient_is_an_error_that_names_the_line() -> None:
     with pytest.raises(CaptureError, match=r"torch.sparse_coo tensor; .* an embedding takes sparse=False"):
         capture(nn.Embedding(8, 4, sparse=True), (tokens(8),))
