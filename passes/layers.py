@@ -1,18 +1,19 @@
 """Repeated layers: which nodes of the graph are copies of one another and share every decision.
 
 Two nodes share a class when they run the same call, in the same phase, at the same place of modules whose names differ
-only in a layer's index (`layers.3.mlp.up` and `layers.7.mlp.up`). An index counts as a layer's where the indexed
-modules have submodules with parameters of their own, and the layers at that place have the same parameters; the members
-of a plain `nn.Sequential` stay apart. So do parameters that an earlier program of the model stored differently. Folding
-restricts plans (layers are laid out alike) and never makes one wrong.
+only in a layer's index (`layers.3.mlp.up` and `layers.7.mlp.up`). Places are counted; where one layer makes a call more
+often than another (what all take of an encoder's states, made once), they must be made of alike nodes too. An index
+counts as a layer's where the indexed modules have submodules with parameters of their own, and the layers at that place
+have the same parameters; the members of a plain `nn.Sequential` stay apart. So do parameters that an earlier program of
+the model stored differently. Folding restricts plans (layers are laid out alike) and never makes one wrong.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ class Folding:
     """Name pattern of a repeated module (`model.layers.*`) -> how many there are."""
 
 
+_Place = tuple[Any, str, str]
+"""(phase, module, call)"""
 _SALT = re.compile(r"'salt': \d+")
 """The number of a random op: a name, no difference."""
 
@@ -41,6 +44,11 @@ def fold(program: Program) -> Folding:
     pattern, layers = layer_patterns([i.name for i in program.inputs if i.kind in ("parameter", "buffer")])
     classes: dict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
     seen: dict[tuple[object, ...], int] = defaultdict(int)
+    calls = [node for node in program.graph.graph.nodes if node.op not in ("placeholder", "output")]
+    places = {node: (node.meta.get("phase"), node.meta.get("module", ""), _key(node)) for node in calls}
+    uneven = _uneven(places.values(), pattern)
+    of: dict[fx.Node, int] = {}
+    numbers: dict[tuple[object, ...], int] = {}
     placeholders = iter(program.inputs)
     for node in program.graph.graph.nodes:
         if node.op == "output":
@@ -53,14 +61,30 @@ def fold(program: Program) -> Folding:
                 key = (given.kind, given.name)
             classes[key].append(node)
             continue
-        module = node.meta.get("module", "")
-        call = _key(node)
-        place = (node.meta.get("phase"), module, call)
-        ordinal = seen[place]
-        seen[place] += 1
-        classes[(node.meta.get("phase"), pattern(module), call, ordinal)].append(node)
+        phase, module, call = place = places[node]
+        made_of: tuple[int | None, ...] = ()
+        if (phase, pattern(module), call) in uneven:
+            layer = pattern.layer(module)
+            made_of = tuple(
+                of[operand] if operand in places and pattern.layer(places[operand][1]) == layer else None
+                for operand in node.all_input_nodes
+            )
+        ordinal = seen[*place, *made_of]
+        seen[*place, *made_of] += 1
+        key = (phase, pattern(module), call, ordinal, *made_of)
+        classes[key].append(node)
+        of[node] = numbers.setdefault(key, len(numbers))
     members = tuple(tuple(nodes) for nodes in classes.values())
     return Folding(members, {node: c for c, nodes in enumerate(members) for node in nodes}, layers)
+
+
+def _uneven(places: Iterable[_Place], pattern: _Pattern) -> set[_Place]:
+    """Calls that some layers make more often than others, which take what those share from them: counting does not tell
+    which is which, but what they are made of in their layer does."""
+    counts: dict[_Place, Counter[str]] = defaultdict(Counter)
+    for phase, module, call in places:
+        counts[phase, pattern(module), call][module] += 1
+    return {alike for alike, by_module in counts.items() if len(set(by_module.values())) > 1}
 
 
 def _key(node: fx.Node) -> str:
@@ -87,6 +111,11 @@ class _Pattern:
                 done.append("*" if index else part)
             self.cache[name] = ".".join(done)
         return self.cache[name]
+
+    def layer(self, name: str) -> str:
+        """The outermost repeated layer that a module is part of, or the module itself."""
+        parts = self(name).split(".")
+        return ".".join(name.split(".")[: parts.index("*") + 1]) if "*" in parts else name
 
 
 def layer_patterns(names: list[str]) -> tuple[_Pattern, dict[str, int]]:
