@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from costmodel.collectives import taken_shares
@@ -279,17 +280,19 @@ class Search:
 
     def keeping(self, chosen: Candidate) -> list[Candidate]:
         """Where gathered parameters are kept in a solution that was looked for with them freed: those for keeping them,
-        with the same dims padded. Without tensor axes there is nothing to choose by it."""
+        under its strategy and `auto`, with the same dims padded. Without tensor axes there is nothing to choose by it.
+        """
         freed = chosen.origin.recomputed.reshard and not chosen.space.recomputed.reshard
         if not freed or not tensor_axes(self.topology.sizes, self.batch_axes):
             return []
         request = replace(self.request, reshard=False)
         search = replace(self, request=request, joined=chosen.origin.joined, fastest_s=chosen.schedule.step_time_s)
-        paddings = self.paddings.under("auto", chosen.padding.repeated_keys)
-        try:
-            return search._solved("auto", paddings, chosen.padding.pads, ways=[_way_of(chosen)])
-        except (NoFeasiblePlanError, NotPeriodicError, ValueError):
-            return []
+        found: list[Candidate] = []
+        for name in dict.fromkeys((chosen.strategy, "auto")):
+            paddings = self.paddings.under(name, chosen.padding.repeated_keys)
+            with suppress(NoFeasiblePlanError, NotPeriodicError, ValueError):
+                found += search._solved(name, paddings, chosen.padding.pads, ways=[_way_of(chosen)])
+        return found
 
     def _binds(self, name: str, chosen: Candidate) -> bool:
         """Whether the budget kept the chosen one from being faster."""

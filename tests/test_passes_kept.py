@@ -11,7 +11,7 @@ import torch
 from parity import captured, errors
 from stacks import Stack
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from costmodel.hardware import topology
 from costmodel.presets import hardware
@@ -159,16 +159,24 @@ def test_activations_gathered_again_make_room_for_kept_parameters() -> None:
         assert within.step_time_s <= both.step_time_s * (1 + 1e-3), share
 
 
-def test_auto_is_as_fast_as_with_parameters_that_are_asked_to_stay() -> None:
-    """Gathered once, other layouts pay than where they are gathered twice."""
-    config = LlamaConfig(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=8,
-        vocab_size=32000, use_cache=False,
-    )  # fmt: skip
+LLAMA = LlamaConfig(
+    hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=8,
+    vocab_size=32000, use_cache=False,
+)  # fmt: skip
+GPT2 = GPT2Config(n_embd=2048, n_layer=4, n_head=16, vocab_size=50304, use_cache=False)
+
+
+@pytest.mark.parametrize(("config", "mesh", "batch"), [(LLAMA, (4, 2), 4), (GPT2, (8, 8), 16)])
+def test_auto_is_as_fast_as_with_parameters_that_are_asked_to_stay(
+    config: PreTrainedConfig, mesh: tuple[int, int], batch: int
+) -> None:
+    """Gathered once, other layouts pay than where they are gathered twice: for LLaMA under `auto`, for GPT-2 those that
+    are made by hand."""
     with torch.device("meta"):
-        model, ids = LlamaForCausalLM(config).to(torch.bfloat16), torch.empty(4, 1024, dtype=torch.long)
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        ids = torch.empty(batch, 1024, dtype=torch.long)
     program = captured(model, {"input_ids": ids, "labels": ids})
-    where = topology(hardware("h100"), {"dp": 4, "tp": 2})
+    where = topology(hardware("h100"), dict(zip(("dp", "tp"), mesh, strict=True)))
     free, kept = (compile_plan(program, where, [0], Request(reshard=reshard)) for reshard in (None, False))
     assert not free.reshard
     assert free.step_time_s <= kept.step_time_s * (1 + fitting.TIE)
