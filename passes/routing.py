@@ -427,6 +427,16 @@ def _constant(node: fx.Node) -> bool:
     )
 
 
+def _repeats(node: fx.Node, dim: int) -> bool:
+    """Whether what it has along a dim is one and the same: the gradient of a sum or mean over all rows."""
+    node = _past(node, {aten.mul.Scalar, aten.div.Scalar, aten.neg.default, *_CASTS})
+    if node.target is not aten.expand.default:
+        return False
+    source: Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
+    at = dim - node.meta["val"].dim() + source.dim()
+    return at < 0 or int(source.shape[at]) == 1
+
+
 def _follow_rows(node: fx.Node, ordered: Sequence[bool], region: _Region) -> bool:
     """Whether an op treats each row by itself, which makes its result rows; a reduction over all rows is no rows.
 
@@ -444,7 +454,8 @@ def _follow_rows(node: fx.Node, ordered: Sequence[bool], region: _Region) -> boo
     (factor,) = factors
     assert factor is not None
     for k, dims in enumerate(form.operands):
-        if not ordered[k] and any(factor in dim for dim in dims) and not _constant(operands[k]):
+        along = None if ordered[k] else next((d for d, dim in enumerate(dims) if factor in dim), None)
+        if along is not None and not _constant(operands[k]) and not _repeats(operands[k], along):
             raise _OrderMattersError(f"{node.target} pairs rows with something in another order")
     if factor in form.whole or factor in form.leading:
         raise _OrderMattersError(f"{node.target} mixes rows")
