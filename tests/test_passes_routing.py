@@ -225,7 +225,7 @@ class Ordered(nn.Module):
         ordered, places = torch.sort(self.router(flat).argmax(-1), stable=True)
         counts = torch.histc(ordered.float(), bins=4, min=0, max=3)
         made = torch.ops.transformers.grouped_mm_fallback(flat[places], self.weight, counts.cumsum(0).to(torch.int32))
-        return torch.zeros_like(flat).index_add(0, places, self.done(made, places)).view_as(x)
+        return torch.zeros_like(flat).index_add(0, places, self.done(made, places), alpha=2).view_as(x)
 
 
 @pytest.mark.parametrize("name", [*TELLS, *KEEPS])
