@@ -94,7 +94,7 @@ def test_the_strategy_decides_how_a_parameter_lies_at_rest(tmp_path: Path, capsy
     from transformers import LlamaConfig
 
     LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=1024, max_position_embeddings=8192,
     ).save_pretrained(tmp_path)  # fmt: skip
     on = ("--mesh", "dp=8", "--hardware", "h100", "--strategy", "ddp")
