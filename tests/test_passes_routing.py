@@ -162,20 +162,31 @@ def test_rows_stay_with_their_tokens_however_experts_are_counted(counted: str, m
     assert (TAKE_ROWS in _targets(local.program)) == (counted not in UNTOLD)
 
 
-class SortedBack(nn.Module):
+class OfOneMatrix(nn.Module):
+    """Experts of one matrix each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4, bias=False)
+        self.weight = nn.Parameter(torch.randn(4, 16, 16) / 4)
+
+    def rows(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the experts make of tokens, expert by expert, and each row's token."""
+        ordered, places = torch.sort(self.router(flat).argmax(-1), stable=True)
+        counts = torch.histc(ordered.float(), bins=4, min=0, max=3)
+        ends = counts.cumsum(0).to(torch.int32)
+        return torch.ops.transformers.grouped_mm_fallback(flat[places], self.weight, ends), places
+
+
+class SortedBack(OfOneMatrix):
     """Experts whose rows go back by a sort of the places that they were taken from, the last ones first or not."""
 
     def __init__(self, descending: bool) -> None:
         super().__init__()
-        self.router = nn.Linear(16, 4, bias=False)
-        self.weight = nn.Parameter(torch.randn(4, 16, 16) / 4)
         self.descending = descending
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, 16)
-        ordered, places = torch.sort(self.router(flat).argmax(-1), stable=True)
-        counts = torch.histc(ordered.float(), bins=4, min=0, max=3)
-        made = torch.ops.transformers.grouped_mm_fallback(flat[places], self.weight, counts.cumsum(0).to(torch.int32))
+        made, places = self.rows(x.reshape(-1, 16))
         back = made[places.argsort(descending=self.descending)]
         return (back.flip(0) if self.descending else back).view_as(x)
 
@@ -211,20 +222,16 @@ KEEPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 """What does not."""
 
 
-class Ordered(nn.Module):
-    """Experts of one matrix each, with something done to their rows behind it."""
+class Ordered(OfOneMatrix):
+    """Such experts, with something done to their rows behind them."""
 
     def __init__(self, done: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.router = nn.Linear(16, 4, bias=False)
-        self.weight = nn.Parameter(torch.randn(4, 16, 16) / 4)
         self.done = done
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, 16)
-        ordered, places = torch.sort(self.router(flat).argmax(-1), stable=True)
-        counts = torch.histc(ordered.float(), bins=4, min=0, max=3)
-        made = torch.ops.transformers.grouped_mm_fallback(flat[places], self.weight, counts.cumsum(0).to(torch.int32))
+        made, places = self.rows(flat)
         return torch.zeros_like(flat).index_add(0, places, self.done(made, places), alpha=2).view_as(x)
 
 
