@@ -157,7 +157,7 @@ def _point(candidate: Candidate, chosen: bool) -> FrontierPoint:
     setup = candidate.setup
     parts = [f"{name}={size}" for name, size in candidate.mesh.items()]
     parts += [f"{setup.micro_batch} x {setup.accumulate}", setup.recompute]
-    parts += [*(["experts beside"] if setup.experts_beside else [])]
+    parts += ["experts beside"] if setup.experts_beside else []
     parts += [*(["tp by solver"] if setup.solved else []), *gathered_words(setup)]
     return FrontierPoint(
         " ".join(parts), candidate.step_time_s, candidate.peak_memory_bytes, candidate.fits, chosen,

@@ -83,17 +83,13 @@ def layer_labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
     """
     pattern, layers = layer_patterns([x.name for x in program.inputs if x.kind in ("parameter", "buffer")])
     found: list[object] = []
-    layer_of: dict[str, str] = {}
     between, inside, last_phase = 0, False, ""
     label: object = None
     for item in items:
         node = item.node if isinstance(item, Run) else item.reader or item.value
         name = node.meta.get("module", "")
         phase = item.phase
-        if name not in layer_of:
-            parts = pattern(name).split(".")
-            layer_of[name] = ".".join(name.split(".")[: parts.index("*") + 1]) if "*" in parts else ""
-        if layer := layer_of[name]:
+        if layer := pattern.layer(name):
             between += not inside
             inside, label = True, (phase, layer)
         elif not layers:

@@ -24,6 +24,7 @@ from passes.schedule import Schedule
 from passes.space import Space, trained_elements
 from passes.strategies import StoredOption
 from passes.tracks import Tracks, kept_bytes
+from passes.walks import following
 from passes.words import Words
 from passes.work import INLINED, VIEWS
 
@@ -227,13 +228,9 @@ def _between(found: dict[str, float], space: Space, words: Words, laid: Tracks) 
 
 def _of_parameters(program: Program) -> set[fx.Node]:
     """Nodes that follow from a parameter."""
-    given = iter(program.inputs)
-    found: set[fx.Node] = set()
-    for node in program.graph.graph.nodes:
-        is_parameter = node.op == "placeholder" and next(given).kind == "parameter"
-        if is_parameter or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
+    graph = program.graph.graph
+    given = zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)
+    return following(graph, [node for node, what in given if what.kind == "parameter"])
 
 
 def _gathered(found: dict[str, float], space: Space, laid: Tracks) -> None:

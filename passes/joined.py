@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from passes.emit import Emitter, emitter_like, relax_views
 from passes.graphs import graph_module
 from passes.program import Program
+from passes.walks import following
 
 aten = torch.ops.aten
 
@@ -35,15 +36,14 @@ class _Run:
 def split_joined(program: Program) -> Program:
     """The program with such batches. It keeps its fingerprint."""
     old = program.graph.graph
-    given = zip(old.find_nodes(op="placeholder"), program.inputs, strict=True)
-    of_batch = {node: what.batch_dim for node, what in given if what.kind == "input" and what.batch_dim is not None}
+    of_batch = program.batch_dims
     batches = {node.meta["val"].shape[dim] for node, dim in of_batch.items()}
     if len(batches) != 1 or (batch := batches.pop()) < 2:
         return program
     joined = _joined(old, of_batch, batch)
     if not joined:
         return program
-    lengths, behind = {node.meta["val"].shape[0] for node in joined}, _behind(old, joined)
+    lengths, behind = {node.meta["val"].shape[0] for node in joined}, following(old, joined)
     emit = emitter_like(old)
     new: dict[fx.Node, fx.Node] = {}
     for node in old.nodes:
@@ -72,10 +72,8 @@ def split_joined(program: Program) -> Program:
 
 def _joined(graph: fx.Graph, of_batch: Collection[fx.Node], batch: int) -> set[fx.Node]:
     """What forward joins along dim 0 of whole batches that follow from the inputs'."""
-    joined, lengths, follow = set[fx.Node](), {batch}, set(of_batch)
+    joined, lengths, follow = set[fx.Node](), {batch}, following(graph, of_batch)
     for node in graph.nodes:
-        if not follow.isdisjoint(node.all_input_nodes):
-            follow.add(node)
         if node.target is not aten.cat.default or node.meta.get("phase") != "forward":
             continue
         parts: Any = node.args[0]
@@ -86,15 +84,6 @@ def _joined(graph: fx.Graph, of_batch: Collection[fx.Node], batch: int) -> set[f
             joined.add(node)
             lengths.add(node.meta["val"].shape[0])
     return joined
-
-
-def _behind(graph: fx.Graph, joined: Collection[fx.Node]) -> set[fx.Node]:
-    """What follows from these."""
-    found = set(joined)
-    for node in graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _run(node: fx.Node, batch: int, lengths: Collection[int]) -> _Run | None:

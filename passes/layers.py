@@ -64,9 +64,9 @@ def fold(program: Program) -> Folding:
         phase, module, call = place = places[node]
         made_of: tuple[int | None, ...] = ()
         if (phase, pattern(module), call) in uneven:
-            layer = pattern.layer(module)
+            layer = pattern.instance(module)
             made_of = tuple(
-                of[operand] if operand in places and pattern.layer(places[operand][1]) == layer else None
+                of[operand] if operand in places and pattern.instance(places[operand][1]) == layer else None
                 for operand in node.all_input_nodes
             )
         ordinal = seen[*place, *made_of]
@@ -102,6 +102,7 @@ class _Pattern:
     def __init__(self, prefixes: frozenset[str]) -> None:
         self.prefixes = prefixes
         self.cache: dict[str, str] = {}
+        self.layer_of: dict[str, str] = {}
 
     def __call__(self, name: str) -> str:
         if name not in self.cache:
@@ -113,9 +114,15 @@ class _Pattern:
         return self.cache[name]
 
     def layer(self, name: str) -> str:
-        """The outermost repeated layer that a module is part of, or the module itself."""
-        parts = self(name).split(".")
-        return ".".join(name.split(".")[: parts.index("*") + 1]) if "*" in parts else name
+        """The outermost repeated layer that a module is part of (`model.layers.3`); "" where there is none."""
+        if name not in self.layer_of:
+            parts = self(name).split(".")
+            self.layer_of[name] = ".".join(name.split(".")[: parts.index("*") + 1]) if "*" in parts else ""
+        return self.layer_of[name]
+
+    def instance(self, name: str) -> str:
+        """That layer; the module itself where there is none."""
+        return self.layer(name) or name
 
 
 def layer_patterns(names: list[str]) -> tuple[_Pattern, dict[str, int]]:

@@ -222,15 +222,7 @@ def _of_these(run: Boxed, wanted: Sequence[int]) -> Boxed:
 def _layers(local: LocalProgram) -> Callable[[str], str]:
     """A module's name -> the repeated layer it is in, "" outside of layers."""
     pattern, _ = layer_patterns([entry.name for entry in local.inputs if entry.kind in ("parameter", "buffer")])
-    found: dict[str, str] = {}
-
-    def layer_of(module: str) -> str:
-        if module not in found:
-            parts = pattern(module).split(".")
-            found[module] = ".".join(module.split(".")[: parts.index("*") + 1]) if "*" in parts else ""
-        return found[module]
-
-    return layer_of
+    return pattern.layer
 
 
 class _Runner:

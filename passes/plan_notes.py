@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from torch import fx
-
 from costmodel.hardware import Topology
 from costmodel.layout import Partial
 from costmodel.memory import OptimizerSpec, gib
 from costmodel.memory import optimizer as optimizer_of
 from passes.fitting import Candidate, Request, as_asked
 from passes.named import tensor_axes
-from passes.program import Program
 from passes.proposals import Search
 from passes.provenance import place_of
 from passes.report_text import seconds_text
@@ -21,6 +18,7 @@ from passes.space import trained_elements
 from passes.strategies import Option
 from passes.tracks import op_cost
 from passes.uneven import padding_notes
+from passes.walks import following
 
 
 def plan_notes(chosen: Candidate, search: Search) -> tuple[str, ...]:
@@ -47,7 +45,7 @@ _SEEN = 0.05
 def _whole_notes(chosen: Candidate) -> list[str]:
     """Where the ranks of a batch axis all compute the same products of samples: how much, and the line of the most."""
     space, notes = chosen.space, []
-    samples = _of_samples(space.program)
+    samples = following(space.program.graph.graph, space.program.batch_dims)
     for axis in space.batch_axes:
         total_s, whole_s = 0.0, defaultdict[str, float](float)
         for index, (site, pick) in enumerate(zip(space.sites, chosen.assignment, strict=True)):
@@ -70,17 +68,6 @@ def _whole_notes(chosen: Candidate) -> list[str]:
                 "could split"
             )
     return notes
-
-
-def _of_samples(program: Program) -> set[fx.Node]:
-    """What follows from inputs that have a batch."""
-    graph = program.graph.graph
-    given = zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)
-    found = {node for node, what in given if what.kind == "input" and what.batch_dim is not None}
-    for node in graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 _IN_FP32 = {"adamw": "adamw-bf16", "adam": "adamw-bf16"}

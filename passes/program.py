@@ -161,6 +161,12 @@ class Program:
         """How parameters are stored that an earlier program laid out, by name."""
         return {given.name: given.at_rest for given in self.inputs if given.at_rest is not None}
 
+    @property
+    def batch_dims(self) -> dict[fx.Node, int]:
+        """Inputs that have a batch: placeholder -> its dim."""
+        given = zip(self.graph.graph.find_nodes(op="placeholder"), self.inputs, strict=True)
+        return {n: what.batch_dim for n, what in given if what.kind == "input" and what.batch_dim is not None}
+
     def weights(self) -> Mapping[fx.Node, int]:
         """Node -> how many alike ones it stands for, itself included; those that stand for themselves are left out."""
         found: dict[fx.Node, int] = {}

@@ -145,14 +145,10 @@ def token_parts(program: Program, strategy: str, sizes: Sequence[int], batch_axe
     parts = math.prod(sizes[axis] for axis in batch_axes)
     if strategy != "fsdp":
         return parts
-    shapes = [
-        (node.meta["val"].shape, what.batch_dim)
-        for node, what in zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True)
-        if what.kind == "input" and what.batch_dim is not None
-    ]
-    if not shapes:
+    given = next(iter(program.batch_dims.items()), None)
+    if given is None:
         return parts
-    shape, dim = shapes[0]
+    shape, dim = given[0].meta["val"].shape, given[1]
     every = math.prod(sizes)
     sequence = shape[dim + 1] if len(shape) > dim + 1 else 1
     in_sequence = shape[dim] == parts and sequence % (every // parts) == 0

@@ -221,8 +221,10 @@ class _Slots:
 def kept_bytes(space: Space, laid: Tracks, slot: int) -> int:
     """What a slot takes that is kept for backward: with fp8 products one byte per element of what these alone read."""
     made = laid.slots[slot]
+    if not space.fp8:
+        return made.bytes
     itemsize = space.itemsize_of(space.analysis.flow.value[made.node])
-    in_fp8 = space.fp8 and itemsize == 2 and not made.gathered and slot in laid.multiplied
+    in_fp8 = itemsize == 2 and not made.gathered and slot in laid.multiplied
     return made.bytes // itemsize if in_fp8 else made.bytes
 
 

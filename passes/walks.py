@@ -1,4 +1,4 @@
-"""What a graph gives, and what its nodes are made of."""
+"""What a graph gives, what its nodes are made of, and what follows from them."""
 
 from __future__ import annotations
 
@@ -29,4 +29,13 @@ def made_of(
             found[node] = None
             if not stop(node):
                 stack.extend(instead.get(operand, operand) for operand in node.all_input_nodes)
+    return found
+
+
+def following(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """`roots` and all that follows from them."""
+    found = set(roots)
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found

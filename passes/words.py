@@ -35,7 +35,6 @@ class Words:
         self.space = space
         names = [given.name for given in space.program.inputs if given.kind in ("parameter", "buffer")]
         self._pattern, self.layers = layer_patterns(names)
-        self._instances: dict[str, str] = {}
         self._tensor_atoms = stored_atoms(space)
         self._atoms = atom_names(space, self._tensor_atoms)
         self._gradients = space.analysis.gradients
@@ -52,15 +51,11 @@ class Words:
 
     def instance(self, module: str) -> str:
         """The repeated layer that a module is part of (`model.layers.3`); the module itself where there is none."""
-        if module not in self._instances:
-            parts = self._pattern(module).split(".")
-            depth = parts.index("*") + 1 if "*" in parts else len(parts)
-            self._instances[module] = ".".join(module.split(".")[:depth])
-        return self._instances[module]
+        return self._pattern.instance(module)
 
     def layer(self, module: str) -> str:
         """The repeated layer that a module is part of; "" where there is none."""
-        return self.instance(module) if "*" in self.pattern(module) else ""
+        return self._pattern.layer(module)
 
     def dims(self, value: Value) -> tuple[str, ...]:
         """A word per expanded dim of a value: `batch`, `sequence`, `heads`; its size where there is no word."""
