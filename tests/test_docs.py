@@ -103,7 +103,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_measured_figures_are_those_of_the_results() -> None:
-    """What the page on strategies says of memory, and the README of planning, beside the tables it is from."""
+    """What the page on strategies says of memory, and the page of figures of planning, beside the tables it is from."""
     cells = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in (ROOT / "benchmarks" / "memory_results.md").read_text().splitlines()
@@ -122,7 +122,7 @@ def test_measured_figures_are_those_of_the_results() -> None:
         if line.startswith("| after capture, with memory to spare, to a quarter")
     )  # fmt: skip
     times = [float(cell) for cell in line.split("|")[2:-1] if cell.strip()]
-    assert f"costs {min(times):.2f} to {max(times):.2f} times (405B)" in (ROOT / "README.md").read_text()
+    assert f"costs {min(times):.2f} to {max(times):.2f} times (405B)" in (ROOT / "docs" / "measured.md").read_text()
 
 
 def test_dependencies_have_their_reasons() -> None:
