@@ -1,7 +1,7 @@
 """`parallelize`, `plan` and `apply`: from a user's model to the module that trains on a mesh.
 
-    model, inputs -capture-> Program -compile_plan-> Plan          one rank plans, the others receive
-    Program, Plan -rewrite-> LocalProgram -lower-> Executable      every rank, alike
+    model, inputs -captured-> Program -planned-> Plan              one rank plans, the others receive
+    Program, Plan -rewritten-> LocalProgram -lower-> Executable    every rank, alike
     model, storages -> ParallelModule                              calls of a new kind come back here
 
 Between these, ranks agree: what one finds wrong, all raise.
@@ -13,14 +13,14 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from autopar import examples, meshes, tree
+from autopar import examples, meshes, planning, tree
 from autopar.batches import BatchRanks
 from autopar.groups import Groups
 from autopar.machine import priced_for
@@ -29,12 +29,12 @@ from autopar.module import ParallelModule, parallel_module, preload
 from autopar.optimizers import warn_of_optimizers
 from autopar.options import Options, check_async_tp, check_options
 from autopar.overlaps import Overlap, check_apart, overlapping
-from autopar.pipeline import Pipeline, PlanLike
 from autopar.reading import Gather, captured_together, gatherer, inputs_read, with_values
 from autopar.runtime import Executable, Tangents
 from autopar.stages import Stages
 from autopar.together import Together, together, watch
 from autopar.unwrapped import check_unwrapped
+from costmodel.hardware import Hardware
 from costmodel.heap import keep_freed
 from passes.bytes_of import digest
 from passes.errors import PlanMismatchError
@@ -45,6 +45,7 @@ from passes.local import LocalProgram, bind_groups, groups_used
 from passes.lower import lower
 from passes.named import check_strategy
 from passes.pipeline import Manner
+from passes.plan import Plan
 from passes.precision import Precision
 from passes.program import Program
 
@@ -56,7 +57,6 @@ class _Job:
     axes: meshes.Axes
     batch_axes: tuple[int, ...]
     options: Options
-    pipeline: Pipeline
     precision: Precision | None
     stages: Stages
     overlaps: tuple[Overlap, ...]
@@ -70,89 +70,49 @@ class _Job:
         return any(self.axes[axis][0] in axes.split(",") for axis in self.batch_axes)
 
 
-def plan_with(
-    pipeline: Pipeline, model: nn.Module, mesh: DeviceMesh | Mapping[str, int], example_inputs: Any = None, *,
-    hardware: Any = None, strategy: str = "auto", options: Options | None = None,
-) -> Any:  # fmt: skip
-    """A plan for `model` on `mesh`; on a DeviceMesh of several ranks one plans and the others receive its plan."""
-    check_unwrapped(model)
-    job = _job(pipeline, model, mesh, options)
-    check_strategy(strategy)
-    ours = _ranks(mesh)
-    with ours.agreeing():
-        call = examples.call_of(model, example_inputs)
-        example = examples.described(call)
-    if not ours.same(example):
-        raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    example_inputs: Any = None,
+    *,
+    plan: Plan | None = None,
+    hardware: str | Hardware | None = None,
+    strategy: str | None = None,
+    options: Options | None = None,
+) -> ParallelModule:
+    """`model` laid out over `mesh` by the fastest plan found, ready to train.
 
-    timelines = []
+    mesh: one to five axes, named; `dp`, `dp_replicate`, `dp_shard`, `fsdp`, `data`, `batch` and the like split the
+        batch. Each further axis that splits tensors makes planning several times as long.
+    example_inputs: what one data-parallel rank feeds the model, a tuple of positional or a mapping of keyword
+        arguments; None: taken from a Hugging Face model's config. plan: one made earlier, for this graph and mesh,
+        with options, strategy and hardware of its own.
+    hardware, strategy: as `plan` takes them ("auto").
 
-    def make() -> str:
-        machine = priced_for(hardware, mesh)
-        pipeline.check(machine, job.axes, job.batch_axes, job.options)
-        # Where the model reads values, the plan is for those of rank 0's example; others are planned when they come.
-        program = _captured(job, skeleton(model), call)
-        described = examples.described(call, inputs_read(program))
-        smaller = _smaller(job, model, call)
-        made = _planned(job, program, machine, strategy, described, smaller=smaller, keep_timeline=True)
-        timelines.append(made.timeline)
-        return str(made.to_json())
-
-    with job.stages:
-        plan = pipeline.load(ours.from_first(make))
-    return replace(plan, timeline=timelines[0]) if timelines else plan
-
-
-def apply_with(pipeline: Pipeline, model: nn.Module, plan: Any, mesh: DeviceMesh) -> ParallelModule:
-    """`model` as `plan` says, on `mesh`.
+    The returned module has the model's class, attributes and parameter names; parameters are DTensors on the whole
+    mesh. The model itself stays as it was.
 
     Raises:
-        PlanMismatchError: the plan is for another graph, mesh or parameters.
+        ValueError: a mesh, input or option that cannot be; says what would do.
+        CaptureError: the forward cannot be captured as one graph; names the line.
+        NoFeasiblePlanError: no plan fits in memory; says by how much, and what would.
+        PlanMismatchError: `plan` is for another graph or mesh.
     """
-    check_unwrapped(model)
-    _check_is_mesh("apply", mesh)
-    if isinstance(plan, str | os.PathLike):
-        raise ValueError(f"plan is the path {os.fspath(plan)!r}; pass autopar.Plan.load of it")
-    told = cast(PlanLike, plan)
-    job = _job(pipeline, model, mesh, pipeline.options_of(plan))
-    ours = _ranks(mesh)
-    with job.stages, ours.agreeing():
-        if tuple(told.axes) != job.axes:
-            raise PlanMismatchError(
-                f"the plan is for the mesh {dict(told.axes)} but this one is {dict(job.axes)}; plan again for it"
-            )
-        call = examples.by_name(type(model).forward, *examples.restored(told.example))
-        with examples.as_described(told.example):
-            program = _captured(job, skeleton(model), call)
-        _check_fingerprint(told, program)
-    with job.stages, examples.as_described(told.example):
-        return _applied(job, model, plan, mesh, program, call, ours)
-
-
-def parallelize_with(
-    pipeline: Pipeline, model: nn.Module, mesh: DeviceMesh, example_inputs: Any = None, *, plan: Any = None,
-    hardware: Any = None, strategy: str | None = None, options: Options | None = None,
-) -> ParallelModule:  # fmt: skip
-    """`plan_with` and `apply_with` in one, with one capture; `strategy`: "auto" where it is left out."""
     _check_is_mesh("parallelize", mesh)
     if plan is not None:
         given = {"options": options, "strategy": strategy, "hardware": hardware}
         for name in (name for name, value in given.items() if value is not None):
             raise ValueError(f"a plan has the {name} that it was made with; leave out {name}, or plan with them")
-        return apply_with(pipeline, model, plan, mesh)
+        return apply(model, plan, mesh)
     check_unwrapped(model)
-    job = _job(pipeline, model, mesh, options)
+    job = _job(model, mesh, options)
     strategy = "auto" if strategy is None else strategy
     check_strategy(strategy)
     ours = _ranks(mesh)
-    with ours.agreeing():
-        call = examples.call_of(model, example_inputs)
-        example = examples.described(call)
-    if not ours.same(example):
-        raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
+    call, example = _example(ours, model, example_inputs)
     with ours.agreeing():
         machine = priced_for(hardware, mesh)
-        pipeline.check(machine, job.axes, job.batch_axes, job.options)
+        planning.machine_of(machine, job.axes, job.batch_axes, job.options)
     gather = _gather(job, mesh, ours)
     with job.stages:
         program = captured_together(
@@ -163,10 +123,77 @@ def parallelize_with(
         return _applied(job, model, plan, mesh, program, call, ours)
 
 
+def plan(
+    model: nn.Module,
+    mesh: DeviceMesh | Mapping[str, int],
+    example_inputs: Any = None,
+    *,
+    hardware: str | Hardware | None = None,
+    strategy: str = "auto",
+    options: Options | None = None,
+) -> Plan:
+    """The plan for `model` on `mesh`; needs no process group and no GPU where the mesh is a mapping of axis sizes.
+
+    On a DeviceMesh of several ranks one of them plans and the others receive its plan.
+
+    hardware: a preset ("h100", ...), a calibrated file, `costmodel` figures, or None for the devices of a DeviceMesh,
+        and for the machine we are on where the mesh is a mapping.
+    strategy: "auto" solves; "ddp", "fsdp" and "megatron" are the plans people make by hand.
+
+    Raises: as `parallelize`.
+    """
+    check_unwrapped(model)
+    job = _job(model, mesh, options)
+    check_strategy(strategy)
+    ours = _ranks(mesh)
+    call, _ = _example(ours, model, example_inputs)
+    timelines = []
+
+    def make() -> str:
+        machine = priced_for(hardware, mesh)
+        planning.machine_of(machine, job.axes, job.batch_axes, job.options)
+        # Where the model reads values, the plan is for those of rank 0's example; others are planned when they come.
+        program = _captured(job, skeleton(model), call)
+        described = examples.described(call, inputs_read(program))
+        smaller = _smaller(job, model, call)
+        made = _planned(job, program, machine, strategy, described, smaller=smaller, keep_timeline=True)
+        timelines.append(made.timeline)
+        return made.to_json()
+
+    with job.stages:
+        made = Plan.from_json(ours.from_first(make))
+    return replace(made, timeline=timelines[0]) if timelines else made
+
+
+def apply(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> ParallelModule:
+    """`model` laid out as `plan` says, on `mesh`.
+
+    Raises:
+        PlanMismatchError: the plan is for another graph, mesh or parameters; says what differs.
+    """
+    check_unwrapped(model)
+    _check_is_mesh("apply", mesh)
+    if isinstance(plan, str | os.PathLike):
+        raise ValueError(f"plan is the path {os.fspath(plan)!r}; pass autopar.Plan.load of it")
+    job = _job(model, mesh, planning.options_of(plan))
+    ours = _ranks(mesh)
+    with job.stages, ours.agreeing():
+        if tuple(plan.axes) != job.axes:
+            raise PlanMismatchError(
+                f"the plan is for the mesh {dict(plan.axes)} but this one is {dict(job.axes)}; plan again for it"
+            )
+        call = examples.by_name(type(model).forward, *examples.restored(plan.example))
+        with examples.as_described(plan.example):
+            program = _captured(job, skeleton(model), call)
+        _check_fingerprint(plan, program)
+    with job.stages, examples.as_described(plan.example):
+        return _applied(job, model, plan, mesh, program, call, ours)
+
+
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def _job(pipeline: Pipeline, model: nn.Module, mesh: Any, options: Options | None) -> _Job:
+def _job(model: nn.Module, mesh: Any, options: Options | None) -> _Job:
     options = Options() if options is None else options
     check_options(options)
     axes = meshes.axes_of(mesh)
@@ -178,7 +205,21 @@ def _job(pipeline: Pipeline, model: nn.Module, mesh: Any, options: Options | Non
         _check_async_tp(options, mesh, axes, batch_axes)
     speaks = not dist.is_initialized() or dist.get_rank() == 0
     stages = Stages(shown=options.progress, speaks=speaks, prefix="autopar: ")
-    return _Job(axes, batch_axes, options, pipeline, precision, stages, overlapping(model))
+    return _Job(axes, batch_axes, options, precision, stages, overlapping(model))
+
+
+def _example(ours: Together, model: nn.Module, example_inputs: Any) -> tuple[examples.Call, str]:
+    """The call that is planned for, and its description.
+
+    Raises:
+        ValueError: the inputs cannot be the model's, or ranks were given others.
+    """
+    with ours.agreeing():
+        call = examples.call_of(model, example_inputs)
+        example = examples.described(call)
+    if not ours.same(example):
+        raise ValueError(f"ranks were given inputs of different shapes or types; rank {ours.rank} has {example}")
+    return call, example
 
 
 def _check_async_tp(options: Options, mesh: Any, axes: meshes.Axes, batch_axes: tuple[int, ...]) -> None:
@@ -222,7 +263,7 @@ def _captured(
     args, kwargs = examples.on_cpu(call)
     whole = global_inputs(args, kwargs, job.batch_ranks, job.options.batch_dims)
     args, kwargs = with_values(whole.args, whole.kwargs, known or {})
-    program = job.pipeline.capture(
+    program = planning.captured(
         model, args, kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size, tangents=tangents,
         backward=backward, precision=job.precision,
     )  # fmt: skip
@@ -239,8 +280,8 @@ def _smaller(job: _Job, model: nn.Module, call: examples.Call) -> Smaller:
 def _planned(
     job: _Job, program: Program, hardware: Any, strategy: str, example: str, smaller: Smaller | None = None,
     keep_timeline: bool = False,
-) -> Any:  # fmt: skip
-    plan = job.pipeline.compile_plan(
+) -> Plan:  # fmt: skip
+    plan = planning.planned(
         program, job.axes, batch_axes=job.batch_axes, hardware=hardware, strategy=strategy, options=job.options,
         example=example, manner=Manner(job.stages, smaller=smaller, keep_timeline=keep_timeline),
     )  # fmt: skip
@@ -251,7 +292,7 @@ def _planned(
 def _shared_plan(
     job: _Job, ours: Together, program: Program, hardware: Any, strategy: str, example: str,
     smaller: Smaller | None = None,
-) -> Any:  # fmt: skip
+) -> Plan:  # fmt: skip
     """Rank 0's plan on every rank, after checking that all captured one graph."""
     if not ours.same(program.fingerprint):
         given = _shapes_given(job, program)
@@ -264,9 +305,9 @@ def _shared_plan(
             "ranks captured different graphs of the model; give every rank the same model, modes and inputs' shapes "
             "(a branch on values of an input or a buffer that differ between ranks does this too)"
         )
-    text = ours.from_first(lambda: str(_planned(job, program, hardware, strategy, example, smaller).to_json()))
+    text = ours.from_first(lambda: _planned(job, program, hardware, strategy, example, smaller).to_json())
     with ours.agreeing():
-        return job.pipeline.load(text)
+        return Plan.from_json(text)
 
 
 def _shapes_given(job: _Job, program: Program) -> str:
@@ -281,7 +322,7 @@ def _shapes_given(job: _Job, program: Program) -> str:
     return ", ".join(found)
 
 
-def _check_fingerprint(plan: PlanLike, program: Program) -> None:
+def _check_fingerprint(plan: Plan, program: Program) -> None:
     if plan.fingerprint != program.fingerprint:
         raise PlanMismatchError(
             f"the plan was made for another graph ({plan.fingerprint[:12]}) than this model's "
@@ -290,12 +331,12 @@ def _check_fingerprint(plan: PlanLike, program: Program) -> None:
 
 
 def _executable(
-    job: _Job, ours: Together, groups: Groups, program: Program, plan: Any
+    job: _Job, ours: Together, groups: Groups, program: Program, plan: Plan
 ) -> tuple[Executable, LocalProgram]:
     """What runs `plan` on this rank."""
     with ours.agreeing():
         job.stages("rewriting the graph for a rank")
-        local = job.pipeline.rewrite(program, plan)
+        local = planning.rewritten(program, plan)
         wanted = groups_used(local.graph)
         job.stages.artefact("autopar_local_graph", lambda: local.graph.print_readable(print_output=False))
     # Making groups is collective: only when every rank came this far.
@@ -318,14 +359,14 @@ def _executable(
 
 
 def _applied(
-    job: _Job, model: nn.Module, plan: Any, mesh: DeviceMesh, program: Program, call: examples.Call, ours: Together
+    job: _Job, model: nn.Module, plan: Plan, mesh: DeviceMesh, program: Program, call: examples.Call, ours: Together
 ) -> ParallelModule:
-    job = replace(job, options=job.pipeline.options_of(plan))  # rank 0's: a script may seed each rank by its number
+    job = replace(job, options=planning.options_of(plan))  # rank 0's: a script may seed each rank by its number
     groups = Groups(mesh, tuple(name for name, _ in job.axes))
     gather = _gather(job, mesh, ours)
     executable, local = _executable(job, ours, groups, program, plan)
     storages = {entry.name: entry.storage for entry in local.inputs if entry.kind == "parameter"}
-    hardware, strategy = job.pipeline.hardware_of(plan), plan.strategy
+    hardware, strategy = planning.hardware_in(plan), plan.strategy
 
     def remake(
         plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tangents: Tangents, backward: bool

@@ -47,6 +47,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 FOLDER = Path(__file__).parent
 STRATEGIES = ("megatron", "fsdp", "auto")
@@ -117,7 +118,8 @@ def _rows(name: str, family: str, strategies: tuple[str, ...], mesh: Any, rank: 
     for row in rows:
         start = time.monotonic()
         try:
-            _run(row, step, mesh, rank)
+            with mock.patch.multiple("autopar.planning", **step.planning):
+                _run(row, step, mesh, rank)
         except Exception as error:
             if os.environ.get("ZOO_TRACEBACK"):
                 traceback.print_exc()
@@ -145,9 +147,9 @@ class _Step:
     gradients: dict[str, Any]
     rounding: Callable[[], dict[str, float]]
     """How far eager's own gradients are from those of float64, by name; worked out where it is asked for."""
-    pipeline: Any
-    """autopar's own, but that this rank captures the step once, not twice for each strategy, and that what is solved
-    for one strategy is there for the next."""
+    planning: dict[str, Callable[..., Any]]
+    """autopar's own stages, but that this rank captures the step once, not twice for each strategy, and that what is
+    solved for one strategy is there for the next."""
     ran: list[tuple[Any, Row]] = field(default_factory=list)
     """Plans that were run, and how that went."""
 
@@ -156,7 +158,7 @@ class _Step:
         import torch
         import zoo_models
 
-        from autopar import PIPELINE
+        from autopar import planning
 
         model, inputs = zoo_models.build(name)
         loss, gradients = math.nan, {}
@@ -169,11 +171,9 @@ class _Step:
             gradients = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
         parts = dict(MESH)["dp"]
         local = {k: v.chunk(parts)[part] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        pipeline = replace(
-            PIPELINE, capture=_once(PIPELINE.capture), compile_plan=partial(PIPELINE.compile_plan, known={})
-        )
+        stages = {"captured": _once(planning.captured), "planned": partial(planning.planned, known={})}
         rounding = cache(partial(_rounding, name, gradients))
-        return _Step(model, local, inputs, loss, gradients, rounding, pipeline)
+        return _Step(model, local, inputs, loss, gradients, rounding, stages)
 
 
 def _rounding(name: str, gradients: dict[str, Any]) -> dict[str, float]:
@@ -208,10 +208,9 @@ def _run(row: Row, step: _Step, mesh: Any, rank: int) -> None:
     import zoo_models
 
     import autopar
-    from autopar.api import apply_with, plan_with
 
     options = autopar.Options(compile=False, progress=False)
-    plan = plan_with(step.pipeline, step.model, mesh, step.inputs, strategy=row.strategy, options=options)
+    plan = autopar.plan(step.model, mesh, step.inputs, strategy=row.strategy, options=options)
     row.captured = row.planned = True
     _note(row, plan.notes)
     for other, earlier in step.ran:
@@ -221,7 +220,7 @@ def _run(row: Row, step: _Step, mesh: Any, rank: int) -> None:
             row.split = earlier.split
             return
     step.ran.append((plan, row))
-    module = apply_with(step.pipeline, step.model, plan, mesh)
+    module = autopar.apply(step.model, plan, mesh)
     loss = zoo_models.loss_of(module(**step.inputs))
     loss.backward()
     row.ran = True

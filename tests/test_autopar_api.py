@@ -1,4 +1,4 @@
-"""plan, apply and parallelize on real ranks, over the real stages with a plain stand-in for the plan."""
+"""plan, apply and parallelize on real ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,14 +14,12 @@ import torch.distributed as dist
 from local_steps import Net
 from parity import assert_near
 from ranks import rank_outcomes, run_ranks
-from standin import pipeline
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import autopar
-from autopar import examples, meshes
-from autopar.api import apply_with, parallelize_with, plan_with
+from autopar import examples, meshes, planning
 from autopar.options import Options
 from autopar.together import RankFailedError
 from costmodel.presets import hardware
@@ -55,7 +54,7 @@ def _trains(rank: int, ranks: int, shape: tuple[int, ...], strategy: str) -> Non
     torch.manual_seed(0)
     eager = Net(rows=12, width=8)
     whole, mine = batch_of(rank, shape)
-    model = parallelize_with(pipeline(strategy), mine_first, mesh, mine, options=EAGER)
+    model = autopar.parallelize(mine_first, mesh, mine, strategy=strategy, options=EAGER)
     optims = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (eager, model)]
     for _ in range(3):
         losses = [eager(**whole).loss, model(**mine).loss]
@@ -94,21 +93,20 @@ def test_trains_like_eager(shape: tuple[int, ...], strategy: str) -> None:
 
 
 def _plan_then_apply(rank: int, ranks: int) -> None:
-    stages = pipeline("fsdp")
     torch.manual_seed(0)
     model = Net(rows=12, width=8)
     whole, mine = batch_of(rank, (2,))
-    offline = plan_with(stages, model, {"dp": 2}, mine, hardware="cpu", options=EAGER)
+    offline = autopar.plan(model, {"dp": 2}, mine, hardware="cpu", strategy="fsdp", options=EAGER)
     mesh = mesh_of((2,))
-    plan = plan_with(stages, model, mesh, mine, options=EAGER)
+    plan = autopar.plan(model, mesh, mine, strategy="fsdp", options=EAGER)
     assert plan == offline
     with torch.device("meta"):
         empty = Net(rows=12, width=8)
     empty.scale = torch.full((8,), 1.5)
-    parallel = apply_with(stages, empty, plan, mesh)
+    parallel = autopar.apply(empty, plan, mesh)
     assert all(p.is_meta for p in parallel.parameters())
     parallel.to_empty(device="cpu")
-    direct = parallelize_with(stages, model, mesh, plan=plan)
+    direct = autopar.parallelize(model, mesh, plan=plan)
     state = {k: v.clone() for k, v in direct.state_dict().items()}
     parallel.load_state_dict(state)
     torch.testing.assert_close(parallel(**mine).loss, model(**whole).loss)
@@ -120,26 +118,25 @@ def test_a_plan_is_made_in_one_place_and_applied_in_another() -> None:
 
 
 def _refuses(rank: int, ranks: int) -> None:
-    stages = pipeline("fsdp")
     model, mesh = Net(rows=12, width=8), mesh_of((2,))
     _, mine = batch_of(rank, (2,))
-    plan = plan_with(stages, model, mesh, mine, options=EAGER)
+    plan = autopar.plan(model, mesh, mine, strategy="fsdp", options=EAGER)
     with pytest.raises(PlanMismatchError, match=r"for the mesh \{'dp': 2\} but this one is \{'tp': 2\}"):
-        apply_with(stages, model, plan, mesh_of((2,), ("tp",)))
+        autopar.apply(model, plan, mesh_of((2,), ("tp",)))
     with pytest.raises(PlanMismatchError, match="made for another graph"):
-        apply_with(stages, Net(rows=12, width=10), plan, mesh)
+        autopar.apply(Net(rows=12, width=10), plan, mesh)
     with pytest.raises(PlanMismatchError, match="made for another graph"):
-        apply_with(stages, model, replace(plan, fingerprint="x" * 20), mesh)
+        autopar.apply(model, replace(plan, fingerprint="x" * 20), mesh)
     with pytest.raises(ValueError, match=r"ranks were given inputs of different shapes"):
-        parallelize_with(stages, model, mesh, {"ids": mine["ids"][:, : 3 + rank]}, options=EAGER)
+        autopar.parallelize(model, mesh, {"ids": mine["ids"][:, : 3 + rank]}, options=EAGER)
     with pytest.raises(ValueError, match="example_inputs"):
-        parallelize_with(stages, model, mesh, options=EAGER)
+        autopar.parallelize(model, mesh, options=EAGER)
     with pytest.raises(ValueError, match="needs a DeviceMesh"):
-        parallelize_with(stages, model, {"dp": 2}, mine)  # type: ignore[arg-type]
+        autopar.parallelize(model, {"dp": 2}, mine)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no names for its axes"):
-        parallelize_with(stages, model, init_device_mesh("cpu", (1, 2)), mine)
+        autopar.parallelize(model, init_device_mesh("cpu", (1, 2)), mine)
     with pytest.raises(ValueError, match=r"ranks fall along axis 'dp' of the mesh \[1, 0\]"):
-        parallelize_with(stages, model, DeviceMesh("cpu", [1, 0], mesh_dim_names=("dp",)), mine, options=EAGER)
+        autopar.parallelize(model, DeviceMesh("cpu", [1, 0], mesh_dim_names=("dp",)), mine, options=EAGER)
     part = dist.new_group([0])
     assert part is not None
     if rank == 0:
@@ -147,12 +144,12 @@ def _refuses(rank: int, ranks: int) -> None:
             dist.new_group([0], use_local_synchronization=True), "cpu", mesh_dim_names=("dp",)
         )
         with pytest.raises(ValueError, match="has 1 ranks but the job has 2"):
-            parallelize_with(stages, model, alone, mine)
+            autopar.parallelize(model, alone, mine)
     dist.barrier()
     with torch.device("cpu" if rank == 0 else "meta"):
         other = Net(rows=12, width=8)
     with pytest.raises(ValueError, match="meta device on some ranks and real on others"):
-        parallelize_with(stages, other, mesh, mine, options=EAGER)
+        autopar.parallelize(other, mesh, mine, options=EAGER)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -188,7 +185,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
     inputs = (torch.zeros(2, 3, dtype=torch.int64),)
     given = {"model": Net(), "mesh": {"dp": 2}, "example_inputs": inputs, **arguments}
     with pytest.raises(ValueError, match=message):
-        plan_with(pipeline(), given.pop("model"), given.pop("mesh"), **given)
+        autopar.plan(**given)
 
 
 _HERE = [0]
@@ -204,18 +201,15 @@ class _Breaks(Net):
 
 def _one_rank_raises(rank: int, ranks: int, when: str) -> None:
     _HERE[0] = rank
-    stages = pipeline("fsdp")
     _, mine = batch_of(rank, (2,))
     model = _Breaks(rows=12, width=8).train(when != "capture")
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no such layer")
 
-    if when == "rewrite" and rank == 1:
-        stages = replace(stages, rewrite=broken)
-    if when == "plan" and rank == 1 - rank:
-        stages = replace(stages, compile_plan=broken)
-    parallel = parallelize_with(stages, model, mesh_of((2,)), mine, options=EAGER)
+    rewritten = broken if when == "rewrite" and rank == 1 else planning.rewritten
+    with mock.patch.object(planning, "rewritten", rewritten):
+        parallel = autopar.parallelize(model, mesh_of((2,)), mine, strategy="fsdp", options=EAGER)
     assert when == "call"
     longer = {name: torch.cat((value, value), 1) for name, value in mine.items()}
     parallel(**longer)
@@ -232,7 +226,7 @@ def test_one_ranks_error_ends_all(when: str) -> None:
 
 def _short_on_one_rank(rank: int, ranks: int) -> None:
     _, mine = batch_of(rank, (2,))
-    parallel = parallelize_with(pipeline("fsdp"), Net(), mesh_of((2,)), mine, options=EAGER)
+    parallel = autopar.parallelize(Net(), mesh_of((2,)), mine, strategy="fsdp", options=EAGER)
     with pytest.raises(ValueError, match=rf"different shapes \(this one ids \[{4 - rank}, 6\].*drop_last=True"):
         parallel(**{name: torch.cat((value, value))[: 4 - rank] for name, value in mine.items()})
 
@@ -313,7 +307,7 @@ def _leaves_the_model(rank: int, ranks: int) -> None:
     model = Net(rows=12, width=8)
     before, kind = copy.deepcopy(model.state_dict()), type(model)
     _, mine = batch_of(rank, (1,))
-    parallel = parallelize_with(pipeline(), model, mesh_of((1,)), mine, options=EAGER)
+    parallel = autopar.parallelize(model, mesh_of((1,)), mine, strategy="fsdp", options=EAGER)
     parallel(**mine).loss.backward()
     with torch.no_grad():
         for p in parallel.parameters():
@@ -339,21 +333,15 @@ class Twice(nn.Module):
 def _differentiates_either(rank: int, ranks: int) -> None:
     torch.manual_seed(3)
     eager, x = Twice(), torch.randn(4, 6)
-    kinds: list[str] = []
-    stages = pipeline()
-
-    def capture(*args: Any, **kwargs: Any) -> Any:
-        kinds.append(kwargs["tangents"])
-        return stages.capture(*args, **kwargs)
-
-    parallel = parallelize_with(replace(stages, capture=capture), eager, mesh_of((1,)), (x,), options=EAGER)
-    for names in (("loss",), ("masked_loss",), ("loss", "masked_loss")):
-        for model in (eager, parallel):
-            model.zero_grad()
-            out = model(x)
-            sum(out[name] for name in names).backward()
-        compare_gradients(parallel, eager)
-    assert kinds == ["loss"], "the step was captured again"
+    with mock.patch.object(planning, "captured", side_effect=planning.captured) as captured:
+        parallel = autopar.parallelize(eager, mesh_of((1,)), (x,), strategy="fsdp", options=EAGER)
+        for names in (("loss",), ("masked_loss",), ("loss", "masked_loss")):
+            for model in (eager, parallel):
+                model.zero_grad()
+                out = model(x)
+                sum(out[name] for name in names).backward()
+            compare_gradients(parallel, eager)
+    assert [call.kwargs["tangents"] for call in captured.mock_calls] == ["loss"], "the step was captured again"
 
 
 def test_a_loss_with_two_names_is_one_loss() -> None:
@@ -411,7 +399,7 @@ def _buffers_that_differ(rank: int, ranks: int, alike: bool) -> tuple[list[torch
     model.order.copy_(torch.randperm(8))
     torch.manual_seed(9)
     x = torch.randn(4, 8)
-    parallel = parallelize_with(pipeline("ddp"), model, mesh_of((ranks,)), (x,), options=EAGER)
+    parallel = autopar.parallelize(model, mesh_of((ranks,)), (x,), strategy="ddp", options=EAGER)
     buffers = [buffer.float() for buffer in parallel.buffers()]
     return buffers, parallel(x).detach(), model(x).detach()
 

@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 from local_steps import Net
 from ranks import RankError, rank_outcomes, run_ranks
-from standin import pipeline
 from torch.distributed.device_mesh import init_device_mesh
 
-from autopar.api import parallelize_with
+import autopar
 from autopar.groups import Groups
 from autopar.module import ParallelModule
 from autopar.options import Options
@@ -89,8 +88,8 @@ def _after_a_step(ranks: int) -> tuple[ParallelModule, torch.Tensor]:
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("dp",))
     torch.manual_seed(0)
     ids = torch.randint(0, 12, (2, 6))
-    model = parallelize_with(
-        pipeline("fsdp"), Net(rows=12, width=8), mesh, {"ids": ids, "labels": ids}, options=Options(compile=False)
+    model = autopar.parallelize(
+        Net(rows=12, width=8), mesh, {"ids": ids, "labels": ids}, strategy="fsdp", options=Options(compile=False)
     )
     model(ids=ids, labels=ids).loss.backward()
     return model, ids
