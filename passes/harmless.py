@@ -7,7 +7,7 @@ what the added entries bring to a sum, maximum or look-up is nothing. `needs_of`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,7 +58,7 @@ _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _SUMS = {aten.sum.default, aten.sum.dim_IntList}
 _MAXIMA = {aten.amax.default, aten.max.default}
-_PRODUCTS = {
+_PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.mm.default: (0, 1),
     aten.bmm.default: (0, 1),
     aten.mv.default: (0, 1),
@@ -111,7 +111,9 @@ _QUOTIENTS = {
 _LOOKUPS = {aten.gather.default, aten.index_select.default, *_INDEXED}
 _DIVERGES = {aten._linalg_eigh.default, aten._linalg_svd.default}
 """They raise where a matrix has an entry that is not finite."""
-_ADDS_AT = {aten.index_add.default: 2, aten.scatter_add.default: 2}
+_COUNTS = {*_PRODUCTS, *_SUMS, *_MAXIMA, aten.cumsum.default}
+"""They run on whole numbers too, whatever these are."""
+_ADDS_AT: dict[Any, int] = {aten.index_add.default: 2, aten.scatter_add.default: 2}
 
 
 def keeps_values(target: Any) -> bool:
@@ -137,52 +139,77 @@ def needs_of(reading: Reading) -> dict[Key, tuple[Need, ...] | None]:
 
 
 def _needs(reading: Reading, key: Key) -> tuple[Need, ...] | None:
-    target, form = reading.node.target, reading.form
-    have = [k for k, positions in enumerate(reading.at_operands) if key in positions]
-    lost = any(key not in positions for positions in reading.at_results)
-    if target in (_FLASH, _FLASH_BACKWARD) and _runs_causal(reading, key):
-        if target is _FLASH_BACKWARD:
-            return _times_gradient(reading)
-        return (Need(1, "finite"), Need(2, "finite"))  # a key that is not looked at counts zero times its value
-    if key[0] in form.whole or (key[1] and key[0] in form.leading):
+    if _runs_causal(reading, key):
+        # A key that is not looked at counts zero times its value.
+        return (
+            _times_gradient(reading)
+            if reading.node.target is _FLASH_BACKWARD
+            else (Need(1, "finite"), Need(2, "finite"))
+        )
+    if key[0] in reading.form.whole or (key[1] and key[0] in reading.form.leading):
         return None
-    if target in _QUOTIENTS and 1 in have and not reading.call.operands[1].dtype.is_floating_point:
-        return None  # a whole number is not divided by an added zero
-    if not lost and (is_pointwise(target) or target in _MOVES or target in _MOVES_AMONG_ZEROS or target in FILLS):
-        return ()
-    indices = tuple(Need(k, "zero") for k in _indices(reading) if k in have)
-    if target in _INDEXED | _ACCUMULATES:
-        if 0 in have and key[0] in form.leading:
-            return None  # an index from the end would mean another row
-        if target in _INDEXED:
-            return indices
-        values = len(reading.at_operands) - 1
-        if not reading.call.get("accumulate") or not {0, values} & set(have):
-            return None  # added rows would not be zeros
-        return (*indices, Need(values, "zero"))
-    if target in _PRODUCTS and lost:
+    if reading.node.target in _INDEXED | _ACCUMULATES:
+        return _needs_of_indexed(reading, key)
+    if any(key not in positions for positions in reading.at_results):
+        return _needs_where_dropped(reading, key)
+    return _needs_where_kept(reading, key)
+
+
+def _needs_of_indexed(reading: Reading, key: Key) -> tuple[Need, ...] | None:
+    """Of `x[indices]`, and of `x[indices] += values`."""
+    have = _having(reading, key)
+    if 0 in have and key[0] in reading.form.leading:
+        return None  # an index from the end would mean another row
+    if reading.node.target in _INDEXED:
+        return _index_needs(reading, have)
+    values = len(reading.at_operands) - 1
+    if not reading.call.get("accumulate") or not {0, values} & set(have):
+        return None  # added rows would not be zeros
+    return (*_index_needs(reading, have), Need(values, "zero"))
+
+
+def _needs_where_dropped(reading: Reading, key: Key) -> tuple[Need, ...] | None:
+    """Where a result lacks the factor: its added entries are summed up, compared or looked up."""
+    target, have = reading.node.target, _having(reading, key)
+    if target in _PRODUCTS:
         a, b = _PRODUCTS[target]
         return (Need(a, "product", b),)
-    if target in _SUMS and lost:
+    if target in _SUMS:
         return (Need(0, "zero"),)
-    if target in _MAXIMA and lost:
+    if target in _MAXIMA:
         return (Need(0, "lowest"),)
-    if target is aten.embedding_dense_backward.default:
-        return (*indices, Need(0, "zero")) if 0 in have and lost else indices
+    if target is aten.embedding_dense_backward.default and 0 in have:
+        return (*_index_needs(reading, have), Need(0, "zero"))
     if target in _ADDS_AT:
-        return (*indices, Need(_ADDS_AT[target], "zero")) if lost else indices
+        return (*_index_needs(reading, have), Need(_ADDS_AT[target], "zero"))
     if target in _INDEX_OPERANDS:
-        return indices
-    if lost:
-        return _times_gradient(reading) if target in _TIMES_GRADIENT else None
+        return _index_needs(reading, have)
+    return _times_gradient(reading) if target in _TIMES_GRADIENT else None
+
+
+def _needs_where_kept(reading: Reading, key: Key) -> tuple[Need, ...] | None:
+    """Where every result has the factor: entries stay apart, but some ops fail on what may stand in added ones."""
+    target, have = reading.node.target, _having(reading, key)
+    whole_numbers = [k for k in have if not reading.call.operands[k].dtype.is_floating_point]
+    if target in _QUOTIENTS and 1 in whole_numbers:
+        return None  # a whole number is not divided by an added zero
+    if is_pointwise(target) or target in _MOVES or target in _MOVES_AMONG_ZEROS or target in FILLS:
+        return ()
+    if target in _INDEX_OPERANDS:
+        return _index_needs(reading, have)
     if target in _DIVERGES:
         return (Need(0, "finite"),)
-    whole_numbers = any(not reading.call.operands[k].dtype.is_floating_point for k in have)
-    return None if whole_numbers and not _is_known(target) else ()
+    return None if whole_numbers and target not in _COUNTS else ()
 
 
-def _is_known(target: Any) -> bool:
-    return target in _PRODUCTS or target in _SUMS or target in _MAXIMA or target in (aten.cumsum.default,)
+def _having(reading: Reading, key: Key) -> list[int]:
+    """Operands that have the padded part."""
+    return [k for k, positions in enumerate(reading.at_operands) if key in positions]
+
+
+def _index_needs(reading: Reading, have: Sequence[int]) -> tuple[Need, ...]:
+    """Added entries of indices are to name a row that there is."""
+    return tuple(Need(k, "zero") for k in _indices(reading) if k in have)
 
 
 def _times_gradient(reading: Reading) -> tuple[Need, ...]:
@@ -191,6 +218,7 @@ def _times_gradient(reading: Reading) -> tuple[Need, ...]:
 
 
 def _indices(reading: Reading) -> tuple[int, ...]:
+    """The operands that are indices."""
     target = reading.node.target
     if target in _INDEXED or target in _ACCUMULATES:
         found = reading.call.get("indices")
@@ -201,6 +229,8 @@ def _indices(reading: Reading) -> tuple[int, ...]:
 def _runs_causal(reading: Reading, key: Key) -> bool:
     """Queries and keys of a causal attention made longer alike: real queries do not look at what comes behind them."""
     call = reading.call
+    if reading.node.target not in (_FLASH, _FLASH_BACKWARD):
+        return False
     if not call.get("is_causal", False) or isinstance(call.get("attn_mask"), Operand):
         return False
     names = [n for n, argument in call.arguments.items() if isinstance(argument, Operand)]
@@ -212,73 +242,135 @@ def _runs_causal(reading: Reading, key: Key) -> bool:
     return key in rows | columns and all(both) and len(rows) == len(columns) == 1
 
 
+# --- what then stands in results --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """An op that runs padded along `key`, and what stands in its operands' added entries there."""
+
+    reading: Reading
+    key: Key
+    result: int
+    """Which of its results is asked for."""
+    given: Sequence[Zone]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result."""
+        facts = self.reading.call.results[self.result]
+        assert facts is not None
+        return facts.dtype
+
+    @property
+    def have(self) -> list[int]:
+        """Operands that have the padded part."""
+        return _having(self.reading, self.key)
+
+    @property
+    def own(self) -> Sequence[Zone]:
+        """The zones of these; of all operands where none has it."""
+        return [self.given[k] for k in self.have] or self.given
+
+    @property
+    def finite(self) -> bool:
+        """Whether all operands are finite."""
+        return all(map(is_finite, self.given))
+
+    def finite_if(self, certain: bool) -> Zone:
+        """Finite numbers where that is certain, else what the dtype tells alone."""
+        return "finite" if certain else unknown(self.dtype)
+
+    @property
+    def sums(self) -> Zone:
+        """Sums of operands, or of their products."""
+        return self.finite_if(self.finite and not any(map(is_edge, self.given)))
+
+    def sum_of(self, zones: Sequence[Zone]) -> Zone:
+        """Sums of some of the entries of `zones`, or of none."""
+        if all(map(is_zero, zones)):
+            return 0
+        return "nonnegative" if all(_above(zone) or is_zero(zone) for zone in zones) else self.sums
+
+
+def _above(zone: Zone) -> bool:
+    return zone in ("nonnegative", "positive")
+
+
 def result_zone(reading: Reading, key: Key, result: int, given: Sequence[Zone]) -> Zone:
     """What stands in the added entries of a result along `key`; `given` what does in each operand's.
 
     An operand that lacks the dim has "real" there, or the number it consists of, or "finite" where "nowhere" stands in
     other added entries of it.
     """
-    node, target = reading.node, reading.node.target
-    facts = reading.call.results[result]
-    assert facts is not None
-    have = [k for k, positions in enumerate(reading.at_operands) if key in positions]
-    mine = [given[k] for k in have]
-    finite = all(map(is_finite, given))
-    summable = finite and not any(map(is_edge, given))
-    nothing = unknown(facts.dtype)
+    op, target = _Padded(reading, key, result, given), reading.node.target
     if target in FILLS:
-        return fill_of(node)
+        return fill_of(reading.node)
     if is_pointwise(target):
-        return pointwise_zone(node, given, [operand.dtype for operand in reading.call.operands], facts.dtype)
-    if target in _MOVES:
-        return join(mine or list(given))
-    if target in _MOVES_AMONG_ZEROS:
-        return join([*(mine or given), reading.call.get("value", 0)])
-    if target in _PRODUCTS:
-        factors = _PRODUCTS[target]
-        added = [zone for k, zone in enumerate(given) if k not in factors]
-        zero = any(is_zero(given[k]) for k in factors) and all(map(is_zero, added))
-        return 0 if zero and finite else _rest(summable, nothing)
-    if target in _SUMS:
-        return given[0] if is_zero(given[0]) or given[0] in ("nonnegative", "positive") else _rest(summable, nothing)
-    if target in _MAXIMA:
-        return given[0]
-    if target is aten.embedding.default:
-        return given[0] if 0 in have else "finite"
-    if target is aten.embedding_dense_backward.default:
-        return _added([given[0]], summable, nothing) if 0 in have else 0
-    if target in _TIMES_GRADIENT:
-        # A causal attention's columns: the gradient's rows there are zero, by what `needs_of` asks.
-        zero = is_zero(given[0]) or (target is _FLASH_BACKWARD and 0 not in have and key[0] in reading.form.whole)
-        return 0 if zero and finite else _rest(summable, nothing)
-    if target in _NORMS:
-        return _rest(summable, nothing)
-    if target in _SOFTMAX:
-        return "nonnegative" if finite else nothing
-    if target is _FLASH:
-        return 0 if result == 0 and finite and is_zero(given[2]) else _rest(finite, nothing)
-    if target in _LOOKUPS:
-        return given[0] if 0 in have else _rest(is_finite(given[0]), nothing)
-    if target in _ADDS_AT or target in _ACCUMULATES:
-        values = _ADDS_AT.get(target, len(given) - 1)
-        if target in _ACCUMULATES and values not in have and not is_zero(given[values]):
-            return _rest(summable, nothing)  # a value for many places is added in added ones too
-        return given[0] if values not in have else _added([given[0], given[values]], summable, nothing)
+        return pointwise_zone(reading.node, given, [operand.dtype for operand in reading.call.operands], op.dtype)
+    if (zone_of := _RESULTS.get(target)) is not None:
+        return zone_of(op)
     if rule_of(target) is not None and str(target).startswith("autopar.uniform"):
         return "nonnegative"
-    return nothing
+    return unknown(op.dtype)
 
 
-def _added(zones: Sequence[Zone], summable: bool, nothing: Zone) -> Zone:
-    """Of sums of some of such entries, or of none."""
-    if all(map(is_zero, zones)):
-        return 0
-    above = all(zone in ("nonnegative", "positive") or is_zero(zone) for zone in zones)
-    return "nonnegative" if above else _rest(summable, nothing)
+def _product(op: _Padded) -> Zone:
+    factors = _PRODUCTS[op.reading.node.target]
+    added = [zone for k, zone in enumerate(op.given) if k not in factors]
+    zero = any(is_zero(op.given[k]) for k in factors) and all(map(is_zero, added))
+    return 0 if zero and op.finite else op.sums
 
 
-def _rest(finite: bool, nothing: Zone) -> Zone:
-    return "finite" if finite else nothing
+def _sum(op: _Padded) -> Zone:
+    terms = op.given[0]
+    return terms if is_zero(terms) or _above(terms) else op.sums
+
+
+def _gradient(op: _Padded) -> Zone:
+    """Linear in the gradient; a causal attention's columns have zeros in the gradient's rows, by `needs_of`."""
+    columns = op.reading.node.target is _FLASH_BACKWARD and 0 not in op.have and op.key[0] in op.reading.form.whole
+    return 0 if (is_zero(op.given[0]) or columns) and op.finite else op.sums
+
+
+def _attention(op: _Padded) -> Zone:
+    """The output, of which no more than the values is made, and sums of exponentials."""
+    return 0 if op.result == 0 and op.finite and is_zero(op.given[2]) else op.finite_if(op.finite)
+
+
+def _look_up(op: _Padded) -> Zone:
+    return op.given[0] if 0 in op.have else op.finite_if(is_finite(op.given[0]))
+
+
+def _add_at(op: _Padded) -> Zone:
+    values = _ADDS_AT[op.reading.node.target]
+    return op.sum_of([op.given[0], op.given[values]]) if values in op.have else op.given[0]
+
+
+def _accumulate(op: _Padded) -> Zone:
+    values = len(op.given) - 1
+    if values in op.have:
+        return op.sum_of([op.given[0], op.given[values]])
+    # A value for many places is added in added ones too.
+    return op.given[0] if is_zero(op.given[values]) else op.sums
+
+
+_RESULTS: dict[Any, Callable[[_Padded], Zone]] = {
+    **dict.fromkeys(_MOVES, lambda op: join(op.own)),
+    **dict.fromkeys(_MOVES_AMONG_ZEROS, lambda op: join([*op.own, op.reading.call.get("value", 0)])),
+    **dict.fromkeys(_PRODUCTS, _product),
+    **dict.fromkeys(_SUMS, _sum),
+    **dict.fromkeys(_MAXIMA, lambda op: op.given[0]),
+    aten.embedding.default: lambda op: op.given[0] if 0 in op.have else "finite",
+    aten.embedding_dense_backward.default: lambda op: op.sum_of([op.given[0]]) if 0 in op.have else 0,
+    **dict.fromkeys(_TIMES_GRADIENT, _gradient),
+    **dict.fromkeys(_NORMS, lambda op: op.sums),
+    **dict.fromkeys(_SOFTMAX, lambda op: "nonnegative" if op.finite else unknown(op.dtype)),
+    _FLASH: _attention,
+    **dict.fromkeys(_LOOKUPS, _look_up),
+    **dict.fromkeys(_ADDS_AT, _add_at),
+    **dict.fromkeys(_ACCUMULATES, _accumulate),
+}
 
 
 def fill_of(node: fx.Node) -> Zone:

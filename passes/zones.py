@@ -16,7 +16,7 @@ where they are not, neither is the model's own result.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -148,11 +148,11 @@ def unknown(dtype: torch.dtype) -> Zone:
 
 def pointwise_zone(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.dtype], result: torch.dtype) -> Zone:
     """The zone of a pointwise op's result; `given` and `dtypes` are of its tensor operands in order."""
-    zone = _special(node, given, result)
+    zone = _of_some_operands(node, given, result)
     if zone is None and given and all(map(is_number, given)):
         zone = _computed(node, given, dtypes)
     if zone is None:
-        zone = _general(node, given)
+        zone = _of_all_operands(node, given)
     if zone == "edge" and any(_reach(dtype) > _reach(result) for dtype in dtypes):
         zone = "any"
     if zone == "positive" and any(_least(dtype) < _least(result) for dtype in dtypes):
@@ -171,6 +171,7 @@ def _least(dtype: torch.dtype) -> float:
 
 
 def _computed(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.dtype]) -> Zone | None:
+    """What the op itself makes of the operands' numbers; None where that is no number."""
     values = iter([torch.tensor(zone, dtype=dtype) for zone, dtype in zip(given, dtypes, strict=True)])
 
     def value(argument: Any) -> Any:
@@ -185,44 +186,49 @@ def _computed(node: fx.Node, given: Sequence[Zone], dtypes: Sequence[torch.dtype
     return None if number != number else number
 
 
-def _special(node: fx.Node, given: Sequence[Zone], result: torch.dtype) -> Zone | None:
-    """Ops whose result follows from some of their operands; None where that says nothing."""
+# --- where some operands decide -----------------------------------------------------------------------------------
+
+
+def _of_some_operands(node: fx.Node, given: Sequence[Zone], result: torch.dtype) -> Zone | None:
+    """The zone of an op whose result may follow from some of its operands; None where it does not."""
     target = node.target
-    if target is aten.where.self:
-        condition, a, b = given
-        return join([a, b]) if not is_number(condition) else a if condition else b
-    if target is aten.masked_fill.Scalar:
-        value: Any = node.args[2]
-        return join([given[0], value]) if not is_number(given[1]) else value if given[1] else given[0]
-    if target in _EQUALITIES and "nowhere" in given:
-        others = [zone for zone in given if zone != "nowhere"]
-        apart = len(others) == len(given) - 1 and all(zone == "real" or is_number(zone) for zone in others)
-        return target in (aten.ne.Tensor, aten.ne.Scalar) if apart else None
-    if target in (aten.logical_and.default, aten.bitwise_and.Tensor) and any(zone is False for zone in given):
-        return False
-    if target in (aten.logical_or.default, aten.bitwise_or.Tensor) and any(zone is True for zone in given):
-        return True if result is torch.bool else None
-    if target in _COPIES:
-        copied = given[0]
-        return copied if isinstance(copied, str) and copied != "nowhere" else None
-    if target is aten.mul.Tensor:
-        return _product(node, given)
-    if target in _FIRST_TIMES and is_zero(given[0]) and all(map(is_finite, given)):
-        return None if any(map(is_edge, given)) else 0
-    if target in (aten.add.Tensor, aten.sub.Tensor) and len(given) == 2 and "alpha" not in node.kwargs:
-        infinite = [zone for zone in given if is_number(zone) and isinstance(zone, float) and math.isinf(zone)]
-        if len(infinite) == 1 and all(is_finite(zone) for zone in given if zone is not infinite[0]):
-            return infinite[0] if infinite[0] is given[0] or target is aten.add.Tensor else -infinite[0]
-    return None
+    if target in _ANDS:
+        return False if any(zone is False for zone in given) else None
+    if target in _ORS:
+        return True if any(zone is True for zone in given) and result is torch.bool else None
+    zone_of = _BY_SOME_OPERANDS.get(target)
+    return None if zone_of is None else zone_of(node, given)
 
 
-def _of_edges(node: fx.Node, given: Sequence[Zone]) -> Zone:
-    edges = sum(map(is_edge, given))
-    kept = edges == 1 and "alpha" not in node.kwargs if node.target in _ADDITIONS else node.target in _KEEPS_EDGES
-    return "edge" if kept and all(map(is_finite, given)) else "any"
+def _where(node: fx.Node, given: Sequence[Zone]) -> Zone:
+    return _chosen(*given)
+
+
+def _masked_fill(node: fx.Node, given: Sequence[Zone]) -> Zone:
+    value: Any = node.args[2]
+    return _chosen(given[1], value, given[0])
+
+
+def _chosen(condition: Zone, yes: Zone, no: Zone) -> Zone:
+    if not is_number(condition):
+        return join([yes, no])
+    return yes if condition else no
+
+
+def _equality(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
+    """An index that no row has equals no real one, and no number."""
+    others = [zone for zone in given if zone != "nowhere"]
+    apart = len(others) == len(given) - 1 and all(zone == "real" or is_number(zone) for zone in others)
+    return node.target in (aten.ne.Tensor, aten.ne.Scalar) if apart else None
+
+
+def _copy(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
+    copied = given[0]
+    return copied if isinstance(copied, str) and copied != "nowhere" else None
 
 
 def _product(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
+    """Zero times finite numbers is zero, and a square is not negative."""
     if any(map(is_zero, given)) and all(map(is_finite, given)):
         return 0
     if node.args[0] is node.args[1] and is_finite(given[0]) and not is_edge(given[0]):
@@ -230,28 +236,105 @@ def _product(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
     return None
 
 
-def _general(node: fx.Node, given: Sequence[Zone]) -> Zone:
+def _first_times(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
+    zero = is_zero(given[0]) and all(map(is_finite, given)) and not any(map(is_edge, given))
+    return 0 if zero else None
+
+
+def _with_infinity(node: fx.Node, given: Sequence[Zone]) -> Zone | None:
+    """One infinite operand of a sum or difference, the other one finite."""
+    if len(given) != 2 or "alpha" in node.kwargs:
+        return None
+    infinite = [zone for zone in given if is_number(zone) and isinstance(zone, float) and math.isinf(zone)]
+    if len(infinite) != 1 or not all(is_finite(zone) for zone in given if zone is not infinite[0]):
+        return None
+    return infinite[0] if infinite[0] is given[0] or node.target is aten.add.Tensor else -infinite[0]
+
+
+_ANDS = {aten.logical_and.default, aten.bitwise_and.Tensor}
+_ORS = {aten.logical_or.default, aten.bitwise_or.Tensor}
+_BY_SOME_OPERANDS: dict[Any, Callable[[fx.Node, Sequence[Zone]], Zone | None]] = {
+    aten.where.self: _where,
+    aten.masked_fill.Scalar: _masked_fill,
+    **dict.fromkeys(_EQUALITIES, _equality),
+    **dict.fromkeys(_COPIES, _copy),
+    aten.mul.Tensor: _product,
+    **dict.fromkeys(_FIRST_TIMES, _first_times),
+    aten.add.Tensor: _with_infinity,
+    aten.sub.Tensor: _with_infinity,
+}
+
+
+# --- where all operands count -------------------------------------------------------------------------------------
+
+
+def _of_all_operands(node: fx.Node, given: Sequence[Zone]) -> Zone:
+    """What the zones of an op's operands, and the numbers among its arguments, tell of its result."""
     target = node.target
     numbers = [a for a in node.args if isinstance(a, int | float) and not isinstance(a, bool)]
-    operands = [*given, *numbers]
-    if any(map(is_edge, operands if target in _ADDITIONS | _FACTORS else given)):
-        return _of_edges(node, operands)
     finite = all(map(is_finite, given))
-    if target in (aten.add.Tensor, aten.add.Scalar) and "alpha" not in node.kwargs and all(map(_nonnegative, operands)):
-        return "positive" if any(map(_positive, operands)) else "nonnegative"
-    if target in _FACTORS and all(map(_nonnegative, operands)):
-        return "positive" if all(map(_positive, operands)) else "nonnegative"
-    if target in (aten.div.Scalar, aten.div.Tensor) and finite:
-        divisor = operands[1] if len(operands) > 1 else "any"
-        if is_number(divisor) and divisor != 0:
-            return given[0] if _positive(divisor) and isinstance(given[0], str) and given[0] != "nowhere" else "finite"
-        if _positive(divisor) or divisor == "real":  # where that is zero the model's own result is no number
-            return 0 if is_zero(given[0]) else "finite"
-        return "any"
-    if target is aten.pow.Tensor_Scalar and finite and numbers and numbers[0] >= 0:
-        return "nonnegative" if numbers[0] % 2 == 0 else "finite" if numbers[0] == int(numbers[0]) else "any"
-    if target in (aten.rsqrt.default, aten.reciprocal.default, aten.sqrt.default) and _positive(given[0]):
-        return "positive"
-    if target is aten.sqrt.default and _nonnegative(given[0]):
-        return "nonnegative"
+    if any(map(is_edge, [*given, *numbers] if target in _ADDITIONS | _FACTORS else given)):
+        return _of_edges(node, [*given, *numbers])
+    zone_of = _BY_ALL_OPERANDS.get(target)
+    zone = None if zone_of is None else zone_of(node, given, numbers)
+    if zone is not None:
+        return zone
     return "finite" if finite and target in _KEEPS_FINITE else "any"
+
+
+def _of_edges(node: fx.Node, operands: Sequence[Zone]) -> Zone:
+    edges = sum(map(is_edge, operands))
+    kept = edges == 1 and "alpha" not in node.kwargs if node.target in _ADDITIONS else node.target in _KEEPS_EDGES
+    return "edge" if kept and all(map(is_finite, operands)) else "any"
+
+
+def _sum(node: fx.Node, given: Sequence[Zone], numbers: Sequence[float]) -> Zone | None:
+    terms = [*given, *numbers]
+    if "alpha" in node.kwargs or not all(map(_nonnegative, terms)):
+        return None
+    return "positive" if any(map(_positive, terms)) else "nonnegative"
+
+
+def _multiple(node: fx.Node, given: Sequence[Zone], numbers: Sequence[float]) -> Zone | None:
+    factors = [*given, *numbers]
+    if not all(map(_nonnegative, factors)):
+        return None
+    return "positive" if all(map(_positive, factors)) else "nonnegative"
+
+
+def _quotient(node: fx.Node, given: Sequence[Zone], numbers: Sequence[float]) -> Zone:
+    operands = [*given, *numbers]
+    if len(operands) < 2 or not all(map(is_finite, given)):
+        return "any"
+    dividend, divisor = operands[:2]
+    if is_number(divisor) and divisor != 0:
+        keeps_sign = _positive(divisor) and isinstance(dividend, str) and dividend != "nowhere"
+        return dividend if keeps_sign else "finite"
+    if _positive(divisor) or divisor == "real":  # where that is zero the model's own result is no number
+        return 0 if is_zero(dividend) else "finite"
+    return "any"
+
+
+def _power(node: fx.Node, given: Sequence[Zone], numbers: Sequence[float]) -> Zone:
+    if not numbers or numbers[0] < 0 or not all(map(is_finite, given)):
+        return "any"
+    if numbers[0] % 2 == 0:
+        return "nonnegative"
+    return "finite" if numbers[0] == int(numbers[0]) else "any"
+
+
+def _root(node: fx.Node, given: Sequence[Zone], numbers: Sequence[float]) -> Zone | None:
+    if _positive(given[0]):
+        return "positive"
+    return "nonnegative" if node.target is aten.sqrt.default and _nonnegative(given[0]) else None
+
+
+_BY_ALL_OPERANDS: dict[Any, Callable[[fx.Node, Sequence[Zone], Sequence[float]], Zone | None]] = {
+    aten.add.Tensor: _sum,
+    aten.add.Scalar: _sum,
+    **dict.fromkeys(_FACTORS, _multiple),
+    aten.div.Scalar: _quotient,
+    aten.div.Tensor: _quotient,
+    aten.pow.Tensor_Scalar: _power,
+    **dict.fromkeys([aten.rsqrt.default, aten.reciprocal.default, aten.sqrt.default], _root),
+}
