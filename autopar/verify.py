@@ -34,6 +34,7 @@ from costmodel.hardware import Hardware
 from passes.autocast import autocast_as, autocast_dtype
 from passes.bisect import Divergence, first_divergence
 from passes.double import doubled, in_double
+from passes.ledger import ledger
 from passes.local import LocalProgram
 from passes.named import check_strategy
 from passes.one_process import as_one_process
@@ -42,7 +43,8 @@ from passes.plan import Plan, check_plan
 from passes.precision import Precision, default_dtype, dtype_text
 from passes.program import Program
 from passes.provenance import place_of
-from passes.simulate import SimulationError, StepValues, ledger, local_inputs, simulate_step
+from passes.scattered import SimulationError
+from passes.simulate import StepValues, local_inputs, simulate_step
 
 __all__ = ["Parity", "Tolerances", "verify"]
 

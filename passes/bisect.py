@@ -25,7 +25,8 @@ from passes.local import LocalProgram
 from passes.program import Program
 from passes.rules.call import is_tensor
 from passes.rules.matmul import PRODUCTS
-from passes.simulate import SimulationError, gather, simulate
+from passes.scattered import SimulationError, gather
+from passes.simulate import simulate
 from passes.walks import results_of
 
 aten = torch.ops.aten

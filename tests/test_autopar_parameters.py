@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import autopar
 from passes.capture import capture
-from passes.simulate import ledger
+from passes.ledger import ledger
 
 MESH = {"dp": 2, "tp": 2}
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.decompositions import DECOMPOSITIONS
-from passes.simulate import ledger
+from passes.ledger import ledger
 
 aten = torch.ops.aten
 

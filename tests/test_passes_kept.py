@@ -17,11 +17,11 @@ from costmodel.hardware import topology
 from costmodel.presets import hardware
 from passes import fitting
 from passes.errors import NoFeasiblePlanError
+from passes.ledger import ledger
 from passes.lower import lower
 from passes.pipeline import Manner, Request, compile_plan, local_program
 from passes.plan import Plan
 from passes.schedule import Schedule, play
-from passes.simulate import ledger
 from passes.space import Space
 
 IDS = {"ids": torch.randint(0, 16, (16, 6), generator=torch.Generator().manual_seed(0))}

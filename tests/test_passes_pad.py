@@ -28,6 +28,7 @@ from passes.analysis import Analysis, analyse
 from passes.bisect import run_program
 from passes.blocks import NotPeriodicError
 from passes.fitting import Candidate
+from passes.ledger import ledger
 from passes.local import LocalProgram, Storage
 from passes.pad import Pad, pad
 from passes.pipeline import Request, compile_plan, local_program, on_mesh
@@ -35,7 +36,7 @@ from passes.plan import Plan
 from passes.program import Program
 from passes.randomness import UNIFORM, uniform_values
 from passes.repeat import is_worth_repeating, repeat_keys
-from passes.simulate import ledger, simulate_step
+from passes.simulate import simulate_step
 from passes.strategies import stored_options
 from passes.uneven import uneven_dims
 

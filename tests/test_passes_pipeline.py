@@ -21,12 +21,12 @@ from costmodel.layout import parse_layout
 from costmodel.presets import hardware
 from passes.capture import capture
 from passes.errors import NoFeasiblePlanError, PlanMismatchError
+from passes.ledger import ledger
 from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
 from passes.plan import Plan
 from passes.plan_notes import launch_note
 from passes.price import price
 from passes.program import Program
-from passes.simulate import ledger
 from passes.solve import solve
 from passes.space import Pin, search_space
 

@@ -13,11 +13,12 @@ from random_plans import every_option, random_plan
 from small_models import build
 from torch import fx, nn
 
+from passes.ledger import ledger
 from passes.local import COLLECTIVES, LocalProgram
 from passes.precision import Dtypes, Precision
 from passes.program import Program
 from passes.schedule import play
-from passes.simulate import ledger, simulate_step
+from passes.simulate import simulate_step
 from passes.space import Space
 from passes.tracks import tracks
 

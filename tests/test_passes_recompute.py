@@ -14,6 +14,7 @@ from torch import nn
 from costmodel.hardware import topology
 from costmodel.presets import hardware
 from passes.analysis import Analysis, analyse
+from passes.ledger import ledger
 from passes.moves import Run
 from passes.partition import split
 from passes.price import price
@@ -21,7 +22,6 @@ from passes.program import Program
 from passes.recompute import MODES, Mode, recomputation
 from passes.rewrite import rewrite
 from passes.schedule import play
-from passes.simulate import ledger
 from passes.solve import solve
 from passes.space import Space, search_space
 from passes.strategies import Option

@@ -9,8 +9,8 @@ import torch
 from parity import captured, errors, planned
 from small_models import MODELS, build
 
+from passes.ledger import Issued, ledger
 from passes.program import Program
-from passes.simulate import Issued, ledger
 
 MESHES = {
     "dp4": ({"dp": 4}, (0,)),

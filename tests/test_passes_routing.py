@@ -16,11 +16,11 @@ from torch.nn import functional as F
 import autopar
 from passes.capture import capture
 from passes.errors import CaptureError
+from passes.ledger import ledger
 from passes.program import Program
 from passes.routed_ops import ROUTED_MM, TAKE_ROWS
 from passes.routing import has_routed, route_by_blocks
 from passes.rules.call import Call, TensorFacts
-from passes.simulate import ledger
 from passes.work import work_of
 
 DP_TP = {"dp": 2, "tp": 2}

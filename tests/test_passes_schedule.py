@@ -24,12 +24,12 @@ from costmodel.presets import hardware
 from costmodel.reshard import Step
 from passes.by_parts import ByParts, by_parts
 from passes.decisions import option_text
+from passes.ledger import ledger
 from passes.moves import Move, Run
 from passes.player import Player
 from passes.price import price
 from passes.program import Program
 from passes.schedule import Schedule, play
-from passes.simulate import ledger
 from passes.solve import solve
 from passes.space import Site, Space, search_space
 from passes.tracks import OpCost, Slot, Tracks, op_cost, tracks
