@@ -21,12 +21,12 @@ from passes.dims import ExpandedOp
 from passes.emit import Emitter, Parts
 from passes.errors import UnsupportedOpError
 from passes.fakes import DynamicOutputShapeException
-from passes.randomness import emit_uniform
 from passes.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
 from passes.rules.call import Call, Operand, call_of, map_operands
 from passes.rules.create import FILLS, IOTAS
 from passes.rules.view import RESHAPES
 from passes.rules.window import UPSAMPLE_BACKWARDS
+from passes.uniform import emit_uniform
 
 aten = torch.ops.aten
 

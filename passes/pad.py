@@ -34,9 +34,9 @@ from passes.graphs import graph_module
 from passes.harmless import Key, Need, Place, Reading, fill_of, keeps_values, looked_up, needs_of, result_zone
 from passes.localize import LocalOp, in_dtype, run_locally
 from passes.program import Input, Output, Program
-from passes.randomness import UNIFORM
 from passes.rules.call import is_tensor, operand_nodes
 from passes.rules.create import FILLS, IOTAS
+from passes.uniform import UNIFORM
 from passes.walks import results_of
 from passes.zones import Zone, is_finite, is_number, is_pointwise, is_zero, join
 

@@ -26,7 +26,7 @@ from passes.graphs import graph_module
 from passes.layers import layer_patterns
 from passes.normalize import content_of, settled_in_order
 from passes.program import Input, Program
-from passes.randomness import UNIFORM
+from passes.uniform import UNIFORM
 
 _META = {"val", "phase", "module", "source"}
 """What a node of a program tells about itself: of these only `val` is another at another batch."""

@@ -31,9 +31,9 @@ from torch import fx
 from passes.analysis import Analysis, Place
 from passes.cut import UNBOUNDED, Values, cheapest_cut, reached
 from passes.dims import Value, is_getitem
-from passes.randomness import UNIFORM
 from passes.routed_ops import ROUTED_MM
 from passes.rules.call import Call
+from passes.uniform import UNIFORM
 from passes.work import is_view_op
 
 aten = torch.ops.aten

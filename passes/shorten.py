@@ -23,8 +23,8 @@ from torch import fx
 
 from passes.layers import layer_patterns
 from passes.program import Program, Repeated
-from passes.randomness import UNIFORM
 from passes.rules.call import facts_of
+from passes.uniform import UNIFORM
 from passes.walks import results_of
 
 _LONGEST_UNIT = 8

@@ -34,11 +34,11 @@ from passes.pad import Pad, pad
 from passes.pipeline import Request, compile_plan, local_program, on_mesh
 from passes.plan import Plan
 from passes.program import Program
-from passes.randomness import UNIFORM, uniform_values
 from passes.repeat import is_worth_repeating, repeat_keys
 from passes.simulate import simulate_step
 from passes.strategies import stored_options
 from passes.uneven import uneven_dims
+from passes.uniform import UNIFORM, uniform_values
 
 aten = torch.ops.aten
 

@@ -14,8 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.errors import UnsupportedOpError
 from passes.local import DimShard, LocalInput, LocalOutput, LocalProgram, Storage
 from passes.program import Input, Output, Program
-from passes.randomness import UNIFORM, emit_uniform, own_randomness, uniform_values
+from passes.randomness import own_randomness
 from passes.simulate import simulate_step
+from passes.uniform import UNIFORM, emit_uniform, uniform_values
 
 aten = torch.ops.aten
 Step = Callable[[Tensor], Any]
