@@ -23,7 +23,7 @@ import torch
 from costmodel.compute import matmul, op_s, pointwise
 from costmodel.reshard import Step
 from passes.moves import Move, Run
-from passes.price import local_work
+from passes.per_rank import local_work
 from passes.rules.view import RESHAPES
 from passes.space import Space
 from passes.tracks import Tracks

@@ -17,7 +17,7 @@ from torch import fx
 
 from costmodel.compute import Work, op_s
 from passes.moves import Run
-from passes.price import local_work
+from passes.per_rank import local_work
 from passes.routed_ops import ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
 from passes.space import Space
 from passes.strategies import Option, StoredOption

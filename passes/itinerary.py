@@ -15,10 +15,10 @@ from torch import fx
 from costmodel.layout import Layout, is_gather
 from costmodel.reshard import Step
 from passes.buckets import bucketed
+from passes.conversion import conversion, given_state, stored_state
 from passes.dims import Value, outputs_of
 from passes.moves import Move, Run
 from passes.postpone import postponed
-from passes.price import conversion, given_state, stored_state
 from passes.space import Space
 from passes.strategies import Option, StoredOption
 

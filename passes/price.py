@@ -17,21 +17,21 @@ import numpy.typing as npt
 import torch
 
 from costmodel.collectives import collective_s
-from costmodel.compute import Work, op_s, update_traffic_s
+from costmodel.compute import op_s, update_traffic_s
 from costmodel.hardware import Device, Topology
 from costmodel.layout import Layout, Partial, Replicate, is_gather, local_shape
 from costmodel.memory import OPTIMIZERS, OptimizerSpec, at_rest
-from costmodel.reshard import Step, reshard_s, steps
-from costmodel.state import cast, state_gather, state_pad, state_scatter
+from costmodel.reshard import Step, reshard_s
 from passes.buckets import sends_one_gather
-from passes.dims import Value, expanded_shape
+from passes.conversion import Moved, State, given_state, moved, steps_between, stored_state
+from passes.dims import Value
 from passes.errors import NoFeasiblePlanError
-from passes.precision import Dtypes, dtype_text
+from passes.per_rank import local_work
 from passes.problem import Flow, Hold, Problem, Reader
 from passes.recompute import is_cheap_op
 from passes.space import Port, Site, Space, Wire
 from passes.strategies import Option, StoredOption
-from passes.work import VIEWS, work_of
+from passes.work import VIEWS
 
 aten = torch.ops.aten
 Floats = npt.NDArray[np.float64]
@@ -66,127 +66,6 @@ class Priced:
             for site, option in zip(group, rows[pick], strict=True):
                 chosen[site] = option
         return tuple(chosen)
-
-
-@dataclass(frozen=True)
-class Moved:
-    """A tensor that changes its layout: its expanded shape, and bytes per element as it is computed with.
-
-    `added`: the dtype it has and the one that its partial sums are added in, where that is another.
-    """
-
-    shape: tuple[int, ...]
-    itemsize: int
-    added: Dtypes | None
-    topology: Topology
-
-
-def moved(space: Space, value: Value) -> Moved:
-    """What of a value decides how its layout changes."""
-    reduced = space.analysis.added_in.get(value)
-    own = space.analysis.dtype_of(value) if reduced is not None else None
-    added = Dtypes(own, own, reduced) if own is not None and reduced is not None else None
-    return Moved(space.shape_of(value), space.itemsize_of(value), added, space.topology)
-
-
-def _storage_steps(of: Moved, source: StoredOption, target: Layout) -> tuple[Step, ...] | None:
-    """Steps from how a tensor is stored to a reader's layout: it is gathered first.
-
-    Under mixed precision it is cast before, so that a gather moves what is computed with.
-    """
-    path = steps(of.shape, of.itemsize, source.layout, target, of.topology)
-    if path is None:
-        return None
-    storage, dtypes, topology, first = source.storage, source.dtypes, of.topology, []
-    local = storage.computed_shape(topology.sizes)
-    if dtypes is not None and dtypes.stored != dtypes.computed:
-        elements = math.prod(storage.padded_shape(topology.sizes))
-        first.append(_cast(elements, dtypes.stored, dtypes.computed, source.layout, topology))
-    if storage.state_axes:
-        first.append(state_gather(local, of.itemsize, storage.state_axes, source.layout, topology, storage.state_dim))
-    if source.padding:
-        larger = tuple(n + zeros for n, zeros in zip(local, source.padding, strict=True))
-        first.append(state_pad(larger, of.itemsize, source.layout, topology))
-    return (*first, *path)
-
-
-def _cast(elements: int, given: torch.dtype, made: torch.dtype, layout: Layout, topology: Topology) -> Step:
-    return cast(elements, made.itemsize, dtype_text(made), given.itemsize, layout, topology)
-
-
-def _gradient_steps(of: Moved, given: Layout, target: StoredOption) -> tuple[Step, ...] | None:
-    """Steps from a gradient's layout to how its parameter is stored, and in the dtype that it is stored in."""
-    storage, sizes = target.storage, of.topology.sizes
-
-    def path(itemsize: int) -> tuple[Step, ...] | None:
-        return state_scatter(
-            storage.computed_shape(sizes),
-            itemsize,
-            of.shape,
-            given,
-            target.layout,
-            storage.state_axes,
-            of.topology,
-            storage.state_dim,
-            padded=bool(target.padding),
-        )
-
-    if target.dtypes is None:
-        return path(of.itemsize)
-    elements = math.prod(storage.padded_shape(sizes))
-    return _added_in(of, given, path, target.dtypes, elements, target.layout)
-
-
-def _added_in(
-    of: Moved,
-    given: Layout,
-    path: Callable[[int], tuple[Step, ...] | None],
-    dtypes: Dtypes,
-    elements: int,
-    layout: Layout,
-) -> tuple[Step, ...] | None:
-    """The steps `path(itemsize)` of a gradient, cast to `dtypes.reduced` before them where they add partial sums, and
-    what is left, `elements` in `layout`, to `dtypes.stored`."""
-    topology, moves, now = of.topology, [], dtypes.computed
-    found = path(now.itemsize)
-    if found is None:
-        return None
-    if now != dtypes.reduced and any(step.op and step.is_collective for step in found):
-        whole = tuple(Replicate() if isinstance(p, Partial) else p for p in given)
-        before = math.prod(local_shape(of.shape, whole, topology.sizes))
-        moves.append(_cast(before, now, dtypes.reduced, given, topology))
-        now = dtypes.reduced
-        found = path(now.itemsize)
-        assert found is not None
-    moves += found
-    if now != dtypes.stored:
-        moves.append(_cast(elements, now, dtypes.stored, layout, topology))
-    return tuple(moves)
-
-
-def option_local_shapes(site: Site, option: Option, sizes: Sequence[int]) -> tuple[list[tuple[int, ...]], ...]:
-    """Local shapes (on the tensors' own dims) of an op's operands and results."""
-    assert site.op is not None
-
-    def local(dims: tuple[tuple[int, ...], ...], layout: Layout) -> tuple[int, ...]:
-        flat = local_shape(expanded_shape(dims), layout, sizes)
-        shape, start = [], 0
-        for dim in dims:
-            shape.append(math.prod(flat[start : start + len(dim)]))
-            start += len(dim)
-        return tuple(shape)
-
-    return (
-        [local(dims, layout) for dims, layout in zip(site.op.operands, option.operands, strict=True)],
-        [local(dims, layout) for dims, layout in zip(site.op.results, option.results, strict=True)],
-    )
-
-
-def local_work(site: Site, option: Option, sizes: Sequence[int]) -> tuple[Work, list[tuple[int, ...]]]:
-    """What one rank does of an op, and the local shapes of its results."""
-    assert site.call is not None
-    operands, results = option_local_shapes(site, option, sizes)
-    return work_of(site.call, operands, results, site.traffic), results
 
 
 def price(
@@ -342,39 +221,21 @@ class _States:
     """Numbers layouts (or stored options) as they come."""
 
     def __init__(self) -> None:
-        self.index: dict[Layout | StoredOption, int] = {}
+        self.index: dict[State, int] = {}
 
-    def __call__(self, state: Layout | StoredOption) -> int:
+    def __call__(self, state: State) -> int:
         return self.index.setdefault(state, len(self.index))
 
 
-def _asked(space: Space, port: Port, option_index: int) -> Layout | StoredOption:
+def _asked(space: Space, port: Port, option_index: int) -> State:
     option = space.sites[port.site].options[option_index]
     if isinstance(option, Option):
         return option.operands[port.operand]
     return stored_state(option) if port.stores else option.layout
 
 
-def _given(space: Space, value: Value, option_index: int) -> Layout | StoredOption:
+def _given(space: Space, value: Value, option_index: int) -> State:
     return given_state(space.sites[value.op], space.sites[value.op].options[option_index], value.result)
-
-
-def given_state(site: Site, option: Option | StoredOption, result: int) -> Layout | StoredOption:
-    """What a site gives under `option`: a layout, or how a stored tensor lies."""
-    if isinstance(option, Option):
-        return option.results[result]
-    return read_state(option)
-
-
-def read_state(option: StoredOption) -> Layout | StoredOption:
-    """The layout of a stored tensor for who reads it; the option itself where there is something to be done first."""
-    casts = option.dtypes is not None and option.dtypes.stored != option.dtypes.computed
-    return option if option.storage.state_axes or option.padding or casts else option.layout
-
-
-def stored_state(option: StoredOption) -> Layout | StoredOption:
-    """What a gradient is brought to: a layout; the option itself where more is to be done to it."""
-    return option if option.storage.state_axes or option.padding or option.dtypes is not None else option.layout
 
 
 def _flows(
@@ -461,15 +322,13 @@ def _rows(table: Floats) -> tuple[tuple[float, ...], ...]:
 
 
 @lru_cache(maxsize=4096)
-def _costs_s(
-    of: Moved, given: tuple[Layout | StoredOption, ...], asked: tuple[Layout | StoredOption, ...]
-) -> tuple[Floats, Floats]:
+def _costs_s(of: Moved, given: tuple[State, ...], asked: tuple[State, ...]) -> tuple[Floats, Floats]:
     """Seconds from each state that is given to each that is asked for: of activations, and of gathers and reductions
     of state. Alike tensors of all layers, strategies and paddings share one table."""
     always_s, state_s = np.zeros((len(given), len(asked))), np.zeros((len(given), len(asked)))
     for i, p in enumerate(given):
         for j, q in enumerate(asked):
-            path = _conversion(of, p, q)
+            path = steps_between(of, p, q)
             of_state = isinstance(p, StoredOption) or isinstance(q, StoredOption)
             seconds = math.inf if path is None else reshard_s(path)
             if path is not None and isinstance(p, StoredOption):
@@ -485,29 +344,6 @@ def _alone_s(path: Sequence[Step], topology: Topology) -> float:
     if gather is None or sends_one_gather(path):
         return 0.0
     return collective_s("all_gather", 0.0, gather.axes, topology)
-
-
-def conversion(
-    space: Space, value: Value, given: Layout | StoredOption, asked: Layout | StoredOption
-) -> tuple[Step, ...] | None:
-    """The steps that bring a value from what its producer gives to what a reader asks for."""
-    return _conversion(moved(space, value), given, asked)
-
-
-def _conversion(of: Moved, given: Layout | StoredOption, asked: Layout | StoredOption) -> tuple[Step, ...] | None:
-    if isinstance(asked, StoredOption):
-        return _gradient_steps(of, given.layout if isinstance(given, StoredOption) else given, asked)
-    if isinstance(given, StoredOption):
-        return _storage_steps(of, given, asked)
-
-    def path(itemsize: int) -> tuple[Step, ...] | None:
-        return steps(of.shape, itemsize, given, asked, of.topology)
-
-    if of.added is None:
-        return path(of.itemsize)
-    whole = tuple(Replicate() if isinstance(p, Partial) else p for p in asked)
-    elements = math.prod(local_shape(of.shape, whole, of.topology.sizes))
-    return _added_in(of, given, path, of.added, elements, asked)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -541,7 +377,7 @@ def _hold(
         given = Reader(variable, tuple(states.index.get(state, -1) for state in made_in))
     shape, itemsize, sizes = space.shape_of(wire.value), space.itemsize_of(wire.value), space.topology.sizes
 
-    def state_bytes(state: Layout | StoredOption) -> float:
+    def state_bytes(state: State) -> float:
         layout = state.layout if isinstance(state, StoredOption) else state
         plain = tuple(Replicate() if isinstance(p, Partial) else p for p in layout)
         return float(math.prod(local_shape(shape, plain, sizes)) * itemsize)
@@ -552,7 +388,7 @@ def _hold(
         maker = Reader(variable, tuple(own(state) for state in made_in))
         gathers = _gathers(space, own.index, tuple(states.index))
 
-        def takes(i: int, p: Layout | StoredOption, j: int, q: Layout | StoredOption) -> float:
+        def takes(i: int, p: State, j: int, q: State) -> float:
             if anew and (gathers[i, j] or p == q):
                 return 0.0
             return state_bytes(p) if gathers[i, j] else each[j]

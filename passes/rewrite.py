@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from costmodel.layout import Layout
+from passes.conversion import read_state
 from passes.dims import is_getitem, value_of
 from passes.emit import Emitter, emit_packed, emit_steps, emit_together, relax_views
 from passes.fakes import FakeTensorMode
@@ -22,7 +23,7 @@ from passes.itinerary import Returned, itinerary, returned
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
 from passes.localize import LocalOp, run_locally
 from passes.moves import Move, Run
-from passes.price import option_local_shapes, read_state
+from passes.per_rank import option_local_shapes
 from passes.rules.call import operand_nodes
 from passes.sending import send_early
 from passes.space import Space

@@ -18,11 +18,12 @@ from torch import fx
 
 from costmodel.compute import op_s
 from costmodel.layout import Layout, Partial, Replicate, local_shape
+from passes.conversion import given_state
 from passes.dims import Value
 from passes.fusion import Fused
 from passes.itinerary import itinerary, returned
 from passes.moves import Move, Run
-from passes.price import given_state, local_work
+from passes.per_rank import local_work
 from passes.rules.matmul import PRODUCTS
 from passes.space import Space
 from passes.strategies import Option, StoredOption

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from costmodel.hardware import topology
 from costmodel.presets import hardware
+from passes.conversion import conversion, given_state, stored_state
 from passes.dims import Value
 from passes.local import LocalProgram
-from passes.price import conversion, given_state, stored_state
 from passes.program import Program
 from passes.rewrite import rewrite
 from passes.space import Space, search_space

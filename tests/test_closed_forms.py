@@ -27,7 +27,8 @@ from costmodel.presets import hardware
 from passes.analysis import Analysis, analyse
 from passes.itinerary import itinerary
 from passes.moves import Run
-from passes.price import local_work, option_local_shapes, price
+from passes.per_rank import local_work, option_local_shapes
+from passes.price import price
 from passes.program import Program
 from passes.recompute import recomputation
 from passes.schedule import Schedule, play
