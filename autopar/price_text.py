@@ -89,8 +89,10 @@ def ranks_text(setup: Setup) -> str:
     beside = ", tokens sent beside another micro-batch" if setup.experts_beside else ""
     shared = [f"{setup.ep} ranks share a layer's experts{beside}"] if setup.ep > 1 else []
     kept = [] if setup.reshard or setup.state != "zero3" else ["gathered parameters kept for backward"]
+    waited = ["compute waits for what of state is sent"] if not setup.overlap else []
+    waited += ["compute waits for what was updated"] if setup.gathers_waited else []
     again = "layers run again to their end" if setup.runs_whole else f"recompute {setup.recompute}"
-    return "; ".join([" x ".join(parts), *shared, _STATES[setup.state], *kept, again])
+    return "; ".join([" x ".join(parts), *shared, _STATES[setup.state], *kept, *waited, again])
 
 
 def _compared(error: float) -> str:

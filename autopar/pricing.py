@@ -181,6 +181,7 @@ def _check_idle(setup: Setup) -> None:
     unblocked = "no layers are run again to their end; whole_blocks=True and recompute='full' do that"
     kept = "reshard is False; gathered parameters are kept for backward"
     unfreed = f"state is {setup.state!r}; gathered parameters are kept or freed under 'zero3' alone"
+    unshared = f"state is {setup.state!r}; what was updated is gathered once a step under 'zero1' and 'zero2' alone"
     alone = "tp is 1; there are no tensor-parallel ranks, leave it out"
     ungathered = (
         "dp_shard is 1; there is nothing to gather"
@@ -216,6 +217,8 @@ def _check_idle(setup: Setup) -> None:
         (setup.gathers_late and not setup.reshard, "gathers_late=True", kept),
         (setup.gathers_late and setup.gather_bytes_per_s, "gathers_late=True", "gather_bytes_per_s has all waited for"),
         (not setup.overlap and setup.is_played, "overlap=False", played),
+        (setup.gathers_waited and setup.state not in ("zero1", "zero2"), "gathers_waited=True", unshared),
+        (setup.gathers_waited and not setup.overlap, "gathers_waited=True", "overlap is False; all is waited for"),
         (setup.adds_in_products and setup.is_played, "adds_in_products=True", played),
     ):
         if idle:

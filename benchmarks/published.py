@@ -72,6 +72,7 @@ copied once more, and compute waited for it (its pull request 1188)."""
 _OPTIONAL = {
     **dict.fromkeys(("tp", "pp", "virtual", "cp"), "1"),
     **dict.fromkeys(("tp_overlap", "balanced", "experts_beside"), "no"),
+    "state_overlap": "yes",
     **dict.fromkeys(("ep", "replicas", "node_gbps", "node_gpus", "gathers", "peak_gib", "peak_of", "assumed"), ""),
     **dict.fromkeys(("head", "experts", "experts_per_token"), ""),
 }  # fmt: skip
@@ -95,6 +96,7 @@ _WORDS = {
     "recompute": ("none", "full", "attention", "selective"),
     "compiled": ("yes", "no", "loss", "blocks", "layers"),
     "tp_overlap": ("yes", "no", "waited"),
+    "state_overlap": ("yes", "gradients", "no"),
     "attention": ("fa1", "fa2", "cudnn", "aiter", "aiter16", "unfused"),
     "unit": ("s/step", "tokens/s/GPU", "hardware TFLOP/s/GPU", "model TFLOP/s/GPU", "causal TFLOP/s/GPU",
              "model FLOPs/peak"),
@@ -194,6 +196,7 @@ class Run:
             gather_bytes_per_s=_WAITED_BYTES_PER_S if self.line["gathers"] == "waited" else 0.0,
             gathers_late=self.line["gathers"] == "late", balanced=self.line["balanced"] == "yes",
             experts_beside=self.line["experts_beside"] == "yes",
+            overlap=self.line["state_overlap"] != "no", gathers_waited=self.line["state_overlap"] == "gradients",
             gradient_bytes=4 if self.line["gradients"] == "fp32" else 2, adds_in_products=self.adds_in_products,
         )  # fmt: skip
 
@@ -310,6 +313,10 @@ def _contradictions(run: Run) -> list[tuple[str, str, str]]:
         refuse("replicas", f"copies of zero3 that share the {data} data-parallel ranks evenly would do")
     if sharded and line["tp_overlap"] == "waited":
         refuse("tp_overlap", "with zero3 'no' or 'yes' would do: waiting is priced of a replica alone")
+    if line["state_overlap"] != "yes" and sharded and not run.pipelined:
+        refuse("state_overlap", "'yes' would do under zero3 without stages and context parallelism")
+    if line["state_overlap"] == "gradients" and line["state"].partition("+")[0] not in ("zero1", "zero2"):
+        refuse("state_overlap", "'yes' or 'no' would do where nothing is gathered once a step")
     if n("heads") % tp:
         refuse("tp", f"a divisor of {n('heads')} heads would do")
     if n("heads") % n("kv_heads"):

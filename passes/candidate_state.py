@@ -53,7 +53,8 @@ def sent_state(
     backward_s, forward_s = stage_s * 2 / 3, stage_s / 3
     gathered = "" if setup.state == "zero3" else "trained "
     waits_s = reductions * _waits_s(reduce_s + again_s, backward_s, _alone(setup, found, "trained "))
-    waits_s += gathers * _waits_s(gather_s, forward_s, _alone(setup, found, gathered))
+    behind = 1.0 if setup.gathers_waited else _alone(setup, found, gathered)
+    waits_s += gathers * _waits_s(gather_s, forward_s, behind)
     sms, _ = taken_shares(axes, mesh)
     behind_s = reductions * (reduce_s + again_s) + gathers * gather_s - waits_s
     return Sent(waits_s, behind_s, sms * behind_s)

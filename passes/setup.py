@@ -69,7 +69,12 @@ class Setup:
     """Where a framework's products of weight gradients add to the sum over micro-batches themselves, as Megatron-LM's
     do since late 2021. Elsewhere it is an op beside them."""
     overlap: bool = True
-    """Whether a replica's gradient reduction runs behind backward, where the state is not zero3."""
+    """Where a replica's state is sent once a step: whether beside compute, gradients behind the last backward and what
+    was updated behind the next forward. Megatron-LM does so where it is told to (`--overlap-grad-reduce`,
+    `--overlap-param-gather`), DeepSpeed's pipelines never; else compute waits for both."""
+    gathers_waited: bool = False
+    """Where zero1 or zero2 gathers what was updated before the next forward begins, and gradients alone are reduced
+    beside compute: Megatron-LM without `--overlap-param-gather`, nanotron, DeepSpeed."""
 
     @property
     def runs_whole(self) -> bool:

@@ -164,6 +164,14 @@ MISTAKES = [
     ),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --tp-collectives waited", "--tp-collectives waited, but -"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --tp-collectives parts", "--tp-collectives parts, but --t"),
+    (
+        "price MODEL --gpus 8 --global-batch 8 --hardware h100 --state-collectives waited",
+        "--state-collectives waited, but --state is zero3",
+    ),
+    (
+        "price MODEL --gpus 8 --global-batch 8 --hardware h100 --state zero0 --state-collectives gradients",
+        "--state-collectives gradients, but --state is zero0",
+    ),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --regather-activations", "--regather-activations, but --t"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --no-sequence-parallel", "--no-sequence-parallel, but --t"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --ep 2", "--ep 2, but the model has no routed experts"),

@@ -219,6 +219,36 @@ def test_frozen_parameters_send_and_add_nothing(state: State, staged: bool) -> N
     assert added_s == pytest.approx(3 * 2 * kept / memory, rel=0.05, abs=5e-6)
 
 
+def test_what_a_framework_sends_after_the_step_is_waited_for() -> None:
+    """By hand: gradients in four bytes and parameters in two go around a ring of 8 ranks, at its wires' rate or up to a
+    tenth less. What compute waits for is none of it but a layer's part, the parameters, or all."""
+    setup = Setup(dp_shard=8, state="zero1", accumulate=2, gradient_bytes=4)
+    h100 = hardware("h100")
+    beside, gathers_waited, waited = (
+        autopar.price(wide(), each, h100, sequence=LENGTH)
+        for each in (setup, replace(setup, gathers_waited=True), replace(setup, overlap=False))
+    )
+    trip_s = sum(p.numel() for p in wide().parameters()) * (7 / 8) / h100.intra_node.bytes_per_s
+    exposed_s = [found.seconds["exposed state"] for found in (beside, gathers_waited, waited)]
+    assert exposed_s[2] == pytest.approx((4 + 2) * trip_s, rel=0.1)
+    assert exposed_s[0] + trip_s < exposed_s[1] < exposed_s[2] - 2 * trip_s
+    for found, exposed in zip((beside, gathers_waited, waited), exposed_s, strict=True):
+        assert exposed + found.hidden_s == pytest.approx(exposed_s[2])
+        assert found.step_time_s == pytest.approx(sum(found.seconds.values()))
+    assert "compute waits for what was updated" in gathers_waited.text("wide", None)
+    assert "compute waits for what of state is sent" in waited.text("wide", None)
+
+
+@pytest.mark.parametrize(
+    ("word", "overlap", "gathers_waited"),
+    [("beside", True, False), ("gradients", True, True), ("waited", False, False)],
+)
+def test_a_flag_says_what_of_state_is_waited_for(word: str, overlap: bool, gathers_waited: bool) -> None:
+    words = ["price", "MODEL", "--gpus", "8", "--global-batch", "8", "--state", "zero1", "--state-collectives", word]
+    setup = setup_of(parser().parse_args(words))
+    assert (setup.overlap, setup.gathers_waited) == (overlap, gathers_waited)
+
+
 @pytest.mark.parametrize("state", ["zero1", "zero3"])
 def test_activations_gathered_again_without_tensor_parallel_ranks_are_named(
     folder: Path, capsys: pytest.CaptureFixture[str], state: State
@@ -438,6 +468,12 @@ MISTAKES: list[tuple[Setup, str]] = [
     (Setup(dp_replicate=2, gathers_late=True), "gathers_late=True, but dp_shard is 1; there is nothing to gather"),
     (Setup(dp_shard=2, reshard=False, gathers_late=True), "gathers_late=True, but reshard is False"),
     (Setup(dp_shard=2, gather_bytes_per_s=1e9, gathers_late=True), "gathers_late=True, but gather_bytes_per_s has"),
+    (Setup(dp_shard=8, gathers_waited=True), "gathers_waited=True, but state is 'zero3'; what was updated is gathered"),
+    (Setup(dp_shard=8, state="zero0", gathers_waited=True), "gathers_waited=True, but state is 'zero0'"),
+    (
+        Setup(dp_shard=8, state="zero1", gathers_waited=True, overlap=False),
+        "gathers_waited=True, but overlap is False; all is waited for",
+    ),
     (Setup(dp_shard=8, overlap=False), "overlap=False, but state is 'zero3'; without stages and context parallelism"),
     (Setup(dp_shard=8, adds_in_products=True), "adds_in_products=True, but state is 'zero3'"),
     (Setup(dp_shard=8, experts_beside=True), "experts_beside=True, but ep is 1; no tokens are sent"),

@@ -77,8 +77,8 @@ PLAIN = replace(LATE, line={**LATE.line, "gathers": ""})
 PIPELINE = next(row for row in ROWS if row.number("virtual") > 1 and row.number("tp") > 1)
 COPIES = next(row for row in ROWS if row.told("replicas"))
 ON_B200 = next(row for row in ROWS if row.line["hardware"] == "b200")
-OPTIONAL = ("tp", "pp", "virtual", "cp", "tp_overlap", "balanced", "experts_beside", "gathers", "replicas",
-            "node_gbps", "node_gpus", "ep", "head", "experts", "experts_per_token", "peak_gib", "peak_of",
+OPTIONAL = ("tp", "pp", "virtual", "cp", "tp_overlap", "state_overlap", "balanced", "experts_beside", "gathers",
+            "replicas", "node_gbps", "node_gpus", "ep", "head", "experts", "experts_per_token", "peak_gib", "peak_of",
             "assumed")  # fmt: skip
 
 
@@ -165,7 +165,8 @@ def test_a_row_without_a_price_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         ("family", "mpt", "gpt"), ("tied", "true", "yes, no"), ("precision", "fp4", "bf16, fp16, fp8"),
         ("stored", "float32", "bf16, fp32"), ("gradients", "float32", "bf16, fp32"), ("gathers", "waits", "waited"),
         ("sequence_parallel", "1", "yes, no"), ("recompute", "some", "selective"), ("compiled", "true", "blocks"),
-        ("tp_overlap", "true", "waited"), ("unit", "s", "s/step"), ("peak_of", "used", "allocated, reserved"),
+        ("tp_overlap", "true", "waited"), ("state_overlap", "waited", "yes, gradients, no"),
+        ("unit", "s", "s/step"), ("peak_of", "used", "allocated, reserved"),
     ],
 )  # fmt: skip
 def test_a_typo_is_refused_with_what_is_known(column: str, typo: str, known: str) -> None:
@@ -219,6 +220,16 @@ def test_flops_of_a_mixture_are_those_of_a_tokens_experts() -> None:
     layer = 6144 * (2 * 48 * 128 + 2 * 8 * 128) + 2 * 3 * 6144 * 16384
     token = 6 * (56 * layer + 6144 * 32768) + 3 * 56 * 2 * 2 * 6144 * 4096 / 2
     assert row.measured_s == pytest.approx(256 * 4096 * token / 128 / float(row.line["measured"]) / 1e12)
+
+
+def test_what_of_state_was_waited_for() -> None:
+    """Sharded parameters are gathered as plans do it; copies of all gather nothing."""
+    staged = {"state": "zero1"}
+    for told, overlap, gathers_waited in (("", True, False), ("gradients", True, True), ("no", False, False)):
+        setup = replace(PIPELINE, line={**PIPELINE.line, **staged, "state_overlap": told}).setup
+        assert (setup.overlap, setup.gathers_waited) == (overlap, gathers_waited)
+    assert columns(PLAIN, state_overlap="no") == ["state_overlap"]
+    assert columns(PIPELINE, state="zero0", state_overlap="gradients") == ["state_overlap"]
 
 
 def test_experts_of_a_model_without_them_are_refused() -> None:

@@ -26,6 +26,7 @@ from passes.setup import Setup, State, as_megatron
 HELP = "price one way to run: ranks of each kind, what they shard, what is computed again"
 
 _BESIDE = ("beside", "parts", "waited")
+_STATE = ("beside", "gradients", "waited")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp-collectives", choices=_BESIDE,
         help="beside weight gradients, in parts beside products, or waited for (parts with stages, else beside)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--state-collectives", choices=_STATE, default="beside",
+        help="of gradients and of what was updated, without zero3 or with stages: beside compute, gradients alone, or "
+        "all waited for, as Megatron-LM does without --overlap-grad-reduce (beside)",
     )  # fmt: skip
     parser.add_argument(
         "--gradients", choices=("bf16", "fp32"),
@@ -144,6 +150,8 @@ def setup_of(given: argparse.Namespace) -> Setup:
     if given.tp_collectives:
         parts, waited = given.tp_collectives == "parts", given.tp_collectives == "waited"
         setup = replace(setup, tp_overlap=parts, tp_waits=waited)
+    beside = given.state_collectives
+    setup = replace(setup, overlap=beside != "waited", gathers_waited=beside == "gradients")
     if given.gradients:
         setup = replace(setup, gradient_bytes=4 if given.gradients == "fp32" else 2)
     return setup
