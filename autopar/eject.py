@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import pprint
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 
@@ -80,6 +80,10 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
     policy = options.mp_policy if precision_of(options.mp_policy) is not None else None
     notes += _left_out(plan, axis)
     notes += _left_out_of_the_step(plan, options, layers=bool(containers), shards_state=bool(state_axes))
+    notes += _of_other_samples(plan)
+    whole_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
+    if whole_bytes > (plan.memory_budget_bytes or math.inf):
+        notes.append(f"every rank of the script builds the whole model first, {gib(whole_bytes)} on its device")
     trained = {dtype_text(p.dtype) for p in model.parameters() if p.requires_grad}
     if state_axes and len(trained) > 1:
         notes.append(
@@ -110,6 +114,7 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
         loops=[loop_code(container) for container in containers],
         more="".join(f", {name}={value!r}" for name, value in extra_arguments(model, *call)[0].items()),
         batch_code=_batch_code(plan, model, call),
+        casts=any(_is_cast(model, leaf) for leaf in pytree.tree_leaves(call)),
         dtype=dtype_text(next(iter(model.parameters())).dtype),
     )
     return Ejected(script, tuple(notes))
@@ -197,6 +202,17 @@ def _left_out_of_the_step(plan: Plan, options: Options, *, layers: bool, shards_
     return notes
 
 
+def _of_other_samples(plan: Plan) -> list[str]:
+    """Where samples of several data-parallel ranks meet in the model, which they do not in the script."""
+    met = {
+        f"{each.reason} ({each.source}): the script's ranks have their own samples there, which is another loss"
+        for each in plan.collectives
+        if (each.phase, each.role, each.kind) == ("forward", "activation", "all_gather")
+        and not set(plan.batch_axes).isdisjoint(each.axes)
+    }
+    return sorted(met)
+
+
 # -- the model and its inputs ------------------------------------------------------------------------------------------
 
 
@@ -218,44 +234,51 @@ def _batch_code(plan: Plan, model: nn.Module, call: examples.Call) -> str:
     examples.restored(plan.example)  # refuses what no script could write
     args, kwargs = call
     most = getattr(getattr(model, "config", None), "vocab_size", None) or _fewest_rows(model)
-    tensors: dict[str, torch.Tensor] = {}
-    lines = []
-
-    def text_of(name: str, value: Any) -> str:
-        if isinstance(value, dict):
-            items = [f"{key!r}: {text_of(_variable(name, key), item)}" for key, item in value.items()]
-            return f"{{{', '.join(items)}}}"
-        if isinstance(value, tuple | list):
-            items = [text_of(_variable(name, index), item) for index, item in enumerate(value)]
-            return f"[{', '.join(items)}]" if isinstance(value, list) else f"({''.join(f'{item}, ' for item in items)})"
-        if not isinstance(value, torch.Tensor):
-            return repr(value)
-        shape = tuple(value.shape)
-        tensors[name] = value
-        if name == "labels" and "input_ids" in tensors and _may_be(value, tensors["input_ids"]):
-            return "input_ids"
-        dtype = "" if value.dtype in (torch.float32, torch.int64) else f", {value.dtype}"
-        if value.dtype.is_floating_point:
-            made = f"torch.randn({shape}, generator=source).to(device{dtype})"
-        elif "mask" in name or value.dtype == torch.bool:
-            made = f"torch.ones({shape}, dtype={value.dtype}, device=device)"
-        else:
-            below = most if name == "input_ids" or value.is_meta or not value.numel() else max(1, int(value.max()) + 1)
-            made = f"torch.randint(0, {below}, {shape}, generator=source).to(device{dtype})"
-        lines.append(f"{name} = {made}")
-        return name
-
-    named = sorted(kwargs.items(), key=lambda item: item[0] != "input_ids")
-    positional = [text_of(f"input_{index}", value) for index, value in enumerate(args)]
-    keywords = {name: text_of(name, value) for name, value in named}
-    given = ", ".join(f"{quoted(name)}: {text}" for name, text in keywords.items())
-    lines.append(f"return ({', '.join(positional)},)" if positional else f"return {{{given}}}")
-    return "\n".join(lines)
+    ids, labels = (kwargs.get(name) for name in ("input_ids", "labels"))
+    same = isinstance(ids, torch.Tensor) and isinstance(labels, torch.Tensor) and _may_be(labels, ids)
+    if args:
+        return f"return {_value_code('', args, model, most)}"
+    items = [
+        f"    {quoted(name)}: {_value_code(name, value, model, most)},\n"
+        for name, value in kwargs.items()
+        if not (same and name == "labels")
+    ]
+    made = "{\n" + "".join(items) + "}"
+    return f'inputs = {made}\ninputs["labels"] = inputs["input_ids"]\nreturn inputs' if same else f"return {made}"
 
 
-def _variable(name: str, key: object) -> str:
-    """What the script calls the item `key` of an input."""
-    return re.sub(r"\W", "_", f"{name}_{key}")
+def _value_code(name: str, value: Any, model: nn.Module, most: int) -> str:
+    """A random value like that of the input `name`, as code; token ids are below `most`."""
+    if isinstance(value, dict):
+        pairs = [f"{key!r}: {_value_code(f'{name}.{key}', item, model, most)}" for key, item in value.items()]
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, tuple | list):
+        items = [_value_code(f"{name}.{index}", item, model, most) for index, item in enumerate(value)]
+        return f"[{', '.join(items)}]" if isinstance(value, list) else f"({''.join(f'{item}, ' for item in items)})"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    shape = tuple(value.shape)
+    dtype = "" if value.dtype in (torch.float32, torch.int64) else f", {value.dtype}"
+    if _is_cast(model, value):
+        dtype = f", dtype or {value.dtype}"
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        drawn = ", dtype=torch.complex64" if value.dtype.is_complex else ""
+        return f"torch.randn({shape}, generator=source{drawn}).to(device{dtype})"
+    if "mask" in name or value.dtype == torch.bool:
+        return f"torch.ones({shape}, dtype={value.dtype}, device=device)"
+    below = most if name == "input_ids" or value.is_meta or not value.numel() else max(1, int(value.max()) + 1)
+    return f"torch.randint(0, {below}, {shape}, generator=source).to(device{dtype})"
+
+
+def _is_cast(model: nn.Module, value: Any) -> bool:
+    """Whether an input comes in the dtype that the script is told to cast the model to: it has one of parameters."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype in _dtypes(model)
+
+
+def _dtypes(model: nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters()}
 
 
 def _may_be(labels: torch.Tensor, ids: torch.Tensor) -> bool:

@@ -23,7 +23,9 @@ from passes.analysis import Analysis, analyse
 from passes.inputs import global_inputs
 from passes.parts import as_followed, followed
 from passes.plan import Placements, Plan
+from passes.program import Program
 from passes.words import unfold_names
+from passes.work import VIEWS
 
 COLWISE, COLWISE_GATHERED = "ColwiseParallel()", "ColwiseParallel(output_layouts=Replicate())"
 ROWWISE, ROWWISE_CUT = "RowwiseParallel()", "RowwiseParallel(input_layouts=Replicate())"
@@ -38,11 +40,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Ran:
-    """A forward as it ran: its graph, what modules were given, and whose results were written in place later."""
+    """A forward as it ran: its graph, what modules were given, whose results were written in place later, and whose
+    parameters something else read."""
 
     analysis: Analysis
     shapes: Shapes
     written: frozenset[str]
+    read_outside: frozenset[str]
 
 
 def imported(styles: Iterable[str]) -> dict[str, list[str]]:
@@ -96,6 +100,8 @@ def styles_of(plan: Plan, model: nn.Module, call: examples.Call, axis: str, note
         why = ""
         if not ran.shapes.keys() >= set(instances[pattern]):
             why = "it is read without being called"
+        elif not ran.read_outside.isdisjoint(instances[pattern]):
+            why = "it is called, and read besides"
         elif not ran.written.isdisjoint(instances[pattern]):
             why = "its result is written in place, which torch does not allow there"
         if why:
@@ -227,7 +233,22 @@ def _captured(call: examples.Call, model: nn.Module) -> Ran:
         for hook in hooks:
             hook.remove()
     written = frozenset(name for name, (result, version) in results.items() if result._version != version)
-    return Ran(analyse(program), shapes, written)
+    return Ran(analyse(program), shapes, written, _read_outside(program))
+
+
+def _read_outside(program: Program) -> frozenset[str]:
+    """Modules whose parameters are read by what is not their own forward."""
+    found = set()
+    for node, given in zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
+        owner = given.name.rpartition(".")[0]
+        views = [node]
+        for view in views:
+            for user in view.users:
+                if user.target in VIEWS:
+                    views.append(user)
+                if given.kind == "parameter" and user.op == "call_function" and user.meta["module"] != owner:
+                    found.add(owner)
+    return frozenset(found)
 
 
 # -- names -------------------------------------------------------------------------------------------------------------

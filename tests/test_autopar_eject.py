@@ -20,6 +20,11 @@ from autopar.cli import main
 
 STEPS = 3
 MODELS = """
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -173,6 +178,57 @@ def mixed():
 
 def frozen():
     return Mixed(True), {"x": torch.randn(4, 16)}
+
+
+@dataclass
+class Sizes:
+    hidden: int
+
+
+class Besides(nn.Module):
+    def __init__(self, sizes):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(64, sizes.hidden), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, source, device, rank):
+        x = (self.embed(source) * device["a b"] + device["a_b"]).clamp(max=rank)
+        x = x + self.down(self.up(x).relu()) * self.up.weight.t().square().mean()
+        logits = F.linear(x, self.embed.weight)  # what it calls, it reads as well
+        return [{"losses": [F.cross_entropy(logits.flatten(0, 1), source.flatten())], "logits": logits}, None]
+
+
+def besides():
+    from beside import HIDDEN
+
+    device = {"a b": torch.randn(2, 8, 16), "a_b": torch.randn(2, 8, 16)}
+    return Besides(Sizes(HIDDEN)), {"source": torch.randint(0, 64, (2, 8)), "device": device, "rank": math.inf}
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return F.dropout(self.down(F.dropout(self.up(x).relu()))).square().mean()
+
+
+def dropping():
+    return Dropping(), {"x": torch.randn(4, 6, 16)}
+
+
+class Together(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x, y):
+        return F.cross_entropy(self.left(x) @ self.right(y).T, torch.arange(len(x)))
+
+
+def together():
+    x, y = torch.randn(2, 4, 16, dtype=torch.bfloat16)
+    return Together().bfloat16(), {"x": x, "y": y}
 
 
 def values():
@@ -446,6 +502,57 @@ def test_a_function_s_model_keeps_its_dtypes(tmp_path: Path, capsys: pytest.Capt
     script = ejected(tmp_path, "mixed", "dp=1", "--strategy", "fsdp")
     assert "trained parameters are bfloat16 and float32; fully_shard takes one: --dtype casts all" in told_in(capsys)
     assert losses_of_the_script(script, 1) == pytest.approx(losses_of_one_device(script, 1), abs=2e-6)
+
+
+def test_inputs_and_modules_may_be_called_and_read_anyhow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "beside.py").write_text("HIDDEN = 16")
+    pins = ["--pin", "embed.weight=S(1)", "--pin", "up.weight=S(0)", "--pin", "down.weight=S(1)"]
+    script = ejected(tmp_path, "besides", "tp=2", *pins)
+    told = told_in(capsys)
+    for name in ("embed", "up"):
+        assert f"{name} is split over tp: it is called, and read besides, so it stays whole there" in told
+    assert '"down": RowwiseParallel(input_layouts=Replicate()),' in script.read_text()
+    trained = losses_of_the_script(script, 2)
+    space: dict[str, Any] = {"__name__": "ejected"}
+    exec(compile(script.read_text(), str(script), "exec"), space)
+    torch.manual_seed(0)
+    model = space["build"]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for step in range(STEPS):
+        (loss,) = model(**space["batch"](step, 0, "cpu"))[0]["losses"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert trained[step] == pytest.approx(loss.item(), abs=2e-6)
+
+
+def test_inputs_are_cast_with_the_model_and_samples_that_meet_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = ejected(tmp_path, "together", "dp=2", "--strategy", "fsdp")
+    assert "the script's ranks have their own samples there, which is another loss" in told_in(capsys)
+    made = losses_of_the_script(script, 2)  # --dtype float32 of a model in bfloat16
+    space: dict[str, Any] = {"__name__": "ejected"}
+    exec(compile(script.read_text(), str(script), "exec"), space)
+    torch.manual_seed(0)
+    model = space["build"]().float()
+    parts = [space["batch"](0, rank, "cpu", torch.float32) for rank in (0, 1)]
+    assert made[0] == pytest.approx(sum(model(**part).item() for part in parts) / 2, abs=2e-6)
+    assert {x.dtype for x in space["batch"](0, 0, "cpu").values()} == {torch.bfloat16}
+
+
+def test_ranks_that_share_a_batch_drop_out_the_same(tmp_path: Path) -> None:
+    script = ejected(tmp_path, "dropping", "dp=2,tp=2", "--strategy", "megatron")
+    first, second, third, fourth = run_ranks(noise_of_the_script, 4, str(script))
+    assert first == second
+    assert third == fourth
+    assert first != third
+
+
+def noise_of_the_script(rank: int, ranks: int, script: str) -> float:
+    """A number drawn on this rank after the script has run."""
+    run_script(rank, ranks, script)
+    return torch.rand(()).item()
 
 
 def told_in(capsys: pytest.CaptureFixture[str]) -> str:
