@@ -187,7 +187,7 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
         class_atoms=class_atoms,
         contracted_atoms=contracted_atoms,
         blocked_atoms=frozenset().union(*(_blocked(places[index]) for index in from_data)),
-        weight_dims=_weight_dims(folding, places, ops),
+        weight_dims=_weight_dims(places, ops),
         added_in=_added_in(places, wires),
     )
 
@@ -259,9 +259,7 @@ def _returned_places(
         yield Place("returned", out.name, 1, dims=dims, itemsize=itemsize, out=out)
 
 
-def _weight_dims(
-    folding: Folding, places: Sequence[Place], ops: Sequence[ExpandedOp]
-) -> tuple[tuple[tuple[int, int], ...], ...]:
+def _weight_dims(places: Sequence[Place], ops: Sequence[ExpandedOp]) -> tuple[tuple[tuple[int, int], ...], ...]:
     found: dict[tuple[tuple[int, int], ...], None] = {}
     for place, op in zip(places, ops, strict=False):
         if place.given is not None and place.given.kind == "parameter":

@@ -18,7 +18,7 @@ from costmodel.reshard import Step, steps
 from costmodel.state import cast, state_gather, state_pad, state_scatter
 from passes.dims import Value
 from passes.precision import Dtypes, dtype_text
-from passes.space import Site, Space
+from passes.space import Space
 from passes.strategies import Option, StoredOption
 
 State = Layout | StoredOption
@@ -27,7 +27,7 @@ State = Layout | StoredOption
 # --- states -----------------------------------------------------------------------------------------------------------
 
 
-def given_state(site: Site, option: Option | StoredOption, result: int) -> State:
+def given_state(option: Option | StoredOption, result: int) -> State:
     """What a site gives under `option`: a layout, or how a stored tensor lies."""
     if isinstance(option, Option):
         return option.results[result]

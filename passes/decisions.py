@@ -17,7 +17,7 @@ from passes.words import Words, at_rest_text
 from passes.work import VIEWS
 
 
-def option_text(site: Site, option: Option | StoredOption) -> str:
+def option_text(option: Option | StoredOption) -> str:
     """An option as a plan's file has it: placements at rest and in compute, or those of operands and results."""
     if isinstance(option, StoredOption):
         return f"{at_rest_text(option)} -> {layout_text(option.layout)}"
@@ -42,7 +42,7 @@ def choices(space: Space) -> list[tuple[str, list[str]]]:
         key = unique(key, taken)
         taken[key] = None
         if id(site.options) not in texts:
-            texts[id(site.options)] = [option_text(site, option) for option in site.options]
+            texts[id(site.options)] = [option_text(option) for option in site.options]
         found.append((key, texts[id(site.options)]))
     return found
 

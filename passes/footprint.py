@@ -246,7 +246,7 @@ class _Lives:
             value = (self.space.analysis.flow.value[slot.node], again)
             if value not in names:
                 names[value] = self.words.value(slot.node) + (", computed again" if again else "")
-            kind = self._kind(index, birth, death, gradients)
+            kind = self._kind(index, death, gradients)
             buffer = Buffer(names[value], slot.bytes, birth, death, kind)
             size = kept_bytes(self.space, tracks, index)
             if kind == "activations" and index in forward and size < slot.bytes:
@@ -293,7 +293,7 @@ class _Lives:
         for start_s, end_s in zip(starts, died_s, strict=True):
             yield Buffer(buffer.name, buffer.bytes, birth + start_s - starts[0], end_s, buffer.kind)
 
-    def _kind(self, index: int, birth: float, death: float | None, gradients: set[int]) -> str:
+    def _kind(self, index: int, death: float | None, gradients: set[int]) -> str:
         slot = self.tracks.slots[index]
         if index in gradients:
             return "gradients"

@@ -69,7 +69,7 @@ class _Walk:
         if found is None:
             value = self.flow.value[node]
             site = self.space.sites[value.op]
-            found = given_state(site, site.options[self.assignment[value.op]], value.result)
+            found = given_state(site.options[self.assignment[value.op]], value.result)
             self.given[node] = found
         return found
 

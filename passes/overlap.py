@@ -4,7 +4,7 @@
     issue gathers of the third                       | wait for the second's | region 2 | issue reductions of region 2
     ...
 
-Gathers are issued where the region before that gathers begins, which is what `schedule.issue_points` prices: two
+Gathers are issued where the region before that gathers begins, which is what `issue.issue_points` prices: two
 regions' worth is in memory at a time. A reduction is issued as soon as its gradient is there. At most `IN_FLIGHT`
 regions' reductions are under way, so that whole gradients are freed behind backward; the last wait is at the end.
 """

@@ -36,6 +36,7 @@ _OF_KIND = {
 }  # fmt: skip
 _STACK = ("k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "rest")
 _WIDTH, _ROW = 10.6, 0.42
+_MOST_TENSORS = 8
 _NEAR, _SEEN = 2.0, 0.005
 """A budget is drawn where it is less than so many times the peak, and a kind of memory that is such a share of it."""
 _SETTINGS = {
@@ -112,9 +113,9 @@ def layer_drawing(timeline: Timeline, phase: str) -> str:
         return _svg(figure, f"layer-{phase}", f"{layer} in {phase}, op by op on each stream")
 
 
-def tensors_drawing(timeline: Timeline, most: int = 8) -> str:
+def tensors_drawing(timeline: Timeline) -> str:
     """Memory of the tensors that take the most of it, over the step."""
-    names = top_names(timeline, most)
+    names = top_names(timeline, _MOST_TENSORS)
     at_s = [*moments(timeline), timeline.end_s + timeline.optimizer_s]
 
     def name_of(buffer: Buffer) -> str:
@@ -124,7 +125,7 @@ def tensors_drawing(timeline: Timeline, most: int = 8) -> str:
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure((_WIDTH, 2.2 + 0.17 * len(series)), layout="constrained")
         axes = figure.subplots()
-        largest = dict(list(series.items())[:most])
+        largest = dict(list(series.items())[:_MOST_TENSORS])
         unit, bytes_each = _memory_unit(max(map(sum, zip(*largest.values(), strict=True)), default=0))
         _stack(axes, at_s, largest, bytes_each, below=True)
         axes.set_ylabel(unit)

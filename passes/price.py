@@ -235,7 +235,7 @@ def _asked(space: Space, port: Port, option_index: int) -> State:
 
 
 def _given(space: Space, value: Value, option_index: int) -> State:
-    return given_state(space.sites[value.op], space.sites[value.op].options[option_index], value.result)
+    return given_state(space.sites[value.op].options[option_index], value.result)
 
 
 def _flows(

@@ -21,8 +21,7 @@ from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 _TORCH = f"{Path(torch.__file__).parent}/"
-_OWN = str(Path(__file__).parent)
-_OWN_FILES = frozenset(f"{_OWN}/{name}.py" for name in ("capture", "tracing", "decompositions", "provenance", "values"))
+_OWN = f"{Path(__file__).parent}/"
 _PLUMBING = ("/module.py", "/container.py", "/functional.py", "/linear.py", "/activation.py", "/normalization.py")
 _CALLED = tuple(f"{_TORCH}{part}" for part in ("nn/", "distributions/", "functional.py"))
 """What of torch models call, and what may read values itself."""
@@ -109,7 +108,7 @@ def _kind(code: CodeType) -> int:
             inside = file.startswith(f"{_TORCH}nn/modules/") and not file.endswith(_PLUMBING)
             kind = _TORCH_MODULE if inside else _SKIP
         else:
-            other = file.startswith((f"{_OWN}/", "<")) or file.endswith("/typing_extensions.py")
+            other = file.startswith((_OWN, "<")) or file.endswith("/typing_extensions.py")
             kind = _SKIP if other else _MODEL
         _kinds[code] = kind
     return kind
@@ -123,7 +122,7 @@ def model_line(frame: FrameType | None) -> tuple[str, int]:
     fallback = ("", 0)
     while frame is not None:
         code = frame.f_code
-        if code.co_name in _BOUNDARIES and code.co_filename in _OWN_FILES:
+        if code.co_name in _BOUNDARIES and code.co_filename.startswith(_OWN):
             break
         kind = _kind(code)
         if kind == _MODEL:
@@ -140,7 +139,7 @@ def torch_function(frame: FrameType | None) -> str:
         code = frame.f_code
         if code.co_filename.startswith(_CALLED):
             return f"{frame.f_globals['__name__']}.{code.co_qualname.partition('.<locals>')[0]}"
-        if not code.co_filename.startswith((_TORCH, f"{_OWN}/")):
+        if not code.co_filename.startswith((_TORCH, _OWN)):
             return ""
         frame = frame.f_back
     return ""
@@ -151,7 +150,7 @@ def error_line(error: BaseException) -> tuple[str, int]:
     found, fallback = ("", 0), ("", 0)
     for frame, line in traceback.walk_tb(error.__traceback__):
         kind = _kind(frame.f_code)
-        if frame.f_code.co_name in _BOUNDARIES and frame.f_code.co_filename in _OWN_FILES:
+        if frame.f_code.co_name in _BOUNDARIES and frame.f_code.co_filename.startswith(_OWN):
             found, fallback = ("", 0), ("", 0)
         elif kind == _MODEL:
             found = (frame.f_code.co_filename, line)

@@ -194,7 +194,7 @@ def _rrelu(draws: Draws, arguments: Arguments) -> Replacement:
     lower, upper = arguments.get("lower", 0.125), arguments.get("upper", 1 / 3)
     dtype = draws.val[0].dtype
     slope = draws.cast(draws.scale(draws.uniform(draws.val[0].shape, dtype), upper - lower, lower), dtype)
-    one = draws.emit(aten.full.default, [], 1.0, dtype=dtype, device=_cpu(draws))
+    one = draws.emit(aten.full.default, [], 1.0, dtype=dtype, device=_device(draws))
     noise = draws.emit(aten.where.self, draws.emit(aten.le.Scalar, x, 0), slope, one)
     return draws.emit(aten.mul.Tensor, x, noise), noise
 
@@ -203,7 +203,7 @@ def _item(draws: Draws, node: fx.Node, position: int) -> fx.Node:
     return draws.emit(operator.getitem, node, position)
 
 
-def _cpu(draws: Draws) -> torch.device:
+def _device(draws: Draws) -> torch.device:
     device: torch.device = draws.seed.meta["val"].device
     return device
 

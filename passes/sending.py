@@ -1,6 +1,6 @@
 """Collectives of activations start as soon as what they send is there, and are waited for where it is read.
 
-The graph then overlaps what `player.issue_points` prices as overlapped.
+The graph then overlaps what `issue.issue_points` prices as overlapped.
 """
 
 from __future__ import annotations

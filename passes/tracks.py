@@ -201,7 +201,7 @@ class _Slots:
         value = self._flow.value[node]
         site = self._space.sites[value.op]
         assert site.kind != "op", f"{node.name}: read as {where} before it is there"
-        given = given_state(site, site.options[self._assignment[value.op]], 0)
+        given = given_state(site.options[self._assignment[value.op]], 0)
         assert where == given, f"{node.name}: not at {where}"
         number = self._new(node, "", where, self._bytes_of(value, where), -1)
         self.slots[number].stored = True

@@ -68,6 +68,6 @@ def _drawn(
 
 def _possible(space: Space, picks: list[int], reader: int, operand: int, value: Value) -> bool:
     option = space.sites[reader].options[picks[reader]]
-    given = given_state(space.sites[value.op], space.sites[value.op].options[picks[value.op]], value.result)
+    given = given_state(space.sites[value.op].options[picks[value.op]], value.result)
     asked = option.operands[operand] if isinstance(option, Option) else stored_state(option)
     return given == asked or conversion(space, value, given, asked) is not None

@@ -559,7 +559,7 @@ def test_memory_of_two_products_by_hand() -> None:
     program = captured(Products(), {"x": torch.randn(64, 256)})
     space = search_space(program, topology(hardware("h100"), {"tp": 2}), ())
     whole = "()R,->[] "
-    assignment = [next(i for i, o in enumerate(x.options) if set(option_text(x, o)) <= set(whole)) for x in space.sites]
+    assignment = [next(i for i, o in enumerate(x.options) if set(option_text(o)) <= set(whole)) for x in space.sites]
     schedule = play(space, assignment, optimizer="sgd")
     assert not schedule.collectives
     a, b, x, hidden = 1024 * 256 * 4, 128 * 1024 * 4, 64 * 256 * 4, 64 * 1024 * 4

@@ -92,7 +92,7 @@ def broadcast(dims: Dims, shape: Sequence[int]) -> Dims:
     return tuple(dims[skip + i] if size != 1 else () for i, size in enumerate(shape))
 
 
-def einsum_form(equation: str, shapes: Sequence[Sequence[int]], linear: Iterable[Iterable[int]] = ()) -> Form:
+def einsum_form(equation: str, shapes: Sequence[Sequence[int]]) -> Form:
     """Form of `"mk,kn->mn"` for operands of `shapes`; letters that a result lacks are summed."""
     left, right = equation.split("->")
     inputs, outputs = left.split(","), right.split(",")
@@ -106,7 +106,6 @@ def einsum_form(equation: str, shapes: Sequence[Sequence[int]], linear: Iterable
     return build.form(
         [tuple(of[letter] for letter in letters) for letters in inputs],
         [tuple(of[letter] for letter in letters) for letters in outputs],
-        linear,
     )
 
 

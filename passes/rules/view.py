@@ -73,7 +73,7 @@ def _expand(call: Call) -> Form:
     return build.form([broadcast(dims, source)], [dims], [[0]])
 
 
-def _cut(call: Call, result: Dims | None = None) -> Form:
+def _cut(call: Call) -> Form:
     """Dims whose size changes are whole; the others keep their factor."""
     source, target = _shapes(call)
     build = FormBuilder()
