@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,17 +76,12 @@ def cut(gm: fx.GraphModule, constants: Iterable[fx.Node], layer_of: Callable[[st
     runs = _runs([node for node in nodes if node not in outside and not _is_free(node)], fetches, layer_of)
     results = gm.graph.output_node().all_input_nodes
     leaving = {node for node in (*results, *(x for n in drains for x in n.all_input_nodes)) if node not in outside}
-    parts = [_with_copies(run, outside, leaving) for run in runs]
-    asked = set(leaving)
-    for part, _ in parts:
-        members = set(part)
-        asked |= {operand for node in part for operand in node.all_input_nodes if operand not in members}
-    regions = [Region(tuple(part), tuple(n for n in part if n in own and n in asked)) for part, own in parts]
+    regions = _regions(runs, outside, leaving)
     given = {node for region in regions for node in region.gives}
     strays = _needed_first([node for node in leaving if node.op == "call_function" and node not in given], given)
     return Cut(
         tuple(node for node in nodes if node in fetches),
-        tuple(regions),
+        regions,
         tuple(node for node in nodes if node in drains or node in strays),
     )
 
@@ -144,55 +139,77 @@ def _drains(nodes: Sequence[fx.Node], constants: frozenset[fx.Node]) -> frozense
     return frozenset(found)
 
 
+@dataclass(eq=False)
+class _Run:
+    """Nodes of one layer ("" between layers), and how many runs stand before theirs."""
+
+    layer: str
+    number: int
+    nodes: list[fx.Node] = field(default_factory=list)
+
+
 def _runs(nodes: Sequence[fx.Node], fetches: frozenset[fx.Node], layer_of: Callable[[str], str]) -> list[list[fx.Node]]:
     """`nodes` as runs of one layer each, in an order in which each reads only what comes before it."""
-    runs: list[tuple[str, list[fx.Node]]] = []
-    place: dict[fx.Node, list[int]] = {}
-    """Of each node, its run's number in a cell that merged runs share."""
-    behind: dict[fx.Node, int] = {}
-
-    def latest(node: fx.Node) -> int:
-        """The last run that a node's operands are in, through views."""
-        found = -1
-        for operand in node.all_input_nodes:
-            if operand in place:
-                found = max(found, place[operand][0])
-            elif operand.op == "call_function" and operand not in fetches:
-                if operand not in behind:
-                    behind[operand] = latest(operand)
-                found = max(found, behind[operand])
-        return found
-
-    cells: list[list[int]] = []
+    runs: list[_Run] = []
+    run_of: dict[fx.Node, _Run] = {}
     for node in nodes:
-        made = node.all_input_nodes[0] if node.target is operator.getitem else node
-        alone = f"{made.name} alone" if is_shaped_by_values(made) else ""
-        layer = alone or layer_of(str(node.meta.get("module", "")))
-        behind.clear()
-        after = latest(node)
-        if layer and not alone and (after < 0 or runs[after][0] != layer) and _is_shared(node, layer, layer_of):
-            layer = ""
-        index = next((i for i in range(len(runs) - 1, -1, -1) if runs[i][0] == layer), -1)
-        last = len(runs) - 1
-        if index < 0 or (layer == "" and index < max(after, last - 1)):
-            runs.append((layer, []))
-            cells.append([len(cells)])
-            index = len(runs) - 1
-        elif after > index:
-            if any(runs[i][0] for i in range(index + 1, len(runs))):  # another layer between: a run of its own
-                runs.append((layer, []))
-                cells.append([len(cells)])
-                index = len(runs) - 1
-            else:  # what lies between belongs to the layer
-                for i in range(index + 1, len(runs)):
-                    runs[index][1].extend(runs[i][1])
-                    cells[i][0] = index
-                    for moved in runs[i][1]:
-                        place[moved] = cells[index]
-                del runs[index + 1 :], cells[index + 1 :]
-        runs[index][1].append(node)
-        place[node] = cells[index]
-    return [run for _, run in runs]
+        after = _last_read(node, run_of, fetches, {})
+        run = _run_for(_layer(node, after, layer_of), after, runs, run_of)
+        run.nodes.append(node)
+        run_of[node] = run
+    return [run.nodes for run in runs]
+
+
+def _last_read(
+    node: fx.Node, run_of: Mapping[fx.Node, _Run], fetches: frozenset[fx.Node], known: dict[fx.Node, _Run | None]
+) -> _Run | None:
+    """The last run that a node's operands are in, through views; None where they are in none."""
+    found: _Run | None = None
+    for operand in node.all_input_nodes:
+        if operand in run_of:
+            run: _Run | None = run_of[operand]
+        elif operand.op == "call_function" and operand not in fetches:
+            if operand not in known:
+                known[operand] = _last_read(operand, run_of, fetches, known)
+            run = known[operand]
+        else:
+            continue
+        if run is not None and (found is None or run.number > found.number):
+            found = run
+    return found
+
+
+def _layer(node: fx.Node, after: _Run | None, layer_of: Callable[[str], str]) -> str:
+    """The layer that a node runs with: the one it is in, unless others read it too and it reads nothing of that."""
+    made = node.all_input_nodes[0] if node.target is operator.getitem else node
+    if is_shaped_by_values(made):
+        return f"{made.name} alone"
+    layer = layer_of(str(node.meta.get("module", "")))
+    within = after is not None and after.layer == layer
+    return "" if layer and not within and _is_shared(node, layer, layer_of) else layer
+
+
+def _run_for(layer: str, after: _Run | None, runs: list[_Run], run_of: dict[fx.Node, _Run]) -> _Run:
+    """The run for a node of `layer` that reads what the run `after` gives: the layer's last one, or a new one."""
+    first = 0 if after is None else after.number
+    last = next((run for run in reversed(runs) if run.layer == layer), None)
+    if last is None or (layer == "" and last.number < max(first, len(runs) - 2)):
+        return _begun(layer, runs)
+    between = runs[last.number + 1 :]
+    if first <= last.number:
+        return last
+    if any(run.layer for run in between):
+        return _begun(layer, runs)
+    for run in between:  # what lies between belongs to the layer
+        last.nodes.extend(run.nodes)
+        run_of.update(dict.fromkeys(run.nodes, last))
+    del runs[last.number + 1 :]
+    return last
+
+
+def _begun(layer: str, runs: list[_Run]) -> _Run:
+    runs.append(_Run(layer, len(runs)))
+    return runs[-1]
 
 
 def _is_shared(node: fx.Node, layer: str, layer_of: Callable[[str], str]) -> bool:
@@ -202,6 +219,18 @@ def _is_shared(node: fx.Node, layer: str, layer_of: Callable[[str], str]) -> boo
         for user in node.users
         if user.op == "call_function"
     )
+
+
+def _regions(
+    runs: Iterable[Sequence[fx.Node]], outside: frozenset[fx.Node], leaving: set[fx.Node]
+) -> tuple[Region, ...]:
+    """Each run with its own copies of views and constants, and what of it other runs read or leaves the graph."""
+    parts = [_with_copies(run, outside, leaving) for run in runs]
+    asked = set(leaving)
+    for part, _ in parts:
+        members = set(part)
+        asked |= {operand for node in part for operand in node.all_input_nodes if operand not in members}
+    return tuple(Region(tuple(part), tuple(n for n in part if n in own and n in asked)) for part, own in parts)
 
 
 def _with_copies(
