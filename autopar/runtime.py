@@ -48,8 +48,8 @@ class Runtime:
     `steps` counts training calls, for random ops. `executables` has, per kind of call, one for each kind of values
     that the model reads of its modules and inputs, the last used first. `gather` makes inputs whole; None: they are.
     `of_arrived`: executables with a backward of some of their outputs, by these.
-    `bindings`, `settings` and `checked`: what `step.bound`, `settings.hold` and `parameters.checked` found out that
-    holds for the next call too. `seen` has buffers that are read as numbers, and `held`, by program, as they were when
+    `bindings`, `settings` and `checked`: what `binding.binding_of`, `settings.hold` and `parameters.checked` found out
+    that holds for the next call too. `seen` has buffers that are read as numbers, and `held`, by program, as they were when
     it was found to fit.
     """
 
