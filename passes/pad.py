@@ -282,13 +282,14 @@ class _Padding:
 
     def _count(self, node: fx.Node) -> bool:
         """A longer `arange`, whose added entries are no number that an index or class has; whether it was made."""
-        ((dim, *_),) = dims = self.analysis.unified.dims(value_of(node, self.analysis.folding))
+        (atoms,) = dims = self.analysis.unified.dims(value_of(node, self.analysis.folding))
         value, names = node.meta["val"], [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-        if len(dims[0]) > 1 or id(dim) not in self.sizes or "end" not in names or value.dtype.is_floating_point:
+        whole = [id(atom) in self.sizes for atom in atoms] == [True]  # of size 1 it has no part
+        if not whole or "end" not in names or value.dtype.is_floating_point:
             return False
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         start, step = (in_dtype(given.get(name, number), value.dtype) for name, number in (("start", 0), ("step", 1)))
-        length = self.sizes[id(dim)][1]
+        length = self.sizes[id(atoms[0])][1]
         nowhere = int(min(0, start, start + step * length)) - _APART
         if nowhere < torch.iinfo(value.dtype).min:
             return False

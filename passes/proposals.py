@@ -150,7 +150,7 @@ class Search:
         half_s = (self._end_s + time.process_time()) / 2
         try:
             joined = replace(self, joined=True, missed=[], _end_s=half_s)._padded(name)
-        except (NoFeasiblePlanError, ValueError):  # a pin may tell the axes apart
+        except (NoFeasiblePlanError, PinError):  # a pin may tell the axes apart
             return self._padded(name)
         chosen = best(joined, self.budget) or smallest(joined)
         plainly = self.paddings.under(name)
@@ -275,7 +275,7 @@ class Search:
             return []
         try:
             return search._solved(name, paddings, pads, shares, ways)
-        except (NoFeasiblePlanError, NotPeriodicError, ValueError):
+        except (NoFeasiblePlanError, NotPeriodicError, PinError):
             return []
 
     def keeping(self, chosen: Candidate) -> list[Candidate]:
@@ -290,7 +290,7 @@ class Search:
         found: list[Candidate] = []
         for name in dict.fromkeys((chosen.strategy, "auto")):
             paddings = self.paddings.under(name, chosen.padding.repeated_keys)
-            with suppress(NoFeasiblePlanError, NotPeriodicError, ValueError):
+            with suppress(NoFeasiblePlanError, NotPeriodicError, PinError):
                 found += search._solved(name, paddings, chosen.padding.pads, ways=[_way_of(chosen)])
         return found
 

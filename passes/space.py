@@ -191,7 +191,7 @@ def _parameter_options(
     if place.name in stored:
         options = tuple(o for o in options if o.storage == stored[place.name])
         if not options:
-            raise ValueError(f"{place.name}: stored as {stored[place.name]}, which is no layout of this graph")
+            raise PinError(f"{place.name}: stored as {stored[place.name]}, which is no layout of this graph")
         return options
     if pin is None:
         return stored_choices(options, strategy, sizes, batch_axes, joined=joined)

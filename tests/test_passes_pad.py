@@ -179,6 +179,16 @@ def planned(program: Program, mesh: Mapping[str, int], strategy: str, name: str 
     return plan, local_program(program, again, topology_, {})
 
 
+def test_one_position_leaves_the_other_dims_padded() -> None:
+    """A step of decoding: what counts its one position has no dim to be padded."""
+    model, kwargs = drawn({"kv_heads": 2, "group": 3, "ffn": 10, "vocab": 13, "length": 1})
+    plan, local = planned(captured(model, kwargs), {"tp": 4}, "megatron")
+    assert {(each.size, each.padded) for each in plan.padded} >= {(10, 12), (13, 16)}
+    found = errors(model, local, kwargs)
+    assert found.output < 1e-5, found
+    assert found.gradient < 1e-4, found
+
+
 # -- which dims, and how they are stored -------------------------------------------------------------------------------
 ODD = {"kv_heads": 2, "group": 3, "ffn": 10, "vocab": 13, "length": 7}
 

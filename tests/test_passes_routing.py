@@ -105,6 +105,9 @@ UNTOLD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "first rows": lambda expert, ordered: (expert[:4, None] == torch.arange(4)).sum(0),
     "of four rows": lambda expert, ordered: (expert.view(4, -1, 1) == torch.arange(4)).sum((1, 2)),
     "weighted": lambda expert, ordered: torch.bincount(expert, torch.full(expert.shape, 0.5), minlength=4),
+    "two in a bin": lambda expert, ordered: torch.histc(ordered.float(), bins=4, min=0, max=7),
+    "but the last": lambda expert, ordered: torch.histc(ordered.float(), bins=4, min=0, max=2),
+    "one more each": lambda expert, ordered: torch.ones(4).scatter_add(0, ordered, torch.ones(ordered.shape)),
 }
 """Other numbers, which the groups of rows may follow from too."""
 
@@ -203,6 +206,19 @@ def test_rows_go_back_to_their_tokens_by_a_sort_of_places(descending: bool) -> N
     assert any("routed together" in note for note in local.program.notes) == descending
 
 
+def _norms_gradient(rows: torch.Tensor) -> torch.Tensor:
+    """One of several results of an op, of which another is a sum over all rows."""
+    x = rows.detach()
+    _, mean, scale = torch.native_layer_norm(x, [16], None, None, 1e-5)
+    weight = torch.ones(16)
+    return torch.ops.aten.native_layer_norm_backward(x * x, x, [16], mean, scale, weight, None, [True, True, False])[0]
+
+
+def _back(places: torch.Tensor) -> torch.Tensor:
+    """Where each token's row stands among the experts' rows."""
+    return torch.empty_like(places).index_put((places,), torch.arange(48))
+
+
 TELLS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sums so far": lambda rows, places: rows.cumsum(0),
     "the row before": lambda rows, places: rows + rows.roll(1, 0),
@@ -210,6 +226,16 @@ TELLS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "the first rows": lambda rows, places: rows * rows[torch.tensor([0, 1, 5])].detach().sum(),
     "a row for each": lambda rows, places: rows[torch.arange(48).flip(0)],
     "counted rows": lambda rows, places: rows * torch.arange(48)[:, None],
+    "rows times rows": lambda rows, places: rows + rows.repeat(1, 3) @ rows / 16,
+    "a norm's gradients, counted": lambda rows, places: (
+        rows * (_norms_gradient(rows) * torch.arange(48)[:, None]).sum()
+    ),
+    "a number put where rows stand": lambda rows, places: (
+        rows * torch.zeros(48, 16).index_put((_back(places),), rows.mean())
+    ),
+    "one row of two": lambda rows, places: (
+        rows + torch.zeros(24, 16).index_put((places // 2,), rows).repeat_interleave(2, 0)[places]
+    ),
 }
 """What notices the order that experts' rows are in."""
 KEEPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -248,6 +274,18 @@ def test_rows_stay_in_the_batchs_order_where_an_op_notices_it(name: str) -> None
     values = [known[one.name].detach() if one.name in known else x for one in program.inputs]
     for one, other in zip(*(fx.Interpreter(p.graph).run(*values) for p in (blocks, program)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_added_into_a_table_of_more_than_the_tokens() -> None:
+    """A rank's tokens are no half of it."""
+    import transformers.integrations.moe  # noqa: F401  registers the op
+
+    torch.manual_seed(0)
+    model = Ordered(lambda rows, places: torch.zeros(96, 16).index_add(0, places, rows)[places])
+    x = torch.randn(8, 6, 16)
+    local = planned(captured(model, {"x": x}), {"dp": 2}, "ddp")[2]
+    assert TAKE_ROWS in _targets(local.program)
+    assert errors(model, local, {"x": x}).output < 1e-5
 
 
 def _routed(experts: int, rows: int, k: int, n: int) -> Call:
