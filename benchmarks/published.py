@@ -74,7 +74,7 @@ _OPTIONAL = {
     **dict.fromkeys(("tp_overlap", "balanced", "experts_beside"), "no"),
     "state_overlap": "yes",
     **dict.fromkeys(("ep", "replicas", "node_gbps", "node_gpus", "gathers", "peak_gib", "peak_of", "assumed"), ""),
-    **dict.fromkeys(("head", "experts", "experts_per_token"), ""),
+    **dict.fromkeys(("head", "experts", "experts_per_token", "added"), ""),
 }  # fmt: skip
 """Columns that may be absent or empty, with what that means."""
 _COUNTS = (
@@ -97,6 +97,7 @@ _WORDS = {
     "compiled": ("yes", "no", "loss", "blocks", "layers"),
     "tp_overlap": ("yes", "no", "waited"),
     "state_overlap": ("yes", "gradients", "no"),
+    "added": ("", "apart"),
     "attention": ("fa1", "fa2", "cudnn", "aiter", "aiter16", "unfused"),
     "unit": ("s/step", "tokens/s/GPU", "hardware TFLOP/s/GPU", "model TFLOP/s/GPU", "causal TFLOP/s/GPU",
              "model FLOPs/peak"),
@@ -209,8 +210,10 @@ class Run:
     @property
     def adds_in_products(self) -> bool:
         """Whether weight gradients' products add to the sum over micro-batches: in Megatron-LM's layers since the end
-        of 2021, a version that does not wait for its collectives either."""
-        return self.line["compiled"] == "layers" and self.line["tp_overlap"] != "waited"
+        of 2021, a version that does not wait for its collectives either, unless told not to
+        (`--no-gradient-accumulation-fusion`) or another framework's that adds them up in kernels of their own."""
+        fused = self.line["compiled"] == "layers" and self.line["added"] != "apart"
+        return fused and self.line["tp_overlap"] != "waited"
 
     @property
     def recompute(self) -> Mode:
@@ -336,6 +339,8 @@ def _contradictions(run: Run) -> list[tuple[str, str, str]]:
     for name in ("ep", "head", "experts", "experts_per_token"):
         if line["family"] != "qwen3_moe" and line[name] not in ("", "1"):
             refuse(name, "nothing would do where there are no experts")
+    if line["added"] == "apart" and line["compiled"] != "layers":
+        refuse("added", "nothing would do: they are added in products where 'layers' are fused by hand alone")
     if line["experts_beside"] == "yes" and line["ep"] in ("", "1"):
         refuse("experts_beside", "'no' would do where no tokens are sent")
     if bool(line["peak_gib"]) != bool(line["peak_of"]):

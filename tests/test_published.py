@@ -79,7 +79,7 @@ COPIES = next(row for row in ROWS if row.told("replicas"))
 ON_B200 = next(row for row in ROWS if row.line["hardware"] == "b200")
 OPTIONAL = ("tp", "pp", "virtual", "cp", "tp_overlap", "state_overlap", "balanced", "experts_beside", "gathers",
             "replicas", "node_gbps", "node_gpus", "ep", "head", "experts", "experts_per_token", "peak_gib", "peak_of",
-            "assumed")  # fmt: skip
+            "assumed", "added")  # fmt: skip
 
 
 def write(path: Path, lines: list[dict[str, str]]) -> Path:
@@ -165,7 +165,7 @@ def test_a_row_without_a_price_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         ("family", "mpt", "gpt"), ("tied", "true", "yes, no"), ("precision", "fp4", "bf16, fp16, fp8"),
         ("stored", "float32", "bf16, fp32"), ("gradients", "float32", "bf16, fp32"), ("gathers", "waits", "waited"),
         ("sequence_parallel", "1", "yes, no"), ("recompute", "some", "selective"), ("compiled", "true", "blocks"),
-        ("tp_overlap", "true", "waited"), ("state_overlap", "waited", "yes, gradients, no"),
+        ("tp_overlap", "true", "waited"), ("state_overlap", "waited", "yes, gradients, no"), ("added", "yes", "apart"),
         ("unit", "s", "s/step"), ("peak_of", "used", "allocated, reserved"),
     ],
 )  # fmt: skip
@@ -220,6 +220,12 @@ def test_flops_of_a_mixture_are_those_of_a_tokens_experts() -> None:
     layer = 6144 * (2 * 48 * 128 + 2 * 8 * 128) + 2 * 3 * 6144 * 16384
     token = 6 * (56 * layer + 6144 * 32768) + 3 * 56 * 2 * 2 * 6144 * 4096 / 2
     assert row.measured_s == pytest.approx(256 * 4096 * token / 128 / float(row.line["measured"]) / 1e12)
+
+
+def test_gradients_that_are_added_up_apart() -> None:
+    assert PIPELINE.setup.adds_in_products
+    assert not replace(PIPELINE, line={**PIPELINE.line, "added": "apart"}).setup.adds_in_products
+    assert columns(PLAIN, added="apart") == ["added"]
 
 
 def test_what_of_state_was_waited_for() -> None:
