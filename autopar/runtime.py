@@ -49,8 +49,8 @@ class Runtime:
     that the model reads of its modules and inputs, the last used first. `gather` makes inputs whole; None: they are.
     `of_arrived`: executables with a backward of some of their outputs, by these.
     `bindings`, `settings` and `checked`: what `binding.binding_of`, `settings.hold` and `parameters.checked` found out
-    that holds for the next call too. `seen` has buffers that are read as numbers, and `held`, by program, as they were when
-    it was found to fit.
+    that holds for the next call too. `seen` has buffers that are read as numbers, and `held`, by program, as they were
+    when it was found to fit.
     """
 
     mesh: DeviceMesh
