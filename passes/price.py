@@ -83,38 +83,28 @@ def price(
     for site in space.sites:
         if not site.options:
             raise NoFeasiblePlanError(f"{site.name}: no layout is left by the strategy and the pins")
-    merging = _Merging(space)
-    for index in range(len(space.sites)):
-        merging.add(index)
-    groups, table = tuple(map(tuple, merging.groups)), tuple(map(tuple, merging.rows))
-    where = {site: (v, k) for v, group in enumerate(groups) for k, site in enumerate(group)}
-    seconds, sizes = [], []
-    twice = {i for i in space.recomputed.again if not is_cheap_op(space.sites[i].call.target)}  # type: ignore[union-attr]
+    variables = _merged(space)
     known = {} if known is None else known
+    twice = {i for i in space.recomputed.again if not is_cheap_op(space.sites[i].call.target)}  # type: ignore[union-attr]
 
-    def site_s(site_index: int, option_index: int) -> float:
-        site, key = space.sites[site_index], (site_index, option_index)
-        if key not in known:
-            known[key] = _option_s(space, site, site.options[option_index], optimizer)
-        return known[key] * site.count * (2 if site_index in twice else 1)
+    def seconds_of(index: int, option: int) -> float:
+        site = space.sites[index]
+        if (index, option) not in known:
+            known[index, option] = _option_s(space, site, site.options[option], optimizer)
+        return known[index, option] * site.count * (2 if index in twice else 1)
 
-    for group, rows in zip(groups, table, strict=True):
-        seconds.append(tuple(sum(site_s(s, o) for s, o in zip(group, row, strict=True)) for row in rows))
-        sizes.append(
-            tuple(
-                sum(_option_bytes(space, space.sites[s], o, optimizer) for s, o in zip(group, row, strict=True))
-                for row in rows
-            )
-        )
-    found = [flow for wire in space.wires for flow in _flows(space, wire, where, table)]
-    holds = (_hold(space, wire, where, table) for wire in space.wires)
+    def bytes_of(index: int, option: int) -> float:
+        return _option_bytes(space, space.sites[index], option, optimizer)
+
+    flows = [flow for wire in space.wires for flow in _flows(variables, wire)]
+    holds = (_hold(variables, wire) for wire in space.wires)
     problem = Problem(
-        tuple(seconds),
-        tuple(sizes),
-        tuple(flow for flow, _ in found),
+        variables.summed(seconds_of),
+        variables.summed(bytes_of),
+        tuple(flow for flow, _ in flows),
         tuple(hold for hold in holds if hold is not None),
     )
-    return Priced(problem, groups, table, tuple(parts for _, parts in found))
+    return Priced(problem, variables.groups, variables.table, tuple(parts for _, parts in flows))
 
 
 def _option_s(space: Space, site: Site, option: Option | StoredOption, optimizer: OptimizerSpec) -> float:
@@ -144,6 +134,54 @@ def _option_bytes(space: Space, site: Site, option_index: int, optimizer: Optimi
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Variables:
+    """What decides together: `groups[v]` are the sites of variable v, `table[v]` its options, one of each site's."""
+
+    space: Space
+    groups: tuple[tuple[int, ...], ...]
+    table: tuple[tuple[tuple[int, ...], ...], ...]
+    place: Mapping[int, tuple[int, int]]
+    """Of a site, its variable and its number among that variable's sites."""
+
+    def summed(self, of_option: Callable[[int, int], float]) -> tuple[tuple[float, ...], ...]:
+        """Per variable and option, the sum of `of_option(site, its option)` over the variable's sites."""
+        return tuple(
+            tuple(sum(of_option(site, option) for site, option in zip(group, row, strict=True)) for row in rows)
+            for group, rows in zip(self.groups, self.table, strict=True)
+        )
+
+    def options(self, site: int) -> tuple[int, list[Option | StoredOption]]:
+        """The variable that a site belongs to, and the site's option under each of that variable's."""
+        variable, k = self.place[site]
+        return variable, [self.space.sites[site].options[row[k]] for row in self.table[variable]]
+
+    def given(self, value: Value) -> tuple[int, list[State]]:
+        """The variable that makes a value, and the state that it gives it under each option."""
+        variable, options = self.options(value.op)
+        return variable, [given_state(option, value.result) for option in options]
+
+    def asked(self, port: Port) -> tuple[int, list[State]]:
+        """The variable that reads at `port`, and the state that it asks for under each option."""
+        variable, options = self.options(port.site)
+        return variable, [_asked(option, port) for option in options]
+
+    def reader(self, port: Port, states: _States) -> Reader:
+        """Who reads at `port`, with what it asks for numbered by `states`."""
+        variable, asked = self.asked(port)
+        return Reader(variable, tuple(map(states, asked)))
+
+
+def _merged(space: Space) -> _Variables:
+    """The sites as variables."""
+    merging = _Merging(space)
+    for index in range(len(space.sites)):
+        merging.add(index)
+    groups, table = tuple(map(tuple, merging.groups)), tuple(map(tuple, merging.rows))
+    place = {site: (v, k) for v, group in enumerate(groups) for k, site in enumerate(group)}
+    return _Variables(space, groups, table, place)
 
 
 class _Merging:
@@ -227,25 +265,16 @@ class _States:
         return self.index.setdefault(state, len(self.index))
 
 
-def _asked(space: Space, port: Port, option_index: int) -> State:
-    option = space.sites[port.site].options[option_index]
+def _asked(option: Option | StoredOption, port: Port) -> State:
     if isinstance(option, Option):
         return option.operands[port.operand]
     return stored_state(option) if port.stores else option.layout
 
 
-def _given(space: Space, value: Value, option_index: int) -> State:
-    return given_state(space.sites[value.op].options[option_index], value.result)
-
-
-def _flows(
-    space: Space,
-    wire: Wire,
-    where: Mapping[int, tuple[int, int]],
-    table: Sequence[Sequence[tuple[int, ...]]],
-) -> list[tuple[Flow, tuple[Floats, Floats]]]:
+def _flows(variables: _Variables, wire: Wire) -> list[tuple[Flow, tuple[Floats, Floats]]]:
     """Stored tensors are gathered for each phase, unless they stay gathered, and so are activations where they are
     gathered again; else values are converted once."""
+    space = variables.space
     site = space.sites[wire.value.op]
     again = space.recomputed.again
 
@@ -259,7 +288,7 @@ def _flows(
         asked = [(ports, _all_of) for ports in phases]
     elif space.recomputed.regather and site.kind == "op" and site.phase == "forward" and all(phases):
         asked = [(wire.ports, _gathers_free), *((ports, _gathers_alone) for ports in phases)]
-    found = (_flow(space, wire, ports, where, table, costs) for ports, costs in asked if ports)
+    found = (_flow(variables, wire, ports, costs) for ports, costs in asked if ports)
     return [flow for flow in found if flow is not None]
 
 
@@ -287,25 +316,20 @@ def _gathers(space: Space, given: Iterable[object], asked: Sequence[object]) -> 
 
 
 def _flow(
-    space: Space,
-    wire: Wire,
-    ports: Sequence[Port],
-    where: Mapping[int, tuple[int, int]],
-    table: Sequence[Sequence[tuple[int, ...]]],
-    costs: Costs,
+    variables: _Variables, wire: Wire, ports: Sequence[Port], costs: Costs
 ) -> tuple[Flow, tuple[Floats, Floats]] | None:
     """One of a wire's flows, of what `costs` counts; None where nobody else reads it, or nothing of that has a cost."""
-    producer, place = where[wire.value.op]
+    space = variables.space
+    producer, made_in = variables.given(wire.value)
     given, asked = _States(), _States()
-    states = tuple(given(_given(space, wire.value, row[place])) for row in table[producer])
-    readers = []
-    for port in ports:
-        variable, k = where[port.site]
-        if variable == producer and not port.stores:
-            same = all(_asked(space, port, row[k]) == _given(space, wire.value, row[place]) for row in table[producer])
-            if same:
-                continue
-        readers.append(Reader(variable, tuple(asked(_asked(space, port, row[k])) for row in table[variable])))
+    states = tuple(map(given, made_in))
+
+    def as_made(port: Port) -> bool:
+        """Whether the producer itself reads it as it makes it."""
+        own = variables.place[port.site][0] == producer and not port.stores
+        return own and variables.asked(port)[1] == made_in
+
+    readers = tuple(variables.reader(port, asked) for port in ports if not as_made(port))
     if not readers:
         return None
     parts = _costs_s(moved(space, wire.value), tuple(given.index), tuple(asked.index))
@@ -314,7 +338,7 @@ def _flow(
         parts = (costs(parts[0], gathers), costs(parts[1], gathers))
         if not parts[0].any() and not parts[1].any():
             return None
-    return Flow(producer, states, tuple(readers), _rows(parts[0] + parts[1]), wire.count), parts
+    return Flow(producer, states, readers, _rows(parts[0] + parts[1]), wire.count), parts
 
 
 def _rows(table: Floats) -> tuple[tuple[float, ...], ...]:
@@ -349,32 +373,21 @@ def _alone_s(path: Sequence[Step], topology: Topology) -> float:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def _hold(
-    space: Space,
-    wire: Wire,
-    where: Mapping[int, tuple[int, int]],
-    table: Sequence[Sequence[tuple[int, ...]]],
-) -> Hold | None:
+def _hold(variables: _Variables, wire: Wire) -> Hold | None:
     """What backward keeps of a forward value, in each layout it reads it in; what is computed again only as moved. What
     is gathered again it keeps as it was."""
+    space = variables.space
     made = space.sites[wire.value.op]
     if made.kind != "op" or made.phase != "forward":
         return None
     states = _States()
-    readers = []
     again = space.recomputed.again
-    for port in wire.ports:
-        if port.phase == "backward" or port.site in again:
-            variable, k = where[port.site]
-            readers.append(Reader(variable, tuple(states(_asked(space, port, row[k])) for row in table[variable])))
+    late = [port for port in wire.ports if port.phase == "backward" or port.site in again]
+    readers = tuple(variables.reader(port, states) for port in late)
     if not readers:
         return None
-    given = None
+    producer, made_in = variables.given(wire.value)
     anew = wire.value not in space.recomputed.held and wire.value.op in again
-    variable, k = where[wire.value.op]
-    made_in = [_given(space, wire.value, row[k]) for row in table[variable]]
-    if anew:
-        given = Reader(variable, tuple(states.index.get(state, -1) for state in made_in))
     shape, itemsize, sizes = space.shape_of(wire.value), space.itemsize_of(wire.value), space.topology.sizes
 
     def state_bytes(state: State) -> float:
@@ -382,18 +395,20 @@ def _hold(
         plain = tuple(Replicate() if isinstance(p, Partial) else p for p in layout)
         return float(math.prod(local_shape(shape, plain, sizes)) * itemsize)
 
-    each = tuple(state_bytes(state) for state in states.index)
-    if space.recomputed.regather:
-        own = _States()
-        maker = Reader(variable, tuple(own(state) for state in made_in))
-        gathers = _gathers(space, own.index, tuple(states.index))
+    each = tuple(map(state_bytes, states.index))
+    given = Reader(producer, tuple(states.index.get(state, -1) for state in made_in)) if anew else None
+    if not space.recomputed.regather:
+        return Hold(readers, each, wire.count, given)
+    own = _States()
+    maker = Reader(producer, tuple(map(own, made_in)))
+    gathers = _gathers(space, own.index, tuple(states.index))
+    if not gathers.any():
+        return Hold(readers, each, wire.count, given)
 
-        def takes(i: int, p: State, j: int, q: State) -> float:
-            if anew and (gathers[i, j] or p == q):
-                return 0.0
-            return state_bytes(p) if gathers[i, j] else each[j]
+    def takes(i: int, p: State, j: int, q: State) -> float:
+        if anew and (gathers[i, j] or p == q):
+            return 0.0
+        return state_bytes(p) if gathers[i, j] else each[j]
 
-        if gathers.any():
-            rows = tuple(tuple(takes(i, p, j, q) for j, q in enumerate(states.index)) for i, p in enumerate(own.index))
-            return Hold(tuple(readers), each, wire.count, maker, rows)
-    return Hold(tuple(readers), each, wire.count, given)
+    rows = tuple(tuple(takes(i, p, j, q) for j, q in enumerate(states.index)) for i, p in enumerate(own.index))
+    return Hold(readers, each, wire.count, maker, rows)
