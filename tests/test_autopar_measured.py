@@ -77,6 +77,18 @@ def test_a_gpus_kernels_count_by_name(tmp_path: Path) -> None:
     assert {k: round(1e6 * s, 3) for k, s in found.seconds.items() if s} == wanted
 
 
+def test_a_gpus_steps_are_where_its_own_marks_are(tmp_path: Path) -> None:
+    lag = [(name, cat, thread, start + 2500 * (cat == "kernel"), length) for name, cat, thread, start, length in GPU]
+    marks = [(name, "gpu_user_annotation", 7, start + 2500, length) for name, _, _, start, length in GPU[:2]]
+    after = ("nvjet_late", "kernel", 7, 6500, 100)  # of a step that is not marked
+    moved = [each for each in lag if each[1] != "gpu_user_annotation"]
+    update = ("Optimizer.step#AdamW.step", "gpu_user_annotation", 7, 5500, 100)
+    found = measured(write(tmp_path / "lag.json", [*moved, *marks, update, after]))
+    wanted = measured(write(tmp_path / "trace.json", GPU))
+    assert found.seconds == pytest.approx(wanted.seconds)
+    assert (found.steps, found.step_time_s) == (2, pytest.approx(wanted.step_time_s))
+
+
 def test_a_trace_without_marks_is_told_as_one_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = autopar.plan(nn.Linear(16, 16), {"dp": 2}, (torch.randn(4, 16),), hardware="h100")
     plan.save(tmp_path / "plan.json")
