@@ -37,8 +37,9 @@ from passes.price import price
 from passes.program import Program
 from passes.recompute import Mode, recomputation
 from passes.repeat import is_worth_repeating
-from passes.routing import has_routed, route_by_blocks, token_parts
+from passes.routing import token_parts
 from passes.space import Space, search_space
+from passes.token_blocks import by_blocks, has_whole_batch
 from passes.uneven import Padding, Paddings, stored_pads, uneven_dims, used_pads
 
 Progress = Callable[[str], None]
@@ -55,7 +56,8 @@ again costs next to nothing, as they fuse with what reads them."""
 
 
 class PaddingsOf:
-    """The program's paddings under each strategy: routed experts depend on how many parts the tokens have.
+    """The program's paddings under each strategy: routed experts, and rows taken in turns, depend on how many
+    parts the tokens have.
 
     `rules`: those of calls that no table knows, where they have been found (`Plan.rules`). `fused`: as in `analyse`.
     """
@@ -71,7 +73,7 @@ class PaddingsOf:
     ) -> None:
         self._program, self._sizes, self._batch_axes = program, sizes, batch_axes
         self._rules, self._fused = rules, fused
-        self._routed = has_routed(program)
+        self._in_parts = has_whole_batch(program)
         self._known: dict[tuple[int, bool], Paddings] = {}
 
     @property
@@ -87,12 +89,12 @@ class PaddingsOf:
 
     def under(self, strategy: str, repeated_keys: bool = False) -> Paddings:
         """The paddings that plans under `strategy` are made from; `repeated_keys`: see `Paddings`."""
-        parts = token_parts(self._program, strategy, self._sizes, self._batch_axes) if self._routed else 1
+        parts = token_parts(self._program, strategy, self._sizes, self._batch_axes) if self._in_parts else 1
         if (parts, repeated_keys) not in self._known:
             if repeated_keys:
                 whole = self.under(strategy).whole
             else:
-                whole = analyse(route_by_blocks(self._program, parts), self._rules, fused=self._fused)
+                whole = analyse(by_blocks(self._program, parts), self._rules, fused=self._fused)
             made = Paddings(whole, self._rules, self._fused, repeated_keys=repeated_keys)
             self._known[parts, repeated_keys] = made
         return self._known[parts, repeated_keys]

@@ -19,10 +19,11 @@ from passes.precision import Precision
 from passes.price import price
 from passes.program import Program
 from passes.rewrite import rewrite
-from passes.routing import route_by_blocks, token_parts
+from passes.routing import token_parts
 from passes.simulate import simulate_step
 from passes.solve import solve
 from passes.space import Space, search_space
+from passes.token_blocks import by_blocks
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def planned(
     program: Program, mesh: Mapping[str, int], strategy: str, batch_axes: tuple[int, ...] = (0,), name: str = "h100"
 ) -> tuple[Space, tuple[int, ...], LocalProgram]:
     """Space, decisions and local program of the cheapest plan under `strategy`."""
-    program = route_by_blocks(program, token_parts(program, strategy, list(mesh.values()), batch_axes))
+    program = by_blocks(program, token_parts(program, strategy, list(mesh.values()), batch_axes))
     space = search_space(program, topology(hardware(name), mesh), batch_axes, strategy=strategy)
     priced = price(space)
     solution = solve(priced.problem, gap=1e-3)

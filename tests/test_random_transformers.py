@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 
 from passes.local import LocalProgram
 from passes.program import Program
-from passes.routing import route_by_blocks, token_parts
+from passes.routing import token_parts
 from passes.simulate import StepValues, simulate_step
+from passes.token_blocks import by_blocks
 
 SEED = (7, 3)
 EXAMPLES = 400 if settings.get_current_profile_name() == "hundreds" else 10
@@ -81,7 +82,7 @@ def _laid_out(program: Program, mesh: dict[str, int], strategy: str, seed: int) 
     batch_axes = tuple(i for i, name in enumerate(mesh) if name.startswith("dp"))
     if strategy != "random":
         return planned(program, mesh, strategy, batch_axes)[2]
-    routed = route_by_blocks(program, token_parts(program, strategy, list(mesh.values()), batch_axes))
+    routed = by_blocks(program, token_parts(program, strategy, list(mesh.values()), batch_axes))
     return random_plan(every_option(routed, mesh, batch_axes), seed)[1]
 
 

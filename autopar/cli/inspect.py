@@ -24,9 +24,9 @@ from costmodel.memory import gib
 from passes.dims import Value
 from passes.pipeline import on_mesh
 from passes.program import Program
-from passes.routing import route_by_blocks
 from passes.rules.call import op_text
 from passes.space import Space, search_space
+from passes.token_blocks import by_blocks
 from passes.words import Words
 from passes.work import work_of
 
@@ -69,7 +69,7 @@ def run(given: argparse.Namespace) -> int:
         program = captured(named.model, call, given.mesh, options, tell)
         tell("looking for layouts")
         batch_axes = meshes.batch_axes_of(axes, None)
-        program = route_by_blocks(program, meshes.batch_ranks(axes, batch_axes))
+        program = by_blocks(program, meshes.batch_ranks(axes, batch_axes))
         space = search_space(program, on_mesh("h100", axes), batch_axes)
         rows = op_rows(space)
         facts = graph_facts(program, space, rows)
