@@ -227,6 +227,11 @@ def _check_idle(setup: Setup) -> None:
 
 def _check_model(setup: Setup, asked: Subject) -> None:
     layers = asked.profiler.layers
+    if setup.ep > 1 and setup.state != "zero3" and (told := asked.unrouted_experts(setup)):
+        raise ValueError(
+            f"ep={setup.ep}, but no routed experts were found: the model's config has {told}, its code puts every token "
+            "through all of them; leave it out"
+        )
     if setup.pp > 1 and not layers:
         raise ValueError(f"pp is {setup.pp}, but {NO_LAYERS}; pp=1 is priced")
     if setup.pp > max(1, layers):
@@ -260,7 +265,7 @@ def _notes(found: Estimate, asked: Subject) -> list[str]:
     if not asked.hardware.shared_host:
         error = EXPERTS_ERROR if setup.ep > 1 else asked.hardware.device.step_error
         notes.append(f"predictions of such steps are off by {error:.0%} on average")
-    notes += asked.attention_notes(setup)
+    notes += asked.attention_notes(setup) + asked.experts_notes(setup)
     node = asked.hardware.ranks_per_node
     if setup.tp > node:
         notes.append(

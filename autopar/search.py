@@ -153,7 +153,7 @@ class _Search:
             update_s = best.seconds["optimizer"]
             told = self.asked.step_notes(best.setup, best.step_time_s, update_s, best.peak_memory_bytes)
             notes += [f"the fastest that plans can do: {note}" for note in told]
-            notes += self.asked.attention_notes(best.setup)
+            notes += self.asked.attention_notes(best.setup) + self.asked.experts_notes(best.setup)
         if self.gpus > 1 and self.hardware.ranks_per_node == 1:
             notes.append(
                 "no tensor parallelism was tried: it stays inside a node, and these have one GPU; a hardware file with "

@@ -27,6 +27,8 @@ from passes.setup import Setup
 
 _UNPRICED = ("compile", "mp_policy", "pins", "async_tp")
 """Options of plans that are not priced."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What configs of `transformers` call the number of a layer's experts."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,26 @@ class Subject:
             "no attention kernel was found: the model's attention is priced op by op, with its scores in memory; "
             "attn_implementation='sdpa', where the model has it, or a framework with a kernel of its own takes less "
             "time and memory"
+        ]
+
+    def unrouted_experts(self, setup: Setup) -> str:
+        """What the model's config has of experts, in words, where none are routed in its code; else nothing."""
+        config = getattr(self.profiler.captures.model, "config", None)
+        config = getattr(config, "text_config", config)
+        experts = max((getattr(config, name, None) or 0 for name in _EXPERTS), default=0)
+        of_a_token = getattr(config, "num_experts_per_tok", None) or experts
+        if experts <= of_a_token or "experts" in self.profiler.profile(setup, replica=not setup.is_played).whole:
+            return ""
+        return f"{experts} with {of_a_token} for a token"
+
+    def experts_notes(self, setup: Setup) -> list[str]:
+        """That experts compute what no framework would, where they do."""
+        told = self.unrouted_experts(setup)
+        if not told:
+            return []
+        return [
+            f"no routed experts were found: the model's config has {told}, but its code puts every token through all of "
+            "them, and is priced so; a framework that routes computes less, and expert parallelism is not priced"
         ]
 
     def step_notes(self, setup: Setup, step_s: float, update_s: float, peak_bytes: float) -> list[str]:

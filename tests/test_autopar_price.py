@@ -16,10 +16,14 @@ from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import autopar
@@ -247,6 +251,26 @@ def test_a_flag_says_what_of_state_is_waited_for(word: str, overlap: bool, gathe
     words = ["price", "MODEL", "--gpus", "8", "--global-batch", "8", "--state", "zero1", "--state-collectives", word]
     setup = setup_of(parser().parse_args(words))
     assert (setup.overlap, setup.gathers_waited) == (overlap, gathers_waited)
+
+
+def test_experts_that_compute_every_token_are_told() -> None:
+    """transformers' Llama 4 multiplies each token by all experts; Qwen3 MoE, of as many, by those it is routed to."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "vocab_size": 128, "intermediate_size": 64, "num_experts_per_tok": 1, "max_position_embeddings": 64,
+    }  # fmt: skip
+    with torch.device("meta"):
+        llama4 = Llama4ForCausalLM(Llama4TextConfig(num_local_experts=8, intermediate_size_mlp=64, **sizes))
+        qwen3 = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=8, moe_intermediate_size=64, **sizes))
+    setup = Setup(dp_shard=8, state="zero1")
+    priced, routed = (autopar.price(model, setup, "h100", sequence=32) for model in (llama4, qwen3))
+    told = "the model's config has 8 with 1 for a token, but its code puts every token through all of them"
+    assert any(told in note for note in priced.notes)
+    assert not any("experts" in note for note in routed.notes)
+    products = 2 * 3 * 2 * 32 * 3 * 64 * 64  # of two layers' experts, three times a forward, a sequence of 32 tokens
+    assert priced.model_flops - routed.model_flops >= 8 * 7 * products
+    with pytest.raises(ValueError, match=r"^ep=2, but no routed experts were found: the model's config has 8 with 1"):
+        autopar.price(llama4, replace(setup, ep=2), "h100", sequence=32)
 
 
 @pytest.mark.parametrize("state", ["zero1", "zero3"])
