@@ -229,8 +229,8 @@ def _check_model(setup: Setup, asked: Subject) -> None:
     layers = asked.profiler.layers
     if setup.ep > 1 and setup.state != "zero3" and (told := asked.unrouted_experts(setup)):
         raise ValueError(
-            f"ep={setup.ep}, but no routed experts were found: the model's config has {told}, its code puts every token "
-            "through all of them; leave it out"
+            f"ep={setup.ep}, but no routed experts were found: the model's config has {told}, its code puts every "
+            "token through all of them; leave it out"
         )
     if setup.pp > 1 and not layers:
         raise ValueError(f"pp is {setup.pp}, but {NO_LAYERS}; pp=1 is priced")

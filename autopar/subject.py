@@ -90,8 +90,8 @@ class Subject:
         if not told:
             return []
         return [
-            f"no routed experts were found: the model's config has {told}, but its code puts every token through all of "
-            "them, and is priced so; a framework that routes computes less, and expert parallelism is not priced"
+            f"no routed experts were found: the model's config has {told}, but its code puts every token through all "
+            "of them, and is priced so; a framework that routes computes less, and expert parallelism is not priced"
         ]
 
     def step_notes(self, setup: Setup, step_s: float, update_s: float, peak_bytes: float) -> list[str]:
