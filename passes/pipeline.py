@@ -20,6 +20,7 @@ from costmodel.hardware import Hardware, Topology, topology
 from costmodel.memory import ALLOCATION_BYTES, gib
 from costmodel.presets import hardware
 from passes.blocks import NotPeriodicError
+from passes.by_reductions import by_reductions
 from passes.chunks import split_chunks
 from passes.decisions import assignment_of
 from passes.errors import NoFeasiblePlanError
@@ -63,7 +64,8 @@ class Manner:
 
 def prepare(program: Program) -> Program:
     """What is done to a captured program before it is planned."""
-    return prepare_again(split_joined(split_chunks(one_form(own_randomness(use_causal_flag(program))))))
+    program = split_joined(split_chunks(one_form(own_randomness(use_causal_flag(program)))))
+    return prepare_again(by_reductions(program))
 
 
 def on_mesh(hardware_: str | Hardware | None, axes: Sequence[tuple[str, int]]) -> Topology:

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import autopar
 from autopar import Options
+from passes.ledger import ledger
 from passes.program import Program
-from passes.simulate import ledger
 from passes.turns import take_turns_by_blocks, turns_of
 
 aten = torch.ops.aten
