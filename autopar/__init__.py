@@ -8,13 +8,14 @@ See `parallelize`, `plan`, `apply`, `search`, `price`, `verify` and `Options`; t
 from __future__ import annotations
 
 from autopar.api import apply, parallelize, plan
-from autopar.certificate import Parity
+from autopar.certificate import Parity, Tolerances
 from autopar.module import ParallelModule
 from autopar.options import Options
 from autopar.pricing import Price, price
 from autopar.search import search
 from autopar.search_result import SearchResult
 from autopar.verify import verify
+from autopar.watch import RankFailedError
 from passes.errors import (
     AutoparError,
     CaptureError,
@@ -35,8 +36,10 @@ __all__ = [
     "Plan",
     "PlanMismatchError",
     "Price",
+    "RankFailedError",
     "SearchResult",
     "Setup",
+    "Tolerances",
     "UnsupportedOpError",
     "apply",
     "parallelize",

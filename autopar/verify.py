@@ -74,8 +74,9 @@ def verify(
 
     Under `Options(mp_policy=...)` the reference casts parameters, inputs and outputs by hand around the unmodified
     model. In half precision every layout rounds otherwise: a loss may then differ by 2e-2 (relative), any other tensor
-    by 5e-2 of its norm, where `tolerances` says nothing else; in float32 by 1e-5 and 1e-4. A part of the step in half
-    precision (`torch.autocast` inside the forward) makes it one in half precision, with a note.
+    by 5e-2 of its norm, where `tolerances` (`autopar.Tolerances`) says nothing else; in float32 by 1e-5 and 1e-4. A
+    part of the step in half precision (`torch.autocast` inside the forward) makes it one in half precision, with a
+    note.
 
     Where the step draws random numbers (dropout), the ranks are held against the captured graph on one device with the
     same seed, and in eval mode against the unmodified model.

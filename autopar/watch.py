@@ -31,6 +31,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from passes.errors import AutoparError
+
 PATIENCE_S = 5.0
 GRACE_S = 20.0
 """After a failure is known, for the connection to break by itself, before this process is ended."""
@@ -45,7 +47,7 @@ _REMEMBERED = 8
 _OF_A_COLLECTIVE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset")
 
 
-class RankFailedError(RuntimeError):
+class RankFailedError(AutoparError, RuntimeError):
     """Another rank failed; the message names it and holds its own message."""
 
 

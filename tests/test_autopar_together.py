@@ -343,3 +343,10 @@ def test_an_error_outside_a_step_is_told_as_the_process_ends(monkeypatch: pytest
     watches[1].leave()
     with pytest.raises(RankFailedError, match="rank 1 failed: KeyError: 'no such file'"), watches[0].watching():
         raise RuntimeError("gloo: Connection closed by peer")
+
+
+def test_errors_that_users_meet_are_of_one_kind() -> None:
+    errors = [getattr(autopar, name) for name in autopar.__all__ if name.endswith("Error")]
+    assert RankFailedError in errors
+    assert all(issubclass(each, autopar.AutoparError) for each in errors)
+    assert issubclass(RankFailedError, RuntimeError)  # as what is raised in its place, a collective's
