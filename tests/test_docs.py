@@ -96,6 +96,15 @@ def test_files_that_are_named_exist() -> None:
             assert (ROOT / name).exists() or (ROOT / "docs" / name).exists() or name in packages, (document.name, name)
 
 
+def test_the_map_has_every_file() -> None:
+    """Of rules and of the command line their folders do."""
+    told = (ROOT / "docs" / "design.md").read_text()
+    assert "`passes/rules/`" in told
+    assert "`autopar/cli/`" in told
+    files = [path for package in ("autopar", "passes", "costmodel") for path in (ROOT / package).glob("[!_]*.py")]
+    assert [path.name for path in files if not re.search(rf"[`/]{path.name}`", told)] == []
+
+
 def test_links_lead_somewhere() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
