@@ -1,131 +1,31 @@
 """How a rank runs its part of an op.
 
-Most ops run as they are on local tensors. The ones here carry sizes that must become local, or look things up by global
-index: an embedding whose rows are split looks up the rows it has and gives zero for the others.
+Most ops run as they are on local tensors. The ones here carry sizes that must become local; those that look things up
+by global index are in `look_ups`, products of routed experts in `local_experts`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import fx
 
-from costmodel.layout import Layout, Partial, Shard, local_shape
-from passes.dims import ExpandedOp
-from passes.emit import Emitter, Parts
+from costmodel.layout import Shard, local_shape
+from passes import local_experts as _registers_experts  # noqa: F401
+from passes import look_ups as _registers_look_ups  # noqa: F401
 from passes.errors import UnsupportedOpError
-from passes.fakes import DynamicOutputShapeException
-from passes.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
-from passes.rules.call import Call, Operand, call_of, map_operands
+from passes.local_op import LOCAL, LocalOp, global_indices, localizer, once
+from passes.rules.call import Operand, call_of
 from passes.rules.create import FILLS, IOTAS
 from passes.rules.view import RESHAPES
 from passes.rules.window import UPSAMPLE_BACKWARDS
 from passes.uniform import emit_uniform
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class LocalOp:
-    """An op to be run on local operands, and the layouts it runs under."""
-
-    emit: Emitter
-    node: fx.Node
-    call: Call
-    op: ExpandedOp
-    operands: tuple[fx.Node, ...]
-    operand_layouts: tuple[Layout, ...]
-    result_layouts: tuple[Layout, ...]
-    result_shapes: tuple[tuple[int, ...], ...]
-
-    def as_is(self, *, args: Sequence[Any] | None = None, **changed: Any) -> fx.Node:
-        """The op on the local operands; `changed` replaces arguments by name."""
-        names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
-        local_args, kwargs = map_operands(self.node, lambda index, _: self.operands[index])
-        positional = list(local_args)
-        for name, value in changed.items():
-            index = names.index(name)
-            if index < len(positional):
-                positional[index] = value
-            else:
-                kwargs[name] = value
-        try:
-            return self.emit.call(self.node.target, *positional, **kwargs)
-        except DynamicOutputShapeException:  # it runs whole, so its result is the program's
-            return self.emit.known(self.node.meta["val"], self.node.target, *positional, **kwargs)
-
-    def operand_start(self, operand: int, dim: int) -> fx.Node | None:
-        """Global index of the first local entry of an operand's dim, None where the dim is whole."""
-        return _start(self.emit, self.op.operands[operand], self.operand_layouts[operand], dim)
-
-    def result_start(self, result: int, dim: int) -> fx.Node | None:
-        """The same for a result."""
-        return _start(self.emit, self.op.results[result], self.result_layouts[result], dim)
-
-
-def _start(emit: Emitter, dims: Sequence[Sequence[int]], layout: Layout, dim: int) -> fx.Node | None:
-    if not dims[dim]:  # of size 1; what stands at that place is the next dim's
-        return None
-    first = sum(len(d) for d in dims[:dim])
-    axes = [a for a, placement in enumerate(layout) if placement == Shard(first)]
-    inner = [a for a, p in enumerate(layout) if isinstance(p, Shard) and first < p.dim < first + len(dims[dim])]
-    assert not inner, "an indexed dim is split below its outermost atom"
-    if not axes:
-        return None
-    expanded = [size for d in dims for size in d]
-    local = local_shape(expanded, layout, emit.topology.sizes)
-    length = 1
-    for place in range(first, first + len(dims[dim])):
-        length *= local[place]
-    return emit.call(aten.mul.Tensor, emit.coordinate(axes), length)
-
-
-def global_indices(emit: Emitter, dims: Sequence[Sequence[int]], layout: Layout, dim: int) -> fx.Node:
-    """The global indices of a dim's local entries, int64, whatever atoms of the dim are split."""
-    first = sum(len(d) for d in dims[:dim])
-    atoms = dims[dim]
-    expanded = [size for d in dims for size in d]
-    local = local_shape(expanded, layout, emit.topology.sizes)[first : first + len(atoms)]
-    total: fx.Node | None = None
-    stride = 1
-    for k in range(len(atoms) - 1, -1, -1):
-        index = emit.call(aten.arange.start, 0, local[k], dtype=torch.int64, device=torch.device("cpu"))
-        axes = [a for a, placement in enumerate(layout) if placement == Shard(first + k)]
-        if axes:
-            start = emit.call(aten.mul.Tensor, emit.coordinate(axes), local[k])
-            index = emit.call(aten.add.Tensor, index, start)
-        if stride != 1:
-            index = emit.call(aten.mul.Tensor, index, stride)
-        index = emit.view(index, [local[k]] + [1] * (len(atoms) - 1 - k))
-        total = index if total is None else emit.call(aten.add.Tensor, index, total)
-        stride *= atoms[k]
-    if total is None:
-        return emit.call(aten.arange.start, 0, 1, dtype=torch.int64, device=torch.device("cpu"))
-    size = 1
-    for n in local:
-        size *= n
-    return emit.view(emit.call(aten.expand.default, total, list(local)), [size])
-
-
-Localizer = Callable[[LocalOp], "fx.Node | Parts"]
-LOCAL: dict[Any, Localizer] = {}
-
-
-def localizer(*targets: Any) -> Callable[[Localizer], Localizer]:
-    """Register how `targets` run locally."""
-
-    def register(function: Localizer) -> Localizer:
-        for target in targets:
-            LOCAL[target] = function
-        return function
-
-    return register
 
 
 def run_locally(op: LocalOp) -> fx.Node:
@@ -203,190 +103,11 @@ def _uniform(op: LocalOp) -> fx.Node:
     return emit.view(values, op.result_shapes[0])
 
 
-def once(op: LocalOp, operand: int) -> fx.Node:
-    """An operand that is added to a sum of which every rank has a term: itself on one rank, zero on the others."""
-    added = op.operands[operand]
-    given, made = op.operand_layouts[operand], op.result_layouts[0]
-    axes = [a for a in range(len(made)) if isinstance(made[a], Partial) and not isinstance(given[a], Partial)]
-    if not axes:
-        return added
-    return _masked(op, added, op.emit.call(aten.eq.Scalar, op.emit.coordinate(axes), 0))
-
-
-def _in_range(op: LocalOp, indices: fx.Node, start: fx.Node, length: int) -> tuple[fx.Node, fx.Node]:
-    """(local indices, clamped into range; which of them are ours)."""
-    emit = op.emit
-    local = emit.call(aten.sub.Tensor, indices, start)
-    low = emit.call(aten.ge.Scalar, local, 0)
-    high = emit.call(aten.lt.Scalar, local, length)
-    return emit.call(aten.clamp.default, local, 0, length - 1), emit.call(aten.logical_and.default, low, high)
-
-
-def _ours(
-    op: LocalOp, found: fx.Node, indices: fx.Node, mine: fx.Node, length: int,
-    beside: Callable[[fx.Node], fx.Node] = lambda mask: mask,
-) -> fx.Node:  # fmt: skip
-    """What was looked up of a dim of `length` where the index is this rank's own, zero where it is another's.
-
-    No number where it is no rank's: torch raises there, a graph cannot. Whole numbers are zero there too. `beside`
-    makes a mask over the indices broadcast against what was found.
-    """
-    emit, cpu, dtype = op.emit, torch.device("cpu"), found.meta["val"].dtype
-    if not dtype.is_floating_point:
-        return _masked(op, found, beside(mine))
-    low, high = emit.call(aten.ge.Scalar, indices, 0), emit.call(aten.lt.Scalar, indices, length)
-    zero, none = (emit.call(aten.scalar_tensor.default, x, dtype=dtype, device=cpu) for x in (0, math.nan))
-    other = emit.call(aten.where.self, emit.call(aten.logical_and.default, low, high), zero, none)
-    return emit.call(aten.where.self, beside(mine), found, beside(other))
-
-
-def _masked(op: LocalOp, x: fx.Node, mask: fx.Node) -> fx.Node:
-    emit = op.emit
-    zero = emit.call(aten.scalar_tensor.default, 0, dtype=x.meta["val"].dtype, device=torch.device("cpu"))
-    return emit.call(aten.where.self, mask, x, zero)
-
-
-@localizer(aten.embedding.default)
-def _embedding(op: LocalOp) -> fx.Node:
-    start = op.operand_start(0, 0)
-    weight, indices = op.operands
-    if start is None:
-        return op.emit.call(aten.embedding.default, weight, indices)
-    emit = op.emit
-    local, mine = _in_range(op, indices, start, emit.shape(weight)[0])
-    rows = emit.call(aten.embedding.default, weight, local)
-    beside = functools.partial(emit.call, aten.unsqueeze.default, dim=-1)
-    return _ours(op, rows, indices, mine, op.call.operands[0].shape[0], beside)
-
-
-@localizer(aten.embedding_dense_backward.default)
-def _embedding_dense_backward(op: LocalOp) -> fx.Node:
-    start = op.result_start(0, 0)
-    rows = op.result_shapes[0][0]
-    if start is None:
-        return op.as_is(num_weights=rows)
-    emit = op.emit
-    gradient, indices = op.operands
-    local, mine = _in_range(op, indices, start, rows)
-    padding = op.call.get("padding_idx", -1)
-    if padding >= 0:
-        mine = emit.call(aten.logical_and.default, mine, emit.call(aten.ne.Scalar, indices, padding))
-    gradient = _masked(op, gradient, emit.call(aten.unsqueeze.default, mine, -1))
-    return emit.call(aten.embedding_dense_backward.default, gradient, local, rows, -1, False)
-
-
-@localizer(aten.gather.default)
-def _gather(op: LocalOp) -> fx.Node:
-    dim = op.call.get("dim") % max(1, len(op.call.operands[0].shape))
-    start = op.operand_start(0, dim) if op.call.operands[0].shape else None
-    if start is None:
-        return op.as_is()
-    source, index = op.operands
-    local, mine = _in_range(op, index, start, op.emit.shape(source)[dim])
-    found = op.emit.call(aten.gather.default, source, dim, local)
-    return _ours(op, found, index, mine, op.call.operands[0].shape[dim])
-
-
-@localizer(aten.index_select.default)
-def _index_select(op: LocalOp) -> fx.Node:
-    if not op.call.operands[0].shape:
-        return op.as_is()
-    dim = op.call.get("dim") % len(op.call.operands[0].shape)
-    start = op.operand_start(0, dim)
-    if start is None:
-        return op.as_is()
-    source, index = op.operands
-    local, mine = _in_range(op, index, start, op.emit.shape(source)[dim])
-    picked = op.emit.call(aten.index_select.default, source, dim, local)
-    beside = functools.partial(_beside, op, dim=dim, rank=len(op.call.operands[0].shape))
-    return _ours(op, picked, index, mine, op.call.operands[0].shape[dim], beside)
-
-
-def _indexed(op: LocalOp) -> tuple[int, int, fx.Node | None]:
-    """(dim looked up, operand that indexes it, first global index of our part of it) of `index` and `index_put`.
-
-    Where several dims are indexed they are whole, and the start is None.
-    """
-    placed = [(d, index.index) for d, index in enumerate(op.call.get("indices")) if isinstance(index, Operand)]
-    if len(placed) > 1:
-        return -1, -1, None
-    (dim, operand) = placed[0]
-    return dim, operand, op.operand_start(0, dim)
-
-
-def _not_negative(op: LocalOp, index: fx.Node, length: int) -> fx.Node:
-    """Indices from the end, as advanced indexing allows them, counted from the start."""
-    emit = op.emit
-    from_end = emit.call(aten.lt.Scalar, index, 0)
-    return emit.call(aten.where.self, from_end, emit.call(aten.add.Tensor, index, length), index)
-
-
-def _beside(op: LocalOp, mask: fx.Node, dim: int, rank: int) -> fx.Node:
-    """A mask over the indices, which stand at `dim` of a tensor of `rank` dims, made to broadcast against it."""
-    shape = op.emit.shape(mask)
-    return op.emit.view(mask, [1] * dim + list(shape) + [1] * (rank - dim - len(shape)))
-
-
-@localizer(aten.index.Tensor, aten._unsafe_index.Tensor)
-def _index(op: LocalOp) -> fx.Node:
-    dim, operand, start = _indexed(op)
-    if start is None:
-        return op.as_is()
-    emit, source = op.emit, op.operands[0]
-    index = _not_negative(op, op.operands[operand], op.call.operands[0].shape[dim])
-    local, mine = _in_range(op, index, start, emit.shape(source)[dim])
-    picked = emit.call(aten.index.Tensor, source, [None] * dim + [local])
-    beside = functools.partial(_beside, op, dim=dim, rank=len(emit.shape(picked)))
-    return _ours(op, picked, index, mine, op.call.operands[0].shape[dim], beside)
-
-
-@localizer(aten.index_put.default, aten._unsafe_index_put.default)
-def _index_put(op: LocalOp) -> fx.Node:
-    if not op.call.get("accumulate", False):
-        return op.as_is()
-    emit, base, values = op.emit, once(op, 0), op.operands[-1]
-    dim, operand, start = _indexed(op)
-    if start is None:
-        return replace(op, operands=(base, *op.operands[1:])).as_is()
-    index = _not_negative(op, op.operands[operand], op.call.operands[0].shape[dim])
-    local, mine = _in_range(op, index, start, emit.shape(base)[dim])
-    rank = len(emit.shape(base)) - 1 + len(emit.shape(index))
-    values = _masked(op, values, _beside(op, mine, dim, rank))
-    return emit.call(op.call.target, base, [None] * dim + [local], values, True)
-
-
-@localizer(aten.index_add.default)
-def _index_add(op: LocalOp) -> fx.Node:
-    if len(op.call.operands) < 3 or not op.call.operands[0].shape:
-        return op.as_is()
-    dim = op.call.get("dim") % len(op.call.operands[0].shape)
-    emit, base, (_, index, source) = op.emit, once(op, 0), op.operands
-    start = op.operand_start(0, dim)
-    if start is not None:
-        index, mine = _in_range(op, index, start, emit.shape(base)[dim])
-        source = _masked(op, source, _beside(op, mine, dim, len(emit.shape(source))))
-    return emit.call(aten.index_add.default, base, dim, index, source, alpha=op.call.get("alpha", 1))
-
-
-@localizer(aten.scatter_add.default)
-def _scatter_add(op: LocalOp) -> fx.Node:
-    if not op.call.operands[0].shape:
-        return op.as_is()
-    dim = op.call.get("dim") % len(op.call.operands[0].shape)
-    emit, base, (_, index, source) = op.emit, once(op, 0), op.operands
-    start = op.operand_start(0, dim)
-    if start is not None:
-        index, mine = _in_range(op, index, start, emit.shape(base)[dim])
-        source = _masked(op, source, mine)
-    return emit.call(aten.scatter_add.default, base, dim, index, source)
-
-
 @localizer(aten.addmm.default, aten.baddbmm.default)
 def _added(op: LocalOp) -> fx.Node:
     return replace(op, operands=(once(op, 0), *op.operands[1:])).as_is()
 
 
-# ------------------------------------------------------------------------------------------------------------- windows
 def _local_groups(op: LocalOp, x: tuple[int, ...], y: tuple[int, ...], weight: tuple[int, ...]) -> int:
     """How many groups of channels our part of a convolution has: dim 1 of the weight is one group's channels."""
     return (y if op.call.get("transposed") else x)[1] // weight[1]
@@ -412,129 +133,6 @@ def _convolution_backward(op: LocalOp) -> fx.Node:
 @localizer(*UPSAMPLE_BACKWARDS)
 def _upsample_backward(op: LocalOp) -> fx.Node:
     return op.as_is(input_size=list(op.result_shapes[0]))
-
-
-# ------------------------------------------------------------------------------------------------------ routed experts
-def _our_bounds(op: LocalOp, experts: int, expert: fx.Node | None) -> fx.Node:
-    """Where each of a rank's experts finds its rows, counted from the first of the rank's rows in that block."""
-    emit, rows, bounds = op.emit, op.operands[0], op.operands[-1]
-    place = len(op.op.operands[-1][0])
-    axes = [a for a, placement in enumerate(op.operand_layouts[0]) if placement == Shard(place)]
-    if axes and place < len(op.op.operands[0][0]):
-        length = emit.shape(rows)[0] // emit.shape(bounds)[0]
-        start = emit.call(aten.mul.Tensor, emit.coordinate(axes), length)
-        bounds = emit.call(aten.clamp.default, emit.call(aten.sub.Tensor, bounds, start), 0, length)
-    if expert is not None:
-        places = emit.call(aten.arange.start, 0, experts + 1, dtype=torch.int64, device=torch.device("cpu"))
-        bounds = emit.call(aten.index_select.default, bounds, 1, emit.call(aten.add.Tensor, places, expert))
-    same = bounds.meta["val"].dtype == torch.int32
-    return bounds if same else emit.call(aten._to_copy.default, bounds, dtype=torch.int32)
-
-
-@dataclass(frozen=True)
-class _OurRows:
-    """Where a rank's experts find their rows: `ends` per local expert, counted from row `first` (None: from 0)."""
-
-    ends: fx.Node
-    first: fx.Node | None
-    rows: int
-
-
-def _one_block(op: LocalOp, bounds: fx.Node, split: bool) -> _OurRows:
-    emit, (_, cuts) = op.emit, op.emit.shape(bounds)
-    bounds = emit.view(bounds, (cuts,))
-    first = emit.call(aten.slice.Tensor, bounds, 0, 0, 1) if split else None
-    ends = emit.call(aten.slice.Tensor, bounds, 0, 1, cuts)
-    ends = ends if first is None else emit.call(aten.sub.Tensor, ends, first)
-    return _OurRows(ends, first, emit.shape(op.operands[0])[0])
-
-
-def _brought(op: LocalOp, x: fx.Node, ours: _OurRows) -> fx.Node:
-    """The rows of `x` from ours on, where the local experts look for them."""
-    if ours.first is None:
-        return x
-    emit = op.emit
-    places = emit.call(aten.arange.start, 0, ours.rows, dtype=torch.int64, device=torch.device("cpu"))
-    places = emit.call(aten.clamp.default, emit.call(aten.add.Tensor, places, ours.first), 0, ours.rows - 1)
-    return emit.call(aten.index_select.default, x, 0, places)
-
-
-def _returned(op: LocalOp, x: fx.Node, ours: _OurRows) -> fx.Node:
-    """The rows back in their places, zero where they are not ours."""
-    if ours.first is None:
-        return x
-    emit = op.emit
-    places = emit.call(aten.arange.start, 0, ours.rows, dtype=torch.int64, device=torch.device("cpu"))
-    places = emit.call(aten.sub.Tensor, places, ours.first)
-    experts = emit.shape(ours.ends)[0]
-    count = emit.call(aten.slice.Tensor, ours.ends, 0, experts - 1, experts)
-    mine = emit.call(
-        aten.logical_and.default, emit.call(aten.ge.Scalar, places, 0), emit.call(aten.lt.Tensor, places, count)
-    )
-    back = emit.call(aten.index_select.default, x, 0, emit.call(aten.clamp.default, places, 0, ours.rows - 1))
-    return _masked(op, back, emit.view(mine, (ours.rows, 1)))
-
-
-def _aligned(op: LocalOp, x: fx.Node) -> fx.Node:
-    """Its kernels want rows of matrices to start at multiples of 16 bytes."""
-    step = 16 // x.meta["val"].dtype.itemsize
-    pads = [-n % step for n in op.emit.shape(x)[1:]]
-    if not any(pads):
-        return x
-    return op.emit.call(aten.constant_pad_nd.default, x, [n for pad in reversed(pads) for n in (0, pad)])
-
-
-def _has_kernel(op: LocalOp, bounds: fx.Node) -> bool:
-    return op.operands[0].meta["val"].dtype == torch.bfloat16 and op.emit.shape(bounds)[0] == 1
-
-
-@localizer(ROUTED_MM)
-def _routed_mm(op: LocalOp) -> fx.Node:
-    emit, (rows, matrices, _) = op.emit, op.operands
-    expert = op.operand_start(1, 0)
-    bounds = _our_bounds(op, emit.shape(matrices)[0], expert)
-    if not _has_kernel(op, bounds):
-        return replace(op, operands=(rows, matrices, bounds)).as_is()
-    ours = _one_block(op, bounds, expert is not None)
-    rows, aligned = _aligned(op, _brought(op, rows, ours)), _aligned(op, matrices)
-    made = emit.call(aten._grouped_mm.default, rows, aligned, ours.ends)
-    if emit.shape(aligned)[2] != emit.shape(matrices)[2]:
-        made = emit.call(aten.slice.Tensor, made, 1, 0, emit.shape(matrices)[2])
-    return _returned(op, made, ours)
-
-
-@localizer(ROUTED_MM_WEIGHT)
-def _routed_mm_weight(op: LocalOp) -> fx.Node:
-    emit, (rows, gradient, _) = op.emit, op.operands
-    expert = op.result_start(0, 0)
-    bounds = _our_bounds(op, op.result_shapes[0][0], expert)
-    if not _has_kernel(op, bounds):
-        return replace(op, operands=(rows, gradient, bounds)).as_is()
-    ours = _one_block(op, bounds, expert is not None)
-    rows, gradient = (_aligned(op, emit.contiguous(_brought(op, x, ours))) for x in (rows, gradient))
-    made = emit.call(aten._grouped_mm.default, emit.call(aten.t.default, rows), gradient, ours.ends)
-    for dim, size in enumerate(op.result_shapes[0]):
-        if emit.shape(made)[dim] != size:
-            made = emit.call(aten.slice.Tensor, made, dim, 0, size)
-    return made
-
-
-def _our_index(op: LocalOp) -> fx.Node:
-    """Where the rank's rows stand in its own blocks."""
-    start = op.operand_start(0, 0)
-    return op.operands[1] if start is None else op.emit.call(aten.sub.Tensor, op.operands[1], start)
-
-
-@localizer(TAKE_ROWS)
-def _take_rows(op: LocalOp) -> fx.Node:
-    return op.emit.call(aten.index.Tensor, op.operands[0], [_our_index(op)])
-
-
-@localizer(PUT_ROWS)
-def _put_rows(op: LocalOp) -> fx.Node:
-    adds = bool(op.call.get("accumulate"))
-    base = once(op, 0) if adds else op.operands[0]
-    return op.emit.call(aten.index_put.default, base, [_our_index(op)], op.operands[2], adds)
 
 
 @localizer(aten.slice.Tensor)

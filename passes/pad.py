@@ -32,7 +32,8 @@ from passes.dims import Atom, atoms_of, is_getitem, outputs_of, value_of
 from passes.emit import emitter_like, relax_views
 from passes.graphs import graph_module
 from passes.harmless import Key, Need, Place, Reading, fill_of, keeps_values, looked_up, needs_of, result_zone
-from passes.localize import LocalOp, in_dtype, run_locally
+from passes.local_op import LocalOp
+from passes.localize import in_dtype, run_locally
 from passes.program import Input, Output, Program
 from passes.rules.call import is_tensor, operand_nodes
 from passes.rules.create import FILLS, IOTAS

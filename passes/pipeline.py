@@ -31,6 +31,7 @@ from passes.local import LocalProgram
 from passes.make_plan import baseline, make_plan
 from passes.masks import use_causal_flag
 from passes.named import alike_axes, check_strategy
+from passes.one_form import one_form
 from passes.pins import PinError, pinned_layouts
 from passes.plan import Baseline, Bound, Plan, check_plan
 from passes.plan_notes import plan_notes
@@ -39,7 +40,6 @@ from passes.proposals import BY_HAND, SIMPLEST_FIRST, PaddingsOf, Progress, Sear
 from passes.randomness import own_randomness
 from passes.recompute import Mode
 from passes.rewrite import rewrite
-from passes.routing import one_form
 from passes.shorten import shorten
 from passes.space import Pin, Space, search_space
 from passes.timeline import Timeline, timeline_of

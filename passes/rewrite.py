@@ -21,7 +21,8 @@ from passes.fakes import FakeTensorMode
 from passes.graphs import graph_module
 from passes.itinerary import Returned, itinerary, returned
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
-from passes.localize import LocalOp, run_locally
+from passes.local_op import LocalOp
+from passes.localize import run_locally
 from passes.moves import Move, Run
 from passes.per_rank import option_local_shapes
 from passes.rules.call import operand_nodes

@@ -25,7 +25,8 @@ from costmodel.presets import hardware
 from passes.dims import ExpandedOp, expand, unified
 from passes.emit import Emitter, Parts
 from passes.layers import fold
-from passes.localize import LocalOp, run_locally
+from passes.local_op import LocalOp
+from passes.localize import run_locally
 from passes.program import Input, Program
 from passes.rules.call import Call, call_of, facts_of, is_tensor
 from passes.rules.form import Form, FormBuilder
