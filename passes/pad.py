@@ -399,13 +399,11 @@ class _Padding:
             self.known[node] = made[0]
 
     def _uniform(self, node: fx.Node, seed: fx.Node, at: frozenset[Place]) -> fx.Node:
-        """A dim that is padded below its outermost part is drawn in its parts: numbers follow from the real sizes."""
+        """Drawn part by part of each dim, as an inner one may be padded: numbers follow from the real sizes."""
         (dims,) = self._result_dims(node)
-        inside = {d for d, part in at if part}
 
         def drawn(at: frozenset[Place]) -> list[int]:
-            lengths = [[self._length(atom, (d, j) in at) for j, atom in enumerate(dim)] for d, dim in enumerate(dims)]
-            return [n for d, dim in enumerate(lengths) for n in (dim if d in inside else [math.prod(dim)])]
+            return [self._length(atom, (d, j) in at) for d, dim in enumerate(dims) for j, atom in enumerate(dim)]
 
         numbers = self.emit.call(UNIFORM, seed, node.args[1], drawn(frozenset()), drawn(at))
         return self.emit.view(numbers, self._shape(dims, at))
@@ -513,7 +511,7 @@ class _Padding:
     # -- versions of a tensor ------------------------------------------------------------------------------------------
 
     def _put(self, known: _Known, version: _Version, places: frozenset[Place], phase: str = "") -> None:
-        known.versions[places, phase if known.by_phase and places != known.base else ""] = version
+        known.versions[places, phase if known.by_phase else ""] = version
         for place in places:
             atom = known.atoms[place[0]][place[1]]
             if version.node.op == "call_function" and version.node.target not in (aten.constant_pad_nd.default,):
@@ -522,7 +520,7 @@ class _Padding:
     def _version(self, node: fx.Node, places: frozenset[Place], phase: str) -> _Version:
         """The tensor with exactly these places padded."""
         known = self.known[node]
-        key = (places, phase if known.by_phase and places != known.base else "")
+        key = (places, phase if known.by_phase else "")
         if key not in known.versions:
             at, version = known.base, known.versions[known.base, ""]
             self.emit.meta = {key: known.meta.get(key, "") for key in ("module", "source")} | {"phase": phase}

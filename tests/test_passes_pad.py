@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -322,6 +323,40 @@ def test_what_is_padded_of_a_layers_parameters_is_the_layers_work() -> None:
         sites.append(len(analyse(made).places))
     assert sites[0] == sites[1]
     assert padded == [[8] * 2, [8] * 3]  # of four projections, in forward and in backward
+
+
+class Scaled(nn.Module):
+    """Layers of three heads, as one dim of their weights and of a table that scales them, which is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = {"q": nn.Linear(8, 24, bias=False), "o": nn.Linear(24, 8, bias=False)}
+        self.layers: Any = nn.ModuleList(nn.ModuleDict(copy.deepcopy(parts)) for _ in range(2))
+        for layer in self.layers:
+            layer.register_buffer("scale", torch.rand(24) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        for layer in self.layers:
+            h = (layer["q"](x) * layer.scale).unflatten(-1, (3, 8)).transpose(1, 2)
+            x = x + layer["o"](((h @ h.mT).softmax(-1) @ h).transpose(1, 2).flatten(2))
+        return {"loss": x.square().mean()}
+
+
+def test_a_layers_table_is_padded_in_each_phase_as_the_layers_work() -> None:
+    torch.manual_seed(0)
+    model, kwargs = Scaled(), {"x": torch.randn(4, 4, 8)}
+    analysis = analyse(captured(model, kwargs))
+    padded = pad(analysis, uneven_dims(analysis, (4,), ())).program
+    same_on_one_device(model, padded, kwargs)
+    found = []
+    for node in padded.graph.graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default):
+        source = node
+        while source.op != "placeholder":
+            source = source.args[0]
+        if "scale" in source.name:
+            found.append((source.name, node.meta["module"], node.meta["phase"]))
+    layers = [(f"layers_{n}_scale", f"layers.{n}", phase) for n in (0, 1) for phase in ("backward", "forward")]
+    assert sorted(found) == layers
 
 
 def gpt2() -> Program:

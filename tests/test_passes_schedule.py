@@ -17,6 +17,7 @@ from parity import captured, planned
 from small_models import build
 from torch import fx, nn
 
+from costmodel.compute import matmul, op_s, pointwise
 from costmodel.hardware import Topology, topology
 from costmodel.layout import Replicate
 from costmodel.memory import OPTIMIZERS
@@ -538,6 +539,29 @@ def test_a_layers_products_go_in_parts_with_what_they_multiply_and_make() -> Non
     assert quicker.exposed_total_s < plain.exposed_total_s
     assert quicker.micro_batch_s < plain.micro_batch_s
     assert len(quicker.collectives) == len(plain.collectives)
+
+
+def test_what_products_in_parts_take_and_how_early_they_are() -> None:
+    """By hand: four parts, each of a quarter of 8 x 1024 rows in fp32; a product is early by what it and those behind
+    it take but for the last part."""
+    space, assignment = planned_llama("megatron", 1, 4)
+    laid, device = tracks(space, assignment), space.topology.device
+    found = by_parts(replace(space, async_tp=True), laid)
+
+    def in_parts_s(n: int, k: int) -> float:
+        return 4 * op_s(matmul(2048, n, k, dtype="float32", item_bytes=4), device)
+
+    q_s, kv_s = in_parts_s(512 // 4, 512), in_parts_s(256 // 4, 512)
+    early_s = {laid.items[i].node.meta["module"]: each for i, (_, each) in found.early_s.items()}  # type: ignore[union-attr]
+    of_first = {name.rsplit(".", 1)[-1]: each for name, each in early_s.items() if ".layers.0.self" in name}
+    assert of_first["v_proj"] == pytest.approx(0.75 * kv_s)
+    assert of_first["k_proj"] == pytest.approx(0.75 * 2 * kv_s)
+    assert of_first["q_proj"] == pytest.approx(0.75 * (q_s + 2 * kv_s))
+    item, sent_s = next(iter(found.sent_early_s.items()))
+    assert laid.items[item].place.meta["module"] == "model.layers.0.self_attn.o_proj"  # type: ignore[union-attr]
+    assert sent_s == pytest.approx(0.75 * in_parts_s(512, 512 // 4))
+    whole_bytes = 8 * 1024 * 512 * 4
+    assert found.added_s[item] == pytest.approx(op_s(pointwise(whole_bytes, whole_bytes / 4), device))
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
