@@ -230,7 +230,8 @@ def _recipe(model: nn.Module, argument: str) -> dict[str, Any]:
 
 
 def _batch_code(plan: Plan, model: nn.Module, call: examples.Call) -> str:
-    """The body of the script's `batch`: whole numbers are below the most of those in `call`, as labels are few."""
+    """The body of the script's `batch`: whole numbers are below the most of those in `call`, as labels are few; zero
+    where it has none."""
     examples.restored(plan.example)  # refuses what no script could write
     args, kwargs = call
     most = getattr(getattr(model, "config", None), "vocab_size", None) or _fewest_rows(model)
@@ -268,7 +269,7 @@ def _value_code(name: str, value: Any, model: nn.Module, most: int) -> str:
         return f"torch.randn({shape}, generator=source{drawn}).to(device{dtype})"
     if "mask" in name or value.dtype == torch.bool:
         return f"torch.ones({shape}, dtype={value.dtype}, device=device)"
-    below = most if name == "input_ids" or value.is_meta or not value.numel() else max(1, int(value.max()) + 1)
+    below = most if name == "input_ids" else 1 if value.is_meta or not value.numel() else max(1, int(value.max()) + 1)
     return f"torch.randint(0, {below}, {shape}, generator=source).to(device{dtype})"
 
 

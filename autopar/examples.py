@@ -136,6 +136,22 @@ def as_described(text: str) -> Iterator[None]:
         yield
 
 
+def valued(call: Call, other: Call) -> Call:
+    """`call`, whose tensors without values have those that `other` has there, in the same shape and dtype."""
+    (leaves, spec), (others, other_spec) = pytree.tree_flatten(call), pytree.tree_flatten(other)
+    if spec != other_spec:
+        return call
+
+    def alike(leaf: Any, found: Any) -> bool:
+        both = isinstance(leaf, torch.Tensor) and isinstance(found, torch.Tensor)
+        return both and leaf.is_meta and (leaf.shape, leaf.dtype) == (found.shape, found.dtype)
+
+    args, kwargs = pytree.tree_unflatten(
+        [found if alike(leaf, found) else leaf for leaf, found in zip(leaves, others, strict=True)], spec
+    )
+    return args, kwargs
+
+
 def _packed(tensor: torch.Tensor) -> str:
     return base64.b64encode(zlib.compress(bytes_of(tensor.cpu()).numpy().tobytes())).decode()
 

@@ -455,13 +455,18 @@ def test_rotary_frequencies_are_not_cast_with_the_parameters(tmp_path: Path) -> 
 
 
 def test_labels_are_classes_and_inputs_may_be_nested(tmp_path: Path) -> None:
-    script = ejected(tmp_path, "classifier", "dp=2", "--strategy", "fsdp")
+    script = ejected(tmp_path, "classifier", "dp=2", "--strategy", "fsdp", "-o", str(tmp_path / "plan.json"))
     space: dict[str, Any] = {"__name__": "ejected"}
     exec(compile(script.read_text(), str(script), "exec"), space)
     made = space["batch"](0, 0, "cpu")
     left, right = made["views"]["left"]
     assert (left.shape, left.dtype, right.shape, right.dtype) == ((4, 16), torch.float32, (4, 16), torch.bfloat16)
     assert set(made["kinds"].tolist()) <= {0, 1, 2}
+    again = tmp_path / "again.py"
+    call = ["plan", f"{tmp_path}/models.py:classifier", "--from", str(tmp_path / "plan.json"), "--eject", str(again)]
+    assert main(call) == 0
+    body = "def batch(step"
+    assert again.read_text().partition(body)[2] == script.read_text().partition(body)[2]
     trained = losses_of_the_script(script, 2)
     torch.manual_seed(0)
     model = space["build"]()

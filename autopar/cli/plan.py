@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -72,7 +73,7 @@ def run(given: argparse.Namespace) -> int:
     with clean_output(), progress() as tell:
         made, model, call = _made(given, tell)
         _write(made, given, tell)
-        ejected = eject(made, model, call, given.model, given.eject) if given.eject else None
+        ejected = eject(made, model, call(), given.model, given.eject) if given.eject else None
         if ejected is not None:
             with writing("eject", given.eject):
                 write_whole(given.eject, ejected.script)
@@ -89,8 +90,8 @@ def run(given: argparse.Namespace) -> int:
     return 0 if made.fits else 1
 
 
-def _made(given: argparse.Namespace, tell: Callable[[str], None]) -> tuple[Plan, nn.Module, Call]:
-    """The plan, with the model and the call that it is for."""
+def _made(given: argparse.Namespace, tell: Callable[[str], None]) -> tuple[Plan, nn.Module, Callable[[], Call]]:
+    """The plan, with the model and what makes the call that it is for, with values where the model comes with some."""
     kept = Plan.load(given.kept) if given.kept else None
     mesh = given.mesh or (kept.mesh if kept is not None else None)
     if mesh is None:
@@ -98,7 +99,8 @@ def _made(given: argparse.Namespace, tell: Callable[[str], None]) -> tuple[Plan,
     options = options_of(given, _options(kept))
     named = named_model(given, options=options, kept=kept)
     same = kept is not None and not given.batch and not given.seq
-    call = examples.restored(kept.example) if kept and same else examples.call_of(named.model, named.inputs)
+    own = partial(examples.call_of, named.model, named.inputs)
+    call = examples.restored(kept.example) if kept and same else own()
     made = planned(
         named.model,
         call,
@@ -112,7 +114,8 @@ def _made(given: argparse.Namespace, tell: Callable[[str], None]) -> tuple[Plan,
     other: tuple[str, ...] = ()
     if kept is not None and made.fingerprint != kept.fingerprint:
         other = (f"{given.kept} was made for another graph, {kept.fingerprint[:12]}: what it fixed was kept",)
-    return replace(made, notes=(*named.notes, *other, *made.notes)), named.model, call
+    noted = replace(made, notes=(*named.notes, *other, *made.notes))
+    return noted, named.model, lambda: examples.valued(call, own())
 
 
 def _write(made: Plan, given: argparse.Namespace, tell: Callable[[str], None]) -> None:
