@@ -80,7 +80,7 @@ def styles_of(plan: Plan, model: nn.Module, call: examples.Call, axis: str, note
             told = f"{pattern_of(placed)} is split over {axis}: tied weights would part, so it stays whole there"
             notes.append(told)
         elif leaf == "weight" and type(module).forward in (nn.Linear.forward, nn.Embedding.forward):
-            columns = (split == "S(0)") == isinstance(module, nn.Linear)
+            columns = split.startswith("S(0") == isinstance(module, nn.Linear)  # S(0.1) too
             style = COLWISE_GATHERED if columns else ROWWISE_CUT
             if wanted.setdefault(pattern, style) != style:
                 apart.add(pattern)

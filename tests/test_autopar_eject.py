@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
+import autopar
+from autopar import examples
 from autopar.cli import main
+from autopar.styles import styles_of
 
 STEPS = 3
 MODELS = """
@@ -558,6 +562,15 @@ def noise_of_the_script(rank: int, ranks: int, script: str) -> float:
     """A number drawn on this rank after the script has run."""
     run_script(rank, ranks, script)
     return torch.rand(()).item()
+
+
+def test_an_inner_part_of_a_dim_is_that_dim() -> None:
+    stack = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    call = examples.call_of(stack, (torch.randn(4, 6, 16),))
+    plan = autopar.plan(stack, {"tp": 2}, call[1], hardware="h100", options=autopar.Options(pins={"0.weight": "S(0)"}))
+    inner = {line: replace(p, in_compute="S(0.1)") if line == "0.weight" else p for line, p in plan.parameters.items()}
+    styles = styles_of(replace(plan, parameters=inner), stack, call, "tp", [])
+    assert styles["0"] == "ColwiseParallel(output_layouts=Replicate())"
 
 
 def told_in(capsys: pytest.CaptureFixture[str]) -> str:
