@@ -68,6 +68,8 @@ def _parts(module: ParallelModule, optimizers: Mapping[str, Optimizer], with_mod
 def load_whole_optimizer(module: ParallelModule, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Loads an optimizer's `state_dict` of one device, whose states are whole: each rank takes its parts.
 
+    "step" is a count, and no part of a parameter that is one number, as torch's `load_state_dict` has it.
+
     Raises:
         ValueError: the optimizer has its parameters in other groups.
     """
@@ -84,7 +86,7 @@ def load_whole_optimizer(module: ParallelModule, optimizer: Optimizer, state: Ma
             whole, name = state["state"][number], names[parameter]
             cut[number] = {
                 key: part_of(value, runtime.specs[name], runtime.storages[name])
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape and key != "step"
                 else value
                 for key, value in whole.items()
             }

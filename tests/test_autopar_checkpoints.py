@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from ranks import run_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import autopar
-from autopar.checkpoints import whole_state
+from autopar.checkpoints import load_whole_optimizer, whole_state
 
 
 class Tied(nn.Module):
@@ -38,7 +39,36 @@ def _kept(rank: int, ranks: int) -> None:
             torch.testing.assert_close(state[name], value, rtol=0, atol=0)
     if rank == 0:
         assert state["head.weight"] is state["embedding.weight"]
+    _steps_of_one_number(mesh)
 
 
-def test_all_ranks_gather_a_tied_parameter_once() -> None:
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.bfloat16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.scale).mean()
+
+
+def _steps_of_one_number(mesh: DeviceMesh) -> None:
+    """A count of steps has the shape of a parameter that is one number, not its dtype: 257 is none in bfloat16."""
+    model, x = Scaled(), torch.ones(2, 4, dtype=torch.bfloat16)
+    one = torch.optim.AdamW(model.parameters())
+    model(x).backward()
+    one.step()
+    saved = one.state_dict()
+    del one
+    saved["state"][0]["step"].fill_(257.0)
+    options = autopar.Options(compile=False, progress=False)
+    module = autopar.apply(model, autopar.plan(model, mesh, (x,), strategy="fsdp", options=options), mesh)
+    optimizer = torch.optim.AdamW(module.parameters())
+    load_whole_optimizer(module, optimizer, saved)
+    (state,) = optimizer.state.values()
+    assert isinstance(state["exp_avg"], DTensor)
+    assert not isinstance(state["step"], DTensor)
+    assert state["step"].item() == 257.0
+
+
+def test_weights_come_whole_and_states_in_parts() -> None:
     run_ranks(_kept, 2)
