@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from parity import captured
 from torch import nn
 from torch.nn import functional as F
+
+from passes.program import Program
 
 BATCH, SEQUENCE, VOCABULARY = 8, 16, 96
 Example = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -136,3 +139,19 @@ def build(name: str, seed: int = 0) -> Example:
     """The model and its global batch, the same in every process."""
     torch.manual_seed(seed)
     return MODELS[name]()
+
+
+def program_of(name: str = "llama") -> Program:
+    """The step of a model on its global batch, ready to be planned."""
+    model, args, kwargs = build(name)
+    return captured(model, kwargs, args)
+
+
+def tokens(sequence: int) -> Callable[[int], dict[str, torch.Tensor]]:
+    """What a decoder is fed, as `Captures` asks for it: one sample cut in so many parts, without values."""
+
+    def fed(parts: int) -> dict[str, torch.Tensor]:
+        ids = torch.empty(1, sequence // parts, dtype=torch.long, device="meta")
+        return {"input_ids": ids, "labels": ids}
+
+    return fed

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from small_models import tokens
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -55,9 +56,7 @@ def found() -> SearchResult:
     return autopar.search(small(), 4, "h100", 8, sequence=512, options=OPTIONS, top=2)
 
 
-def inputs(parts: int) -> dict[str, torch.Tensor]:
-    ids = torch.empty(1, 512 // parts, dtype=torch.long, device="meta")
-    return {"input_ids": ids, "labels": ids}
+inputs = tokens(512)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import tokens
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -28,9 +29,7 @@ def llama(layers: int = LAYERS, vocabulary: int = 512) -> nn.Module:
         return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def inputs(parts: int) -> dict[str, torch.Tensor]:
-    ids = torch.empty(1, 512 // parts, dtype=torch.long, device="meta")
-    return {"input_ids": ids, "labels": ids}
+inputs = tokens(512)
 
 
 def profiler(*, whole: bool) -> Profiler:

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from small_models import tokens
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from autopar.profiling import Captures, Profiler
@@ -35,11 +36,7 @@ def profiler(layers: int) -> Profiler:
     with torch.device("meta"):
         model = Starcoder2ForCausalLM(config).to(torch.bfloat16)
 
-    def inputs(parts: int) -> dict[str, torch.Tensor]:
-        ids = torch.empty(1, S // parts, dtype=torch.long, device="meta")
-        return {"input_ids": ids, "labels": ids}
-
-    return Profiler(Captures(model, inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
+    return Profiler(Captures(model, tokens(S)), hardware("h100"), OPTIMIZERS["adamw-master"])
 
 
 def priced(layers: int, setup: Setup) -> Estimate:

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from small_models import tokens
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import autopar
@@ -38,11 +39,7 @@ def mixtral() -> MixtralForCausalLM:
 
 @lru_cache
 def profiler() -> Profiler:
-    def inputs(parts: int) -> dict[str, torch.Tensor]:
-        ids = torch.empty(1, S // parts, dtype=torch.long, device="meta")
-        return {"input_ids": ids, "labels": ids}
-
-    return Profiler(Captures(mixtral(), inputs), hardware("h100"), OPTIMIZERS["adamw-master"])
+    return Profiler(Captures(mixtral(), tokens(S)), hardware("h100"), OPTIMIZERS["adamw-master"])
 
 
 def priced(**changed: object) -> Estimate:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from small_models import build
 
@@ -18,17 +19,13 @@ from passes.capture import capture
 from passes.fitting import Candidate, Enough, Posed, Request, looked_at_longer
 from passes.pipeline import compile_plan, on_mesh, prepare
 from passes.price import price
-from passes.program import Program
 from passes.proposals import PaddingsOf, Search
 from passes.solve import solve
 
 MESH = on_mesh("h100", (("dp", 2), ("tp", 2)))
 
 
-@lru_cache
-def program(name: str = "llama") -> Program:
-    model, args, kwargs = build(name)
-    return prepare(capture(model, args, kwargs, batch_dims=[0, 0], batch_size=8))
+program = lru_cache(small_models.program_of)
 
 
 @lru_cache

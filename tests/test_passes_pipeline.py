@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
-from small_models import build
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,10 +33,7 @@ from passes.space import Pin, search_space
 MESH = (("dp", 2), ("tp", 2))
 
 
-@lru_cache
-def program(name: str = "llama") -> Program:
-    model, args, kwargs = build(name)
-    return prepare(capture(model, args, kwargs, batch_dims=[0, 0], batch_size=8))
+program = lru_cache(small_models.program_of)
 
 
 def plan(request: Request, on: str | Hardware = "h100") -> Plan:

@@ -9,26 +9,21 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import small_models
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import captured, planned
-from small_models import build
+from parity import planned
 
 from passes.decisions import assignment_of
 from passes.errors import PlanMismatchError
 from passes.local import LocalProgram
 from passes.make_plan import baseline, make_plan
 from passes.plan import Baseline, Bound, Plan
-from passes.program import Program
 from passes.schedule import play
 from passes.space import Space, search_space
 from passes.words import fold_names, unfold_names
 
-
-@lru_cache
-def program_of(name: str) -> Program:
-    model, args, kwargs = build(name)
-    return captured(model, kwargs, args)
+program_of = lru_cache(small_models.program_of)
 
 
 @lru_cache

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import pytest
+import small_models
 import torch
 from parity import captured, errors
 from small_models import build
@@ -18,7 +19,6 @@ from passes.ledger import ledger
 from passes.moves import Run
 from passes.partition import split
 from passes.price import price
-from passes.program import Program
 from passes.recompute import MODES, Mode, recomputation
 from passes.rewrite import rewrite
 from passes.schedule import play
@@ -27,11 +27,7 @@ from passes.space import Space, search_space
 from passes.strategies import Option
 from passes.tracks import Tracks, tracks
 
-
-@lru_cache
-def program_of(name: str) -> Program:
-    model, args, kwargs = build(name)
-    return captured(model, kwargs, args)
+program_of = lru_cache(small_models.program_of)
 
 
 @lru_cache

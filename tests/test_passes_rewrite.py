@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 import pytest
+import small_models
 import torch
 from parity import captured, errors, planned
 from small_models import MODELS, build
 
 from passes.ledger import Issued, ledger
-from passes.program import Program
 
 MESHES = {
     "dp4": ({"dp": 4}, (0,)),
@@ -20,10 +20,7 @@ MESHES = {
 }
 
 
-@lru_cache
-def program_of(name: str) -> Program:
-    model, args, kwargs = build(name)
-    return captured(model, kwargs, args)
+program_of = lru_cache(small_models.program_of)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from parity import captured, planned
-from small_models import build
 from torch import fx, nn
 
 from costmodel.compute import matmul, op_s, pointwise
@@ -290,10 +290,7 @@ MESHES: dict[str, tuple[dict[str, int], tuple[int, ...]]] = {
 }
 
 
-@lru_cache
-def program_of(name: str) -> Program:
-    model, args, kwargs = build(name)
-    return captured(model, kwargs, args)
+program_of = lru_cache(small_models.program_of)
 
 
 @lru_cache
