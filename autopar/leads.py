@@ -25,7 +25,7 @@ def close(steps_s: Mapping[Key, float], error: float) -> list[Key]:
 
 
 def chosen(steps_s: Mapping[Key, float]) -> Key:
-    """What is enough; `steps_s`: the simplest way first."""
+    """The simplest way whose step is close enough to the fastest one's; `steps_s` has the simplest way first."""
     fastest_s = min(steps_s.values())
     return next(key for key, step_s in steps_s.items() if step_s <= fastest_s * (1.0 + ENOUGH))
 

@@ -50,7 +50,10 @@ class Reach:
 
 
 def reach_up(gpus: int, batch: int, times: Callable[[int], Times]) -> Reach:
-    """From `gpus`, where it is enough, to twice as many and on, as far as the batch goes; by bisection."""
+    """How far sharding the state alone stays enough with more GPUs than `gpus`, where it is enough.
+
+    Twice as many are looked at, and so on as far as the batch can be divided; which of these is found by bisection.
+    """
     counts = _doubled(gpus, batch)
     known: dict[int, Times] = {}
     low, high = -1, len(counts)
@@ -64,8 +67,11 @@ def reach_up(gpus: int, batch: int, times: Callable[[int], Times]) -> Reach:
 
 
 def reach_down(gpus: int, batch: int, node: int, times: Callable[[int], Times]) -> Reach | None:
-    """From `gpus`, where it is not enough, to half as many and on; None where it is not there either, or nothing that
-    was tried fits beside it: that is what is fastest on `gpus`, other ways may fit."""
+    """How far sharding the state alone is enough with fewer GPUs than `gpus`, where it is not enough; by halving.
+
+    None where it is enough nowhere, or where none of the other ways that were tried fits on so few GPUs: only those
+    that are fastest on `gpus` were, and others may fit.
+    """
     count, beyond, past = gpus, gpus, None
     for _ in range(_HALVINGS):
         if count % 2 or (count // 2 > node and count // 2 % node):
@@ -127,8 +133,12 @@ def _steps_s(setups: Iterable[Setup], profiler: Profiler, budget: int, either: E
 
 
 def on(gpus: int, batch: int, setups: Iterable[Setup]) -> Iterator[Setup]:
-    """The setups with so many data-parallel ranks that they take `gpus`, where these divide the batch; replicas of the
-    state stay as large where that goes, and micro-batches where a rank's part of the batch has so many samples."""
+    """The setups scaled to `gpus` devices by their number of data-parallel ranks, where that is whole and divides the
+    batch.
+
+    Replicas of the state stay as large as they are where the ranks allow it, and micro-batches where a rank has enough
+    samples.
+    """
     for setup in setups:
         data, rest = divmod(gpus, setup.tp * setup.pp * setup.cp)
         if rest or not data or batch % data or (data * setup.cp * setup.tp) % setup.ep:

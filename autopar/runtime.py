@@ -122,6 +122,7 @@ class Runtime:
 
 
 def runtime_of(module: nn.Module) -> Runtime:
+    """What a parallel module knows beside its tensors."""
     return cast(Runtime, module.__dict__["_autopar"])
 
 

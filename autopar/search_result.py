@@ -136,8 +136,12 @@ class SearchResult:
 
 
 def parallelism(setup: Setup) -> Setup:
-    """What is listed once: the setup without micro-batch, virtual stages, recompute, what becomes of gathers, how many
-    ranks share experts where they do and when tokens are sent to them, and who says what tensor-parallel ranks do."""
+    """The setup without what a search decides for it; of setups that agree in the rest one is listed, the fastest.
+
+    Left out are the micro-batch, virtual stages, recompute, whether gathers are repeated, and how many ranks share
+    experts (but whether any do) and when tokens are sent to them, and whether a solver or Megatron-LM's plan lays out
+    tensor parallelism.
+    """
     return replace(
         setup, micro_batch=1, accumulate=1, recompute="pointwise", whole_blocks=False, virtual=1, reshard=True,
         gathers_again=False, ep=min(setup.ep, 2), experts_beside=False, solved=False,

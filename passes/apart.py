@@ -19,7 +19,7 @@ _IN_PLACE = {_c10d.all_reduce.default, _c10d.all_reduce_coalesced.default}
 
 
 def with_parts_apart(graph: fx.Graph) -> None:
-    """Copy into each `cat` that is added up in place those of its parts that something else reads too."""
+    """Copies parts of a `cat` that something else reads too, where the `cat` is added to in place."""
     for node in graph.find_nodes(op="call_function", target=aten.cat.default):
         if _is_added_up(node):
             parts = node.args[0]
@@ -35,7 +35,7 @@ def _is_added_up(node: fx.Node) -> bool:
 
 
 def is_shared(part: fx.Node) -> bool:
-    """Whether something beside one `cat` reads the tensor that `part` is, or is a view of."""
+    """Whether something other than one `cat` reads the tensor that `part` is, or is a view of."""
     while len(part.users) == 1 and is_view_op(part.target):
         part = part.all_input_nodes[0]
     return len(part.users) > 1

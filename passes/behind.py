@@ -20,7 +20,7 @@ from torch.utils._ordered_set import OrderedSet
 
 @contextlib.contextmanager
 def behind_writes() -> Iterator[None]:
-    """While it lasts, an op whose loops are laid out anew keeps all that it waits for."""
+    """Within it, Inductor keeps an op's dependencies on earlier writes when it lays out the op's loops anew."""
     made = SchedulerNode.recompute_size_and_body
 
     @functools.wraps(made)

@@ -128,8 +128,10 @@ def cheapest_within(
     below_s: float = math.inf,
     known: Sequence[tuple[int, ...]] = (),
 ) -> tuple[tuple[int, ...], float]:
-    """The cheapest picks that fit the budget, and what none cost less than: within `gap` (relative), unless the time
-    (of the processor) is over before. `known`: picks that are good already.
+    """The cheapest picks that fit the budget, and a bound: no picks that fit cost less.
+
+    The two are within `gap` (relative) of each other, unless `time_limit_s` of the processor is over before. `known`:
+    picks that are good already.
 
     Raises:
         NoFeasiblePlanError: nothing fits that costs less than `below_s`, or nothing was found in time.

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def bucketed(program: Program, items: Sequence[Run | Move], gradients: Gradients) -> list[Run | Move]:
-    """`items` reordered, moves that go together numbered alike; `gradients`: the program's."""
+    """`items` in another order, with the same `bucket` number on moves that go together."""
     labels = layer_labels(program, items)
     gathers: dict[object, list[int]] = {}
     late: dict[object, list[int]] = {}

@@ -78,6 +78,7 @@ def tangents_of(tracer: Tracer, result: Result, which: Tangents) -> list[Tangent
 
 
 def gradients(given: list[Tangent], slots: list[Slot]) -> list[tuple[Slot, Tensor]]:
+    """The gradients that reach each slot which wants one, by autograd from the tangents of the outputs."""
     wanted = [slot for slot in slots if slot.differentiate]
     if not given or not wanted:
         return []

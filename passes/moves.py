@@ -13,8 +13,10 @@ from passes.strategies import Option, StoredOption
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """An op runs under `option` in one half of the step (`phase`); `again`: a forward op in backward, whose results
-    only backward finds."""
+    """An op that runs under `option`, in one half of the step (`phase`).
+
+    `again`: a forward op that is repeated in backward; only backward sees its results.
+    """
 
     node: fx.Node
     option: Option
@@ -30,7 +32,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`value` goes through `steps` to `target`; later readers in the same `era` find it there.
+    """Brings `value` through `steps` to the layout `target`; later readers in the same `era` find it there.
 
     `era` is the phase for stored tensors that are gathered for forward and again for backward, "backward" for what is
     computed again, and "" for others.

@@ -39,7 +39,7 @@ _PICKED = {aten.index.Tensor, aten.index_select.default, aten.gather.default}
 
 
 def is_linear(node: fx.Node, fixed: AbstractSet[fx.Node]) -> bool:
-    """Whether an op of a sum is the sum of the op of its terms, where the values of `fixed` are the same for all terms.
+    """Whether `op(a + b) = op(a) + op(b)` for the operands that differ from term to term, as all but `fixed` do.
 
     What is not known to be is taken not to be.
     """

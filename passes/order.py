@@ -20,7 +20,9 @@ Text = Callable[[fx.Node, dict[fx.Node, str]], str]
 
 
 def settle_order(graph: fx.Graph, free: Mapping[fx.Node, str], text: Text) -> None:
-    """Reorder what depends on `free` placeholders alone, whose names are given; `text` says what a node is.
+    """Puts nodes that depend on the placeholders `free` alone in an order that is the same in every process, in place.
+
+    `free` has these placeholders' names, and `text` says what a node computes.
 
     By names, not by places: the order is the same in a model with more layers.
     """

@@ -49,9 +49,11 @@ def check_pins(pins: Mapping[str, Layout | Pin], axes: int) -> None:
 
 
 def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: int) -> dict[int, tuple[str, Pin]]:
-    """Site -> (pattern, pin) for every parameter that a pin names; what is a line's name (`parameter_lines`) names that
-    line alone. Of parameters that lie somewhere already, layers that were pinned apart may be laid out alike (none is
-    trained): there a pin of some is left out.
+    """Site -> (pattern, pin) for every parameter that a pin names.
+
+    A pattern that is the name of a plan's line (`parameter_lines`) names that line alone. Where parameters lie
+    somewhere already, layers that were pinned apart may be laid out alike, as none of them is trained; a pin of only
+    some of these layers is then left out.
 
     Raises:
         ValueError: a pin that names nothing, some of the parameters that repeated layers share, or one that another pin

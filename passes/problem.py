@@ -93,7 +93,7 @@ def evaluate(problem: Problem, picks: Sequence[int]) -> tuple[float, float]:
 
 
 def only(problem: Problem, kept: Sequence[Sequence[int]]) -> Problem:
-    """The problem with these options alone, by variable; picks number them as `kept` does."""
+    """The problem with just the options `kept[v]` of each variable v; picks of it count these."""
 
     def of(values: Sequence[float], variable: int) -> tuple[float, ...]:
         return tuple(values[i] for i in kept[variable])

@@ -31,6 +31,8 @@ _BOUNDARIES = ("run_model", "gradients")
 
 @dataclass(frozen=True, slots=True)
 class Place:
+    """Where an op came from: forward or backward, the module whose forward ran it, and the line of the model's code."""
+
     phase: str
     module: str
     source: str

@@ -22,6 +22,7 @@ _MIN = 2.0**-25
 
 
 def unsupported(node: fx.Node, why: str) -> UnsupportedOpError:
+    """The error for a random op that cannot be made equal on every mesh."""
     return UnsupportedOpError(f"{place_of(node)}: random op {node.target}: {why}")
 
 

@@ -124,7 +124,10 @@ def block_of(node: fx.Node) -> str:
 
 
 def recomputation(analysis: Analysis, mode: Mode, also: frozenset[int] = frozenset()) -> Recomputation:
-    """What is kept and what is computed again under `mode`; `also`: forward sites that may be beside those of it."""
+    """What forward keeps for backward under `mode`, and which forward sites run again there.
+
+    `also`: sites that may run again beside those that the mode allows.
+    """
     network = _Network(analysis, mode, also)
     kept = cheapest_cut(network.values, network.demands)
     found = reached(network.values, network.demands, kept)

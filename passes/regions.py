@@ -63,7 +63,7 @@ class Call:
 
 
 def cut(gm: fx.GraphModule, constants: Iterable[fx.Node], layer_of: Callable[[str], str], backward: bool) -> Cut:
-    """The parts of a graph.
+    """A forward or backward graph cut into what gathers parameters, regions, and what reduces gradients.
 
     constants: placeholders that are parameters, buffers or coordinates. layer_of: a module's name -> the repeated layer
     it is in, "" outside of layers.

@@ -37,8 +37,11 @@ _SCALE = 1e6
 
 @dataclass(frozen=True, eq=False)
 class Mix:
-    """No plan costs less than `seconds`, which a mix of options does; by variable and option, `parts` of it. A byte is
-    worth `s_per_byte`. `basis`: what HiGHS starts from where fewer options are allowed."""
+    """The cheapest mix of options: `parts[v][i]` is how much of variable v takes its option i.
+
+    No plan costs less than the mix's `seconds`. `s_per_byte` is what one more byte of the budget would save, and
+    `basis` is what HiGHS starts from where fewer options are allowed.
+    """
 
     seconds: float
     parts: tuple[Floats, ...]

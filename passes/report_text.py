@@ -115,7 +115,7 @@ def bound_text(plan: Plan) -> str:
 
 
 def kept_texts(plan: Plan) -> list[str]:
-    """What is not kept for backward, and what is, a sentence each."""
+    """What backward computes or gathers again, and what stays for it, where that is not the usual; a sentence each."""
     sentences = (
         (f"backward computes again: {RECOMPUTED[plan.recompute]}", True),
         ("gathered parameters stay from forward to backward (reshard_after_forward=False)", not plan.reshard),

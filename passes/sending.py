@@ -14,8 +14,7 @@ from passes.words import Words
 
 
 def send_early(words: Words, moves: Iterable[Sequence[fx.Node]]) -> None:
-    """Moves the first collective of each of `moves` up to where its operand is made, within its layer; collectives keep
-    their order.
+    """Starts collectives of activations as soon as their operand is made, within its layer; they keep their order.
 
     `moves`: what brings one activation from layout to layout, in the order of the graph, before whatever reads it. An
     operand that was kept from forward is there all along: it is sent where its reader's module begins.

@@ -26,8 +26,10 @@ class Reads:
 
 
 def attributes(model: nn.Module) -> dict[tuple[int, str], tuple[str, Any]]:
-    """Numbers and tensors that modules hold outside of their tables, each with the name that code has for it, by the
-    module's id and their key."""
+    """Plain numbers and tensors that modules hold as attributes, not as parameters, buffers or modules.
+
+    By the module's id and the attribute's key: the name that code has for it (`layers.0.beta`), and the value.
+    """
     return {
         (id(module), key): (f"{prefix}.{key}" if prefix else key, value)
         for prefix, module in model.named_modules()

@@ -141,9 +141,12 @@ class Setup:
 
 
 def as_megatron(setup: Setup) -> Setup:
-    """`setup` run as Megatron-LM does: gradients in fp32, added up within the products that make them; of what sequence
-    parallelism gathers a rank's part kept; tensor-parallel ranks of a stage send in parts beside products, as in
-    published pipelines (benchmarks/data)."""
+    """The setup as Megatron-LM runs it.
+
+    Gradients are kept in fp32 and added up within the products that make them. Of what sequence parallelism gathers, a
+    rank keeps its own part for backward and gathers again. In pipelines, tensor-parallel ranks send in parts beside
+    products, as the published ones do (benchmarks/data).
+    """
     return replace(
         setup, gradient_bytes=4, adds_in_products=True, gathers_again=setup.tp > 1 and setup.sequence_parallel,
         tp_overlap=setup.pp > 1 and setup.tp > 1,

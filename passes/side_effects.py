@@ -14,6 +14,7 @@ from passes.tracing import unwrapped
 
 
 def mutated_notes(slots: Sequence[Slot]) -> list[str]:
+    """Of inputs and parameters that the forward writes to in place."""
     written = [slot.input for slot in slots if unwrapped(slot.view) is not slot.fake]
     return [
         f"{what.kind} {what.name}: the forward writes to it in place; only the graph sees what it wrote"
@@ -33,8 +34,10 @@ def empty_buffers(model: nn.Module) -> dict[str, None]:
 
 
 def attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any], but: Collection[str]) -> list[str]:
-    """Of attributes that eager's next call would find changed; those that it has overwritten by the time it reads them
-    (the weight that `torch.nn.utils.weight_norm` makes of its two parts) are not."""
+    """Of attributes that the forward changes and the next eager call would read.
+
+    Attributes named in `but` are overwritten before they are read, as `torch.nn.utils.weight_norm` does with a weight.
+    """
 
     def changed(old: Any, new: Any) -> bool:
         return old is not new and (isinstance(old, Tensor) or isinstance(new, Tensor) or old != new)

@@ -91,6 +91,7 @@ def slots_of(model: nn.Module, precision: Precision) -> list[Slot]:
 
 
 def user_slot(name: str, leaf: Any, batch_dim: int | None) -> Slot | None:
+    """The slot of one leaf of the user's inputs; None for what is no tensor."""
     if not isinstance(leaf, Tensor):
         return None
     return Slot(Input("input", name, leaf.requires_grad and torch.is_grad_enabled(), batch_dim), leaf)

@@ -545,4 +545,5 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 
 def fake_mode() -> FakeTensorMode:
+    """The mode that the fake tensors of one capture belong to."""
     return FakeTensorMode(allow_non_fake_inputs=False)

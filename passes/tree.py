@@ -29,8 +29,11 @@ AnyNode = TypeVar("AnyNode", bound=Node)
 
 @dataclass
 class Tree(Generic[AnyNode]):
-    """Nodes, the lowest bound first, until none can lead to picks that are cheaper than the best by more than `gap`
-    (relative), or all that fits costs `below_s` and more. No plan costs more than `most_s`."""
+    """The nodes of a branch and bound still to be looked at, the lowest bound first, and the best picks so far.
+
+    It ends where no node can lead to picks cheaper than the best by more than `gap` (relative), or where all that fits
+    costs at least `below_s`. `most_s`: a bound that no plan's seconds exceed.
+    """
 
     problem: Problem
     gap: float

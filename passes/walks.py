@@ -20,7 +20,10 @@ def made_of(
     stop: Callable[[fx.Node], bool] = lambda node: False,
     instead: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
 ) -> dict[fx.Node, None]:
-    """`roots` and what they are made of, going no further than nodes where `stop`; `instead` of some nodes others."""
+    """`roots` and all nodes that they are made of; a node where `stop` is true is included, but not what it is made of.
+
+    `instead`: nodes that are looked at in the place of others.
+    """
     found: dict[fx.Node, None] = {}
     stack = [root for root in roots if isinstance(root, fx.Node)]
     while stack:
