@@ -25,7 +25,7 @@ from passes.inputs import flatten_call
 
 
 def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the model returns for this call, by the executable for calls of its kind, which is made where there is none."""
+    """What the model returns for this call, by the executable for calls of its kind; it is made where there is none."""
     with watch().watching():
         return _forward(runtime_of(module), module, args, kwargs)
 
