@@ -37,29 +37,14 @@ T = TypeVar("T")
 def bucketed(program: Program, items: Sequence[Run | Move], gradients: Gradients) -> list[Run | Move]:
     """`items` in another order, with the same `bucket` number on moves that go together."""
     labels = layer_labels(program, items)
-    gathers: dict[object, list[int]] = {}
-    late: dict[object, list[int]] = {}
-    ends: dict[object, int] = {}
-    home: dict[fx.Node, object] = {}
-    """Of a value, the layer that computed it."""
-    for index, (item, label) in enumerate(zip(items, labels, strict=True)):
-        if isinstance(item, Move) and _is_gather(item):
-            gathers.setdefault(label, []).append(index)
-        elif gradients.is_late(item):
-            at = _home(item, home, label)
-            home[item.node if isinstance(item, Run) else item.value] = at
-            late.setdefault(at, []).append(index)
-        else:
-            ends[label] = index
-            if isinstance(item, Run):
-                home[item.node] = label
-    moved = {index for indices in (*gathers.values(), *late.values()) for index in indices}
+    gathers, late, last = _by_layer(items, labels, gradients)
     before = {indices[0]: indices for indices in gathers.values()}
-    sums = _small_sums(items, moved)
-    moved |= {index for first, moves in sums.items() for index in range(first, first + len(moves))}
     behind: dict[int, list[int]] = {}
     for label, indices in late.items():
-        behind.setdefault(ends.get(label, indices[-1]), []).extend(indices)
+        behind.setdefault(last.get(label, indices[-1]), []).extend(indices)
+    moved = {index for indices in (*gathers.values(), *late.values()) for index in indices}
+    sums = _small_sums(items, moved)
+    moved |= {index for first, moves in sums.items() for index in range(first, first + len(moves))}
     numbers = count()
     found: list[Run | Move] = []
     for index, item in enumerate(items):
@@ -74,6 +59,32 @@ def bucketed(program: Program, items: Sequence[Run | Move], gradients: Gradients
             for level in _levels([items[i] for i in behind[index]]):
                 found += _numbered(level, numbers)
     return found
+
+
+Indices = dict[object, list[int]]
+
+
+def _by_layer(
+    items: Sequence[Run | Move], labels: Sequence[object], gradients: Gradients
+) -> tuple[Indices, Indices, dict[object, int]]:
+    """Per layer: its gathers, what is done to its finished gradients, and the last of its other items."""
+    gathers: Indices = {}
+    late: Indices = {}
+    last: dict[object, int] = {}
+    home: dict[fx.Node, object] = {}
+    """Of a value, the layer that computed it."""
+    for index, (item, label) in enumerate(zip(items, labels, strict=True)):
+        if isinstance(item, Move) and _is_gather(item):
+            gathers.setdefault(label, []).append(index)
+        elif gradients.is_late(item):
+            at = _home(item, home, label)
+            home[item.node if isinstance(item, Run) else item.value] = at
+            late.setdefault(at, []).append(index)
+        else:
+            last[label] = index
+            if isinstance(item, Run):
+                home[item.node] = label
+    return gathers, late, last
 
 
 def layer_labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
