@@ -305,9 +305,10 @@ def test_the_users_model_stays_as_it_was() -> None:
 
 def _leaves_the_model(rank: int, ranks: int) -> None:
     model = Net(rows=12, width=8)
-    before, kind = copy.deepcopy(model.state_dict()), type(model)
+    before, kind, drawn = copy.deepcopy(model.state_dict()), type(model), torch.get_rng_state()
     _, mine = batch_of(rank, (1,))
     parallel = autopar.parallelize(model, mesh_of((1,)), mine, strategy="fsdp", options=EAGER)
+    assert torch.get_rng_state().equal(drawn)
     parallel(**mine).loss.backward()
     with torch.no_grad():
         for p in parallel.parameters():
@@ -315,7 +316,6 @@ def _leaves_the_model(rank: int, ranks: int) -> None:
     assert type(model) is kind
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and not isinstance(p, DTensor) for p in model.parameters())
-    assert torch.get_rng_state().equal(torch.get_rng_state())
 
 
 class Twice(nn.Module):
