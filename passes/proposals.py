@@ -404,34 +404,47 @@ def _takes_less(way: Way, than: Way) -> bool:
 def with_parameters_kept(found: Sequence[Candidate], budget: float, request: Request) -> list[Candidate]:
     """Candidates whose gathered parameters stay from forward to backward, where that can be the fastest that fits.
 
-    A candidate gains no more by it than its backward waits for parameters and is slowed down by gathers beside compute,
-    and the fewer bytes alive are those at rest and every gathered parameter. Where they do not fit beside what is kept
-    for backward, more of that is gathered or computed again.
+    Where they do not fit beside what is kept for backward, more of that is gathered or computed again.
     """
     kept: list[Candidate] = []
     for candidate in found:
         fastest = best([*found, *kept], budget)
         enough_s = math.inf if fastest is None else fastest.schedule.step_time_s * (1 - TIE)
-        gathers = [c for c in candidate.schedule.collectives if c.role == "parameter" and c.phase == "backward"]
-        slowing = {axes: _slowing(axes, candidate.space.topology) for axes in {c.axes for c in gathers}}
-        taken_s = sum(c.exposed_s + slowing[c.axes] * c.hidden_s for c in gathers)
-        least_s = candidate.schedule.step_time_s - request.accumulate * taken_s
-        at_rest = sum(candidate.schedule.memory.by_kind.get(kind, 0) for kind in ("parameters", "optimizer"))
-        may_fit = at_rest + sum(c.count * c.bytes for c in gathers) <= budget
-        if not gathers or not may_fit or least_s >= enough_s:
-            continue
-        modes = _AUTO[_AUTO.index(candidate.recompute) :] if request.recompute == "auto" else (candidate.recompute,)
-        regather = candidate.space.recomputed.regather
-        sends = any(c.role == "activation" and c.kind == "all_gather" for c in candidate.schedule.collectives)
-        either = (regather, True) if request.regather is None and sends and not regather else (regather,)
-        for again in either:
-            for mode in modes:
-                kept.append(_kept(candidate, mode, again, request))
-                schedule = kept[-1].schedule
-                if schedule.peak_memory_bytes <= budget or schedule.step_time_s >= enough_s:
-                    break
-            if kept[-1].recompute == modes[0]:
-                break  # nothing had to be computed again
+        if _may_gain(candidate, budget, enough_s, request):
+            kept += _kept_in_each_way(candidate, budget, enough_s, request)
+    return kept
+
+
+def _may_gain(candidate: Candidate, budget: float, enough_s: float, request: Request) -> bool:
+    """Whether a candidate that keeps its gathered parameters may fit and take less than `enough_s`.
+
+    It gains no more than its backward waits for parameters and is slowed down by gathers beside compute, and no fewer
+    bytes are alive than those at rest and of every gathered parameter.
+    """
+    schedule = candidate.schedule
+    gathers = [c for c in schedule.collectives if c.role == "parameter" and c.phase == "backward"]
+    slowing = {axes: _slowing(axes, candidate.space.topology) for axes in {c.axes for c in gathers}}
+    taken_s = sum(c.exposed_s + slowing[c.axes] * c.hidden_s for c in gathers)
+    at_rest = sum(schedule.memory.by_kind.get(kind, 0) for kind in ("parameters", "optimizer"))
+    may_fit = at_rest + sum(c.count * c.bytes for c in gathers) <= budget
+    return bool(gathers) and may_fit and schedule.step_time_s - request.accumulate * taken_s < enough_s
+
+
+def _kept_in_each_way(candidate: Candidate, budget: float, enough_s: float, request: Request) -> list[Candidate]:
+    """The candidate with gathered parameters kept, with ever more computed again until it fits or is too slow."""
+    modes = _AUTO[_AUTO.index(candidate.recompute) :] if request.recompute == "auto" else (candidate.recompute,)
+    regather = candidate.space.recomputed.regather
+    sends = any(c.role == "activation" and c.kind == "all_gather" for c in candidate.schedule.collectives)
+    either = (regather, True) if request.regather is None and sends and not regather else (regather,)
+    kept: list[Candidate] = []
+    for again in either:
+        for mode in modes:
+            kept.append(_kept(candidate, mode, again, request))
+            schedule = kept[-1].schedule
+            if schedule.peak_memory_bytes <= budget or schedule.step_time_s >= enough_s:
+                break
+        if kept[-1].recompute == modes[0]:
+            break  # nothing had to be computed again
     return kept
 
 
