@@ -15,6 +15,7 @@ from torch import nn
 
 from autopar import examples
 from autopar.api import skeleton
+from autopar.restricted import with_data_parallel_state, with_replicas, without_sequence_parallelism
 from autopar.shallow import Shallow, shallow
 from costmodel.hardware import Hardware, Topology, topology
 from costmodel.memory import OptimizerSpec
@@ -25,7 +26,6 @@ from passes.depth import Profile, profile, sample
 from passes.fusion import Fused
 from passes.inputs import global_inputs
 from passes.model_flops import ModelFlops, model_flops
-from passes.named import stored_choices
 from passes.pad import Pad
 from passes.pipeline import prepare
 from passes.precision import Precision
@@ -35,13 +35,10 @@ from passes.proposals import HIDDEN_SHARES, PaddingsOf
 from passes.rebatch import Told, copy_of, rebatched, told
 from passes.recompute import Mode, Recomputation, recomputation
 from passes.routing import expert_count
-from passes.rules.index import EMBEDDINGS
-from passes.rules.matmul import PRODUCTS
 from passes.schedule import Schedule, play
 from passes.setup import Setup
 from passes.solve import solve
-from passes.space import Site, Space, search_space
-from passes.strategies import Option, StoredOption
+from passes.space import Space, search_space
 from passes.tracks import Costs, Tracks, tracks
 from passes.uneven import uneven_dims, used_pads
 
@@ -282,10 +279,10 @@ class Profiler:
         if key not in self._spaces:
             space = search_space(analysis.program, mesh, batch_axes, strategy=strategy, analysis=analysis)
             if strategy == "auto":
-                space = _data_parallel_apart(space, analysis)
+                space = with_data_parallel_state(space)
             if any(axis.name == "dp_replicate" for axis in mesh.axes):
-                space = _replicating(space, analysis, strategy)
-            self._spaces[key] = space if split else _residual_whole(space, analysis)
+                space = with_replicas(space, strategy)
+            self._spaces[key] = space if split else without_sequence_parallelism(space)
         return self._spaces[key]
 
 
@@ -310,80 +307,6 @@ def _axes(setup: Setup) -> dict[str, int]:
     """The mesh of a setup that a plan can do, outermost axis first."""
     axes = {"dp_replicate": setup.dp_replicate, "dp_shard": setup.dp_shard, "tp": setup.tp}
     return {name: size for name, size in axes.items() if size > 1} or {"dp_shard": 1}
-
-
-def _data_parallel_apart(space: Space, analysis: Analysis) -> Space:
-    """`space` with parameters stored over the batch axes as by hand, split over all of them, and no samples split by
-    other axes: those would be batch axes of another mesh."""
-    sizes, batch_axes = space.topology.sizes, space.batch_axes
-
-    def splits_samples(option: Option, site: Site) -> bool:
-        assert site.op is not None
-        leaves = [leaf for axis, leaf in enumerate(option.splits) if axis not in batch_axes and leaf is not None]
-        return any(site.op.leaves[leaf].atom in analysis.batch_atoms for leaf in leaves)
-
-    sites = []
-    for site in space.sites:
-        if site.given is not None and site.given.kind == "parameter":
-            options = tuple(o for o in site.options if isinstance(o, StoredOption))
-            site = replace(site, options=stored_choices(options, "megatron", sizes, batch_axes))
-        elif site.op is not None:
-            kept = tuple(o for o in site.options if isinstance(o, Option) and not splits_samples(o, site))
-            site = replace(site, options=kept or site.options)
-        sites.append(site)
-    return replace(space, sites=tuple(sites))
-
-
-def _replicating(space: Space, analysis: Analysis, strategy: str) -> Space:
-    """`space` with parameters stored as HSDP does: sharded over `dp_shard`, alike on every rank of `dp_replicate`."""
-    names = [axis.name for axis in space.topology.axes]
-    shard = (names.index("dp_shard"),) if "dp_shard" in names else ()
-    every = search_space(analysis.program, space.topology, space.batch_axes, strategy="auto", analysis=analysis)
-    sites = []
-    for site, free in zip(space.sites, every.sites, strict=True):
-        if site.given is not None and site.given.kind == "parameter":
-            computed = {o.layout for o in site.options if isinstance(o, StoredOption)}
-            data = [i for i, name in enumerate(names) if name.startswith("dp")]
-            kept = tuple(
-                option
-                for option in free.options
-                if isinstance(option, StoredOption)
-                and tuple(a for a in option.storage.state_axes if a in data) == shard
-                and all(not option.storage.shards[a] for a in data)
-                and (strategy != "fsdp" or option.layout in computed)
-            )
-            site = replace(site, options=kept or site.options)
-        sites.append(site)
-    return replace(space, sites=tuple(sites))
-
-
-def _residual_whole(space: Space, analysis: Analysis) -> Space:
-    """`space` where no tensor axis splits the sequence or samples, or the hidden dim of what is no operand of a
-    product."""
-    tensor_axes = [axis for axis in range(len(space.topology.sizes)) if axis not in space.batch_axes]
-    every = search_space(analysis.program, space.topology, space.batch_axes, strategy="auto", analysis=analysis)
-    forward = [place for place in analysis.places if place.phase == "forward" and place.call and place.op]
-    embedded = [
-        place.op.result_atoms for place in forward if place.call and place.op and place.call.target in EMBEDDINGS
-    ]
-    hidden = {atom for results in embedded for dims in results for dim in dims for atom in dim}
-    tokens = analysis.sequence_atoms | analysis.batch_atoms
-
-    def is_whole(site: Site, option: Option | StoredOption) -> bool:
-        if not isinstance(option, Option) or site.op is None:
-            return False
-        atoms = tokens if site.call and site.call.target in PRODUCTS else tokens | hidden
-        leaves = [option.splits[axis] for axis in tensor_axes]
-        return not any(leaf is not None and site.op.leaves[leaf].atom in atoms for leaf in leaves)
-
-    sites = []
-    for index, (site, free) in enumerate(zip(space.sites, every.sites, strict=True)):
-        kept = [o for o in site.options if is_whole(site, o)]
-        split = any(isinstance(o, Option) and any(o.splits[axis] is not None for axis in tensor_axes) for o in kept)
-        if index in analysis.from_data and not split:
-            kept += [o for o in free.options if is_whole(site, o) and o not in kept]  # the op on every rank
-        sites.append(replace(site, options=tuple(kept) or site.options))  # type: ignore[arg-type]
-    return replace(space, sites=tuple(sites))
 
 
 def _fp8(hardware: Hardware) -> Hardware:
