@@ -25,7 +25,7 @@ def with_data_parallel_state(space: Space) -> Space:
         return any(site.op.leaves[leaf].atom in space.analysis.batch_atoms for leaf in leaves)
 
     def left(_: int, site: Site) -> Sequence[Any]:
-        if _is_parameter(site):
+        if site.parameter is not None:
             return stored_choices(_stored(site), "megatron", sizes, batch_axes)
         if site.op is None:
             return site.options
@@ -42,7 +42,7 @@ def with_replicas(space: Space, strategy: str) -> Space:
     free = _free(space)
 
     def left(index: int, site: Site) -> Sequence[Any]:
-        if not _is_parameter(site):
+        if site.parameter is None:
             return site.options
         computed = {option.layout for option in _stored(site)}
         return [
@@ -105,10 +105,6 @@ def _with(space: Space, left: Callable[[int, Site], Sequence[Any]]) -> Space:
     """`space` with the options that are `left` of each site; all of them where that is none."""
     sites = (replace(site, options=tuple(left(index, site)) or site.options) for index, site in enumerate(space.sites))
     return replace(space, sites=tuple(sites))
-
-
-def _is_parameter(site: Site) -> bool:
-    return site.given is not None and site.given.kind == "parameter"
 
 
 def _stored(site: Site) -> tuple[StoredOption, ...]:

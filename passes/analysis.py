@@ -49,6 +49,11 @@ class Place:
     traffic: Traffic | None = None
     """Of a pointwise op, copy or reduction: what of its tensors moves."""
 
+    @property
+    def parameter(self) -> Input | None:
+        """The parameter that is stored; None for anything else."""
+        return self.given if self.given is not None and self.given.kind == "parameter" else None
+
 
 @dataclass(frozen=True)
 class Port:
@@ -262,7 +267,7 @@ def _returned_places(
 def _weight_dims(places: Sequence[Place], ops: Sequence[ExpandedOp]) -> tuple[tuple[tuple[int, int], ...], ...]:
     found: dict[tuple[tuple[int, int], ...], None] = {}
     for place, op in zip(places, ops, strict=False):
-        if place.given is not None and place.given.kind == "parameter":
+        if place.parameter is not None:
             for sizes, atoms in zip(op.results[0], op.result_atoms[0], strict=True):
                 if len(sizes) > 1:
                     found[tuple(zip(atoms, sizes, strict=True))] = None
@@ -363,7 +368,7 @@ def _from_parameters(places: Sequence[Place], wires: Sequence[Wire]) -> frozense
             if not port.stores:
                 readers[wire.value.op].add(port.site)
                 sources[port.site].add(wire.value.op)
-    found = {i for i, place in enumerate(places) if place.given is not None and place.given.kind == "parameter"}
+    found = {i for i, place in enumerate(places) if place.parameter is not None}
     queue = list(found)
     while queue:
         for reader in readers[queue.pop()]:

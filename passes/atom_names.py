@@ -153,5 +153,4 @@ def _name_inner(names: dict[int, str], weights: Sequence[Sequence[int | None]], 
 
 
 def _is_weight(space: Space, site: int) -> bool:
-    given = space.sites[site].given
-    return given is not None and given.kind == "parameter" and len(space.sites[site].dims) >= 2
+    return space.sites[site].parameter is not None and len(space.sites[site].dims) >= 2

@@ -189,14 +189,14 @@ def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) ->
     sizes = space.topology.sizes
     tied = set(space.program.aliases.values())
     for index, site in enumerate(space.sites):
-        option, given = site.options[assignment[index]], site.given
+        option, parameter = site.options[assignment[index]], site.parameter
         if not isinstance(option, StoredOption) or site.kind not in ("stored", "given"):
             continue
-        if given is not None and given.kind == "parameter":
+        if parameter is not None:
             computed = math.prod(option.storage.computed_shape(sizes)) * site.count
-            for of in ("", "trained ") if given.requires_grad else ("",):
+            for of in ("", "trained ") if parameter.requires_grad else ("",):
                 found[f"{of}elements"] += computed
-                found[f"{of}tied"] += computed * (given.name in tied)
+                found[f"{of}tied"] += computed * (parameter.name in tied)
             found["bytes"] += computed * site.itemsize
             stored = math.prod(option.storage.padded_shape(sizes)) * site.count
             found["stored"] += stored

@@ -9,6 +9,7 @@ Where two ops cut a dim in ways that do not divide one another, the dim cannot b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,15 @@ class ExpandedOp:
 def expanded_shape(dims: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The shape with one dim per atom."""
     return tuple(size for dim in dims for size in dim)
+
+
+def own_shape(dims: Sequence[Sequence[int]], expanded: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a tensor whose expanded shape is `expanded`, with as many atoms per dim as `dims` has."""
+    shape, start = [], 0
+    for dim in dims:
+        shape.append(math.prod(expanded[start : start + len(dim)]))
+        start += len(dim)
+    return tuple(shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from costmodel.hardware import Topology
 from costmodel.layout import Layout, local_shape
 from costmodel.reshard import Step
 from costmodel.state import chunks
+from passes.dims import own_shape
 from passes.fakes import FakeTensorMode
 from passes.local import TOGETHER, WAIT, Storage
 from passes.precision import dtype_named
@@ -290,14 +291,6 @@ def _moved(emit: Emitter, x: fx.Node, source: int, target: int) -> fx.Node:
     return emit.contiguous(emit.move_dim(x, source, target)) if source != target else x
 
 
-def _merged(dims: Sequence[Sequence[int]], expanded: Sequence[int]) -> tuple[int, ...]:
-    shape, start = [], 0
-    for dim in dims:
-        shape.append(math.prod(expanded[start : start + len(dim)]))
-        start += len(dim)
-    return tuple(shape)
-
-
 def _local(emit: Emitter, dims: Sequence[Sequence[int]], layout: Layout) -> tuple[int, ...]:
     return local_shape([size for dim in dims for size in dim], layout, emit.topology.sizes)
 
@@ -329,7 +322,7 @@ def _expanded_step(emit: Emitter, x: fx.Node, step: Step, dims: Sequence[Sequenc
     else:
         raise AssertionError(step)
     # Row-major, as the ops' own results are: fused kernels rely on it (CPU attention is silently wrong otherwise).
-    return emit.view(emit.contiguous(x), _merged(dims, after))
+    return emit.view(emit.contiguous(x), own_shape(dims, after))
 
 
 def _to_front(emit: Emitter, x: fx.Node, dim: int) -> fx.Node:

@@ -68,8 +68,7 @@ def _parameters(space: Space, node: object) -> Iterator[int]:
     assert isinstance(node, fx.Node)
     if node.op == "placeholder":
         index = space.analysis.flow.value[node].op
-        given = space.sites[index].given
-        if given is not None and given.kind == "parameter":
+        if space.sites[index].parameter is not None:
             yield index
         return
     for operand in node.all_input_nodes:

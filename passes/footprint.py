@@ -119,7 +119,7 @@ def _at_rest(
         option = site.options[assignment[index]]
         assert isinstance(option, StoredOption)
         shape = option.storage.padded_shape(space.topology.sizes)
-        trainable = site.given is not None and site.given.kind == "parameter" and site.given.requires_grad
+        trainable = site.is_trained
         kept: AtRest = at_rest(shape, spec, item_bytes=site.stored_itemsize, trainable=trainable)
         kind = "inputs"
         if site.given is not None and site.given.kind in ("parameter", "buffer"):

@@ -215,8 +215,8 @@ def _least_bytes(asked: Search) -> float:
     spec = OPTIMIZERS[asked.request.optimizer]
     total = 0.0
     for place in asked.paddings.under(asked.request.strategy).whole.places:
-        if place.given is not None and place.given.kind == "parameter":
-            shape, trainable = tuple(map(math.prod, place.dims)), place.given.requires_grad
+        if place.parameter is not None:
+            shape, trainable = tuple(map(math.prod, place.dims)), place.parameter.requires_grad
             kept = at_rest(shape, spec, item_bytes=place.itemsize, trainable=trainable)
             total += place.count * (kept.parameters + kept.states)
     return total / asked.topology.ranks

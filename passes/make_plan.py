@@ -162,7 +162,7 @@ def _roles(space: Space, assignment: Sequence[int], words: Words) -> dict[str, A
                 partial = leaf is None and any(isinstance(r[axis], Partial) for r in option.results)
                 word = words.atom(site.op.leaves[leaf]) if leaf is not None else "partial sums" if partial else ""
                 (others if cost.kind == "other" else products)[axis][word] += cost.seconds * site.count
-        elif site.given is not None and site.given.kind == "parameter":
+        elif site.parameter is not None:
             size = math.prod(option.storage.shape) * site.count
             elements += size
             for axis, shard in enumerate(option.storage.shards):

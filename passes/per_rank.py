@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from costmodel.compute import Work
 from costmodel.layout import Layout, local_shape
-from passes.dims import expanded_shape
+from passes.dims import expanded_shape, own_shape
 from passes.space import Site
 from passes.strategies import Option
 from passes.work import work_of
@@ -18,12 +17,7 @@ def option_local_shapes(site: Site, option: Option, sizes: Sequence[int]) -> tup
     assert site.op is not None
 
     def local(dims: tuple[tuple[int, ...], ...], layout: Layout) -> tuple[int, ...]:
-        flat = local_shape(expanded_shape(dims), layout, sizes)
-        shape, start = [], 0
-        for dim in dims:
-            shape.append(math.prod(flat[start : start + len(dim)]))
-            start += len(dim)
-        return tuple(shape)
+        return own_shape(dims, local_shape(expanded_shape(dims), layout, sizes))
 
     return (
         [local(dims, layout) for dims, layout in zip(site.op.operands, option.operands, strict=True)],

@@ -109,7 +109,7 @@ def parameter_lines(analysis: Analysis) -> dict[str, int]:
     found: dict[str, int] = {}
     for index in range(len(analysis.folding.members)):
         place = analysis.places[index]
-        if place.given is not None and place.given.kind == "parameter":
+        if place.parameter is not None:
             found[unique(pattern(place.name), found)] = index
     return found
 

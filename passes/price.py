@@ -110,7 +110,7 @@ def price(
 def _option_s(space: Space, site: Site, option: Option | StoredOption, optimizer: OptimizerSpec) -> float:
     device = space.topology.device
     if isinstance(option, StoredOption):
-        if site.given is None or site.given.kind != "parameter" or not site.given.requires_grad:
+        if not site.is_trained:
             return 0.0
         return update_s(option.storage.padded_shape(space.topology.sizes), site.stored_itemsize, optimizer, device)
     work, _ = local_work(site, option, space.topology.sizes)
@@ -129,8 +129,8 @@ def _option_bytes(space: Space, site: Site, option_index: int, optimizer: Optimi
     if not isinstance(option, StoredOption) or site.kind == "returned":
         return 0.0
     shape = option.storage.padded_shape(space.topology.sizes)
-    trainable = site.given is not None and site.given.kind == "parameter" and site.given.requires_grad
-    return float(at_rest(shape, optimizer, item_bytes=site.stored_itemsize, trainable=trainable).total * site.count)
+    kept = at_rest(shape, optimizer, item_bytes=site.stored_itemsize, trainable=site.is_trained)
+    return float(kept.total * site.count)
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------

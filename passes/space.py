@@ -47,6 +47,16 @@ class Site:
     traffic: Traffic | None = None
 
     @property
+    def parameter(self) -> Input | None:
+        """The parameter that is stored; None for anything else."""
+        return self.given if self.given is not None and self.given.kind == "parameter" else None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is a parameter that an optimizer updates."""
+        return self.parameter is not None and self.parameter.requires_grad
+
+    @property
     def stored_itemsize(self) -> int:
         """Bytes per element at rest."""
         dtypes = self.given.dtypes if self.given is not None else None
@@ -147,7 +157,7 @@ def search_space(
                 relaxed = tuple((axes, (None, *wanted)) for axes, wanted in choices)
                 cache[key] = op_options(place.op, sizes, choices) or op_options(place.op, sizes, relaxed)
             options = cache[key]
-        elif place.given is not None and place.given.kind == "parameter":
+        elif place.parameter is not None:
             pin = pinned.get(index)
             options = _parameter_options(place, strategy, sizes, batch_axes, (stored or {}), pin, joined=joined)
         elif place.kind == "returned":
@@ -260,7 +270,7 @@ def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes
 def trained(space: Space, assignment: Sequence[int]) -> Iterator[tuple[Site, tuple[int, ...]]]:
     """Parameters that an optimizer updates, and the shape of what a rank stores of each."""
     for site, pick in zip(space.sites, assignment, strict=True):
-        if site.given is not None and site.given.kind == "parameter" and site.given.requires_grad:
+        if site.is_trained:
             option = site.options[pick]
             assert isinstance(option, StoredOption)
             yield site, option.storage.padded_shape(space.topology.sizes)

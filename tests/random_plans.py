@@ -27,7 +27,7 @@ def every_option(program: Program, mesh: Mapping[str, int], batch_axes: tuple[in
         if site.kind == "op":
             assert site.op is not None
             site = replace(site, options=op_options(site.op, sizes))
-        elif site.given is not None and site.given.kind == "parameter":
+        elif site.parameter is not None:
             site = replace(site, options=stored_options(site.dims, sizes, site.given.shape, site.given.dtypes))
         sites.append(site)
     return replace(space, sites=tuple(sites))

@@ -53,7 +53,7 @@ def test_dims_are_called_what_they_are(name: str) -> None:
     found = {
         words.pattern(site.given.name): words.tensor_dims(index)
         for index, site in enumerate(space.sites)
-        if site.given is not None and site.given.kind == "parameter" and site.kind != "returned"
+        if site.parameter is not None and site.kind != "returned"
     }
     assert {parameter: found[parameter] for parameter in NAMES[name]} == NAMES[name]
 
