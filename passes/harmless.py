@@ -46,11 +46,11 @@ class Reading:
 class Need:
     """What must stand in an operand's added entries: zeros, anything finite, or what no maximum takes.
 
-    "product": zeros in this operand or in `other`, and both finite.
+    "summable": anything of which sums are finite too. "product": zeros in this operand or in `other`, and both finite.
     """
 
     operand: int
-    what: Literal["zero", "finite", "lowest", "product"]
+    what: Literal["zero", "finite", "summable", "lowest", "product"]
     other: int = -1
 
 
@@ -73,7 +73,7 @@ _TIMES_GRADIENT = {
     _FLASH_BACKWARD,
     aten._softmax_backward_data.default,
 }
-"""Linear in their first operand, the gradient; all else in them is finite where their operands are."""
+"""Linear in their first operand, the gradient; all else in them is finite where sums of their operands are."""
 _SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
 _MOVES = VIEWS | {
     aten.cat.default,
@@ -144,7 +144,7 @@ def _needs(reading: Reading, key: Key) -> tuple[Need, ...] | None:
         return (
             _times_gradient(reading)
             if reading.node.target is _FLASH_BACKWARD
-            else (Need(1, "finite"), Need(2, "finite"))
+            else (Need(1, "summable"), Need(2, "finite"))
         )
     if key[0] in reading.form.whole or (key[1] and key[0] in reading.form.leading):
         return None
@@ -198,7 +198,7 @@ def _needs_where_kept(reading: Reading, key: Key) -> tuple[Need, ...] | None:
     if target in _INDEX_OPERANDS:
         return _index_needs(reading, have)
     if target in _DIVERGES:
-        return (Need(0, "finite"),)
+        return (Need(0, "summable"),)
     return None if whole_numbers and target not in _COUNTS else ()
 
 
@@ -214,7 +214,13 @@ def _index_needs(reading: Reading, have: Sequence[int]) -> tuple[Need, ...]:
 
 def _times_gradient(reading: Reading) -> tuple[Need, ...]:
     floats = [k for k, facts in enumerate(reading.call.operands) if k and facts.dtype.is_floating_point]
-    return (Need(0, "zero"), *(Need(k, "finite") for k in floats))
+    return (Need(0, "zero"), *(Need(k, "finite" if k == _mask_of(reading) else "summable") for k in floats))
+
+
+def _mask_of(reading: Reading) -> int | None:
+    """The operand that is only added to an attention's scores."""
+    mask = reading.call.get("attn_mask")
+    return mask.index if isinstance(mask, Operand) else None
 
 
 def _indices(reading: Reading) -> tuple[int, ...]:
@@ -282,6 +288,12 @@ class _Padded:
         return "finite" if certain else unknown(self.dtype)
 
     @property
+    def summable(self) -> bool:
+        """Whether sums of what the op multiplies are finite too; an attention's mask is added alone."""
+        mask = _mask_of(self.reading)
+        return self.finite and not any(is_edge(zone) for k, zone in enumerate(self.given) if k != mask)
+
+    @property
     def sums(self) -> Zone:
         """Sums of operands, or of their products."""
         return self.finite_if(self.finite and not any(map(is_edge, self.given)))
@@ -330,12 +342,12 @@ def _sum(op: _Padded) -> Zone:
 def _gradient(op: _Padded) -> Zone:
     """Linear in the gradient; a causal attention's columns have zeros in the gradient's rows, by `needs_of`."""
     columns = op.reading.node.target is _FLASH_BACKWARD and 0 not in op.have and op.key[0] in op.reading.form.whole
-    return 0 if (is_zero(op.given[0]) or columns) and op.finite else op.sums
+    return 0 if (is_zero(op.given[0]) or columns) and op.summable else op.sums
 
 
 def _attention(op: _Padded) -> Zone:
     """The output, of which no more than the values is made, and sums of exponentials."""
-    return 0 if op.result == 0 and op.finite and is_zero(op.given[2]) else op.finite_if(op.finite)
+    return 0 if op.result == 0 and op.summable and is_zero(op.given[2]) else op.finite_if(op.summable)
 
 
 def _look_up(op: _Padded) -> Zone:

@@ -39,7 +39,7 @@ from passes.rules.call import is_tensor, operand_nodes
 from passes.rules.create import FILLS, IOTAS
 from passes.uniform import UNIFORM
 from passes.walks import results_of
-from passes.zones import Zone, is_finite, is_number, is_pointwise, is_zero, join
+from passes.zones import Zone, is_edge, is_finite, is_number, is_pointwise, is_zero, join
 
 aten = torch.ops.aten
 
@@ -480,8 +480,11 @@ class _Padding:
             if place is not None:
                 self._overwrite(self.known[operands[operand]], versions[operand], place, fill, _meta(reading.node))
 
-        if (need.what == "zero" and not is_zero(zones[need.operand])) or (
-            need.what == "finite" and not is_finite(zones[need.operand])
+        zone = zones[need.operand]
+        if (
+            (need.what == "zero" and not is_zero(zone))
+            or (need.what in ("finite", "summable") and not is_finite(zone))
+            or (need.what == "summable" and is_edge(zone))
         ):
             overwrite(need.operand, 0)
         elif need.what == "lowest":

@@ -583,6 +583,26 @@ def test_rows_that_a_gate_closes_three_times_by_the_least_float_are_numbers() ->
     same_with_tokens_padded(Gated)
 
 
+class Far(nn.Module):
+    """Attention whose queries at no position are the least float: their scores are no numbers."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.causal = nn.Linear(8, 24), nn.Linear(8, 8), causal
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        nowhere = torch.arange(x.shape[1]) < 0
+        q = q.masked_fill(nowhere[:, None], torch.finfo(x.dtype).min)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return {"loss": self.out(mixed.transpose(1, 2).flatten(2)).square().mean()}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_added_queries_that_are_the_least_float_leave_gradients_numbers(causal: bool) -> None:
+    same_with_tokens_padded(lambda: Far(causal))
+
+
 class Matched(nn.Module):
     """Tokens of two views that are to match those at their own position, which a comparison of positions tells."""
 

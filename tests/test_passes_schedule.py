@@ -561,6 +561,35 @@ def test_what_products_in_parts_take_and_how_early_they_are() -> None:
     assert found.added_s[item] == pytest.approx(op_s(pointwise(whole_bytes, whole_bytes / 4), device))
 
 
+def test_what_cannot_go_in_parts_does_not() -> None:
+    """Other moves at the place of one that does, and a product that something else reads too."""
+    space, assignment = planned_llama("megatron", 1, 4)
+    laid, pipelined = tracks(space, assignment), replace(space, async_tp=True)
+    found = by_parts(pipelined, laid)
+    gather, sent = min(found.gathers), min(found.sent_early_s)
+    move: Any = laid.items[gather]
+    (step,) = move.steps
+
+    def left(**changed: Any) -> bool:
+        items = (*laid.items[:gather], replace(move, **changed), *laid.items[gather + 1 :])
+        return gather in by_parts(pipelined, replace(laid, items=items)).gathers
+
+    assert left()
+    assert not left(bucket=0)
+    assert not left(stores=True)
+    assert not left(steps=(step, step))
+    assert not left(steps=(replace(step, axes=(0, 1)),))
+    assert not left(steps=(replace(step, ranks=1),))
+    assert not by_parts(replace(pipelined, batch_axes=(0, 1)), laid).gathers
+    apart = topology(replace(hardware("h100"), ranks_per_node=1), {"dp": 1, "tp": 4})
+    assert not by_parts(replace(pipelined, topology=apart), laid).gathers
+    (made,) = laid.reads[sent]
+    read = tuple((*slots, made) if i == len(laid.items) - 1 else slots for i, slots in enumerate(laid.reads))
+    assert sent not in by_parts(pipelined, replace(laid, reads=read)).sent_early_s
+    leaving = (*laid.leaving, (made, "forward", False))
+    assert sent not in by_parts(pipelined, replace(laid, leaving=leaving)).sent_early_s
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
