@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -97,12 +97,17 @@ def eager(
     expected = {out.name for out in program.outputs if out.kind == "buffer"}
     before = held_buffers(model, expected)
     differentiated = [given.name for given in program.inputs if given.kind == "tangent"]
-    with warnings.catch_warnings(), torch.set_grad_enabled(bool(differentiated)):
-        warnings.simplefilter("ignore")
-        outputs = _named_outputs(_forward(model, args, kwargs, precision))
-    if differentiated:
-        with autocast_as(None):
-            torch.autograd.backward([outputs[name] for name in differentiated], tangents)
+
+    def step() -> dict[str, Tensor]:
+        with warnings.catch_warnings(), torch.set_grad_enabled(bool(differentiated)):
+            warnings.simplefilter("ignore")
+            outputs = _named_outputs(_forward(model, args, kwargs, precision))
+        if differentiated:
+            with autocast_as(None):
+                torch.autograd.backward([outputs[name] for name in differentiated], tangents)
+        return outputs
+
+    outputs = step() if precision is None else _cast_for(model, precision, step)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     given = dict(zip((x.name for x in program.inputs if x.kind == "input"), leaves, strict=True))
     gradients = {name: tensor.grad.detach() for name, tensor in (tensors | given).items() if tensor.grad is not None}
@@ -122,14 +127,31 @@ def eager(
 
 
 def _forward(model: nn.Module, args: Any, kwargs: Any, precision: Precision | None) -> Any:
-    """What the model returns; under `precision`, on cast parameters and inputs."""
+    """What the model returns; under `precision`, on cast inputs."""
     if precision is None:
         return model(*args, **kwargs)
-    dtypes = {name: precision.dtypes_of(parameter) for name, parameter in model.named_parameters()}
-    cast = {name: p.to(of.computed) for name, p in model.named_parameters() if (of := dtypes[name]) is not None}
     args, kwargs = pytree.tree_map(precision.cast_input, (args, kwargs))
-    out = torch.func.functional_call(model, cast, args, kwargs, tie_weights=True)
-    return pytree.tree_map(precision.cast_output, out)
+    return pytree.tree_map(precision.cast_output, model(*args, **kwargs))
+
+
+class _Around(nn.Module):
+    """A module around a model, whose forward is a whole step of it."""
+
+    def __init__(self, model: nn.Module, step: Callable[[], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self) -> dict[str, Tensor]:
+        return self.step()
+
+
+def _cast_for(model: nn.Module, precision: Precision, step: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A step with the model's parameters cast, in backward too: a checkpoint reads them again there."""
+    named = dict(model.named_parameters())
+    dtypes = {name: precision.dtypes_of(parameter) for name, parameter in named.items()}
+    with torch.enable_grad():
+        cast = {f"model.{name}": p.to(of.computed) for name, p in named.items() if (of := dtypes[name]) is not None}
+    return torch.func.functional_call(_Around(model, step), cast, (), tie_weights=True)  # type: ignore[no-any-return]
 
 
 Held = dict[str, tuple[dict[str, Any], str, Tensor, Tensor]]

@@ -10,7 +10,9 @@ import pytest
 import torch
 from small_models import BATCH, build
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import autopar
 from autopar import planning
@@ -231,6 +233,24 @@ def test_half_precision_inside_is_allowed_its_own_rounding(cast: bool) -> None:
     assert found.ok, str(found)
     assert max(t.error for t in found.tensors) > 1e-4
     assert any("test_autopar_verify.py" in note and "computed in half precision" in note for note in found.notes)
+
+
+class Checkpointed(nn.Module):
+    """Its own product is computed again in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = checkpoint(lambda x: self.two(self.one(x).tanh()), x, use_reentrant=False)
+        return {"loss": y.square().mean()}
+
+
+def test_what_a_model_computes_again_in_backward_reads_cast_parameters() -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    made = verify(Checkpointed(), {"dp": 2}, {"x": torch.randn(4, 8)}, options=Options(mp_policy=policy))
+    assert made.ok, str(made)
 
 
 def test_tolerances_decide() -> None:
