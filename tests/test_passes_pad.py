@@ -216,7 +216,12 @@ def test_uneven_dims_are_vocabulary_ffn_sequence_and_the_cheaper_of_the_heads() 
         (13, 14),  # torch.chunk cuts 13 rows for two into 7 and 6: of 14 half, of 16 not
         (13, 14),
     ]
-    assert all(each.node in ("ids", "labels") for each in uneven_dims(odd()[2], (4,), (), "fsdp"))
+    for strategy in ("ddp", "fsdp"):
+        assert [(each.node, each.size) for each in uneven_dims(odd()[2], (4,), (), strategy)] == [("ids", 7)]
+    five = uneven_dims(odd()[2], (5,), ())  # neither the hidden 12 nor the head size 4, which would cost least
+    assert {(each.size, each.padded) for each in five} == {(3, 5), (7, 10), (13, 15)}
+    eight = uneven_dims(odd()[2], (8,), ())  # 3 heads of a group would be more than twice as many
+    assert {(each.size, each.padded) for each in eight} == {(7, 8), (10, 16), (13, 16)}
 
 
 def test_a_pad_that_names_no_dim_is_refused() -> None:
