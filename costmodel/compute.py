@@ -15,7 +15,6 @@ Nothing is free: an op of unknown kind pays its bytes at the slowest rate known,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, hypot
@@ -132,26 +131,8 @@ def attention(
 
 
 def pointwise(bytes_read: float, bytes_written: float, *, flops: float = 0.0, dtype: str = "bfloat16") -> Work:
-    """An elementwise kernel; `fuse` makes one of a chain."""
+    """An elementwise kernel."""
     return Work(flops, bytes_read, bytes_written, "pointwise", dtype)
-
-
-def fuse(works: Iterable[Work], bytes_in: float, bytes_out: float) -> Work:
-    """One kernel for a chain of pointwise and reduction ops, as Inductor fuses them.
-
-    Only what enters and leaves the chain is moved; every FLOP stays. A chain with a reduction is as slow as one.
-
-    Raises:
-        ValueError: the chain is empty or holds something that is not fused (a matrix product, say).
-    """
-    chain = tuple(works)
-    if not chain:
-        raise ValueError("an empty chain of ops cannot be fused")
-    kinds = {work.kind for work in chain}
-    if other := kinds - {"pointwise", "reduction", "copy", "view", "gather"}:
-        raise ValueError(f"ops of kind {', '.join(sorted(other))} do not fuse into a pointwise kernel")
-    kind = next((kind for kind in ("gather", "reduction") if kind in kinds), "pointwise")
-    return Work(sum(work.flops for work in chain), bytes_in, bytes_out, kind, chain[0].dtype)
 
 
 @lru_cache(maxsize=1 << 18)

@@ -30,8 +30,8 @@ def fit(samples: Samples, base: Hardware | None = None) -> Hardware:
     per_rank = _fit_device(samples, start.device if samples.cuda else _one_rank(start.device, samples))
     per_rank = replace(per_rank, kernel_launch_s=samples.step_launch_s * _ranks_per_core(samples))
     device = per_rank if samples.cuda else _whole_machine(per_rank, samples)
-    intra = _fit_link(samples, per_rank, start.intra_node, across=False)
-    inter = _fit_link(samples, per_rank, start.inter_node, across=True)
+    intra = _fit_link(samples, start.intra_node, across=False)
+    inter = _fit_link(samples, start.inter_node, across=True)
     if not samples.cuda:
         intra = _whole_link(intra, samples.ranks_per_node)
     several = any(sample.across for sample in samples.collectives)
@@ -148,7 +148,7 @@ def _whole_link(link: Link, ranks: int) -> Link:
     )
 
 
-def _fit_link(samples: Samples, device: Device, start: Link, *, across: bool) -> Link:
+def _fit_link(samples: Samples, start: Link, *, across: bool) -> Link:
     """Base, hop and rate of each collective by itself, and of all ring collectives together for what is derived."""
     mine = [sample for sample in samples.collectives if sample.across == across]
     if not mine:

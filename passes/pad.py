@@ -376,7 +376,7 @@ class _Padding:
         if node.target is UNIFORM:
             new = self._uniform(node, versions[0].node, _places(reading, reading.at_results[0]))
         else:
-            new = run_locally(self._local_op(node, reading, versions, shapes))
+            new = run_locally(self._local_op(node, versions, shapes))
         values = new.meta["val"] if isinstance(new.meta["val"], list | tuple) else [new.meta["val"]]
         for value, shape in zip(values, shapes, strict=True):
             assert not isinstance(value, torch.Tensor) or tuple(value.shape) == shape, f"{node}: {value.shape}, {shape}"
@@ -425,13 +425,11 @@ class _Padding:
         }
 
         def again(operand: fx.Node) -> fx.Node:
-            return run_locally(self._local_op(node, reading, [_Version(operand, {})], shapes))
+            return run_locally(self._local_op(node, [_Version(operand, {})], shapes))
 
         return _Origin(self.known[operands[0]], versions[0], back, again)
 
-    def _local_op(
-        self, node: fx.Node, reading: Reading, versions: Sequence[_Version], shapes: Sequence[tuple[int, ...]]
-    ) -> LocalOp:
+    def _local_op(self, node: fx.Node, versions: Sequence[_Version], shapes: Sequence[tuple[int, ...]]) -> LocalOp:
         place = self.analysis.places[self.analysis.folding.of[node]]
         assert place.call is not None
         assert place.op is not None

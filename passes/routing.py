@@ -176,7 +176,7 @@ def _follow(node: fx.Node, region: _Region, blocks: int) -> None:
         return
     if target in (aten.index.Tensor, aten.index_put.default, aten.index_add.default, aten.index_select.default):
         move = _move(node)
-        if move is not None and _follow_move(node, move, region, blocks):
+        if move is not None and _follow_move(node, move, region):
             return
     if any(operand in region.places for operand in operands):
         raise _OrderMattersError(f"{target} reads where rows stand")
@@ -288,7 +288,7 @@ def _move(node: fx.Node) -> _Move | None:
     return _Move(args[0], indices[0], values, bool(call.get("accumulate", False)))  # type: ignore[arg-type]
 
 
-def _follow_move(node: fx.Node, move: _Move, region: _Region, blocks: int) -> bool:
+def _follow_move(node: fx.Node, move: _Move, region: _Region) -> bool:
     """Whether a look-up or a put is one of rows in the region's order, or back from it."""
     rows, places = region.rows, region.places
     if move.values is None:

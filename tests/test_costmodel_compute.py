@@ -10,7 +10,7 @@ from importlib import resources
 import pytest
 
 from costmodel.collectives import collective_s
-from costmodel.compute import KINDS, Work, attention, fuse, matmul, op_s, pointwise, update_traffic_s
+from costmodel.compute import KINDS, Work, attention, matmul, op_s, pointwise, update_traffic_s
 from costmodel.hardware import Device, Link, Topology, topology
 from costmodel.presets import hardware
 
@@ -68,21 +68,6 @@ def test_a_product_costs_more_per_flop_as_it_is_cut() -> None:
 def test_pointwise_reads_and_writes_at_the_memory_rate() -> None:
     """1 GB in and 1 GB out at 0.87 x 2.0 TB/s: 1.149 ms."""
     assert op_s(pointwise(1e9, 1e9), A100) == pytest.approx(2e-6 + 2e9 / 1.74e12)
-
-
-def test_a_fused_chain_pays_what_enters_and_leaves() -> None:
-    chain = [pointwise(1e8, 1e8, flops=1e6)] * 5
-    fused = fuse(chain, 1e8, 1e8)
-    assert fused.flops == 5e6
-    assert op_s(fused, A100) == pytest.approx(op_s(chain[0], A100))
-    assert sum(op_s(work, A100) for work in chain) == pytest.approx(5 * op_s(fused, A100))
-
-
-def test_a_chain_with_a_product_or_with_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="matmul"):
-        fuse([matmul(8, 8, 8)], 1, 1)
-    with pytest.raises(ValueError, match="empty"):
-        fuse([], 1, 1)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
