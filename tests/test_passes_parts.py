@@ -56,7 +56,7 @@ class Between(nn.Module):
         ("gelu", "", set()),
         ("heads", "", {"norm.weight", "norm.bias"}),
         ("normalized", "cannot run on", set()),
-        ("softmax", "cannot run on", set()),
+        ("softmax", "adds up over what is split", set()),
         ("centred", "adds up over what is split", set()),
         ("gain", "", {"one"}),
         ("wide", "cannot run on", set()),
