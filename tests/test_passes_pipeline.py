@@ -196,7 +196,7 @@ def test_long_kernels_and_cpus_wait_for_no_host() -> None:
 
 
 class Chunked(nn.Module):
-    """A head over the tokens of a few samples at a time, or of all samples: the mean of what the parts give, squared."""
+    """A head over the tokens of a few samples at a time, or of all: the mean of what the parts give, squared."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
