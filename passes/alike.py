@@ -21,6 +21,7 @@ from passes.rules.call import Call, Operand, call_of, is_tensor, operand_nodes
 from passes.rules.create import IOTAS
 from passes.rules.form import Form
 from passes.rules.table import rule_of
+from passes.walks import cut_of
 
 aten = torch.ops.aten
 _ADDS = {aten.add.Tensor, aten.sub.Tensor}
@@ -65,22 +66,6 @@ class Turns:
             return None
         found = self.starts.index(start // each)
         return found if self.ends[found] * each == end else None
-
-
-def cut_of(node: fx.Node) -> tuple[int, int] | None:
-    """(start, end) of the rows along dim 0 that a slice takes, is the gradient of, or writes."""
-    arguments: Any = node.args
-    rows = node.meta["val"].shape[0] if node.meta["val"].dim() else 0
-    if node.target is aten.slice.Tensor:
-        rows = arguments[0].meta["val"].shape[0] if rows else 0
-        given: list[Any] = list(arguments[1:])
-    else:
-        given = list(arguments[2:])
-    dim, start, end, step = given + [0, None, None, 1][len(given) :]
-    if not rows or dim % node.meta["val"].dim() or step != 1:
-        return None
-    start, end, _ = slice(start, end).indices(rows)
-    return (start, end) if start < end else None
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,12 @@ made wider than what it read: attention's scores and a router's few experts stay
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from passes.emit import Emitter, emitter_like, relax_views
-from passes.graphs import graph_module
+from passes.emit import Emitter, emitter_like, written_anew
 from passes.program import Program
 from passes.rules.call import call_of, operand_nodes
 from passes.rules.matmul import PRODUCTS
@@ -40,7 +38,7 @@ def by_reductions(program: Program) -> Program:
     emit = emitter_like(old)
     new: dict[fx.Node, fx.Node] = {}
     for node in old.nodes:
-        emit.meta = {key: node.meta.get(key, "") for key in ("phase", "module", "source")}
+        emit.stand_for(node)
         arguments: Any = node.args
         if node not in taken:
             new[node] = emit.graph.node_copy(node, new.__getitem__)
@@ -51,11 +49,7 @@ def by_reductions(program: Program) -> Program:
         else:
             keep = bool(arguments[2]) if len(arguments) > 2 else bool(node.kwargs.get("keepdim", False))
             new[node] = _argmax(emit, new[arguments[0]], arguments[1], keep)
-    module = graph_module(program.graph, emit.graph)
-    relax_views(module.graph)
-    module.graph.lint()
-    module.recompile()
-    return replace(program, graph=module)
+    return written_anew(program, emit)
 
 
 def _taken(program: Program) -> set[fx.Node]:

@@ -12,14 +12,12 @@ Megatron lays a fused weight by hand. Queries, keys and values of GPT-2, gate an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import fx
 
-from passes.emit import emitter_like, relax_views
-from passes.graphs import graph_module
+from passes.emit import emitter_like, written_anew
 from passes.program import Program
 
 aten = torch.ops.aten
@@ -38,7 +36,7 @@ def split_chunks(program: Program) -> Program:
     new: dict[fx.Node, fx.Node] = {}
     whole: dict[fx.Node, fx.Node] = {}
     for node in old.nodes:
-        emit.meta = {key: node.meta.get(key, "") for key in ("phase", "module", "source")}
+        emit.stand_for(node)
         if node in parts:
             source, count, which = parts[node]
             if source not in whole:
@@ -54,11 +52,7 @@ def split_chunks(program: Program) -> Program:
             new[node] = emit.view(emit.call(aten.cat.default, entries, -2), node.meta["val"].shape)
         else:
             new[node] = emit.graph.node_copy(node, new.__getitem__)
-    module = graph_module(program.graph, emit.graph)
-    relax_views(module.graph)
-    module.graph.lint()
-    module.recompile()
-    return replace(program, graph=module)
+    return written_anew(program, emit)
 
 
 def _parts(source: fx.Node) -> Iterator[tuple[fx.Node, _Part]]:

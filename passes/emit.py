@@ -10,6 +10,7 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from costmodel.reshard import Step
 from costmodel.state import chunks
 from passes.dims import own_shape
 from passes.fakes import FakeTensorMode
+from passes.graphs import graph_module
 from passes.local import TOGETHER, WAIT, Storage
 from passes.precision import dtype_named
+from passes.program import Program
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -49,6 +52,10 @@ class Emitter:
         self.coordinates: tuple[fx.Node, ...] = ()
         self.meta: Mapping[str, Any] = {}
         self._values: dict[str, Any] = {}
+
+    def stand_for(self, node: fx.Node) -> None:
+        """What is added from now on stands for a node of the graph before, and is of its place."""
+        self.meta = {key: node.meta.get(key, "") for key in ("phase", "module", "source")}
 
     def last(self) -> fx.Node:
         """The node that was added last."""
@@ -166,6 +173,13 @@ def relax_views(graph: fx.Graph) -> None:
     for view in SAME_STRIDES:
         for node in graph.find_nodes(op="call_function", target=view):
             node.target = aten.reshape.default
+
+
+def written_anew(program: Program, emit: Emitter) -> Program:
+    """`program` with the graph that was emitted in the place of its own; it keeps its fingerprint."""
+    relax_views(emit.graph)
+    emit.graph.lint()
+    return replace(program, graph=graph_module(program.graph, emit.graph))
 
 
 def _key(value: Any) -> str:

@@ -11,16 +11,15 @@ every rank would compute all that follows. Where `b` is a dim of its own, each r
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from passes.emit import Emitter, emitter_like, relax_views
-from passes.graphs import graph_module
+from passes.emit import Emitter, emitter_like, written_anew
 from passes.program import Program
-from passes.walks import following
+from passes.walks import cut_of, following
 
 aten = torch.ops.aten
 
@@ -36,18 +35,17 @@ class _Run:
 def split_joined(program: Program) -> Program:
     """The program with such batches. It keeps its fingerprint."""
     old = program.graph.graph
-    of_batch = program.batch_dims
-    batches = {node.meta["val"].shape[dim] for node, dim in of_batch.items()}
-    if len(batches) != 1 or (batch := batches.pop()) < 2:
+    batch = program.batch_size
+    if batch is None or batch < 2:
         return program
-    joined = _joined(old, of_batch, batch)
+    joined = _joined(old, program.batch_dims, batch)
     if not joined:
         return program
     lengths, behind = {node.meta["val"].shape[0] for node in joined}, following(old, joined)
     emit = emitter_like(old)
     new: dict[fx.Node, fx.Node] = {}
     for node in old.nodes:
-        emit.meta = {key: node.meta.get(key, "") for key in ("phase", "module", "source")}
+        emit.stand_for(node)
         run = _run(node, batch, lengths) if node in behind else None
         arguments: Any = node.args
         if node in joined:
@@ -63,11 +61,7 @@ def split_joined(program: Program) -> Program:
             new[node] = emit.graph.node_copy(node, new.__getitem__)
             continue
         new[node] = emit.view(made, node.meta["val"].shape)
-    module = graph_module(program.graph, emit.graph)
-    relax_views(module.graph)
-    module.graph.lint()
-    module.recompile()
-    return replace(program, graph=module)
+    return written_anew(program, emit)
 
 
 def _joined(graph: fx.Graph, of_batch: Collection[fx.Node], batch: int) -> set[fx.Node]:
@@ -88,21 +82,11 @@ def _joined(graph: fx.Graph, of_batch: Collection[fx.Node], batch: int) -> set[f
 
 def _run(node: fx.Node, batch: int, lengths: Collection[int]) -> _Run | None:
     """The batches that a slice of joined ones takes, or that it is the gradient of."""
-    arguments: Any = node.args
-    if node.target is aten.slice.Tensor:
-        length = arguments[0].meta["val"].shape[0] if arguments[0].meta["val"].dim() else 0
-        given: list[Any] = list(arguments[1:])
-        dim, start, end, step = given + [0, None, None, 1][len(given) :]
-    elif node.target is aten.slice_backward.default:
-        sizes, dim, start, end, step = arguments[1:]
-        length = sizes[0]
-    else:
+    if node.target not in (aten.slice.Tensor, aten.slice_backward.default) or (cut := cut_of(node)) is None:
         return None
-    start, end, _ = slice(start, end).indices(length)
-    cuts = dim % node.meta["val"].dim() == 0 and step == 1 and length in lengths
-    if not cuts or start >= end or start % batch or end % batch:
-        return None
-    return _Run(start // batch, end // batch)
+    whole: Any = node.args[0] if node.target is aten.slice.Tensor else node
+    (start, end), length = cut, whole.meta["val"].shape[0]
+    return _Run(start // batch, end // batch) if length in lengths and not (start % batch or end % batch) else None
 
 
 def _apart(emit: Emitter, node: fx.Node, batch: int) -> fx.Node:

@@ -29,8 +29,7 @@ from torch import fx
 
 from passes.analysis import Analysis
 from passes.dims import Atom, atoms_of, is_getitem, outputs_of, value_of
-from passes.emit import emitter_like, relax_views
-from passes.graphs import graph_module
+from passes.emit import emitter_like, written_anew
 from passes.harmless import Key, Need, Place, Reading, fill_of, keeps_values, looked_up, needs_of, result_zone
 from passes.local_op import LocalOp
 from passes.localize import in_dtype, run_locally
@@ -159,14 +158,11 @@ class _Padding:
                 self._run(node)
         outputs, values = self._outputs(inputs)
         self.emit.graph.output(tuple(values))
-        module = graph_module(self.program.graph, self.emit.graph)
-        relax_views(module.graph)
-        module.graph.eliminate_dead_code()
-        module.graph.lint()
-        module.recompile()
-        alive = set(module.graph.nodes)
+        self.emit.graph.eliminate_dead_code()
+        program = written_anew(self.program, self.emit)
+        alive = set(program.graph.graph.nodes)
         seen = {each: where for each, where in self.seen.items() if where[0] in alive}
-        return Padded(replace(self.program, graph=module, inputs=tuple(inputs), outputs=outputs), seen)
+        return Padded(replace(program, inputs=tuple(inputs), outputs=outputs), seen)
 
     # -- what comes in and goes out ------------------------------------------------------------------------------------
 

@@ -167,6 +167,12 @@ class Program:
         given = zip(self.graph.graph.find_nodes(op="placeholder"), self.inputs, strict=True)
         return {n: what.batch_dim for n, what in given if what.kind == "input" and what.batch_dim is not None}
 
+    @property
+    def batch_size(self) -> int | None:
+        """How many samples the inputs have that have a batch; None where there is none, or they have not as many."""
+        sizes = {node.meta["val"].shape[dim] for node, dim in self.batch_dims.items()}
+        return sizes.pop() if len(sizes) == 1 else None
+
     def weights(self) -> Mapping[fx.Node, int]:
         """Node -> how many alike ones it stands for, itself included; those that stand for themselves are left out."""
         found: dict[fx.Node, int] = {}

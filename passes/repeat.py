@@ -8,14 +8,12 @@ divide; the projections of keys and values then run whole on its ranks, and thei
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from passes.emit import Emitter, emitter_like, relax_views
-from passes.graphs import graph_module
+from passes.emit import Emitter, emitter_like, written_anew
 from passes.program import Program
 
 aten = torch.ops.aten
@@ -58,14 +56,10 @@ def repeat_keys(program: Program) -> Program:
         if node.target not in _KEYS or _heads(node) is None:
             new[node] = emit.graph.node_copy(node, lambda x: new[x])
             continue
-        emit.meta = {key: node.meta.get(key, "") for key in ("phase", "module", "source")}
+        emit.stand_for(node)
         new[node] = _forward(emit, node, new) if node.target is _FORWARD else _backward(emit, node, new)
-    module = graph_module(program.graph, emit.graph)
-    relax_views(module.graph)
-    module.graph.eliminate_dead_code()
-    module.graph.lint()
-    module.recompile()
-    return replace(program, graph=module)
+    emit.graph.eliminate_dead_code()
+    return written_anew(program, emit)
 
 
 def _heads(node: fx.Node) -> tuple[int, int] | None:

@@ -19,14 +19,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from passes.alike import TOLD, MattersError, Own, Turns, Walk, cut_of
-from passes.emit import Emitter, emitter_like, relax_views
-from passes.graphs import graph_module
+from passes.alike import TOLD, MattersError, Own, Turns, Walk
+from passes.emit import Emitter, emitter_like, written_anew
 from passes.program import Program
 from passes.provenance import place_of
 from passes.rules.call import call_of, map_operands, operand_nodes
 from passes.rules.table import rule_of
-from passes.walks import following
+from passes.walks import cut_of, following
 
 aten = torch.ops.aten
 _NAMED_ANEW = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default}
@@ -34,15 +33,13 @@ _NAMED_ANEW = {aten.view.default, aten._unsafe_view.default, aten.reshape.defaul
 
 def turns_of(program: Program) -> dict[Turns, fx.Node]:
     """The ways in which the program takes rows of its batch in turns, and the first of the rows' slices."""
-    of_batch = program.batch_dims
-    batches = {node.meta["val"].shape[dim] for node, dim in of_batch.items()}
+    batch = program.batch_size
     cuts: dict[Any, set[tuple[int, int]]] = {}
     for node in program.graph.graph.nodes:
         if node.target is aten.slice.Tensor and node.meta.get("phase") == "forward" and (cut := cut_of(node)):
             cuts.setdefault(node.args[0], set()).add(cut)
-    if len(batches) != 1 or not cuts:
+    if batch is None or not cuts:
         return {}
-    (batch,) = batches
     follow: set[fx.Node] | None = None
     found: dict[Turns, fx.Node] = {}
     for source, pairs in cuts.items():
@@ -50,7 +47,7 @@ def turns_of(program: Program) -> dict[Turns, fx.Node]:
         starts, ends = [start for start, _ in ordered], [end for _, end in ordered]
         if len(ordered) < 2 or starts != [0, *ends[:-1]] or ends[-1] != rows or rows % batch:
             continue
-        follow = following(program.graph.graph, of_batch) if follow is None else follow
+        follow = following(program.graph.graph, program.batch_dims) if follow is None else follow
         if source in follow and _leads(source, batch):
             first = next(user for user in source.users if user.target is aten.slice.Tensor)
             found.setdefault(Turns(rows, tuple(starts)), first)
@@ -95,7 +92,7 @@ def _by_blocks(program: Program, turns: Turns, parts: int, where: str) -> Progra
     new: dict[fx.Node, fx.Node] = {}
     move = _Move(emit, new, walk, parts, after)
     for node in old.nodes:
-        emit.meta = {key: node.meta.get(key, "") for key in ("phase", "module", "source")}
+        emit.stand_for(node)
         state = walk.known.get(node)
         if node in walk.moved:
             new[node] = move.moved(node)
@@ -108,11 +105,7 @@ def _by_blocks(program: Program, turns: Turns, parts: int, where: str) -> Progra
         else:
             new[node] = emit.graph.node_copy(node, new.__getitem__)
     emit.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    module = graph_module(program.graph, emit.graph)
-    relax_views(module.graph)
-    module.graph.lint()
-    module.recompile()
-    return replace(program, graph=module)
+    return written_anew(program, emit)
 
 
 def _in_blocks(turns: Turns, parts: int, where: str) -> Turns:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import fx
+
+aten = torch.ops.aten
 
 
 def results_of(graph: fx.Graph) -> tuple[Any, ...]:
@@ -42,3 +45,19 @@ def following(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
         if not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
+
+
+def cut_of(node: fx.Node) -> tuple[int, int] | None:
+    """(start, end) of the rows along dim 0 that a slice takes, is the gradient of, or writes."""
+    arguments: Any = node.args
+    rows = node.meta["val"].shape[0] if node.meta["val"].dim() else 0
+    if node.target is aten.slice.Tensor:
+        rows = arguments[0].meta["val"].shape[0] if rows else 0
+        given: list[Any] = list(arguments[1:])
+    else:
+        given = list(arguments[2:])
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
+    if not rows or dim % node.meta["val"].dim() or step != 1:
+        return None
+    start, end, _ = slice(start, end).indices(rows)
+    return (start, end) if start < end else None
