@@ -8,7 +8,7 @@ else, and says of the first op that is anything else why it may matter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from passes.walks import cut_of
 
 aten = torch.ops.aten
 _ADDS = {aten.add.Tensor, aten.sub.Tensor}
+_SUMS = {aten.sum.default, aten.sum.dim_IntList}
 _COUNTED = {*IOTAS, torch.ops.autopar.uniform.default}
 """Ops of whose result each element depends on where it is."""
 TOLD = {
@@ -282,6 +283,8 @@ class Walk:
         shared = any(factor in dim for k, dims in enumerate(form.operands) for dim in dims if k != index)
         if factor is None or factor in form.whole or factor in form.leading or shared or len(form.results) > 1:
             raise MattersError(place_of(node), why)
+        if node.target not in _SUMS and not _is_linear(node, form, {index}):
+            raise MattersError(place_of(node), why)
         at = _dim_of(form.results[0], factor)
         if at is None and form.reduces.get(factor) == "sum":
             return
@@ -366,10 +369,15 @@ class Walk:
                 return first
             terms = [term for k, state in own.items() for term, _ in self._terms(node, k, state)]
             return Own(turn, (None,), key, tuple(sorted(terms)))
-        to_float = node.target is aten._to_copy.default and all(f and f.dtype.is_floating_point for f in call.results)
-        if not sums or not (frozenset(own) in form.linear or to_float):
+        if not sums or not _is_linear(node, form, own.keys()):
             raise MattersError(place_of(node), f"{node.target} reads a turn's sum over rows")
         return Own(turn, tuple(None for _ in form.results), key, (key,))
+
+
+def _is_linear(node: fx.Node, form: Form, own: Set[int]) -> bool:
+    """Whether an op makes of sums, its operands `own`, the sum of what it would make of their terms."""
+    to_float = node.target is aten._to_copy.default and node.meta["val"].dtype.is_floating_point
+    return frozenset(own) in form.linear or to_float
 
 
 def _adds_nothing(node: fx.Node, own: Mapping[int, Own]) -> bool:

@@ -13,6 +13,7 @@ rows of each of P parts of the batch. Where P does not divide the rows of a turn
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor, fx
 
 from passes.alike import TOLD, MattersError, Own, Turns, Walk
+from passes.dims import is_getitem
 from passes.emit import Emitter, emitter_like, written_anew
 from passes.program import Program
 from passes.provenance import place_of
-from passes.rules.call import call_of, map_operands, operand_nodes
+from passes.rules.call import call_of, map_operands
 from passes.rules.table import rule_of
 from passes.walks import cut_of, following
 
@@ -160,8 +162,9 @@ class _Move:
             at = self.walk.shared.get((node, index))
             return self.new[old] if at is None else self._resized_shared(old, at, state.turn)
 
-        if node.target not in TOLD and not operand_nodes(node):  # picks a result
-            return self.emit.graph.node_copy(node, self.new.__getitem__)
+        if is_getitem(node):
+            source, which = cast(Any, node.args)
+            return self.emit.call(operator.getitem, self.new[source], which)
         return self._called(node, map_operands(node, operand), shapes)
 
     def _shape(self, shape: torch.Size, dim: int | None, turn: int) -> tuple[int, ...]:

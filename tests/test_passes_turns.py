@@ -110,7 +110,13 @@ def _fused(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return Fused.apply(h.flatten(0, 1), head.weight, labels.flatten()) / labels.numel()  # type: ignore[no-any-return, no-untyped-call]
 
 
-MOVED: list[Loss] = [_chunks, _slices, _shifted, _checkpointed, _each, _layer, _fused]
+def _best(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """Each token's highest score, by an op that gives two results, in turns of 14 rows; and their sums in a list."""
+    made = [head(x).max(-1).values for x, _ in _turns(h[:, :-1], labels)]
+    return torch.cat(made).square().mean() + torch.stack([x.sum() for x in made]).neg().mean() / 9
+
+
+MOVED: list[Loss] = [_chunks, _slices, _shifted, _checkpointed, _each, _layer, _fused, _best]
 
 
 def _batch() -> dict[str, Tensor]:
@@ -192,6 +198,17 @@ def _turned(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return (torch.cat([head(y), head(x)]) * torch.arange(64)[:, None]).mean()
 
 
+def _spread(of: Callable[[Tensor], Tensor]) -> Loss:
+    """What is made of a list of the turns' losses, or of their right answers; it has no gradient, which would read the
+    list too."""
+
+    def loss(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+        losses = torch.stack([F.cross_entropy(head(x), y, reduction="sum") for x, y in _turns(h, labels)])
+        return losses.mean() / 16 + of(losses.detach()).sum()
+
+    return loss
+
+
 STAY: dict[str, tuple[Loss, str]] = {
     "means": (_summed(lambda x, y, i: F.cross_entropy(x, y, ignore_index=IGNORED)), "sum over rows"),
     "weights": (_summed(lambda x, y, i: (i + 1) * x.square().sum()), "some of the turns"),
@@ -206,6 +223,8 @@ STAY: dict[str, tuple[Loss, str]] = {
     "across": (_across, "several turns"),
     "mixed": (_mixed, ""),
     "turned": (_turned, ""),
+    "spread": (_spread(lambda losses: losses.square()), "a list of turns' sums"),
+    "above": (_spread(lambda losses: losses > 50), "a list of turns' sums"),
 }
 
 
