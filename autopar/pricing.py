@@ -57,6 +57,8 @@ class Price:
     model_flops: float
     peak_flops_per_s: float
     notes: tuple[str, ...] = ()
+    fused_attention: bool = False
+    """Whether attention was priced as a framework's kernel, however the model writes it."""
 
     @property
     def gpus(self) -> int:
@@ -109,12 +111,14 @@ def price(
     *,
     sequence: int | None = None,
     options: Options | None = None,
+    fused_attention: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Price:
     """What a step of `model` takes as `setup` says, on as many devices as its ranks; no process group is built.
 
     `example_inputs`, `sequence` and `options` (`memory_budget`, `optimizer`, `batch_dims`) are as for `search`, which
-    prices the same setup alike.
+    prices the same setup alike. `fused_attention`: attention that the model writes out (sinks, soft caps, eager), or
+    gives a mask or dropout, is priced as a framework's kernel for it, though plans run it as written.
 
     Raises:
         ValueError: ranks that fill no nodes, stages or parts that the model has not, what has no price; names the
@@ -126,7 +130,9 @@ def price(
     _check_fields(setup, machine)
     precision = Precision(reductions=torch.float32) if setup.gradient_bytes == 4 and setup.is_played else None
     options = Options() if options is None else options
-    asked = subject(model, machine, example_inputs, sequence, options, progress, precision)
+    asked = subject(
+        model, machine, example_inputs, sequence, options, progress, precision, fused_attention=fused_attention
+    )  # fmt: skip
     _check_model(setup, asked)
     progress("playing the step")
     found = estimate(setup, asked.profiler)
@@ -137,7 +143,7 @@ def price(
         asked.name, machine.label, setup, asked.length, found.step_s, math.ceil(found.peak_bytes),
         asked.budget_bytes(setup.ranks), dict(found.seconds), dict(found.bytes), found.hidden_s,
         products.flops * setup.global_batch, peaks["float8" if setup.fp8 else products.dtype],
-        (*_notes(found, asked), *_balance_notes(found, asked), *stand_in_notes(hardware)),
+        (*_notes(found, asked), *_balance_notes(found, asked), *stand_in_notes(hardware)), fused_attention,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from passes.collector import settled
 from passes.depth import Profile, profile, sample
 from passes.fusion import Fused
 from passes.inputs import global_inputs
+from passes.masks import masks_as_shares
 from passes.model_flops import ModelFlops, model_flops
 from passes.pad import Pad
 from passes.pipeline import prepare
@@ -56,12 +57,15 @@ class Captures:
         *,
         batch_dims: Mapping[str, int | None] | None = None,
         precision: Precision | None = None,
+        fused_attention: bool = False,
         progress: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self.model = model
         self.inputs = inputs
         self.batch_dims = batch_dims
         self.precision = precision
+        self.fused_attention = fused_attention
+        """Whether attention that the model writes out, or masks, is captured as frameworks' kernels run it."""
         self.progress = progress
         self.shallow: Shallow = shallow(skeleton(model))
         self._programs: dict[tuple[int, int, int], Program] = {}
@@ -78,8 +82,8 @@ class Captures:
         """
         key = (prefix, batch, parts)
         if key not in self._programs:
-            made = self._rebatched(prefix, batch, parts)
-            self._programs[key] = prepare(made or copy_of(self._captured(prefix, batch, parts).program))
+            made = self._rebatched(prefix, batch, parts) or copy_of(self._captured(prefix, batch, parts).program)
+            self._programs[key] = prepare(masks_as_shares(made) if self.fused_attention else made)
         return self._programs[key]
 
     @property
@@ -106,7 +110,7 @@ class Captures:
             with settled():
                 program = capture(
                     model, whole.args, whole.kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size,
-                    precision=self.precision,
+                    precision=self.precision, fused_attention=self.fused_attention,
                 )  # fmt: skip
             self._told[key] = told(program)
             self._batches[prefix, parts] = batch

@@ -54,6 +54,7 @@ def search(
     sequence: int | None = None,
     options: Options | None = None,
     top: int = 10,
+    fused_attention: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> SearchResult:
     """Rank the ways to train `model` on `gpus` devices with `global_batch` samples a step; no process group is built.
@@ -61,7 +62,8 @@ def search(
     example_inputs: of one sample; None: taken from the model's config, `sequence` long (Hugging Face models).
     options: `memory_budget`, `optimizer` ("adamw": with an fp32 copy of parameters in a lower precision), `recompute`,
         `reshard_after_forward`, `regather_activations` and `batch_dims` are heeded. top: as many plans as are played to
-        their end.
+        their end. fused_attention: attention that the model writes out, or gives a mask or dropout, is priced as a
+        framework's kernel for it, though plans run it as written.
 
     Raises:
         ValueError: options that mean nothing here, GPUs that fill no nodes, a batch that no mesh divides, inputs of
@@ -69,7 +71,10 @@ def search(
     """
     machine = hardware_of(hardware)
     _check(gpus, global_batch, top, machine)
-    asked = subject(model, machine, example_inputs, sequence, Options() if options is None else options, progress)
+    asked = subject(
+        model, machine, example_inputs, sequence, Options() if options is None else options, progress,
+        fused_attention=fused_attention,
+    )  # fmt: skip
     notes = stand_in_notes(hardware)
     if options is not None and options.optimizer == "none":
         notes = ["no optimizer is priced as sgd is, which keeps nothing either", *notes]

@@ -31,6 +31,13 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """What configs of `transformers` call the number of a layer's experts."""
 
 
+FUSED_ATTENTION = (
+    "attention is priced as one kernel of a framework (--fused-attention): sinks, soft caps, distances and dropout are "
+    "within it, blocks of scores that a mask hides are left out; plans run what the model writes out, whose price is "
+    "that without the flag"
+)
+
+
 @dataclass(frozen=True)
 class Subject:
     """`options` name the optimizer that is budgeted for. `length`: tokens of a sample; None where it has none.
@@ -66,12 +73,14 @@ class Subject:
         found = self.profiler.profile(setup, replica=not setup.is_played)
         config = getattr(self.profiler.captures.model, "config", None)
         heads = getattr(config, "num_attention_heads", None)
+        if self.profiler.captures.fused_attention and attends(found):
+            return [FUSED_ATTENTION]
         if not heads or attends(found):
             return []
         return [
             "no attention kernel was found: the model's attention is priced op by op, with its scores in memory; "
             "attn_implementation='sdpa', where the model has it, or a framework with a kernel of its own takes less "
-            "time and memory"
+            f"time and memory{'' if self.profiler.captures.fused_attention else ', which --fused-attention prices'}"
         ]
 
     def unrouted_experts(self, setup: Setup) -> str:
@@ -116,8 +125,11 @@ def subject(
     options: Options,
     progress: Callable[[str], None],
     precision: Precision | None = None,
+    *,
+    fused_attention: bool = False,
 ) -> Subject:
-    """`model` fed one sample: `example_inputs`, or what its config asks for, `sequence` long.
+    """`model` fed one sample: `example_inputs`, or what its config asks for, `sequence` long; `fused_attention`: as
+    `Captures` has it.
 
     Raises:
         ValueError: a model without parameters or in a wrapper, options that mean nothing here, inputs of more than one
@@ -145,7 +157,10 @@ def subject(
         return default_inputs(model, 1, length // parts) if length else default_inputs(model, 1)
 
     options = replace(options, optimizer=_optimizer(options.optimizer, model))
-    captures = Captures(model, inputs, batch_dims=options.batch_dims, precision=precision, progress=progress)
+    captures = Captures(
+        model, inputs, batch_dims=options.batch_dims, precision=precision, fused_attention=fused_attention,
+        progress=progress,
+    )  # fmt: skip
     profiler = Profiler(captures, machine, OPTIMIZERS[options.optimizer])
     name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     return Subject(name, profiler, options, length, length if example_inputs is None else None)

@@ -27,8 +27,12 @@ from tabulate import tabulate
 from torch import fx, nn
 from tqdm import tqdm
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3MoeConfig,
@@ -74,16 +78,20 @@ _OPTIONAL = {
     **dict.fromkeys(("tp_overlap", "balanced", "experts_beside"), "no"),
     "state_overlap": "yes",
     **dict.fromkeys(("ep", "replicas", "node_gbps", "node_gpus", "gathers", "peak_gib", "peak_of", "assumed"), ""),
-    **dict.fromkeys(("head", "experts", "experts_per_token", "added"), ""),
+    **dict.fromkeys(("head", "experts", "experts_per_token", "window", "added"), ""),
 }  # fmt: skip
 """Columns that may be absent or empty, with what that means."""
 _COUNTS = (
     "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "seq", "global_batch", "micro_batch", "gpus", "dp", "tp",
-    "pp", "virtual", "cp", "ep", "replicas", "node_gpus", "head", "experts", "experts_per_token",
+    "pp", "virtual", "cp", "ep", "replicas", "node_gpus", "head", "experts", "experts_per_token", "window",
 )  # fmt: skip
+_ROUTED = ("qwen3_moe", "gpt_oss")
+"""Families with routed experts."""
+_WINDOWED = ("gpt_oss", "gemma2")
+"""Families whose every second layer attends within a window, and that write their attention out."""
 _AMOUNTS = ("measured", "node_gbps", "peak_gib")
 _WORDS = {
-    "family": ("llama", "gpt", "qwen3_moe"),
+    "family": ("llama", "gpt", "gemma2", *_ROUTED),
     "tied": ("yes", "no"),
     "precision": ("bf16", "fp16", "fp8"),
     "state": ("zero0", "zero1", "zero2", "zero3", "zero0+offload", "zero1+offload", "zero2+offload", "zero3+offload"),
@@ -271,8 +279,10 @@ def _wrong(run: Run) -> list[tuple[str, str, str]]:
         for name, known in _WORDS.items()
         if line[name] not in known
     ]
-    experts = ("head", "experts", "experts_per_token") if line["family"] == "qwen3_moe" else ()
-    needed = {"source", "model", *_COUNTS, *_AMOUNTS} - set(_OPTIONAL) | set(experts)
+    own = {"head", *(("experts", "experts_per_token") if line["family"] in _ROUTED else ())}
+    own |= {"window"} if line["family"] in _WINDOWED else set()
+    own = own if line["family"] in {*_ROUTED, *_WINDOWED} else set()
+    needed = {"source", "model", *_COUNTS, *_AMOUNTS} - set(_OPTIONAL) | own
     for name in _COLUMNS:
         value = line[name]
         if name in needed and not value:
@@ -334,11 +344,15 @@ def _contradictions(run: Run) -> list[tuple[str, str, str]]:
         refuse("virtual", "1 would do on one stage")
     elif (layers := -(-n("layers") // pp)) % n("virtual"):
         refuse("virtual", f"chunks that divide the {layers} layers of a stage would do")
-    if line["family"] == "qwen3_moe" and n("ffn") % n("experts_per_token"):
+    if line["family"] in _ROUTED and n("ffn") % n("experts_per_token"):
         refuse("experts_per_token", f"a divisor of ffn = {n('ffn')} would do")
-    for name in ("ep", "head", "experts", "experts_per_token"):
-        if line["family"] != "qwen3_moe" and line[name] not in ("", "1"):
+    for name in ("ep", "experts", "experts_per_token"):
+        if line["family"] not in _ROUTED and line[name] not in ("", "1"):
             refuse(name, "nothing would do where there are no experts")
+    if line["family"] in ("llama", "gpt") and line["head"]:
+        refuse("head", "nothing would do: it is hidden / heads there")
+    if line["family"] not in _WINDOWED and line["window"]:
+        refuse("window", f"nothing would do but of {', '.join(_WINDOWED)}")
     if line["added"] == "apart" and line["compiled"] != "layers":
         refuse("added", "nothing would do: they are added in products where 'layers' are fused by hand alone")
     if line["experts_beside"] == "yes" and line["ep"] in ("", "1"):
@@ -459,6 +473,25 @@ def model_of(run: Run) -> nn.Module:
             tie_word_embeddings=run.line["tied"] == "yes", use_cache=False, attn_implementation=attention,
         )  # fmt: skip
         build = Qwen3MoeForCausalLM
+    elif run.line["family"] == "gpt_oss":
+        config = GptOssConfig(
+            hidden_size=number("hidden"), num_hidden_layers=number("layers"), num_attention_heads=number("heads"),
+            num_key_value_heads=number("kv_heads"), head_dim=number("head"), vocab_size=number("vocab"),
+            num_local_experts=number("experts"), num_experts_per_tok=number("experts_per_token"),
+            intermediate_size=number("ffn") // number("experts_per_token"), sliding_window=number("window"),
+            max_position_embeddings=max(4096, number("seq")), tie_word_embeddings=run.line["tied"] == "yes",
+            use_cache=False, attn_implementation="eager",
+        )  # fmt: skip
+        build = GptOssForCausalLM
+    elif run.line["family"] == "gemma2":
+        config = Gemma2Config(
+            hidden_size=number("hidden"), num_hidden_layers=number("layers"), num_attention_heads=number("heads"),
+            num_key_value_heads=number("kv_heads"), head_dim=number("head"), vocab_size=number("vocab"),
+            intermediate_size=number("ffn"), sliding_window=number("window"), query_pre_attn_scalar=number("head"),
+            max_position_embeddings=number("seq"), tie_word_embeddings=run.line["tied"] == "yes", use_cache=False,
+            attn_implementation="eager",
+        )  # fmt: skip
+        build = Gemma2ForCausalLM
     elif number("tp") > 1 or number("kv_heads") != number("heads"):  # a projection each for queries, keys and values
         config = Starcoder2Config(
             hidden_size=number("hidden"), intermediate_size=number("ffn"), num_hidden_layers=number("layers"),
@@ -481,7 +514,7 @@ def model_of(run: Run) -> nn.Module:
 
 
 _MODEL = ("family", "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "tied", "seq", "stored", "gradients")
-_EXPERTS = ("head", "experts", "experts_per_token")
+_EXPERTS = ("head", "experts", "experts_per_token", "window")
 
 
 def _key(run: Run) -> tuple[str, ...]:
@@ -501,7 +534,8 @@ class Prices:
         reduced = torch.float32 if run.line["gradients"] == "fp32" else run.half_dtype
         fp32 = run.line["stored"] == "fp32"
         precision = Precision(run.half_dtype, reduced) if fp32 else None
-        self.captures = Captures(model_of(run), inputs, precision=precision)
+        fused = run.line["family"] in _WINDOWED and run.line["attention"] != "unfused"
+        self.captures = Captures(model_of(run), inputs, precision=precision, fused_attention=fused)
         self.optimizer = OPTIMIZERS["adamw" if fp32 else "adamw-master"]
         self.profilers: dict[tuple[str, ...], Profiler] = {}
 

@@ -53,8 +53,13 @@ _CUT_K = 1024
 _HEAD_START = 24
 """The same for attention, along the head size: softmax and rescaling per score, in units of multiply-adds."""
 
-_ATTENTION_ROWS = 128
+ATTENTION_ROWS = 128
 """Query rows of one thread block of a flash kernel."""
+
+_WINDOW_START = 3.0
+"""Blocks of keys that a row of blocks takes to start and to end: of windows of 512 and 1024 and of causal attention
+over 16384 tokens three kernels' backwards are linear in a row's blocks, with 3.0, 3.3 and 3.4 blocks besides
+(NVIDIA/cudnn-frontend pull request 505: FlashAttention 2 5011, 586 and 867 us, cuDNN 6448, 792 and 1169)."""
 
 _UPDATE_OPS = 8
 """AdamW op by op: mul, lerp, mul, addcmul, sqrt, div, add and addcdiv."""
@@ -107,6 +112,7 @@ def attention(
     *,
     kv_heads: int | None = None,
     causal: bool = False,
+    seen: float | None = None,
     backward: bool = False,
     dtype: str = "bfloat16",
     item_bytes: int = 2,
@@ -114,10 +120,13 @@ def attention(
     """Fused (flash) attention of `batch` sequences: scores never reach memory.
 
     Forward: two products of queries x keys x head size. Backward: five, as the scores are computed again. A causal mask
-    skips the blocks above the diagonal; those on it are computed whole.
+    skips the blocks above the diagonal; those on it are computed whole. `seen`: the share of blocks that another mask,
+    such as a window, leaves to be computed, to which a row's start comes that hides behind no others.
     """
     products = 5 if backward else 2
-    share = 0.5 + 0.5 * min(1.0, _ATTENTION_ROWS / keys) if causal else 1.0
+    share = 0.5 + 0.5 * min(1.0, ATTENTION_ROWS / keys) if causal else 1.0
+    if seen is not None:
+        share = min(share, seen + _WINDOW_START * ATTENTION_ROWS / keys)
     flops = 2.0 * products * batch * heads * queries * keys * head_size * share
     q_bytes = batch * heads * queries * head_size * item_bytes
     kv_bytes = 2 * batch * (kv_heads or heads) * keys * head_size * item_bytes
@@ -250,9 +259,9 @@ def _attention_s(work: Work, device: Device) -> float:
     best = device.attention_backward_efficiency if work.kind == "attention_backward" else device.attention_efficiency
     reference = 128 / (128 + _HEAD_START)
     by_head = work.k / (work.k + _HEAD_START) / reference
-    rows = ceil(work.m / _ATTENTION_ROWS)
+    rows = ceil(work.m / ATTENTION_ROWS)
     waves = rows * work.batch / device.sm_count
     spread = max(1.0, ceil(waves)) / waves if waves < 8 else 1.0
-    padding = rows * _ATTENTION_ROWS / work.m if device.sm_count > 32 else 1.0
+    padding = rows * ATTENTION_ROWS / work.m if device.sm_count > 32 else 1.0
     peak = tensor_flops_per_s(device, work.dtype) * best * min(1.0, by_head)
     return work.flops * spread * padding / peak

@@ -46,6 +46,7 @@ from passes.tracing import (
     tracing,
     unwrapped,
 )
+from passes.written_attention import WrittenAttention
 
 _RAISED = "the model's forward raised"
 
@@ -60,6 +61,7 @@ def capture(
     tangents: Tangents = "loss",
     backward: bool = True,
     precision: Precision | None = None,
+    fused_attention: bool = False,
 ) -> Program:
     """The training step of `model` on the global batch `(args, kwargs)`, normalised.
 
@@ -70,7 +72,9 @@ def capture(
     `tangents="loss"`: where the model returns a differentiable scalar, it alone gets a tangent: the one called `loss`,
     else every such scalar. `tangents="all"`, or no scalar: every differentiable output gets one. A gradient is that of
     sum(output * tangent). Without `backward`, under `torch.no_grad`, or where nothing requires a gradient, the program
-    is the forward alone. `precision`: what it computes in, where that is not the model's own dtypes.
+    is the forward alone. `precision`: what it computes in, where that is not the model's own dtypes. `fused_attention`:
+    attention that the model writes out is the op that fused kernels are known by, for prices alone: it leaves out what
+    such a kernel does to scores besides (`written_attention`).
 
     Constants of the model's code that are no plain `full` or `arange` are buffers of the graph module, read by
     `get_attr` nodes. Where the model reads a value that follows from the inputs and buffers alone, the graph is that of
@@ -85,7 +89,10 @@ def capture(
     with autocast_as(None), torch.inference_mode(False), torch.set_grad_enabled(backward):
 
         def taken(branches: Branches) -> Program:
-            return _capture(model, args, kwargs, batch_dims, batch_size, tangents, backward, precision, dtype, branches)
+            return _capture(
+                model, args, kwargs, batch_dims, batch_size, tangents, backward, precision, dtype, branches,
+                WrittenAttention() if fused_attention else None,
+            )  # fmt: skip
 
         # Eager's numbers are the ones to give, so its branches come first, though a compiled model's read less.
         try:
@@ -155,6 +162,7 @@ def _capture(
     precision: Precision,
     autocast: torch.dtype | None,
     branches: Branches,
+    attention: WrittenAttention | None,
 ) -> Program:
     call_args, call_kwargs = tuple(args), dict(kwargs or {})
     leaves, in_spec, names = flatten_inputs(call_args, call_kwargs)
@@ -170,7 +178,7 @@ def _capture(
         slot.place(tracer, backward)
     extra, notes = extra_arguments(model, call_args, call_kwargs)
 
-    with unchanged(model), torch.set_grad_enabled(backward), told_once(), tracing(tracer):
+    with unchanged(model), torch.set_grad_enabled(backward), told_once(), tracing(tracer, attention):
         for slot in slots:
             slot.wrap()
         for slot in held:

@@ -55,7 +55,8 @@ class Emitter:
 
     def stand_for(self, node: fx.Node) -> None:
         """What is added from now on stands for a node of the graph before, and is of its place."""
-        self.meta = {key: node.meta.get(key, "") for key in ("phase", "module", "source")}
+        seen = {"seen": node.meta["seen"]} if "seen" in node.meta else {}  # of an attention (`rules.call`)
+        self.meta = {key: node.meta.get(key, "") for key in ("phase", "module", "source")} | seen
 
     def last(self) -> fx.Node:
         """The node that was added last."""

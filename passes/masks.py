@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from costmodel.compute import ATTENTION_ROWS
 from passes.constant_values import MOST_ELEMENTS, Value, compute, padded, values_of
 from passes.normalize import fingerprint
 from passes.program import Program
@@ -63,8 +64,33 @@ def use_causal_flag(program: Program) -> Program:
         if verdicts[key] != "other":
             _drop_mask(node, causal=verdicts[key] == "causal")
             changed = True
-    if not changed:
-        return program
+    return _without_dead(program) if changed else program
+
+
+def masks_as_shares(program: Program) -> Program:
+    """Drop every attention mask that depends on constants alone, as kernels have it that know windows by their size.
+
+    Where it is neither causal nor hides nothing, the call's `seen` (`rules.call`) says which share of the blocks of
+    queries and keys is not hidden as a whole. Queries are tied to their places then, as by a causal mask. For prices.
+    """
+    program = use_causal_flag(program)
+    gm = program.graph
+    calls = [(node, mask) for node in gm.graph.nodes if (mask := _only_mask(node)) is not None]
+    constant = _constant_nodes(gm.graph)
+    values = values_of(gm, [mask for _, mask in calls if mask in constant])
+    shares: dict[fx.Node, float | None] = {}
+    for node, mask in calls:
+        if mask in values and mask not in shares:
+            shares[mask] = _seen_share(values[mask], *_lengths(node))
+        if (seen := shares.get(mask)) is not None:
+            _drop_mask(node, causal=True)
+            node.meta["seen"] = seen
+    return _without_dead(program) if shares else program
+
+
+def _without_dead(program: Program) -> Program:
+    """Without what only dropped masks needed, and with a fingerprint of its own."""
+    gm = program.graph
     held = _attributes(gm.graph)
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     for name in held - _attributes(gm.graph):
@@ -153,6 +179,21 @@ def _verdict(mask: Value, queries: int, keys: int) -> str:
         everything = everything and bool(sees.all())
         causal = causal and bool(torch.where(below, sees, hides).all())
     return "all" if everything else "causal" if causal else "other"
+
+
+def _seen_share(mask: Value, queries: int, keys: int) -> float | None:
+    """Of an attention kernel's blocks of scores, those that are not hidden as a whole; None where that is not known."""
+    expr, block = mask.expr, ATTENTION_ROWS
+    floating = mask.dtype.is_floating_point
+    blocks = math.prod(expr.extent[:-2]) * -(-queries // block) * -(-keys // block)
+    if (mask.dtype is not torch.bool and not floating) or blocks > MOST_ELEMENTS:
+        return None
+    try:
+        _, high = bounds(expr, block)
+    except RuntimeError:
+        return None
+    hidden = high <= _MASKED if floating else ~high
+    return 1.0 - float(hidden.double().mean())
 
 
 def _part(x: Tensor, rows: slice, columns: slice) -> Tensor:

@@ -23,7 +23,7 @@ TILE = 256
 _Pair = tuple[Any, Any]
 
 
-def bounds(expr: Expr) -> tuple[Tensor, Tensor]:
+def bounds(expr: Expr, tile: int = TILE) -> tuple[Tensor, Tensor]:
     """Least and greatest value in each tile of the last two dims; they may be wider than the truth."""
     done: dict[int, _Pair] = {}
 
@@ -32,7 +32,7 @@ def bounds(expr: Expr) -> tuple[Tensor, Tensor]:
             return e, e
         if id(e) not in done:
             if isinstance(e, Leaf):
-                done[id(e)] = (_by_tile(e.data, torch.amin), _by_tile(e.data, torch.amax))
+                done[id(e)] = (_by_tile(e.data, torch.amin, tile), _by_tile(e.data, torch.amax, tile))
             else:
                 done[id(e)] = _op_bounds(e.op, [of(a) for a in e.args], {k: of(v) for k, v in e.kwargs.items()})
         return done[id(e)]
@@ -40,15 +40,15 @@ def bounds(expr: Expr) -> tuple[Tensor, Tensor]:
     return of(expr)
 
 
-def _by_tile(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+def _by_tile(x: Tensor, reduce: Callable[..., Tensor], tile: int) -> Tensor:
     for dim in (-1, -2):
         if x.dim() < -dim or x.shape[dim] == 1:
             continue
         size = x.shape[dim]
-        whole = size - size % TILE
+        whole = size - size % tile
         parts = []
         if whole:
-            parts.append(reduce(x.narrow(dim, 0, whole).unflatten(dim, (-1, TILE)), dim))
+            parts.append(reduce(x.narrow(dim, 0, whole).unflatten(dim, (-1, tile)), dim))
         if whole < size:
             parts.append(reduce(x.narrow(dim, whole, size - whole), dim, keepdim=True))
         x = torch.cat(parts, dim)

@@ -36,6 +36,7 @@ from passes.program import Fixed
 from passes.provenance import Place, Provenance, model_line, short_location, torch_function
 from passes.torch_functions import INSTEAD
 from passes.values import ExampleValues, TooLargeError, UnknownValueError, off_the_record, run_real
+from passes.written_attention import WrittenAttention
 
 aten = torch.ops.aten
 
@@ -448,9 +449,10 @@ def _map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
 class _Calls(TorchFunctionMode):
     """Handles what is caught above aten: reads of values, and functions of torch that run as others (`INSTEAD`)."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracer, attention: WrittenAttention | None) -> None:
         super().__init__()
         self._tracer = tracer
+        self._attention = attention
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -458,6 +460,8 @@ class _Calls(TorchFunctionMode):
             real = self._tracer.values_read(unwrapped(args[0]), "the model reads the values of a tensor")
             with off_the_record():
                 return func(real, *args[1:], **kwargs)
+        if self._attention is not None:
+            return self._attention.call(func, args, kwargs, INSTEAD.get(func, func))
         return INSTEAD.get(func, func)(*args, **kwargs)
 
 
@@ -466,8 +470,9 @@ _ASKS = re.compile("compiling|tracing")
 
 
 @contextmanager
-def tracing(tracer: Tracer) -> Iterator[None]:
-    """Record what is run inside. Random state and global settings are as before afterwards."""
+def tracing(tracer: Tracer, attention: WrittenAttention | None = None) -> Iterator[None]:
+    """Record what is run inside, attention as `attention` has it. Random state and global settings are as before
+    afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     compiling, is_compiling = torch.compiler._is_compiling_flag, torch.compiler.is_compiling
@@ -490,7 +495,7 @@ def tracing(tracer: Tracer) -> Iterator[None]:
     torch._C._set_mkldnn_enabled(False)
     torch._enable_functionalization(reapply_views=True)
     try:
-        with as_one_process(), tracer.fake_mode, tracer, _Calls(tracer):
+        with as_one_process(), tracer.fake_mode, tracer, _Calls(tracer, attention):
             yield
     finally:
         torch._disable_functionalization()

@@ -146,6 +146,7 @@ def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape], tra
             q[3],
             kv_heads=k[1],
             causal=bool(call.get("is_causal", False)),
+            seen=call.seen,
             backward=target is _FLASH_BACKWARD,
             dtype=dtype,
             item_bytes=item,

@@ -208,6 +208,15 @@ def add_batch_dim(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_fused_attention(parser: argparse.ArgumentParser) -> None:
+    """--fused-attention."""
+    parser.add_argument(
+        "--fused-attention", action="store_true",
+        help="price attention that the model writes out (sinks, soft caps, eager), or gives a mask or dropout, as a "
+        "framework's kernel for it; plans run it as written",
+    )  # fmt: skip
+
+
 def add_mesh(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--mesh."""
     parser.add_argument(

@@ -15,7 +15,16 @@ import argparse
 from dataclasses import replace
 from typing import get_args
 
-from autopar.cli.arguments import add_batch_dim, add_hardware, add_json, add_memory, count, once, seconds
+from autopar.cli.arguments import (
+    add_batch_dim,
+    add_fused_attention,
+    add_hardware,
+    add_json,
+    add_memory,
+    count,
+    once,
+    seconds,
+)
 from autopar.cli.compiling import sampled
 from autopar.cli.terminal import clean_output, progress
 from autopar.options import Options
@@ -90,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--fp8", action="store_true", help="products in fp8")
     parser.add_argument("--offload", action="store_true", help="the optimizer on the host")
+    add_fused_attention(parser)
     add_batch_dim(parser)
     add_hardware(parser)
     add_memory(parser)
@@ -108,7 +118,7 @@ def run(given: argparse.Namespace) -> int:
         asked = sampled(given.model, given.seq, options, given.hardware)
         found = price(
             asked.named.model, setup, given.hardware, asked.given, sequence=asked.sequence, options=options,
-            progress=tell,
+            fused_attention=given.fused_attention, progress=tell,
         )  # fmt: skip
         found = replace(found, notes=(*asked.named.notes, *found.notes))
     print(found.to_json(given.measured) if given.json else found.text(given.model, given.measured))

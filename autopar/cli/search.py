@@ -19,6 +19,7 @@ from torch import nn
 from autopar import examples
 from autopar.cli.arguments import (
     add_batch_dim,
+    add_fused_attention,
     add_hardware,
     add_json,
     add_memory,
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=count, required=True, metavar="N", help="devices in all")
     parser.add_argument("--global-batch", type=count, required=True, metavar="N", help="sequences per step, over all")
     parser.add_argument("--seq", type=count, metavar="N", help="sequence length (2048, or the model's most)")
+    add_fused_attention(parser)
     add_batch_dim(parser)
     add_hardware(parser)
     add_memory(parser)
@@ -67,7 +69,7 @@ def run(given: argparse.Namespace) -> int:
         asked = sampled(given.model, given.seq, options, given.hardware)
         found = search(
             asked.named.model, given.gpus, given.hardware, given.global_batch, asked.given, sequence=asked.sequence,
-            options=options, top=given.top, progress=tell,
+            options=options, top=given.top, fused_attention=given.fused_attention, progress=tell,
         )  # fmt: skip
         found = replace(found, notes=(*asked.named.notes, *found.notes))
         planned = any(not candidate.priced_only for candidate in found.candidates)

@@ -45,6 +45,8 @@ class Call:
     arguments: dict[str, Any]
     operands: tuple[TensorFacts, ...]
     results: tuple[TensorFacts | None, ...]
+    seen: float | None = None
+    """Of an attention without its mask, the share of scores that a kernel computes (`masks.masks_as_shares`)."""
 
     @property
     def is_float(self) -> bool:
@@ -121,13 +123,15 @@ def call_of(node: fx.Node) -> Call:
     names = [argument.name for argument in schema.arguments] if schema else [str(i) for i in range(len(args))]
     value = node.meta["val"]
     results = tuple(map(facts_of, value)) if isinstance(value, list | tuple) else (facts_of(value),)
-    return Call(node.target, dict(zip(names, args, strict=False)) | kwargs, operands, results)  # type: ignore[arg-type]
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    return Call(node.target, arguments, operands, results, node.meta.get("seen"))  # type: ignore[arg-type]
 
 
 def call_key(node: fx.Node) -> str:
     """Equal for nodes that make equal calls."""
     call = call_of(node)
-    return f"{call.target}{call.arguments}{call.operands}{call.results}"
+    seen = "" if call.seen is None else call.seen
+    return f"{call.target}{call.arguments}{call.operands}{call.results}{seen}"
 
 
 def op_text(target: Any) -> str:
