@@ -47,10 +47,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[float], list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(losses, gradient norms, first gradients, last parameters) of a few steps.
+Trained = tuple[list[float], list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
+"""(losses, gradient norms, first gradients, last parameters)."""
+
+
+def train(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trained:
+    """A few steps.
 
     Plain SGD with momentum beside AdamW would say little more; AdamW divides by a gradient's own size, so a parameter
     whose gradient is rounding noise moves by the learning rate whichever way the noise falls. eps keeps that small.
@@ -76,10 +78,9 @@ def makes(plan: autopar.Plan) -> str:
     return repr((kept, sorted(str(c) for c in plan.collectives)))
 
 
-def check(mesh: DeviceMesh, name: str, strategy: str, compile: bool, checked: set[str]) -> str:
+def check(mesh: DeviceMesh, name: str, strategy: str, compile: bool, checked: set[str], wanted: Trained) -> str:
     """What differs by more than it may, or "" where nothing does; `checked` is of plans that were trained before."""
     model, args, kwargs = build(name)
-    wanted = train(build(name)[0], args, kwargs)
     local_args = tuple(local_batch(x, mesh) for x in args)
     local_kwargs = {key: local_batch(x, mesh) for key, x in kwargs.items()}
     example = dict(inspect.signature(model.forward).bind(*local_args, **local_kwargs).arguments)
@@ -115,7 +116,8 @@ def check_all(
 ) -> str:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
     checked: set[str] = set()
-    return "\n".join(filter(None, (check(mesh, name, strategy, compile, checked) for strategy in strategies)))
+    wanted = train(*build(name))
+    return "\n".join(filter(None, (check(mesh, name, each, compile, checked, wanted) for each in strategies)))
 
 
 @pytest.mark.timeout(300)
