@@ -53,6 +53,13 @@ class Call:
         """Whether all tensors that it takes and gives are of floating point: whole numbers may be rounded ones."""
         return all(facts.dtype.is_floating_point for facts in (*self.operands, *filter(None, self.results)))
 
+    @property
+    def result(self) -> TensorFacts:
+        """Facts of the (first) tensor that it gives."""
+        facts = self.results[0]
+        assert facts is not None, self
+        return facts
+
     def get(self, name: str, default: Any = None) -> Any:
         """The argument `name`, or `default` where it was not passed."""
         return self.arguments.get(name, default)

@@ -31,27 +31,20 @@ IOTAS = (aten.arange.default, aten.arange.start, aten.arange.start_step, torch.o
 @rule(*FILLS)
 def _fill(call: Call) -> Form:
     """Operands, if any, give only dtype and device; `_like` operands share the result's dims."""
-    result = call.results[0]
-    assert result is not None
+    shape = call.result.shape
     build = FormBuilder()
-    dims = build.dims(result.shape)
-    operands = [
-        dims if operand.shape == result.shape else build.dims(operand.shape, whole=True) for operand in call.operands
-    ]
+    dims = build.dims(shape)
+    operands = [dims if operand.shape == shape else build.dims(operand.shape, whole=True) for operand in call.operands]
     return build.form(operands, [dims])
 
 
 @rule(*IOTAS)
 def _iota(call: Call) -> Form:
-    result = call.results[0]
-    assert result is not None
     build = FormBuilder()
-    return build.form([], [build.dims(result.shape)])
+    return build.form([], [build.dims(call.result.shape)])
 
 
 @rule(torch.ops.aten.eye.default, torch.ops.aten.eye.m)
 def _whole(call: Call) -> Form:
-    result = call.results[0]
-    assert result is not None
     build = FormBuilder()
-    return build.form([], [build.dims(result.shape, whole=True)])
+    return build.form([], [build.dims(call.result.shape, whole=True)])

@@ -12,7 +12,7 @@ a group of operands taken together, partial sums may flow through: `linear` list
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -69,9 +69,12 @@ class FormBuilder:
             self.reduces[index] = reduce
         return (index,)
 
-    def dims(self, shape: Iterable[int], *, whole: bool = False, reduce: str | None = None) -> Dims:
-        """A factor per dim of `shape`."""
-        return tuple(self.factor(size, whole=whole, reduce=reduce) for size in shape)
+    def dims(self, shape: Iterable[int], *, whole: bool | Collection[int] = False, reduce: str | None = None) -> Dims:
+        """A factor per dim of `shape`; `whole`: those that cannot be split, or whether all of them cannot."""
+        return tuple(
+            self.factor(size, whole=whole if isinstance(whole, bool) else d in whole, reduce=reduce)
+            for d, size in enumerate(shape)
+        )
 
     def form(self, operands: Sequence[Dims], results: Sequence[Dims], linear: Iterable[Iterable[int]] = ()) -> Form:
         """The finished form."""
@@ -90,6 +93,16 @@ def broadcast(dims: Dims, shape: Sequence[int]) -> Dims:
     """Dims of a tensor of `shape` that is broadcast to one of `dims`: a size of 1 has no factor there."""
     skip = len(dims) - len(shape)
     return tuple(dims[skip + i] if size != 1 else () for i, size in enumerate(shape))
+
+
+def without(dims: Dims, dim: int) -> Dims:
+    """All dims but one."""
+    return dims[:dim] + dims[dim + 1 :]
+
+
+def replaced(dims: Dims, dim: int, factors: tuple[int, ...]) -> Dims:
+    """The dims, one of them made of other factors."""
+    return (*dims[:dim], factors, *dims[dim + 1 :])
 
 
 def einsum_form(equation: str, shapes: Sequence[Sequence[int]]) -> Form:

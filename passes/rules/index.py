@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from passes.rules.call import Call, Operand
-from passes.rules.form import Dims, Form, FormBuilder, broadcast
+from passes.rules.form import Dims, Form, FormBuilder, broadcast, replaced
 from passes.rules.table import rule, whole_form
 
 aten = torch.ops.aten
@@ -128,7 +128,7 @@ def _index_add(call: Call) -> Form:
     build = FormBuilder()
     dims = tuple(build.factor(size, leading=d == dim) for d, size in enumerate(shape))
     added = build.factor(source[dim], reduce="sum")
-    return build.form([dims, (added,), (*dims[:dim], added, *dims[dim + 1 :])], [dims], [[0, 2]])
+    return build.form([dims, (added,), replaced(dims, dim, added)], [dims], [[0, 2]])
 
 
 @rule(
@@ -144,12 +144,12 @@ def _index_copy(call: Call) -> Form:
         return whole_form(call)
     dim = call.get("dim") % len(shape)
     build = FormBuilder()
-    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(shape))
+    dims = build.dims(shape, whole=[dim])
     copied = build.factor(index[0], whole=True)
     operands: list[Dims] = [dims, (copied,)]
     if len(call.operands) > 2:
         source = call.operands[2].shape
-        operands.append((*dims[:dim], copied, *dims[dim + 1 :]) if source else ())
+        operands.append(replaced(dims, dim, copied) if source else ())
     return build.form(operands, [dims])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from passes.rules.call import Call, Operand
-from passes.rules.form import Dims, Form, FormBuilder, broadcast
+from passes.rules.form import Dims, Form, FormBuilder, broadcast, replaced
 from passes.rules.table import rule, whole_form
 
 aten = torch.ops.aten
@@ -14,71 +14,65 @@ aten = torch.ops.aten
 @rule(aten.view_as_real.default, aten.view_as_complex.default)
 def _pairs(call: Call) -> Form:
     """A complex number is a last dim of two."""
-    result = call.results[0]
-    assert result is not None
+    result = call.result.shape
     build = FormBuilder()
     real = call.target is aten.view_as_complex.default
-    dims = build.dims(result.shape if real else call.operands[0].shape)
+    dims = build.dims(result if real else call.operands[0].shape)
     pairs: Dims = (*dims, build.factor(2, whole=True))
     return build.form([pairs], [dims], [[0]]) if real else build.form([dims], [pairs], [[0]])
 
 
 @rule(aten._fft_c2c.default, aten._fft_r2c.default, aten._fft_c2r.default)
 def _spectrum(call: Call) -> Form:
-    source, result = call.operands[0].shape, call.results[0]
-    assert result is not None
+    source, result = call.operands[0].shape, call.result.shape
     along = {d % len(source) for d in call.get("dim")}
     build = FormBuilder()
-    dims = tuple(build.factor(n, whole=d in along) for d, n in enumerate(source))
-    made = tuple(build.factor(n, whole=True) if d in along else dims[d] for d, n in enumerate(result.shape))
+    dims = build.dims(source, whole=along)
+    made = tuple(build.factor(n, whole=True) if d in along else dims[d] for d, n in enumerate(result))
     return build.form([dims], [made])
 
 
 @rule(aten.diagonal.default)
 def _diagonal(call: Call) -> Form:
-    source, result = call.operands[0].shape, call.results[0]
-    assert result is not None
+    source, result = call.operands[0].shape, call.result.shape
     pair = {call.get("dim1", 0) % len(source), call.get("dim2", 1) % len(source)}
     build = FormBuilder()
-    dims = tuple(build.factor(n, whole=d in pair) for d, n in enumerate(source))
+    dims = build.dims(source, whole=pair)
     kept = tuple(dims[d] for d in range(len(source)) if d not in pair)
-    return build.form([dims], [(*kept, build.factor(result.shape[-1], whole=True))], [[0]])
+    return build.form([dims], [(*kept, build.factor(result[-1], whole=True))], [[0]])
 
 
 @rule(aten.diagonal_backward.default)
 def _diagonal_backward(call: Call) -> Form:
-    source, result = call.operands[0].shape, call.results[0]
-    assert result is not None
-    pair = {call.get("dim1") % len(result.shape), call.get("dim2") % len(result.shape)}
+    source, result = call.operands[0].shape, call.result.shape
+    pair = {call.get("dim1") % len(result), call.get("dim2") % len(result)}
     build = FormBuilder()
-    dims = tuple(build.factor(n, whole=d in pair) for d, n in enumerate(result.shape))
-    kept = tuple(dims[d] for d in range(len(result.shape)) if d not in pair)
+    dims = build.dims(result, whole=pair)
+    kept = tuple(dims[d] for d in range(len(result)) if d not in pair)
     return build.form([(*kept, build.factor(source[-1], whole=True))], [dims], [[0]])
 
 
 @rule(aten.unfold.default)
 def _unfold(call: Call) -> Form:
-    source, result = call.operands[0].shape, call.results[0]
-    assert result is not None
+    source, result = call.operands[0].shape, call.result.shape
     if not source:
         return whole_form(call)
     dim = call.get("dimension") % len(source)
     build = FormBuilder()
-    dims = tuple(build.factor(n, whole=d == dim) for d, n in enumerate(source))
-    windows = build.factor(result.shape[dim], whole=True)
-    size = build.factor(result.shape[-1], whole=True)
-    return build.form([dims], [(*dims[:dim], windows, *dims[dim + 1 :], size)], [[0]])
+    dims = build.dims(source, whole=[dim])
+    windows = build.factor(result[dim], whole=True)
+    size = build.factor(result[-1], whole=True)
+    return build.form([dims], [(*replaced(dims, dim, windows), size)], [[0]])
 
 
 @rule(aten.unfold_backward.default)
 def _unfold_backward(call: Call) -> Form:
-    source, result = call.operands[0].shape, call.results[0]
-    assert result is not None
-    dim = call.get("dim") % len(result.shape)
+    source, result = call.operands[0].shape, call.result.shape
+    dim = call.get("dim") % len(result)
     build = FormBuilder()
-    dims = tuple(build.factor(n, whole=d == dim) for d, n in enumerate(result.shape))
+    dims = build.dims(result, whole=[dim])
     windows, size = build.factor(source[dim], whole=True), build.factor(source[-1], whole=True)
-    return build.form([(*dims[:dim], windows, *dims[dim + 1 :], size)], [dims], [[0]])
+    return build.form([(*replaced(dims, dim, windows), size)], [dims], [[0]])
 
 
 @rule(aten.searchsorted.Tensor)
@@ -104,24 +98,17 @@ def _bucketize(call: Call) -> Form:
 @rule(aten.histc.default)
 def _histc(call: Call) -> Form:
     """Counts add up, where the bins do not depend on the data."""
-    result = call.results[0]
-    assert result is not None
+    result = call.result.shape
     build = FormBuilder()
     fixed = call.get("min", 0) != call.get("max", 0)
     dims = build.dims(call.operands[0].shape, whole=not fixed, reduce="sum")
-    return build.form([dims], [build.dims(result.shape, whole=True)])
-
-
-@rule(aten.bincount.default)
-def _bincount(call: Call) -> Form:
-    return whole_form(call)
+    return build.form([dims], [build.dims(result, whole=True)])
 
 
 @rule(aten.glu.default)
 def _glu(call: Call) -> Form:
-    source, result = call.operands[0].shape, call.results[0]
-    assert result is not None
-    return _halves(source, result.shape, call.get("dim", -1), backward=False)
+    source, result = call.operands[0].shape, call.result.shape
+    return _halves(source, result, call.get("dim", -1), backward=False)
 
 
 @rule(aten.glu_backward.default)
@@ -133,18 +120,16 @@ def _glu_backward(call: Call) -> Form:
 def _halves(source: tuple[int, ...], half: tuple[int, ...], dim: int, *, backward: bool) -> Form:
     dim %= len(source)
     build = FormBuilder()
-    dims = tuple(build.factor(n, whole=d == dim) for d, n in enumerate(source))
-    made = (*dims[:dim], build.factor(half[dim], whole=True), *dims[dim + 1 :])
+    dims = build.dims(source, whole=[dim])
+    made = replaced(dims, dim, build.factor(half[dim], whole=True))
     return build.form([made, dims], [dims]) if backward else build.form([dims], [made])
 
 
 @rule(aten.linalg_cross.default)
 def _cross(call: Call) -> Form:
-    result = call.results[0]
-    assert result is not None
-    shape, dim = result.shape, call.get("dim", -1) % len(result.shape)
+    result = call.result.shape
     build = FormBuilder()
-    dims = tuple(build.factor(n, whole=d == dim) for d, n in enumerate(shape))
+    dims = build.dims(result, whole=[call.get("dim", -1) % len(result)])
     return build.form([broadcast(dims, facts.shape) for facts in call.operands], [dims])
 
 
@@ -167,6 +152,7 @@ def _weight_norm_backward(call: Call) -> Form:
 
 
 @rule(
+    aten.bincount.default,
     aten.nonzero.default,
     aten.nonzero_static.default,
     aten.masked_select.default,

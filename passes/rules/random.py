@@ -12,7 +12,5 @@ from passes.rules.table import rule
 
 @rule(torch.ops.autopar.uniform.default)
 def _uniform(call: Call) -> Form:
-    result = call.results[0]
-    assert result is not None
     build = FormBuilder()
-    return build.form([build.dims(call.operands[0].shape, whole=True)], [build.dims(result.shape)])
+    return build.form([build.dims(call.operands[0].shape, whole=True)], [build.dims(call.result.shape)])

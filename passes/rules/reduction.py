@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from passes.rules.call import Call
-from passes.rules.form import Dims, Form, FormBuilder
+from passes.rules.form import Dims, Form, FormBuilder, replaced
 from passes.rules.table import rule, whole_form
 
 aten = torch.ops.aten
@@ -92,7 +92,7 @@ def along(call: Call, dims: Sequence[int], linear: Sequence[Sequence[int]] = ())
     shape = call.operands[0].shape
     kept_whole = {d % len(shape) for d in dims} if shape else set()
     build = FormBuilder()
-    factors = tuple(build.factor(size, whole=d in kept_whole) for d, size in enumerate(shape))
+    factors = build.dims(shape, whole=kept_whole)
     operands = [factors if operand.shape == shape else () for operand in call.operands]
     assert all(operand.shape in (shape, ()) for operand in call.operands), call
     return build.form(operands, [factors for _ in call.results], linear)
@@ -144,7 +144,6 @@ def _topk(call: Call) -> Form:
         return whole_form(call)
     dim = call.get("dim", -1) % len(source)
     build = FormBuilder()
-    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(source))
-    k = build.factor(call.get("k"), whole=True)
-    result = tuple(k if d == dim else dims[d] for d in range(len(source)))
+    dims = build.dims(source, whole=[dim])
+    result = replaced(dims, dim, build.factor(call.get("k"), whole=True))
     return build.form([dims], [result, result])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from passes.rules.call import Call
-from passes.rules.form import Dims, Form, FormBuilder, broadcast, view_dims
+from passes.rules.form import Dims, Form, FormBuilder, broadcast, replaced, view_dims, without
 from passes.rules.table import rule
 
 aten = torch.ops.aten
@@ -14,9 +14,7 @@ RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 def _shapes(call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    result = call.results[0]
-    assert result is not None
-    return call.operands[0].shape, result.shape
+    return call.operands[0].shape, call.result.shape
 
 
 @rule(*RESHAPES)
@@ -73,18 +71,14 @@ def _expand(call: Call) -> Form:
     return build.form([broadcast(dims, source)], [dims], [[0]])
 
 
-def _cut(call: Call) -> Form:
+@rule(aten.slice.Tensor, aten.slice_backward.default)
+def _slice(call: Call) -> Form:
     """Dims whose size changes are whole; the others keep their factor."""
     source, target = _shapes(call)
     build = FormBuilder()
     dims = tuple(build.factor(a, whole=a != b) for a, b in zip(source, target, strict=True))
     made = tuple(d if a == b else build.factor(b, whole=True) for d, a, b in zip(dims, source, target, strict=True))
     return build.form([dims], [made], [[0]])
-
-
-@rule(aten.slice.Tensor)
-def _slice(call: Call) -> Form:
-    return _cut(call)
 
 
 @rule(aten.constant_pad_nd.default)
@@ -94,10 +88,9 @@ def _pad(call: Call) -> Form:
     pads = call.get("pad")
     moved = {len(source) - 1 - i // 2 for i, pad in enumerate(pads) if pad}
     build = FormBuilder()
-    dims = tuple(build.factor(size, whole=d in moved) for d, size in enumerate(source))
+    dims = build.dims(source, whole=moved)
     made = tuple(build.factor(target[d], whole=True) if d in moved else dim for d, dim in enumerate(dims))
-    form = build.form([dims], [made], [[0]])
-    return form if not call.get("value", 0) else Form(form.operands, form.results, form.sizes, form.whole)
+    return build.form([dims], [made], [] if call.get("value", 0) else [[0]])
 
 
 @rule(aten.select.int)
@@ -105,13 +98,8 @@ def _select(call: Call) -> Form:
     source = call.operands[0].shape
     dim = call.get("dim") % len(source)
     build = FormBuilder()
-    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(source))
-    return build.form([dims], [dims[:dim] + dims[dim + 1 :]], [[0]])
-
-
-@rule(aten.slice_backward.default)
-def _slice_backward(call: Call) -> Form:
-    return _cut(call)
+    dims = build.dims(source, whole=[dim])
+    return build.form([dims], [without(dims, dim)], [[0]])
 
 
 @rule(aten.select_backward.default)
@@ -119,35 +107,32 @@ def _select_backward(call: Call) -> Form:
     _, target = _shapes(call)
     dim = call.get("dim") % len(target)
     build = FormBuilder()
-    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(target))
-    return build.form([dims[:dim] + dims[dim + 1 :]], [dims], [[0]])
+    dims = build.dims(target, whole=[dim])
+    return build.form([without(dims, dim)], [dims], [[0]])
 
 
 @rule(aten.cat.default)
 def _cat(call: Call) -> Form:
-    result = call.results[0]
-    assert result is not None
-    dim = call.get("dim", 0) % len(result.shape)
+    shape = call.result.shape
+    dim = call.get("dim", 0) % len(shape)
     build = FormBuilder()
-    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(result.shape))
+    dims = build.dims(shape, whole=[dim])
     operands: list[Dims] = []
     for operand in call.operands:
         if operand.shape == (0,):
             operands.append(((),))
             continue
-        part = build.factor(operand.shape[dim], whole=True)
-        operands.append((*dims[:dim], part, *dims[dim + 1 :]))
+        operands.append(replaced(dims, dim, build.factor(operand.shape[dim], whole=True)))
     return build.form(operands, [dims], [range(len(operands))])
 
 
 @rule(aten.stack.default)
 def _stack(call: Call) -> Form:
-    result = call.results[0]
-    assert result is not None
-    dim = call.get("dim", 0) % len(result.shape)
+    shape = call.result.shape
+    dim = call.get("dim", 0) % len(shape)
     build = FormBuilder()
-    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(result.shape))
-    return build.form([dims[:dim] + dims[dim + 1 :]] * len(call.operands), [dims], [range(len(call.operands))])
+    dims = build.dims(shape, whole=[dim])
+    return build.form([without(dims, dim)] * len(call.operands), [dims], [range(len(call.operands))])
 
 
 @rule(aten.repeat.default)
@@ -179,8 +164,8 @@ def _select_scatter(call: Call) -> Form:
     shape = call.operands[0].shape
     dim = call.get("dim") % len(shape)
     build = FormBuilder()
-    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(shape))
-    return build.form([dims, dims[:dim] + dims[dim + 1 :]], [dims], [[0, 1]])
+    dims = build.dims(shape, whole=[dim])
+    return build.form([dims, without(dims, dim)], [dims], [[0, 1]])
 
 
 @rule(aten.split.Tensor, aten.split_with_sizes.default)
@@ -188,10 +173,8 @@ def _split(call: Call) -> Form:
     source = call.operands[0].shape
     dim = call.get("dim", 0) % len(source)
     build = FormBuilder()
-    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(source))
-    results = [
-        (*dims[:dim], build.factor(facts.shape[dim], whole=True), *dims[dim + 1 :]) for facts in call.results if facts
-    ]
+    dims = build.dims(source, whole=[dim])
+    results = [replaced(dims, dim, build.factor(facts.shape[dim], whole=True)) for facts in call.results if facts]
     return build.form([dims], results, [[0]])
 
 
@@ -200,5 +183,5 @@ def _unbind(call: Call) -> Form:
     source = call.operands[0].shape
     dim = call.get("dim", 0) % len(source)
     build = FormBuilder()
-    dims = tuple(build.factor(size, whole=d == dim) for d, size in enumerate(source))
-    return build.form([dims], [dims[:dim] + dims[dim + 1 :] for _ in call.results], [[0]])
+    dims = build.dims(source, whole=[dim])
+    return build.form([dims], [without(dims, dim) for _ in call.results], [[0]])

@@ -38,9 +38,7 @@ class _Convolution:
 
 @rule(aten.convolution.default)
 def _convolution(call: Call) -> Form:
-    result = call.results[0]
-    assert result is not None
-    of = _Convolution(call, call.facts("input").shape, call.facts("weight").shape, result.shape)
+    of = _Convolution(call, call.facts("input").shape, call.facts("weight").shape, call.result.shape)
     operands = [of.x, of.weight]
     if isinstance(call.get("bias"), Operand):
         operands.append(of.bias)
