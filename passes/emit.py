@@ -42,6 +42,15 @@ class Parts:
         self.meta = {"val": tuple(node.meta["val"] for node in nodes)}
 
 
+def meta_of(node: fx.Node) -> dict[str, Any]:
+    """Phase, module and source line of a node: the metadata of nodes that stand for it."""
+    return {
+        "phase": node.meta.get("phase", "forward"),
+        "module": node.meta.get("module", ""),
+        "source": node.meta.get("source", ""),
+    }
+
+
 class Emitter:
     """Adds nodes to a local graph; each has `val`, and the metadata (`phase`, `module`, `source`) now in force."""
 
@@ -56,7 +65,7 @@ class Emitter:
     def stand_for(self, node: fx.Node) -> None:
         """What is added from now on stands for a node of the graph before, and is of its place."""
         seen = {"seen": node.meta["seen"]} if "seen" in node.meta else {}  # of an attention (`rules.call`)
-        self.meta = {key: node.meta.get(key, "") for key in ("phase", "module", "source")} | seen
+        self.meta = meta_of(node) | seen
 
     def last(self) -> fx.Node:
         """The node that was added last."""

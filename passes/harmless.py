@@ -41,6 +41,10 @@ class Reading:
     at_operands: tuple[Mapping[Key, Place], ...]
     at_results: tuple[Mapping[Key, Place], ...]
 
+    def padded(self, positions: Mapping[Key, Place]) -> frozenset[Place]:
+        """The places of an operand or result that are padded."""
+        return frozenset(positions[key] for key in self.keys if key in positions)
+
 
 @dataclass(frozen=True, slots=True)
 class Need:

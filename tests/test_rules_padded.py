@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from passes import harmless
 from passes.analysis import Analysis, analyse
 from passes.dims import value_of
-from passes.pad import Pad, _Padding, pad, padded_atom
+from passes.pad import Pad, _Padding, pad
 from passes.program import Input, Output, Program
 from passes.work import VIEWS
 
@@ -174,12 +174,12 @@ def test_an_op_gives_the_same_on_padded_dims(sample: Sample) -> None:
 
 def claims(padding: _Padding, env: dict[fx.Node, Any]) -> Iterator[tuple[fx.Node, Any, Tensor]]:
     """What is claimed of added entries of each tensor, and the entries."""
-    for known in padding.known.values():
-        for (places, _), version in known.versions.items():
+    for tensor in padding.tensors.values():
+        for (places, _), version in tensor.versions.items():
             value = env.get(version.node)
             for (d, part), zone in version.zones.items() if value is not None else ():
-                sizes = [padding.sizes[id(a)][1] if (d, j) in places else a.size for j, a in enumerate(known.atoms[d])]
-                real = known.atoms[d][part].size
+                sizes = [padding.versions.length(a, (d, j) in places) for j, a in enumerate(tensor.atoms[d])]
+                real = tensor.atoms[d][part].size
                 parts = value.unflatten(d, sizes) if len(sizes) > 1 else value
                 yield version.node, zone, parts.narrow(d + part, real, sizes[part] - real)
 
@@ -202,7 +202,7 @@ def test_what_is_claimed_of_an_op_s_added_entries_holds(sample: Sample) -> None:
         program, _ = one_op(sample, random, FAR, summed=False)
         analysis = analyse(program)
         for each in pads(analysis):
-            padding = _Padding(analysis, {id(padded_atom(analysis, each)): (each, each.padded)})
+            padding = _Padding(analysis, [each])
             env = computed(padding.padded().program, [torch.zeros(()), *operands])
             for node, zone, entries in claims(padding, env):
                 right = bool((entries < -100).all()) if zone == "nowhere" else holds(zone, entries)
