@@ -15,6 +15,7 @@ backward is an op of the schedule like any other.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from passes.moves import Move, Run
 from passes.player import KINDS
 from passes.space import Space
 from passes.strategies import StoredOption
-from passes.tracks import Fusing, Tracks, kept_bytes
+from passes.tracks import Fusing, Slot, Tracks, kept_bytes
 from passes.words import Words
 
 _MOST_SOURCES = 4
@@ -138,6 +139,17 @@ def _at_rest(
     return buffers
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """When a buffer is read, by which item."""
+
+    at_s: float
+    item: int
+
+
+_NEVER = _Read(-1.0, -1)
+
+
 class _Lives:
     """Births and deaths of what comes and goes."""
 
@@ -153,6 +165,14 @@ class _Lives:
         """Of each slot, the buffers that reading it reads."""
         for index in range(len(tracks.slots)):
             self.bases.append(self._bases_of(index))
+        self.last, self.last_in_forward = self._last_reads()
+        leaving = [(base, phase, stores) for slot, phase, stores in tracks.leaving for base in self.bases[slot]]
+        self.returned = {base for base, phase, _ in leaving if phase == "forward"}
+        """Buffers that are there to the end of forward at least."""
+        self.stay = {base for base, phase, _ in leaving if phase != "forward"}
+        """Buffers that are there to the end of the step."""
+        self.gradients = {base for base, _, stores in leaving if stores}
+        self.names: dict[tuple[Value, bool], str] = {}
 
     def _fusing(self, slot: int) -> Fusing | None:
         """How the op that makes a slot treats memory; None for what is there or moved."""
@@ -209,52 +229,52 @@ class _Lives:
             return (index,)
         return bases
 
+    def _last_reads(self) -> tuple[dict[int, _Read], dict[int, _Read]]:
+        """The last read of each buffer, and its last one in forward."""
+        last: dict[int, _Read] = {}
+        in_forward: dict[int, _Read] = {}
+        for index, item in enumerate(self.tracks.items):
+            at_s = self.times.op_start_s[index]
+            if isinstance(item, Move) and (done := self.times.steps[index]):
+                at_s = done[0][2]
+            for operand in self.tracks.reads[index]:
+                for base in self.bases[operand]:
+                    if base not in last or at_s >= last[base].at_s:
+                        last[base] = _Read(at_s, index)
+                        if item.phase == "forward":
+                            in_forward[base] = last[base]
+        return last, in_forward
+
     def buffers(self) -> list[Buffer]:
         """Every tensor that comes and goes."""
-        tracks, times = self.tracks, self.times
-        last: list[float] = [-1.0] * len(tracks.slots)
-        reader: list[int] = [-1] * len(tracks.slots)
-        forward: dict[int, tuple[float, int]] = {}
-        """Buffer -> its last reader in forward, and when."""
-        for index, item in enumerate(tracks.items):
-            at_s = times.op_start_s[index]
-            if isinstance(item, Move) and (done := times.steps[index]):
-                at_s = done[0][2]
-            for operand in tracks.reads[index]:
-                for base in self.bases[operand]:
-                    if at_s >= last[base]:
-                        last[base], reader[base] = at_s, index
-                        if item.phase == "forward":
-                            forward[base] = at_s, index
-        forever = set()
-        for leaving, phase, _ in tracks.leaving:
-            if phase == "forward":
-                for base in self.bases[leaving]:
-                    last[base] = max(last[base], times.forward_end_s)
-            else:
-                forever |= set(self.bases[leaving])
-        gradients = {base for leaving, _, stores in tracks.leaving if stores for base in self.bases[leaving]}
         found = self._communication()
-        names: dict[tuple[Value, bool], str] = {}
-        for index, slot in enumerate(tracks.slots):
-            if slot.producer < 0 or self.bases[index] != (index,) or not slot.bytes:
-                continue
-            birth = self._birth(slot.producer)
-            death = None if index in forever else max(birth, last[index])
-            item = tracks.items[slot.producer]
-            again = isinstance(item, Run) and item.again
-            value = (self.space.analysis.flow.value[slot.node], again)
-            if value not in names:
-                names[value] = self.words.value(slot.node) + (", computed again" if again else "")
-            kind = self._kind(index, death, gradients)
-            buffer = Buffer(names[value], slot.bytes, birth, death, kind)
-            size = kept_bytes(self.space, tracks, index)
-            if kind == "activations" and index in forward and size < slot.bytes:
-                until_s, by = forward[index]
-                found += self._in_all_layers(buffer._replace(death=until_s, kind="working"), slot.producer, by)
-                buffer = buffer._replace(bytes=size, birth=until_s)
-            found += self._in_all_layers(buffer, slot.producer, reader[index])
+        for index, slot in enumerate(self.tracks.slots):
+            if slot.producer >= 0 and self.bases[index] == (index,) and slot.bytes:
+                found += self._lives(index)
         return found
+
+    def _lives(self, index: int) -> Iterator[Buffer]:
+        """A buffer from its birth to its death; in two parts where backward reads it in fewer bytes than forward."""
+        slot, read = self.tracks.slots[index], self.last.get(index, _NEVER)
+        birth = self._birth(slot.producer)
+        last_s = max(read.at_s, self.times.forward_end_s) if index in self.returned else read.at_s
+        death = None if index in self.stay else max(birth, last_s)
+        kind = self._kind(index, death)
+        buffer = Buffer(self._name(slot), slot.bytes, birth, death, kind)
+        kept = kept_bytes(self.space, self.tracks, index)
+        if kind == "activations" and index in self.last_in_forward and kept < slot.bytes:
+            until = self.last_in_forward[index]
+            yield from self._in_all_layers(buffer._replace(death=until.at_s, kind="working"), slot.producer, until.item)
+            buffer = buffer._replace(bytes=kept, birth=until.at_s)
+        yield from self._in_all_layers(buffer, slot.producer, read.item)
+
+    def _name(self, slot: Slot) -> str:
+        item = self.tracks.items[slot.producer]
+        again = isinstance(item, Run) and item.again
+        value = (self.space.analysis.flow.value[slot.node], again)
+        if value not in self.names:
+            self.names[value] = self.words.value(slot.node) + (", computed again" if again else "")
+        return self.names[value]
 
     def _in_all_layers(self, buffer: Buffer, producer: int, reader: int) -> Iterator[Buffer]:
         """A buffer, and where it is of a layer that stands for others those that they keep for backward or to the end.
@@ -263,7 +283,6 @@ class _Lives:
         to layer, so that the most lies at one end.
         """
         runs, birth, death = self.times.runs, buffer.birth, buffer.death
-        made = next((block for block in runs if producer in block.unit), None)
         for block, starts in runs.items():
             span_s = starts[-1] - starts[0]
             giving, taking = (block.unit, block.behind) if block.phase == "forward" else (block.before, block.unit)
@@ -271,31 +290,37 @@ class _Lives:
                 yield buffer._replace(death=max(birth, death - span_s))
                 yield buffer._replace(birth=min(death, birth + span_s))
                 return
-        if made is None:
+        made_in = next((block for block in runs if producer in block.unit), None)
+        if made_in is None:
             yield buffer
             return
-        starts = runs[made]
-        if death is None and made.phase == "backward":  # the last run is that of the layer in the graph
+        starts = runs[made_in]
+        if death is None and made_in.phase == "backward":  # the last run is that of the layer in the graph
             for start_s in starts:
                 yield Buffer(buffer.name, buffer.bytes, birth + start_s - starts[-1], None, buffer.kind)
             return
-        back = next((block for block in runs if reader in block.unit or reader in block.before), None)
-        if death is None or back is None or back is made or back.phase != "backward" or made.phase != "forward":
-            other_s = starts[-1] - starts[0] if made.phase == "forward" else starts[0] - starts[-1]
+        read_in = next((block for block in runs if reader in block.unit or reader in block.before), None)
+        is_kept = read_in is not None and made_in.phase == "forward" and read_in.phase == "backward"
+        if death is None or read_in is None or not is_kept:
+            other_s = starts[-1] - starts[0] if made_in.phase == "forward" else starts[0] - starts[-1]
             yield buffer
             yield buffer._replace(birth=birth + other_s, death=None if death is None else death + other_s)
             return
-        ends = runs[back]
-        if reader in back.unit:
-            died_s = [death + end_s - ends[-1] for end_s in reversed(ends)]
-        else:  # read in the layer above; above the last is none of them
-            died_s = [death + end_s + ends[1] - 2 * ends[0] for end_s in reversed(ends[:-1])] + [death]
-        for start_s, end_s in zip(starts, died_s, strict=True):
-            yield Buffer(buffer.name, buffer.bytes, birth + start_s - starts[0], end_s, buffer.kind)
+        for start_s, death_s in zip(starts, self._deaths(death, read_in, reader), strict=True):
+            yield Buffer(buffer.name, buffer.bytes, birth + start_s - starts[0], death_s, buffer.kind)
 
-    def _kind(self, index: int, death: float | None, gradients: set[int]) -> str:
+    def _deaths(self, death_s: float, block: Block, reader: int) -> list[float]:
+        """When what each layer keeps for backward dies, the first layer's first; `death_s` is that of the layer in the
+        graph, whose reader is in `block` or in the layer above."""
+        starts = self.times.runs[block]
+        if reader in block.unit:
+            return [death_s + start_s - starts[-1] for start_s in reversed(starts)]
+        # above the last layer is none of them
+        return [death_s + start_s + starts[1] - 2 * starts[0] for start_s in reversed(starts[:-1])] + [death_s]
+
+    def _kind(self, index: int, death: float | None) -> str:
         slot = self.tracks.slots[index]
-        if index in gradients:
+        if index in self.gradients:
             return "gradients"
         if slot.gathered:
             return "gathered"
@@ -313,32 +338,36 @@ class _Lives:
         Gloo packs the tensors that it gathers together; what stands for its reduce-scatter receives all its terms.
         """
         found = []
-        gloo = self.space.topology.device.is_cpu
         tensors = Counter(item.bucket for item in self.tracks.items if isinstance(item, Move))
         for index, done in self.times.steps.items():
             item = self.tracks.items[index]
             name = self.words.value(item.value) if isinstance(item, Move) else ""
+            packed = isinstance(item, Move) and item.bucket >= 0 and tensors[item.bucket] > 1
             for position, (step, start, end) in enumerate(done):
-                if step.kind == "cast":
-                    if position + 1 < len(done):  # the copy in another dtype, until it has travelled
-                        found.append(Buffer(name, step.full_bytes, start, done[position + 1][2], "communication"))
-                    continue
-                if not step.is_collective:
-                    continue
-                kind = KINDS.get(step.kind, step.kind)
-                scattered = kind == "reduce_scatter"
-                packed = isinstance(item, Move) and item.bucket >= 0 and tensors[item.bucket] > 1
-                if gloo and (scattered or (packed and kind == "all_gather")):
-                    found.append(Buffer(name, step.full_bytes, start, end, "communication"))
-                if position + 1 < len(done):
-                    ways = 1
-                    for axis in step.axes:
-                        ways *= self.space.topology.sizes[axis]
-                    size = step.full_bytes // ways if scattered else step.full_bytes
-                    found.append(Buffer(name, size, start, max(end, done[position + 1][2]), "communication"))
-                if _copies(step):
-                    found.append(Buffer(name, step.full_bytes, start, end, "communication"))
+                next_end = done[position + 1][2] if position + 1 < len(done) else None
+                for size, death in self._copies_beside(step, end, next_end, packed):
+                    found.append(Buffer(name, size, start, death, "communication"))
         return found
+
+    def _copies_beside(
+        self, step: Step, end: float, next_end: float | None, packed: bool
+    ) -> Iterator[tuple[int, float]]:
+        """Bytes of the copies that a step makes, and when each is freed; `next_end`: when the step behind it ends."""
+        if step.kind == "cast":
+            if next_end is not None:  # the copy in another dtype, until it has travelled
+                yield step.full_bytes, next_end
+            return
+        if not step.is_collective:
+            return
+        kind = KINDS.get(step.kind, step.kind)
+        scattered = kind == "reduce_scatter"
+        if self.space.topology.device.is_cpu and (scattered or (packed and kind == "all_gather")):
+            yield step.full_bytes, end
+        if next_end is not None:
+            ranks = math.prod(self.space.topology.sizes[axis] for axis in step.axes) if scattered else 1
+            yield step.full_bytes // ranks, max(end, next_end)
+        if _copies(step):
+            yield step.full_bytes, end
 
 
 def _copies(step: Step) -> bool:
