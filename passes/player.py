@@ -66,11 +66,18 @@ class Played:
     counts: bool = True
 
 
-Brought = tuple[float, int | None, float]
-"""What a move brings: when it is there, its last collective, seconds of local slices still to do."""
+class Arrival(NamedTuple):
+    """When what a move brings is there, its last collective, and seconds of local slices that are left to do then."""
+
+    at_s: float
+    after: int | None
+    slices_s: float
 
 
-class Beside(NamedTuple):
+_ARRIVED = Arrival(0.0, None, 0.0)
+
+
+class Running(NamedTuple):
     """A collective that runs beside compute, and its shares of the SMs and of the memory rate."""
 
     start_s: float
@@ -78,11 +85,11 @@ class Beside(NamedTuple):
     sms: float
     memory: float
 
-    def since(self, at_s: float) -> Beside:
+    def since(self, at_s: float) -> Running:
         """The same on a clock that starts at `at_s`; what has begun by then begins there."""
         return self._replace(start_s=max(0.0, self.start_s - at_s), end_s=self.end_s - at_s)
 
-    def later(self, by_s: float) -> Beside:
+    def later(self, by_s: float) -> Running:
         """The same, that much later."""
         return self._replace(start_s=self.start_s + by_s, end_s=self.end_s + by_s)
 
@@ -102,12 +109,12 @@ class _Mark:
     by_kind: dict[str, float]
     launched: float
     free_s: tuple[float, ...]
-    running: tuple[Beside, ...]
-    brought: dict[int, tuple[float, float]]
+    running: tuple[Running, ...]
+    arrivals: dict[int, tuple[float, float]]
 
     def is_like(self, other: _Mark) -> bool:
         """Whether what follows takes as long."""
-        if self.brought.keys() != other.brought.keys() or len(self.running) != len(other.running):
+        if self.arrivals.keys() != other.arrivals.keys() or len(self.running) != len(other.running):
             return False
         return all(
             math.isclose(mine, theirs, rel_tol=1e-9, abs_tol=1e-13)
@@ -115,27 +122,27 @@ class _Mark:
         )
 
     def _figures(self) -> list[float]:
-        brought = [figure for slot in sorted(self.brought) for figure in self.brought[slot]]
-        return [*self.free_s, *(figure for run in self.running for figure in run), *brought]
+        arrivals = [figure for slot in sorted(self.arrivals) for figure in self.arrivals[slot]]
+        return [*self.free_s, *(figure for run in self.running for figure in run), *arrivals]
 
 
 class Player:
     """The clocks: `now_s` is where compute stands, `free_s` when each axis' stream is free again."""
 
-    def __init__(self, space: Space, words: Words, found: Tracks, keep_events: bool, compiled: Fused = True) -> None:
+    def __init__(self, space: Space, words: Words, tracks: Tracks, keep_events: bool, compiled: Fused = True) -> None:
         self.space = space
         self.words = words
-        self.tracks = found
-        self.issue = issue_points(words, found)
-        self.fused = found.fused_again(compiled)
-        self.by_parts = by_parts(space, found)
-        self.blocks = blocks(found, space.program.repeated, self.issue, self.fused)
+        self.tracks = tracks
+        self.issue = issue_points(words, tracks)
+        self.fused = tracks.fused_again(compiled)
+        self.by_parts = by_parts(space, tracks)
+        self.blocks = blocks(tracks, space.program.repeated, self.issue, self.fused)
         self.passes: dict[Block, list[float]] = {}
         """When each run through a block began."""
         self.ahead: dict[Block, int] = {}
         """How many steps had been issued when the first began."""
-        self.left: dict[Block, list[dict[int, Brought]]] = {}
-        """What each run but the last brought to the step's end."""
+        self.left: dict[Block, list[dict[int, Arrival]]] = {}
+        """What each run but the last leaves for the step's end."""
         axes = len(space.topology.axes)
         self.now_s = 0.0
         self.free_s = [0.0] * axes
@@ -147,11 +154,11 @@ class Player:
         """Kernels of ops."""
         self.played: list[Played] = []
         self.of_item: dict[int, list[int]] = {}
-        self.brought: dict[int, Brought] = {}
-        """By slot."""
-        self.running: list[Beside] = []
+        self.arrivals: dict[int, Arrival] = {}
+        """By slot, of what moves bring."""
+        self.running: list[Running] = []
         """Collectives that may still run."""
-        self.op_start_s = [0.0] * (len(found.items) + 1)
+        self.op_start_s = [0.0] * (len(tracks.items) + 1)
         self.in_backward = False
         self.forward_end_s = 0.0
         self.events: list[Event] = []
@@ -170,8 +177,8 @@ class Player:
         self._send_all(self.issue[len(items)])
         for slot, kept in self._leaving():
             if kept is not None:
-                self.brought[slot] = kept
-            if slot in self.brought:
+                self.arrivals[slot] = kept
+            if slot in self.arrivals:
                 self._await(slot)
         for axis, free_s in enumerate(self.free_s):
             self._wait(free_s, self.last_on[axis])
@@ -181,7 +188,7 @@ class Player:
 
     def _play(self, start: int, end: int) -> None:
         """Run some items."""
-        items, found = self.tracks.items, self.tracks
+        items, tracks = self.tracks.items, self.tracks
         for index in range(start, end):
             item = items[index]
             self._send_all(self.issue[index])
@@ -190,12 +197,12 @@ class Player:
                 continue
             if not self.in_backward and item.phase == "backward":
                 self.in_backward, self.forward_end_s = True, self.now_s
-            cost = found.costs[item.site]
+            cost = tracks.costs[item.site]
             seconds = 0.0
             if index not in self.fused:  # what runs again within its readers is part of theirs
                 seconds = self.by_parts.products_s.get(index, cost.seconds)
                 self.launched += cost.launches
-            late = [slot for slot in found.reads[index] if slot in self.brought]
+            late = [slot for slot in tracks.reads[index] if slot in self.arrivals]
             if late and (cost.fusing == "view" or self._only_gradients(item.node)):
                 self._put_off(index, late, seconds)
                 continue
@@ -216,7 +223,7 @@ class Player:
         leaving = [slot for slot, _, _ in self.tracks.leaving if slot in unit]
         earlier = set(block.back.values()) - unit
         read = {slot for i in range(block.start, block.end) for slot in self.tracks.reads[i]} - unit - earlier
-        outside = {slot: self.brought[slot] for slot in read if slot in self.brought}
+        outside = {slot: self.arrivals[slot] for slot in read if slot in self.arrivals}
         left = self.left.setdefault(block, [])
         times_s: list[float] = []
         marks: list[_Mark] = []
@@ -230,22 +237,22 @@ class Player:
                 times_s = self.op_start_s[block.start : block.end]
             if run == block.more:
                 break
-            left.append({slot: self.brought[slot] for slot in leaving if slot in self.brought})
+            left.append({slot: self.arrivals[slot] for slot in leaving if slot in self.arrivals})
             if alike >= _SETTLED:
                 self._copy(block, marks, block.more - run)
                 break
             self._step_back(block, leaving)
-            self.brought |= outside
+            self.arrivals |= outside
         self.passes[block], self.ahead[block] = [mark.now_s for mark in marks], marks[0].played
         if block.phase == "forward":  # the first run is that of the unit itself, the last is backward's
             self.op_start_s[block.start : block.end] = times_s
 
     def _step_back(self, block: Block, leaving: Sequence[int]) -> None:
         """What the unit brought is now what the layers before it brought, and what lies behind it is the unit's."""
-        moved = {slot: self.brought.pop(slot) for slot in block.back if slot in self.brought}
+        moved = {slot: self.arrivals.pop(slot) for slot in block.back if slot in self.arrivals}
         for slot, value in moved.items():
             if slot not in leaving:
-                self.brought[block.back[slot]] = value
+                self.arrivals[block.back[slot]] = value
 
     def _mark(self, block: Block) -> _Mark:
         """Where the clocks stand."""
@@ -260,7 +267,7 @@ class Player:
             self.launched,
             tuple(max(0.0, free_s - now) for free_s in self.free_s),
             tuple(run.since(now) for run in self.running if run.end_s > now),
-            {s: (max(0.0, b[0] - now), b[2]) for s, b in self.brought.items() if s in slots},
+            {s: (max(0.0, x.at_s - now), x.slices_s) for s, x in self.arrivals.items() if s in slots},
         )
 
     def _copy(self, block: Block, marks: list[_Mark], runs: int) -> None:
@@ -291,16 +298,16 @@ class Player:
         for each, exposed_s in zip(self.played[len(self.played) - len(open_s) :], open_s, strict=True):
             each.exposed_s = exposed_s
 
-        def moved(brought: Brought, run: int) -> Brought:
-            ready_s, after, slices_s = brought
+        def moved(arrival: Arrival, run: int) -> Arrival:
+            at_s, after, slices_s = arrival
             after = after + run * size if after is not None and after >= oldest else after
-            return (ready_s + run * period_s if ready_s >= marks[1].now_s else ready_s), after, slices_s
+            return Arrival(at_s + run * period_s if at_s >= marks[1].now_s else at_s, after, slices_s)
 
         left = self.left[block]
         left += [{slot: moved(value, run) for slot, value in left[-1].items()} for run in range(1, runs)]
         for slot in block.back:
-            if slot in self.brought:
-                self.brought[slot] = moved(self.brought[slot], runs)
+            if slot in self.arrivals:
+                self.arrivals[slot] = moved(self.arrivals[slot], runs)
         later_s = runs * period_s
         self.now_s += later_s
         self.op_start_s[block.start : block.end] = [at_s + later_s for at_s in self.op_start_s[block.start : block.end]]
@@ -313,7 +320,7 @@ class Player:
             self.by_kind[kind] += runs * (self.by_kind[kind] - seconds)
         self.launched += runs * (self.launched - last.launched)
 
-    def _leaving(self) -> Iterator[tuple[int, Brought | None]]:
+    def _leaving(self) -> Iterator[tuple[int, Arrival | None]]:
         """What the step gives, in order; layers that others stand for behind those."""
         ends: dict[int, Block] = {}
         for slot, _, _ in self.tracks.leaving:
@@ -403,46 +410,64 @@ class Player:
     def _send(self, indices: Sequence[int]) -> None:
         """Issue the steps of moves that go together, now."""
         moves: list[Move] = [self.tracks.items[index] for index in indices]  # type: ignore[misc]
-        early_s = self.by_parts.sent_early_s.get(indices[0], 0.0)
-        ready_s, last, slices_s = self.now_s - early_s, None, self.by_parts.added_s.get(indices[0], 0.0)
+        arrival = self._operands_of(indices)
+        for own in zip(*(move.steps for move in moves), strict=True):
+            step = self._merged(own)
+            if step.is_collective:
+                arrival = self._collective(indices, step, own, arrival)
+            else:
+                arrival = self._local_step(indices, step, own, arrival)
+        for index in indices:
+            (target,) = self.tracks.writes[index]
+            self.arrivals[target] = arrival
+            arrival = arrival._replace(slices_s=0.0)  # they are done once, for all of these
+
+    def _operands_of(self, indices: Sequence[int]) -> Arrival:
+        """When the operands of moves that go together are there, so that they can start."""
+        ready_s, after = self.now_s - self.by_parts.sent_early_s.get(indices[0], 0.0), None
+        slices_s = self.by_parts.added_s.get(indices[0], 0.0)
         for index in indices:
             (source,) = self.tracks.reads[index]
-            if source in self.brought:
-                came_s, after, sliced_s = self.brought[source]
-                slices_s += sliced_s
-                if came_s > ready_s or last is None:
-                    ready_s, last = max(came_s, ready_s), after
-        for together in zip(*(move.steps for move in moves), strict=True):
-            step = self._merged(together)
-            if not step.is_collective:
-                if last is None:
-                    start_s = self.now_s
-                    self._compute(step.seconds, "other")
-                    ready_s = self.now_s
-                else:  # done by whoever waits for what is brought
-                    start_s, slices_s = ready_s, slices_s + step.seconds
-                self._record(indices, step, together, start_s, ready_s, last)
-                continue
-            start_s = ready_s
-            for axis in self.streams_of(step):
-                if self.free_s[axis] > start_s:
-                    start_s, last = self.free_s[axis], self.last_on[axis]
-            ready_s = start_s + step.seconds
-            if early_s:  # the last part is sent when it is made
-                ready_s = max(ready_s, self.now_s + step.seconds / self.space.topology.sizes[step.axes[0]])
-            last = self._record(indices, step, together, start_s, ready_s, last)
-            for axis in self.streams_of(step):
-                self.free_s[axis], self.last_on[axis] = ready_s, last
-            if step.axes not in self.shares:
-                self.shares[step.axes] = taken_shares(step.axes, self.space.topology)
-            sms, memory = self.shares[step.axes]
-            if early_s or indices[0] in self.by_parts.gathers:
-                sms = 0.0
-            if sms or memory:
-                self.running.append(Beside(start_s, ready_s, sms, memory))
-        for position, index in enumerate(indices):
-            (target,) = self.tracks.writes[index]
-            self.brought[target] = (ready_s, last, slices_s if position == 0 else 0.0)
+            if source in self.arrivals:
+                arrival = self.arrivals[source]
+                slices_s += arrival.slices_s
+                if arrival.at_s > ready_s or after is None:
+                    ready_s, after = max(arrival.at_s, ready_s), arrival.after
+        return Arrival(ready_s, after, slices_s)
+
+    def _local_step(self, indices: Sequence[int], step: Step, own: Sequence[Step], arrival: Arrival) -> Arrival:
+        """A slice, cast or the like: done at once, or by whoever waits for what it is made of."""
+        if arrival.after is None:
+            start_s = self.now_s
+            self._compute(step.seconds, "other")
+            done = arrival._replace(at_s=self.now_s)
+        else:
+            start_s = arrival.at_s
+            done = arrival._replace(slices_s=arrival.slices_s + step.seconds)
+        self._record(indices, step, own, start_s, done.at_s, arrival.after)
+        return done
+
+    def _collective(self, indices: Sequence[int], step: Step, own: Sequence[Step], arrival: Arrival) -> Arrival:
+        """A collective, on the streams of its axes as soon as they are free."""
+        start_s, after = arrival.at_s, arrival.after
+        for axis in self.streams_of(step):
+            if self.free_s[axis] > start_s:
+                start_s, after = self.free_s[axis], self.last_on[axis]
+        end_s = start_s + step.seconds
+        early = bool(self.by_parts.sent_early_s.get(indices[0], 0.0))
+        if early:  # the last part is sent when it is made
+            end_s = max(end_s, self.now_s + step.seconds / self.space.topology.sizes[step.axes[0]])
+        number = self._record(indices, step, own, start_s, end_s, after)
+        for axis in self.streams_of(step):
+            self.free_s[axis], self.last_on[axis] = end_s, number
+        if step.axes not in self.shares:
+            self.shares[step.axes] = taken_shares(step.axes, self.space.topology)
+        sms, memory = self.shares[step.axes]
+        if early or indices[0] in self.by_parts.gathers:
+            sms = 0.0
+        if sms or memory:
+            self.running.append(Running(start_s, end_s, sms, memory))
+        return Arrival(end_s, number, arrival.slices_s)
 
     def streams_of(self, step: Step) -> Sequence[int]:
         """The streams that a collective occupies: on a CPU all, as its cores do what any collective does."""
@@ -478,17 +503,17 @@ class Player:
 
     def _put_off(self, index: int, late: Sequence[int], seconds: float) -> None:
         """A view, or what is still to do to a gradient: nothing waits for it now; whoever reads its result does."""
-        ready_s, last, slices_s = max((self.brought[slot] for slot in late), key=lambda brought: brought[0])
-        self.op_start_s[index] = max(self.now_s, ready_s)
+        last = max((self.arrivals[slot] for slot in late), key=lambda arrival: arrival.at_s)
+        self.op_start_s[index] = max(self.now_s, last.at_s)
         for slot in self.tracks.writes[index]:
-            self.brought[slot] = (ready_s, last, slices_s + seconds)
+            self.arrivals[slot] = last._replace(slices_s=last.slices_s + seconds)
 
     def _await(self, slot: int, early_s: float = 0.0) -> None:
         """Compute goes on when `slot` is there, or `early_s` before, but not before what brings it starts."""
-        ready_s, last, slices_s = self.brought.pop(slot)
-        if early_s and last is not None:
-            ready_s = max(self.played[last].start_s, ready_s - early_s)
-        self._wait(ready_s, last)
+        ready_s, after, slices_s = self.arrivals.pop(slot)
+        if early_s and after is not None:
+            ready_s = max(self.played[after].start_s, ready_s - early_s)
+        self._wait(ready_s, after)
         if slices_s:
             start_s = self.now_s
             self._compute(slices_s, "other")
@@ -496,7 +521,7 @@ class Player:
                 phase = "backward" if self.forward_end_s else "forward"
                 what = "local work on what was brought"
                 self.events.append(Event("compute", start_s, self.now_s, what, "other", phase))
-        self.brought[slot] = (0.0, None, 0.0)
+        self.arrivals[slot] = _ARRIVED
 
     def _wait(self, until_s: float, collective: int | None) -> None:
         """Idle until `until_s`; each moment is laid to the collective that runs then."""
