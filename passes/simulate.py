@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.local import COLLECTIVES, TOGETHER, WAIT, LocalInput, LocalProgram
-from passes.scattered import SimulationError, coordinates, gather, groups, scatter
+from passes.scattered import Axes, SimulationError, coordinates, gather, groups, scatter
 from passes.walks import results_of
 
 c10d = torch.ops._c10d_functional
@@ -86,6 +87,7 @@ _PLAYED: dict[Any, Callable[[Sequence[Tensor], Sequence[Any]], list[Tensor]]] = 
     c10d.all_reduce.default: _all_reduce,
     c10d.all_to_all_single.default: _all_to_all,
 }
+_groups = cache(groups)
 _PLAYED |= {together: _PLAYED[single] for single, together in TOGETHER.items()}
 
 
@@ -99,7 +101,7 @@ class _Instruction:
     operands: tuple[int, ...]
     """Slots read, in order of appearance."""
     call: Callable[[list[Any]], Any] | None
-    """The op as a function of its operands' values; None for a collective or wait."""
+    """The op as a function of its operands' values; None for a collective."""
     shape: tuple[int, ...] | None
     """What the metadata promises; None where it promises nothing."""
     frees: tuple[int, ...]
@@ -125,26 +127,9 @@ def simulate(
     for mine, own in zip(values, inputs, strict=True):
         for node, value in zip(placeholders, own, strict=True):
             mine[slots[node]] = value
-    members: dict[str, list[list[int]]] = {}
     with torch.no_grad():
         for step in _instructions(local.graph, slots):
-            try:
-                if step.call is not None:
-                    _run(step, values)
-                elif step.node.target == WAIT:
-                    for mine in values:
-                        mine[step.slot] = mine[step.operands[0]]
-                else:
-                    group = step.node.args[-1]
-                    if group not in members:
-                        members[group] = groups(local.axes, group)  # type: ignore[arg-type, index]
-                    _collect(step, values, members[group])  # type: ignore[index]
-                if step.shape is not None:
-                    _check_shape(step, values)
-            except SimulationError:
-                raise
-            except Exception as error:
-                raise SimulationError(f"{_place(step.node)}: {type(error).__name__}: {error}") from error
+            _play(step, values, local.axes)
             if observe is not None:
                 observe(step.node, [mine[step.slot] for mine in values])
             for mine in values:
@@ -154,22 +139,37 @@ def simulate(
     return [list(fx.map_arg(returned, lambda n, mine=mine: mine[slots[n]])) for mine in values]  # type: ignore[misc]
 
 
-def _run(step: _Instruction, values: list[list[Any]]) -> None:
+def _play(step: _Instruction, values: list[list[Any]], axes: Axes) -> None:
+    """Run one node on every rank: `values[rank][slot]`."""
+    try:
+        if step.call is not None:
+            _run(step, step.call, values)
+        else:
+            _collect(step, values, axes)
+        if step.shape is not None:
+            _check_shape(step, values)
+    except SimulationError:
+        raise
+    except Exception as error:
+        raise SimulationError(f"{_place(step.node)}: {type(error).__name__}: {error}") from error
+
+
+def _run(step: _Instruction, call: Callable[[list[Any]], Any], values: list[list[Any]]) -> None:
     """Run an op once per distinct tuple of operands."""
-    assert step.call is not None
     done: dict[tuple[int, ...], Any] = {}
     for mine in values:
         operands = [mine[slot] for slot in step.operands]
         key = tuple(map(id, operands))
         if key not in done:
-            done[key] = step.call(operands)
+            done[key] = call(operands)
         mine[step.slot] = done[key]
 
 
-def _collect(step: _Instruction, values: list[list[Any]], members: list[list[int]]) -> None:
+def _collect(step: _Instruction, values: list[list[Any]], axes: Axes) -> None:
+    name: Any = step.node.args[-1]
     play = _PLAYED[step.node.target]
     together = isinstance(step.node.args[0], list | tuple)
-    for group in members:
+    for group in _groups(tuple(axes), name):
         found: list[list[Tensor]] = [[] for _ in group]
         for slot in step.operands:
             operands = [values[rank][slot] for rank in group]
@@ -207,7 +207,7 @@ def _instructions(module: fx.GraphModule, slots: Mapping[fx.Node, int]) -> Itera
             frees = (*frees, slots[node])
         val = node.meta.get("val")
         shape = tuple(val.shape) if isinstance(val, Tensor) else None
-        if node.target in COLLECTIVES or node.target == WAIT:
+        if node.target in COLLECTIVES:
             sent: Any = node.args[0]  # a tensor, or those that go together, where one may be sent twice
             read = tuple(slots[x] for x in (sent if isinstance(sent, list | tuple) else [sent]))
             yield _Instruction(node, slots[node], read, None, shape, frees)
@@ -227,6 +227,9 @@ def _compiled(
         return lambda _: constant
     if node.op != "call_function":
         raise SimulationError(f"{_place(node)}: a node of kind {node.op}; a local graph has functions only")
+    if target is WAIT:
+        operands.append(slots[node.all_input_nodes[0]])
+        return lambda given: given[0]
     schema = getattr(target, "_schema", None)
     if getattr(target, "namespace", "") == "_c10d_functional":
         raise SimulationError(f"{_place(node)}: collective {target} is none of {', '.join(map(str, COLLECTIVES))}")
