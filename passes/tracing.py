@@ -145,8 +145,10 @@ class Tracer(TorchDispatchMode):
             return self._dispatch(func, args, kwargs or {})
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func.namespace == "prim" or func in _CHECKS:
-            return func(*args, **kwargs) if func.namespace == "prim" else None
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if func in _CHECKS:
+            return None
         if func in _SAME_VALUE:
             return self._same(func, args[0])
         if func in _READS:
@@ -160,6 +162,25 @@ class Tracer(TorchDispatchMode):
                 out = decomposition(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        self._refuse(func, args)
+        if func in _INDEXING:
+            args = self._without_masks(args)
+        try:
+            return self._record(func, args, kwargs)
+        except DynamicOutputShapeException:
+            return self._record_dynamic(func, args, kwargs)
+        except DataDependentOutputException:
+            return self._read(func, args, kwargs)
+        except (ValueError, RuntimeError):
+            # A decomposition may leave other strides than the op it replaces; a view then needs a copy.
+            if func is not aten.view.default or args[0].is_contiguous():
+                raise
+            with self:
+                copy = aten.clone.default(args[0], memory_format=torch.contiguous_format)
+                return aten.view.default(copy, args[1])
+
+    def _refuse(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Raises `CaptureError` for an op that no graph can have."""
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             # Inductor refuses it too; a model that is being compiled takes another way.
             raise CaptureError(f"{self._location()}: grouped_mm of {args[0].dtype} cannot be compiled; use bfloat16")
@@ -176,21 +197,6 @@ class Tracer(TorchDispatchMode):
             raise CaptureError(
                 f"{self._location()}: {func} writes to its operands; use an op that returns what it wrote"
             )
-        if func in _INDEXING:
-            args = self._without_masks(args)
-        try:
-            return self._record(func, args, kwargs)
-        except DynamicOutputShapeException:
-            return self._record_dynamic(func, args, kwargs)
-        except DataDependentOutputException:
-            return self._read(func, args, kwargs)
-        except (ValueError, RuntimeError):
-            # A decomposition may leave other strides than the op it replaces; a view then needs a copy.
-            if func is not aten.view.default or args[0].is_contiguous():
-                raise
-            with self:
-                copy = aten.clone.default(args[0], memory_format=torch.contiguous_format)
-                return aten.view.default(copy, args[1])
 
     def _same(self, func: Any, x: Tensor) -> Tensor:
         x = x if isinstance(x, FakeTensor) else self._constant(x)
