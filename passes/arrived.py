@@ -19,7 +19,7 @@ from passes.local import WAIT
 from passes.partition import extract, with_own_results
 from passes.program import Program
 from passes.walks import made_of, results_of
-from passes.work import is_named_anew
+from passes.work import is_view
 
 aten = torch.ops.aten
 
@@ -84,7 +84,7 @@ def _lost(graph: fx.Graph, tangents: Mapping[str, bool], nowhere: AbstractSet[st
             if node.name in tangents:
                 (some if tangents[node.name] else found).add(node)
         elif any(operand in some for operand in operands):
-            received = node.target is WAIT or is_named_anew(node)
+            received = node.target is WAIT or is_view(node)
             (found if received and part_of in nowhere else some).add(node)
         elif part_of in nowhere or any(operand in found for operand in operands):
             found.add(node)

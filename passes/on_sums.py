@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from passes.local import COLLECTIVES, WAIT
-from passes.partition import is_view
+from passes.work import is_view_op
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 _REDUCTIONS = {
@@ -50,7 +50,7 @@ def is_linear(node: fx.Node, fixed: AbstractSet[fx.Node]) -> bool:
     args: Any = node.args
     if target in _REDUCTIONS:
         return args[1] in ("sum", "avg")
-    if target in COLLECTIVES or target in _OF_ALL or is_view(node):
+    if target in COLLECTIVES or target in _OF_ALL or is_view_op(node.target):
         return len(varying) == len(node.all_input_nodes)
     if target in _SUMS:
         return len(args) == 2 and all(x in varying for x in args)

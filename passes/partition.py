@@ -21,7 +21,7 @@ from passes.graphs import graph_module
 from passes.local import COLLECTIVES, TOGETHER, WAIT, LocalProgram
 from passes.recompute import is_cheap_op
 from passes.walks import made_of, results_of
-from passes.work import base_of, is_named_anew, is_view_op
+from passes.work import base_of, is_view, is_view_op
 
 aten = torch.ops.aten
 ALONE: dict[Any, Any] = {together: single for single, together in TOGETHER.items()}
@@ -121,11 +121,6 @@ def parameter_chain(graph: fx.Graph, constants: Iterable[fx.Node], gathered: boo
     return frozenset(chain)
 
 
-def is_view(node: fx.Node) -> bool:
-    """Whether a node names its operand's buffer anew."""
-    return is_view_op(node.target)
-
-
 def _kept(
     demands: Iterable[fx.Node], of_parameters: frozenset[fx.Node], there: AbstractSet[fx.Node]
 ) -> frozenset[fx.Node]:
@@ -134,7 +129,7 @@ def _kept(
     def is_kept(node: fx.Node) -> bool:
         if node.op == "placeholder" or node.target is WAIT:
             return True
-        return bool(node.all_input_nodes) and not is_view(node) and node not in of_parameters
+        return bool(node.all_input_nodes) and not is_view_op(node.target) and node not in of_parameters
 
     needed = made_of(demands, stop=lambda node: node in there or is_kept(node))
     return frozenset(node for node in needed if node not in there and is_kept(node))
@@ -262,7 +257,7 @@ def _extent(node: fx.Node) -> tuple[fx.Node, int, int]:
     """The node whose buffer `node` names, and which of its bytes: from the first to behind the last."""
     views = []
     base = node
-    while is_named_anew(base):
+    while is_view(base):
         views.append(base)
         (base,) = base.all_input_nodes
     val = base.meta["val"]

@@ -25,7 +25,8 @@ from torch import fx
 
 from passes.graphs import graph_module
 from passes.local import COLLECTIVES, WAIT
-from passes.partition import is_view, parameter_chain
+from passes.partition import parameter_chain
+from passes.work import is_view_op
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _is_free(node: fx.Node) -> bool:
     """Whether each region has a copy of its own: a view, or a constant that an op makes."""
     if node.target is operator.getitem:
         return _is_free(node.all_input_nodes[0])
-    return node.op == "call_function" and (is_view(node) or not node.all_input_nodes)
+    return node.op == "call_function" and (is_view_op(node.target) or not node.all_input_nodes)
 
 
 def _is_received(node: fx.Node) -> bool:

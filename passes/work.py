@@ -38,24 +38,26 @@ VIEWS = {
 
 
 def is_view_op(target: object) -> bool:
-    """Whether an op names its operand's buffer anew."""
+    """Whether an op returns a view of its operand."""
     return target in VIEWS or (isinstance(target, torch._ops.OpOverload) and target.is_view)
 
 
-def is_named_anew(node: fx.Node) -> bool:
-    """Whether a node is a view, or a part of what a view gives."""
+def is_view(node: fx.Node) -> bool:
+    """Whether a node is a view of its operand, or an item of what a view op returns."""
     return is_view_op(node.target) or (node.target is operator.getitem and is_view_op(node.all_input_nodes[0].target))
 
 
 def base_of(node: fx.Node) -> fx.Node:
-    """The node whose buffer `node` names."""
-    while is_named_anew(node):
+    """The node whose storage `node` is a view of; the node itself where it is no view."""
+    while is_view(node):
         (node,) = node.all_input_nodes
     return node
 
 
 GATHERS = {aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default, TAKE_ROWS}
 _SCATTERS = {aten.embedding_dense_backward.default, aten.scatter_add.default, aten.index_put.default, PUT_ROWS}
+_PRODUCTS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default: (0, 1)}
+"""Matrix products -> their factors among the operands."""
 _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _LEAST_SHARE = 0.03
@@ -115,45 +117,51 @@ def _fused(call: Call, operands: Sequence[Shape], results: Sequence[Shape], traf
 
 def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape], traffic: Traffic | None = None) -> Work:
     """`call` on one rank, its tensors having these local shapes; `traffic`: what of them moves (`passes/fusion.py`)."""
-    read = sum(_bytes(shape, facts.dtype) for shape, facts in zip(operands, call.operands, strict=True))
-    facts = [facts for facts in call.results if facts is not None]
-    written = sum(
-        _bytes(shape, fact.dtype) for shape, fact in zip(results, call.results, strict=True) if fact is not None
-    )
-    dtype = dtype_text(facts[0].dtype) if facts else "float32"
-    item = facts[0].dtype.itemsize if facts else 4
     target = call.target
+    made = next((facts.dtype for facts in call.results if facts is not None), torch.float32)
+    dtype, item = dtype_text(made), made.itemsize
     if target in VIEWS:
         return Work(0, 0, 0, "view", dtype)
-    if target is aten.mm.default:
-        m, inner, n = operands[0][0], operands[0][1], operands[1][1]
-        return matmul(m, n, inner, dtype=dtype, item_bytes=item)
-    if target is aten.addmm.default:
-        m, inner, n = operands[1][0], operands[1][1], operands[2][1]
-        return matmul(m, n, inner, dtype=dtype, item_bytes=item)
-    if target is aten.bmm.default:
-        m, inner, n = operands[0][1], operands[0][2], operands[1][2]
-        return matmul(m, n, inner, batch=operands[0][0], dtype=dtype, item_bytes=item)
+    if target in _PRODUCTS:
+        a, b = (operands[k] for k in _PRODUCTS[target])
+        *batch, m, inner = a
+        return matmul(m, b[-1], inner, batch=math.prod(batch), dtype=dtype, item_bytes=item)
     if target in (ROUTED_MM, ROUTED_MM_WEIGHT):
         return _routed(call, operands, results[0], dtype, item)
     if target in (_FLASH, _FLASH_BACKWARD):
-        q, k = (operands[0], operands[1]) if target is _FLASH else (operands[1], operands[2])
-        return attention(
-            q[0],
-            q[1],
-            q[2],
-            k[2],
-            q[3],
-            kv_heads=k[1],
-            causal=bool(call.get("is_causal", False)),
-            seen=call.seen,
-            backward=target is _FLASH_BACKWARD,
-            dtype=dtype,
-            item_bytes=item,
-        )
-    elements = max([math.prod(shape) for shape in (*operands, *results)], default=0)
+        return _attention(call, operands, dtype, item)
     if traffic is not None:
         return _fused(call, operands, results, traffic, dtype)
+    return _alone(call, operands, results, dtype)
+
+
+def _attention(call: Call, operands: Sequence[Shape], dtype: str, item: int) -> Work:
+    backward = call.target is _FLASH_BACKWARD
+    q, k = operands[1:3] if backward else operands[:2]
+    batch, heads, queries, width = q
+    return attention(
+        batch,
+        heads,
+        queries,
+        k[2],
+        width,
+        kv_heads=k[1],
+        causal=bool(call.get("is_causal", False)),
+        seen=call.seen,
+        backward=backward,
+        dtype=dtype,
+        item_bytes=item,
+    )
+
+
+def _alone(call: Call, operands: Sequence[Shape], results: Sequence[Shape], dtype: str) -> Work:
+    """What an op does that is neither a matrix product nor fused with its neighbours."""
+    target = call.target
+    read = sum(_bytes(shape, facts.dtype) for shape, facts in zip(operands, call.operands, strict=True))
+    written = sum(
+        _bytes(shape, facts.dtype) for shape, facts in zip(results, call.results, strict=True) if facts is not None
+    )
+    elements = max([math.prod(shape) for shape in (*operands, *results)], default=0)
     if target in GATHERS:
         return Work(0, 2 * written, written, "gather", dtype)
     if target in _SCATTERS:
