@@ -213,57 +213,44 @@ class _Search:
         """Plans that can be listed beside `others`, played; how many were not, and what those take at least."""
         if plans:
             self.progress(f"bounding {len(plans)} plans")
-        fits: set[Setup] = set()
-        """What was played and fits."""
-        fastest: dict[Setup, float] = {}
-        nearest: dict[Setup, int] = {}
-        found: list[Candidate] = []
-
-        def note(candidate: Candidate) -> None:
-            kind, best = parallelism(candidate.setup), fastest if candidate.fits else nearest
-            value = candidate.step_time_s if candidate.fits else candidate.over_bytes
-            best[kind] = min(best.get(kind, math.inf), value)  # type: ignore[assignment]
-
-        def turn(setup: Setup) -> float:
-            """When a setup's turn comes: where the solver gains little, after the one by hand."""
-            seconds, _ = self.bound(setup)
-            return max(seconds, self.bound(_by_hand(setup))[0]) if self.gains_little(setup) else seconds
-
-        reached = math.inf
+        played = _Played(self.top)
+        unplayed_s = math.inf
+        asked = 0
         tried = {True: 0, False: 0}
         """Whether state alone is sharded -> how many were played until one fits: the verdict asks for one of each."""
-        asked = 0
-        waiting = Waiting(plans, self.bound, self.budget, turn)
+        waiting = Waiting(plans, self.bound, self.budget, self.turn)
         for seconds, setup in waiting:
-            if seconds >= fastest.get(parallelism(setup), math.inf):
+            if seconds >= played.fastest_s.get(parallelism(setup), math.inf):
                 continue  # its mesh is listed with what was played
-            if _by_hand(setup) in fits and self.gains_little(setup):
+            if _by_hand(setup) in played.fits and self.gains_little(setup):
                 continue
             alone = setup.tp == 1
-            known = tried[alone] >= _TRIED or any((c.setup.tp == 1) == alone and c.fits for c in found)
-            if known and len(fastest) >= self.top and seconds >= sorted(fastest.values())[self.top - 1]:
-                reached = min(reached, seconds)
+            is_known = tried[alone] >= _TRIED or any((c.setup.tp == 1) == alone and c.fits for c in played.candidates)
+            if is_known and not played.would_list(seconds):
+                unplayed_s = min(unplayed_s, seconds)
                 continue
             tried[alone] += 1
             asked += 1
             ways = self.played(setup)
-            for each in map(self.candidate, ways):
-                found.append(each)
-                note(each)
-                if each.fits:
-                    fits.add(setup)
+            for candidate in map(self.candidate, ways):
+                played.add(candidate)
+                if candidate.fits:
+                    played.fits.add(setup)
             if not is_settled(ways, self.profiler, self.budget, self.either):
                 waiting.ask_for_more(setup)
         for candidate in others:
             if not candidate.fits:
-                note(candidate)
-        for over, _, setup in sorted(waiting.too_large):
-            nearer = sum(each <= over for each in nearest.values())
-            if nearer < NEAREST and over < nearest.get(parallelism(setup), math.inf):
+                played.note(candidate)
+        for over_bytes, _, setup in sorted(waiting.too_large):
+            if played.would_list_as_too_large(setup, over_bytes):
                 asked += 1
-                found.append(self.candidate(estimate(with_least_memory(setup, self.either), self.profiler)))
-                note(found[-1])
-        return found, len(plans) - asked, reached
+                played.add(self.candidate(estimate(with_least_memory(setup, self.either), self.profiler)))
+        return played.candidates, len(plans) - asked, unplayed_s
+
+    def turn(self, setup: Setup) -> float:
+        """When a setup's turn comes: where the solver gains little, after the one by hand."""
+        seconds, _ = self.bound(setup)
+        return max(seconds, self.bound(_by_hand(setup))[0]) if self.gains_little(setup) else seconds
 
     def bound(self, setup: Setup) -> tuple[float, float]:
         """Seconds and bytes that a plan's setup cannot go below."""
@@ -295,6 +282,42 @@ class _Search:
             f"{setup.accumulate}, recompute {setup.recompute}"
         )
         return list(ways_of(setup, self.profiler, self.budget, self.either))
+
+
+class _Played:
+    """Candidates as they are played, and the best of each kind of parallelism; `top` are listed."""
+
+    def __init__(self, top: int) -> None:
+        self.top = top
+        self.candidates: list[Candidate] = []
+        self.fits: set[Setup] = set()
+        """What was played and fits."""
+        self.fastest_s: dict[Setup, float] = {}
+        """Of what fits, by kind."""
+        self.over_bytes: dict[Setup, int] = {}
+        """Of what does not fit, the least by kind."""
+
+    def add(self, candidate: Candidate) -> None:
+        """Keep a candidate, and note it."""
+        self.candidates.append(candidate)
+        self.note(candidate)
+
+    def note(self, candidate: Candidate) -> None:
+        """Compare a candidate with the best of its kind."""
+        kind = parallelism(candidate.setup)
+        if candidate.fits:
+            self.fastest_s[kind] = min(self.fastest_s.get(kind, math.inf), candidate.step_time_s)
+        else:
+            self.over_bytes[kind] = min(self.over_bytes.get(kind, candidate.over_bytes), candidate.over_bytes)
+
+    def would_list(self, seconds: float) -> bool:
+        """Whether a plan that takes so long would be among those that are listed."""
+        return len(self.fastest_s) < self.top or seconds < sorted(self.fastest_s.values())[self.top - 1]
+
+    def would_list_as_too_large(self, setup: Setup, over_bytes: float) -> bool:
+        """Whether a setup that is so much too large would be among the nearest that are listed."""
+        nearer = sum(each <= over_bytes for each in self.over_bytes.values())
+        return nearer < NEAREST and over_bytes < self.over_bytes.get(parallelism(setup), math.inf)
 
 
 def _by_hand(setup: Setup) -> Setup:
