@@ -1,8 +1,8 @@
 """Measure the machine we are on, and fit a `Hardware` to it.
 
-    measure()      this process (and, in a process group, every rank at once) -> `Samples`, the same on every rank
-    fit()          samples + a hardware to start from -> Hardware (`fit.py`)
-    calibrate()    both; starts ranks of its own where there is no process group and `ranks` asks for them
+    measure()            this process (and, in a process group, every rank at once) -> `Samples`, equal on all ranks
+    fit()                samples -> Hardware (`fit.py`)
+    save_calibration()   both; starts ranks of its own where there is no process group and `ranks` asks for them
 
 Ranks that share a host are measured while all of them work, as in training; `Hardware.shared_host` keeps the figures of
 the whole machine, and `topology` gives each rank its share. Of this package only this file, `time_ops.py`,
@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -40,29 +39,10 @@ from costmodel.time_ops import (
     measure_update,
 )
 
-__all__ = ["calibrate", "measure", "save_calibration"]
+__all__ = ["measure", "save_calibration"]
 
 _FREED_BYTES = 1 << 28
 """More than a measured op takes and frees: it stays with the process, as what a step frees does."""
-
-
-def calibrate(
-    *,
-    device: torch.device | str | None = None,
-    ranks: int = 1,
-    base: Hardware | None = None,
-    budget_s: float = 10.0,
-) -> Hardware:
-    """Hardware as measured here; in a process group every rank has to call, and all get the same.
-
-    Where there is no process group and `ranks` is more than 1, as many processes are started on this machine (gloo on
-    the CPU, NCCL on CUDA), each with its share of the cores; the calling script then needs the usual
-    `if __name__ == "__main__":`.
-
-    Raises:
-        ValueError: `ranks` is no positive number, or more than there are CUDA devices.
-    """
-    return fit(_samples(device, ranks, budget_s), base)
 
 
 def save_calibration(
@@ -70,12 +50,19 @@ def save_calibration(
     *,
     device: torch.device | str | None = None,
     ranks: int = 1,
-    base: Hardware | None = None,
     budget_s: float = 10.0,
 ) -> tuple[Hardware, dict[str, list[float]]]:
-    """`calibrate`, written to `path` with its samples by rank 0; the hardware and its errors on the samples."""
+    """Hardware as measured here, and its relative errors on the samples; rank 0 writes both to `path`.
+
+    In a process group every rank has to call, and all get the same. Where there is none and `ranks` is more than 1, as
+    many processes are started on this machine (gloo on the CPU, NCCL on CUDA), each with its share of the cores; the
+    calling script then needs the usual `if __name__ == "__main__":`.
+
+    Raises:
+        ValueError: `ranks` is no positive number, or more than there are CUDA devices.
+    """
     samples = _samples(device, ranks, budget_s)
-    fitted = fit(samples, base)
+    fitted = fit(samples)
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_hardware(fitted, path, asdict(samples))
     return fitted, errors(samples, fitted)
@@ -84,7 +71,6 @@ def save_calibration(
 def measure(
     *,
     device: torch.device | str | None = None,
-    dtypes: Sequence[torch.dtype] | None = None,
     ranks_per_node: int | None = None,
     budget_s: float = 10.0,
 ) -> Samples:
@@ -95,7 +81,6 @@ def measure(
     place = device_of(device)
     grouped = dist.is_initialized() and dist.get_world_size() > 1
     share = budget_s / (2.0 if grouped else 1.2)
-    kinds = tuple(dtypes or (torch.float32, torch.bfloat16))
     if place.type == "cpu":
         keep_freed(_FREED_BYTES)
 
@@ -112,7 +97,7 @@ def measure(
     together()
     memory = measure_memory(place, 0.15 * share)
     together()
-    matmuls = measure_matmuls(place, kinds, 0.5 * share)
+    matmuls = measure_matmuls(place, (torch.float32, torch.bfloat16), 0.5 * share)
     together()
     attentions = measure_attention(place, torch.bfloat16 if place.type == "cuda" else torch.float32, 0.2 * share)
     if place.type == "cuda":
