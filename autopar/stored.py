@@ -98,13 +98,11 @@ def unpad(padded: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return padded if padded.shape == tuple(shape) else padded[tuple(map(slice, shape))].contiguous()
 
 
-def spec(
-    mesh: DeviceMesh, layout: Sequence[Placement], shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] = ()
-) -> DTensorSpec:
-    """What a DTensor of global `shape` carries; contiguous unless `stride` says otherwise."""
+def spec(mesh: DeviceMesh, layout: Sequence[Placement], shape: Sequence[int], dtype: torch.dtype) -> DTensorSpec:
+    """The spec of a contiguous DTensor of global `shape`."""
     size = torch.Size(shape)
-    strides = tuple(stride) or torch.empty(size, device="meta").stride()
-    return DTensorSpec(mesh, tuple(layout), tensor_meta=TensorMeta(size, strides, dtype))
+    stride = torch.empty(size, device="meta").stride()
+    return DTensorSpec(mesh, tuple(layout), tensor_meta=TensorMeta(size, stride, dtype))
 
 
 def distributed(part: torch.Tensor, of: DTensorSpec) -> DTensor:
