@@ -59,7 +59,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Beside:
+class BaselineRow:
     """A row of the baselines: shares are of the slowest plan's time, and of the largest memory or budget."""
 
     name: str
@@ -125,7 +125,7 @@ def plan_html(plan: Plan, frontier: Sequence[FrontierPoint] = ()) -> str:
         compute_kinds=[(kind, s) for kind, s in parts.compute_by_kind.items() if s],
         memory=stacked(kinds, room),
         budget_share=None if plan.memory_budget_bytes is None else _share(plan.memory_budget_bytes, room),
-        beside=beside(plan),
+        baselines=baseline_rows(plan),
         tree=parameter_tree(plan),
         open_depth=9 if len(plan.parameters) <= _OPEN_LEAVES else 1,
         ledger_rows=_LEDGER_ROWS,
@@ -220,7 +220,7 @@ def time_bars(plan: Plan) -> tuple[tuple[Piece, ...], tuple[Piece, ...], float]:
     return stacked(rows, scale_s), stacked(concealed, scale_s), scale_s
 
 
-def beside(plan: Plan) -> tuple[Beside, ...]:
+def baseline_rows(plan: Plan) -> tuple[BaselineRow, ...]:
     """This plan and its baselines."""
     all_plans = [(f"this plan ({plan.strategy})", plan.step_time_s, plan.peak_memory_bytes, plan.fits, "")]
     for name, other in plan.baselines.items():
@@ -228,7 +228,7 @@ def beside(plan: Plan) -> tuple[Beside, ...]:
     slowest = max(seconds for _, seconds, _, _, _ in all_plans if math.isfinite(seconds))
     largest = max([plan.memory_budget_bytes or 0, *(size for _, _, size, _, _ in all_plans)])
     return tuple(
-        Beside(
+        BaselineRow(
             name=name,
             step_time_s=seconds,
             times=seconds / plan.step_time_s if plan.step_time_s else 1.0,
