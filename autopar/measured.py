@@ -1,4 +1,4 @@
-"""A measured step beside a plan's: a torch.profiler trace, added up by the kinds that the cost model prices.
+"""A measured step: a torch.profiler trace, added up by the kinds that the cost model prices.
 
     a GPU's trace   kernels on all streams; collectives by their NCCL kernels
     a CPU's trace   ops of the training thread, each without what it calls; collectives on the backend's own threads
@@ -15,13 +15,10 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from costmodel.hardware import Device, Hardware, Link
-from passes.plan import Plan
 
 COMPUTE = ("matmul", "attention", "other")
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
@@ -209,108 +206,3 @@ def _compute_kind(name: str, matmul: re.Pattern[str]) -> str:
     if _ATTENTION.search(name):
         return "attention"
     return "matmul" if matmul.search(name) else "other"
-
-
-# -- beside a plan -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Beside:
-    """A kind's seconds per step, predicted and measured."""
-
-    kind: str
-    predicted_s: float
-    measured_s: float
-
-    @property
-    def ratio(self) -> float:
-        """Measured over predicted; 1 where neither has any, infinite where it was not predicted."""
-        if self.predicted_s:
-            return self.measured_s / self.predicted_s
-        return float("inf") if self.measured_s else 1.0
-
-
-def beside(plan: Plan, found: Measured) -> tuple[Beside, ...]:
-    """The step, then each kind; a collective's seconds are its own, hidden or not."""
-    predicted = {kind: plan.accumulate * s for kind, s in plan.breakdown.compute_by_kind.items()}
-    predicted["optimizer"] = plan.breakdown.optimizer_s
-    for each in plan.collectives:
-        predicted[each.kind] = predicted.get(each.kind, 0.0) + plan.accumulate * each.seconds
-    seconds = dict(found.seconds)
-    scattered, exchanged = predicted.get("reduce_scatter", 0.0), predicted.get("all_to_all", 0.0)
-    if found.gloo and scattered and not seconds["reduce_scatter"]:
-        seconds["reduce_scatter"] = seconds["all_to_all"] * scattered / (scattered + exchanged)
-        seconds["all_to_all"] -= seconds["reduce_scatter"]
-    rows = [Beside("step", plan.step_time_s, found.step_time_s)]
-    return (*rows, *(Beside(kind, predicted.get(kind, 0.0), seconds[kind]) for kind in KINDS))
-
-
-def corrected(hardware: Hardware, rows: Sequence[Beside], source: str) -> Hardware:
-    """`hardware` whose rates are divided by how much longer each kind took than was predicted.
-
-    Products by what they sustain, attention by its efficiencies, everything else by the memory's efficiency and the
-    launch; links by the time of all collectives, and where a link has figures per collective each by its own. Where
-    that is more than all of a peak, the peak was too low and is raised.
-    """
-    ratio = {row.kind: row.ratio for row in rows if row.predicted_s > 0 and row.measured_s > 0}
-    moved = [row for row in rows if row.kind in COLLECTIVES and row.kind in ratio]
-    link_ratio = sum(r.measured_s for r in moved) / sum(r.predicted_s for r in moved) if moved else 1.0
-    device = hardware.device
-    other = ratio.get("other", 1.0)
-    attention = ratio.get("attention", 1.0)
-    device = replace(
-        device,
-        sustained=device.sustained / ratio.get("matmul", 1.0),
-        attention_efficiency=device.attention_efficiency / attention,
-        attention_backward_efficiency=device.attention_backward_efficiency / attention,
-        memory_efficiency=device.memory_efficiency / other,
-        kernel_launch_s=device.kernel_launch_s * other,
-    )
-    return replace(
-        hardware,
-        name=f"{hardware.name}-measured" if not hardware.name.endswith("-measured") else hardware.name,
-        device=_in_shares(device),
-        intra_node=_slower(hardware.intra_node, link_ratio, ratio),
-        inter_node=_slower(hardware.inter_node, link_ratio, ratio),
-        source=f"{hardware.source}; corrected by {source}",
-    )
-
-
-def _in_shares(device: Device) -> Device:
-    """The same rates of products, attention and memory, with no share of a peak above 1."""
-    products = max(1.0, device.sustained)
-    shares = {
-        "matmul_efficiency": device.matmul_efficiency * products,
-        "fp8_matmul_efficiency": device.fp8_matmul_efficiency * products,
-        "attention_efficiency": device.attention_efficiency,
-        "attention_backward_efficiency": device.attention_backward_efficiency,
-    }
-    peak, memory = max(1.0, *shares.values()), max(1.0, device.memory_efficiency)
-    lowered: dict[str, Any] = {name: share / peak for name, share in shares.items()}
-    return replace(
-        device,
-        peak_flops_per_s={dtype: rate * peak for dtype, rate in device.peak_flops_per_s.items()},
-        sustained=device.sustained / products,
-        memory_bytes_per_s=device.memory_bytes_per_s * memory,
-        memory_efficiency=device.memory_efficiency / memory,
-        cache_bytes_per_s=device.cache_bytes_per_s * memory,
-        **lowered,
-    )
-
-
-def _slower(link: Link, times: float, by_kind: Mapping[str, float]) -> Link:
-    measured = {
-        kind: (base * (r := by_kind.get(kind, times)), hop * r, rate / r)
-        for kind, (base, hop, rate) in link.measured.items()
-    }
-    return replace(
-        link,
-        bytes_per_s=link.bytes_per_s / times,
-        wide_bytes_per_s=link.wide_bytes_per_s / times,
-        peer_bytes_per_s=link.peer_bytes_per_s / times,
-        multicast_bytes_per_s=link.multicast_bytes_per_s / times,
-        latency_s=link.latency_s * times,
-        pipeline_s=link.pipeline_s * times,
-        base_s=link.base_s * times,
-        measured=measured,
-    )

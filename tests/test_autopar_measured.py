@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import autopar
 from autopar.cli import main
-from autopar.measured import KINDS, Beside, Measured, beside, corrected, measured
+from autopar.corrections import KindTimes, compared, corrected
+from autopar.measured import KINDS, Measured, measured
 from autopar.planning import hardware_in
 from costmodel.collectives import collective_s
 from costmodel.hardware import Device, topology
@@ -113,7 +114,7 @@ def rates(device: Device) -> dict[str, float]:
 @pytest.mark.parametrize("faster", [1.1, 1.3, 4.0])
 def test_what_is_faster_than_a_peak_is_read_back_at_its_rates(faster: float, tmp_path: Path) -> None:
     cpu = hardware("cpu")
-    rows = [Beside(kind, faster, 1.0) for kind in ("matmul", "attention", "other")]
+    rows = [KindTimes(kind, faster, 1.0) for kind in ("matmul", "attention", "other")]
     save_hardware(corrected(cpu, rows, "a trace"), tmp_path / "corrected.json")
     found = hardware(str(tmp_path / "corrected.json")).device
     for name, rate in rates(cpu.device).items():
@@ -122,8 +123,8 @@ def test_what_is_faster_than_a_peak_is_read_back_at_its_rates(faster: float, tmp
 
 def test_hardware_is_corrected_by_what_was_measured() -> None:
     h100 = hardware("h100")
-    rows = [Beside("step", 1, 9), Beside("matmul", 1, 2), Beside("other", 2, 1), Beside("all_gather", 1, 4)]
-    found = corrected(h100, [*rows, Beside("all_reduce", 3, 4), Beside("attention", 0, 1)], "a trace")
+    rows = [KindTimes("step", 1, 9), KindTimes("matmul", 1, 2), KindTimes("other", 2, 1), KindTimes("all_gather", 1, 4)]
+    found = corrected(h100, [*rows, KindTimes("all_reduce", 3, 4), KindTimes("attention", 0, 1)], "a trace")
     assert found.device.sustained == pytest.approx(h100.device.sustained / 2)
     assert rates(found.device)["memory"] == pytest.approx(rates(h100.device)["memory"] * 2)
     assert found.device.memory_efficiency == 1.0  # a share is none above 1: the peak was too low
@@ -135,7 +136,7 @@ def test_hardware_is_corrected_by_what_was_measured() -> None:
 @pytest.mark.parametrize("times", [0.5, 2.0])
 def test_a_gather_over_many_nodes_takes_as_much_longer_as_was_measured(times: float) -> None:
     h100 = hardware("h100")
-    found = corrected(h100, [Beside("all_gather", 1.0, times)], "a trace")
+    found = corrected(h100, [KindTimes("all_gather", 1.0, times)], "a trace")
     before, after = (collective_s("all_gather", 4e9, (0,), topology(each, {"dp": 256})) for each in (h100, found))
     assert after == pytest.approx(times * before, rel=1e-3)
 
@@ -172,7 +173,7 @@ def test_what_gloo_is_asked_for_as_an_exchange_counts_as_what_the_plan_has() -> 
     plan: Any = SimpleNamespace(accumulate=1, breakdown=breakdown, collectives=moved, step_time_s=4.0)
     seconds = dict.fromkeys(KINDS, 0.0) | {"all_to_all": 8.0}
     for gloo, expected in ((True, (6.0, 2.0)), (False, (0.0, 8.0))):
-        rows = {row.kind: row.measured_s for row in beside(plan, Measured(9.0, seconds, 1, True, gloo))}
+        rows = {row.kind: row.measured_s for row in compared(plan, Measured(9.0, seconds, 1, True, gloo))}
         assert (rows["reduce_scatter"], rows["all_to_all"]) == expected
 
 

@@ -23,7 +23,8 @@ from autopar import planning
 from autopar.cli.arguments import add_json, check_outputs, count, known_hardware, output, writing
 from autopar.cli.comparing import print_measured
 from autopar.cli.terminal import clean_output, painted, progress, table, wrapped
-from autopar.measured import beside, corrected, measured
+from autopar.corrections import compared, corrected
+from autopar.measured import measured
 from costmodel.calibrate import save_calibration
 from costmodel.files import write_whole
 from costmodel.hardware import Hardware
@@ -91,7 +92,7 @@ def _from_trace(given: argparse.Namespace) -> int:
     plan = Plan.load(given.plan)
     base = hardware(given.hardware) if given.hardware else planning.hardware_in(plan)
     step = measured(given.from_trace)
-    rows = beside(plan, step)
+    rows = compared(plan, step)
     found = corrected(base, rows, f"a trace of {step.steps} steps")
     if given.output:
         with writing("output", given.output):

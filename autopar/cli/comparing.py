@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from autopar.cli.terminal import painted, table, wrapped
-from autopar.measured import Beside, Measured
+from autopar.corrections import KindTimes
+from autopar.measured import Measured
 from costmodel.memory import gib
 from passes.plan import Plan
 from passes.report_text import seconds_text
@@ -195,7 +196,7 @@ def print_comparison(comparison: Comparison, allowed: float, *, decisions: bool 
         print(painted("Nothing got worse" + (f" by more than {allowed:.1%}." if allowed else "."), "green"))
 
 
-def measured_json(rows: Sequence[Beside], step: Measured) -> dict[str, Any]:
+def measured_json(rows: Sequence[KindTimes], step: Measured) -> dict[str, Any]:
     """Every kind, predicted and measured."""
     kinds = [
         {"kind": row.kind, "predicted_s": row.predicted_s, "measured_s": row.measured_s,
@@ -205,7 +206,7 @@ def measured_json(rows: Sequence[Beside], step: Measured) -> dict[str, Any]:
     return {"format": "autopar-measured", "version": 1, "steps": step.steps, "kinds": kinds}
 
 
-def print_measured(rows: Sequence[Beside], step: Measured) -> None:
+def print_measured(rows: Sequence[KindTimes], step: Measured) -> None:
     """Predicted beside measured, a kind a line."""
     plural = "s" if step.steps != 1 else ""
     print(painted(f"A step as predicted, and as measured over {step.steps} step{plural}", "bold"))
@@ -219,7 +220,7 @@ def print_measured(rows: Sequence[Beside], step: Measured) -> None:
         print(wrapped("The trace marks no steps, so all of it counts as one: record it with a schedule and step()."))
 
 
-def _ratio(row: Beside) -> str:
+def _ratio(row: KindTimes) -> str:
     if not row.measured_s:
         return "not measured"
     if not math.isfinite(row.ratio):

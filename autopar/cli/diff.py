@@ -15,7 +15,8 @@ import json
 
 from autopar.cli.arguments import add_json, share
 from autopar.cli.comparing import compare_plans, comparison_json, measured_json, print_comparison, print_measured
-from autopar.measured import beside, measured
+from autopar.corrections import compared
+from autopar.measured import measured
 from passes.plan import Plan
 
 HELP = "print what changed between two plans, or how a measured step differs"
@@ -38,7 +39,7 @@ def run(given: argparse.Namespace) -> int:
     plan = Plan.load(given.before)
     if given.measured:
         step = measured(given.measured)
-        rows = beside(plan, step)
+        rows = compared(plan, step)
         if given.json:
             print(json.dumps(measured_json(rows, step), indent=2))
         else:

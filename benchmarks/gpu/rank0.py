@@ -20,8 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import autopar
-from autopar.measured import beside, read_trace
+from autopar.corrections import compared
 from autopar.measured import measured as measured_kinds
+from autopar.measured import read_trace
 from costmodel.compute import matmul, op_s
 from costmodel.hardware import Device
 from costmodel.presets import hardware, preset_of
@@ -128,7 +129,7 @@ def traced(
     found: dict[str, Any] = {"kernels": counts.total(), "seconds": dict(by_kind.seconds)}
     found["longest"] = [[name, counts[name], total_s] for name, total_s in seconds.most_common(LONGEST)]
     if plan is not None:
-        found["kinds"] = [[row.kind, row.predicted_s, row.measured_s] for row in beside(plan, by_kind)]
+        found["kinds"] = [[row.kind, row.predicted_s, row.measured_s] for row in compared(plan, by_kind)]
     return found
 
 
