@@ -28,12 +28,12 @@ class BatchRanks:
 
     @property
     def count(self) -> int:
-        """How many parts the global batch has."""
+        """Number of parts that the global batch is cut into: data-parallel ranks."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     @property
     def index(self) -> int:
-        """Which of them is this rank's."""
+        """Index of this rank's part."""
         index = 0
         for axis in self.axes:
             index = index * self.mesh.shape[axis] + self.mesh.get_local_rank(axis)
@@ -41,7 +41,7 @@ class BatchRanks:
 
     @property
     def sharing(self) -> int:
-        """How many ranks have the same part."""
+        """Number of ranks that have the same part."""
         return self.mesh.size() // self.count
 
     @property
@@ -50,7 +50,8 @@ class BatchRanks:
         return all(axis in self.axes or self.mesh.get_local_rank(axis) == 0 for axis in range(self.mesh.ndim))
 
     def gathered(self, part: torch.Tensor) -> torch.Tensor:
-        """The parts of all data-parallel ranks, joined in dim 0; a DTensor is of the global batch, and made whole."""
+        """The parts of all data-parallel ranks, concatenated in dim 0. A DTensor is of the global batch already, and is
+        made whole."""
         if isinstance(part, DTensor):
             return part.full_tensor()
         rows = part[None] if part.dim() == 0 else part
@@ -62,7 +63,7 @@ class BatchRanks:
         return raw.view(part.dtype).view(self.count * rows.shape[0], *rows.shape[1:])
 
     def summed(self, part: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
-        """The sum, or another reduction, over data-parallel ranks."""
+        """The sum, or another reduction `op`, over data-parallel ranks."""
         total = part.full_tensor() if isinstance(part, DTensor) else part.clone()
         for axis in self.axes:
             dist.all_reduce(total, op, group=self.mesh.get_group(axis))
@@ -78,9 +79,13 @@ class BatchRanks:
         return whole.redistribute(placements=layout).to_local()
 
     def check(self, inputs: Sequence[tuple[str, int | None, torch.Tensor]]) -> None:
-        """Collective: raises ValueError, on every rank, where ranks that ought to have the same values have others.
+        """Check that ranks which should have the same values do; collective.
 
-        inputs: name, the dim that the batch axes split (None: one value for all ranks), and this rank's tensor.
+        inputs: per input its name, the dim that the batch axes split (None: one value for all ranks), and this rank's
+        tensor.
+
+        Raises:
+            ValueError: on every rank, where values differ.
         """
         inputs = [each for each in inputs if each[2].numel()]
         axes = [axis for axis, size in enumerate(self.mesh.shape) if size > 1]

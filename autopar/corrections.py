@@ -13,7 +13,7 @@ from passes.plan import Plan
 
 @dataclass(frozen=True)
 class KindTimes:
-    """A kind's seconds per step, predicted and measured."""
+    """Seconds per step of one kind of work, predicted and measured."""
 
     kind: str
     predicted_s: float
@@ -21,14 +21,14 @@ class KindTimes:
 
     @property
     def ratio(self) -> float:
-        """Measured over predicted; 1 where neither has any, infinite where it was not predicted."""
+        """Measured over predicted; 1 where both are zero, infinite where only the prediction is."""
         if self.predicted_s:
             return self.measured_s / self.predicted_s
         return float("inf") if self.measured_s else 1.0
 
 
 def compared(plan: Plan, found: Measured) -> tuple[KindTimes, ...]:
-    """The step, then each kind; a collective's seconds are its own, hidden or not."""
+    """The whole step, then each kind of work. A collective counts its own seconds, hidden behind compute or not."""
     predicted = {kind: plan.accumulate * s for kind, s in plan.breakdown.compute_by_kind.items()}
     predicted["optimizer"] = plan.breakdown.optimizer_s
     for each in plan.collectives:
@@ -43,11 +43,11 @@ def compared(plan: Plan, found: Measured) -> tuple[KindTimes, ...]:
 
 
 def corrected(hardware: Hardware, rows: Sequence[KindTimes], source: str) -> Hardware:
-    """`hardware` whose rates are divided by how much longer each kind took than was predicted.
+    """`hardware` with each rate divided by measured over predicted time.
 
-    Products by what they sustain, attention by its efficiencies, everything else by the memory's efficiency and the
-    launch; links by the time of all collectives, and where a link has figures per collective each by its own. Where
-    that is more than all of a peak, the peak was too low and is raised.
+    Matrix products correct what they sustain, attention its efficiencies, everything else the memory's efficiency and
+    the launch. Links are corrected by the time of all collectives, and by each collective's own where a link has
+    figures per collective. Where an efficiency would exceed 1, the peak was too low and is raised.
     """
     ratio = {row.kind: row.ratio for row in rows if row.predicted_s > 0 and row.measured_s > 0}
     moved = [row for row in rows if row.kind in COLLECTIVES and row.kind in ratio]

@@ -68,7 +68,7 @@ class Question:
     options: Options
 
     def solved(self, *, without: Sequence[tuple[str, str]] = (), **changed: object) -> Plan:
-        """The plan with options changed and choices ruled out.
+        """The plan with options changed and some choices ruled out.
 
         Raises:
             NoFeasiblePlanError: there is none.
@@ -88,7 +88,7 @@ class Question:
 
     @cached_property
     def unbounded(self) -> Plan | None:
-        """The plan with all the memory in the world."""
+        """The plan without a memory budget."""
         with suppress(NoFeasiblePlanError):
             return self.solved(memory_budget=_NO_BUDGET)
         return None

@@ -49,10 +49,8 @@ def call_of(model: nn.Module, example_inputs: Any) -> Call:
 
 
 def by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """The call with its positional arguments as keywords, where `forward` (a method) names them all.
-
-    So a model planned for one form of a call runs the other by the same graph. What would be an error stays as it is.
-    """
+    """The call with positional arguments as keywords, if `forward` (a method) names them all, so that both forms of a
+    call run one graph. A call that `forward` would refuse stays as it is."""
     names = _positional(forward)
     named = dict(zip(names, args, strict=False))
     if len(args) > len(names) or named.keys() & kwargs.keys():
@@ -137,7 +135,7 @@ def as_described(text: str) -> Iterator[None]:
 
 
 def valued(call: Call, other: Call) -> Call:
-    """`call`, whose tensors without values have those that `other` has there, in the same shape and dtype."""
+    """`call` with the values that `other` has, for tensors of `call` that have none; in the same shape and dtype."""
     (leaves, spec), (others, other_spec) = pytree.tree_flatten(call), pytree.tree_flatten(other)
     if spec != other_spec:
         return call

@@ -9,7 +9,7 @@ from passes.lower import Unreduced
 
 
 def hold(runtime: Runtime, executable: Executable, terms: Unreduced) -> None:
-    """Adds this rank's terms of gradients to those of earlier backwards, in fp32 where they are of less."""
+    """Add this rank's terms of gradients to those of earlier backwards; in fp32 where their dtype is shorter."""
     dtypes = [term.dtype for term in terms.partial]
     _, before, _ = runtime.unreduced.setdefault(id(executable), (executable, Unreduced([], terms.others), dtypes))
     if before.partial:
@@ -20,7 +20,7 @@ def hold(runtime: Runtime, executable: Executable, terms: Unreduced) -> None:
 
 
 def reduced(runtime: Runtime) -> dict[str, torch.Tensor]:
-    """Gradients from all that was held back, exchanged between ranks."""
+    """Gradients of everything that was held back, exchanged between ranks."""
     found: dict[str, torch.Tensor] = {}
     held, runtime.unreduced = runtime.unreduced, {}
     for executable, terms, dtypes in held.values():

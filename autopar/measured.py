@@ -100,7 +100,7 @@ def _slice(event: Mapping[str, Any]) -> Slice:
 
 
 def measured(path: str | Path) -> Measured:
-    """What a trace says about a step.
+    """Seconds of one step by kind, read from a trace.
 
     Raises:
         ValueError: as `read_trace`.

@@ -69,7 +69,7 @@ class Values:
 
 
 def on_one_device(program: Program, values: Values) -> StepValues:
-    """The captured graph's step."""
+    """The step of the captured graph, on one device."""
     found = StepValues({}, {}, {})
     kinds = {"output": found.outputs, "buffer": found.buffers, "gradient": found.gradients}
     for described, value in zip(program.outputs, run_program(program, values.placeholders), strict=True):
@@ -175,7 +175,7 @@ def held_buffers(model: nn.Module, written: Collection[str] = ()) -> Held:
 
 
 def restore(before: Held) -> None:
-    """Hang the tensors where they were, with the values they had."""
+    """Put the tensors back where they were, with the values they had."""
     for table, key, tensor, old in before.values():
         table[key] = tensor
         tensor.data.copy_(old)

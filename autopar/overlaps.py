@@ -33,7 +33,8 @@ class _Placed(NamedTuple):
 
 
 def overlapping(model: nn.Module) -> tuple[Overlap, ...]:
-    """Which parameters and buffers share memory without being one tensor; those without memory share none."""
+    """Pairs of parameters and buffers that share memory without being one tensor. Tensors without memory (meta) share
+    none."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     names = {id(tensor): name for name, tensor in reversed(tensors)}
     placed = [_placed(name, tensor) for name, tensor in tensors if names[id(tensor)] == name and _has_memory(tensor)]

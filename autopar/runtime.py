@@ -102,12 +102,12 @@ class Runtime:
 
     @functools.cached_property
     def parameter_slots(self) -> tuple[tree.Slot, ...]:
-        """Where each parameter hangs, in the order of `specs`."""
+        """Per parameter, in the order of `specs`: the module table and key that hold it."""
         return tuple(self.slots[name] for name in self.specs)
 
     @functools.cached_property
     def buffer_slots(self) -> tuple[tree.Slot, ...]:
-        """Where each buffer hangs."""
+        """Per buffer: the module table and key that hold it."""
         return tuple((module._buffers, key) for module in self.modules for key in module._buffers)
 
     @property
@@ -117,7 +117,7 @@ class Runtime:
 
     @property
     def coordinate(self) -> tuple[int, ...]:
-        """This rank's place on the mesh."""
+        """This rank's index on each mesh axis."""
         return tuple(self.mesh.get_coordinate() or ())
 
 

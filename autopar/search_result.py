@@ -111,7 +111,7 @@ class SearchResult:
         return (made, *points)
 
     def table(self, top: int | None = None) -> str:
-        """The ranking as people read it."""
+        """The ranking as text."""
         return ranking_table(self, top)
 
     def __str__(self) -> str:
@@ -122,7 +122,7 @@ class SearchResult:
         return ranking_text(self, name, top)
 
     def to_json(self) -> str:
-        """All of it, for scripts."""
+        """The whole result as JSON, for scripts."""
         content = {
             "format": "autopar-search", "version": 1,
             "model": self.model, "gpus": self.gpus, "hardware": self.hardware, "global_batch": self.global_batch,

@@ -41,7 +41,7 @@ def warn_of_new(runtime: Runtime, executable: Executable) -> None:
 
 
 def warn_of_changed(changed: Sequence[str], instead: str) -> None:
-    """Says which values make a call of another kind, and what would not."""
+    """Warn that changed values make a call of another kind, and say what would not."""
     warnings.warn(
         f"{', '.join(changed[:3])} changed: the step is captured and planned anew, which takes seconds for each new "
         f"value; {instead}",
@@ -50,7 +50,7 @@ def warn_of_changed(changed: Sequence[str], instead: str) -> None:
 
 
 def put_back(plain: nn.Module, executable: Executable) -> None:
-    """Gives the modules of `plain` the values that the executable was captured with."""
+    """Set the attributes of `plain`'s modules to the values that the executable was captured with."""
     for module, _, name, value in _held(plain, executable):
         setattr(module, name, value)
 

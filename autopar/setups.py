@@ -68,7 +68,7 @@ class Setups:
                     yield replace(larger, experts_beside=larger.experts_beside and larger.may_send_beside)
 
     def plans(self, gpus: int) -> Iterator[Setup]:
-        """What plans can do."""
+        """Setups that plans can run."""
         node = self.profiler.hardware.ranks_per_node
         for tp in self.widths(gpus):
             data = gpus // tp
@@ -86,7 +86,7 @@ class Setups:
                         )  # fmt: skip
 
     def formulas(self) -> Iterator[Setup]:
-        """What is priced only."""
+        """Setups that are priced by formula only."""
         layers = self.profiler.layers
         if self.profiler.hardware.shared_host:
             return
@@ -152,7 +152,7 @@ class Setups:
 
     @property
     def left_out(self) -> list[str]:
-        """What `formulas` has not, and why."""
+        """Notes on what `formulas` leaves out, and why."""
         if self.profiler.hardware.shared_host:
             return ["ranks share one host: pipelines, ZeRO-1/2 and offload are not priced there"]
         return [f"not priced: context parallelism, as {NO_ATTENTION}"] if self._parts and not self._attends else []

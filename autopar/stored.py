@@ -94,7 +94,7 @@ def pad(part: torch.Tensor, storage: Storage, axis_sizes: Sequence[int]) -> torc
 
 
 def unpad(padded: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """What the rank stores, of `shape`, of what the graph gives; all of it where it is full."""
+    """The part of `shape` that the rank stores, cut from what the graph gives; all of it where it is full."""
     return padded if padded.shape == tuple(shape) else padded[tuple(map(slice, shape))].contiguous()
 
 
@@ -111,7 +111,7 @@ def distributed(part: torch.Tensor, of: DTensorSpec) -> DTensor:
 
 
 def local_part(tensor: DTensor) -> torch.Tensor:
-    """This rank's part, without autograd."""
+    """This rank's local tensor, without autograd."""
     return tensor._local_tensor
 
 

@@ -167,7 +167,7 @@ def subject(
 
 
 def check_nodes(gpus: int, machine: Hardware) -> None:
-    """That `gpus` fill whole nodes, and are as many as meshes have at most.
+    """Refuse a number of GPUs that does not fill whole nodes, or is more than a mesh can have.
 
     Raises:
         ValueError: they do not, and names the nearest that do; or they are too many.
@@ -188,7 +188,7 @@ def sequence_of(model: nn.Module, example_inputs: Any) -> int | None:
 
 
 def states_text(spec: OptimizerSpec) -> str:
-    """What was budgeted for the optimizer."""
+    """A note on the optimizer that was budgeted for."""
     copy = f", {spec.master_bytes_per_param:g} of them an fp32 copy of it" if spec.master_bytes_per_param else ""
     kept = spec.state_bytes_per_param + spec.master_bytes_per_param
     each = "a value per row and column of a matrix" if spec.factored else f"{kept:g} bytes per parameter{copy}"

@@ -50,7 +50,7 @@ class Together:
         self.session = next(SESSIONS) if ranks > 1 else None
 
     def agree(self, error: BaseException | None = None) -> None:
-        """Returns when every rank came here without an error.
+        """Return when every rank has called this without an error.
 
         Raises:
             RankFailedError: another rank failed. A rank's own `error` is raised as it is.
@@ -76,7 +76,7 @@ class Together:
 
     @contextlib.contextmanager
     def agreeing(self) -> Iterator[None]:
-        """Runs a block that ends on every rank or raises on every rank."""
+        """Context: the block ends on every rank, or raises on every rank."""
         try:
             yield
         except BaseException as error:

@@ -17,7 +17,7 @@ _WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, FS
 
 
 def check_unwrapped(model: Any) -> None:
-    """Raise for what is no module, and for one that is laid out over ranks already or has buffers to train.
+    """Refuse what is no module, a model that is already laid out over ranks, and buffers that require gradients.
 
     Raises:
         ValueError: with what was found, and where in the model.

@@ -61,9 +61,9 @@ class Failure:
 
 
 class Watch:
-    """The halves of steps that this rank goes through, and what the others say of theirs.
+    """The halves (forward or backward) of steps that this rank runs, and what the other ranks say of theirs.
 
-    `end`: ends this process, which waits for a rank that will not come. `say`: tells the user what it waits for.
+    `end`: ends this process when it waits for a rank that will not come. `say`: tells the user what it waits for.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Watch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Runs a half of a step.
+        """Context around one half of a step.
 
         Raises:
             RankFailedError: it failed because another rank did.
@@ -126,13 +126,13 @@ class Watch:
             self.since_s = None
 
     def doing(self, what: Callable[[], str]) -> None:
-        """Says what this rank runs in this half, in words that are the same on all ranks that run the same."""
+        """Say what this rank runs in this half, in words that are equal on all ranks that run the same."""
         if self.ranks > 1:
             self.recent = (*self.recent[1 - _REMEMBERED :], (self.half, what))
 
     @contextlib.contextmanager
     def making_program(self) -> Iterator[None]:
-        """Runs a block in which this rank makes the program for a call of a new kind, with all others."""
+        """Context in which this rank, with all others, makes the program for a call of a new kind."""
         if self.ranks == 1:
             yield
             return
@@ -153,7 +153,7 @@ class Watch:
             self.told = True
 
     def another(self) -> Failure | None:
-        """The first failure in a half that this rank did not fail in."""
+        """The first failure of another rank, in a half that this rank did not fail in."""
         with contextlib.suppress(RuntimeError):
             for number in range(1, self.store.add(f"{_PREFIX}/failures", 0) + 1):
                 key = f"{_PREFIX}/failure/{number}"
@@ -165,7 +165,7 @@ class Watch:
         return None
 
     def check(self) -> None:
-        """Raise what is known to have gone wrong elsewhere.
+        """Raise if another rank is known to have failed.
 
         Raises:
             RankFailedError: another rank failed.
@@ -182,7 +182,7 @@ class Watch:
             atexit.register(self.leave)
 
     def leave(self) -> None:
-        """End watching; an exception that ends this process is told to the others first."""
+        """Stop watching; an exception that ends this process is told to the others first."""
         error = getattr(sys, "last_value", None)
         own = error is not None and not isinstance(error, RankFailedError) and not _of_a_collective(error)
         if own and not self.told:

@@ -31,14 +31,15 @@ class Cut:
 
 
 def part_of(whole: torch.Tensor, spec: Any, storage: Storage) -> DTensor:
-    """`whole`, which every rank has, laid out as a parameter is: a copy in its dtype."""
+    """`whole`, which every rank has, laid out as its parameter is: a copy, in the parameter's dtype."""
     mesh = spec.mesh
     part = stored.cut(whole.detach(), storage, tuple(mesh.shape), mesh.get_coordinate())
     return stored.distributed(part.to(device_of(mesh), spec.tensor_meta.dtype, copy=True).contiguous(), spec)
 
 
 def cut_on_loading(root: nn.Module, runtime: Runtime) -> None:
-    """Have each module of `root` take whole tensors. After hooks of its own, which may rename what is loaded."""
+    """Make `load_state_dict` of each module of `root` accept whole tensors. Hooks of the module itself, which may
+    rename keys, run before."""
     for prefix, module in root.named_modules():
         names = {key: f"{prefix}.{key}" if prefix else key for key, p in module._parameters.items() if p is not None}
         firsts = {key: runtime.aliases.get(name, name) for key, name in names.items()}
