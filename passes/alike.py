@@ -41,27 +41,28 @@ TOLD = {
 
 
 class MattersError(Exception):
-    """(the line, why it matters which rows come together in a turn)"""
+    """Results depend on which rows share a turn. Arguments: the source line, and the reason."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Where `rows` are cut: `starts` of each turn, the first 0."""
+    """Cuts of `rows` rows into turns; `starts` has the first row of each turn, beginning with 0."""
 
     rows: int
     starts: tuple[int, ...]
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Where each turn ends."""
+        """One past the last row of each turn."""
         return (*self.starts[1:], self.rows)
 
     def length(self, turn: int) -> int:
-        """How many rows a turn has."""
+        """Number of rows in a turn."""
         return self.ends[turn] - self.starts[turn]
 
     def turn(self, start: int, end: int, rows: int) -> int | None:
-        """The turn that rows `start` to `end` of so many are, where each of ours is several of them."""
+        """The turn that covers rows `start` to `end` of a tensor with `rows` rows, a multiple of `self.rows`; None
+        where there is none."""
         each = rows // self.rows
         if not each or rows % self.rows or start % each or start // each not in self.starts:
             return None

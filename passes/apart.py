@@ -19,7 +19,7 @@ _IN_PLACE = {_c10d.all_reduce.default, _c10d.all_reduce_coalesced.default}
 
 
 def with_parts_apart(graph: fx.Graph) -> None:
-    """Copies parts of a `cat` that something else reads too, where the `cat` is added to in place."""
+    """Copy the inputs of a `cat` that other ops read too, where the result of the `cat` is added to in place."""
     for node in graph.find_nodes(op="call_function", target=aten.cat.default):
         if _is_added_up(node):
             parts = node.args[0]
@@ -35,7 +35,7 @@ def _is_added_up(node: fx.Node) -> bool:
 
 
 def is_shared(part: fx.Node) -> bool:
-    """Whether something other than one `cat` reads the tensor that `part` is, or is a view of."""
+    """Whether the tensor that `part` is, or is a view of, has readers other than one `cat`."""
     while len(part.users) == 1 and is_view_op(part.target):
         part = part.all_input_nodes[0]
     return len(part.users) > 1

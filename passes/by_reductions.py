@@ -30,7 +30,8 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def by_reductions(program: Program) -> Program:
-    """The program with these ops so. It keeps its fingerprint."""
+    """The program with softmax and argmax over a vocabulary, and their gradients, written as reductions. The
+    fingerprint is kept."""
     old = program.graph.graph
     taken = _taken(program)
     if not taken:

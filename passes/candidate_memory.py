@@ -30,20 +30,21 @@ class Parameters:
 
     @property
     def held(self) -> float:
-        """By a rank. What ranks share is the same for experts: fewer elements, among as many ranks fewer."""
+        """Elements that a rank holds."""
         return self.elements - self.experts * (1 - 1 / self.parts)
 
     def updated(self, setup: Setup) -> float:
-        """By a rank, where all of these have gradients."""
+        """Elements that a rank's optimizer updates, if all of these are trained. Experts make no difference: a rank has
+        fewer of their elements, and shares them with as many ranks fewer."""
         return self.held if setup.state == "zero0" else self.elements / (setup.data_ranks * setup.cp)
 
     def summed(self, setup: Setup) -> float:
-        """Of as many a rank keeps the sum of gradients."""
+        """Elements of which a rank keeps the sum of gradients, if all of these are trained."""
         return self.elements / (setup.data_ranks * setup.cp) if setup.reduces_each else self.held
 
 
 def parameters_of(setup: Setup, found: Profile, layers: float, of: str = "") -> Parameters:
-    """Of an end stage with so many layers; `of`: "trained ", those that have gradients."""
+    """Parameters of an end stage with `layers` layers; `of`: "" for all, "trained " for those with gradients."""
     elements = found.layer(f"{of}elements") * layers + outside_elements(setup, found, of)
     return Parameters(elements, found.layer(f"{of}experts") * layers, setup.expert_parts)
 

@@ -16,7 +16,8 @@ from passes.setup import Setup
 
 @dataclass(frozen=True)
 class Sent:
-    """What compute waits for of what is sent, what is hidden behind it, and what that slows it down by, in seconds."""
+    """Communication of state in seconds: what compute waits for, what runs hidden behind compute, and how much that
+    slows compute down."""
 
     waits_s: float = 0.0
     hidden_s: float = 0.0
@@ -24,7 +25,7 @@ class Sent:
 
 
 def update_s(setup: Setup, trained: Parameters, found: Profile, profiler: Profiler) -> float:
-    """The update of what a rank has of a stage's trained parameters."""
+    """Seconds of the optimizer's update of a rank's share of a stage's trained parameters."""
     updated = trained.updated(setup)
     if setup.offload:
         return host_update_s(setup, updated, found, profiler)
@@ -34,11 +35,12 @@ def update_s(setup: Setup, trained: Parameters, found: Profile, profiler: Profil
 def sent_state(
     setup: Setup, parameters: Parameters, trained: Parameters, found: Profile, stage_s: float, hardware: Hardware
 ) -> Sent:
-    """Gradients' reduction and parameters' gathers, beside a stage's compute of `stage_s` a micro-batch. Once per step,
-    but that zero3 which frees parameters gathers them for each half of each micro-batch, and that ranks which keep
-    shares of gradients reduce those of each.
+    """Reduction of gradients and gathers of parameters, beside a stage that computes for `stage_s` per micro-batch.
 
-    `parameters`: of a stage, of which `trained` have gradients.
+    Both happen once per step, with two exceptions: zero3 that frees parameters gathers them in each half of each
+    micro-batch, and ranks that keep only their share of gradients reduce them in each micro-batch.
+
+    `parameters`: those of the stage, of which `trained` have gradients.
     """
     if setup.data_ranks * setup.cp == 1:
         return Sent()
@@ -61,8 +63,9 @@ def sent_state(
 
 
 def tied_gradients_s(setup: Setup, tied: float, hardware: Hardware) -> float:
-    """Once per step: gradients of so many parameters that the first stage and the last both have, added up between
-    the two when all else is through, as in Megatron-LM (arXiv 1909.08053 ties them, its `finalize_model_grads`)."""
+    """Seconds per step of adding up `tied` gradient elements that the first and the last stage share. It happens
+    between these two, after everything else, as in Megatron-LM (arXiv 1909.08053 ties them, its
+    `finalize_model_grads`)."""
     if not tied:
         return 0.0
     ends = topology(hardware, {"ends": 2, "inner": setup.ranks // 2})
@@ -111,13 +114,13 @@ def _gathered_s(setup: Setup, size: float, axes: tuple[int, ...], mesh: Topology
 
 
 def experts_mesh(setup: Setup, hardware: Hardware) -> Topology:
-    """Its last axis has the ranks that share a layer's experts, the one before those that have the same ones."""
+    """The mesh of routed experts: the last axis splits the experts of a layer, the one before it replicates them."""
     alike = setup.data_ranks * setup.cp * setup.tp // setup.ep
     return topology(hardware, {"pp": setup.pp, "alike": alike, "ep": setup.ep})
 
 
 def added_gradients_s(setup: Setup, trained: Parameters, found: Profile, hardware: Hardware) -> float:
-    """Once per step: gradients of all micro-batches but the first, added to the sum of those before."""
+    """Seconds per step of adding each further micro-batch's gradients to the sum of those before."""
     if setup.adds_in_products:
         return 0.0
     item = found.whole["bytes"] / found.whole["elements"]
@@ -125,8 +128,8 @@ def added_gradients_s(setup: Setup, trained: Parameters, found: Profile, hardwar
 
 
 def host_update_s(setup: Setup, elements: float, found: Profile, profiler: Profiler) -> float:
-    """An update of so many of a rank's parameters on its host, of the bytes that they and the optimizer's states
-    have."""
+    """Seconds of an update of `elements` of a rank's parameters on its host, by the bytes of these and of the
+    optimizer's states."""
     item = found.whole["stored bytes"] / found.whole["stored"]
     states = found.whole["states"] / max(1.0, found.whole["gradients"] / item)
     return offload.host_update_s(elements, setup.ranks, profiler.hardware, item_bytes=item, state_bytes=states)

@@ -26,7 +26,7 @@ _Part = tuple[fx.Node, int, int]
 
 
 def split_chunks(program: Program) -> Program:
-    """The program with such parts. It keeps its fingerprint."""
+    """The program with equal parts of a product's columns as a dim of their own. The fingerprint is kept."""
     old = program.graph.graph
     parts = {part: found for source in old.nodes for part, found in _parts(source)}
     if not parts:

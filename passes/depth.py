@@ -41,15 +41,15 @@ class Profile:
     outside: Mapping[str, float]
 
     def layer(self, name: str) -> float:
-        """Of one repeated layer, on average."""
+        """Average over the repeated layers."""
         return (self.whole.get(name, 0.0) - self.outside.get(name, 0.0)) / self.layers if self.layers else 0.0
 
     def total(self, prefix: str) -> float:
-        """Sum over the names that begin so."""
+        """Sum over the names that begin with `prefix`."""
         return sum(max(0.0, value) for name, value in self.whole.items() if name.startswith(prefix))
 
     def layer_total(self, prefix: str) -> float:
-        """Of one layer, the sum over the names that begin so."""
+        """The same, of one layer."""
         return sum(self.layer(name) for name in self.whole if name.startswith(prefix))
 
     @property
@@ -59,7 +59,7 @@ class Profile:
 
     @property
     def peak_bytes(self) -> float:
-        """The largest over the places."""
+        """The largest peak over the places where one is sampled."""
         return max(self.whole.get(f"alive.{place}", 0.0) for place in PLACES)
 
 

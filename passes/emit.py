@@ -63,17 +63,17 @@ class Emitter:
         self._values: dict[str, Any] = {}
 
     def stand_for(self, node: fx.Node) -> None:
-        """What is added from now on stands for a node of the graph before, and is of its place."""
+        """Give nodes that are added from now on the phase, module and source line of `node`."""
         seen = {"seen": node.meta["seen"]} if "seen" in node.meta else {}  # of an attention (`rules.call`)
         self.meta = meta_of(node) | seen
 
     def last(self) -> fx.Node:
-        """The node that was added last."""
+        """The node added last."""
         node: fx.Node = next(iter(reversed(self.graph.nodes)))
         return node
 
     def since(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that were added after `node`."""
+        """The nodes added after `node`, in order."""
         found = []
         for each in reversed(self.graph.nodes):
             if each is node:
@@ -103,7 +103,7 @@ class Emitter:
         return node
 
     def known(self, value: Any, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """The same, for an op whose result's shape depends on data and is known to be that of `value`."""
+        """`call`, for an op whose result has a data-dependent shape that is known to be that of `value`."""
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update(self.meta)
         with self.mode:
@@ -146,7 +146,7 @@ class Emitter:
         return self.call(aten.view.default, x, list(shape))
 
     def move_dim(self, x: fx.Node, source: int, target: int) -> fx.Node:
-        """Dim `source` moved to place `target`."""
+        """Dim `source` moved to position `target`."""
         if source == target:
             return x
         order = list(range(len(self.shape(x))))
@@ -154,7 +154,7 @@ class Emitter:
         return self.call(aten.permute.default, x, order)
 
     def coordinate(self, axes: Sequence[int]) -> fx.Node:
-        """This rank's place in the group that `axes` form, an int64 scalar."""
+        """This rank's index in the group that `axes` form, an int64 scalar."""
         sizes = self.topology.sizes
         place = self.coordinates[axes[0]]
         for axis in axes[1:]:
@@ -168,7 +168,7 @@ class Emitter:
         return math.prod(members[a].size for a in axes), ",".join(members[a].name for a in axes)
 
     def wait(self, x: fx.Node) -> fx.Node:
-        """The collective's result, once it is there."""
+        """The result of a collective, after a wait for it."""
         return self.call(WAIT, x)
 
 
@@ -230,9 +230,9 @@ def emit_together(
     paths: Sequence[Sequence[Step]],
     stored: Sequence[tuple[Storage | None, Sequence[int]]],
 ) -> list[fx.Node]:
-    """Bring parts through steps that are alike but for sizes, each collective one for all of them.
+    """Bring several parts through steps that differ in sizes alone; each collective is issued once, for all of them.
 
-    `stored`: of each, storage and padding of the `StoredOption` that it comes from or goes to, if any.
+    `stored`: per part, storage and padding of the `StoredOption` that it comes from or goes to, if any.
     """
     parts = list(xs)
     dims = [storage.state_dim if storage is not None else 0 for storage, _ in stored]
@@ -269,7 +269,7 @@ def emit_together(
 
 
 def emit_packed(emit: Emitter, xs: Sequence[fx.Node], steps: Sequence[Step]) -> list[fx.Node]:
-    """Add up partial sums as one tensor, by the one step that each of them would take."""
+    """Add up partial sums packed into one tensor, by the single step that each of them would take."""
     (step,) = steps
     _, name = emit.group(step.axes)
     shapes = [emit.shape(x) for x in xs]

@@ -24,7 +24,7 @@ from passes.strategies import Option, StoredOption
 
 
 def itinerary(space: Space, assignment: Sequence[int]) -> list[Run | Move]:
-    """Everything a rank does, in order, when site i takes option `assignment[i]`; buckets stand side by side."""
+    """Everything a rank does, in order, when site i takes option `assignment[i]`; moves of one bucket are adjacent."""
     gradients = space.analysis.gradients
     items = bucketed(space.program, list(_Walk(space, assignment).items()), gradients)
     return postponed(space.program, items, gradients) if space.recomputed.postpone else items

@@ -33,7 +33,7 @@ class _Run:
 
 
 def split_joined(program: Program) -> Program:
-    """The program with such batches. It keeps its fingerprint."""
+    """The program with the batches that a `cat` joins as a dim of their own. The fingerprint is kept."""
     old = program.graph.graph
     batch = program.batch_size
     if batch is None or batch < 2:

@@ -10,10 +10,9 @@ from torch.utils import _pytree as pytree
 
 
 def left_behind(model: nn.Module, outputs: Iterable[Tensor]) -> tuple[str, ...]:
-    """Attributes of modules that hold, outside of their tables, what gradients flow through and no output is made of.
-
-    A loss that the caller makes of them, as that of a router in a mixture of experts, trains.
-    """
+    """Module attributes, other than parameters, buffers and submodules, that hold a differentiable tensor which no
+    output was computed from. In eager, a loss that the caller makes of them trains, as that of a router in a mixture of
+    experts does."""
     own = vars(nn.Module())
     made = {
         f"{prefix}.{key}" if prefix else key: {
@@ -30,7 +29,7 @@ def left_behind(model: nn.Module, outputs: Iterable[Tensor]) -> tuple[str, ...]:
 
 
 def functions_of(outputs: Iterable[Tensor]) -> set[Any]:
-    """The nodes of autograd's graph that made `outputs`."""
+    """The autograd nodes that `outputs` were computed by."""
     seen: set[Any] = {output.grad_fn for output in outputs} - {None}
     stack = list(seen)
     while stack:
@@ -41,7 +40,7 @@ def functions_of(outputs: Iterable[Tensor]) -> set[Any]:
 
 
 def left_note(names: Sequence[str]) -> str:
-    """What is said of them."""
+    """The note that names them."""
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
         f"attribute {shown}: the forward leaves there what gradients flow through and what it returns is not made of; "

@@ -204,7 +204,7 @@ class Messages:
         return own if allowed is None else np.where(allowed, own, math.inf)
 
     def reprice(self, s_per_byte: Floats) -> None:
-        """Other prices (above zero) of a byte; what was found for the ones before is a start."""
+        """Set the price of a byte (above zero) per case; the messages found so far are the start."""
         ratio = (s_per_byte / self.s_per_byte)[:, None, None]
         for link in self._links.values():
             for part in link.parts:
@@ -215,7 +215,7 @@ class Messages:
         self.bound_s = np.full(len(s_per_byte), -math.inf)
 
     def state(self, case: int) -> State:
-        """What `load` goes on from."""
+        """The state of a case, from which `load` continues."""
         return [
             values[case].copy()
             for link in self._links.values()
@@ -223,8 +223,8 @@ class Messages:
         ]
 
     def load(self, cases: Sequence[tuple[State, float, Mapping[int, Flags]]]) -> None:
-        """Other cases: where an earlier one stood, what a byte cost there, and by variable the options allowed, where
-        not all are."""
+        """Replace the cases. Each has the state of an earlier one to start from, the price of a byte there, and by
+        variable the options allowed, where not all are."""
         values = map(np.stack, zip(*(state for state, *_ in cases), strict=True))
         prices = np.array([price for _, price, _ in cases])
         for link in self._links.values():
@@ -239,7 +239,7 @@ class Messages:
         self._allowed = {v: np.stack([allowed.get(v, every[v]) for *_, allowed in cases]) for v in some}
 
     def improve(self, times: int = 1) -> None:
-        """Passes over all variables and back."""
+        """Go `times` times over all variables and back."""
         for _ in range(times):
             self._pass(range(len(self._own_s)), forward=True)
             proved = self._pass(reversed(range(len(self._own_s))), forward=False)
@@ -305,7 +305,7 @@ class Messages:
         return [tuple(map(int, of)) for of in picked.T]
 
     def excess_s(self) -> tuple[Floats, ...]:
-        """By variable, of each case and option: a plan with it costs at least so much more than the bound."""
+        """By variable, per case and option: how much more than the bound a plan with that option costs at least."""
         found = []
         for variable, ends in enumerate(self._ends):
             costs = sum((np.maximum(end.message(), -_HUGE) for end in ends), self._own(variable))

@@ -16,14 +16,14 @@ _SHARES = {"matmul": 1.0, "attention": 1.0, "attention_backward": 4 / 5}
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """`dtype`: the one that most of them are in."""
+    """Floating-point operations of a step by op; `dtype`: that of most of them."""
 
     flops: float
     dtype: str
 
 
 def model_flops(program: Program) -> ModelFlops:
-    """Of forward and backward of the whole batch; of causal attention the half that kernels compute."""
+    """FLOPs of forward and backward on the whole batch; causal attention counts the half that kernels compute."""
     flops: defaultdict[str, float] = defaultdict(float)
     for node in program.graph.graph.nodes:
         if node.op != "call_function" or is_getitem(node):

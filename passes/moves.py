@@ -1,4 +1,4 @@
-"""What a rank does one after the other: ops, and moves of tensors between layouts."""
+"""The items of a step in the order a rank runs them: ops, and moves of tensors between layouts."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ class Move:
 
     @property
     def place(self) -> fx.Node:
-        """The op a person would look for it at: what left partial sums or a gradient, or else what needs the value."""
+        """The op to name for it in a report: the one that left partial sums or a gradient, else the one that needs the
+        value."""
         partial = not isinstance(self.source, StoredOption) and any(isinstance(p, Partial) for p in self.source)
         return self.value if partial or self.reader is None else self.reader

@@ -49,7 +49,7 @@ class Halves:
 
     @property
     def kept(self) -> tuple[bool, ...]:
-        """Of each of the outputs and new buffers: whether it is in memory that the backward keeps."""
+        """Per output and new buffer: whether its storage is kept for the backward."""
         inputs = self.forward.graph.find_nodes(op="placeholder")
         bases = {*map(base_of, self.saved), *(inputs[index] for index in self.saved_inputs)}
         return tuple(base_of(node) in bases for node in results_of(self.forward.graph)[: self.outputs])
@@ -167,9 +167,9 @@ def extract(
     first: frozenset[fx.Node],
     instead: Mapping[fx.Node, fx.Node],
 ) -> fx.GraphModule:
-    """The graph that makes `outputs` of `inputs`; `instead`: nodes that are read in the place of others.
+    """The graph that computes `outputs` from `inputs`. `instead`: node -> the node that is read in its place.
 
-    Nodes of `first` keep their order; any other is put right before the first that reads it.
+    Nodes in `first` keep their order; any other is put right before its first reader.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

@@ -22,7 +22,7 @@ from passes.walks import following
 
 
 def plan_notes(chosen: Candidate, search: Search) -> tuple[str, ...]:
-    """The notes of the chosen one's plan."""
+    """The notes of the plan that is made of `chosen`."""
     request = search.request
     return (
         *chosen.space.program.notes,
@@ -138,7 +138,7 @@ def _tight_notes(chosen: Candidate) -> list[str]:
 
 
 def tight_note(peak_bytes: float, usable_bytes: float) -> str | None:
-    """What is said of a step that may not fit for what the allocator cannot use."""
+    """A note for a step that may not fit because of memory that the allocator cannot use."""
     share = peak_bytes / usable_bytes
     if share * _RESERVED <= 1:
         return None
@@ -164,7 +164,7 @@ def _launch_notes(chosen: Candidate, request: Request) -> list[str]:
 
 
 def launch_note(kernels: float, seconds: float) -> str | None:
-    """What is said of a micro-batch whose kernels are short."""
+    """A note for a micro-batch whose kernels are short."""
     if seconds >= kernels * _LAUNCH_S:
         return None
     return (

@@ -67,7 +67,8 @@ class Played:
 
 
 class Arrival(NamedTuple):
-    """When what a move brings is there, its last collective, and seconds of local slices that are left to do then."""
+    """When a moved tensor is there: at `at_s`, after the collective `after` (its index among `played`), with `slices_s`
+    seconds of local slices left to do by then."""
 
     at_s: float
     after: int | None
@@ -86,11 +87,11 @@ class Running(NamedTuple):
     memory: float
 
     def since(self, at_s: float) -> Running:
-        """The same on a clock that starts at `at_s`; what has begun by then begins there."""
+        """The same on a clock that starts at `at_s`; a collective that has begun by then begins there."""
         return self._replace(start_s=max(0.0, self.start_s - at_s), end_s=self.end_s - at_s)
 
     def later(self, by_s: float) -> Running:
-        """The same, that much later."""
+        """The same, `by_s` later."""
         return self._replace(start_s=self.start_s + by_s, end_s=self.end_s + by_s)
 
 
@@ -335,7 +336,7 @@ class Player:
                     yield from run.items()
 
     def layers(self) -> tuple[tuple[str, str, float], ...]:
-        """When compute enters another layer."""
+        """(phase, layer, seconds) of each time that compute enters another layer."""
         found: list[tuple[str, str, float]] = []
         for index, item in enumerate(self.tracks.items):
             if isinstance(item, Run) and self.tracks.costs[item.site].seconds:
@@ -536,7 +537,7 @@ class Player:
         self.now_s = max(self.now_s, until_s)
 
     def moment_text(self, at_s: float) -> str:
-        """What runs at a moment."""
+        """A description of what runs at `at_s`."""
         if at_s >= self.now_s:
             return "the optimizer's update"
         costs = self.tracks.costs

@@ -21,7 +21,7 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """What ops and modules make where they are told no dtype."""
+    """Context in which ops and modules make tensors of `dtype` where they are told none."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -32,7 +32,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Dtypes:
-    """Of one parameter: at rest, in compute, and where partial sums of its gradient are added."""
+    """Dtypes of one parameter: at rest, in compute, and in which partial sums of its gradient are added."""
 
     stored: torch.dtype
     computed: torch.dtype
@@ -54,7 +54,7 @@ class Precision:
     cast_inputs: bool = True
 
     def dtypes_of(self, parameter: Tensor) -> Dtypes | None:
-        """Those of a parameter, where they are not all its own."""
+        """The dtypes of a parameter; None where all three are its own."""
         stored = parameter.dtype
         if not stored.is_floating_point:
             return None
@@ -71,7 +71,7 @@ class Precision:
         return _cast(leaf, self.outputs)
 
     def notes(self, parameters: Sequence[Tensor]) -> tuple[str, ...]:
-        """What a user should know of the dtypes in force."""
+        """Notes for the user on the dtypes in force."""
         every = [dtypes for parameter in parameters if (dtypes := self.dtypes_of(parameter)) is not None]
         found = []
         for dtypes in dict.fromkeys(every):

@@ -51,8 +51,8 @@ class Priced:
     flows_s: tuple[tuple[Floats, Floats], ...]
 
     def weighed(self, state_share: float, budget_bytes: float = math.inf) -> Problem:
-        """The problem within a budget, with so much counted of the time of state gathers and gradient reductions, which
-        run behind compute."""
+        """The problem with a memory budget, in which the time of state gathers and gradient reductions, which overlap
+        with compute, counts at `state_share`."""
         flows = (
             replace(flow, cost_s=_rows(always_s + state_share * state_s)) if state_s.any() else flow
             for flow, (always_s, state_s) in zip(self.problem.flows, self.flows_s, strict=True)
@@ -73,8 +73,8 @@ def price(
 ) -> Priced:
     """The problem of choosing an option for every site.
 
-    optimizer: AdamW where not said. known: seconds of the same sites' options, from where other ops were computed
-    again; what is found is added.
+    optimizer: default AdamW. known: a cache of seconds per site and option, shared by spaces that differ only in what
+    is computed again; new entries are added.
 
     Raises:
         NoFeasiblePlanError: a site has no option left.
@@ -118,7 +118,7 @@ def _option_s(space: Space, site: Site, option: Option | StoredOption, optimizer
 
 
 def update_s(shape: tuple[int, ...], item_bytes: int, optimizer: OptimizerSpec, device: Device) -> float:
-    """Seconds that an update of a parameter moves memory, of which a rank stores a part of `shape`."""
+    """Seconds that the optimizer's update of a parameter moves memory, on a rank that stores a part of `shape`."""
     elements = math.prod(shape)
     states = at_rest(shape, optimizer, item_bytes=item_bytes).states
     return update_traffic_s(elements, item_bytes, states / max(1, elements), device)

@@ -72,7 +72,7 @@ def rebatched(deep: Told, shallow: Told, other: Told) -> Program | None:
 
 
 def copy_of(program: Program) -> Program:
-    """The same on a graph of its own."""
+    """The same program on a graph of its own."""
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in program.graph.graph.nodes:
         new[node] = graph.node_copy(node, new.__getitem__)

@@ -50,12 +50,12 @@ class Mix:
 
     @cached_property
     def picks(self) -> tuple[int, ...]:
-        """Of each variable the option that is most of it."""
+        """Per variable, the option with the largest share."""
         return _largest(self.parts)
 
     @cached_property
     def mixed(self) -> tuple[int, ...]:
-        """Variables that are no single option."""
+        """Variables that have more than one option."""
         return tuple(variable for variable, part in enumerate(self.parts) if part.max() < 1.0 - _INTEGRAL)
 
 

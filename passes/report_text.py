@@ -72,7 +72,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def step_text(seconds: float) -> str:
-    """The same, of steps that are told apart by hundredths of a second."""
+    """The same, with hundredths of a second, for steps that are compared."""
     return seconds_text(seconds) if seconds < 1 else f"{seconds:.2f} s"
 
 
@@ -101,7 +101,7 @@ def title_text(plan: Plan) -> str:
 
 
 def bound_text(plan: Plan) -> str:
-    """What the solver proved, and what it did not; "" where it was not asked."""
+    """The solver's proof in a sentence; "" where it was not asked."""
     bound = plan.bound
     if not bound.seconds:
         return ""

@@ -71,7 +71,7 @@ class Collective:
 
     @property
     def names(self) -> list[str]:
-        """What goes together in it; a gradient by its parameter's name."""
+        """What is moved together in it; a gradient by its parameter's name."""
         return [name.removeprefix("gradient of ") for name in self.value.split(", ")]
 
 

@@ -14,7 +14,7 @@ from passes.tracing import unwrapped
 
 
 def mutated_notes(slots: Sequence[Slot]) -> list[str]:
-    """Of inputs and parameters that the forward writes to in place."""
+    """Notes on inputs and parameters that the forward writes to in place."""
     written = [slot.input for slot in slots if unwrapped(slot.view) is not slot.fake]
     return [
         f"{what.kind} {what.name}: the forward writes to it in place; only the graph sees what it wrote"
@@ -34,10 +34,8 @@ def empty_buffers(model: nn.Module) -> dict[str, None]:
 
 
 def attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any], but: Collection[str]) -> list[str]:
-    """Of attributes that the forward changes and the next eager call would read.
-
-    Attributes named in `but` are overwritten before they are read, as `torch.nn.utils.weight_norm` does with a weight.
-    """
+    """Notes on attributes that the forward changes and the next eager call would read. Attributes named in `but` are
+    overwritten before they are read, as `torch.nn.utils.weight_norm` does with a weight."""
 
     def changed(old: Any, new: Any) -> bool:
         return old is not new and (isinstance(old, Tensor) or isinstance(new, Tensor) or old != new)
@@ -52,7 +50,8 @@ def attribute_notes(before: Mapping[str, Any], after: Mapping[str, Any], but: Co
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back, afterwards, every attribute of the model's modules, and what their lists, dicts and sets held."""
+    """Context that restores, on exit, every attribute of the model's modules and the contents of their lists, dicts and
+    sets."""
     before = []
     for module in model.modules():
         attributes = dict(module.__dict__)

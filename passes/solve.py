@@ -60,7 +60,7 @@ class Solution:
 
     @property
     def is_proved(self) -> bool:
-        """Whether that is as good as nothing."""
+        """Whether the gap is negligible."""
         return self.gap <= PROVED_GAP
 
 

@@ -131,11 +131,11 @@ def search_space(
 ) -> Space:
     """All ways to lay `program` out over `topology` under `strategy`, with what `recompute` computes again.
 
-    `reshard`: as in `Recomputation`. `joined`: the axes that do not split the batch do the same everywhere, as one axis
-    would, and so do those that split it.
+    `reshard`: as in `Recomputation`. `joined`: all axes that do not split the batch make the same choice at each site,
+    as one axis of all their ranks would; so do all that split it.
 
     `stored`: parameters (by name) that already lie somewhere; only the rest is chosen. `pins`: parameter-name pattern
-    (fnmatch) -> layout that compute uses it in, or a `Pin`. `analysis`: `analyse(program)`, where it is at hand.
+    (fnmatch) -> layout that compute uses it in, or a `Pin`. `analysis`: `analyse(program)`, if it was made before.
 
     Raises:
         ValueError: an unknown strategy, a batch that the batch axes do not divide, or a pin that cannot be.

@@ -55,10 +55,8 @@ Costs = dict[tuple[int, int], OpCost]
 
 @dataclass(slots=True)
 class Slot:
-    """One tensor on one rank; `producer` is the item that makes it, -1 for what is there from the start.
-
-    `gathered` marks a stored parameter brought whole. `era` is the phase that it is for, "" for all.
-    """
+    """One tensor on one rank; `producer` is the item that makes it, -1 for what exists from the start. `gathered`: a
+    stored parameter, gathered whole. `era`: the phase that it is made for, "" for both."""
 
     node: fx.Node
     bytes: int
@@ -81,7 +79,8 @@ class Tracks:
     """What the step gives: slot, phase, and whether it is a parameter's gradient."""
 
     def treats(self, index: int, compiled: Fused) -> Fusing:
-        """How an item treats memory: what is not compiled reads and writes all that it names, views apart."""
+        """How an item uses memory. Ops that are not compiled read all operands and write all results; only views do
+        not."""
         item = self.items[index]
         if isinstance(item, Move):
             return "kernel"
@@ -90,7 +89,7 @@ class Tracks:
         return fusing if runs or fusing == "view" else "kernel"
 
     def fused_again(self, compiled: Fused) -> frozenset[int]:
-        """Items that compute a pointwise op again within the ops that read it: what those read costs no more for it."""
+        """Items that compute a pointwise op again inside the ops that read it, whose cost they are part of."""
         found = set()
         written = [False] * len(self.slots)
         for index in range(len(self.items) - 1, -1, -1):
@@ -105,7 +104,7 @@ class Tracks:
 
     @cached_property
     def multiplied(self) -> frozenset[int]:
-        """Slots that backward reads as operands of products, views between, and for nothing else."""
+        """Slots that backward reads only as operands of matrix products, possibly through views."""
         late, alone = [False] * len(self.slots), [True] * len(self.slots)
         for slot, _, _ in self.leaving:
             alone[slot] = False
@@ -220,7 +219,8 @@ class _Slots:
 
 
 def kept_bytes(space: Space, laid: Tracks, slot: int) -> int:
-    """What a slot takes that is kept for backward: with fp8 products one byte per element of what these alone read."""
+    """Bytes of a slot that is kept for backward. With fp8 products, what these alone read takes one byte per
+    element."""
     made = laid.slots[slot]
     if not space.fp8:
         return made.bytes
@@ -240,7 +240,7 @@ def part_bytes(space: Space, value: Value, where: Layout | StoredOption) -> int:
 
 
 def op_cost(space: Space, site_index: int, option: Option) -> OpCost:
-    """What an op of a site takes under `option`."""
+    """Cost of an op of a site under `option`, on one rank."""
     site = space.sites[site_index]
     call = site.call
     assert call is not None

@@ -29,10 +29,10 @@ AnyNode = TypeVar("AnyNode", bound=Node)
 
 @dataclass
 class Tree(Generic[AnyNode]):
-    """The nodes of a branch and bound still to be looked at, the lowest bound first, and the best picks so far.
+    """Open nodes of a branch and bound, the lowest bound first, and the best picks so far.
 
-    It ends where no node can lead to picks cheaper than the best by more than `gap` (relative), or where all that fits
-    costs at least `below_s`. `most_s`: a bound that no plan's seconds exceed.
+    It ends when no open node can lead to picks cheaper than the best by more than `gap` (relative), or when everything
+    that fits costs at least `below_s`. `most_s`: an upper bound on any plan's seconds.
     """
 
     problem: Problem
@@ -55,7 +55,7 @@ class Tree(Generic[AnyNode]):
         return self._known[picks]
 
     def met(self) -> Iterable[tuple[int, ...]]:
-        """All picks met so far."""
+        """All picks evaluated so far."""
         return self._known
 
     def has_met(self, picks: tuple[int, ...]) -> bool:
@@ -63,34 +63,34 @@ class Tree(Generic[AnyNode]):
 
     @property
     def enough_s(self) -> float:
-        """A bound that proves enough."""
+        """The bound at which the best picks are proved."""
         return self.best_s - self.gap * abs(self.best_s) if self.picks else self.most_s
 
     def add(self, node: AnyNode) -> None:
-        """Leave a node for later, unless its bound proves enough already."""
+        """Open a node, unless its bound is proved enough already."""
         if node.bound_s >= self.enough_s:
             self.close(node.bound_s)
         else:
             heapq.heappush(self.open, node)
 
     def close(self, bound_s: float) -> None:
-        """Leave plans out that cost no less than that."""
+        """Discard plans that cost `bound_s` or more; the proved bound accounts for them."""
         self._closed_s = min(self._closed_s, bound_s)
 
     def is_done(self) -> bool:
-        """Whether the nodes left hold nothing that is cheaper by more than the gap."""
+        """Whether no open node can be cheaper by more than the gap."""
         return not self.open or self.open[0].bound_s >= self.enough_s or self.bound_s() >= self.below_s
 
     def next(self) -> AnyNode:
-        """The node with the lowest bound, taken out."""
+        """Remove and return the open node with the lowest bound."""
         return heapq.heappop(self.open)
 
     def bound_s(self) -> float:
-        """What no picks that fit cost less than."""
+        """The proved bound: no picks that fit cost less."""
         return min(self.open[0].bound_s if self.open else math.inf, self._closed_s, self.best_s)
 
     def found(self, time_limit_s: float) -> tuple[tuple[int, ...], float]:
-        """The best picks, and what none cost less than, after so much time at most.
+        """The best picks and the proved bound, after at most so much time.
 
         Raises:
             NoFeasiblePlanError: nothing that fits costs less than `below_s`, or nothing that fits was met.

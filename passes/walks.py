@@ -23,9 +23,9 @@ def made_of(
     stop: Callable[[fx.Node], bool] = lambda node: False,
     instead: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
 ) -> dict[fx.Node, None]:
-    """`roots` and all nodes that they are made of; a node where `stop` is true is included, but not what it is made of.
+    """`roots` and all nodes that they depend on. A node where `stop` is true is included, but not what it depends on.
 
-    `instead`: nodes that are looked at in the place of others.
+    `instead`: node -> the node that is followed in its place.
     """
     found: dict[fx.Node, None] = {}
     stack = [root for root in roots if isinstance(root, fx.Node)]
@@ -39,7 +39,7 @@ def made_of(
 
 
 def following(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """`roots` and all that follows from them."""
+    """`roots` and all nodes that depend on them."""
     found = set(roots)
     for node in graph.nodes:
         if not found.isdisjoint(node.all_input_nodes):

@@ -81,7 +81,7 @@ def _bytes(shape: Shape, dtype: torch.dtype) -> int:
 
 
 class Traffic(Protocol):
-    """Shares of operands' and results' bytes that move."""
+    """Shares of the bytes of operands and results that an op really moves."""
 
     @property
     def reads(self) -> tuple[float, ...]:
@@ -97,7 +97,7 @@ class Traffic(Protocol):
 
 
 def is_reduction(target: object) -> bool:
-    """Whether an op sums or compares along a dim, or normalises by that."""
+    """Whether an op sums or compares along a dim, or normalises by such a sum."""
     text = str(target)
     return any(word in text for word in ("sum", "mean", "amax", "norm", "softmax", "var"))
 
@@ -116,7 +116,10 @@ def _fused(call: Call, operands: Sequence[Shape], results: Sequence[Shape], traf
 
 
 def work_of(call: Call, operands: Sequence[Shape], results: Sequence[Shape], traffic: Traffic | None = None) -> Work:
-    """`call` on one rank, its tensors having these local shapes; `traffic`: what of them moves (`passes/fusion.py`)."""
+    """The work of `call` on one rank, on operands and results of these local shapes.
+
+    `traffic`: what of them really moves (`passes/fusion.py`); None: all.
+    """
     target = call.target
     made = next((facts.dtype for facts in call.results if facts is not None), torch.float32)
     dtype, item = dtype_text(made), made.itemsize
