@@ -11,24 +11,18 @@ trials run in a child process: kernels that trust their caller's shapes may cras
 
 from __future__ import annotations
 
-import faulthandler
 import math
-import os
-import pickle
-import select
-import signal
-import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from string import ascii_letters
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from passes.in_child import in_child
 from passes.rules.call import Call, Operand, TensorFacts
 from passes.rules.form import Dims, Form, FormBuilder
 from passes.rules.table import whole_form
@@ -84,7 +78,7 @@ def discover(call: Call) -> Discovery:
     key = str(call)
     if key not in _found:
         try:
-            factors = _apart(lambda: _factors(call))
+            factors = in_child(lambda: _factors(call), _RefusedError, _LONGEST_S)
             if not factors:
                 raise _RefusedError("no split of its operands gives parts of its results")
             rule = _rule(call, factors)
@@ -136,63 +130,6 @@ def form_of_rule(call: Call, rule: str) -> Form:
 
 
 # ---------------------------------------------------------------------------------------------------- a process apart
-def _apart(work: Callable[[], tuple[_Factor, ...]]) -> tuple[_Factor, ...]:
-    """What `work` gives when a child process runs it.
-
-    Raises:
-        _RefusedError: `work` raises it, crashes or takes too long.
-    """
-    if not hasattr(os, "fork"):
-        raise _RefusedError("this platform has no fork, under which it could be tried")
-    receiver, sender = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the child runs one thread and never returns to the caller's code
-        child = os.fork()
-    if child == 0:
-        _work_in_child(work, sender)
-    os.close(sender)
-    said = _read(receiver, child)
-    os.waitpid(child, 0)
-    if not said:
-        raise _RefusedError("it crashed, or took longer than 20 seconds, when it was tried on parts")
-    result = pickle.loads(said)
-    if isinstance(result, str):
-        raise _RefusedError(result)
-    return cast(tuple[_Factor, ...], result)
-
-
-def _work_in_child(work: Callable[[], tuple[_Factor, ...]], sender: int) -> NoReturn:
-    try:
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 1)
-        os.dup2(silent, 2)
-        faulthandler.disable()
-        torch.set_num_threads(1)
-        try:
-            result: tuple[_Factor, ...] | str = work()
-        except _RefusedError as refusal:
-            result = str(refusal)
-        with os.fdopen(sender, "wb") as pipe:
-            pipe.write(pickle.dumps(result))
-    finally:
-        os._exit(0)
-
-
-def _read(receiver: int, child: int) -> bytes:
-    """All that the child writes; nothing where it has not finished in time, and then it is stopped."""
-    said, deadline = b"", time.monotonic() + _LONGEST_S
-    with os.fdopen(receiver, "rb", buffering=0) as pipe:
-        while True:
-            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                os.kill(child, signal.SIGKILL)
-                return b""
-            piece = pipe.read(65536)
-            if not piece:
-                return said
-            said += piece
-
-
 # ------------------------------------------------------------------------------------------------------------- trying
 def _refusal(call: Call) -> str | None:
     schema = getattr(call.target, "_schema", None)
