@@ -28,11 +28,12 @@ from passes.inputs import global_inputs
 from passes.masks import masks_as_shares
 from passes.model_flops import ModelFlops, model_flops
 from passes.pad import Pad
+from passes.paddings import PaddingsOf
 from passes.pipeline import prepare
 from passes.precision import Precision
 from passes.price import price
 from passes.program import Program
-from passes.proposals import HIDDEN_SHARES, PaddingsOf
+from passes.proposals import HIDDEN_SHARES
 from passes.rebatch import Told, copy_of, rebatched, told
 from passes.recompute import Mode, Recomputation, recomputation
 from passes.routing import expert_count

@@ -21,12 +21,12 @@ from passes.errors import NoFeasiblePlanError
 from passes.linear import Near
 from passes.local import Storage
 from passes.pad import Pad
+from passes.paddings import Padding
 from passes.price import Priced, price
 from passes.recompute import Mode, Recomputation
 from passes.schedule import Schedule, play
 from passes.solve import PROVED_GAP, Solution, solve
 from passes.space import Pin, Space
-from passes.uneven import Padding
 
 TIE = 1e-3
 """Relative step time within which the simpler plan is taken."""

@@ -20,9 +20,10 @@ from typing import Any
 from costmodel.memory import OPTIMIZERS, at_rest, gib
 from passes.errors import NoFeasiblePlanError
 from passes.fitting import Candidate, Request, best, smallest
+from passes.paddings import PaddingsOf
 from passes.pins import Pin, PinError
 from passes.program import Program
-from passes.proposals import SIMPLEST_FIRST, PaddingsOf, Search
+from passes.proposals import SIMPLEST_FIRST, Search
 
 Smaller = Callable[[int], Program | None]
 """A divisor -> the program of a batch that many times smaller; None where the batch cannot be divided so."""

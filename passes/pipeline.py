@@ -32,11 +32,12 @@ from passes.make_plan import baseline, make_plan
 from passes.masks import use_causal_flag
 from passes.named import alike_axes, check_strategy
 from passes.one_form import one_form
+from passes.paddings import PaddingsOf
 from passes.pins import PinError, pinned_layouts
 from passes.plan import Baseline, Bound, Plan, check_plan
 from passes.plan_notes import plan_notes
 from passes.program import Program
-from passes.proposals import BY_HAND, SIMPLEST_FIRST, PaddingsOf, Progress, Search, with_parameters_kept
+from passes.proposals import BY_HAND, SIMPLEST_FIRST, Progress, Search, with_parameters_kept
 from passes.randomness import own_randomness
 from passes.recompute import Mode
 from passes.rewrite import rewrite

@@ -6,14 +6,13 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from costmodel.collectives import taken_shares
 from costmodel.hardware import Topology
 from costmodel.memory import OPTIMIZERS
-from passes.analysis import analyse
 from passes.blocks import NotPeriodicError
 from passes.decisions import without
 from passes.dims import Value
@@ -29,18 +28,14 @@ from passes.fitting import (
     fitting,
     smallest,
 )
-from passes.fusion import Fused
 from passes.named import alike_axes, tensor_axes
 from passes.pad import Pad
+from passes.paddings import Padding, Paddings, PaddingsOf
 from passes.pins import PinError
 from passes.price import price
-from passes.program import Program
 from passes.recompute import Mode, recomputation
-from passes.repeat import is_worth_repeating
-from passes.routing import token_parts
 from passes.space import Space, search_space
-from passes.token_blocks import by_blocks, has_whole_batch
-from passes.uneven import Padding, Paddings, stored_pads, uneven_dims, used_pads
+from passes.uneven import stored_pads, uneven_dims, used_pads
 
 Progress = Callable[[str], None]
 BY_HAND = ("ddp", "fsdp", "megatron")
@@ -53,56 +48,6 @@ _LEFT_OUT_S = 30.0
 _AUTO: tuple[Mode, ...] = ("pointwise", "selective", "widening", "full")
 """What `recompute="auto"` tries, each only where the one before does not fit at its fastest: to compute pointwise ops
 again costs next to nothing, as they fuse with what reads them."""
-
-
-class PaddingsOf:
-    """The program's paddings under each strategy: routed experts, and rows taken in turns, depend on how many
-    parts the tokens have.
-
-    `rules`: those of calls that no table knows, where they have been found (`Plan.rules`). `fused`: as in `analyse`.
-    """
-
-    def __init__(
-        self,
-        program: Program,
-        sizes: Sequence[int],
-        batch_axes: tuple[int, ...],
-        rules: Mapping[str, str] | None = None,
-        *,
-        fused: Fused = True,
-    ) -> None:
-        self._program, self._sizes, self._batch_axes = program, sizes, batch_axes
-        self._rules, self._fused = rules, fused
-        self._in_parts = has_whole_batch(program)
-        self._known: dict[tuple[int, bool], Paddings] = {}
-
-    @property
-    def program(self) -> Program:
-        """What they are paddings of."""
-        return self._program
-
-    def on(self, sizes: Sequence[int], batch_axes: tuple[int, ...]) -> PaddingsOf:
-        """The same program's on another mesh; what is analysed already is not analysed again."""
-        other = PaddingsOf(self._program, sizes, batch_axes, self._rules, fused=self._fused)
-        other._known = self._known
-        return other
-
-    def under(self, strategy: str, repeated_keys: bool = False) -> Paddings:
-        """The paddings that plans under `strategy` are made from; `repeated_keys`: see `Paddings`."""
-        parts = token_parts(self._program, strategy, self._sizes, self._batch_axes) if self._in_parts else 1
-        if (parts, repeated_keys) not in self._known:
-            if repeated_keys:
-                whole = self.under(strategy).whole
-            else:
-                whole = analyse(by_blocks(self._program, parts), self._rules, fused=self._fused)
-            made = Paddings(whole, self._rules, self._fused, repeated_keys=repeated_keys)
-            self._known[parts, repeated_keys] = made
-        return self._known[parts, repeated_keys]
-
-    def may_repeat_keys(self, strategy: str) -> bool:
-        """Whether plans under `strategy` may repeat keys and values of grouped attention: where that helps to split."""
-        parts = math.prod(size for axis, size in enumerate(self._sizes) if axis not in self._batch_axes)
-        return strategy in ("auto", "megatron") and parts > 1 and is_worth_repeating(self._program, parts)
 
 
 Way = tuple[Mode, bool]

@@ -10,17 +10,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from torch import fx
 
-from passes.analysis import Analysis, analyse
+from passes.analysis import Analysis
 from passes.dims import Atom, is_getitem, value_of
-from passes.fusion import Fused
-from passes.harmless import Place
 from passes.local import Storage
-from passes.pad import Pad, pad, padded_atom
-from passes.repeat import repeat_keys
+from passes.pad import Pad
+from passes.paddings import Padding
 from passes.rules.call import is_tensor
 from passes.rules.index import EMBEDDINGS
 from passes.rules.matmul import PRODUCTS
@@ -30,50 +27,6 @@ from passes.words import Words
 
 _MOST = 2.0
 """A dim is not made larger than this many times its size: beyond, most ranks would hold nothing but padding."""
-
-
-@dataclass(frozen=True)
-class Padding:
-    """A program with some dims padded, analysed; `seen` has, per pad, a node that has the larger dim, and where."""
-
-    pads: tuple[Pad, ...]
-    analysis: Analysis
-    seen: Mapping[Pad, tuple[fx.Node, Place]] = field(default_factory=dict)
-    repeated_keys: bool = False
-
-
-class Paddings:
-    """A program's paddings, each made and analysed once.
-
-    `known`: rules found before, and `fused`, as `analyse` takes them. `repeated_keys`: of the program with keys and
-    values of grouped attention repeated.
-    """
-
-    def __init__(
-        self,
-        whole: Analysis,
-        known: Mapping[str, str] | None = None,
-        fused: Fused = True,
-        *,
-        repeated_keys: bool = False,
-    ) -> None:
-        self._known, self._fused = {**whole.found, **(known or {})}, fused
-        self.whole = analyse(repeat_keys(whole.program), self._known, fused=fused) if repeated_keys else whole
-        self.repeated_keys = repeated_keys
-        self._made: dict[tuple[Pad, ...], Padding] = {(): Padding((), self.whole, repeated_keys=repeated_keys)}
-
-    def of(self, pads: tuple[Pad, ...]) -> Padding:
-        """The program with these dims padded."""
-        if pads not in self._made:
-            made = pad(self.whole, pads)
-            analysis = analyse(made.program, self._known, fused=self._fused)
-            self._made[pads] = Padding(pads, analysis, made.seen, self.repeated_keys)
-        return self._made[pads]
-
-    def join(self, first: Sequence[Pad], second: Sequence[Pad]) -> tuple[Pad, ...]:
-        """The pads of both; where they name one dim, the first's."""
-        atoms = {id(padded_atom(self.whole, each)) for each in first}
-        return (*first, *(each for each in second if id(padded_atom(self.whole, each)) not in atoms))
 
 
 def used_pads(padding: Padding, space: Space, assignment: Sequence[int]) -> tuple[Pad, ...]:

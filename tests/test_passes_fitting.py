@@ -17,9 +17,10 @@ from small_models import build
 from passes import fitting, pipeline, proposals
 from passes.capture import capture
 from passes.fitting import Candidate, Enough, Posed, Request, looked_at_longer
+from passes.paddings import PaddingsOf
 from passes.pipeline import compile_plan, on_mesh, prepare
 from passes.price import price
-from passes.proposals import PaddingsOf, Search
+from passes.proposals import Search
 from passes.solve import solve
 
 MESH = on_mesh("h100", (("dp", 2), ("tp", 2)))
