@@ -16,7 +16,8 @@ from torch import fx
 from costmodel.layout import Layout
 from passes.conversion import read_state
 from passes.dims import is_getitem, value_of
-from passes.emit import Emitter, emit_packed, emit_steps, emit_together, relax_views
+from passes.emit import Emitter, relax_views
+from passes.emit_steps import emit_packed, emit_steps, emit_together
 from passes.fakes import FakeTensorMode
 from passes.graphs import graph_module
 from passes.itinerary import Returned, itinerary, returned

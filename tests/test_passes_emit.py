@@ -16,7 +16,8 @@ from costmodel.layout import Layout, Partial, Replicate, Shard, layout_text, loc
 from costmodel.presets import hardware
 from costmodel.reshard import steps
 from costmodel.state import chunks, state_gather, state_scatter
-from passes.emit import Emitter, emit_steps
+from passes.emit import Emitter
+from passes.emit_steps import emit_steps
 from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
 from passes.program import Program
 from passes.simulate import simulate
