@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,15 +69,21 @@ def size(text: str) -> int:
     return int(found)
 
 
+def _number(text: str, refusal: str) -> float:
+    """A finite number of at least 0, which an argument's text says."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(refusal)
+    return number
+
+
 def share(text: str) -> float:
     """`5%` or `0.05`."""
-    try:
-        found = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        found = -1.0
-    if not 0 <= found < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 5% or 0.05")
-    return found
+    number = _number(text.removesuffix("%"), f"{text!r} is no share; write 5% or 0.05")
+    return number / 100 if text.endswith("%") else number
 
 
 def count(text: str) -> int:
@@ -88,13 +95,10 @@ def count(text: str) -> int:
 
 def seconds(text: str) -> float:
     """A time above zero: `2.5`."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = -1.0
-    if not 0 < found < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; write seconds, as in 2.5")
-    return found
+    refusal = f"{text!r} is no time; write seconds, as in 2.5"
+    if number := _number(text, refusal):
+        return number
+    raise argparse.ArgumentTypeError(refusal)
 
 
 def output(text: str) -> str:
@@ -181,13 +185,7 @@ def dtype(text: str) -> torch.dtype:
 
 def tolerance(text: str) -> float:
     """A relative error: `1e-5`."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = -1.0
-    if not 0 <= found < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no relative error; write 1e-5")
-    return found
+    return _number(text, f"{text!r} is no relative error; write 1e-5")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -72,12 +73,10 @@ def run(given: argparse.Namespace) -> int:
                 write_whole(given.output, path.read_text(encoding="utf-8"))
     off = {kind: median(map(abs, values)) for kind, values in errors.items()}
     if given.json:
-        figures = json.loads(json.dumps(asdict(found)))
-        print(json.dumps({"format": "autopar-calibration", "version": 1, "hardware": figures, "error": off}, indent=2))
+        print(_json(found, off))
         return 0
     _print(found, off)
-    print(f"\nWritten to {given.output}; use it with --hardware {given.output}." if given.output else
-          "\nNot written; -o FILE keeps it for --hardware.")  # fmt: skip
+    print(_written(given.output))
     return 0
 
 
@@ -98,14 +97,22 @@ def _from_trace(given: argparse.Namespace) -> int:
         with writing("output", given.output):
             save_hardware(found, given.output)
     if given.json:
-        figures = json.loads(json.dumps(asdict(found)))
-        off = {row.kind: abs(row.ratio - 1) for row in rows if math.isfinite(row.ratio)}
-        print(json.dumps({"format": "autopar-calibration", "version": 1, "hardware": figures, "error": off}, indent=2))
+        print(_json(found, {row.kind: abs(row.ratio - 1) for row in rows if math.isfinite(row.ratio)}))
         return 0
     print_measured(rows, step)
-    print(f"\nWritten to {given.output}; use it with --hardware {given.output}." if given.output else
-          "\nNot written; -o FILE keeps it for --hardware.")  # fmt: skip
+    print(_written(given.output))
     return 0
+
+
+def _json(found: Hardware, off: Mapping[str, float]) -> str:
+    figures = {"format": "autopar-calibration", "version": 1, "hardware": asdict(found), "error": off}
+    return json.dumps(figures, indent=2)
+
+
+def _written(output: str | None) -> str:
+    if output:
+        return f"\nWritten to {output}; use it with --hardware {output}."
+    return "\nNot written; -o FILE keeps it for --hardware."
 
 
 _POOR = 0.5
