@@ -34,7 +34,10 @@ SiteKind = Literal["op", "stored", "given", "returned"]
 
 @dataclass(frozen=True)
 class Place:
-    """A site without its options: see `space.Site`."""
+    """What one decision is about, without the options that a mesh gives it (`space.Site`).
+
+    `name` is the op, or the name pattern of a parameter or input. `count` is how many alike nodes it stands for.
+    """
 
     kind: SiteKind
     name: str
@@ -43,6 +46,7 @@ class Place:
     op: ExpandedOp | None = None
     phase: str = "forward"
     dims: tuple[tuple[int, ...], ...] = ()
+    """Of a stored, given or returned tensor: per dim, the sizes of its atoms."""
     itemsize: int = 4
     given: Input | None = None
     out: Output | None = None

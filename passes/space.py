@@ -9,47 +9,25 @@ from dataclasses import dataclass, replace
 
 from costmodel.hardware import Topology
 from costmodel.layout import Layout, Partial, Replicate, Shard, ways
-from passes.analysis import Analysis, Place, Port, SiteKind, Wire, analyse
-from passes.dims import ExpandedOp, Value
-from passes.fusion import Traffic
+from passes.analysis import Analysis, Place, Port, Wire, analyse
+from passes.dims import Value
 from passes.layers import Folding
 from passes.local import DimShard, Storage
 from passes.named import axis_choices, stored_choices
 from passes.pinned_readers import readers_options
 from passes.pins import Pin, PinError, pinned_layouts
-from passes.program import Input, Program
+from passes.program import Program
 from passes.recompute import Mode, Recomputation, recomputation
-from passes.rules.call import Call
 from passes.strategies import Option, StoredOption, leading_places, op_options, plain_layouts, stored_options
 
 __all__ = ["Pin", "Port", "Site", "Space", "Wire", "search_space"]
 
 
 @dataclass(frozen=True)
-class Site:
-    """One decision.
+class Site(Place):
+    """One decision: a place with the ways to lay it out, which are `Option`s of an op, else `StoredOption`s."""
 
-    `options` are `Option`s of an op, or `StoredOption`s of anything else. `name` is a parameter's or input's name
-    pattern, or the op. `count` is how many alike nodes it stands for.
-    """
-
-    kind: SiteKind
-    name: str
-    options: tuple[Option, ...] | tuple[StoredOption, ...]
-    count: int
-    call: Call | None = None
-    op: ExpandedOp | None = None
-    phase: str = "forward"
-    dims: tuple[tuple[int, ...], ...] = ()
-    """Of a stored, given or returned tensor: per dim, the sizes of its atoms."""
-    itemsize: int = 4
-    given: Input | None = None
-    traffic: Traffic | None = None
-
-    @property
-    def parameter(self) -> Input | None:
-        """The parameter that is stored; None for anything else."""
-        return self.given if self.given is not None and self.given.kind == "parameter" else None
+    options: tuple[Option, ...] | tuple[StoredOption, ...] = ()
 
     @property
     def is_trained(self) -> bool:
@@ -164,21 +142,7 @@ def search_space(
             options = _returned_options(analysis, place, sizes, batch_axes)
         else:
             options = (_given_option(analysis, place, sizes, batch_axes),)
-        sites.append(
-            Site(
-                place.kind,
-                place.name,
-                options,
-                place.count,
-                place.call,
-                place.op,
-                place.phase,
-                place.dims,
-                place.itemsize,
-                place.given,
-                place.traffic,
-            )
-        )
+        sites.append(Site(**vars(place), options=options))
     read = readers_options(analysis, topology, tuple(batch_axes), [site.options for site in sites], pinned)
     for index, kept in read.items():
         sites[index] = replace(sites[index], options=kept)
