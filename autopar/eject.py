@@ -10,7 +10,7 @@ import json
 import math
 import pprint
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,32 +63,14 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
     styles = styles_of(plan, model, call, axis, notes) if axis is not None else {}
     repeated = [pattern for placed in plan.parameters.values() if "*" in (pattern := pattern_of(placed))]
     containers = sorted({container_of(model, pattern) for pattern in repeated} - {""})
-    inside: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    outside = []
-    for pattern, style in styles.items():
-        container = container_of(model, pattern)
-        if container:
-            inside[container].append((pattern.removeprefix(f"{container}.*."), style))
-        else:
-            outside.append((pattern, style))
-    layers = [
-        (f"LAYER{index or ''}", Layers(name, loop_code(name), tuple(items)))
-        for index, (name, items) in enumerate(inside.items())
-    ]
+    layers, outside = _by_container(model, styles)
     state_axes = _state_axes(plan, axis if styles else None, notes)
     options = planning.options_of(plan)
     policy = options.mp_policy if precision_of(options.mp_policy) is not None else None
     notes += _left_out(plan, axis)
     notes += _left_out_of_the_step(plan, options, layers=bool(containers), shards_state=bool(state_axes))
     notes += _of_other_samples(plan)
-    whole_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
-    if whole_bytes > (plan.memory_budget_bytes or math.inf):
-        notes.append(f"every rank of the script builds the whole model first, {gib(whole_bytes)} on its device")
-    trained = {dtype_text(p.dtype) for p in model.parameters() if p.requires_grad}
-    if state_axes and len(trained) > 1:
-        notes.append(
-            f"trained parameters are {' and '.join(sorted(trained))}; fully_shard takes one: --dtype casts all"
-        )
+    notes += _of_the_model(plan, model, shards_state=bool(state_axes))
     mesh = " x ".join(f"{name}={size}" for name, size in plan.axes)
     script = _template().render(
         title=_in_docstring(f"{argument} on {mesh}, planned as {plan.strategy}."),
@@ -118,6 +100,25 @@ def eject(plan: Plan, model: nn.Module, call: examples.Call, argument: str, file
         dtype=dtype_text(next(iter(model.parameters())).dtype),
     )
     return Ejected(script, tuple(notes))
+
+
+def _by_container(
+    model: nn.Module, styles: Mapping[str, str]
+) -> tuple[list[tuple[str, Layers]], list[tuple[str, str]]]:
+    """The styles of layers, by the list that holds them, each under the name of a constant; and all other styles."""
+    inside: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    outside = []
+    for pattern, style in styles.items():
+        container = container_of(model, pattern)
+        if container:
+            inside[container].append((pattern.removeprefix(f"{container}.*."), style))
+        else:
+            outside.append((pattern, style))
+    layers = [
+        (f"LAYER{index or ''}", Layers(name, loop_code(name), tuple(items)))
+        for index, (name, items) in enumerate(inside.items())
+    ]
+    return layers, outside
 
 
 def _in_docstring(text: str) -> str:
@@ -214,6 +215,20 @@ def _of_other_samples(plan: Plan) -> list[str]:
 
 
 # -- the model and its inputs ------------------------------------------------------------------------------------------
+
+
+def _of_the_model(plan: Plan, model: nn.Module, *, shards_state: bool) -> list[str]:
+    """What the script does otherwise because of the model's size and dtypes."""
+    notes = []
+    whole_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
+    if whole_bytes > (plan.memory_budget_bytes or math.inf):
+        notes.append(f"every rank of the script builds the whole model first, {gib(whole_bytes)} on its device")
+    trained = {dtype_text(p.dtype) for p in model.parameters() if p.requires_grad}
+    if shards_state and len(trained) > 1:
+        notes.append(
+            f"trained parameters are {' and '.join(sorted(trained))}; fully_shard takes one: --dtype casts all"
+        )
+    return notes
 
 
 def _recipe(model: nn.Module, argument: str) -> dict[str, Any]:

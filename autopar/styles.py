@@ -63,6 +63,31 @@ def styles_of(plan: Plan, model: nn.Module, call: examples.Call, axis: str, note
 
     `call`: what one data-parallel rank feeds the model.
     """
+    wanted, instances = _wanted(plan, model, axis, notes)
+    if not wanted:
+        return {}
+    ran = _captured(call, skeleton(model))
+    for pattern in list(wanted):
+        if why := _why_not(ran, instances[pattern]):
+            del wanted[pattern]
+            notes.append(f"{pattern} is split over {axis}: {why}, so it stays whole there")
+    styles = _joined(model, call, wanted, instances, dict(plan.axes)[axis], ran, notes)
+    return _spelled(model, styles, instances)
+
+
+def _why_not(ran: Ran, names: Sequence[str]) -> str:
+    """Why modules that ran so cannot have a style; "" where they can."""
+    if not ran.shapes.keys() >= set(names):
+        return "it is read without being called"
+    if not ran.read_outside.isdisjoint(names):
+        return "it is called, and read besides"
+    if not ran.written.isdisjoint(names):
+        return "its result is written in place, which torch does not allow there"
+    return ""
+
+
+def _wanted(plan: Plan, model: nn.Module, axis: str, notes: list[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Module pattern -> the style that the plan's split of its weight asks for, and -> the modules it stands for."""
     index = [name for name, _ in plan.axes].index(axis)
     tied = {name for pair in plan.aliases.items() for name in pair}
     wanted: dict[str, str] = {}
@@ -93,22 +118,7 @@ def styles_of(plan: Plan, model: nn.Module, call: examples.Call, axis: str, note
         notes.append(
             f"{pattern} is split over {axis} by rows in some layers, by columns in others: it stays whole there"
         )
-    if not wanted:
-        return {}
-    ran = _captured(call, skeleton(model))
-    for pattern in list(wanted):
-        why = ""
-        if not ran.shapes.keys() >= set(instances[pattern]):
-            why = "it is read without being called"
-        elif not ran.read_outside.isdisjoint(instances[pattern]):
-            why = "it is called, and read besides"
-        elif not ran.written.isdisjoint(instances[pattern]):
-            why = "its result is written in place, which torch does not allow there"
-        if why:
-            del wanted[pattern]
-            notes.append(f"{pattern} is split over {axis}: {why}, so it stays whole there")
-    styles = _joined(model, call, wanted, instances, dict(plan.axes)[axis], ran, notes)
-    return _spelled(model, styles, instances)
+    return wanted, instances
 
 
 def _spelled(model: nn.Module, styles: Mapping[str, str], instances: Instances) -> dict[str, str]:
