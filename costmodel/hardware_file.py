@@ -169,25 +169,30 @@ def _typed(body: Any, cls: type, where: str) -> dict[str, Any]:
         fields_are = f"; its fields are {', '.join(known)}" if extra else ""
         raise ValueError(f"{where}: missing {missing or 'nothing'}, unknown {extra or 'nothing'}{fields_are}")
     for key, value in body.items():
-        if known[key] in ("int", "float"):
-            _check_number(value, f"{where}.{key}", zero=key in _MAY_BE_ZERO)
-            if value > _MOST.get(key, float("inf")):
-                raise ValueError(f"{where}.{key}: found {value!r}, expected a share of at most {_MOST[key]:g}")
-            if known[key] == "int" and value != int(value):
-                raise ValueError(f"{where}.{key}: found {value!r}, expected a whole number")
-        elif key == "measured":
-            _check_measured(value, f"{where}.{key}")
-        elif known[key].startswith("Mapping"):
-            if not isinstance(value, dict) or not value:
-                raise ValueError(f"{where}.{key}: found {value!r}, expected dtype names and their rates")
-            _check_names(value, _DTYPES, f"{where}.{key}")
-            for dtype, rate in value.items():
-                _check_number(rate, f"{where}.{key}.{dtype}", zero=False)
-        elif known[key] == "str" and not isinstance(value, str):
-            raise ValueError(f"{where}.{key}: found {value!r}, expected text")
-        elif known[key] == "bool" and not isinstance(value, bool):
-            raise ValueError(f"{where}.{key}: found {value!r}, expected true or false")
+        _check_field(key, value, known[key], f"{where}.{key}")
     return {key: int(value) if known[key] == "int" else value for key, value in body.items()}
+
+
+def _check_field(key: str, value: Any, kind: str, where: str) -> None:
+    """Refuse a value that a field of this type cannot have; `kind`: the type as it is written."""
+    if kind in ("int", "float"):
+        _check_number(value, where, zero=key in _MAY_BE_ZERO)
+        if value > _MOST.get(key, float("inf")):
+            raise ValueError(f"{where}: found {value!r}, expected a share of at most {_MOST[key]:g}")
+        if kind == "int" and value != int(value):
+            raise ValueError(f"{where}: found {value!r}, expected a whole number")
+    elif key == "measured":
+        _check_measured(value, where)
+    elif kind.startswith("Mapping"):
+        if not isinstance(value, dict) or not value:
+            raise ValueError(f"{where}: found {value!r}, expected dtype names and their rates")
+        _check_names(value, _DTYPES, where)
+        for dtype, rate in value.items():
+            _check_number(rate, f"{where}.{dtype}", zero=False)
+    elif kind == "str" and not isinstance(value, str):
+        raise ValueError(f"{where}: found {value!r}, expected text")
+    elif kind == "bool" and not isinstance(value, bool):
+        raise ValueError(f"{where}: found {value!r}, expected true or false")
 
 
 def _check_measured(value: Any, where: str) -> None:
