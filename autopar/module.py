@@ -168,33 +168,21 @@ def parallel_module(
     specs: dict[str, Any] = {}
 
     def parameter(name: str, old: nn.Parameter) -> nn.Parameter:
-        if old._backward_hooks or getattr(old, "_post_accumulate_grad_hooks", None):
-            raise ValueError(
-                f"{name} has a hook on its gradient, which would never run: parallelize makes new parameters. Register "
-                "it on the parallel module's"
-            )
         storage = storages[name]
-        if tuple(old.shape) != storage.shape:
-            raise PlanMismatchError(
-                f"{name} has shape {tuple(old.shape)} but the plan was made for {storage.shape}; plan again"
-            )
+        _check_parameter(name, old, storage)
         layout = stored.placements(storage, sizes, name)
         specs[name] = stored.spec(mesh, layout, old.shape, old.dtype)
-        part = stored.cut(agreed(old), storage, sizes, coordinate)
+        part = stored.cut(values(old), storage, sizes, coordinate)
         part = part.contiguous() if part.is_meta else part.to(device).clone(memory_format=torch.contiguous_format)
         new = nn.Parameter(stored.distributed(part, specs[name]), requires_grad=old.requires_grad)
         new.__dict__.update(old.__dict__)
         return new
 
     def buffer(name: str, old: torch.Tensor) -> torch.Tensor:
-        return old if old.is_meta else agreed(old).to(device, copy=True)
+        return old if old.is_meta else values(old).to(device, copy=True)
 
-    def agreed(old: torch.Tensor) -> torch.Tensor:
-        if not from_first or old.is_meta:
-            return old.detach()
-        raw = bytes_of(old.to(device)).clone()
-        dist.broadcast(raw, 0)
-        return raw.view(old.dtype).view(old.shape)
+    def values(old: torch.Tensor) -> torch.Tensor:
+        return _of_first_rank(old, device) if from_first and not old.is_meta else old.detach()
 
     original = type(model)
     new = tree.copied(model, parameter, buffer)
@@ -221,6 +209,25 @@ def parallel_module(
     guard(new)
     whole.cut_on_loading(new, runtime)
     return cast(ParallelModule, new)
+
+
+def _check_parameter(name: str, parameter: nn.Parameter, storage: Storage) -> None:
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise ValueError(
+            f"{name} has a hook on its gradient, which would never run: parallelize makes new parameters. Register "
+            "it on the parallel module's"
+        )
+    if tuple(parameter.shape) != storage.shape:
+        raise PlanMismatchError(
+            f"{name} has shape {tuple(parameter.shape)} but the plan was made for {storage.shape}; plan again"
+        )
+
+
+def _of_first_rank(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rank 0's values of a tensor that every rank has in the same shape and dtype; collective."""
+    raw = bytes_of(tensor.to(device)).clone()
+    dist.broadcast(raw, 0)
+    return raw.view(tensor.dtype).view(tensor.shape)
 
 
 @functools.cache
