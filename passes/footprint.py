@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from costmodel.memory import ALLOCATION_BYTES, AtRest, Buffer, OptimizerSpec, at_rest, peak, timeline
 from costmodel.reshard import Step
 from passes.blocks import Block
+from passes.clocks import KINDS
 from passes.dims import Value
 from passes.fusion import Fused
 from passes.moves import Move, Run
-from passes.player import KINDS
 from passes.space import Space
 from passes.strategies import StoredOption
 from passes.tracks import Fusing, Slot, Tracks, kept_bytes

@@ -13,8 +13,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from costmodel.memory import Buffer
+from passes.clocks import Event
 from passes.frontier import FrontierPoint, frontier
-from passes.player import Event
 from passes.timeline import Timeline, layer_span, memory_over_time, merged, moments, top_names
 
 matplotlib: Any

@@ -26,10 +26,11 @@ from typing import Literal
 from costmodel.compute import addition_s
 from costmodel.memory import OptimizerSpec
 from costmodel.memory import optimizer as optimizer_of
+from passes.clocks import KINDS, Event, Played
 from passes.footprint import Footprint, Times, footprint
 from passes.fusion import Fused
 from passes.moves import Move
-from passes.player import KINDS, Event, Played, Player
+from passes.player import Player
 from passes.price import update_s
 from passes.space import Space, trained
 from passes.tracks import Tracks, tracks

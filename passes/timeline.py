@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from costmodel.memory import Buffer
-from passes.player import Event
+from passes.clocks import Event
 from passes.schedule import Schedule
 
 _LAYER = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
