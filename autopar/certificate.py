@@ -44,7 +44,7 @@ class TensorError:
     """A tensor of the simulated ranks, put together, against the reference.
 
     `error` is the norm of the difference over the norm of the reference's tensor, or over `floor` where that is larger:
-    a gradient or a buffer that is zero but for rounding has no relative error worth the name.
+    a loss, gradient or buffer that is zero but for rounding has no relative error worth the name.
     """
 
     kind: Kind

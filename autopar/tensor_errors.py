@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,20 +34,25 @@ def limits(tolerances: Tolerances, low: bool) -> tuple[float, float]:
 
 
 def compare(
-    found: StepValues, wanted: StepValues, parameters: Mapping[str, Tensor], tolerances: Tolerances, low: bool = False
-) -> tuple[tuple[TensorError, ...], str]:
-    """Every tensor's error, and what the optimizer's step was; `low`: where half precision rounded."""
+    found: StepValues, wanted: StepValues, parameters: Mapping[str, Tensor], tolerances: Tolerances, low: bool = False,
+    differentiated: Collection[str] = (),
+) -> tuple[tuple[TensorError, ...], str]:  # fmt: skip
+    """Every tensor's error, and what the optimizer's step was.
+
+    low: where half precision rounded. differentiated: the outputs that the gradients are of.
+    """
     of_loss, of_rest = limits(tolerances, low)
 
-    def floor_of(norm: float) -> float:
-        return rounding(low) * norm / of_rest if of_rest else 0.0
+    def floor_of(norm: float, limit: float = of_rest) -> float:
+        return rounding(low) * norm / limit if limit else 0.0
 
     total = _norm(wanted.gradients.values())
-    least = floor_of(total)
+    least, least_loss = floor_of(total), floor_of(_moved(wanted.gradients, parameters), of_loss)
     errors = []
     for name, value in found.outputs.items():
-        limit = of_loss if not value.dim() else of_rest
-        errors.append(_error("output", name, value, wanted.outputs.get(name), limit))
+        scalar = not value.dim()
+        floor = least_loss if scalar and name in differentiated else 0.0
+        errors.append(_error("output", name, value, wanted.outputs.get(name), of_loss if scalar else of_rest, floor))
     for name in dict.fromkeys([*wanted.gradients, *found.gradients]):
         pair = found.gradients.get(name), wanted.gradients.get(name)
         errors.append(_error("gradient", name, *pair, of_rest, floor=least))
@@ -75,6 +80,12 @@ def compare(
 def _norm(tensors: Iterable[Tensor]) -> float:
     """Of all of them as one vector."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+def _moved(gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> float:
+    """What a loss moves by, to first order, where each entry of each parameter moves by itself or its opposite, at
+    random: a loss may be zero whatever the parameters are (a policy's advantages add up to nothing)."""
+    return _norm(gradients[name].double() * p.double() for name, p in parameters.items() if name in gradients)
 
 
 def _beside(name: str, buffers: Mapping[str, Tensor]) -> list[Tensor]:

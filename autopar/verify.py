@@ -199,8 +199,7 @@ class _Check:
             found = simulate_step(
                 local, values.parameters, values.buffers, values.inputs, values.tangents, (self.options.seed, 0)
             )
-            low = _is_low(program)
-            tensors, step = compare(found, reference, values.parameters, self.tolerances, low)
+            tensors, step = self._compared(found, reference, values, program)
         except SimulationError as error:
             failure = str(error)
         failed = bool(failure) or any(not tensor.ok for tensor in tensors)
@@ -240,6 +239,12 @@ class _Check:
             ),
             without_randomness=without,
         )
+
+    def _compared(
+        self, found: StepValues, wanted: StepValues, values: Values, program: Program
+    ) -> tuple[tuple[TensorError, ...], str]:
+        differentiated = [given.name for given in program.inputs if given.kind == "tangent"]
+        return compare(found, wanted, values.parameters, self.tolerances, _is_low(program), differentiated)
 
     def _reference(self, program: Program, values: Values, random: bool) -> StepValues:
         """What the step gives on one device: by the model, or by its captured graph where random numbers are drawn.
@@ -291,13 +296,12 @@ class _Check:
         self.progress("looking for the first node that differs")
         seed = (self.options.seed, 0)
         per_rank = local_inputs(local, values.parameters, values.buffers, values.inputs, values.tangents, seed)
-        low = _is_low(local.program)
-        limit, _ = limits(self.tolerances, low)
+        limit, _ = limits(self.tolerances, _is_low(local.program))
         found = first_divergence(local, per_rank, values.placeholders, limit)
         if random:
             return found, None
         alone = on_one_device(local.program, values)
-        tensors, _ = compare(alone, reference, values.parameters, self.tolerances, low)
+        tensors, _ = self._compared(alone, reference, values, local.program)
         return found, max((tensor.error for tensor in tensors), default=0.0)
 
     def _moved_by_rounding(self, program: Program, values: Values, reference: StepValues) -> float:
@@ -315,7 +319,7 @@ class _Check:
         finally:
             for parameter, old in before:
                 parameter.data.copy_(old)
-        tensors, _ = compare(moved, reference, values.parameters, self.tolerances, low)
+        tensors, _ = self._compared(moved, reference, values, program)
         return max((tensor.error for tensor in tensors), default=0.0)
 
     def _in_double(self, local: LocalProgram, values: Values, random: bool) -> _InDouble:
@@ -324,10 +328,10 @@ class _Check:
             return _InDouble()
         self.progress("again in float64")
         wide, held = in_double(local), values.doubled()
-        tolerances = self.tolerances
 
         def worst(found: StepValues, wanted: StepValues) -> float:
-            return max((tensor.error for tensor in compare(found, wanted, held.parameters, tolerances)[0]), default=0.0)
+            tensors, _ = self._compared(found, wanted, held, wide.program)
+            return max((tensor.error for tensor in tensors), default=0.0)
 
         seed = (self.options.seed, 0)
         ranks = model = None

@@ -155,6 +155,40 @@ def mlp_on(mesh: dict[str, int], dropout: float = 0.0) -> tuple[nn.Module, dict[
     return model, mesh, inputs
 
 
+class Policy(nn.Module):
+    """A policy gradient of advantages that add up to nothing, so that its loss is zero whatever the parameters are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 16)
+
+    def forward(self, x: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
+        chosen = self.out(x).log_softmax(-1)[:, 3]
+        ratio = torch.exp(chosen - chosen.detach())
+        return -(ratio * (reward - reward.mean()) / reward.std()).mean()
+
+
+def test_a_loss_that_is_zero_but_for_rounding_passes() -> None:
+    torch.manual_seed(0)
+    found = verify(Policy(), {"dp": 4}, {"x": torch.randn(8, 8), "reward": torch.randn(8)}, hardware="h100")
+    assert found.ok, str(found)
+    assert [t.note for t in found.tensors if t.kind == "output"] == ["zero but for rounding"]
+
+
+def test_a_loss_that_is_off_by_more_than_a_rounding_of_its_parameters_does_not_pass() -> None:
+    small, parameter, gradient = torch.tensor(1e-10), torch.tensor([3.0, 4.0]), torch.tensor([1.0, -1.0])
+    rounding = 5 * 2.0**-23  # of 3 and 4 in float32
+
+    def passes(loss: float, *differentiated: str) -> bool:
+        found, wanted = (StepValues({"loss": small + value}, {}, {"p": gradient}) for value in (loss, 0.0))
+        tensors, _ = compare(found, wanted, {"p": parameter}, Tolerances(), differentiated=differentiated)
+        return all(tensor.ok for tensor in tensors)
+
+    assert passes(0.99 * rounding, "loss")
+    assert not passes(1.01 * rounding, "loss")
+    assert not passes(0.99 * rounding, "other")
+
+
 def test_gradients_that_are_all_zero_prove_nothing() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
