@@ -23,7 +23,22 @@ def rest_again_s(setup: Setup, found: Profile) -> float:
         found.layer(f"compute.forward.{k}") - found.layer(f"compute.again.{k}") - found.layer(f"compute.within.{k}")
         for k in kinds
     )
-    return max(0.0, rest) + found.layer_total("exposed.activation.forward.")
+    return max(0.0, rest) + activations_s(setup, found, "exposed", "forward")
+
+
+def activations_s(setup: Setup, found: Profile, kind: str, phase: str = "") -> float:
+    """Per layer, what tensor-parallel ranks send of activations, "exposed" or "hidden", in one phase or both.
+
+    Where ranks share experts, these are whole, and rows come to them from each rank's own part of the sequence
+    (`_sent_to_experts`): nothing is gathered for them or added up among tensor-parallel ranks.
+    """
+    sent_s = found.layer_total(f"{kind}.activation.{phase}")
+    return sent_s - found.layer_total(f"among experts.{kind}.{phase}") if has_whole_experts(setup) else sent_s
+
+
+def has_whole_experts(setup: Setup) -> bool:
+    """Whether a tensor-parallel rank has some of the experts whole, and its part of the sequence to send to others."""
+    return setup.ep > 1 and setup.tp > 1 and setup.sequence_parallel
 
 
 def without_whole_blocks(setup: Setup, profiler: Profiler, *, replica: bool) -> Profile | None:

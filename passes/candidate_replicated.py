@@ -13,7 +13,13 @@ from costmodel import pipeline
 from costmodel.collectives import collective_s, taken_shares
 from costmodel.hardware import Hardware, topology
 from costmodel.token_exchange import token_exchange_s
-from passes.candidate_layers import operand_casts_s, rest_again_s, without_whole_blocks
+from passes.candidate_layers import (
+    activations_s,
+    has_whole_experts,
+    operand_casts_s,
+    rest_again_s,
+    without_whole_blocks,
+)
 from passes.candidate_memory import parameters_of, replicated_bytes
 from passes.candidate_state import Sent, added_gradients_s, experts_mesh, sent_state, tied_gradients_s, update_s
 from passes.depth import Profile
@@ -72,8 +78,8 @@ def _layer(setup: Setup, found: Profile, hardware: Hardware) -> _Layer:
     ring_s, attention_s = _context(setup, found, hardware)
     seconds = found.layer("micro_s") + attention_s + ring_s + rest_again_s(setup, found)
     by_parts_s = _hidden_by_parts_s(setup, found)
-    seconds += _waited_by_layer_s(setup, found) - by_parts_s + _gathered_again_s(setup, found, hardware)
-    seconds -= _spared_by_experts_s(setup, found)
+    seconds += _waited_by_layer_s(setup, found, hardware) - by_parts_s + _gathered_again_s(setup, found, hardware)
+    seconds -= _spared_by_experts_s(setup, found) + _among_experts_s(setup, found, hardware)
     to_experts = _sent_to_experts(setup, found, hardware, seconds)
     seconds += to_experts.waits_s + to_experts.slowed_s
     if setup.fp8:
@@ -86,15 +92,16 @@ def _hidden_by_parts_s(setup: Setup, found: Profile) -> float:
     but the first run beside a product of the part before."""
     if not setup.tp_overlap or setup.tp == 1:
         return 0.0
-    exposed_s = found.layer_total("exposed.activation.")
+    exposed_s = activations_s(setup, found, "exposed")
     return min(exposed_s, found.layer_total("compute.forward.matmul")) * (1 - 1 / setup.tp)
 
 
-def _waited_by_layer_s(setup: Setup, found: Profile) -> float:
+def _waited_by_layer_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
     """Per layer, what a replica hides of its activations' collectives, less what those take from compute."""
     if not setup.tp_waits:
         return 0.0
-    return found.layer_total("hidden.activation.") - found.layer("slowed_s")
+    slowed_s = found.layer("slowed_s") - _slowed_by_experts_s(setup, found, hardware)
+    return activations_s(setup, found, "hidden") - slowed_s
 
 
 def _gathered_again_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
@@ -103,7 +110,8 @@ def _gathered_again_s(setup: Setup, found: Profile, hardware: Hardware) -> float
     if not setup.gathers_again or setup.tp == 1 or setup.runs_whole:
         return 0.0  # a whole layer that is run again has them back
     mesh = topology(hardware, {"inner": setup.data_ranks * setup.cp, "tp": setup.tp})
-    gather_s = collective_s("all_gather", found.layer("gathered"), (1,), mesh)
+    gathered = found.layer("gathered") - has_whole_experts(setup) * found.layer("among experts.gathered")
+    gather_s = collective_s("all_gather", gathered, (1,), mesh)
     hidden_s = min(gather_s, found.layer_total("compute.forward.matmul"))
     return gather_s - hidden_s + taken_shares((1,), mesh)[0] * hidden_s
 
@@ -165,3 +173,19 @@ def _spared_by_experts_s(setup: Setup, found: Profile) -> float:
     if setup.expert_parts == 1:
         return 0.0
     return found.layer("experts.1") - found.layer(f"experts.{setup.expert_parts}")
+
+
+def _among_experts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
+    """Per layer and micro-batch: what the replica's tensor-parallel ranks, which cut experts, send among each other,
+    and those that have experts whole do not."""
+    if not has_whole_experts(setup):
+        return 0.0
+    return found.layer_total("among experts.exposed.") + _slowed_by_experts_s(setup, found, hardware)
+
+
+def _slowed_by_experts_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
+    """What the hidden part of that takes from compute."""
+    if not has_whole_experts(setup):
+        return 0.0
+    mesh = topology(hardware, {"inner": setup.data_ranks * setup.cp, "tp": setup.tp})
+    return taken_shares((1,), mesh)[0] * found.layer_total("among experts.hidden.")

@@ -115,8 +115,8 @@ def sample(
     _counts(found, space, assignment)
     found["operands"] = sum(cost.operands * space.sites[site].count for site, cost in laid.costs.items())
     _between(found, space, words, laid)
-    _gathered(found, space, laid)
-    return {**found, **expert_numbers(space, assignment, laid)}
+    gathered = _gathered(found, space, laid)
+    return {**found, **expert_numbers(space, assignment, laid, schedule, gathered)}
 
 
 def _unrepeated_bytes(laid: Tracks, slot: int) -> int:
@@ -233,9 +233,10 @@ def _of_parameters(program: Program) -> set[fx.Node]:
     return following(graph, [node for node, what in given if what.kind == "parameter"])
 
 
-def _gathered(found: dict[str, float], space: Space, laid: Tracks) -> None:
+def _gathered(found: dict[str, float], space: Space, laid: Tracks) -> dict[str, float]:
     """Bytes of activations that forward gathers and backward reads as they are, and what keeping a rank's own part of
-    them alone spares."""
+    them alone spares; gives the former by the module that they are gathered for."""
+    by_module: dict[str, float] = defaultdict(float)
     items = tuple(zip(laid.items, laid.reads, laid.writes, strict=True))
     late = {slot for item, read, _ in items if item.phase == "backward" for slot in read}
     for item, read, made in items:
@@ -244,5 +245,7 @@ def _gathered(found: dict[str, float], space: Space, laid: Tracks) -> None:
         if not laid.slots[made[0]].gathered and any(step.kind == "all_gather" for step in item.steps):
             whole = laid.slots[made[0]].bytes
             found["gathered"] += whole
+            by_module[item.place.meta.get("module", "")] += whole
             part = laid.slots[read[0]].bytes / whole if whole else 0.0
             found["spared"] += kept_bytes(space, laid, made[0]) * (1 - part)
+    return by_module

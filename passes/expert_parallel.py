@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from costmodel.compute import Work, op_s
 from passes.moves import Run
 from passes.per_rank import local_work
 from passes.routed_ops import ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
+from passes.schedule import Schedule
 from passes.space import Space
 from passes.strategies import Option, StoredOption
 from passes.tracks import Tracks
@@ -27,22 +28,32 @@ from passes.words import Words
 _LOOKED_UP = {torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default, TAKE_ROWS}
 
 
-def expert_numbers(space: Space, assignment: Sequence[int], laid: Tracks) -> dict[str, float]:
-    """Of one micro-batch on one rank, by name; nothing where no experts are routed.
+def expert_numbers(
+    space: Space, assignment: Sequence[int], laid: Tracks, schedule: Schedule, gathered: Mapping[str, float]
+) -> dict[str, float]:
+    """Of one micro-batch on one rank, by name; nothing where no experts are routed. `gathered`: by the
+    module that reads them, bytes of activations that forward gathers and backward reads.
 
     experts         elements of their parameters, as computed with; `trained experts`: of those that have gradients
     routed          bytes of rows that experts read, a token's as often as it has experts
     routed tokens   bytes of them with each token counted once
     experts.PARTS   seconds of their products with 1 / PARTS of this rank's experts and as many rows: powers of two
+    among experts.exposed.PHASE, among experts.hidden.PHASE
+                    of the seconds of activations' collectives (`depth.sample`) those that experts have among
+                    tensor-parallel ranks, which their products are cut over
+    among experts.gathered
+                    of the bytes of activations that forward gathers, those that experts read
     """
     found: dict[str, float] = defaultdict(float)
     matrices: set[int] = set()
+    modules: set[str] = set()
     firsts: dict[str, tuple[fx.Node, int]] = {}
     """Layer -> its first product in forward, and the slot of the rows that it reads."""
     words = Words(space)
     for index, item in enumerate(laid.items):
         if not isinstance(item, Run) or item.node.target not in (ROUTED_MM, ROUTED_MM_WEIGHT):
             continue
+        modules.add(item.node.meta.get("module", ""))
         for parts, seconds in _seconds(space, item.site, item.option):
             found[f"experts.{parts}"] += seconds
         if item.phase == "forward" and not item.again:
@@ -60,6 +71,12 @@ def expert_numbers(space: Space, assignment: Sequence[int], laid: Tracks) -> dic
         elements = math.prod(option.storage.computed_shape(sizes)) * site.count
         found["experts"] += elements
         found["trained experts"] += elements * (site.given is not None and site.given.requires_grad)
+    for each in schedule.collectives:
+        if each.role == "activation" and each.module in modules:
+            found[f"among experts.exposed.{each.phase}"] += each.exposed_s
+            found[f"among experts.hidden.{each.phase}"] += each.hidden_s
+    if modules:
+        found["among experts.gathered"] = sum(gathered.get(module, 0.0) for module in modules)
     return dict(found)
 
 

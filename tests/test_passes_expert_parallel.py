@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import autopar
 from autopar.profiling import Captures, Profiler
-from costmodel.collectives import collective_s
+from costmodel.collectives import collective_s, taken_shares
 from costmodel.compute import matmul, op_s
 from costmodel.hardware import topology
 from costmodel.memory import OPTIMIZERS
@@ -221,3 +221,31 @@ def test_no_search_prices_it_without() -> None:
     found = autopar.search(model, 8, "h100", 16, sequence=256, options=autopar.Options(recompute="full"), top=1)
     assert {c.setup.ep for c in found.candidates} == {1}
     assert not any("Expert" in line for line in found.verdict.text)
+
+
+def test_whole_experts_have_nothing_among_tensor_parallel_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two such ranks that cut experts gather rows (S K of H), send products of gate and up (S K of 2 F, of which each
+    has half) and gather what these make (S K of F), once in forward, 2 bytes each, and as much in backward; ranks that
+    have experts whole, of rows that come from each one's part of the sequence, send none of it."""
+    setup = Setup(dp_shard=8, tp=2, ep=2, state="zero1", accumulate=4)
+    found = profiler().profile(setup, replica=True)
+    mesh = topology(hardware("h100"), {"dp": 8, "tp": 2})
+    rows = 2 * S * K
+    forward_s = sum(
+        collective_s(kind, size, (1,), mesh)
+        for kind, size in (("all_gather", rows * H), ("all_to_all", rows * F), ("all_gather", rows * F))
+    )
+    exposed_s, hidden_s = (
+        {phase: found.layer(f"among experts.{kind}.{phase}") for phase in ("forward", "backward")}
+        for kind in ("exposed", "hidden")
+    )
+    for phase in ("forward", "backward"):  # and what packing an all-to-all takes
+        assert forward_s < exposed_s[phase] + hidden_s[phase] < 1.4 * forward_s
+    assert found.layer("among experts.gathered") == pytest.approx(rows * H + rows * F)
+
+    whole = estimate(setup, profiler())
+    monkeypatch.setattr("passes.candidate_replicated.has_whole_experts", lambda setup: False)
+    cut = estimate(setup, profiler())
+    slowed_s = taken_shares((1,), mesh)[0] * sum(hidden_s.values())
+    spared_s = setup.accumulate * LAYERS * (sum(exposed_s.values()) + slowed_s)
+    assert cut.step_s - whole.step_s == pytest.approx(spared_s, rel=1e-3)
