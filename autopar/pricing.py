@@ -173,8 +173,8 @@ def _check_fields(setup: Setup, machine: Hardware) -> None:
         raise ValueError(f"fp8: {machine.label} has no fp8 matrix products; leave it out")
     if setup.dp_replicate > 1 and not setup.is_played:
         raise ValueError(
-            f"dp_replicate is {setup.dp_replicate}: copies of sharded state are priced under zero3 without stages and "
-            "context parallelism; count all data-parallel ranks in dp_shard"
+            f"dp_replicate is {setup.dp_replicate}: copies of sharded state are priced under zero3 without stages, "
+            "context or expert parallelism; count all data-parallel ranks in dp_shard"
         )
     if setup.virtual > 1 and setup.pp == 1:
         raise ValueError(f"virtual is {setup.virtual} without stages; give pp, or leave it out")
@@ -192,10 +192,10 @@ def _check_idle(setup: Setup) -> None:
     ungathered = (
         "dp_shard is 1; there is nothing to gather"
         if setup.is_played
-        else "gathers are waited for so under 'zero3' without stages and context parallelism alone"
+        else "gathers are waited for so under 'zero3' without stages, context or expert parallelism alone"
     )
     gathers = setup.is_played and setup.dp_shard > 1
-    played = "state is 'zero3'; without stages and context parallelism it runs as a plan does"
+    played = "state is 'zero3'; without stages, context or expert parallelism it runs as a plan does"
     for idle, name, why in (
         (setup.whole_blocks and not setup.runs_whole, "whole_blocks=True", full),
         (not setup.reshard and setup.state != "zero3", "reshard=False", unfreed),
@@ -233,7 +233,7 @@ def _check_idle(setup: Setup) -> None:
 
 def _check_model(setup: Setup, asked: Subject) -> None:
     layers = asked.profiler.layers
-    if setup.ep > 1 and setup.state != "zero3" and (told := asked.unrouted_experts(setup)):
+    if setup.ep > 1 and (told := asked.unrouted_experts(setup)):
         raise ValueError(
             f"ep={setup.ep}, but no routed experts were found: the model's config has {told}, its code puts every "
             "token through all of them; leave it out"

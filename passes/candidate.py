@@ -48,10 +48,6 @@ def kernels_of(setup: Setup, profiler: Profiler) -> float:
 
 def _check_experts(setup: Setup, profiler: Profiler) -> None:
     ranks = setup.data_ranks * setup.cp * setup.tp
-    if setup.state == "zero3":
-        raise ValueError(
-            f"ep={setup.ep} with zero3: expert parallelism is priced with parameters that stay on a rank; zero1 is one"
-        )
     if ranks % setup.ep or setup.ep % setup.tp:
         raise ValueError(
             f"ep={setup.ep}: not a part of the {ranks} ranks with the same layers that holds all {setup.tp} that split "

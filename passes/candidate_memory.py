@@ -95,8 +95,9 @@ def _parameters(setup: Setup, found: Profile, stage: Parameters) -> float:
     item, stored_item = whole["bytes"] / whole["elements"], whole["stored bytes"] / whole["stored"]
     share = stage.elements * stored_item / (setup.data_ranks * setup.cp)
     if setup.state == "zero3":
-        at_once = outside_elements(setup, found) + 2 * found.layer("elements")
-        return share + item * (min(stage.elements, at_once) if setup.reshard else stage.held)
+        layer = found.layer("elements") - found.layer("experts") * (1 - 1 / stage.parts)
+        at_once = outside_elements(setup, found) + 2 * layer
+        return share + item * (min(stage.held, at_once) if setup.reshard else stage.held)
     return stage.held * item + (share if stored_item != item else 0.0)
 
 

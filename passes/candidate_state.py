@@ -75,7 +75,9 @@ def tied_gradients_s(setup: Setup, tied: float, hardware: Hardware) -> float:
 def _alone(setup: Setup, found: Profile, of: str) -> float:
     """The share of what is sent that comes first in forward and last in backward, an embedding's or a layer's: it has
     nothing to hide behind."""
-    outside = found.outside.get(f"{of}elements", 0.0) / 2 / max(1.0, found.whole.get(f"{of}elements", 0.0))
+    elsewhere = found.whole.get(f"{of}experts", 0.0) * (1 - 1 / setup.expert_parts)
+    sent = found.whole.get(f"{of}elements", 0.0) - elsewhere
+    outside = found.outside.get(f"{of}elements", 0.0) / 2 / max(1.0, sent)
     return max(min(1.0, setup.pp / max(1.0, found.layers)), outside)
 
 

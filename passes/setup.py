@@ -83,8 +83,8 @@ class Setup:
 
     @property
     def is_played(self) -> bool:
-        """Whether its price is a plan's schedule itself: all state sharded, all layers on every rank."""
-        return self.pp == self.cp == 1 and self.state == "zero3"
+        """Whether its price is a plan's schedule itself: all state sharded, all layers and experts on every rank."""
+        return self.pp == self.cp == self.ep == 1 and self.state == "zero3"
 
     @property
     def may_send_beside(self) -> bool:

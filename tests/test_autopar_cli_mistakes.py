@@ -175,7 +175,7 @@ MISTAKES = [
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --regather-activations", "--regather-activations, but --t"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --no-sequence-parallel", "--no-sequence-parallel, but --t"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --ep 2", "--ep 2, but the model has no routed experts"),
-    ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --state zero3 --ep 2", "price: --ep 2 with --state zero3"),
+    ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --state zero3 --ep 2", "--ep 2, but the model has no"),
     ("price MODEL --gpus 8 --global-batch 8 --batch-dim x=0 --batch-dim x=1", "--batch-dim names 'x' twice, as 0 and"),
     ("price MODEL --gpus 8 --global-batch 8 --state zero5", "choose from"),
     ("price MODEL --gpus 8 --hardware h100", "required: --global-batch"),

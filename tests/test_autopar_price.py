@@ -472,7 +472,7 @@ MISTAKES: list[tuple[Setup, str]] = [
     (Setup(pp=16), "pp is 16, but the model has 8 repeated layers; at most that"),
     (Setup(pp=2, virtual=3), "a stage's 4 of 8 layers are not cut evenly into that many parts"),
     (Setup(cp=8, dp_shard=1), "cp is 8, which does not divide a sequence of 500"),
-    (Setup(ep=2, dp_shard=4), "ep=2 with zero3"),
+    (Setup(ep=2, dp_shard=4), "ep=2, but the model has no routed experts"),
     (Setup(ep=2, dp_shard=4, state="zero1"), "ep=2, but the model has no routed experts"),
     (Setup(ep=3, dp_shard=4, state="zero1"), "ep=3: not a part of the 4 ranks with the same layers"),
     (Setup(ep=2, dp_shard=2, tp=4, state="zero1"), "split them; priced are multiples of 4 that divide 8"),

@@ -167,10 +167,30 @@ def test_fewer_ranks_share_an_expert() -> None:
     assert together.seconds["exposed state"] + together.hidden_s == pytest.approx(sent_s)
 
 
+def test_sharded_experts_are_gathered_by_those_that_have_the_same() -> None:
+    """Under ZeRO-3: of 8 experts' parts on 16 ranks two have the same, and gather an 8th of all from each other; the
+    rest goes through all 16. Gathered for each half of each of 4 micro-batches, reduced in each. At once are there two
+    layers, of experts what a rank has, and a head or an embedding."""
+    mesh = topology(hardware("h100"), {"alike": 2, "ep": 8})
+    found = profiler().profile(Setup(dp_shard=16, state="zero1"), replica=True)
+    elements = found.whole["elements"]
+    sent_s = 0.0
+    for size, axes in ((elements - EXPERTS, (0, 1)), (EXPERTS / 8, (0,))):
+        sent_s += 2 * collective_s("all_gather", 2 * size, axes, mesh)
+        sent_s += collective_s("reduce_scatter", 4 * size, axes, mesh)
+    together = priced(ep=8, state="zero3")
+    assert together.seconds["exposed state"] + together.hidden_s == pytest.approx(4 * sent_s)
+    layer = (elements - found.outside["elements"] - EXPERTS * 7 / 8) / LAYERS
+    at_once = found.outside["elements"] + 2 * layer
+    assert together.bytes["parameters"] == pytest.approx(2 * (elements / 16 + at_once))
+    assert together.bytes["gradients"] == pytest.approx(4 * elements / 16)
+    assert together.step_s > priced(ep=8, state="zero1").step_s
+
+
 @pytest.mark.parametrize(
     ("setup", "said"),
     [
-        (Setup(dp_shard=8, ep=4), "ep=4 with zero3"),
+        (Setup(dp_shard=8, ep=16), "ep=16: not a part of the 8 ranks"),
         (Setup(dp_shard=8, ep=16, state="zero1"), "ep=16: not a part of the 8 ranks"),
         (Setup(dp_shard=8, tp=4, ep=2, state="zero1"), "ep=2: not a part of the 32 ranks .* that holds all 4"),
         (Setup(dp_shard=9, ep=3, state="zero1"), "ep=3: priced are powers of two that divide"),

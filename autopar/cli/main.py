@@ -124,7 +124,6 @@ _FLAGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"without stages; give pp,", "without stages; give --pp,"),
     (r"\bdp_replicate is (\d+)", r"--replicas \1"),
     (r"\b(pp|cp|virtual) is (\d+)", r"--\1 \2"),
-    (r"^ep=(\d+) with (zero\d)", r"--ep \1 with --state \2"),
     (r"^(ep|cp)=(\d+)", r"--\1 \2"),
     (r"; cp=1 is priced", "; --cp 1 is priced"),
     (r"^fp8:", "--fp8:"),
