@@ -35,6 +35,8 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     Starcoder2Config,
@@ -87,11 +89,13 @@ _COUNTS = (
 )  # fmt: skip
 _ROUTED = ("qwen3_moe", "gpt_oss")
 """Families with routed experts."""
+_OF_HIDDEN = ("llama", "gpt")
+"""Families whose heads have hidden / heads entries."""
 _WINDOWED = ("gpt_oss", "gemma2")
 """Families whose every second layer attends within a window, and that write their attention out."""
 _AMOUNTS = ("measured", "node_gbps", "peak_gib")
 _WORDS = {
-    "family": ("llama", "gpt", "gemma2", *_ROUTED),
+    "family": ("llama", "gpt", "qwen3", "gemma2", *_ROUTED),
     "tied": ("yes", "no"),
     "precision": ("bf16", "fp16", "fp8"),
     "state": ("zero0", "zero1", "zero2", "zero3", "zero0+offload", "zero1+offload", "zero2+offload", "zero3+offload"),
@@ -279,9 +283,9 @@ def _wrong(run: Run) -> list[tuple[str, str, str]]:
         for name, known in _WORDS.items()
         if line[name] not in known
     ]
-    own = {"head", *(("experts", "experts_per_token") if line["family"] in _ROUTED else ())}
+    own = {"experts", "experts_per_token"} if line["family"] in _ROUTED else set()
     own |= {"window"} if line["family"] in _WINDOWED else set()
-    own = own if line["family"] in {*_ROUTED, *_WINDOWED} else set()
+    own |= {"head"} if line["family"] not in _OF_HIDDEN else set()
     needed = {"source", "model", *_COUNTS, *_AMOUNTS} - set(_OPTIONAL) | own
     for name in _COLUMNS:
         value = line[name]
@@ -349,7 +353,7 @@ def _contradictions(run: Run) -> list[tuple[str, str, str]]:
     for name in ("ep", "experts", "experts_per_token"):
         if line["family"] not in _ROUTED and line[name] not in ("", "1"):
             refuse(name, "nothing would do where there are no experts")
-    if line["family"] in ("llama", "gpt") and line["head"]:
+    if line["family"] in _OF_HIDDEN and line["head"]:
         refuse("head", "nothing would do: it is hidden / heads there")
     if line["family"] not in _WINDOWED and line["window"]:
         refuse("window", f"nothing would do but of {', '.join(_WINDOWED)}")
@@ -464,6 +468,14 @@ def model_of(run: Run) -> nn.Module:
             attn_implementation=attention,
         )  # fmt: skip
         build: Any = LlamaForCausalLM
+    elif run.line["family"] == "qwen3":
+        config = Qwen3Config(
+            hidden_size=number("hidden"), intermediate_size=number("ffn"), num_hidden_layers=number("layers"),
+            num_attention_heads=number("heads"), num_key_value_heads=number("kv_heads"), head_dim=number("head"),
+            vocab_size=number("vocab"), max_position_embeddings=number("seq"),
+            tie_word_embeddings=run.line["tied"] == "yes", use_cache=False, attn_implementation=attention,
+        )  # fmt: skip
+        build = Qwen3ForCausalLM
     elif run.line["family"] == "qwen3_moe":
         config = Qwen3MoeConfig(
             hidden_size=number("hidden"), num_hidden_layers=number("layers"), num_attention_heads=number("heads"),
