@@ -53,6 +53,7 @@ from passes.errors import AutoparError
 from passes.estimate import Estimate
 from passes.precision import Precision
 from passes.recompute import Mode, Recomputation, is_cheap_op, recomputation
+from passes.routed_ops import ROUTED_MM
 from passes.rules.call import Call
 from passes.rules.matmul import PRODUCTS
 from passes.setup import Setup
@@ -670,9 +671,12 @@ def _read_by_products(analysis: Analysis) -> set[int]:
 
 
 def _every_other_product(analysis: Analysis) -> list[int]:
-    """torchtitan's selective recompute: of the layers' matrix products every second result is kept."""
-    products = [i for i, call in _forward(analysis) if call.target in PRODUCTS and analysis.places[i].count > 1]
-    return products[1::2]
+    """torchtitan's selective recompute: of the layers' matrix products every second result is kept, of grouped ones,
+    which are none of the ops that it keeps, none."""
+    products = [(i, call.target) for i, call in _forward(analysis) if call.target in PRODUCTS]
+    products = [(i, target) for i, target in products if analysis.places[i].count > 1]
+    plain = [i for i, target in products if target is not ROUTED_MM]
+    return [*plain[1::2], *(i for i, target in products if target is ROUTED_MM)]
 
 
 def kendall(pairs: Sequence[tuple[float, float]]) -> float:
