@@ -122,7 +122,7 @@ class Walk:
     """What adds a turn's sum to zeros, or takes it from them: that sum."""
     _keys: dict[object, int] = field(default_factory=dict)
     _equal: dict[fx.Node, int] = field(default_factory=dict)
-    """Nodes that all turns share but for which of several equal parts they are."""
+    """Nodes that all turns share but for which of several equal parts they are, or of several constants."""
 
     def visit(self, node: fx.Node) -> None:
         """Note what a node makes of rows in turns.
@@ -162,7 +162,8 @@ class Walk:
 
     # ------------------------------------------------------------------------------------------ what all turns share
     def _visit_shared(self, node: fx.Node) -> None:
-        """A cut into turns, or one of equal parts of what is everywhere the same (the gradient of a list's mean)."""
+        """A cut into turns, or one of equal parts of what is everywhere the same (the gradient of a list's mean), or a
+        constant that each turn makes for itself, and what follows from these."""
         source: Any = node.args[0] if node.args else None
         if node.target is aten.slice.Tensor and (cut := cut_of(node)):
             rows = source.meta["val"].shape[0]
@@ -180,9 +181,9 @@ class Walk:
             except MattersError:
                 return
             self._equal[node] = self._key("part", whole, dim, _shape(node.meta["val"].shape, None, 1))
-        elif not self._equal.keys().isdisjoint(node.all_input_nodes) and is_tensor(node):
+        elif is_tensor(node) and (_is_constant(node) or not self._equal.keys().isdisjoint(node.all_input_nodes)):
             described = [self._same(operand) for operand in operand_nodes(node)]
-            self._equal[node] = self._key(node.target, _arguments(call_of(node)), *described)
+            self._equal[node] = self._key(node.target, _arguments(call_of(node)), *described, node.meta["val"].shape)
 
     def _same(self, node: fx.Node) -> tuple[str, object]:
         return ("equal", self._equal[node]) if node in self._equal else ("same", node)
@@ -373,6 +374,10 @@ class Walk:
         if not sums or not _is_linear(node, form, own.keys()):
             raise MattersError(place_of(node), f"{node.target} reads a turn's sum over rows")
         return Own(turn, tuple(None for _ in form.results), key, (key,))
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return node.op == "call_function" and not node.all_input_nodes
 
 
 def _is_linear(node: fx.Node, form: Form, own: Set[int]) -> bool:

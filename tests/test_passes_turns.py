@@ -116,7 +116,13 @@ def _best(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return torch.cat(made).square().mean() + torch.stack([x.sum() for x in made]).neg().mean() / 9
 
 
-MOVED: list[Loss] = [_chunks, _slices, _shifted, _checkpointed, _each, _layer, _fused, _best]
+def _accurate(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """Right answers are counted: each turn's argmax numbers the classes by itself."""
+    right = sum((head(x).argmax(-1) == y).sum() for x, y in _turns(h, labels))
+    return _chunks(h, head, labels) + right
+
+
+MOVED: list[Loss] = [_chunks, _slices, _shifted, _checkpointed, _each, _layer, _fused, _best, _accurate]
 
 
 def _batch() -> dict[str, Tensor]:
@@ -184,6 +190,12 @@ def _across(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return (head(x) * head(y)).mean()
 
 
+def _scaled(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """Numbers that both halves' scores are weighted by, across in one and down in the other."""
+    x, y = (head(each).view(-1, 4, 4, 2) for each in h.flatten(0, 1).chunk(2))
+    return (x * torch.arange(4.0).view(4, 1, 1)).sum() + (y * torch.arange(4.0).view(1, 4, 1)).sum()
+
+
 def _mixed(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     """Half of each of two tensors is written."""
     x, y = h.flatten(0, 1).chunk(2)
@@ -221,6 +233,7 @@ STAY: dict[str, tuple[Loss, str]] = {
     "dropout": (_summed(lambda x, y, i: F.dropout(x, 0.5).sum()), "each of a turn has its own of"),
     "running": (_running, "some of the turns"),
     "across": (_across, "several turns"),
+    "scaled": (_scaled, "leaves the program"),
     "mixed": (_mixed, ""),
     "turned": (_turned, ""),
     "spread": (_spread(lambda losses: losses.square()), "a list of turns' sums"),
