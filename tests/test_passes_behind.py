@@ -42,7 +42,7 @@ def averaged(weights: Tensor, vectors: Tensor, counts: Tensor, sums: Tensor) -> 
 def _averages(rank: int, ranks: int) -> None:
     mine = values(rank)
     gm = make_fx(averaged, tracing_mode="fake")(*mine)
-    with config.patch(force_disable_caches=True):
+    with config.patch(fx_graph_cache=False):
         found = compiled(gm)(list(mine))
     weights, vectors = (torch.cat(each) for each in zip(*(values(r)[:2] for r in range(ranks)), strict=True))
     counts, sums = 0.9 * mine[2] + 0.1 * weights.sum(0), 0.9 * mine[3] + 0.1 * weights.T @ vectors
