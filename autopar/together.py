@@ -4,8 +4,9 @@ Each exchange is a numbered set of keys in the process group's store. A rank tha
 others wait, so they wake without waiting for anyone who is still busy.
 
     n/value       what rank 0 hands out
-    n/errors      how many ranks failed
-    n/end         "" once all arrived well, else the first error: the key everyone waits on
+    n/here/rank   that it came without an error; n/arrived: how many did
+    n/end         "" once all did, else a rank that failed: the key everyone waits on
+    n/text/rank   that rank's error
 """
 
 from __future__ import annotations
@@ -63,11 +64,10 @@ class Together:
         prefix = f"autopar/{self.session}/{self.round}"
         if error is not None:
             self.store.set(f"{prefix}/text/{self.rank}", f"{type(error).__name__}: {error}")
-            self.store.add(f"{prefix}/errors", 1)
             self.store.set(f"{prefix}/end", str(self.rank))
             raise error
         self.store.set(f"{prefix}/here/{self.rank}", "1")
-        if self.store.add(f"{prefix}/arrived", 1) == self.ranks and not self.store.add(f"{prefix}/errors", 0):
+        if self.store.add(f"{prefix}/arrived", 1) == self.ranks:
             self.store.set(f"{prefix}/end", "")
         failed = self._read(f"{prefix}/end", prefix)
         if failed:

@@ -38,8 +38,7 @@ def groups(axes: Axes, group: str) -> list[list[int]]:
     """The ranks of every group that the axes in `group` ("tp", "dp,tp") form, each in the order of its members."""
     names = [name for name, _ in axes]
     chosen = group.split(",")
-    unknown = [name for name in chosen if name not in names]
-    if unknown or len(set(chosen)) < len(chosen) or chosen != [name for name in names if name in chosen]:
+    if chosen != [name for name in names if name in chosen]:
         raise ValueError(f"group {group!r}: a group is named by axes of the mesh ({', '.join(names)}), in that order")
     found: dict[tuple[int, ...], list[int]] = {}
     for rank, coordinate in enumerate(coordinates(axes)):
