@@ -57,7 +57,7 @@ from passes.routed_ops import ROUTED_MM
 from passes.rules.call import Call
 from passes.rules.matmul import PRODUCTS
 from passes.setup import Setup
-from passes.work import is_view_op
+from passes.work import GATHERS, is_view_op
 
 aten = torch.ops.aten
 
@@ -634,7 +634,7 @@ def _recomputation(run: Run) -> Callable[[Analysis, Mode], Recomputation]:
         if compiled == "yes":
             also |= _cheap(analysis, lambda node: True)
         if told == "selective":
-            also |= set(_every_other_product(analysis))
+            also |= set(_every_other_product(analysis)) | _rows_looked_up(analysis)
         return recomputation(analysis, "none", frozenset(also))
 
     return of
@@ -677,6 +677,11 @@ def _every_other_product(analysis: Analysis) -> list[int]:
     products = [(i, target) for i, target in products if analysis.places[i].count > 1]
     plain = [i for i, target in products if target is not ROUTED_MM]
     return [*plain[1::2], *(i for i, target in products if target is ROUTED_MM)]
+
+
+def _rows_looked_up(analysis: Analysis) -> set[int]:
+    """Of the layers, rows in the order of their experts: that is no product either."""
+    return {i for i, call in _forward(analysis) if call.target in GATHERS and analysis.places[i].count > 1}
 
 
 def kendall(pairs: Sequence[tuple[float, float]]) -> float:

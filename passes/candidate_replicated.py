@@ -132,7 +132,8 @@ def _context(setup: Setup, found: Profile, hardware: Hardware) -> tuple[float, f
     """Per layer and micro-batch: exposed ring messages, and attention over the keys of other ranks.
 
     A profile with context parallelism is of one part of the sequence. Its queries meet `cp` times as many keys, causal
-    or not (parts are balanced). Keys and values go around the ring once forward, and twice as much backward.
+    or not (parts are balanced); of a window that is shorter than a part as many. Keys and values go around the ring
+    once forward, and twice as much backward.
     """
     if setup.cp == 1:
         return 0.0, 0.0
@@ -144,7 +145,7 @@ def _context(setup: Setup, found: Profile, hardware: Hardware) -> tuple[float, f
     for passes, compute_s in ((1, forward_s), (2, attention_s - forward_s)):
         hop_s = collective_s("send_recv", passes * part, (0,), mesh)
         ring_s += (setup.cp - 1) * max(0.0, hop_s - compute_s)
-    return ring_s, (setup.cp - 1) * attention_s
+    return ring_s, (setup.cp - 1) * (attention_s - found.layer_total("windowed."))
 
 
 def _sent_to_experts(setup: Setup, found: Profile, hardware: Hardware, compute_s: float) -> Sent:

@@ -81,7 +81,7 @@ def sample(
 
     seconds     micro_s, forward_s, optimizer_s, added_s, slowed_s; compute.PHASE.KIND (PHASE "again": forward ops that
                 run again in backward; "within": those that do so within their readers, where they take no time of
-                their own);
+                their own); windowed.PHASE (of attention, where it sees a window);
                 exposed.ROLE.PHASE.GROUP, hidden.ROLE.PHASE.GROUP
     bytes       alive.PLACE, bare.PLACE (the same but for parameters' gradients, where buffers were kept), rest (all
                 step long), states (of it, what the optimizer keeps), gradients (of what it updates), boundary (what one
@@ -104,6 +104,8 @@ def sample(
             cost = laid.costs[item.site]
             phase = "within" if index in within else "again" if item.again else item.phase
             found[f"compute.{phase}.{cost.kind}"] += cost.seconds
+            if cost.kind == "attention" and _sees_a_window(space, item):
+                found[f"windowed.{phase}"] += cost.seconds
             if cost.kind == "attention" and phase == "forward":
                 found["keys"] += sum(_unrepeated_bytes(laid, slot) for slot in laid.reads[index][1:3])
     for each in schedule.collectives:
@@ -117,6 +119,12 @@ def sample(
     _between(found, space, words, laid)
     gathered = _gathered(found, space, laid)
     return {**found, **expert_numbers(space, assignment, laid, schedule, gathered)}
+
+
+def _sees_a_window(space: Space, item: Run) -> bool:
+    """Whether an attention goes through fewer blocks than a causal one."""
+    call = space.sites[item.site].call
+    return call is not None and call.seen is not None
 
 
 def _unrepeated_bytes(laid: Tracks, slot: int) -> int:

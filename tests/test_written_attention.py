@@ -21,7 +21,10 @@ from transformers import (
 
 import autopar
 from costmodel.compute import attention as attention_work
+from costmodel.presets import hardware
+from passes.candidate_replicated import _context
 from passes.capture import capture
+from passes.depth import Profile
 from passes.masks import masks_as_shares
 from passes.rules.call import call_of
 from passes.setup import Setup
@@ -241,3 +244,11 @@ def test_eager_is_priced_as_the_kernel_where_that_is_asked_for() -> None:
     assert fused.fused_attention
     assert not kernel.fused_attention
     assert any("--fused-attention" in note and "plans" in note for note in fused.notes)
+
+
+def test_parts_of_a_sequence_meet_no_further_keys_within_a_window() -> None:
+    """Of two layers one sees a window: 4 parts have 3 times the other's attention on top."""
+    seconds = {"compute.forward.attention": 5.0, "compute.backward.attention": 10.0}
+    found = Profile(2, seconds | {"windowed.forward": 1.0, "windowed.backward": 2.0, "keys": 2.0}, {})
+    _, more_s = _context(Setup(dp_shard=2, cp=4, state="zero1"), found, hardware("h100"))
+    assert more_s == pytest.approx(3 * (5 + 10 - 1 - 2) / 2)
