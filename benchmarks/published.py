@@ -286,7 +286,7 @@ def _wrong(run: Run) -> list[tuple[str, str, str]]:
     ]
     own = {"experts", "experts_per_token"} if line["family"] in _ROUTED else set()
     own |= {"window"} if line["family"] in _WINDOWED else set()
-    own |= {"head"} if line["family"] not in _OF_HIDDEN else set()
+    own |= {"head"} if line["family"] in set(_WORDS["family"]) - set(_OF_HIDDEN) else set()
     needed = {"source", "model", *_COUNTS, *_AMOUNTS} - set(_OPTIONAL) | own
     for name in _COLUMNS:
         value = line[name]
