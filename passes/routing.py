@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes.expert_counts import CASTS, SAME_ENTRIES, counted_entries, counts_up, past, whole_numbers
 from passes.graphs import graph_module
 from passes.one_form import Adder
 from passes.program import Program
@@ -30,9 +31,6 @@ from passes.rules.table import rule_of
 aten = torch.ops.aten
 
 _SORTS = {aten.sort.default, aten.sort.stable}
-_CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
-_NAMED_ANEW = {aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, *_CASTS}
-"""The same entries in the same order."""
 
 
 def has_routed(program: Program) -> bool:
@@ -197,70 +195,16 @@ def _follow_product(node: fx.Node, ordered: Sequence[bool], region: _Region) -> 
 
 def _sorted_behind(bounds: Any, region: _Region) -> fx.Node | None:
     """The count of rows per expert behind a product's bounds, where it is of the region's experts."""
-    node = _past(bounds, {aten.constant_pad_nd.default, *_NAMED_ANEW})
+    node = past(bounds, {aten.constant_pad_nd.default, *SAME_ENTRIES})
     if node.target is not aten.cumsum.default:
         return None
-    counts = _past(node.args[0], _CASTS)
-    of = _counted_entries(counts, bounds.meta["val"].shape[1] - 1)
+    counts = past(node.args[0], CASTS)
+    of = counted_entries(counts, bounds.meta["val"].shape[1] - 1)
     if of is None:
         return None
-    of = _whole_numbers(of)
+    of = whole_numbers(of)
     from_sorted = of.target is operator.getitem and of.args == (region.sort, 0)
-    return counts if from_sorted or of is _whole_numbers(region.sort.args[0]) else None
-
-
-def _counted_entries(counts: fx.Node, experts: int) -> Any:
-    """The tensor of which `counts` says how often each of `experts` numbers stands in it; None where it does not.
-
-    Models write `histc`, `bincount` (which capture made a sum of ones), or the sum of a one-hot tensor.
-    """
-    if counts.op != "call_function" or counts.meta["val"].shape != (experts,):
-        return None
-    call, args = call_of(counts), counts.args
-    if counts.target is aten.histc.default:
-        wide = call.get("bins", 100) == experts and call.get("min", 0) == 0
-        return args[0] if wide and call.get("max", 0) in (experts - 1, experts) else None
-    if counts.target in (aten.scatter_add.default, aten.index_add.default) and len(args) == 4:
-        ones = _number(args[0]) == 0 and _number(args[3]) == 1 and call.get("alpha", 1) == 1
-        return args[2] if ones else None
-    if counts.target is aten.sum.dim_IntList:
-        rank = len(call.operands[0].shape)
-        all_but_last = sorted(d % rank for d in call.get("dim") or ()) == list(range(rank - 1))
-        return _one_hot_entries(_past(args[0], _CASTS), experts) if all_but_last else None
-    return None
-
-
-def _whole_numbers(node: Any) -> fx.Node:
-    """The tensor of whole numbers that a node casts and names anew."""
-    while node.op == "call_function" and node.target in _NAMED_ANEW and not _is_float(node.args[0]):
-        node = node.args[0]
-    return node  # type: ignore[no-any-return]
-
-
-def _is_float(node: fx.Node) -> bool:
-    return bool(node.meta["val"].dtype.is_floating_point)
-
-
-def _one_hot_entries(node: fx.Node, experts: int) -> Any:
-    """The tensor of which a node tells, in a dim behind its own, which of `experts` numbers each entry is."""
-    if node.target is not aten.eq.Tensor:
-        return None
-    sides: list[Any] = list(node.args)
-    counting = [k for k, side in enumerate(sides) if side.meta["val"].dim() == 1 and _counts_up(side, experts)]
-    beside = sides[1 - counting[0]] if len(counting) == 1 else None
-    return beside if beside is not None and beside.meta["val"].shape[-1] == 1 else None
-
-
-def _number(node: Any) -> Any:
-    """The number that a tensor is everywhere; None where it is not told."""
-    node = _past(node, {aten.expand.default, *_NAMED_ANEW})
-    return node.args[1] if node.target is aten.full.default else None
-
-
-def _past(node: Any, targets: Any) -> fx.Node:
-    while node.op == "call_function" and node.target in targets:
-        node = node.args[0]
-    return node  # type: ignore[no-any-return]
+    return counts if from_sorted or of is whole_numbers(region.sort.args[0]) else None
 
 
 @dataclass(frozen=True)
@@ -307,7 +251,7 @@ def _follow_move(node: fx.Node, move: _Move, region: _Region) -> bool:
     if own and move.values in rows and (move.accumulate or region.index[move.index] == region.size):
         region.moves[node] = None
         return True
-    if own and region.index[move.index] == region.size and _counts_up(move.values, region.size):
+    if own and region.index[move.index] == region.size and counts_up(move.values, region.size):
         region.moves[node] = None
         places[node] = None
         return True
@@ -318,23 +262,16 @@ def _follow_move(node: fx.Node, move: _Move, region: _Region) -> bool:
     return False
 
 
-def _counts_up(node: fx.Node, size: int) -> bool:
-    call = call_of(node) if node.op == "call_function" else None
-    if call is None or "arange" not in str(node.target):
-        return False
-    return (call.get("start", 0), call.get("end"), call.get("step", 1)) == (0, size, 1)
-
-
 def _constant(node: fx.Node) -> bool:
     """Whether all elements are equal."""
     return node.target in (aten.full.default, aten.zeros.default, aten.scalar_tensor.default) or (
-        node.target in (aten.expand.default, aten.view.default, *_CASTS) and _constant(node.args[0])  # type: ignore[arg-type]
+        node.target in (aten.expand.default, aten.view.default, *CASTS) and _constant(node.args[0])  # type: ignore[arg-type]
     )
 
 
 def _repeats(node: fx.Node, dim: int) -> bool:
     """Whether what it has along a dim is one and the same: the gradient of a sum or mean over all rows."""
-    node = _past(node, {aten.mul.Scalar, aten.div.Scalar, aten.neg.default, *_CASTS})
+    node = past(node, {aten.mul.Scalar, aten.div.Scalar, aten.neg.default, *CASTS})
     if node.target is not aten.expand.default:
         return False
     source: Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
