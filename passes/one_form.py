@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from passes.adder import AdderBefore, adder_before
 from passes.program import Program
 from passes.routed_ops import ROUTED_MM, ROUTED_MM_WEIGHT
 from passes.rules.call import operand_nodes
@@ -15,28 +16,6 @@ aten = torch.ops.aten
 
 _FALLBACK = "transformers.grouped_mm_fallback.default"
 _FALLBACK_BACKWARD = "transformers.grouped_mm_fallback_backward.default"
-
-
-class Adder:
-    """Adds nodes before `place` with the metadata of `like` (default: `place`) and their values worked out."""
-
-    def __init__(self, place: fx.Node, like: fx.Node | None = None) -> None:
-        self.place = place
-        self.like = like or place
-        self.mode = next(
-            node.meta["val"].fake_mode
-            for node in [self.like, *self.like.all_input_nodes]
-            if isinstance(node.meta.get("val"), Tensor)
-        )
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.place.graph.inserting_before(self.place):
-            node = self.place.graph.call_function(target, args, kwargs)
-        real_args, real_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode, torch.no_grad():
-            value = target(*real_args, **real_kwargs)
-        node.meta = {**self.like.meta, "val": value}
-        return node
 
 
 def one_form(program: Program) -> Program:
@@ -72,7 +51,7 @@ def _product(node: fx.Node, bounds: dict[fx.Node, fx.Node]) -> fx.Node | tuple[f
     if node.target is aten._grouped_mm.default and len(operands) != 3:  # without groups, or with a bias
         return None
     ranks = [operand.meta["val"].dim() for operand in operands]
-    add = Adder(node)
+    add = adder_before(node)
     if ranks[:2] == [2, 3]:
         cuts = _bounds(operands[2], bounds)
         if name != _FALLBACK_BACKWARD:
@@ -89,7 +68,7 @@ def _product(node: fx.Node, bounds: dict[fx.Node, fx.Node]) -> fx.Node | tuple[f
     return None
 
 
-def _transposed(x: fx.Node, add: Adder) -> fx.Node:
+def _transposed(x: fx.Node, add: AdderBefore) -> fx.Node:
     """A matrix transposed; what it is the transpose of, where it is one."""
     turned = x.target is aten.t.default or (x.target is aten.transpose.int and x.args[1] != x.args[2])
     return x.args[0] if turned else add(aten.t.default, x)  # type: ignore[return-value]
@@ -98,7 +77,7 @@ def _transposed(x: fx.Node, add: Adder) -> fx.Node:
 def _bounds(ends: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
     """Where each expert's rows begin and end, beside where they end."""
     if ends not in known:
-        add = Adder(ends.next, ends)
+        add = adder_before(ends.next, ends)
         whole = ends if ends.meta["val"].dtype == torch.int32 else add(aten._to_copy.default, ends, dtype=torch.int32)
         row = add(aten.view.default, whole, [1, ends.meta["val"].shape[0]])
         known[ends] = add(aten.constant_pad_nd.default, row, [1, 0], 0)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.adder import Adder
 from passes.errors import UnsupportedOpError
 from passes.provenance import place_of
-from passes.uniform import UNIFORM, Emitter
+from passes.uniform import UNIFORM
 
 aten = torch.ops.aten
 
@@ -31,7 +32,7 @@ class Draws:
     """Replaces one random op: adds ops before it and draws numbers with salts of its own."""
 
     node: fx.Node
-    emit: Emitter
+    emit: Adder
     seed: fx.Node
     next_salt: Callable[[], int]
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.adder import Adder, kept_meta
 from passes.program import Input, Program
 from passes.provenance import place_of
 from passes.random_ops import REPLACED, Draws, Replacement, unsupported
-from passes.uniform import Emitter, kept_meta
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ def own_randomness(program: Program) -> Program:
     salts = itertools.count()
     for node in random:
         with graph.inserting_before(node):
-            draws = Draws(node, Emitter(graph, kept_meta(node.meta), fake_mode), seed, salts.__next__)
+            draws = Draws(node, Adder(graph, kept_meta(node.meta), fake_mode), seed, salts.__next__)
             _substitute(graph, node, REPLACED[node.target._schema.name](draws, _arguments(node)))
     graph.lint()
     return replace(program, inputs=(*program.inputs, Input("seed", "seed")), notes=(*program.notes, *notes))

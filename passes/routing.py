@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes.adder import adder_before
 from passes.expert_counts import CASTS, SAME_ENTRIES, counted_entries, counts_up, past, whole_numbers
 from passes.graphs import graph_module
-from passes.one_form import Adder
 from passes.program import Program
 from passes.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
 from passes.rules.call import call_of, operand_nodes
@@ -329,7 +329,7 @@ def _cut(region: _Region, blocks: int) -> None:
     for node in region.moves:
         move = _move(node)
         assert move is not None
-        add = Adder(node)
+        add = adder_before(node)
         if move.values is None:
             made = add(TAKE_ROWS, move.x, move.index, blocks)
         else:
@@ -338,7 +338,7 @@ def _cut(region: _Region, blocks: int) -> None:
 
 
 def _cut_sort(sort: fx.Node, size: int, blocks: int) -> None:
-    add = Adder(sort)
+    add = adder_before(sort)
     source: Any = sort.args[0]
     step = size // blocks
     table = add(aten.view.default, source, [blocks, step])
@@ -355,7 +355,7 @@ def _cut_sort(sort: fx.Node, size: int, blocks: int) -> None:
 
 def _counted(old: fx.Node, region: _Region, blocks: int) -> fx.Node:
     """The bounds of each block, counted from its sorted experts."""
-    add = Adder(old)
+    add = adder_before(old)
     ordered: fx.Node = region.sort.meta["by_blocks"]
     experts = old.meta["val"].shape[1] - 1
     table = add(aten.view.default, ordered, [blocks, region.size // blocks])

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes.adder import Adder, kept_meta
+
 aten = torch.ops.aten
 
 _MASK = (1 << 32) - 1
@@ -104,29 +106,6 @@ UNIFORM = torch.ops.autopar.uniform.default
 
 
 @dataclass(frozen=True, slots=True)
-class Emitter:
-    """Adds ops at the graph's insertion point, with `val` worked out and the rest of the metadata as given."""
-
-    graph: fx.Graph
-    meta: Mapping[str, Any]
-    fake_mode: Any
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        node.meta.update(self.meta)
-        with self.fake_mode:
-            values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-            node.meta["val"] = target(*values[0], **values[1])
-        return node
-
-
-def kept_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What a new node takes over from the one it stands for."""
-    kept = {key: value for key, value in meta.items() if key not in ("val", "tensor_meta")}
-    return {"phase": "forward", "module": "", "source": ""} | kept
-
-
-@dataclass(frozen=True, slots=True)
 class _Traced:
     """An int64 tensor in a graph under construction, with the operators that the arithmetic uses.
 
@@ -134,7 +113,7 @@ class _Traced:
     """
 
     node: fx.Node
-    emit: Emitter
+    emit: Adder
     shared: bool = False
 
     def _then(self, target: Any, *args: Any) -> _Traced:
@@ -188,7 +167,7 @@ def emit_uniform(
         if isinstance(start, int) and not 0 <= start <= max(0, size - part):
             raise ValueError(f"dim {dim}: a part of {part} that starts at {start} does not lie within {size}")
     fake_mode = seed.meta["val"].fake_mode
-    emit = Emitter(graph, kept_meta(meta or {}), fake_mode)
+    emit = Adder(graph, kept_meta(meta or {}), fake_mode)
     step_key = _emit_step_key(graph, seed, fake_mode)
     key = _key((replace(step_key[0], emit=emit, shared=False), replace(step_key[1], emit=emit, shared=False)), salt)
     index = _emit_index(emit, local, starts, whole, seed.meta["val"].device)
@@ -198,7 +177,7 @@ def emit_uniform(
 
 def _emit_step_key(graph: fx.Graph, seed: fx.Node, fake_mode: Any) -> tuple[_Traced, _Traced]:
     first = next((node for node in graph.nodes if node.op != "placeholder"), None)
-    emit = Emitter(graph, {"phase": "forward", "module": "", "source": ""}, fake_mode)
+    emit = Adder(graph, {"phase": "forward", "module": "", "source": ""}, fake_mode)
     traced = _Traced(seed, emit, shared=True)
     if first is None:
         return _step_key(traced)
@@ -207,7 +186,7 @@ def _emit_step_key(graph: fx.Graph, seed: fx.Node, fake_mode: Any) -> tuple[_Tra
 
 
 def _emit_index(
-    emit: Emitter,
+    emit: Adder,
     local: tuple[int, ...],
     starts: Sequence[fx.Node | int],
     whole: tuple[int, ...],
