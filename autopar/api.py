@@ -30,13 +30,14 @@ from autopar.optimizers import warn_of_optimizers
 from autopar.options import Options, check_async_tp, check_options
 from autopar.overlaps import Overlap, check_apart, overlapping
 from autopar.reading import Gather, captured_together, gatherer, inputs_read, with_values
-from autopar.runtime import Executable, Tangents
+from autopar.runtime import Executable
 from autopar.stages import Stages
 from autopar.together import Together, together, watch
 from autopar.unwrapped import check_unwrapped
 from costmodel.hardware import Hardware
 from costmodel.heap import keep_freed
 from passes.bytes_of import digest
+from passes.differentiated import Tangents
 from passes.errors import PlanMismatchError
 from passes.infeasible import Smaller
 from passes.inputs import global_inputs

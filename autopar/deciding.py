@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,15 +21,13 @@ from costmodel.layout import Layout, Placement, Replicate, Shard, layout_text, p
 from costmodel.memory import gib
 from passes.decisions import Place, places
 from passes.errors import NoFeasiblePlanError
-from passes.pipeline import Manner, on_mesh, space_of
+from passes.pipeline import Manner, Progress, on_mesh, space_of
 from passes.plan import Placements, Plan
 from passes.program import Program
 from passes.report_text import seconds_text
 
 _TIE = 1e-3
 _NO_BUDGET = 1 << 60
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any, get_args
@@ -22,6 +22,7 @@ from costmodel.presets import stand_in_notes
 from passes.candidate import NO_LAYERS, estimate
 from passes.collector import settled
 from passes.estimate import Estimate
+from passes.pipeline import Progress
 from passes.precision import Precision
 from passes.recompute import Mode
 from passes.report_text import step_text
@@ -112,7 +113,7 @@ def price(
     sequence: int | None = None,
     options: Options | None = None,
     fused_attention: bool = False,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Progress = lambda stage: None,
 ) -> Price:
     """What a step of `model` takes as `setup` says, on as many devices as its ranks; no process group is built.
 

@@ -29,7 +29,7 @@ from passes.masks import masks_as_shares
 from passes.model_flops import ModelFlops, model_flops
 from passes.pad import Pad
 from passes.paddings import PaddingsOf
-from passes.pipeline import prepare
+from passes.pipeline import Progress, prepare
 from passes.precision import Precision
 from passes.price import price
 from passes.program import Program
@@ -59,7 +59,7 @@ class Captures:
         batch_dims: Mapping[str, int | None] | None = None,
         precision: Precision | None = None,
         fused_attention: bool = False,
-        progress: Callable[[str], None] = lambda stage: None,
+        progress: Progress = lambda stage: None,
     ) -> None:
         self.model = model
         self.inputs = inputs

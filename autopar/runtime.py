@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,13 +16,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from autopar import hooks, tree
 from autopar.batches import BatchRanks
 from autopar.reading import Gather, Seen
+from passes.differentiated import Tangents
 from passes.local import LocalProgram, Storage
 from passes.lower import Lowered, Unreduced
 
 OWN_FORWARD = "_autopar_own_forward"
 """Where a parallel module keeps a forward that its model had beside its class's."""
-
-Tangents = Literal["loss", "all"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ bound above the slowest that is listed, or above another of its mesh, so nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from costmodel.presets import stand_in_notes
 from passes.candidate import LEAST_GAIN, Either, estimate, is_settled, lower_bound, ways_of, with_least_memory
 from passes.collector import settled
 from passes.estimate import Estimate
+from passes.pipeline import Progress
 from passes.recompute import Mode
 from passes.setup import Setup
 
@@ -55,7 +56,7 @@ def search(
     options: Options | None = None,
     top: int = 10,
     fused_attention: bool = False,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Progress = lambda stage: None,
 ) -> SearchResult:
     """Rank the ways to train `model` on `gpus` devices with `global_batch` samples a step; no process group is built.
 
@@ -94,7 +95,7 @@ def _check(gpus: int, global_batch: int, top: int, machine: Hardware) -> None:
 class _Search:
     """One search: what is asked, and how it is priced."""
 
-    def __init__(self, asked: Subject, gpus: int, batch: int, top: int, progress: Callable[[str], None]) -> None:
+    def __init__(self, asked: Subject, gpus: int, batch: int, top: int, progress: Progress) -> None:
         self.asked = asked
         self.profiler = asked.profiler
         self.hardware = asked.profiler.hardware

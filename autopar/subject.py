@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from costmodel.presets import slow_dtype_notes
 from passes.candidate import attends, kernels_of
 from passes.default_inputs import default_inputs
 from passes.inputs import global_inputs
+from passes.pipeline import Progress
 from passes.plan_notes import launch_note, tight_note
 from passes.precision import Precision
 from passes.setup import Setup
@@ -123,7 +123,7 @@ def subject(
     example_inputs: Any,
     sequence: int | None,
     options: Options,
-    progress: Callable[[str], None],
+    progress: Progress,
     precision: Precision | None = None,
     *,
     fused_attention: bool = False,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from passes.ledger import ledger
 from passes.local import LocalProgram
 from passes.named import check_strategy
 from passes.one_process import as_one_process
-from passes.pipeline import Manner
+from passes.pipeline import Manner, Progress
 from passes.plan import Plan, check_plan
 from passes.precision import Precision, default_dtype, dtype_text
 from passes.program import Program
@@ -48,7 +48,6 @@ from passes.simulate import StepValues, local_inputs, simulate_step
 
 __all__ = ["Parity", "Tolerances", "verify"]
 
-Progress = Callable[[str], None]
 
 _LOW = (torch.bfloat16, torch.float16)
 

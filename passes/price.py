@@ -20,6 +20,7 @@ from costmodel.reshard import Step, reshard_s
 from passes.buckets import sends_one_gather
 from passes.conversion import Moved, State, moved, steps_between
 from passes.errors import NoFeasiblePlanError
+from passes.pairwise import Floats
 from passes.per_rank import local_work
 from passes.problem import Flow, Hold, Problem, Reader
 from passes.recompute import is_cheap_op
@@ -28,7 +29,6 @@ from passes.strategies import Option, StoredOption
 from passes.variables import States, Variables, merged
 
 aten = torch.ops.aten
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

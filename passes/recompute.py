@@ -78,7 +78,7 @@ ATTENTION = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
 }
-PRODUCTS = {
+_LEFT_OPERAND = {
     aten.mm.default: 0,
     aten.addmm.default: 1,
     aten.bmm.default: 0,
@@ -216,9 +216,9 @@ def _widens(call: Call) -> bool:
 
     To compute it again costs least for what that frees: its operations are its entries times what they are summed over.
     """
-    if call.target not in PRODUCTS or call.results[0] is None:
+    if call.target not in _LEFT_OPERAND or call.results[0] is None:
         return False
-    return prod(call.results[0].shape) > prod(call.operands[PRODUCTS[call.target]].shape)
+    return prod(call.results[0].shape) > prod(call.operands[_LEFT_OPERAND[call.target]].shape)
 
 
 def _inside_blocks(analysis: Analysis) -> dict[int, bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +19,9 @@ from autopar.subject import sequence_of
 from costmodel.hardware import Hardware
 from costmodel.presets import hardware as hardware_of
 from passes.inputs import global_inputs, one_sample
-from passes.pipeline import Manner
+from passes.pipeline import Manner, Progress
 from passes.plan import Plan
 from passes.program import Program
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autopar import examples, planning
@@ -28,6 +28,7 @@ from autopar.named_model import Wanted
 from costmodel.layout import Shard, parse_layout
 from costmodel.memory import gib
 from passes.decisions import Place
+from passes.pipeline import Progress
 from passes.plan import Placements, Plan, check_solved
 from passes.report_text import seconds_text
 from passes.schedule import Collective
@@ -74,7 +75,7 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _question(given: argparse.Namespace, plan: Plan, tell: Callable[[str], None]) -> Question:
+def _question(given: argparse.Namespace, plan: Plan, tell: Progress) -> Question:
     options = planning.options_of(plan)
     named = load_model(given.model, Wanted(layers=given.layers, dtype=stored_dtype(options)))
     program = captured(named.model, examples.restored(plan.example), plan.mesh, options, tell)
@@ -87,7 +88,7 @@ def _question(given: argparse.Namespace, plan: Plan, tell: Callable[[str], None]
 
 
 def _decided(
-    question: Question, placed: Mapping[str, Placements], ops: Sequence[Place], tell: Callable[[str], None]
+    question: Question, placed: Mapping[str, Placements], ops: Sequence[Place], tell: Progress
 ) -> dict[str, Decision]:
     found = [parameter_decided(question, key, one, tell) for key, one in placed.items()]
     found += ops_decided(question, ops, tell)

@@ -40,6 +40,7 @@ from autopar.options import Options
 from autopar.report import terminal_report
 from autopar.trace import trace_json
 from costmodel.files import write_whole
+from passes.pipeline import Progress
 from passes.plan import Plan
 from passes.tables import terminal_width
 
@@ -90,7 +91,7 @@ def run(given: argparse.Namespace) -> int:
     return 0 if made.fits else 1
 
 
-def _made(given: argparse.Namespace, tell: Callable[[str], None]) -> tuple[Plan, nn.Module, Callable[[], Call]]:
+def _made(given: argparse.Namespace, tell: Progress) -> tuple[Plan, nn.Module, Callable[[], Call]]:
     """The plan, with the model and what makes the call that it is for, with values where the model comes with some."""
     kept = Plan.load(given.kept) if given.kept else None
     mesh = given.mesh or (kept.mesh if kept is not None else None)
@@ -118,7 +119,7 @@ def _made(given: argparse.Namespace, tell: Callable[[str], None]) -> tuple[Plan,
     return noted, named.model, lambda: examples.valued(call, own())
 
 
-def _write(made: Plan, given: argparse.Namespace, tell: Callable[[str], None]) -> None:
+def _write(made: Plan, given: argparse.Namespace, tell: Progress) -> None:
     """The plan, its page and its trace, where they were asked for."""
     if given.output:
         with writing("output", given.output):

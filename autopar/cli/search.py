@@ -30,12 +30,13 @@ from autopar.cli.arguments import (
     output,
     writing,
 )
-from autopar.cli.compiling import Progress, planned, sampled
+from autopar.cli.compiling import planned, sampled
 from autopar.cli.terminal import clean_output, progress
 from autopar.options import Options
 from autopar.search import search
 from autopar.search_result import SearchResult
 from passes.inputs import global_inputs
+from passes.pipeline import Progress
 
 HELP = "rank mesh shapes by predicted step time and memory"
 
