@@ -33,8 +33,8 @@ SiteKind = Literal["op", "stored", "given", "returned"]
 
 
 @dataclass(frozen=True)
-class Place:
-    """What one decision is about, without the options that a mesh gives it (`space.Site`).
+class OpenSite:
+    """A site before any mesh gives it options (`space.Site`): what one decision is about.
 
     `name` is the op, or the name pattern of a parameter or input. `count` is how many alike nodes it stands for.
     """
@@ -85,7 +85,7 @@ class Analysis:
     program: Program
     folding: Folding
     unified: Unified
-    places: tuple[Place, ...]
+    places: tuple[OpenSite, ...]
     wires: tuple[Wire, ...]
     replicated: tuple[str, ...]
     """Ops that no rule knows and none was found for; they run whole on every rank."""
@@ -228,19 +228,19 @@ def _folded_places(
     ops: Sequence[ExpandedOp],
     moved: Sequence[Traffic | None],
     weights: Mapping[fx.Node, int],
-) -> Iterator[Place]:
+) -> Iterator[OpenSite]:
     """The folded nodes: ops, what is stored and what is given."""
     inputs = dict(zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     for members, call, op, moves in zip(folding.members, calls, ops, moved, strict=True):
         node, count = members[0], sum(weights.get(member, 1) for member in members)
         if call is not None:
             phase = node.meta.get("phase", "forward")
-            yield Place("op", str(call.target), count, call, op, phase, traffic=moves)
+            yield OpenSite("op", str(call.target), count, call, op, phase, traffic=moves)
             continue
         given = inputs.get(node)
         facts = facts_of(node.meta.get("val"))
         kind: SiteKind = "stored" if given is not None and given.kind in ("parameter", "buffer") else "given"
-        yield Place(
+        yield OpenSite(
             kind,
             given.name if given else str(node.target),
             count,
@@ -261,14 +261,14 @@ def _returned(program: Program) -> list[tuple[fx.Node, Output]]:
 
 def _returned_places(
     folding: Folding, ops: Sequence[ExpandedOp], returned: Sequence[tuple[fx.Node, Output]]
-) -> Iterator[Place]:
+) -> Iterator[OpenSite]:
     for node, out in returned:
         value = value_of(node, folding)
         dims, itemsize = ops[value.op].results[value.result], node.meta["val"].dtype.itemsize
-        yield Place("returned", out.name, 1, dims=dims, itemsize=itemsize, out=out)
+        yield OpenSite("returned", out.name, 1, dims=dims, itemsize=itemsize, out=out)
 
 
-def _weight_dims(places: Sequence[Place], ops: Sequence[ExpandedOp]) -> tuple[tuple[tuple[int, int], ...], ...]:
+def _weight_dims(places: Sequence[OpenSite], ops: Sequence[ExpandedOp]) -> tuple[tuple[tuple[int, int], ...], ...]:
     found: dict[tuple[tuple[int, int], ...], None] = {}
     for place, op in zip(places, ops, strict=False):
         if place.parameter is not None:
@@ -278,7 +278,7 @@ def _weight_dims(places: Sequence[Place], ops: Sequence[ExpandedOp]) -> tuple[tu
     return tuple(found)
 
 
-def _added_in(places: Sequence[Place], wires: Sequence[Wire]) -> dict[Value, torch.dtype]:
+def _added_in(places: Sequence[OpenSite], wires: Sequence[Wire]) -> dict[Value, torch.dtype]:
     """Values that lead to parameters' gradients alone, through backward ops on such values alone.
 
     Should a plan add terms of a gradient before it is finished (before a transpose, say), then in the dtype of its
@@ -307,7 +307,7 @@ def _added_in(places: Sequence[Place], wires: Sequence[Wire]) -> dict[Value, tor
         found = kept
 
 
-def _blocked(place: Place) -> frozenset[int]:
+def _blocked(place: OpenSite) -> frozenset[int]:
     """Atoms in the op's results that it needs whole."""
     if place.op is None:
         return frozenset()
@@ -364,7 +364,7 @@ def _wires(
     return tuple(Wire(key[0], order[key], count) for key, count in grouped.items())
 
 
-def _from_parameters(places: Sequence[Place], wires: Sequence[Wire]) -> frozenset[int]:
+def _from_parameters(places: Sequence[OpenSite], wires: Sequence[Wire]) -> frozenset[int]:
     readers: dict[int, set[int]] = defaultdict(set)
     sources: dict[int, set[int]] = defaultdict(set)
     for wire in wires:
@@ -382,7 +382,7 @@ def _from_parameters(places: Sequence[Place], wires: Sequence[Wire]) -> frozense
     return frozenset(found)
 
 
-def _from_data(places: Sequence[Place], wires: Sequence[Wire]) -> frozenset[int]:
+def _from_data(places: Sequence[OpenSite], wires: Sequence[Wire]) -> frozenset[int]:
     readers: dict[int, set[int]] = defaultdict(set)
     for wire in wires:
         for port in wire.ports:
@@ -400,7 +400,7 @@ def _from_data(places: Sequence[Place], wires: Sequence[Wire]) -> frozenset[int]
 
 
 def _weight_atoms(
-    places: Sequence[Place], wires: Sequence[Wire], from_parameters: frozenset[int]
+    places: Sequence[OpenSite], wires: Sequence[Wire], from_parameters: frozenset[int]
 ) -> tuple[frozenset[int], frozenset[int]]:
     """(class atoms, contracted atoms)."""
     weights = {(port.site, port.operand) for wire in wires if wire.value.op in from_parameters for port in wire.ports}

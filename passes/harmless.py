@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 Key = tuple[int, int]
 """(factor of the op's form, which of its atoms)."""
-Place = tuple[int, int]
+Part = tuple[int, int]
 """A part of a tensor's dim: (dim, position among the dim's atoms)."""
 
 
@@ -38,10 +38,10 @@ class Reading:
     call: Call
     form: Form
     keys: Mapping[Key, Atom]
-    at_operands: tuple[Mapping[Key, Place], ...]
-    at_results: tuple[Mapping[Key, Place], ...]
+    at_operands: tuple[Mapping[Key, Part], ...]
+    at_results: tuple[Mapping[Key, Part], ...]
 
-    def padded(self, positions: Mapping[Key, Place]) -> frozenset[Place]:
+    def padded(self, positions: Mapping[Key, Part]) -> frozenset[Part]:
         """The places of an operand or result that are padded."""
         return frozenset(positions[key] for key in self.keys if key in positions)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from passes.analysis import Analysis, Place
+from passes.analysis import Analysis, OpenSite
 from passes.dims import Leaf
 from passes.rules.index import EMBEDDINGS
 from passes.rules.matmul import PRODUCTS
@@ -75,7 +75,7 @@ def axis_choices(
     return tuple(found)
 
 
-def _open_choices(analysis: Analysis, place: Place, parts: int) -> tuple[Choice, ...]:
+def _open_choices(analysis: Analysis, place: OpenSite, parts: int) -> tuple[Choice, ...]:
     """All choices but splits of a weight's inner atoms where an outer one of the same dim can be split."""
     assert place.op is not None
     skipped: set[int] = set()
@@ -112,7 +112,7 @@ def _fixed(
     return _data_parallel(analysis, place, parts, used)
 
 
-def _data_parallel(analysis: Analysis, place: Place, parts: int, used: dict[int, int]) -> set[Choice] | None:
+def _data_parallel(analysis: Analysis, place: OpenSite, parts: int, used: dict[int, int]) -> set[Choice] | None:
     """The batch while it divides, then the sequence; what is summed over the batch (a position's gradient) may stay a
     partial sum."""
     assert place.op is not None
@@ -132,7 +132,7 @@ def _divides(leaf: Leaf, parts: int, used: Mapping[int, int]) -> bool:
 
 
 def _tensor_parallel(
-    analysis: Analysis, place: Place, parts: int, used: dict[int, int], choices: Sequence[Choice]
+    analysis: Analysis, place: OpenSite, parts: int, used: dict[int, int], choices: Sequence[Choice]
 ) -> set[Choice] | None:
     """Matrix products split a dim of a weight, embeddings their vocabulary, and logits stay split by class.
 

@@ -29,7 +29,7 @@ from torch import fx
 from passes.analysis import Analysis
 from passes.dims import Atom, atoms_of, is_getitem, outputs_of, value_of
 from passes.emit import emitter_like, meta_of, written_anew
-from passes.harmless import Key, Place, Reading, fill_of, keeps_values, needs_of, result_zone
+from passes.harmless import Key, Part, Reading, fill_of, keeps_values, needs_of, result_zone
 from passes.local_op import LocalOp
 from passes.localize import in_dtype, run_locally
 from passes.padded_operands import PaddedOperands
@@ -64,7 +64,7 @@ class Padded:
     """A padded program; `seen` has, per pad, a node of it that has the larger dim, and where."""
 
     program: Program
-    seen: Mapping[Pad, tuple[fx.Node, Place]]
+    seen: Mapping[Pad, tuple[fx.Node, Part]]
 
 
 def pad(analysis: Analysis, pads: Sequence[Pad]) -> Padded:
@@ -168,7 +168,7 @@ class _Padding:
                 outputs.append(out)
                 values.append(self.copies[old] if isinstance(old, fx.Node) else old)
                 continue
-            wanted: frozenset[Place] = frozenset()
+            wanted: frozenset[Part] = frozenset()
             if out.kind == "gradient" and out.name in padded:
                 wanted = self.tensors[by_name[out.name]].base
             elif out.kind == "output":  # it is cut where it leaves, so that no rank needs the dim whole for that
@@ -347,7 +347,7 @@ class _Padding:
         else:
             self.tensors[node] = results[0]
 
-    def _uniform(self, node: fx.Node, seed: fx.Node, at: frozenset[Place]) -> fx.Node:
+    def _uniform(self, node: fx.Node, seed: fx.Node, at: frozenset[Part]) -> fx.Node:
         """Drawn part by part of each dim, as an inner one may be padded: numbers follow from the real sizes."""
         (dims,) = self._result_dims(node)
 
@@ -402,9 +402,9 @@ class _Padding:
         return self.tensors[operands[0]].fill if len(operands) == 1 and keeps_values(node.target) else None
 
 
-def _positions(dims: Sequence[Sequence[int]], atoms: Sequence[Atom]) -> dict[Key, Place]:
+def _positions(dims: Sequence[Sequence[int]], atoms: Sequence[Atom]) -> dict[Key, Part]:
     """Where each factor's atoms stand in a tensor whose dims a form describes so."""
-    found: dict[Key, Place] = {}
+    found: dict[Key, Part] = {}
     for d, dim in enumerate(dims):
         position = 0
         for f in dim:

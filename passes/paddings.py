@@ -10,7 +10,7 @@ from torch import fx
 
 from passes.analysis import Analysis, analyse
 from passes.fusion import Fused
-from passes.harmless import Place
+from passes.harmless import Part
 from passes.pad import Pad, pad, padded_atom
 from passes.program import Program
 from passes.repeat import is_worth_repeating, repeat_keys
@@ -24,7 +24,7 @@ class Padding:
 
     pads: tuple[Pad, ...]
     analysis: Analysis
-    seen: Mapping[Pad, tuple[fx.Node, Place]] = field(default_factory=dict)
+    seen: Mapping[Pad, tuple[fx.Node, Part]] = field(default_factory=dict)
     repeated_keys: bool = False
 
 

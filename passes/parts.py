@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from costmodel.layout import Layout, Replicate, Shard, layout_text
-from passes.analysis import Analysis, Place
+from passes.analysis import Analysis, OpenSite
 from passes.dims import Value, value_of
 from passes.local import DimShard
 from passes.rules.call import is_tensor, op_text
@@ -125,7 +125,7 @@ class _Walk:
                 raise _InTheWayError(f"{_op(place)} adds up over what is split")
         return made
 
-    def _share(self, place: Place, whole: Sequence[Collection[Value]]) -> None:
+    def _share(self, place: OpenSite, whole: Sequence[Collection[Value]]) -> None:
         """Whole operands that are read beside a part: where they have gradients, they have to be parameters."""
         for values in whole:
             if self._trained.isdisjoint(values):
@@ -177,7 +177,7 @@ def _parameters(analysis: Analysis) -> dict[int, frozenset[str]]:
     }
 
 
-def _stored(place: Place, dim: int, ranks: int) -> Layout | None:
+def _stored(place: OpenSite, dim: int, ranks: int) -> Layout | None:
     """The layout of a stored tensor that is split along a dim."""
     for option in stored_options(place.dims, (ranks,), place.given.shape if place.given is not None else None):
         if option.storage.shards == (DimShard(dim),):
@@ -214,6 +214,6 @@ def _made_of(
     return found
 
 
-def _op(place: Place) -> str:
+def _op(place: OpenSite) -> str:
     assert place.call is not None
     return op_text(place.call.target)

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from passes.analysis import Analysis, Place
+from passes.analysis import Analysis, OpenSite
 from passes.cut import UNBOUNDED, Values, cheapest_cut, reached
 from passes.dims import Value, is_getitem
 from passes.routed_ops import ROUTED_MM
@@ -233,7 +233,7 @@ def _inside_blocks(analysis: Analysis) -> dict[int, bool]:
     return found
 
 
-def _is_forward_op(place: Place) -> bool:
+def _is_forward_op(place: OpenSite) -> bool:
     return place.kind == "op" and place.phase == "forward"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from costmodel.hardware import Topology
 from costmodel.layout import Layout, Partial, Replicate, Shard, ways
-from passes.analysis import Analysis, Place, Port, Wire, analyse
+from passes.analysis import Analysis, OpenSite, Port, Wire, analyse
 from passes.dims import Value
 from passes.layers import Folding
 from passes.local import DimShard, Storage
@@ -24,8 +24,8 @@ __all__ = ["Pin", "Port", "Site", "Space", "Wire", "search_space"]
 
 
 @dataclass(frozen=True)
-class Site(Place):
-    """One decision: a place with the ways to lay it out, which are `Option`s of an op, else `StoredOption`s."""
+class Site(OpenSite):
+    """One decision: a site with the ways to lay it out, which are `Option`s of an op, else `StoredOption`s."""
 
     options: tuple[Option, ...] | tuple[StoredOption, ...] = ()
 
@@ -151,7 +151,7 @@ def search_space(
 
 
 def _parameter_options(
-    place: Place,
+    place: OpenSite,
     strategy: str,
     sizes: Sequence[int],
     batch_axes: Sequence[int],
@@ -208,7 +208,7 @@ def _at_rest(storage: Storage) -> Layout:
     )
 
 
-def _batch_layout(place: Place, batch_dim: int, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
+def _batch_layout(place: OpenSite, batch_dim: int, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
     inside = tuple(map(math.prod, place.dims))
     of = place.given or place.out
     shape = (of.shape if of is not None else None) or inside
@@ -253,7 +253,7 @@ def _padding(inside: Sequence[int], outside: Sequence[int]) -> tuple[int, ...]:
     return padding if any(padding) else ()
 
 
-def _given_option(analysis: Analysis, place: Place, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
+def _given_option(analysis: Analysis, place: OpenSite, sizes: Sequence[int], batch_axes: Sequence[int]) -> StoredOption:
     given = place.given
     inside = tuple(map(math.prod, place.dims))
     shape = (given.shape if given is not None else None) or inside
@@ -270,7 +270,7 @@ def _given_option(analysis: Analysis, place: Place, sizes: Sequence[int], batch_
 
 
 def _returned_options(
-    analysis: Analysis, place: Place, sizes: Sequence[int], batch_axes: Sequence[int]
+    analysis: Analysis, place: OpenSite, sizes: Sequence[int], batch_axes: Sequence[int]
 ) -> tuple[StoredOption, ...]:
     out = place.out
     assert out is not None

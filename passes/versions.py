@@ -17,7 +17,7 @@ from torch import fx
 
 from passes.dims import Atom
 from passes.emit import Emitter
-from passes.harmless import Place
+from passes.harmless import Part
 from passes.zones import Zone, join
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ class Version:
     """A tensor with some of its places padded, and what stands there."""
 
     node: fx.Node
-    zones: dict[Place, Zone]
+    zones: dict[Part, Zone]
     origin: Origin | None = None
 
 
@@ -38,7 +38,7 @@ class Origin:
 
     tensor: PaddedTensor
     version: Version
-    back: Mapping[Place, Place]
+    back: Mapping[Part, Part]
     """Places of the moved tensor -> of the other."""
     again: Callable[[fx.Node], fx.Node]
     """The move of another node."""
@@ -49,13 +49,13 @@ class PaddedTensor:
     """A tensor of the old program in the new one. `base` is how its op made it; other versions follow from that."""
 
     atoms: list[list[Atom]]
-    base: frozenset[Place]
+    base: frozenset[Part]
     meta: Mapping[str, Any]
     fill: Zone | None = None
     """The number that the whole tensor consists of, where it does."""
     by_phase: bool = False
     """A stored tensor: padded for forward, and again for backward."""
-    versions: dict[tuple[frozenset[Place], str], Version] = field(default_factory=dict)
+    versions: dict[tuple[frozenset[Part], str], Version] = field(default_factory=dict)
 
 
 class Versions:
@@ -65,10 +65,10 @@ class Versions:
         self.emit = emit
         self.padded_sizes = padded_sizes
         self.masks: dict[tuple[Any, ...], fx.Node] = {}
-        self.seen: dict[int, tuple[fx.Node, Place]] = {}
+        self.seen: dict[int, tuple[fx.Node, Part]] = {}
         """Id of an atom -> the first node that has it padded, and where."""
 
-    def put(self, tensor: PaddedTensor, version: Version, places: frozenset[Place], phase: str = "") -> None:
+    def put(self, tensor: PaddedTensor, version: Version, places: frozenset[Part], phase: str = "") -> None:
         """Keep a version as the one with these places padded."""
         tensor.versions[places, phase if tensor.by_phase else ""] = version
         for place in places:
@@ -76,7 +76,7 @@ class Versions:
             if version.node.op == "call_function" and version.node.target is not aten.constant_pad_nd.default:
                 self.seen.setdefault(id(atom), (version.node, place))
 
-    def get(self, tensor: PaddedTensor, places: frozenset[Place], phase: str) -> Version:
+    def get(self, tensor: PaddedTensor, places: frozenset[Part], phase: str) -> Version:
         """The tensor with exactly these places padded."""
         key = (places, phase if tensor.by_phase else "")
         if key not in tensor.versions:
@@ -96,7 +96,7 @@ class Versions:
         return tensor.versions[key]
 
     def overwrite(
-        self, tensor: PaddedTensor, version: Version, place: Place, fill: float | int, meta: Mapping[str, Any]
+        self, tensor: PaddedTensor, version: Version, place: Part, fill: float | int, meta: Mapping[str, Any]
     ) -> None:
         """Put `fill` into the added entries; the result takes the version's place.
 
@@ -124,13 +124,13 @@ class Versions:
         """Size of an atom, real or padded."""
         return self.padded_sizes[id(atom)] if padded else atom.size
 
-    def shape(self, dims: Sequence[Sequence[Atom]], at: frozenset[Place]) -> tuple[int, ...]:
+    def shape(self, dims: Sequence[Sequence[Atom]], at: frozenset[Part]) -> tuple[int, ...]:
         """Shape of a tensor of these dims with the places `at` padded."""
         return tuple(
             math.prod(self.length(atom, (d, j) in at) for j, atom in enumerate(dim)) for d, dim in enumerate(dims)
         )
 
-    def _resized(self, tensor: PaddedTensor, node: fx.Node, at: frozenset[Place], place: Place, fill: Any) -> fx.Node:
+    def _resized(self, tensor: PaddedTensor, node: fx.Node, at: frozenset[Part], place: Part, fill: Any) -> fx.Node:
         """`node`, whose places `at` are padded, with `place` padded by `fill`, or cut where that is None."""
         emit, (d, part) = self.emit, place
         lengths = [self.length(atom, (d, j) in at) for j, atom in enumerate(tensor.atoms[d])]
@@ -163,6 +163,6 @@ class Versions:
         return self.masks[key]
 
 
-def _overwritten(zones: Mapping[Place, Zone], place: Place, fill: Zone) -> dict[Place, Zone]:
+def _overwritten(zones: Mapping[Part, Zone], place: Part, fill: Zone) -> dict[Part, Zone]:
     """What stands in each place when one is overwritten; entries that lie in two may change in both."""
     return {p: z if z == fill else join([z, fill]) for p, z in zones.items()} | {place: fill}
