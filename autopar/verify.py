@@ -126,7 +126,7 @@ def _takes(model: nn.Module, batch: Batch) -> bool:
     """Whether the model's forward runs on a batch."""
     before = held_buffers(model)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), as_one_process():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), as_one_process():
             warnings.simplefilter("ignore")
             model(*batch.args, **batch.kwargs)
     except Exception:  # whatever a model raises on inputs that it does not take

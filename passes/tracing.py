@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from passes.control_flow import control_flow_as_python
 from passes.decompositions import DECOMPOSITIONS
 from passes.errors import CaptureError
 from passes.fakes import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
@@ -183,19 +184,19 @@ class Tracer(TorchDispatchMode):
         """Raises `CaptureError` for an op that no graph can have."""
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             # Inductor refuses it too; a model that is being compiled takes another way.
-            raise CaptureError(f"{self._location()}: grouped_mm of {args[0].dtype} cannot be compiled; use bfloat16")
+            raise CaptureError(f"{self.location()}: grouped_mm of {args[0].dtype} cannot be compiled; use bfloat16")
         if func is aten.native_batch_norm.default and args[3] is not None and args[5]:
             raise CaptureError(
-                f"{self._location()}: a batch norm whose running statistics would be lost; call "
+                f"{self.location()}: a batch norm whose running statistics would be lost; call "
                 "torch.nn.functional.batch_norm or torch.nn.BatchNorm"
             )
         if func.namespace in _COLLECTIVES:
-            raise CaptureError(f"{self._location()}: {func} between ranks: {NO_OTHER_RANKS}")
+            raise CaptureError(f"{self.location()}: {func} between ranks: {NO_OTHER_RANKS}")
         if func._schema.is_mutable:
             if isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
-                raise CaptureError(f"{self._location()}: {WRITES_OUTSIDE}")
+                raise CaptureError(f"{self.location()}: {WRITES_OUTSIDE}")
             raise CaptureError(
-                f"{self._location()}: {func} writes to its operands; use an op that returns what it wrote"
+                f"{self.location()}: {func} writes to its operands; use an op that returns what it wrote"
             )
 
     def _same(self, func: Any, x: Tensor) -> Tensor:
@@ -224,19 +225,19 @@ class Tracer(TorchDispatchMode):
         if not self._provenance.in_backward:
             if key in self._drawn:
                 raise CaptureError(
-                    f"{self._location()}: the forward set the random state back and draws the numbers of an earlier op "
+                    f"{self.location()}: the forward set the random state back and draws the numbers of an earlier op "
                     "again; draw once and use the result twice"
                 )
             if self._random_state != state:
                 self._note(
-                    f"{self._location(short=True)}: the forward sets torch's random state; what it draws is new in "
+                    f"{self.location(short=True)}: the forward sets torch's random state; what it draws is new in "
                     "each step all the same, by Options(seed=...)"
                 )
             self._random_state = after
             self._drawn[key] = self._record_plain(func, args, kwargs)
         if key not in self._drawn:
             raise CaptureError(
-                f"{self._location()}: the backward draws random numbers that no forward drew; where it runs the "
+                f"{self.location()}: the backward draws random numbers that no forward drew; where it runs the "
                 "forward again, let torch.utils.checkpoint preserve the random state"
             )
         return self._drawn[key]
@@ -249,7 +250,7 @@ class Tracer(TorchDispatchMode):
     def _emit(self, func: Any, node_args: Any, node_kwargs: Any, out: Any) -> Any:
         if isinstance(out, Tensor) and out.layout != torch.strided:
             raise CaptureError(
-                f"{self._location()}: {func} gives a {out.layout} tensor; only strided tensors are supported; an "
+                f"{self.location()}: {func} gives a {out.layout} tensor; only strided tensors are supported; an "
                 "embedding takes sparse=False"
             )
         node_kwargs = {k: v for k, v in node_kwargs.items() if k not in ("layout", "pin_memory") and v is not None}
@@ -290,18 +291,18 @@ class Tracer(TorchDispatchMode):
             return known
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad and torch.is_grad_enabled():
             raise CaptureError(
-                f"{self._location()}: uses a {tuple(tensor.shape)} parameter that is none of the model's, so that its "
+                f"{self.location()}: uses a {tuple(tensor.shape)} parameter that is none of the model's, so that its "
                 "gradient would be lost; register it (nn.ModuleList and nn.ParameterList do so for a list), or set "
                 "requires_grad=False"
             )
         if tensor.is_nested:
             raise CaptureError(
-                f"{self._location()}: makes a nested tensor, which no rule can split; pass rows padded to one length, "
+                f"{self.location()}: makes a nested tensor, which no rule can split; pass rows padded to one length, "
                 "or packed ones with a document's number for each token"
             )
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             raise CaptureError(
-                f"{self._location()}: uses a {tuple(tensor.shape)} tensor without values (meta or fake) that is no "
+                f"{self.location()}: uses a {tuple(tensor.shape)} tensor without values (meta or fake) that is no "
                 "parameter, buffer or input; register it as a buffer, or build the model on a real device"
             )
         with off_the_record():
@@ -331,18 +332,18 @@ class Tracer(TorchDispatchMode):
             value = self.values.of(node)
         except UnknownValueError as unknown:
             raise CaptureError(
-                f"{self._location()}: {what}, which depends on {unknown.what}, so the step is not one graph. {instead}"
+                f"{self.location()}: {what}, which depends on {unknown.what}, so the step is not one graph. {instead}"
             ) from None
         except TooLargeError as large:
             raise TooLargeToReadError(
-                f"{self._location()}: {what}, which follows from a tensor that is too large to compute on this host, "
+                f"{self.location()}: {what}, which follows from a tensor that is too large to compute on this host, "
                 f"{large}; a smaller batch, or more micro-batches of it, will do"
             ) from None
         if not self.values.depends_on_inputs(node):
             return value
         if not self.branches.may_read_inputs:
-            raise ReadsInputsError(f"{self._location()}: {what}, which depends on the inputs")
-        self._note(f"{self._location(short=True)}: {what}; the graph is that of inputs which give the same")
+            raise ReadsInputsError(f"{self.location()}: {what}, which depends on the inputs")
+        self._note(f"{self.location(short=True)}: {what}; the graph is that of inputs which give the same")
         return value
 
     def _note(self, note: str) -> None:
@@ -354,7 +355,7 @@ class Tracer(TorchDispatchMode):
         value: Tensor = self.value(tensor, what)
         with off_the_record():  # the buffer or input itself may be written to later
             kept = value.clone()
-        self.reads.append(Read(self.node_of(tensor), None, (), {}, Fixed(self._location(), what, kept)))
+        self.reads.append(Read(self.node_of(tensor), None, (), {}, Fixed(self.location(), what, kept)))
         return value
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -365,7 +366,7 @@ class Tracer(TorchDispatchMode):
         node_args, node_kwargs = self._map(args)[0], self._map(kwargs)[0]
         found = run_real(Tensor.item, real, {}) if func is aten._local_scalar_dense.default else None
         found = run_real(func, real, kwargs) if found is None else found
-        self.reads.append(Read(None, func, node_args, node_kwargs, Fixed(self._location(), what, found)))
+        self.reads.append(Read(None, func, node_args, node_kwargs, Fixed(self.location(), what, found)))
         return found
 
     def _record_dynamic(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -381,7 +382,7 @@ class Tracer(TorchDispatchMode):
         from_values = run_real(func, real_args, real_kwargs)
         out = _map_tensors(from_values, self._fake_like)
         made = self._emit(func, node_args, node_kwargs, out)
-        fixed = Fixed(self._location(), what, shapes(from_values), is_shape=True)
+        fixed = Fixed(self.location(), what, shapes(from_values), is_shape=True)
         shaping_args, shaping_kwargs = _map_tensors((args, kwargs), lambda t: self._shaping_node(func, t))
         self.reads.append(Read(None, func, shaping_args, shaping_kwargs, fixed))
         return made
@@ -420,7 +421,8 @@ class Tracer(TorchDispatchMode):
                 plain.append(index)
         return (x, plain, *rest)
 
-    def _location(self, short: bool = False) -> str:
+    def location(self, short: bool = False) -> str:
+        """The line of the model that is running."""
         file, line = model_line(sys._getframe(1))
         if not file:
             return self._provenance.here().source or "in the model"
@@ -501,7 +503,13 @@ def tracing(tracer: Tracer, attention: WrittenAttention | None = None) -> Iterat
     torch._C._set_mkldnn_enabled(False)
     torch._enable_functionalization(reapply_views=True)
     try:
-        with as_one_process(), tracer.fake_mode, tracer, _Calls(tracer, attention):
+        with (
+            control_flow_as_python(tracer.location),
+            as_one_process(),
+            tracer.fake_mode,
+            tracer,
+            _Calls(tracer, attention),
+        ):
             yield
     finally:
         torch._disable_functionalization()

@@ -155,6 +155,26 @@ def mlp_on(mesh: dict[str, int], dropout: float = 0.0) -> tuple[nn.Module, dict[
     return model, mesh, inputs
 
 
+class Hooked(nn.Module):
+    """A forward that only runs where gradients are wanted: it hooks a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inner(x)
+        h.register_hook(lambda gradient: 2 * gradient)
+        return self.out(h.tanh()).square().mean()
+
+
+def test_ranks_of_a_model_that_runs_only_with_gradients_bring_different_values() -> None:
+    torch.manual_seed(0)
+    found = verify(Hooked(), {"dp": 2}, {"x": torch.randn(4, 8)}, hardware="h100")
+    assert found.ok, str(found)
+    assert not any("same on every" in note for note in found.notes)
+
+
 class Policy(nn.Module):
     """A policy gradient of advantages that add up to nothing, so that its loss is zero whatever the parameters are."""
 
