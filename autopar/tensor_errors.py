@@ -34,20 +34,29 @@ def limits(tolerances: Tolerances, low: bool) -> tuple[float, float]:
 
 
 def compare(
-    found: StepValues, wanted: StepValues, parameters: Mapping[str, Tensor], tolerances: Tolerances, low: bool = False,
+    found: StepValues,
+    wanted: StepValues,
+    parameters: Mapping[str, Tensor],
+    tolerances: Tolerances,
+    low: bool = False,
+    *,
+    added_low: bool = False,
     differentiated: Collection[str] = (),
-) -> tuple[tuple[TensorError, ...], str]:  # fmt: skip
+) -> tuple[tuple[TensorError, ...], str]:
     """Every tensor's error, and what the optimizer's step was.
 
-    low: where half precision rounded. differentiated: the outputs that the gradients are of.
+    low: half precision rounded all of them. added_low: gradients alone, as the ranks' parts of them were added.
+    differentiated: the outputs that the gradients are of.
     """
     of_loss, of_rest = limits(tolerances, low)
+    _, of_gradients = limits(tolerances, low or added_low)
 
-    def floor_of(norm: float, limit: float = of_rest) -> float:
+    def floor_of(norm: float, limit: float, low: bool = low) -> float:
         return rounding(low) * norm / limit if limit else 0.0
 
     total = _norm(wanted.gradients.values())
-    least, least_loss = floor_of(total), floor_of(_moved(wanted.gradients, parameters), of_loss)
+    least = floor_of(total, of_gradients, low or added_low)
+    least_loss = floor_of(_moved(wanted.gradients, parameters), of_loss)
     errors = []
     for name, value in found.outputs.items():
         scalar = not value.dim()
@@ -55,10 +64,11 @@ def compare(
         errors.append(_error("output", name, value, wanted.outputs.get(name), of_loss if scalar else of_rest, floor))
     for name in dict.fromkeys([*wanted.gradients, *found.gradients]):
         pair = found.gradients.get(name), wanted.gradients.get(name)
-        errors.append(_error("gradient", name, *pair, of_rest, floor=least))
+        errors.append(_error("gradient", name, *pair, of_gradients, floor=least))
     for name in dict.fromkeys([*wanted.buffers, *found.buffers]):
         pair = found.buffers.get(name), wanted.buffers.get(name)
-        errors.append(_error("buffer", name, *pair, of_rest, floor=floor_of(_norm(_beside(name, wanted.buffers)))))
+        floor = floor_of(_norm(_beside(name, wanted.buffers)), of_rest)
+        errors.append(_error("buffer", name, *pair, of_rest, floor=floor))
     trained = {n: p for n, p in parameters.items() if n in wanted.gradients and n in found.gradients}
     if not trained or not total:
         return tuple(errors), ""
@@ -71,7 +81,7 @@ def compare(
     after = [_stepped(trained, values.gradients, all_eps) for values in (found, wanted)]
     for name, tensor in trained.items():
         floor = _LEARNING_RATE * math.sqrt(tensor.numel())
-        errors.append(_error("parameter", name, after[0][name], after[1][name], of_rest, floor=floor))
+        errors.append(_error("parameter", name, after[0][name], after[1][name], of_gradients, floor=floor))
     more = ", more where a gradient is zero but for rounding" if max(all_eps.values()) > step_eps else ""
     step = f"AdamW, lr {_LEARNING_RATE:g}, eps {step_eps:.1e} ({_EPS_OF_RMS:.0%} of the gradients' rms{more})"
     return tuple(errors), step

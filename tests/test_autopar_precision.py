@@ -248,6 +248,18 @@ def test_verify_holds_a_policy_against_a_model_cast_by_hand(policy: MixedPrecisi
     assert {tensor.tolerance for tensor in found.tensors} <= {2e-2, 5e-2}
 
 
+def test_verify_allows_gradients_the_rounding_of_the_dtype_they_are_added_in() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(16, 16), torch.randn(4, 16)
+    options = autopar.Options(mp_policy=MixedPrecisionPolicy(reduce_dtype=BF16))
+    found = autopar.verify(model, {"dp": 4}, (inputs,), strategy="fsdp", options=options)
+    assert found.ok, str(found)
+    assert {tensor.kind: tensor.tolerance for tensor in found.tensors} == {
+        "output": 1e-4, "gradient": 5e-2, "parameter": 5e-2,
+    }  # fmt: skip
+    assert any(tensor.error > 1e-4 for tensor in found.tensors)
+
+
 def test_verify_sees_a_policy_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program whose compute is scaled by 1.1 on its way to bf16 does not pass for rounding."""
     model, mesh, inputs = llama_inputs_on({"dp": 2})
