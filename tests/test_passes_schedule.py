@@ -588,6 +588,21 @@ def test_what_cannot_go_in_parts_does_not() -> None:
     assert sent not in by_parts(pipelined, replace(laid, reads=read)).sent_early_s
     leaving = (*laid.leaving, (made, "forward", False))
     assert sent not in by_parts(pipelined, replace(laid, leaving=leaving)).sent_early_s
+    whole: Any = laid.items[sent]
+    whole = replace(whole, steps=(replace(whole.steps[0], kind="all_reduce"),))
+    items = (*laid.items[:sent], whole, *laid.items[sent + 1 :])
+    assert sent not in by_parts(pipelined, replace(laid, items=items)).sent_early_s
+
+
+def test_the_first_op_of_a_step_may_be_sent_in_parts() -> None:
+    space, assignment = planned_llama("megatron", 1, 4)
+    laid, pipelined = tracks(space, assignment), replace(space, async_tp=True)
+    found = by_parts(pipelined, laid)
+    sent = min(found.sent_early_s)
+    items = laid.items[max(item for item in found.products_s if item < sent)], laid.items[sent]
+    slots = tuple(Slot(laid.slots[0].node, 0, producer, "") for producer in (-1, 0, 1))
+    alone = replace(laid, items=items, slots=slots, reads=((0, 0), (1,)), writes=((1,), (2,)), leaving=())
+    assert by_parts(pipelined, alone).sent_early_s == {1: found.sent_early_s[sent]}
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
