@@ -321,7 +321,7 @@ class _Padding:
             self.versions.shape(dims, reading.padded(positions))
             for dims, positions in zip(result_dims, reading.at_results, strict=True)
         ]
-        self.emit.meta = meta_of(node)
+        self.emit.stand_for(node)
         if node.target is UNIFORM:
             new = self._uniform(node, operands.read[0].node, reading.padded(reading.at_results[0]))
         else:

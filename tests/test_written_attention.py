@@ -17,17 +17,23 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
 )
 
 import autopar
 from costmodel.compute import attention as attention_work
 from costmodel.presets import hardware
+from passes.analysis import analyse
 from passes.candidate_replicated import _context
 from passes.capture import capture
 from passes.depth import Profile
 from passes.masks import masks_as_shares
+from passes.pad import pad
+from passes.pipeline import prepare
 from passes.rules.call import call_of
 from passes.setup import Setup
+from passes.uneven import uneven_dims
 from passes.work import work_of
 from passes.written_attention import WrittenAttention
 
@@ -210,6 +216,31 @@ def test_windows_leave_out_blocks(make: Callable[[], nn.Module]) -> None:
         assert sorted(flops) == pytest.approx([whole * (31 + 3 * 16) / 256, whole * 136 / 256])
     softmaxes = graph.find_nodes(op="call_function", target=aten._softmax.default)
     assert all(node.meta["val"].shape[-1] < 2048 for node in softmaxes)  # the router's
+
+
+def test_padded_heads_have_the_window_too() -> None:
+    """Six heads on four ranks are padded to eight: a third more work, and no more blocks than the window sees."""
+    config = MistralConfig(
+        hidden_size=96, intermediate_size=128, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=6,
+        vocab_size=96, sliding_window=128, attn_implementation="eager",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model, ids = MistralForCausalLM(config), torch.empty(4, 2048, dtype=torch.long)
+    inputs = {"input_ids": ids, "labels": ids}
+    captured = capture(model, (), inputs, batch_dims=[0, 0], batch_size=4, fused_attention=True)
+    analysis = analyse(prepare(masks_as_shares(captured)))
+    padded = pad(analysis, uneven_dims(analysis, (1, 4), (0,), "megatron")).program
+    for target in (FORWARD, BACKWARD):
+        (real, larger) = (
+            call_of(*program.graph.graph.find_nodes(op="call_function", target=target))
+            for program in (analysis.program, padded)
+        )
+        flops = [
+            work_of(call, [f.shape for f in call.operands], [f.shape if f else () for f in call.results]).flops
+            for call in (real, larger)
+        ]
+        assert larger.facts("query").shape[1] == 8
+        assert flops[1] == pytest.approx(flops[0] * 8 / 6)
 
 
 def test_a_window_is_never_more_than_what_is_causal() -> None:
