@@ -23,7 +23,7 @@ from autopar.runtime import Executable, Runtime
 from autopar.together import watch
 from passes.autocast import autocast_as
 from passes.errors import PlanMismatchError
-from passes.local import LocalProgram
+from passes.local import LocalInput, LocalProgram
 from passes.strides import laid_out
 
 
@@ -118,16 +118,11 @@ def bound(
     differentiable = []
     for place, entry in binding.others:
         if entry.kind == "buffer":
-            table, key = runtime.slots[entry.name]
-            value = table[key]
-            if value.device != device:
-                raise PlanMismatchError(f"buffer {entry.name} is on {value.device} but the mesh is on {device}")
-            values[place] = value.clone() if entry.name in binding.changed else value
+            buffer = _buffer(runtime, entry.name, device)
+            values[place] = buffer.clone() if entry.name in binding.changed else buffer
         elif entry.kind == "input":
             value = next(given)
-            wanted = entry.storage.computed_shape(sizes)
-            if tuple(value.shape) != wanted:
-                raise PlanMismatchError(f"{entry.name} has shape {tuple(value.shape)}; the plan is for {wanted}")
+            _check_shape(entry, value, sizes)
             values[place] = value.detach()
             if value.requires_grad:
                 differentiable.append((entry.name, value))
@@ -138,6 +133,20 @@ def bound(
             index = runtime.coordinate[[name for name, _ in executable.local.axes].index(entry.name)]
             values[place] = _constant(index, device)
     return Step(runtime, executable, binding, parameters, values, differentiable)
+
+
+def _buffer(runtime: Runtime, name: str, device: torch.device) -> torch.Tensor:
+    table, key = runtime.slots[name]
+    value: torch.Tensor = table[key]
+    if value.device != device:
+        raise PlanMismatchError(f"buffer {name} is on {value.device} but the mesh is on {device}")
+    return value
+
+
+def _check_shape(entry: LocalInput, value: torch.Tensor, sizes: Sequence[int]) -> None:
+    wanted = entry.storage.computed_shape(sizes)
+    if tuple(value.shape) != wanted:
+        raise PlanMismatchError(f"{entry.name} has shape {tuple(value.shape)}; the plan is for {wanted}")
 
 
 def _write(runtime: Runtime, name: str, value: torch.Tensor) -> None:

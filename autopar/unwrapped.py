@@ -26,6 +26,11 @@ def check_unwrapped(model: Any) -> None:
         if isinstance(model, type):
             raise ValueError(f"model is the class {model.__name__}; pass a module that was made of it")
         raise ValueError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    _check_modules(model)
+    _check_tensors(model)
+
+
+def _check_modules(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = name or "the model"
         if isinstance(module, ParallelModule):
@@ -35,6 +40,9 @@ def check_unwrapped(model: Any) -> None:
             raise ValueError(f"{where} is under {kind}; pass the model before any other parallelism is applied")
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{where} is compiled TorchScript; pass the module that it was scripted or traced from")
+
+
+def _check_tensors(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet, as of a lazy module; run the model once on a batch before")
