@@ -3,6 +3,10 @@
 It does not where each row is treated by itself and alike in every turn, and what turns make of their rows is added up,
 or put back in its place. `Walk` goes through a graph and checks that by the ops' factor forms. It is sure of nothing
 else, and says of the first op that is anything else why it may matter.
+
+Where it does matter, but to one number of each row alone (a mean over the tokens of a turn that are not ignored), those
+numbers are cheap to bring together: `walked` has them read in their own order, as they stood in their own turns. What
+each turn reads beside its rows, one number (its mean's divisor) or one for each of them, may then be its own.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from passes.rules.call import Call, Operand, call_of, is_tensor, operand_nodes
 from passes.rules.create import IOTAS
 from passes.rules.form import Form
 from passes.rules.table import rule_of
-from passes.walks import cut_of
+from passes.walks import cut_of, made_of
 
 aten = torch.ops.aten
 _ADDS = {aten.add.Tensor, aten.sub.Tensor}
@@ -120,7 +124,19 @@ class Walk:
     """(node, operand) -> the dim along which that is paired with rows, and has one and the same for each."""
     same_as: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """What adds a turn's sum to zeros, or takes it from them: that sum."""
+    in_order: dict[fx.Node, int] = field(default_factory=dict)
+    """What reads one number of each row of a turn, of the rows that the turn has in this graph: the turn."""
+    ones: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+    """What a node reads beside a turn's rows, one number or one for each of them: other turns' may be others."""
+    made: dict[tuple[int, int], fx.Node] = field(default_factory=dict)
+    """(key, turn) -> what is made so of its rows."""
+    apart: frozenset[int] = frozenset()
+    """Keys of sums over rows that are to be taken in order."""
     _keys: dict[object, int] = field(default_factory=dict)
+    _beside: dict[tuple[int, int], list[tuple[fx.Node, ...]]] = field(default_factory=dict)
+    """(key, turn) -> the `ones` of what is alike but for these."""
+    _narrow: dict[fx.Node, int] = field(default_factory=dict)
+    """Keys of sums over rows of one number of each, or of all that they have."""
     _equal: dict[fx.Node, int] = field(default_factory=dict)
     """Nodes that all turns share but for which of several equal parts they are, or of several constants."""
 
@@ -141,13 +157,50 @@ class Walk:
             assert isinstance(state, Own)
             which: Any = node.args[1]
             key = self._key(state.key, which)
-            self.known[node] = Own(state.turn, (state.dims[which],), key, (key,))
+            self.known[node] = self._made_alike(node, Own(state.turn, (state.dims[which],), key, (key,)))
         elif any(isinstance(state, Listed) for state in states):
             self._visit_listed(node)
         else:
             found = self._together(node) or self._own(node, states)
-            if not self._is_of_all(found):
+            if found is not None and not self._is_of_all(found):
                 self.known[node] = found
+
+    def narrow_before(self, node: fx.Node) -> set[int]:
+        """Keys of the sums over rows, of one number of each, that a node follows from through what is `known`."""
+        behind = made_of(node.all_input_nodes, lambda each: each not in self.known)
+        return {self._narrow[each] for each in behind if each in self._narrow and each in self.known}
+
+    def of_turns(self, key: int) -> list[fx.Node]:
+        """What is made alike of each turn's rows.
+
+        Raises:
+            MattersError: it is not, of some.
+        """
+        turns = range(len(self.turns.starts))
+        found = [self.made[key, turn] for turn in turns if (key, turn) in self.made]
+        if len(found) < len(turns):
+            raise MattersError(place_of(found[0]), "what is made of them is not made alike in each turn")
+        return found
+
+    def beside(self, node: fx.Node) -> dict[fx.Node, tuple[fx.Node, ...]]:
+        """For each of the numbers that a node reads beside a turn's rows, where turns' are others: those of all turns.
+
+        Raises:
+            MattersError: it is not made alike in each turn.
+        """
+        state = self.known.get(node)
+        if node not in self.ones or not isinstance(state, Own):
+            return {}
+        read = [self.ones[each] for each in self.of_turns(state.key)]
+        found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        for one, *all_ in zip(self.ones[node], *read, strict=True):
+            if found.setdefault(one, tuple(all_)) != tuple(all_):
+                raise MattersError(place_of(node), "what is read beside them is not made alike in each turn")
+        return {one: all_ for one, all_ in found.items() if not self._is_one(all_)}
+
+    def _is_one(self, nodes: Sequence[fx.Node]) -> bool:
+        """Whether these are one and the same number."""
+        return nodes[0].meta["val"].numel() == 1 and len({self._equal.get(each, each) for each in nodes}) == 1
 
     def _is_of_all(self, state: State) -> bool:
         """Whether it has the same of each turn, so that it does not tell any more which rows were in which."""
@@ -171,7 +224,7 @@ class Walk:
             if turn is not None:
                 self.moved[node] = turn, rows
                 key = self._key("rows", source)
-                self.known[node] = Own(turn, (0,), key, (key,))
+                self.known[node] = self._made_alike(node, Own(turn, (0,), key, (key,)))
                 return
         if node.target in (aten.slice.Tensor, aten.select.int):
             dim: Any = node.args[1] if len(node.args) > 1 else 0
@@ -185,10 +238,16 @@ class Walk:
             described = [self._same(operand) for operand in operand_nodes(node)]
             self._equal[node] = self._key(node.target, _arguments(call_of(node)), *described, node.meta["val"].shape)
 
-    def _same(self, node: fx.Node) -> tuple[str, object]:
+    def _same(self, node: fx.Node, ones: list[fx.Node] | None = None) -> tuple[object, ...]:
+        """What a tensor that all turns share is; where it is one number, which may be another in each turn, it is added
+        to `ones` instead."""
+        value = node.meta["val"]
+        if ones is not None and value.numel() == 1:
+            ones.append(node)
+            return "one", value.dtype, value.shape
         return ("equal", self._equal[node]) if node in self._equal else ("same", node)
 
-    def _everywhere(self, node: fx.Node, dim: int, count: int) -> tuple[object, ...]:
+    def _everywhere(self, node: fx.Node, dim: int, count: int, ones: list[fx.Node] | None = None) -> tuple[object, ...]:
         """What a tensor that all turns share is, where all that it has along a dim is one and the same."""
         where, why = place_of(node), "rows are paired with what each of a turn has its own of"
         rule = rule_of(node.target) if node.op == "call_function" else None
@@ -202,7 +261,7 @@ class Walk:
         described: list[object] = []
         for operand, dims in zip(operand_nodes(node), form.operands, strict=True):
             at = _dim_of(dims, factor)
-            described.append(self._same(operand) if at is None else self._everywhere(operand, at, count))
+            described.append(self._same(operand, ones) if at is None else self._everywhere(operand, at, count, ones))
         return (node.target, _arguments(call), *described, _shape(node.meta["val"].shape, dim, count))
 
     # ------------------------------------------------------------------------------------------- what is put together
@@ -216,13 +275,27 @@ class Walk:
         if node.target is aten.cat.default:
             return self._cat(node, arguments[0])
         if node.target not in _ADDS or node.kwargs:
-            return None
+            return self._of_each_term(node)
         states = {k: self.known[each] for k, each in enumerate(arguments) if each in self.known}
         of = [self._terms(node, k, state) for k, state in states.items()]
         turns = {turn for terms in of for _, turn in terms}
         if not all(of) or (len(turns) == 1 and not any(isinstance(state, Sum) for state in states.values())):
             return None
         return Sum(tuple(sorted(term for terms in of for term in terms)))
+
+    def _of_each_term(self, node: fx.Node) -> Sum | None:
+        """What an op that is linear makes of a sum of what some turns make."""
+        operands = operand_nodes(node)
+        sums = {k: state for k, each in enumerate(operands) if isinstance(state := self.known.get(each), Sum)}
+        rule = rule_of(node.target)
+        if len(sums) != 1 or rule is None or any(isinstance(self.known.get(each), Own | Written) for each in operands):
+            return None
+        call, ((at, state),) = call_of(node), sums.items()
+        if frozenset({at}) not in rule(call).linear:
+            return None
+        described = [("summed",) if k == at else self._same(each) for k, each in enumerate(operands)]
+        what = node.target, _arguments(call), tuple(described), node.meta["val"].shape
+        return Sum(tuple(sorted((self._key(*what, key), turn) for key, turn in state.terms)))
 
     def _terms(self, node: fx.Node, index: int, state: State) -> list[tuple[int, int]]:
         """What an operand of a sum or difference adds to it, with the turn of each; nothing where that is not told."""
@@ -295,8 +368,9 @@ class Walk:
         self.known[node] = Listed(at)
 
     # ------------------------------------------------------------------------------------------ what one turn's become
-    def _own(self, node: fx.Node, states: Sequence[State]) -> Own | Listed:
-        """What an op makes of one turn's rows, where it treats each by itself or adds over all of them."""
+    def _own(self, node: fx.Node, states: Sequence[State]) -> Own | Listed | None:
+        """What an op makes of one turn's rows, where it treats each by itself or adds over all of them; nothing where
+        it reads them in order."""
         where = place_of(node)
         own = [state for state in states if isinstance(state, Own)]
         if len(own) < len(states):
@@ -310,7 +384,25 @@ class Walk:
         form = rule(call)
         if any(state.dims == (None,) for state in own):
             return self._of_sums(node, call, form)
-        return self._of_rows(node, call, form)
+        is_narrow = all(self._is_narrow(operand) for operand in node.all_input_nodes if operand in self.known)
+        try:
+            found = self._of_rows(node, call, form)
+            alike = node.meta["val"].dtype == operand_nodes(node)[0].meta["val"].dtype if is_total(node) else False
+            if any(at is not None for at in found.dims) or not (is_narrow or alike):
+                return found
+            self._narrow[node] = found.key
+            if found.key not in self.apart:
+                return found
+        except MattersError:
+            if not is_narrow:
+                raise
+        self.in_order[node] = own[0].turn
+        return None
+
+    def _is_narrow(self, node: fx.Node) -> bool:
+        """Whether it has one number of each row of a turn."""
+        state = self.known[node]
+        return isinstance(state, Own) and node.meta["val"].numel() == self.turns.length(state.turn)
 
     def _listed(self, node: fx.Node) -> Listed:
         """The sums of all turns, side by side."""
@@ -337,15 +429,15 @@ class Walk:
         if factor is None or factors or form.sizes[factor] % count or factor in form.whole or factor in form.leading:
             raise mixes
         described: list[object] = []
+        ones: list[fx.Node] = []
         for k, operand in enumerate(operands):
             at = _dim_of(form.operands[k], factor)
             if k in own:
                 described.append(own[k].key)
             elif at is None:
-                described.append(self._same(operand))
+                described.append(self._same(operand, ones))
             elif _outermost(form.operands[k], at) == factor:
-                described.append(self._everywhere(operand, at, count))
-                self.shared[node, k] = at
+                described.append(self._paired(node, k, at, count, ones))
             else:
                 raise mixes
         dims = tuple(_dim_of(result, factor) for result in form.results)
@@ -354,7 +446,32 @@ class Walk:
                 raise mixes
         shapes = [_shape(f.shape, at, count) if f else () for f, at in zip(call.results, dims, strict=True)]
         key = self._key(node.target, _arguments(call), *described, *shapes)
-        return Own(turn, dims, key, (key,))
+        if ones:
+            self.ones[node] = tuple(ones)
+            alike = self._beside.setdefault((key, turn), [])
+            if self.ones[node] not in alike:
+                alike.append(self.ones[node])
+            key = self._key(key, alike.index(self.ones[node]))
+        return self._made_alike(node, Own(turn, dims, key, (key,)))
+
+    def _made_alike(self, node: fx.Node, state: Own) -> Own:
+        self.made.setdefault((state.key, state.turn), node)
+        return state
+
+    def _paired(self, node: fx.Node, index: int, at: int, count: int, ones: list[fx.Node]) -> tuple[object, ...]:
+        """What all turns share and an op pairs with the rows of one: the same for each, or a number for each."""
+        operand, inside = operand_nodes(node)[index], list[fx.Node]()
+        try:
+            described = self._everywhere(operand, at, count, inside)
+        except MattersError:
+            value = operand.meta["val"]
+            if value.numel() != count:
+                raise
+            ones.append(operand)
+            return "each", value.dtype, _shape(value.shape, at, count)
+        self.shared[node, index] = at
+        ones += inside
+        return described
 
     def _of_sums(self, node: fx.Node, call: Call, form: Form) -> Own:
         """What an op makes of sums over a turn's rows, where that is the sum of what it would make of each row's."""
@@ -384,6 +501,33 @@ def _is_linear(node: fx.Node, form: Form, own: Set[int]) -> bool:
     """Whether an op makes of sums, its operands `own`, the sum of what it would make of their terms."""
     to_float = node.target is aten._to_copy.default and node.meta["val"].dtype.is_floating_point
     return frozenset(own) in form.linear or to_float
+
+
+def walked(graph: fx.Graph, turns: Turns) -> Walk:
+    """The graph, walked.
+
+    Raises:
+        MattersError: which rows come together in a turn may tell.
+    """
+    apart, keys = frozenset[int](), dict[object, int]()
+    while True:
+        walk = Walk(turns, apart=apart, _keys=keys)
+        for node in graph.nodes:
+            try:
+                walk.visit(node)
+            except MattersError:
+                more = walk.narrow_before(node)
+                if not more:
+                    raise
+                apart |= more
+                break
+        else:
+            return walk
+
+
+def is_total(node: fx.Node) -> bool:
+    """Whether a node is the sum of all that a tensor has."""
+    return node.target in (aten.sum.default, aten.sum.dim_IntList) and bool(node.meta["val"].numel() == 1)
 
 
 def _adds_nothing(node: fx.Node, own: Mapping[int, Own]) -> bool:

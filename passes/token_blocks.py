@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from passes.program import Program
 from passes.routing import has_routed, route_by_blocks
-from passes.turns import take_turns_by_blocks, turns_of
+from passes.turns import has_turns, take_turns_by_blocks
 
 
 def has_whole_batch(program: Program) -> bool:
     """Whether the program (as `prepare` left it) routes tokens of the whole batch together, or takes them in turns."""
-    return has_routed(program) or bool(turns_of(program))
+    return has_routed(program) or has_turns(program)
 
 
 def by_blocks(program: Program, parts: int) -> Program:

@@ -122,7 +122,79 @@ def _accurate(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return _chunks(h, head, labels) + right
 
 
+def _summed(of: Callable[[Tensor, Tensor, int], Tensor], length: int = 16) -> Loss:
+    """The sum of what turns make of their rows' scores and targets, and of their number."""
+
+    def loss(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+        turns = zip(h.flatten(0, 1).split(length), labels.flatten().split(length), strict=True)
+        return sum(of(head(x), y, i) for i, (x, y) in enumerate(turns)) / 64  # type: ignore[return-value]
+
+    return loss
+
+
+def _mean(x: Tensor, y: Tensor, i: int = 0) -> Tensor:
+    """Over those of a turn that are not ignored."""
+    return F.cross_entropy(x, y, ignore_index=IGNORED, label_smoothing=0.1)
+
+
+def _each_loss(x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(x, y, reduction="none")
+
+
+def _means(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """Four turns of 14 rows, computed again in backward."""
+    turns = _turns(h[:, :-1], labels[:, 1:])
+    return torch.stack([checkpoint(lambda x, y: _mean(head(x), y), x, y, use_reentrant=False) for x, y in turns]).mean()
+
+
+def _chunk_dim(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """Chunks that are a dim of their own, fewer than ranks; a layer before, whose rows are put together again."""
+    h = torch.stack([head(x).relu() @ head.weight for x in h.view(2, -1, WIDTH)]).view_as(h)
+    return sum(_mean(head(x), y) for x, y in zip(h.view(2, -1, WIDTH), labels.view(2, -1), strict=True))  # type: ignore[return-value]
+
+
+def _picked(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """As many chunks as samples, by their index."""
+    rows, wanted = h.view(BATCH, -1, WIDTH), labels.view(BATCH, -1)
+    return torch.stack([_mean(head(rows[i]), wanted[i]) for i in range(BATCH)]).mean()
+
+
+def _running(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    total = torch.zeros(())
+    for x, _ in _turns(h, labels):
+        total = (total + head(x).square().sum()) * 0.9
+    return total
+
+
+def _spread(of: Callable[[Tensor], Tensor]) -> Loss:
+    """What is made of a list of the turns' losses, or of their right answers; it has no gradient, which would read the
+    list too."""
+
+    def loss(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+        losses = torch.stack([F.cross_entropy(head(x), y, reduction="sum") for x, y in _turns(h, labels)])
+        return losses.mean() / 16 + of(losses.detach()).sum()
+
+    return loss
+
+
 MOVED: list[Loss] = [_chunks, _slices, _shifted, _checkpointed, _each, _layer, _fused, _best, _accurate]
+NUMBERS: dict[str, Loss] = {
+    "means": _means,
+    "uneven": _summed(lambda x, y, i: _mean(x, y) * len(y), 24),
+    "chunks": _chunk_dim,
+    "samples": _picked,
+    "weights": _summed(lambda x, y, i: (i + 1) * x.square().sum()),
+    "places": _summed(lambda x, y, i: (_each_loss(x, y) * torch.arange(len(y))).sum()),
+    "squares": _summed(lambda x, y, i: x.sum().square()),
+    "hardest": _summed(lambda x, y, i: _each_loss(x, y).topk(3).values.sum()),
+    "smooth": _summed(lambda x, y, i: _each_loss(x, y).logsumexp(0)),
+    "shares": _summed(lambda x, y, i: (_each_loss(x, y).softmax(0).detach() * _each_loss(x, y)).sum()),
+    "running": _running,
+    "spread": _spread(lambda losses: losses.square()),
+    "above": _spread(lambda losses: losses > 50),
+}
+"""Where it matters to a number of each row which come together."""
+ALL_MOVED = {loss.__name__: loss for loss in MOVED} | NUMBERS
 
 
 def _batch() -> dict[str, Tensor]:
@@ -130,7 +202,7 @@ def _batch() -> dict[str, Tensor]:
     return {"ids": torch.randint(VOCAB, (BATCH, LENGTH)), "labels": torch.randint(6, (BATCH, LENGTH))}
 
 
-@pytest.mark.parametrize("loss", [_slices, _shifted, _checkpointed, _fused])
+@pytest.mark.parametrize("loss", [_slices, _shifted, _checkpointed, _fused, _means, _chunk_dim])
 def test_ranks_take_turns_with_their_own_rows(loss: Loss) -> None:
     kwargs = _batch()
     model = Tokens(loss)
@@ -146,6 +218,8 @@ def test_ranks_take_turns_with_their_own_rows(loss: Loss) -> None:
         assert all(rows >= size for node in products for size in node.meta["val"].shape if size not in (WIDTH, VOCAB))
         if strategy == "ddp":
             assert {issued.kind for issued in ledger(local)} == {"all_reduce"}
+            held = sum(parameter.numel() for parameter in model.parameters()) * 4
+            assert sum(issued.full_bytes for issued in ledger(local)) < held + 200
 
 
 def _through(program: Program, model: nn.Module, kwargs: dict[str, Tensor]) -> list[Tensor]:
@@ -156,10 +230,10 @@ def _through(program: Program, model: nn.Module, kwargs: dict[str, Tensor]) -> l
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
-@pytest.mark.parametrize("loss", MOVED)
-def test_any_number_of_parts_gives_the_same(loss: Loss, parts: int) -> None:
+@pytest.mark.parametrize("name", ALL_MOVED)
+def test_any_number_of_parts_gives_the_same(name: str, parts: int) -> None:
     kwargs = _batch()
-    model = Tokens(loss)
+    model = Tokens(ALL_MOVED[name])
     program = captured(model, kwargs)
     found = take_turns_by_blocks(program, parts)
     assert found is not program
@@ -167,22 +241,6 @@ def test_any_number_of_parts_gives_the_same(loss: Loss, parts: int) -> None:
     assert found.fingerprint == program.fingerprint
     for one, other in zip(_through(found, model, kwargs), _through(program, model, kwargs), strict=True):
         assert_near(one, other, "")
-
-
-def _summed(of: Callable[[Tensor, Tensor, int], Tensor]) -> Loss:
-    """The sum of what turns make of their rows' scores and targets, and of their number."""
-
-    def loss(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
-        return sum(of(head(x), y, i) for i, (x, y) in enumerate(_turns(h, labels))) / 64  # type: ignore[return-value]
-
-    return loss
-
-
-def _running(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
-    total = torch.zeros(())
-    for x, _ in _turns(h, labels):
-        total = (total + head(x).square().sum()) * 0.9
-    return total
 
 
 def _across(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
@@ -194,6 +252,14 @@ def _scaled(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     """Numbers that both halves' scores are weighted by, across in one and down in the other."""
     x, y = (head(each).view(-1, 4, 4, 2) for each in h.flatten(0, 1).chunk(2))
     return (x * torch.arange(4.0).view(4, 1, 1)).sum() + (y * torch.arange(4.0).view(1, 4, 1)).sum()
+
+
+def _behind(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """Each turn's rows are scaled by what those before it came to."""
+    total = head.weight.mean()
+    for x, y in _turns(h, labels):
+        total = total + _mean(head(x) * total, y)
+    return total
 
 
 def _mixed(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
@@ -210,34 +276,19 @@ def _turned(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return (torch.cat([head(y), head(x)]) * torch.arange(64)[:, None]).mean()
 
 
-def _spread(of: Callable[[Tensor], Tensor]) -> Loss:
-    """What is made of a list of the turns' losses, or of their right answers; it has no gradient, which would read the
-    list too."""
-
-    def loss(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
-        losses = torch.stack([F.cross_entropy(head(x), y, reduction="sum") for x, y in _turns(h, labels)])
-        return losses.mean() / 16 + of(losses.detach()).sum()
-
-    return loss
-
-
 STAY: dict[str, tuple[Loss, str]] = {
-    "means": (_summed(lambda x, y, i: F.cross_entropy(x, y, ignore_index=IGNORED)), "sum over rows"),
-    "weights": (_summed(lambda x, y, i: (i + 1) * x.square().sum()), "some of the turns"),
-    "places": (_summed(lambda x, y, i: (x * torch.arange(len(x))[:, None]).sum()), "each of a turn has its own of"),
-    "squares": (_summed(lambda x, y, i: x.sum().square()), "sum over rows"),
     "most": (_summed(lambda x, y, i: x.amax((0, 1))), "mixes rows"),
     "pairs": (_summed(lambda x, y, i: (x @ x.t()).sin().sum()), "mixes rows"),
     "statistics": (_summed(lambda x, y, i: (x - x.mean(0)).pow(3).sum()), "sum over rows"),
     "order": (_summed(lambda x, y, i: x.flatten().cumsum(0).sin().sum()), "mixes rows"),
     "dropout": (_summed(lambda x, y, i: F.dropout(x, 0.5).sum()), "each of a turn has its own of"),
-    "running": (_running, "some of the turns"),
+    "behind": (_behind, "follows from others"),
+    "rounded": (_summed(lambda x, y, i: (x.bfloat16() * _mean(x, y)).sum()), "casts a number"),
+    "filled": (_summed(lambda x, y, i: x.masked_fill(x > 0, _mean(x, y)).sum()), "told how many"),
     "across": (_across, "several turns"),
     "scaled": (_scaled, "leaves the program"),
     "mixed": (_mixed, ""),
     "turned": (_turned, ""),
-    "spread": (_spread(lambda losses: losses.square()), "a list of turns' sums"),
-    "above": (_spread(lambda losses: losses > 50), "a list of turns' sums"),
 }
 
 
@@ -269,7 +320,7 @@ def test_other_slices_are_no_turns() -> None:
 def _on_real_ranks(rank: int, ranks: int) -> None:
     kwargs = _batch()
     torch.manual_seed(1)
-    eager = Tokens(_checkpointed)
+    eager = Tokens(_means)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     mine = {name: value.chunk(2)[rank // 2] for name, value in kwargs.items()}
     model = autopar.parallelize(eager, mesh, mine, strategy="megatron", options=Options(compile=False))
