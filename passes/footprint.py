@@ -247,7 +247,7 @@ class _Lives:
 
     def buffers(self) -> list[Buffer]:
         """Every tensor that comes and goes."""
-        found = self._communication()
+        found = [*self._communication()]
         for index, slot in enumerate(self.tracks.slots):
             if slot.producer >= 0 and self.bases[index] == (index,) and slot.bytes:
                 found += self._lives(index)
@@ -332,12 +332,11 @@ class _Lives:
         done = self.times.steps.get(producer)
         return done[-1][1] if done else self.times.op_start_s[producer]
 
-    def _communication(self) -> list[Buffer]:
+    def _communication(self) -> Iterator[Buffer]:
         """Copies beside a collective's input and output: between steps, where a dim has to go first, and gloo's own.
 
         Gloo packs the tensors that it gathers together; what stands for its reduce-scatter receives all its terms.
         """
-        found = []
         tensors = Counter(item.bucket for item in self.tracks.items if isinstance(item, Move))
         for index, done in self.times.steps.items():
             item = self.tracks.items[index]
@@ -346,8 +345,7 @@ class _Lives:
             for position, (step, start, end) in enumerate(done):
                 next_end = done[position + 1][2] if position + 1 < len(done) else None
                 for size, death in self._copies_beside(step, end, next_end, packed):
-                    found.append(Buffer(name, size, start, death, "communication"))
-        return found
+                    yield from self._in_all_layers(Buffer(name, size, start, death, "communication"), index, index)
 
     def _copies_beside(
         self, step: Step, end: float, next_end: float | None, packed: bool

@@ -83,11 +83,11 @@ def layer_by_layer(whole: Program, plan: Plan, request: Request) -> Schedule:
 @pytest.mark.parametrize(
     ("strategy", "hardware", "recompute"),
     [("fsdp", "h100", "pointwise"), ("megatron", "h100", "full"), ("ddp", "a100-40gb", "none"),
-     ("auto", "h100", "selective")],
+     ("auto", "h100", "selective"), ("fsdp", "cpu", "pointwise"), ("megatron", "cpu", "full")],
 )  # fmt: skip
 def test_a_few_layers_take_what_all_take(strategy: str, hardware: str, recompute: str) -> None:
     """Step time, its parts, every stream and the peak, as played with all layers; gradients that pile up (ddp over a
-    slow network) too."""
+    slow network), and what gloo packs of the first layers in backward, too."""
     whole = program(*[1024] * LAYERS)
     request = Request(strategy=strategy, recompute=recompute)  # type: ignore[arg-type]
     plan = compile_plan(whole, on_mesh(hardware, (("dp", 16), ("tp", 2))), (0,), request)
