@@ -111,12 +111,12 @@ class Analysis:
 
     @cached_property
     def flow(self) -> Flow:
-        """Who reads what, by node."""
+        """Which node reads which."""
         return flow_of(self.program, self.folding)
 
     @cached_property
     def gradients(self) -> Gradients:
-        """Which values are a parameter's gradient on its way out."""
+        """Which values lead to one parameter's gradient alone."""
         return Gradients(self.program)
 
     def shape_of(self, value: Value) -> tuple[int, ...]:
@@ -133,7 +133,7 @@ class Analysis:
         return facts.dtype.itemsize if facts else 1
 
     def dtype_of(self, value: Value) -> torch.dtype:
-        """Of an op's result."""
+        """Dtype of an op's result."""
         call = self.places[value.op].call
         assert call is not None
         facts = call.results[value.result]
@@ -142,7 +142,7 @@ class Analysis:
 
 
 def _form(call: Call, found: dict[str, str]) -> Form:
-    """The call's form; a rule that is not in a table is looked up in `found`, or discovered and put there."""
+    """The form of a call. A rule that no table has is taken from `found`, or discovered and added to it."""
     try:
         return form_of(call)
     except UnsupportedOpError:
@@ -158,10 +158,11 @@ def _plain_form(node: fx.Node) -> Form:
 
 
 def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: Fused = True) -> Analysis:
-    """Fold the program, unify its dims and find who reads what. The analysis' program has outputs' batch dims by these.
+    """Fold the program, unify its dims, and find who reads what. The program of the result has the batch dims of its
+    outputs set.
 
-    `known`: rules of calls that no table knows, found before (by the rank that planned). `fused`: pointwise chains run
-    as one kernel.
+    `known`: rules of ops that no table has, found before (by the rank that planned). `fused`: whether chains of
+    pointwise ops run as one kernel.
     """
     folding = fold(program)
     found = dict(known or {})
@@ -279,10 +280,10 @@ def _weight_dims(places: Sequence[OpenSite], ops: Sequence[ExpandedOp]) -> tuple
 
 
 def _added_in(places: Sequence[OpenSite], wires: Sequence[Wire]) -> dict[Value, torch.dtype]:
-    """Values that lead to parameters' gradients alone, through backward ops on such values alone.
+    """The dtype in which partial sums are added, for values that lead to parameters' gradients alone.
 
-    Should a plan add terms of a gradient before it is finished (before a transpose, say), then in the dtype of its
-    reduction too.
+    Such a value comes from backward ops on such values alone. A plan may add its terms before the gradient is finished,
+    such as before a transpose; then it uses the dtype of the gradient's reduction.
     """
     given = [place.given.dtypes for place in places if place.given is not None and place.given.dtypes is not None]
     wanted = {dtypes.reduced for dtypes in given if dtypes.reduced != dtypes.computed}

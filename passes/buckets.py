@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def bucketed(program: Program, items: Sequence[Run | Move], gradients: Gradients) -> list[Run | Move]:
-    """`items` in another order, with the same `bucket` number on moves that go together."""
+    """`items` reordered, so that moves which go together are adjacent and have the same `bucket` number."""
     labels = layer_labels(program, items)
     gathers, late, last = _by_layer(items, labels, gradients)
     before = {indices[0]: indices for indices in gathers.values()}
@@ -148,12 +148,13 @@ def _small_sum(move: Move) -> tuple[object, ...] | None:
 
 
 def sends_one_gather(path: Sequence[Step]) -> bool:
-    """Whether steps from a stored parameter can go with others of its layer: a gather is all that is sent."""
+    """Whether steps from a stored parameter can share a collective with others of its layer: a gather is all they
+    send."""
     return [step.kind for step in path if step.is_collective] == ["state_gather"]
 
 
 class Gradients:
-    """Which values are a parameter's gradient on its way out, and nothing else; each is looked at once."""
+    """Finds values that lead to one parameter's gradient and to nothing else; results are cached."""
 
     def __init__(self, program: Program) -> None:
         self.names = {
@@ -165,7 +166,8 @@ class Gradients:
         self._late: dict[fx.Node, bool] = {}
 
     def of(self, node: fx.Node) -> fx.Node | None:
-        """The parameter's gradient that a value is on its way to and nothing else, through ops on it alone."""
+        """The parameter whose gradient a value leads to, through ops on it alone; None where it leads to anything
+        else."""
         if node not in self._found:
             found: fx.Node | None = None
             if node in self.names:
@@ -178,7 +180,7 @@ class Gradients:
         return self._found[node]
 
     def is_late(self, item: Run | Move) -> bool:
-        """Whether an item works on finished gradients alone."""
+        """Whether an item works only on finished gradients."""
         if isinstance(item, Move):
             return (item.stores or item.reader is not None) and self.of(item.value) is not None
         late = self._late.get(item.node)

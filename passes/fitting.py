@@ -47,12 +47,12 @@ _LEAST_SLOPE = 0.3
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is asked for, beside the program and the mesh.
+    """What a plan is asked for, besides the program and the mesh.
 
-    `budget_bytes`: per device; None: what the hardware has, less its reserve.
-    `recompute`: a mode of `passes/recompute.py`, or "auto": the least that fits. `compiled`: whether the step runs
-    compiled, which takes less memory. `stored`: parameters that already lie somewhere. `reshard`, `regather`: see
-    `Recomputation`; None: "auto" decides by time and memory, or memory alone.
+    `budget_bytes`: per device; None: what the hardware has, less its reserve. `recompute`: a mode of
+    `passes/recompute.py`, or "auto": the least that fits. `compiled`: whether the step runs compiled, which takes less
+    memory. `stored`: parameters whose storage is given. `reshard`, `regather`: see `Recomputation`; None: "auto"
+    decides by time and memory, or memory alone.
     """
 
     strategy: str = "auto"
@@ -77,11 +77,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Origin:
-    """How a candidate was found: what the solver proved, and of what.
+    """How a candidate was found: the solution, and the problem that it solves.
 
-    `share`: what was counted of the time of state gathers and gradient reductions. `joined`: as in `Search`.
-    `recomputed`: what the costs were of; the step as played may compute more again, or keep gathered parameters.
-    `limit_bytes`: what the solver's sum of bytes had to stay within.
+    `share`: the share of the time of state gathers and gradient reductions that the costs count. `joined`: as in
+    `Search`. `recomputed`: what the costs were computed for; the step as played may recompute more, or keep gathered
+    parameters. `limit_bytes`: the solver's memory budget.
     """
 
     solution: Solution
@@ -95,7 +95,7 @@ class Origin:
 class Candidate:
     """A solution under one strategy, and its step as played.
 
-    `unbound`: the budget kept nothing from being faster. `untried`: the pads that there was no time to leave out.
+    `unbound`: the budget did not keep it from being faster. `untried`: pads that there was no time to leave out.
     """
 
     strategy: str
@@ -115,7 +115,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Posed:
-    """What is solved under a strategy, with these dims padded, and played within `budget` bytes."""
+    """A problem under one strategy, with these dims padded, whose step is to be played within `budget` bytes."""
 
     request: Request
     budget: float
@@ -128,7 +128,8 @@ class Posed:
 
 @dataclass
 class Enough:
-    """Where to stop: a step of `step_s` fits, and solutions that cost `cost_s` fit or would take no less than that."""
+    """When to stop: a step of `step_s` is known to fit, and solutions that cost `cost_s` or more cannot improve on
+    it."""
 
     step_s: float
     cost_s: dict[float, float] = field(default_factory=lambda: defaultdict(lambda: math.inf))
@@ -136,12 +137,12 @@ class Enough:
 
 
 def fitting(posed: Posed, share: float, enough: Enough) -> Candidate | None:
-    """The solution whose played peak fits, where there is one that costs less than is enough: the solver's sum of
-    bytes is tightened by what the schedule finds on top of it, until both agree, or what does not fit yet is slower
-    than a plan that does.
+    """A solution whose played peak fits in the budget; None where all cost more than is enough and the cheapest does
+    not fit.
 
-    None where all cost more than is enough and the cheapest does not fit. A cheapest that fits is played whatever
-    it costs: what is computed again may hide behind what is sent, which no sum of costs knows.
+    The solver only knows a sum of bytes, so its budget is tightened by what the played peak exceeds it, until the peak
+    fits or the solution is slower than a plan that does. The cheapest solution is played whatever it costs, if it fits:
+    recomputation may hide behind communication, which a sum of costs does not see.
 
     Raises:
         NoFeasiblePlanError: there is no solution at all.
@@ -184,7 +185,7 @@ def fitting(posed: Posed, share: float, enough: Enough) -> Candidate | None:
 
 
 def _slope(before: Candidate | None, last: Candidate) -> float:
-    """Bytes that the peak of the step fell by, for each that the solver counted less; 1 where it is not known."""
+    """Bytes by which the played peak fell per byte that the solver saved; 1 where that is not known."""
     if before is None:
         return 1.0
     counted = before.origin.solution.bytes - last.origin.solution.bytes
@@ -209,10 +210,10 @@ def _played(posed: Posed, assignment: tuple[int, ...], origin: Origin) -> tuple[
 
 
 def looked_at_longer(chosen: Candidate, request: Request, budget: float) -> list[Candidate]:
-    """The chosen one with what there was time to prove now, and before it a cheaper solution that fits, if one was
-    found: as in `fitting`, what is cheaper and does not fit, as played, is looked for within fewer bytes.
+    """The chosen candidate proved further, as far as time allows, after a cheaper solution that fits, if one is found.
 
-    What fits in as many bytes costs no less than the bound.
+    As in `fitting`, a cheaper solution whose played peak does not fit is sought again within fewer bytes. Whatever fits
+    in as many bytes costs no less than the bound.
     """
     origin, known = chosen.origin, chosen.origin.solution
     space = replace(chosen.space, recomputed=origin.recomputed)
@@ -259,7 +260,7 @@ def as_asked(space: Space, assignment: Sequence[int], request: Request, *, event
 
 
 def best(found: Sequence[Candidate], budget: float) -> Candidate | None:
-    """The fastest that fits; candidates come simplest first, and a later one must be faster by more than a tie."""
+    """The fastest that fits. Candidates come simplest first; a later one must be faster by more than a tie."""
     chosen: Candidate | None = None
     for candidate in found:
         if candidate.schedule.peak_memory_bytes > budget:

@@ -60,7 +60,7 @@ class _OutOfTimeError(Exception):
 
 @dataclass(frozen=True)
 class _Look:
-    """What was asked for, looked at until `end_s` (seconds of the processor)."""
+    """The search for ways that fit: what was asked for, tried until `end_s` (CPU seconds)."""
 
     asked: Search
     end_s: float
@@ -163,9 +163,9 @@ def _keeping(
 def _conflict(
     look: _Look, constraints: Mapping[str, Callable[[Request], Request]], missed: list[str]
 ) -> tuple[str, ...]:
-    """A smallest set of constraints that no plan satisfies together; those given all conflict.
+    """A smallest subset of the given constraints, which conflict, that no plan satisfies together.
 
-    Where the time is over before it is found: all of them, and `missed` says so.
+    If time runs out before it is found: all of them, and `missed` says so.
     """
     names = list(constraints)
     try:

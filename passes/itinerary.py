@@ -31,7 +31,7 @@ def itinerary(space: Space, assignment: Sequence[int]) -> list[Run | Move]:
 
 
 class _Walk:
-    """The step as far as it went: `seen` is what moves brought, `again` the ops that ran once more."""
+    """The walk over the step so far: `seen` has the results of moves, `again` the ops that ran once more."""
 
     def __init__(self, space: Space, assignment: Sequence[int]) -> None:
         self.space = space
@@ -64,7 +64,7 @@ class _Walk:
         return site, option
 
     def _given(self, node: fx.Node) -> Layout | StoredOption:
-        """How a value is there at first."""
+        """The layout in which a value exists before any move."""
         found = self.given.get(node)
         if found is None:
             value = self.flow.value[node]
@@ -110,7 +110,7 @@ class _Walk:
         yield Move(node, source, target, self.memo[key], phase, era, reader, stores)
 
     def _is_regathered(self, value: Value, source: Layout | StoredOption, target: Layout | StoredOption) -> bool:
-        """Whether the plan gathers a value of forward anew for backward."""
+        """Whether the plan gathers a forward value once more for backward."""
         if not self.space.recomputed.regather or isinstance(source, StoredOption) or isinstance(target, StoredOption):
             return False
         site = self.space.sites[value.op]
@@ -118,7 +118,7 @@ class _Walk:
         return forward and is_gather(source, target, self.space.topology.sizes)
 
     def _computed_again(self, node: fx.Node) -> Iterator[Run | Move]:
-        """What has to run once more before backward can read `node`, which is gone."""
+        """The ops that must run once more before backward can read `node`, which was not kept."""
         stack = [node]
         while stack:
             op = self.flow.op[stack[-1]]
@@ -136,14 +136,14 @@ class _Walk:
             stack.pop()
 
     def _is_gone(self, node: fx.Node, layout: Layout | StoredOption) -> bool:
-        """Whether a forward value is not kept, nor computed again so far."""
+        """Whether a forward value is neither kept for backward nor computed again so far."""
         forgotten = self.forgotten.get(node)
         if forgotten is None:
             forgotten = self.forgotten[node] = self._is_forgotten(node)
         return forgotten and self.flow.op[node] not in self.again and (node, "", layout) not in self.seen
 
     def _is_forgotten(self, node: fx.Node) -> bool:
-        """Whether a value is one of forward's that the plan does not keep."""
+        """Whether a value is a forward one that the plan does not keep."""
         op = self.flow.op[node]
         if op.op != "call_function" or op.meta.get("phase", "forward") != "forward":
             return False
@@ -164,7 +164,7 @@ class Returned:
 
 
 def returned(space: Space, assignment: Sequence[int]) -> list[Returned]:
-    """What leaves the program, in the order of its outputs; outputs that are no tensors are left out."""
+    """Everything that leaves the program, in the order of its outputs; outputs that are no tensors are left out."""
     found = []
     next_site = len(space.folding.members)
     for index, (out, node, placeholder, given) in enumerate(outputs_of(space.program)):

@@ -56,12 +56,13 @@ Way = tuple[Mode, bool]
 
 @dataclass(frozen=True)
 class Search:
-    """Candidates for one program and mesh; of each kind, `auto` makes `most` proposals at most.
+    """Finds candidates for one program and mesh, under one strategy after another; `auto` makes at most `most`
+    proposals of each kind.
 
-    budgeted_s: seconds of the processor after which, where a budget binds and something fits, no more ways to fit are
-    looked at under a strategy; where `gives_up`, also where nothing fits. What was left out then is added to `missed`.
-    joined: axes that are alike choose together. fastest_s: the step of the fastest plan known to fit; what is slower
-    before it fits is not looked at further.
+    budgeted_s: CPU seconds per strategy after which no further ways to fit are tried, once the budget binds and
+    something fits; with `gives_up`, also while nothing fits. What was left out is added to `missed`. joined: axes that
+    are alike make the same choices. fastest_s: step time of the fastest plan known to fit; a solution that is slower
+    before it fits is not pursued.
     """
 
     paddings: PaddingsOf
@@ -89,9 +90,12 @@ class Search:
         return replace(self, _looked=set(), _end_s=time.process_time() + self.budgeted_s)._together_and_apart(name)
 
     def _together_and_apart(self, name: str) -> list[Candidate]:
-        """Over several tensor axes, or several that split the batch, `auto` first has them choose together: what a mesh
-        with one axis of as many ranks has, this one has, so no solution is missed for a sum of costs that a richer
-        choice lowers and the schedule does not."""
+        """Solutions under a strategy; where several axes are alike, those of `auto` are found in two rounds.
+
+        First all axes that are alike make the same choices, as one axis of all their ranks would; then each chooses by
+        itself. The second round can only lower the solver's sum of costs, not always the schedule's time, so candidates
+        of both are kept.
+        """
         if name != "auto" or max(map(len, alike_axes(self.topology.sizes, self.batch_axes))) < 2:
             return self._padded(name)
         half_s = (self._end_s + time.process_time()) / 2
@@ -148,8 +152,11 @@ class Search:
         self, name: str, paddings: Paddings, needed: tuple[Pad, ...], wanted: tuple[Pad, ...],
         first: Sequence[Candidate], *, repeats: bool,
     ) -> list[Candidate]:  # fmt: skip
-        """Solutions with only those dims padded that are `needed` or that each of `first` splits, which had all that
-        are `wanted`; `repeats`: keys too, so that the needed ones alone are no solution without."""
+        """Solutions with fewer dims padded: those that are `needed`, and those that a solution of `first` splits.
+
+        `first` was solved with all `wanted` dims padded. `repeats`: keys are repeated too, so that padding the needed
+        dims alone is not the plain program.
+        """
         tried: dict[tuple[Pad, ...], list[Candidate]] = {}
         for each in first:
             used = paddings.join(needed, used_pads(each.padding, each.space, each.assignment))
@@ -165,7 +172,8 @@ class Search:
     def _plainly_or(
         self, name: str, padded: list[Candidate], plainly: Paddings, needed: tuple[Pad, ...]
     ) -> list[Candidate]:
-        """Solutions with nothing padded; where a pin asks for what only others allow, those that are `padded`."""
+        """Solutions with only the needed dims padded; `padded` where a pin asks for a layout that only padding
+        allows."""
         try:
             return self._solved(name, plainly, needed)
         except PinError:
@@ -177,8 +185,10 @@ class Search:
         self, name: str, paddings: Paddings, plain: Sequence[Candidate], padded: list[Candidate],
         needed: tuple[Pad, ...], *, repeats: bool,
     ) -> set[Pad]:  # fmt: skip
-        """Adds to `padded` solutions that leave out one pad of the best after the other, the largest first; the pads
-        that there was no time to leave out. `repeats`: as above."""
+        """Add to `padded` solutions that leave out one pad of the best so far, the pad that adds the most first.
+
+        Returns the pads that there was no time to leave out. `repeats`: as in `_as_used`.
+        """
         end_s, untried = time.process_time() + _LEFT_OUT_S, set()
         every = {pad for each in padded for pad in each.padding.pads}
         for pad in sorted(every, key=lambda pad: (pad.size / pad.padded, pad.node)):
@@ -203,10 +213,11 @@ class Search:
         *,
         others: bool = False,
     ) -> list[Candidate]:
-        """Solutions with these dims padded; none where nothing fits, a pin asks for what only others allow, or layers
-        that are alike would differ, which only the whole graph could play.
+        """Solutions with these dims padded; none where nothing fits, a pin asks for a layout that other pads allow, or
+        layers that are alike would differ (only the whole graph could play that).
 
-        Where a budget binds, what was found `beside` tells which ways to fit are worth looking at; `others` come after.
+        Where a budget binds, the best of `beside` tells which ways to fit are tried; with `others`, the remaining ways
+        follow.
         """
         search, near = self, best(beside, self.budget)
         if near is not None and not self._binds(name, near):
@@ -226,8 +237,11 @@ class Search:
             return []
 
     def keeping(self, chosen: Candidate) -> list[Candidate]:
-        """Where gathered parameters are kept in a solution that was looked for with them freed: those for keeping them,
-        under its strategy and `auto`, with the same dims padded. Without tensor axes there is nothing to choose by it.
+        """Solutions with gathered parameters kept for backward, where `chosen` keeps them but was solved with them
+        freed.
+
+        They are solved under its strategy and `auto`, with the same dims padded. None without tensor axes, where
+        layouts do not depend on it.
         """
         freed = chosen.origin.recomputed.reshard and not chosen.space.recomputed.reshard
         if not freed or not tensor_axes(self.topology.sizes, self.batch_axes):
@@ -242,7 +256,7 @@ class Search:
         return found
 
     def _binds(self, name: str, chosen: Candidate) -> bool:
-        """Whether the budget kept the chosen one from being faster."""
+        """Whether the budget kept the chosen candidate from being faster."""
         return not chosen.unbound or _way_of(chosen) != self._ways(name)[0]
 
     def _key(self, paddings: Paddings, pads: tuple[Pad, ...], way: Way, shares: Sequence[float]) -> tuple[object, ...]:

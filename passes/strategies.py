@@ -35,7 +35,7 @@ Choice = int | None
 
 
 def every_choice(op: ExpandedOp, parts: int) -> tuple[Choice, ...]:
-    """All that axes with `parts` ranks together can do at `op`."""
+    """All choices at `op` for axes with `parts` ranks together."""
     leaves = len(op.leaves)
     splits = (i for i, leaf in enumerate(op.leaves) if leaf.size % parts == 0)
     return (None, *splits, *range(leaves, leaves + len(op.linear)))
@@ -46,7 +46,11 @@ def op_options(
     axis_sizes: Sequence[int],
     groups: Sequence[tuple[tuple[int, ...], tuple[Choice, ...]]] | None = None,
 ) -> tuple[Option, ...]:
-    """The ways to lay `op` out; `groups` are axes that choose together, with their choices (default: all there are)."""
+    """The ways to lay `op` out.
+
+    `groups`: axes that make one choice together, with the choices they have (default: each axis alone, with all there
+    are).
+    """
     none, leaves = -1, len(op.leaves)
     if groups is None:
         groups = [((axis,), every_choice(op, size)) for axis, size in enumerate(axis_sizes)]
@@ -97,11 +101,11 @@ def _placements(op: ExpandedOp, choices: Sequence[int], index: int, *, operand: 
 
 @dataclass(frozen=True, slots=True)
 class StoredOption:
-    """A way to store a parameter: what it is computed from (`layout`, on expanded dims) and its `Storage`.
+    """A way to store a parameter: the layout that compute starts from (`layout`, on expanded dims), and its `Storage`.
 
-    `padding`: zeros put at the end of each dim of a rank's part, before it is computed with, where the program has the
-    parameter larger than it is stored; () where there are none. `dtypes`: under mixed precision, what it is stored as
-    and what its gradient is added in.
+    `padding`: zeros appended to each dim of a rank's part before compute, where the program has the parameter larger
+    than it is stored; () for none. `dtypes`: under mixed precision, the dtype at rest and that in which its gradient is
+    added.
     """
 
     layout: Layout

@@ -30,7 +30,7 @@ _MOST = 2.0
 
 
 def used_pads(padding: Padding, space: Space, assignment: Sequence[int]) -> tuple[Pad, ...]:
-    """The pads whose dim some axis splits under this assignment."""
+    """The pads whose dim is split by some axis under this assignment."""
     split = _split_atoms(space, assignment)
     return tuple(each for each in padding.pads if _new_atom(padding, each) in split)
 
