@@ -22,6 +22,7 @@ from __future__ import annotations
 import heapq
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -36,11 +37,10 @@ from passes.program import Program
 from passes.provenance import place_of
 from passes.rules.call import call_of, map_operands, operand_nodes
 from passes.rules.table import POINTWISE, rule_of
-from passes.walks import cut_of, following
+from passes.walks import cut_of
 
 aten = torch.ops.aten
 Beside = dict[fx.Node, tuple[fx.Node, ...]]
-_NAMED_ANEW = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default}
 
 
 def turns_of(program: Program) -> dict[Turns, fx.Node]:
@@ -52,15 +52,13 @@ def turns_of(program: Program) -> dict[Turns, fx.Node]:
             cuts.setdefault(node.args[0], set()).add(cut)
     if batch is None or not cuts:
         return {}
-    follow: set[fx.Node] | None = None
     found: dict[Turns, fx.Node] = {}
     for source, pairs in cuts.items():
         ordered, rows = sorted(pairs), source.meta["val"].shape[0]
         starts, ends = [start for start, _ in ordered], [end for _, end in ordered]
         if len(ordered) < 2 or starts != [0, *ends[:-1]] or ends[-1] != rows or rows % batch:
             continue
-        follow = following(program.graph.graph, program.batch_dims) if follow is None else follow
-        if source in follow and _leads(source, batch):
+        if _begins_with(source, program.batch_dims):
             first = next(user for user in source.users if user.target is aten.slice.Tensor)
             found.setdefault(Turns(rows, tuple(starts)), first)
     return found
@@ -71,11 +69,30 @@ def has_turns(program: Program) -> bool:
     return bool(turns_of(chunks_as_rows(program)))
 
 
-def _leads(node: Any, batch: int) -> bool:
-    """Whether a tensor's first dim is the batch, or begins with it."""
-    while node.target in _NAMED_ANEW and node.meta["val"].shape[:1] != (batch,):
-        node = node.args[0]
-    return bool(node.meta["val"].shape[:1] == (batch,))
+def _begins_with(node: fx.Node, batch_dims: Mapping[fx.Node, int]) -> bool:
+    """Whether a tensor's first dim is the batch of an input, or begins with it, as the ops' factors have it."""
+    waiting = [(node, 0)]
+    seen: set[tuple[fx.Node, int]] = set()
+    while waiting:
+        at, dim = waiting.pop()
+        if (at, dim) in seen:
+            continue
+        seen.add((at, dim))
+        if at in batch_dims:
+            if batch_dims[at] == dim:
+                return True
+            continue
+        which: Any = 0
+        if is_getitem(at):
+            at, which = cast(Any, at.args)
+        rule = rule_of(at.target) if at.op == "call_function" else None
+        if rule is None:
+            continue
+        form = rule(call_of(at))
+        first = form.results[which][dim][:1]
+        for operand, dims in zip(operand_nodes(at), form.operands, strict=True):
+            waiting += [(operand, d) for d, of in enumerate(dims) if first and of[:1] == first]
+    return False
 
 
 def take_turns_by_blocks(program: Program, parts: int) -> Program:
@@ -84,17 +101,20 @@ def take_turns_by_blocks(program: Program, parts: int) -> Program:
 
     It keeps its fingerprint. Turns that have to stay as they are have a note.
     """
-    flat = chunks_as_rows(program) if parts > 1 else program
-    found = turns_of(flat) if parts > 1 else {}
-    program = flat if found else program
-    for turns, first in found.items():
+    if parts < 2:
+        return program
+    flat = moved = chunks_as_rows(program)
+    notes = dict.fromkeys(program.notes)
+    for turns, first in turns_of(flat).items():
         try:
-            program = _by_blocks(program, turns, math.gcd(parts, turns.rows), place_of(first))
+            moved = _by_blocks(moved, turns, math.gcd(parts, turns.rows), place_of(first))
         except MattersError as reason:
             where, why = reason.args
-            note = f"{where}: rows of the whole batch are taken in turns, so ranks hand them to one another: {why}"
-            program = replace(program, notes=tuple(dict.fromkeys([*program.notes, note])))
-    return program
+            notes[f"{where}: rows of the whole batch are taken in turns, so ranks hand them to one another: {why}"] = (
+                None
+            )
+    found = program if moved is flat else moved
+    return found if len(notes) == len(found.notes) else replace(found, notes=tuple(notes))
 
 
 def _by_blocks(program: Program, turns: Turns, parts: int, where: str) -> Program:

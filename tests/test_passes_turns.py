@@ -317,6 +317,20 @@ def test_other_slices_are_no_turns() -> None:
     assert take_turns_by_blocks(program, 4) is program
 
 
+def test_steps_of_a_sequence_are_no_turns() -> None:
+    """Also where there are as many of them as samples."""
+
+    def loss(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+        state = torch.zeros(BATCH, VOCAB)
+        for x in h.transpose(0, 1):
+            state = (head(x) + state).tanh()
+        return F.cross_entropy(state, labels[:, 0])
+
+    assert BATCH == LENGTH
+    program = captured(Tokens(loss), _batch())
+    assert take_turns_by_blocks(program, 4) is program
+
+
 def _on_real_ranks(rank: int, ranks: int) -> None:
     kwargs = _batch()
     torch.manual_seed(1)
