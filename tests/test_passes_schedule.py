@@ -208,6 +208,23 @@ def test_packed_sums_are_sent_once_when_the_last_of_them_is_there() -> None:
     assert played.now_s == pytest.approx(14 + max(2, took_s) + 5)
 
 
+def test_moves_that_go_together_wait_for_the_last_of_them_and_are_cut_once() -> None:
+    """Of two sums the second is brought over a slower axis; behind their collective each is cut in 1 s."""
+    tape = Tape(quiet(dp=2, tp=2))
+    first, second = tape.op(1, module="layers.0"), tape.op(1, module="layers.0")
+    came = tape.send(3, first, "layers.0", (0,)), tape.send(9, second, "layers.0", (1,))
+    sums = [tape.send(3, each, "layers.0", (0,)) for each in came]
+    for index in (4, 5):
+        move: Any = tape.items[index]
+        cut = replace(move.steps[0], kind="slice", seconds=1.0)
+        tape.items[index] = replace(move, bucket=0, packed=True, steps=(*move.steps, cut))
+    tape.op(5, *sums, module="layers.0")
+    played = tape.play()
+    sent = [each for each in played.played if each.item >= 4 and each.step.is_collective]
+    assert [each.start_s for each in sent] == [11, 11]
+    assert played.now_s == pytest.approx(11 + sent[0].step.seconds + 2 + 5)
+
+
 @pytest.mark.parametrize(("gathered_s", "end_s"), [(6.0, 8.0), (7.0, 9.0), (10.0, 12.0)])
 def test_a_product_multiplies_each_part_when_it_has_come(gathered_s: float, end_s: float) -> None:
     """8 s in 4 parts: the last part takes 2 s and starts when all has come, or when the other three are done."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
 
 import passes.pipeline
+from passes.blocks import Block as Unit
 from passes.blocks import NotPeriodicError, blocks
 from passes.capture import capture
 from passes.decisions import assignment_of
@@ -16,6 +18,7 @@ from passes.fitting import Request
 from passes.moves import Run
 from passes.pipeline import Manner, compile_plan, on_mesh, prepare, space_of
 from passes.plan import Plan
+from passes.player import Player
 from passes.program import Program, Repeated
 from passes.recompute import Mode
 from passes.schedule import Schedule, play
@@ -99,8 +102,29 @@ def test_a_few_layers_take_what_all_take(strategy: str, hardware: str, recompute
     assert plan.breakdown.contention_s == pytest.approx(played.contention_s, rel=1e-9)
     for group, seconds in played.exposed_s.items():
         assert plan.breakdown.exposed_s[group] == pytest.approx(seconds, rel=1e-9, abs=1e-12)
+    short = layer_by_layer(shorten(whole), plan, request)
+    assert short.micro_batch_s == pytest.approx(played.micro_batch_s, rel=1e-9)
+    assert short.kernels == pytest.approx(played.kernels)
     assert sum(c.count for c in plan.collectives) == len(played.collectives)
     assert sum(c.count * c.bytes for c in plan.collectives) == sum(c.bytes for c in played.collectives)
+
+
+def test_layers_are_played_until_they_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In forward and in backward some of them are copies."""
+    copies: list[int] = []
+    right = Player._copy
+
+    def copied(player: Player, block: Unit, marks: Any, runs: int) -> None:
+        copies.append(runs)
+        right(player, block, marks, runs)
+
+    monkeypatch.setattr(Player, "_copy", copied)
+    short, request = shorten(program(*[1024] * LAYERS)), Request(strategy="fsdp")
+    plan = compile_plan(short, on_mesh("h100", (("dp", 4),)), (0,), request)
+    copies.clear()
+    layer_by_layer(short, plan, request)
+    assert len(copies) == 2
+    assert min(copies) >= 1
 
 
 @pytest.mark.parametrize("recompute", ["pointwise", "selective"])
