@@ -21,12 +21,12 @@ LEAST_SHARE = 0.01
 """Of the longest sample's time: a slope that explains less of it is noise."""
 
 
-def fit(samples: Samples, base: Hardware | None = None) -> Hardware:
-    """The hardware that explains `samples` best; what was not measured is taken from `base`.
+def fit(samples: Samples) -> Hardware:
+    """The hardware that explains `samples` best; what was not measured is taken from the preset of the device.
 
     Rates are fitted to relative errors. On a host whose ranks share it the result holds the whole machine's rates.
     """
-    start = base or hardware((preset_of(samples.device_name) or "h100") if samples.cuda else "cpu")
+    start = hardware((preset_of(samples.device_name) or "h100") if samples.cuda else "cpu")
     per_rank = _fit_device(samples, start.device if samples.cuda else _one_rank(start.device, samples))
     per_rank = replace(per_rank, kernel_launch_s=samples.step_launch_s * _ranks_per_core(samples))
     device = per_rank if samples.cuda else _whole_machine(per_rank, samples)

@@ -115,8 +115,8 @@ def test_groups_across_nodes_fit_the_other_link() -> None:
 
 
 def test_without_collectives_the_link_stays_as_it_was() -> None:
-    base = hardware("cpu")
-    assert fit(replace(invented(), collectives=(), ranks_per_node=1), base).intra_node == base.intra_node
+    fitted = fit(replace(invented(), collectives=(), ranks_per_node=1))
+    assert fitted.intra_node == hardware("cpu").intra_node
 
 
 def test_a_known_gpu_starts_from_its_preset() -> None:
