@@ -36,6 +36,20 @@ def llama(layers: int = 2) -> Example:
     return LlamaForCausalLM(config), (), {"input_ids": ids, "labels": ids}
 
 
+def sized_llama(
+    hidden: int, ffn: int, layers: int, heads: int, kv_heads: int | None = None, vocabulary: int = 512, **more: Any
+) -> nn.Module:
+    """A LLaMA of these sizes on the meta device, without values; `more`: further fields of its config."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
+    }  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**{**sizes, "use_cache": False, **more}))
+
+
 def gpt2() -> Example:
     """Tied embeddings, biases, LayerNorm, a fused QKV; a vocabulary that 4 ranks do not divide."""
     from transformers import GPT2Config, GPT2LMHeadModel

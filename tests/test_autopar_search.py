@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small_models import tokens
+from small_models import sized_llama, tokens
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 import autopar
 from autopar.cli.main import main
@@ -36,12 +36,7 @@ from passes.setup import Setup, State
 def llama(
     hidden: int, layers: int, heads: int, ffn: int, vocab: int = 32000, *, kv_heads: int | None = None, most: int = 4096
 ) -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocab, max_position_embeddings=most, use_cache=False,
-    )  # fmt: skip
-    with torch.device("meta"):
-        return LlamaForCausalLM(config).to(torch.bfloat16)
+    return sized_llama(hidden, ffn, layers, heads, kv_heads, vocab, max_position_embeddings=most).to(torch.bfloat16)
 
 
 def small() -> nn.Module:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import tokens
+from small_models import sized_llama, tokens
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import autopar
 from autopar.profiling import Captures, Profiler
@@ -21,12 +21,7 @@ LAYERS = 9
 
 
 def llama(layers: int = LAYERS, vocabulary: int = 512) -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
-        vocab_size=vocabulary, use_cache=False,
-    )  # fmt: skip
-    with torch.device("meta"):
-        return LlamaForCausalLM(config).to(torch.bfloat16)
+    return sized_llama(256, 512, layers, 8, 4, vocabulary).to(torch.bfloat16)
 
 
 inputs = tokens(512)

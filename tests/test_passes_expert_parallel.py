@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import pytest
 import torch
-from small_models import tokens
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from small_models import sized_llama, tokens
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import autopar
 from autopar.profiling import Captures, Profiler
@@ -232,12 +232,7 @@ def test_the_search_sends_tokens_beside_a_micro_batch_where_megatron_does() -> N
 
 
 def test_no_search_prices_it_without() -> None:
-    config = LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
-        vocab_size=512, use_cache=False,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = sized_llama(256, 512, 4, 8, 8).to(torch.bfloat16)
     found = autopar.search(model, 8, "h100", 16, sequence=256, options=autopar.Options(recompute="full"), top=1)
     assert {c.setup.ep for c in found.candidates} == {1}
     assert not any("Expert" in line for line in found.verdict.text)

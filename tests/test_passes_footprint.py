@@ -10,6 +10,7 @@ import pytest
 import torch
 from live_bytes import step_peak
 from parity import captured, planned
+from small_models import sized_llama
 from torch import fx, nn
 
 from passes.program import Program
@@ -21,14 +22,8 @@ from passes.schedule import play
 @lru_cache
 def program(vocabulary: int = 4096, attention: str = "sdpa") -> Program:
     """A LLaMA whose logits and activations outweigh what is rounded."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
-        vocab_size=vocabulary, use_cache=False, attn_implementation=attention,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model, ids = LlamaForCausalLM(config), torch.empty(8, 512, dtype=torch.long)
+    model = sized_llama(256, 704, 2, 8, 4, vocabulary, attn_implementation=attention)
+    ids = torch.empty(8, 512, dtype=torch.long, device="meta")
     return captured(model, {"input_ids": ids, "labels": ids})
 
 

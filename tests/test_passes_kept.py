@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from parity import captured, errors
+from small_models import sized_llama
 from stacks import Stack
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from costmodel.hardware import topology
 from costmodel.presets import hardware
@@ -140,13 +141,8 @@ def test_what_fits_no_better_with_products_at_once_is_not_played_again(monkeypat
 
 def test_activations_gathered_again_make_room_for_kept_parameters() -> None:
     """Within budgets where both fit together, the plan is not behind what does both, as it is told to."""
-    with torch.device("meta"):
-        config = LlamaConfig(
-            hidden_size=2048, intermediate_size=8192, num_hidden_layers=3, num_attention_heads=16,
-            num_key_value_heads=16, vocab_size=4096, use_cache=False,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-        ids = torch.empty(8, 2048, dtype=torch.long)
+    model = sized_llama(2048, 8192, 3, 16, 16, 4096).to(torch.bfloat16)
+    ids = torch.empty(8, 2048, dtype=torch.long, device="meta")
     program = captured(model, {"input_ids": ids, "labels": ids})
     where = topology(hardware("h100"), {"dp": 4, "tp": 4})
     free = compile_plan(program, where, [0], Request())

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import small_models
 import torch
+from small_models import sized_llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
 from costmodel.hardware import Hardware
@@ -105,13 +105,8 @@ def test_axes_that_choose_together_are_one_axis(data: bool) -> None:
 
 def test_a_plan_for_two_data_axes_is_not_behind_that_for_one() -> None:
     """What the least sum of costs stores less evenly is 1.8% slower here; the schedule is to see both."""
-    with torch.device("meta"):
-        config = LlamaConfig(
-            hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
-            vocab_size=1024, use_cache=False,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
-        ids = torch.empty(8, 128, dtype=torch.long)
+    model = sized_llama(256, 512, 2, 8, 4, 1024)
+    ids = torch.empty(8, 128, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "labels": ids}
     one, two = (
         autopar.plan(model, mesh, inputs, hardware="h100")
@@ -161,13 +156,8 @@ def test_kernels_are_as_many_as_a_profiler_counted() -> None:
     told, and every further layer launches as many as another."""
     launched = []
     for layers in (4, 5, 16):
-        with torch.device("meta"):
-            config = LlamaConfig(
-                hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
-                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False, use_cache=False,
-            )  # fmt: skip
-            model = LlamaForCausalLM(config).to(torch.bfloat16)
-            ids = torch.empty(1, 2048, dtype=torch.long)
+        model = sized_llama(4096, 14336, layers, 32, 8, 128256, tie_word_embeddings=False).to(torch.bfloat16)
+        ids = torch.empty(1, 2048, dtype=torch.long, device="meta")
         step = prepare(capture(model, (), {"input_ids": ids, "labels": ids}))
         made = compile_plan(step, on_mesh("h100", (("tp", 8),)), (), Request(strategy="megatron"))
         (note,) = [note for note in made.notes if "launches some" in note]
@@ -230,13 +220,8 @@ def test_a_budget_beyond_the_device_is_told() -> None:
 
 def test_where_memory_binds_the_plan_is_not_behind_any_way_to_save_it() -> None:
     """What is computed again and whether parameters are gathered again are two decisions: all pairs are asked for."""
-    with torch.device("meta"):
-        config = LlamaConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8,
-            num_key_value_heads=8, vocab_size=1024, use_cache=False,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-        ids = torch.empty(64, 256, dtype=torch.long)
+    model = sized_llama(1024, 4096, 6, 8, 8, 1024).to(torch.bfloat16)
+    ids = torch.empty(64, 256, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "labels": ids}
     step = prepare(capture(model, (), inputs, batch_dims=[0, 0], batch_size=64))
 
