@@ -11,20 +11,23 @@ others wait, so they wake without waiting for anyone who is still busy.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from autopar.watch import ENDED, RankFailedError, Watch
+from autopar.watch import ENDED, RankFailedError, Watch, say_on_stderr, tell_end
 
 SILENCE_S = 1800.0
 _ROUND_S = 5.0
 """How often a rank that waits looks whether others have failed or ended."""
+_SAID_S = 25.0
+"""After which a rank that waits for others to come says which have not."""
 _PAUSE_S = 0.25
 """At most, between two looks for what it waits for."""
 # Every rank makes its sessions in the same order, so equal numbers meet. One rank alone (a plan for a mesh that is only
@@ -106,13 +109,16 @@ class Together:
 
     def _read(self, key: str, prefix: str) -> str:
         """What stands there, once it does. It is looked for: of each wait that times out torch warns on stderr."""
-        start, next_s = time.monotonic(), 0.0
+        start, next_s, said = time.monotonic(), 0.0, False
         while not self.store.check([key]):
             waited_s = time.monotonic() - start
             if waited_s >= next_s:
                 self.check()
                 if next_s:
-                    self._silent(prefix)
+                    silent = self._silent(prefix)
+                    if waited_s >= _SAID_S and not said and self.round == 1:
+                        said = True
+                        self._say_who_is_missing(silent, waited_s)
                 next_s += _ROUND_S
             if waited_s > self.silence_s:
                 raise TimeoutError(f"no word from ranks {self._silent(prefix)} for {self.silence_s:.0f} s")
@@ -127,11 +133,23 @@ class Together:
         """
         silent = [rank for rank in range(self.ranks) if not self.store.check([f"{prefix}/here/{rank}"])]
         if ended := [rank for rank in silent if self.store.check([ENDED.format(rank)])]:
+            texts = {rank: self.store.get(ENDED.format(rank)).decode() for rank in ended}
             raise RankFailedError(
                 f"ranks {ended} have ended while rank {self.rank} waits for them to capture or plan a call with it; "
                 "all ranks have to make the same calls (an evaluation, too)"
+                + "".join(f"; rank {rank} failed: {text}" for rank, text in texts.items() if text)
             )
         return silent
+
+    def _say_who_is_missing(self, silent: Sequence[int], waited_s: float) -> None:
+        """Of the ranks that have come where all begin, the first says which have not."""
+        if silent and self.rank == min(rank for rank in range(self.ranks) if rank not in silent):
+            shown = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
+            who = f"rank {shown} has" if len(silent) == 1 else f"ranks {shown} have"
+            say_on_stderr(
+                f"rank {self.rank} has waited {waited_s:.0f} s in a call that all ranks have to make (parallelize, a "
+                f"step of a new kind), to which {who} not come"
+            )
 
 
 def together(silence_s: float = SILENCE_S, check: Callable[[], None] = lambda: None) -> Together:
@@ -144,6 +162,14 @@ def together(silence_s: float = SILENCE_S, check: Callable[[], None] = lambda: N
 def _is_alone() -> bool:
     return not dist.is_initialized() or dist.get_backend() == "fake" or dist.get_world_size() == 1
 
+
+def _tell_end() -> None:
+    """As this process ends: others may wait for it, also where it never came to a call with them."""
+    if not _is_alone():
+        tell_end(_get_default_store(), dist.get_rank())
+
+
+atexit.register(_tell_end)
 
 _WATCHES: dict[int, tuple[Any, Watch]] = {}
 

@@ -40,7 +40,7 @@ _LET_GO_S = 0.1
 """Before this process ends, for gloo's threads to let go of their last collective. One of a backward holds an object of
 Python's (torch 2.13), and a thread that frees it once there is no interpreter aborts the process."""
 ENDED = "autopar/ended/{}"
-"""Key of a rank whose process has come to its end."""
+"""Key of a rank whose process has come to its end; the exception that ended it, or nothing."""
 _PREFIX = "autopar/watch"
 _REMEMBERED = 8
 """Halves that a rank tells of; a rank that took another call is stuck a few halves later at most."""
@@ -83,7 +83,7 @@ class Watch:
         self.patience_s = patience_s
         self.grace_s = grace_s
         self.end = end or _end
-        self.say = say or _say
+        self.say = say or say_on_stderr
         self.half = 0
         self.since_s: float | None = None
         self.making = False
@@ -187,8 +187,7 @@ class Watch:
         own = error is not None and not isinstance(error, RankFailedError) and not _of_a_collective(error)
         if own and not self.told:
             self.tell(self._of(error))
-        with contextlib.suppress(RuntimeError):
-            self.store.set(ENDED.format(self.rank), "1")
+        tell_end(self.store, self.rank)
         self._stopped.set()
         if self._thread is not None:
             self._thread.join(timeout=2.0)
@@ -276,11 +275,19 @@ def _of_a_collective(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_A_COLLECTIVE)
 
 
-def _say(text: str) -> None:
+def tell_end(store: Any, rank: int) -> None:
+    """Write to the store that this process comes to its end, and why if it raised."""
+    error = getattr(sys, "last_value", None)
+    with contextlib.suppress(RuntimeError):  # a store that is gone
+        store.set(ENDED.format(rank), "" if error is None else f"{type(error).__name__}: {error}")
+
+
+def say_on_stderr(text: str) -> None:
+    """Tell the user, beside what raises."""
     print(f"autopar: {text}", file=sys.stderr, flush=True)
 
 
 def _end(text: str) -> None:
     """The process ends here: its main thread waits in a collective that will never finish."""
-    _say(f"{text}; this rank waits for it in vain and ends")
+    say_on_stderr(f"{text}; this rank waits for it in vain and ends")
     os._exit(1)

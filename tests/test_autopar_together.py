@@ -112,6 +112,41 @@ def test_a_rank_that_has_ended_is_not_waited_for() -> None:
         assert str(outcome.error).startswith("RankFailedError: ranks [1] have ended"), found
 
 
+def _never_comes(rank: int, ranks: int) -> None:
+    """Rank 1 raises before its first call."""
+    if rank == 1:
+        sys.last_value = ValueError("no such data set")
+        atexit._run_exitfuncs()
+        return
+    together().agree()
+
+
+def test_a_rank_that_ends_before_its_first_call_is_not_waited_for() -> None:
+    found = rank_outcomes(_never_comes, 3, timeout_s=60)
+    for outcome in (found[0], found[2]):
+        assert str(outcome.error).startswith("RankFailedError: ranks [1] have ended"), found
+        assert str(outcome.error).endswith("; rank 1 failed: ValueError: no such data set"), found
+    assert max(outcome.seconds for outcome in found) < 30
+
+
+def test_a_rank_that_waits_says_for_whom(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autopar.together._ROUND_S", 0.1)
+    monkeypatch.setattr("autopar.together._SAID_S", 0.3)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, second, third = (Together(store, rank, 3) for rank in range(3))
+    first.session = second.session = third.session
+    waiting = [threading.Thread(target=one.agree) for one in (second, third)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(1.0)
+    first.agree()
+    for thread in waiting:
+        thread.join()
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("autopar: rank 1 has waited ")
+    assert said.endswith("to which rank 0 has not come")
+
+
 def _silent(rank: int, ranks: int) -> None:
     if rank != 1:
         together(silence_s=2).agree()
