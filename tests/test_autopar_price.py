@@ -498,7 +498,7 @@ MISTAKES: list[tuple[Setup, str]] = [
         Setup(dp_shard=8, state="zero1", gathers_waited=True, overlap=False),
         "gathers_waited=True, but overlap is False; all is waited for",
     ),
-    (Setup(dp_shard=8, overlap=False), "overlap=False, but state is 'zero3'; without stages and context parallelism"),
+    (Setup(dp_shard=8, overlap=False), "overlap=False, but state is 'zero3'; without stages, context or expert par"),
     (Setup(dp_shard=8, adds_in_products=True), "adds_in_products=True, but state is 'zero3'"),
     (Setup(dp_shard=8, experts_beside=True), "experts_beside=True, but ep is 1; no tokens are sent"),
     (Setup(dp_shard=8, ep=2, state="zero1", experts_beside=True), "experts_beside=True, but accumulate is 1"),
