@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -393,6 +394,35 @@ def test_micro_batches_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFix
     assert "layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)" in text
     assert "per step of 2 micro-batches" in text
     assert losses_of_the_script(script, 4) == pytest.approx(losses_of_one_device(script, 2, 2), abs=2e-6)
+
+
+def test_a_model_larger_than_the_budget_is_said_to_be_built_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight layers of 32.5 KiB under a budget that holds parts of them alone."""
+    source = """
+        import torch
+        from torch import nn
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(8))
+
+            def forward(self, x):
+                for layer in self.layers:
+                    x = x + layer(x)
+                return {"loss": x.square().mean()}
+
+        def build():
+            return Model(), {"x": torch.randn(1, 64)}
+    """
+    (tmp_path / "models.py").write_text(textwrap.dedent(source))
+    call = ["plan", f"{tmp_path}/models.py:build", "--mesh", "dp=16", "--hardware", "h100", "--strategy", "fsdp"]
+    for budget, is_said in (("250KiB", True), ("300KiB", False)):
+        assert main([*call, "--memory-budget", budget, "--eject", str(tmp_path / "plan.py")]) == 0
+        said = "every rank of the script builds the whole model first, 260.00 KiB on its device" in told_in(capsys)
+        assert said == is_said
 
 
 def test_mixed_precision_in_layers_and_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
