@@ -178,7 +178,13 @@ def _capture(
         slot.place(tracer, backward)
     extra, notes = extra_arguments(model, call_args, call_kwargs)
 
-    with unchanged(model), torch.set_grad_enabled(backward), told_once(), tracing(tracer, attention):
+    with (
+        tracer.leaving_values(),
+        unchanged(model),
+        torch.set_grad_enabled(backward),
+        told_once(),
+        tracing(tracer, attention),
+    ):
         for slot in slots:
             slot.wrap()
         for slot in held:

@@ -33,6 +33,7 @@ from passes.errors import CaptureError
 from passes.fakes import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from passes.guards import Read, shapes
 from passes.one_process import as_one_process
+from passes.outliving import give_values, remade
 from passes.program import Fixed
 from passes.provenance import Place, Provenance, model_line, short_location, torch_function
 from passes.torch_functions import INSTEAD
@@ -112,6 +113,7 @@ class Tracer(TorchDispatchMode):
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Any] = []
         self._constants: dict[int, Tensor] = {}
+        self._remade: dict[fx.Node, Any] = {}
         self._drawn: dict[Any, Any] = {}
         self._random_state = _random_state()
         self._last_placeholder: fx.Node | None = None
@@ -300,6 +302,10 @@ class Tracer(TorchDispatchMode):
                 f"{self.location()}: makes a nested tensor, which no rule can split; pass rows padded to one length, "
                 "or packed ones with a document's number for each token"
             )
+        if (again := remade(tensor, self._remade, self._run, self._constant)) is not None:
+            self._constants[id(tensor)] = again
+            self._alive.append(tensor)
+            return again
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             raise CaptureError(
                 f"{self.location()}: uses a {tuple(tensor.shape)} tensor without values (meta or fake) that is no "
@@ -323,6 +329,18 @@ class Tracer(TorchDispatchMode):
         self._constants[id(tensor)] = fake
         self._alive.append(tensor)
         return fake
+
+    def _run(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return func(*args, **kwargs)
+
+    @contextmanager
+    def leaving_values(self) -> Iterator[None]:
+        """Afterwards, what the model keeps of the trace outside of its modules has values."""
+        try:
+            yield
+        finally:
+            give_values(self._nodes, self.values, self.root)
 
     # -------------------------------------------------------------------------------- values that the model reads
     def value(self, tensor: Tensor, what: str, instead: str = _BRANCHES_INSTEAD) -> Any:
