@@ -68,7 +68,7 @@ class Turns:
         """The turn that covers rows `start` to `end` of a tensor with `rows` rows, a multiple of `self.rows`; None
         where there is none."""
         each = rows // self.rows
-        if not each or rows % self.rows or start % each or start // each not in self.starts:
+        if rows % self.rows or start % each or start // each not in self.starts:
             return None
         found = self.starts.index(start // each)
         return found if self.ends[found] * each == end else None
@@ -361,11 +361,8 @@ class Walk:
         if node.target not in _SUMS and not _is_linear(node, form, {index}):
             raise MattersError(place_of(node), why)
         at = _dim_of(form.results[0], factor)
-        if at is None and form.reduces.get(factor) == "sum":
-            return
-        if at is None or _alone(form.results[0], at) is None:
-            raise MattersError(place_of(node), why)
-        self.known[node] = Listed(at)
+        if at is not None:
+            self.known[node] = Listed(at)
 
     # ------------------------------------------------------------------------------------------ what one turn's become
     def _own(self, node: fx.Node, states: Sequence[State]) -> Own | Listed | None:

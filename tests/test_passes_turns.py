@@ -177,6 +177,12 @@ def _spread(of: Callable[[Tensor], Tensor]) -> Loss:
     return loss
 
 
+def _twice(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """The first turn's loss counts once more, in the place of the last's."""
+    first, *others, last = (F.cross_entropy(head(x), y, reduction="sum") for x, y in _turns(h, labels))
+    return torch.stack([first, *others, last]).mean() + torch.stack([first, *others, first]).mean()
+
+
 MOVED: list[Loss] = [_chunks, _slices, _shifted, _checkpointed, _each, _layer, _fused, _best, _accurate]
 NUMBERS: dict[str, Loss] = {
     "means": _means,
@@ -190,7 +196,9 @@ NUMBERS: dict[str, Loss] = {
     "smooth": _summed(lambda x, y, i: _each_loss(x, y).logsumexp(0)),
     "shares": _summed(lambda x, y, i: (_each_loss(x, y).softmax(0).detach() * _each_loss(x, y)).sum()),
     "running": _running,
+    "twice": _twice,
     "spread": _spread(lambda losses: losses.square()),
+    "so far": _spread(lambda losses: losses.cumsum(0)),
     "above": _spread(lambda losses: losses > 50),
 }
 """Where it matters to a number of each row which come together."""
@@ -270,6 +278,12 @@ def _mixed(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return ((one + other) * one.roll(1, 0)).mean()
 
 
+def _piled(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """The first rows of all turns are added to one another, and so on."""
+    rows: Any = sum(head(x) for x, _ in _turns(h, labels))
+    return rows.square().mean()  # type: ignore[no-any-return]
+
+
 def _turned(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     """The second half first."""
     x, y = h.flatten(0, 1).chunk(2)
@@ -277,6 +291,7 @@ def _turned(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
 
 
 STAY: dict[str, tuple[Loss, str]] = {
+    "ops": (_summed(lambda x, y, i: (x.sin() if i else x.cos()).square().sum()), "not made alike in each turn"),
     "most": (_summed(lambda x, y, i: x.amax((0, 1))), "mixes rows"),
     "pairs": (_summed(lambda x, y, i: (x @ x.t()).sin().sum()), "mixes rows"),
     "statistics": (_summed(lambda x, y, i: (x - x.mean(0)).pow(3).sum()), "sum over rows"),
@@ -289,6 +304,7 @@ STAY: dict[str, tuple[Loss, str]] = {
     "scaled": (_scaled, "leaves the program"),
     "mixed": (_mixed, ""),
     "turned": (_turned, ""),
+    "piled": (_piled, "several turns"),
 }
 
 
