@@ -1,8 +1,10 @@
-"""Softmax and argmax over a vocabulary as reductions along it.
+"""Softmax, argmax and max over a vocabulary as reductions along it.
 
     softmax(x)               ->    exp(x - amax(x)) / sum(exp(x - amax(x)))
     its gradient             ->    p * (grad - sum(p * grad))
     argmax(x)                ->    amax of (n - i where x[i] is the largest, else 0), taken from n
+    max(x)                   ->    argmax(x), sum(x where i is that, else 0)
+    its gradient             ->    grad where i is that, else 0
 
 The ops themselves need the dim whole, so that logits which a tensor axis splits would be exchanged. Where each rank has
 some of the classes, a maximum and a sum of one number per row are. Only dims are taken that a product with a weight
@@ -11,20 +13,24 @@ made wider than what it read: attention's scores and a router's few experts stay
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
+from passes.dims import is_getitem
 from passes.emit import Emitter, emitter_like, written_anew
 from passes.program import Program
 from passes.rules.call import call_of, operand_nodes
 from passes.rules.matmul import PRODUCTS
 from passes.rules.table import rule_of
+from passes.rules.view import RESHAPES
 from passes.walks import made_of
 
 aten = torch.ops.aten
 _SOFTMAX, _BACKWARD, _ARGMAX = aten._softmax.default, aten._softmax_backward_data.default, aten.argmax.default
+_MAX, _SCATTER = aten.max.dim, aten.scatter.src
 _ALONG = {_SOFTMAX, aten._log_softmax.default}
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -38,11 +44,25 @@ def by_reductions(program: Program) -> Program:
         return program
     emit = emitter_like(old)
     new: dict[fx.Node, fx.Node] = {}
+    most: dict[fx.Node, fx.Node] = {}
     for node in old.nodes:
         emit.stand_for(node)
         arguments: Any = node.args
         if node not in taken:
             new[node] = emit.graph.node_copy(node, new.__getitem__)
+        elif node.target is _MAX:
+            continue
+        elif is_getitem(node):
+            x, dim, *rest = arguments[0].args
+            keep, dim = bool(rest and rest[0]), dim % x.meta["val"].dim()
+            if arguments[0] not in most:
+                most[arguments[0]] = _argmax(emit, new[x], dim, keep=True)
+            index = most[arguments[0]]
+            made = index if arguments[1] else _where_it_is(emit, index, new[x], dim)
+            made = emit.call(aten.sum.dim_IntList, made, [dim], True) if not arguments[1] else made
+            new[node] = made if keep else emit.view(made, node.meta["val"].shape)
+        elif node.target is _SCATTER:
+            new[node] = _where_it_is(emit, new[arguments[2]], new[arguments[3]], arguments[1], node.meta["val"].shape)
         elif node.target is _SOFTMAX:
             new[node] = _softmax(emit, new[arguments[0]], arguments[1], node.meta["val"].dtype)
         elif node.target is _BACKWARD:
@@ -54,7 +74,7 @@ def by_reductions(program: Program) -> Program:
 
 
 def _taken(program: Program) -> set[fx.Node]:
-    """Softmaxes and argmaxes along dims that a product made wider, and gradients of these softmaxes."""
+    """Softmaxes, argmaxes and maxima along dims that a product made wider, and gradients of these."""
     graph = program.graph.graph
     given = zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)
     held = {node for node, what in given if what.kind in ("parameter", "buffer")}
@@ -64,11 +84,28 @@ def _taken(program: Program) -> set[fx.Node]:
         if node.target is _BACKWARD:
             if arguments[1] in found:
                 found.add(node)
-        elif node.target is _SOFTMAX or (node.target is _ARGMAX and len(arguments) > 1 and arguments[1] is not None):
+        elif is_getitem(node) or (node.target is _SCATTER and _is_gradient(node, found)):
+            if node.target is _SCATTER or arguments[0] in found:
+                found.add(node)
+        elif node.target in (_SOFTMAX, _MAX) or (
+            node.target is _ARGMAX and len(arguments) > 1 and arguments[1] is not None
+        ):
             value: Tensor = arguments[0].meta["val"]
             if value.dim() and value.dtype.is_floating_point and _is_widened(arguments[0], arguments[1], held):
                 found.add(node)
     return found
+
+
+def _is_gradient(node: fx.Node, found: set[fx.Node]) -> bool:
+    """Whether a node puts one number into zeros, where a maximum that was found is."""
+    base, dim, index, source = cast(Any, node.args)
+    shape = node.meta["val"].shape
+    one = [1 if d == dim % len(shape) else size for d, size in enumerate(shape)]
+    if base.target is not aten.full.default or base.args[1] != 0 or index.meta["val"].shape != torch.Size(one):
+        return False
+    while index.target in (aten.unsqueeze.default, *RESHAPES):
+        index = index.args[0]
+    return index in found and is_getitem(index) and source.meta["val"].shape == torch.Size(one)
 
 
 def _is_widened(node: fx.Node, dim: int, held: set[fx.Node]) -> bool:
@@ -143,3 +180,13 @@ def _argmax(emit: Emitter, x: fx.Node, dim: int, keep: bool) -> fx.Node:
     less = emit.call(aten.sub.Tensor, most, count)
     most = emit.call(aten.where.self, emit.call(aten.gt.Scalar, most, count), less, most)
     return emit.call(aten.add.Tensor, emit.call(aten.neg.default, most), count)
+
+
+def _where_it_is(emit: Emitter, index: fx.Node, x: fx.Node, dim: int, shape: Sequence[int] = ()) -> fx.Node:
+    """`x` at places of a dim, zero elsewhere; both with a size of 1 there, or `x` with `shape`'s."""
+    shape = tuple(shape) or emit.shape(x)
+    dim %= len(shape)
+    places = emit.call(aten.arange.default, shape[dim], dtype=torch.int64, device=torch.device("cpu"))
+    places = emit.view(places, [shape[dim], *[1] * (len(shape) - dim - 1)])
+    zero = emit.call(aten.full.default, [], 0, dtype=x.meta["val"].dtype, device=torch.device("cpu"))
+    return emit.call(aten.where.self, emit.call(aten.eq.Tensor, index, places), x, zero)

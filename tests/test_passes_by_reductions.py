@@ -15,7 +15,7 @@ from passes.by_reductions import by_reductions
 
 aten = torch.ops.aten
 BATCH, LENGTH, WIDTH = 4, 8, 16
-ONE_OP = {aten._softmax.default, aten._softmax_backward_data.default, aten.argmax.default}
+ONE_OP = {aten._softmax.default, aten._softmax_backward_data.default, aten.argmax.default, aten.max.dim}
 Made = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -58,7 +58,18 @@ def _kept(x: Tensor, taught: Tensor) -> Tensor:
     return x.mT.argmax(1, keepdim=True)
 
 
-MADE: list[Made] = [_distilled, _entropy, _turned, _accuracy, _kept]
+def _confident(x: Tensor, taught: Tensor) -> Tensor:
+    """A gradient through the largest, which are those of whole numbers often."""
+    largest, which = (8 * x).round().max(-1)
+    surest = taught.mT.max(1, keepdim=True).values
+    return (largest.square() - 8 * x.max(-1).values * (which % 3)).mean() + surest.mean()
+
+
+def _guess(x: Tensor, taught: Tensor) -> Tensor:
+    return (3 * x).round().mT.max(1).indices
+
+
+MADE: list[Made] = [_distilled, _entropy, _turned, _accuracy, _kept, _confident, _guess]
 
 
 @pytest.mark.parametrize("classes", [48, 37])
@@ -91,17 +102,19 @@ def test_ties_and_what_is_no_number_are_as_in_torch(dtype: torch.dtype) -> None:
             super().__init__()
             self.head = nn.Linear(1, 37, bias=False, dtype=dtype)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             scores = x + 0 * self.head(torch.ones(1, 1, dtype=dtype)).detach()
-            return scores.argmax(-1), scores.softmax(-1), self.head.weight.sum()
+            return scores.argmax(-1), scores.softmax(-1), *scores.max(-1), self.head.weight.sum()
 
     model = Fed()
     program = captured(model, {"x": rows.to(dtype)})
     assert not any(node.target in ONE_OP for node in program.graph.graph.nodes)
     known = {"x": rows.to(dtype), "head.weight": model.head.weight.detach()}
     values = [known.get(one.name, torch.ones(())) for one in program.inputs]
-    chosen, chances, *_ = torch.fx.Interpreter(program.graph).run(*values)
+    chosen, chances, largest, which, *_ = torch.fx.Interpreter(program.graph).run(*values)
     torch.testing.assert_close(chosen, rows.to(dtype).argmax(-1))
+    torch.testing.assert_close(largest, rows.to(dtype).max(-1).values, equal_nan=True)
+    torch.testing.assert_close(which, rows.to(dtype).max(-1).indices)
     torch.testing.assert_close(chances, rows.to(dtype).softmax(-1), equal_nan=True)
 
 
