@@ -30,7 +30,7 @@ from passes.left_behind import left_behind, left_note
 from passes.normalize import normalize
 from passes.precision import Precision, dtype_text
 from passes.program import Guards, Input, Output, Program
-from passes.provenance import Provenance, error_line, place_of, shortened
+from passes.provenance import Provenance, error_line, place_of, shortened, torch_function_of
 from passes.rebind import rebind
 from passes.settings import attributes, settings_read
 from passes.side_effects import attribute_notes, empty_buffers, mutated_notes, unchanged
@@ -324,6 +324,12 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             raise CaptureError(f"{where}: asks for other ranks: {NO_OTHER_RANKS}") from error
         if "mutating a non-functional tensor" in str(error):
             raise CaptureError(f"{where}: {WRITES_OUTSIDE}") from error
+        if "its data is not allocated yet" in str(error):
+            reads = torch_function_of(error) or "an op"
+            raise CaptureError(
+                f"{where}: {reads} reads the values of a tensor in code where no trace sees it. Use ops of tensors: "
+                "sequences of several lengths can be padded to one, with torch.where behind each end"
+            ) from error
         raise CaptureError(f"{where}: {_RAISED} {type(error).__name__}: {error}") from error
 
 

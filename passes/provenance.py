@@ -147,6 +147,13 @@ def torch_function(frame: FrameType | None) -> str:
     return ""
 
 
+def torch_function_of(error: BaseException) -> str:
+    """Name of the innermost function of torch's Python code that was running when `error` was raised; "" without."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    codes = [(frame.f_globals["__name__"], frame.f_code) for frame in frames]
+    return next((f"{m}.{c.co_qualname}" for m, c in reversed(codes) if c.co_filename.startswith(_TORCH)), "")
+
+
 def error_line(error: BaseException) -> tuple[str, int]:
     """File and line of the model's code in which `error` was raised."""
     found, fallback = ("", 0), ("", 0)

@@ -247,3 +247,18 @@ def test_one_sample_is_the_first_and_what_all_share_stays() -> None:
     assert torch.equal(found, ids[:1])
     assert kept is scale
     assert torch.equal(rest["mask"], ids[:1] > 3)
+
+
+def test_a_function_of_torch_that_reads_where_no_trace_sees_it_is_named() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(4, 4, batch_first=True)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.gru(packed)[1].mean()
+
+    told = r"test_passes_capture_inputs\.py:\d+: torch\.nn\.modules\.rnn\.GRU\.forward reads the values .* padded"
+    with pytest.raises(CaptureError, match=told):
+        capture(Packed(), (torch.zeros(3, 5, 4), torch.tensor([5, 2, 3])), {}, batch_dims=[0, 0], batch_size=3)
