@@ -20,6 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from passes.autocast import autocast_as, autocast_dtype
+from passes.collector import settled
 from passes.differentiated import Result, Tangent, Tangents, flatten_outputs, gradients, tangents_of
 from passes.errors import CaptureError
 from passes.fakes import told_once
@@ -86,7 +87,7 @@ def capture(
     backward = backward and torch.is_grad_enabled()
     precision = precision or Precision()
     dtype = autocast_dtype()
-    with autocast_as(None), torch.inference_mode(False), torch.set_grad_enabled(backward):
+    with settled(), autocast_as(None), torch.inference_mode(False), torch.set_grad_enabled(backward):
 
         def taken(branches: Branches) -> Program:
             return _capture(

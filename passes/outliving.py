@@ -37,7 +37,7 @@ def give_values(nodes: Mapping[int, fx.Node], values: ExampleValues, root: nn.Mo
 
     nodes: those of the trace's fake tensors, by these' ids. root: has the trace's constants.
     """
-    # What was there before the trace is mostly frozen (`collector.settled`), so these are few.
+    # What was there before the capture is frozen (`collector.settled`), so there are few to look at.
     left = [each for each in gc.get_objects() if type(each) is Tensor and torch._is_functional_tensor(each)]
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for tensor in left:
