@@ -109,6 +109,10 @@ def test_ties_and_what_is_no_number_are_as_in_torch(dtype: torch.dtype) -> None:
     model = Fed()
     program = captured(model, {"x": rows.to(dtype)})
     assert not any(node.target in ONE_OP for node in program.graph.graph.nodes)
+    exponentials = program.graph.graph.find_nodes(op="call_function", target=aten.exp.default)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32  # bf16 sums would be off by more than a rounding
+    assert [node.meta["val"].dtype for node in exponentials] == [wide]
+    assert "test_passes_by_reductions.py" in exponentials[0].meta["source"]
     known = {"x": rows.to(dtype), "head.weight": model.head.weight.detach()}
     values = [known.get(one.name, torch.ones(())) for one in program.inputs]
     chosen, chances, largest, which, *_ = torch.fx.Interpreter(program.graph).run(*values)
@@ -133,3 +137,18 @@ def test_attention_and_routers_stay_one_op() -> None:
     program = captured(Mixed(), {"x": torch.randn(BATCH, LENGTH, WIDTH)})
     assert sum(node.target in ONE_OP for node in program.graph.graph.nodes) == 5
     assert by_reductions(program) is program
+
+
+def test_dims_of_one_entry_or_of_positions_too_stay_one_op() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(WIDTH, 48)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            scores = self.head(x)
+            one, all_of_a_sample = scores[..., None].softmax(-1), scores.flatten(1).softmax(-1)
+            return {"loss": one.mean() + all_of_a_sample.square().mean()}
+
+    program = captured(Pooled(), {"x": torch.randn(BATCH, LENGTH, WIDTH)})
+    assert sum(node.target is aten._softmax.default for node in program.graph.graph.nodes) == 2
