@@ -524,7 +524,7 @@ def walked(graph: fx.Graph, turns: Turns) -> Walk:
 
 def is_total(node: fx.Node) -> bool:
     """Whether a node is the sum of all that a tensor has."""
-    return node.target in (aten.sum.default, aten.sum.dim_IntList) and bool(node.meta["val"].numel() == 1)
+    return node.target in _SUMS and bool(node.meta["val"].numel() == 1)
 
 
 def _adds_nothing(node: fx.Node, own: Mapping[int, Own]) -> bool:
