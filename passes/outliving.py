@@ -8,6 +8,7 @@ So the model's own cache is as eager would have left it, and what is captured do
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -46,7 +47,7 @@ def give_values(nodes: Mapping[int, fx.Node], values: ExampleValues, root: nn.Mo
             node = nodes.get(id(torch._from_functional_tensor(tensor)))
             if node is None or (needed := _needed(node)) is None:
                 continue
-            torch.utils.swap_tensors(tensor, values.of(node).clone())
+            torch.utils.swap_tensors(tensor, copy.deepcopy(values.of(node)))  # expanded, it takes no more memory
             for each in needed:
                 if each not in copies:
                     copies[each] = made = graph.node_copy(each, copies.__getitem__)

@@ -27,7 +27,7 @@ from autopar import planning
 from autopar.cli.main import main
 from autopar.mixed import policy_from, precision_of
 from costmodel.memory import gib
-from passes import emit, rewrite
+from passes import emit_steps, rewrite
 
 BF16, FP32 = torch.bfloat16, torch.float32
 POLICY = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=FP32)
@@ -263,7 +263,7 @@ def test_verify_allows_gradients_the_rounding_of_the_dtype_they_are_added_in() -
 def test_verify_sees_a_policy_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program whose compute is scaled by 1.1 on its way to bf16 does not pass for rounding."""
     model, mesh, inputs = llama_inputs_on({"dp": 2})
-    right = emit.emit_together
+    right = emit_steps.emit_together
 
     def wrong(emitter: Any, xs: Any, paths: Any, stored: Any) -> Any:
         if any(step.kind == "cast" and step.dtype == "bfloat16" for step in paths[0]):
@@ -271,7 +271,7 @@ def test_verify_sees_a_policy_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) 
         return right(emitter, xs, paths, stored)
 
     monkeypatch.setattr(rewrite, "emit_together", wrong)
-    monkeypatch.setattr(emit, "emit_together", wrong)
+    monkeypatch.setattr(emit_steps, "emit_together", wrong)
     found = autopar.verify(model, mesh, inputs, strategy="fsdp", options=autopar.Options(mp_policy=POLICY))
     assert not found.ok
 

@@ -89,3 +89,17 @@ def test_a_table_that_was_written_to_since_is_as_it_is_now() -> None:
     cos.mul_(2.0)
     torch.testing.assert_close(_loss(_captured(model, x), model, x), model(x).detach())
     assert not torch.allclose(_loss(before, model, x), model(x).detach())
+
+
+def test_a_table_of_repeated_rows_takes_no_more_memory() -> None:
+    kept: dict[int, Tensor] = {}
+
+    class Placed(Rotated):
+        def forward(self, x: Tensor) -> Tensor:
+            if not kept:
+                kept[0] = torch.arange(x.shape[1]).expand(1 << 40, -1)
+            return (self.inner(x).sum(-1) * kept[0][: len(x)]).mean()
+
+    _captured(Placed("dict"), torch.randn(6, 5, 4))
+    assert kept[0].stride() == (0, 1)
+    assert kept[0][7].tolist() == [0, 1, 2, 3, 4]

@@ -186,7 +186,7 @@ def test_long_kernels_and_cpus_wait_for_no_host() -> None:
 
 
 class Chunked(nn.Module):
-    """A head over the tokens of a few samples at a time, or of all: the mean of what the parts give, squared."""
+    """A head over the tokens of a few samples at a time, or of all: the mean of the parts' features, squared."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Chunked(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.up(x).flatten(0, 1) if self.dim == 0 else self.up(x)
-        return torch.stack([self.head(part).sum().square() for part in hidden.chunk(4, self.dim)]).mean()
+        return torch.stack([self.head(part).mean(-2).square().sum() for part in hidden.chunk(4, self.dim)]).mean()
 
 
 def test_products_that_every_data_parallel_rank_computes_are_told() -> None:
