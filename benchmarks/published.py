@@ -459,71 +459,64 @@ def _header_faults(path: Path, names: Sequence[str]) -> list[Fault]:
 
 def model_of(run: Run) -> nn.Module:
     """The run's model on the meta device, in the dtype that its parameters are stored in."""
-    number = run.number
-    attention = "eager" if run.line["attention"] == "unfused" else "sdpa"
-    if run.line["family"] == "llama":
-        config: Any = LlamaConfig(
-            hidden_size=number("hidden"), intermediate_size=number("ffn"), num_hidden_layers=number("layers"),
-            num_attention_heads=number("heads"), num_key_value_heads=number("kv_heads"), vocab_size=number("vocab"),
-            max_position_embeddings=number("seq"), tie_word_embeddings=run.line["tied"] == "yes", use_cache=False,
-            attn_implementation=attention,
-        )  # fmt: skip
-        build: Any = LlamaForCausalLM
-    elif run.line["family"] == "qwen3":
-        config = Qwen3Config(
-            hidden_size=number("hidden"), intermediate_size=number("ffn"), num_hidden_layers=number("layers"),
-            num_attention_heads=number("heads"), num_key_value_heads=number("kv_heads"), head_dim=number("head"),
-            vocab_size=number("vocab"), max_position_embeddings=number("seq"),
-            tie_word_embeddings=run.line["tied"] == "yes", use_cache=False, attn_implementation=attention,
-        )  # fmt: skip
-        build = Qwen3ForCausalLM
-    elif run.line["family"] == "qwen3_moe":
-        config = Qwen3MoeConfig(
-            hidden_size=number("hidden"), num_hidden_layers=number("layers"), num_attention_heads=number("heads"),
-            num_key_value_heads=number("kv_heads"), head_dim=number("head"), vocab_size=number("vocab"),
-            num_experts=number("experts"), num_experts_per_tok=number("experts_per_token"),
-            moe_intermediate_size=number("ffn") // number("experts_per_token"), max_position_embeddings=number("seq"),
-            tie_word_embeddings=run.line["tied"] == "yes", use_cache=False, attn_implementation=attention,
-        )  # fmt: skip
-        build = Qwen3MoeForCausalLM
-    elif run.line["family"] == "gpt_oss":
-        config = GptOssConfig(
-            hidden_size=number("hidden"), num_hidden_layers=number("layers"), num_attention_heads=number("heads"),
-            num_key_value_heads=number("kv_heads"), head_dim=number("head"), vocab_size=number("vocab"),
-            num_local_experts=number("experts"), num_experts_per_tok=number("experts_per_token"),
-            intermediate_size=number("ffn") // number("experts_per_token"), sliding_window=number("window"),
-            max_position_embeddings=max(4096, number("seq")), tie_word_embeddings=run.line["tied"] == "yes",
-            use_cache=False, attn_implementation="eager",
-        )  # fmt: skip
-        build = GptOssForCausalLM
-    elif run.line["family"] == "gemma2":
-        config = Gemma2Config(
-            hidden_size=number("hidden"), num_hidden_layers=number("layers"), num_attention_heads=number("heads"),
-            num_key_value_heads=number("kv_heads"), head_dim=number("head"), vocab_size=number("vocab"),
-            intermediate_size=number("ffn"), sliding_window=number("window"), query_pre_attn_scalar=number("head"),
-            max_position_embeddings=number("seq"), tie_word_embeddings=run.line["tied"] == "yes", use_cache=False,
-            attn_implementation="eager",
-        )  # fmt: skip
-        build = Gemma2ForCausalLM
-    elif number("tp") > 1 or number("kv_heads") != number("heads"):  # a projection each for queries, keys and values
-        config = Starcoder2Config(
-            hidden_size=number("hidden"), intermediate_size=number("ffn"), num_hidden_layers=number("layers"),
-            num_attention_heads=number("heads"), num_key_value_heads=number("kv_heads"), vocab_size=number("vocab"),
-            max_position_embeddings=number("seq"), tie_word_embeddings=run.line["tied"] == "yes", use_cache=False,
-            sliding_window=None, attn_implementation=attention,
-        )  # fmt: skip
-        build = Starcoder2ForCausalLM
-    else:
-        config = GPT2Config(
+    number, family = run.number, run.line["family"]
+    common: dict[str, Any] = {
+        "tie_word_embeddings": run.line["tied"] == "yes", "use_cache": False, "vocab_size": number("vocab"),
+        "attn_implementation": "eager" if run.line["attention"] == "unfused" else "sdpa",
+    }  # fmt: skip
+    if family == "gpt" and number("tp") == 1 and number("kv_heads") == number("heads"):
+        config: Any = GPT2Config(
             n_embd=number("hidden"), n_inner=number("ffn"), n_layer=number("layers"), n_head=number("heads"),
-            vocab_size=number("vocab"), n_positions=number("seq"), activation_function="gelu", resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=run.line["tied"] == "yes", use_cache=False,
-            attn_implementation=attention,
+            n_positions=number("seq"), activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            **common,
         )  # fmt: skip
-        build = GPT2LMHeadModel
+        build: Any = GPT2LMHeadModel
+    else:
+        common |= {
+            "hidden_size": number("hidden"), "num_hidden_layers": number("layers"),
+            "num_attention_heads": number("heads"), "num_key_value_heads": number("kv_heads"),
+            "max_position_embeddings": number("seq"), "intermediate_size": number("ffn"),
+        }  # fmt: skip
+        config_of, build = _FAMILIES[family]
+        config = config_of(**common | _own_of(run))
     with torch.device("meta"):
         made: nn.Module = build(config).to(torch.float32 if run.line["stored"] == "fp32" else run.half_dtype)
     return made.train()
+
+
+def _own_of(run: Run) -> dict[str, Any]:
+    """What a family's configuration has besides, or otherwise."""
+    number, family = run.number, run.line["family"]
+    if family == "llama":
+        return {}
+    if family == "gpt":
+        return {"sliding_window": None}
+    own: dict[str, Any] = {"head_dim": number("head")}
+    if family in ("qwen3_moe", "gpt_oss"):
+        ffn = number("ffn") // number("experts_per_token")
+        own |= {"num_experts_per_tok": number("experts_per_token")}
+        own |= (
+            {"num_experts": number("experts"), "moe_intermediate_size": ffn}
+            if family == "qwen3_moe"
+            else {"num_local_experts": number("experts"), "intermediate_size": ffn}
+        )
+    if family in ("gpt_oss", "gemma2"):  # they write out sinks and soft caps
+        own |= {"sliding_window": number("window"), "attn_implementation": "eager"}
+    if family == "gpt_oss":
+        own["max_position_embeddings"] = max(4096, number("seq"))
+    if family == "gemma2":
+        own["query_pre_attn_scalar"] = number("head")
+    return own
+
+
+_FAMILIES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "gpt": (Starcoder2Config, Starcoder2ForCausalLM),  # a projection each for queries, keys and values
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+}
 
 
 _MODEL = ("family", "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "tied", "seq", "stored", "gradients")
