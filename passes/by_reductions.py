@@ -57,9 +57,9 @@ def by_reductions(program: Program) -> Program:
             keep, dim = bool(rest and rest[0]), dim % x.meta["val"].dim()
             if arguments[0] not in most:
                 most[arguments[0]] = _argmax(emit, new[x], dim, keep=True)
-            index = most[arguments[0]]
-            made = index if arguments[1] else _where_it_is(emit, index, new[x], dim)
-            made = emit.call(aten.sum.dim_IntList, made, [dim], True) if not arguments[1] else made
+            made = index = most[arguments[0]]
+            if not arguments[1]:  # the value
+                made = emit.call(aten.sum.dim_IntList, _where_it_is(emit, index, new[x], dim), [dim], True)
             new[node] = made if keep else emit.view(made, node.meta["val"].shape)
         elif node.target is _SCATTER:
             new[node] = _where_it_is(emit, new[arguments[2]], new[arguments[3]], arguments[1], node.meta["val"].shape)
@@ -84,8 +84,11 @@ def _taken(program: Program) -> set[fx.Node]:
         if node.target is _BACKWARD:
             if arguments[1] in found:
                 found.add(node)
-        elif is_getitem(node) or (node.target is _SCATTER and _is_gradient(node, found)):
-            if node.target is _SCATTER or arguments[0] in found:
+        elif is_getitem(node):
+            if arguments[0] in found:
+                found.add(node)
+        elif node.target is _SCATTER:
+            if _is_gradient(node, found):
                 found.add(node)
         elif node.target in (_SOFTMAX, _MAX) or (
             node.target is _ARGMAX and len(arguments) > 1 and arguments[1] is not None

@@ -110,9 +110,8 @@ def take_turns_by_blocks(program: Program, parts: int) -> Program:
             moved = _by_blocks(moved, turns, math.gcd(parts, turns.rows), place_of(first))
         except MattersError as reason:
             where, why = reason.args
-            notes[f"{where}: rows of the whole batch are taken in turns, so ranks hand them to one another: {why}"] = (
-                None
-            )
+            note = f"{where}: rows of the whole batch are taken in turns, so ranks hand them to one another: {why}"
+            notes[note] = None
     found = program if moved is flat else moved
     return found if len(notes) == len(found.notes) else replace(found, notes=tuple(notes))
 
