@@ -8,14 +8,14 @@ See `parallelize`, `plan`, `apply`, `search`, `price`, `verify` and `Options`; t
 from __future__ import annotations
 
 from autopar.api import apply, parallelize, plan
-from autopar.certificate import Parity, Tolerances
-from autopar.module import ParallelModule
+from autopar.modules.module import ParallelModule
 from autopar.options import Options
-from autopar.pricing import Price, price
-from autopar.search import search
-from autopar.search_result import SearchResult
-from autopar.verify import verify
-from autopar.watch import RankFailedError
+from autopar.parity.certificate import Parity, Tolerances
+from autopar.parity.verify import verify
+from autopar.ranks.watch import RankFailedError
+from autopar.runs.pricing import Price, price
+from autopar.runs.search import search
+from autopar.runs.search_result import SearchResult
 from passes.errors import (
     AutoparError,
     CaptureError,
@@ -23,8 +23,8 @@ from passes.errors import (
     PlanMismatchError,
     UnsupportedOpError,
 )
-from passes.plan import Plan
-from passes.setup import Setup
+from passes.plan.plan import Plan
+from passes.runs.setup import Setup
 
 __all__ = [
     "AutoparError",

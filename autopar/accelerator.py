@@ -21,10 +21,10 @@ from accelerate.utils import DistributedType, DynamoBackend, recursively_apply
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from autopar.batches import BatchRanks
 from autopar.checkpoints import load_parts, save_parts, whole_state
-from autopar.module import ParallelModule
-from autopar.runtime import runtime_of
+from autopar.modules.batches import BatchRanks
+from autopar.modules.module import ParallelModule
+from autopar.modules.runtime import runtime_of
 
 _PARTS = "parallel_{}"
 _WRAPPING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)

@@ -20,35 +20,36 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from autopar import examples, meshes, planning, tree
-from autopar.batches import BatchRanks
-from autopar.groups import Groups
+from autopar import examples, meshes, planning
 from autopar.machine import priced_for
 from autopar.mixed import precision_of
-from autopar.module import ParallelModule, parallel_module, preload
+from autopar.modules import tree
+from autopar.modules.batches import BatchRanks
+from autopar.modules.groups import Groups
+from autopar.modules.module import ParallelModule, parallel_module, preload
+from autopar.modules.reading import Gather, captured_together, gatherer, inputs_read, with_values
+from autopar.modules.runtime import Executable
 from autopar.optimizers import warn_of_optimizers
 from autopar.options import Options, check_async_tp, check_options
 from autopar.overlaps import Overlap, check_apart, overlapping
-from autopar.reading import Gather, captured_together, gatherer, inputs_read, with_values
-from autopar.runtime import Executable
+from autopar.ranks.together import Together, together, watch
 from autopar.stages import Stages
-from autopar.together import Together, together, watch
 from autopar.unwrapped import check_unwrapped
 from costmodel.hardware import Hardware
 from costmodel.heap import keep_freed
-from passes.bytes_of import digest
-from passes.differentiated import Tangents
+from passes.capture.differentiated import Tangents
+from passes.capture.inputs import global_inputs
+from passes.capture.left_behind import left_note
 from passes.errors import PlanMismatchError
-from passes.infeasible import Smaller
-from passes.inputs import global_inputs
-from passes.left_behind import left_note
-from passes.local import LocalProgram, bind_groups, groups_used
-from passes.lower import lower
-from passes.named import check_strategy
-from passes.pipeline import Manner
-from passes.plan import Plan
-from passes.precision import Precision
-from passes.program import Program
+from passes.lower.lower import lower
+from passes.plan.plan import Plan
+from passes.planner.infeasible import Smaller
+from passes.planner.pipeline import Manner
+from passes.program.bytes_of import digest
+from passes.program.local import LocalProgram, bind_groups, groups_used
+from passes.program.precision import Precision
+from passes.program.program import Program
+from passes.space.named import check_strategy
 
 
 @dataclass(frozen=True)

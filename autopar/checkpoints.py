@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from autopar.module import ParallelModule
-from autopar.runtime import runtime_of
-from autopar.whole import part_of
+from autopar.modules.module import ParallelModule
+from autopar.modules.runtime import runtime_of
+from autopar.modules.whole import part_of
 
 
 def whole_state(module: ParallelModule, keep: bool) -> dict[str, torch.Tensor]:

@@ -16,13 +16,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from passes.autocast import autocast_as, autocast_dtype
-from passes.bytes_of import bytes_of
-from passes.default_inputs import default_inputs
+from passes.capture.autocast import autocast_as, autocast_dtype
+from passes.capture.default_inputs import default_inputs
+from passes.capture.inputs import flatten_inputs, part_of_batch
 from passes.errors import PlanMismatchError
-from passes.infeasible import Smaller
-from passes.inputs import flatten_inputs, part_of_batch
-from passes.program import Program
+from passes.planner.infeasible import Smaller
+from passes.program.bytes_of import bytes_of
+from passes.program.program import Program
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments, the latter sorted by name."""

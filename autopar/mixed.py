@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from passes.precision import Precision, dtype_named, dtype_text
+from passes.program.precision import Precision, dtype_named, dtype_text
 
 _DTYPES = ("param_dtype", "reduce_dtype", "output_dtype")
 _FIELDS = (*_DTYPES, "cast_forward_inputs")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from passes.program import Program
+from passes.program.program import Program
 
 
 class Overlap(NamedTuple):

@@ -14,17 +14,17 @@ from costmodel.hardware import Hardware, Topology, topology
 from costmodel.hardware_file import hardware_of
 from costmodel.layout import parse_layout
 from costmodel.presets import slow_dtype_notes, stand_in_notes
-from passes.capture import capture
-from passes.collector import settled
-from passes.fitting import Candidate
-from passes.local import LocalProgram
-from passes.model_flops import model_flops
-from passes.pins import check_pins
-from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
-from passes.plan import Plan
-from passes.precision import Precision
-from passes.program import Program
-from passes.space import Pin
+from passes.capture.capture import capture
+from passes.capture.collector import settled
+from passes.plan.plan import Plan
+from passes.planner.fitting import Candidate
+from passes.planner.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
+from passes.program.local import LocalProgram
+from passes.program.precision import Precision
+from passes.program.program import Program
+from passes.runs.model_flops import model_flops
+from passes.space.pins import check_pins
+from passes.space.space import Pin
 
 _FIGURES = "hardware_figures"
 """Where a plan's options keep the figures it was priced with: they decide the steps of a reshard, on any machine."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from autopar.accelerator import Accelerator
 from autopar.checkpoints import load_parts, load_whole_optimizer, save_parts, whole_state
-from autopar.module import ParallelModule
+from autopar.modules.module import ParallelModule
 
 _OPTIMIZER, _OPTIMIZER_FILE, _SCHEDULER_FILE = "optimizer_parts", "optimizer.pt", "scheduler.pt"
 

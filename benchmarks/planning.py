@@ -40,9 +40,9 @@ from transformers import (
 from autopar.meshes import batch_axes_of
 from autopar.planning import captured
 from costmodel.hardware import Topology
-from passes.collector import settled
-from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh
-from passes.program import Program
+from passes.capture.collector import settled
+from passes.planner.pipeline import Manner, Request, compile_plan, local_program, on_mesh
+from passes.program.program import Program
 
 
 @dataclass(frozen=True)

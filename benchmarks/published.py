@@ -1,8 +1,8 @@
 """Predicted against measured step times of published training runs: `python benchmarks/published.py`.
 
 Each row of `data/published.csv` is priced as the search prices a setup: the model captured, the mesh planned by the
-named strategy, the step played; pipelines, context parallelism and ZeRO-1/2 by the formulas of
-`passes/candidate_replicated.py`. Prints errors by source with rank correlations, the fitted parameters, and every row.
+named strategy, the step played; pipelines, context parallelism and ZeRO-1/2 by the formulas of `passes/runs/`. Prints
+errors by source with rank correlations, the fitted parameters, and every row.
 
 Rows that cannot be priced are named on stderr, all of them, and the others priced; the exit code is 1 then.
 """
@@ -43,21 +43,21 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from autopar.profiling import Captures, Profiler
+from autopar.runs.profiling import Captures, Profiler
 from costmodel.hardware import Hardware
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import fitted, hardware, hardware_names, with_attention
-from passes.analysis import Analysis
-from passes.candidate import estimate
+from passes.analysis.analysis import Analysis
 from passes.errors import AutoparError
-from passes.estimate import Estimate
-from passes.precision import Precision
-from passes.recompute import Mode, Recomputation, is_cheap_op, recomputation
-from passes.routed_ops import ROUTED_MM
+from passes.program.precision import Precision
+from passes.program.routed_ops import ROUTED_MM
 from passes.rules.call import Call
 from passes.rules.matmul import PRODUCTS
-from passes.setup import Setup
-from passes.work import GATHERS, is_view_op
+from passes.rules.work import GATHERS, is_view_op
+from passes.runs.candidate import estimate
+from passes.runs.estimate import Estimate
+from passes.runs.setup import Setup
+from passes.space.recompute import Mode, Recomputation, is_cheap_op, recomputation
 
 aten = torch.ops.aten
 

@@ -328,8 +328,8 @@ def simulated(name: str, family: str, strategies: tuple[str, ...], mesh: Mesh, a
     from autopar import planning
     from autopar.api import skeleton
     from autopar.options import Options
-    from passes.inputs import global_inputs
-    from passes.simulate import simulate_step
+    from passes.capture.inputs import global_inputs
+    from passes.parity.simulate import simulate_step
 
     torch.set_num_threads(threads)
     rows = [Row(name, family, strategy, ranks="simulated") for strategy in strategies]

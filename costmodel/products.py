@@ -1,5 +1,5 @@
 """Products of fp32 matrices by the library that runs them fastest on this machine's CPU: what `calibrate` measures, and
-what `passes.products` has programs run.
+what `passes.lower.products` has programs run.
 
 torch leaves them to MKL, which gives processors that are not Intel's vectors of 256 bits. oneDNN, which torch has too
 and uses for bf16, takes the 512 that they have: twice the products a second, to the same rounding. Small products stay

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.local import WAIT, LocalProgram
-from passes.partition import split
+from passes.lower.partition import split
+from passes.program.local import WAIT, LocalProgram
 
 aten = torch.ops.aten
 ALIASES = {WAIT, aten._unsafe_view.default, aten.reshape.default}

@@ -18,8 +18,8 @@ from torch import fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from passes.local import DimShard, LocalInput, LocalOutput, LocalProgram, Storage
-from passes.program import Input, Output, Program
+from passes.program.local import DimShard, LocalInput, LocalOutput, LocalProgram, Storage
+from passes.program.program import Input, Output, Program
 
 gather = torch.ops._c10d_functional.all_gather_into_tensor.default
 scatter = torch.ops._c10d_functional.reduce_scatter_tensor.default

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from autopar import planning
-from passes.analysis import analyse
-from passes.fusion import Fused
+from passes.analysis.analysis import analyse
+from passes.analysis.fusion import Fused
 
 ROWS, WIDTH = 64, 16
 

@@ -12,18 +12,18 @@ from torch import nn
 
 from costmodel.hardware import topology
 from costmodel.presets import hardware
-from passes.capture import capture
-from passes.local import LocalProgram
-from passes.pipeline import prepare
-from passes.precision import Precision
-from passes.price import price
-from passes.program import Program
-from passes.rewrite import rewrite
-from passes.routing import token_parts
-from passes.simulate import simulate_step
-from passes.solve import solve
-from passes.space import Space, search_space
-from passes.token_blocks import by_blocks
+from passes.capture.capture import capture
+from passes.parity.simulate import simulate_step
+from passes.planner.pipeline import prepare
+from passes.price.price import price
+from passes.program.local import LocalProgram
+from passes.program.precision import Precision
+from passes.program.program import Program
+from passes.rewrite.rewrite import rewrite
+from passes.solver.solve import solve
+from passes.space.space import Space, search_space
+from passes.tokens.routing import token_parts
+from passes.tokens.token_blocks import by_blocks
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 from costmodel.hardware import topology
 from costmodel.presets import hardware
-from passes.conversion import conversion, given_state, stored_state
-from passes.dims import Value
-from passes.local import LocalProgram
-from passes.program import Program
-from passes.rewrite import rewrite
-from passes.space import Space, search_space
-from passes.strategies import Option, op_options, stored_options
+from passes.analysis.dims import Value
+from passes.analysis.strategies import Option, op_options, stored_options
+from passes.price.conversion import conversion, given_state, stored_state
+from passes.program.local import LocalProgram
+from passes.program.program import Program
+from passes.rewrite.rewrite import rewrite
+from passes.space.space import Space, search_space
 
 
 def every_option(program: Program, mesh: Mapping[str, int], batch_axes: tuple[int, ...] = (0,)) -> Space:

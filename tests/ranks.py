@@ -35,7 +35,7 @@ PRELOAD = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.t5.modeling_t5",
     "autopar.cli",
-    "passes.inductor",
+    "passes.lower.inductor",
     "autopar.trainer",
     "hypothesis",
     "pytest",

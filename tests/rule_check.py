@@ -22,16 +22,16 @@ from torch.utils import _pytree as pytree
 from costmodel.hardware import topology
 from costmodel.layout import Layout, Partial, Shard, local_shape
 from costmodel.presets import hardware
-from passes.dims import ExpandedOp, expand, unified
-from passes.emit import Emitter, Parts
-from passes.layers import fold
-from passes.local_op import LocalOp
-from passes.localize import run_locally
-from passes.program import Input, Program
+from passes.analysis.dims import ExpandedOp, expand, unified
+from passes.analysis.layers import fold
+from passes.analysis.strategies import Option, op_options
+from passes.program.emit import Emitter, Parts
+from passes.program.program import Input, Program
+from passes.rewrite.local_op import LocalOp
+from passes.rewrite.localize import run_locally
 from passes.rules.call import Call, call_of, facts_of, is_tensor
 from passes.rules.form import Form, FormBuilder
 from passes.rules.table import form_of
-from passes.strategies import Option, op_options
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ import torch
 from rule_check import Sample
 from torch import Tensor
 
-from passes import routed_ops
+from passes.program import routed_ops
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -10,7 +10,7 @@ from parity import captured
 from torch import nn
 from torch.nn import functional as F
 
-from passes.program import Program
+from passes.program.program import Program
 
 BATCH, SEQUENCE, VOCABULARY = 8, 16, 96
 Example = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]

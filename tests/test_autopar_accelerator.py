@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import autopar
-from autopar.together import RankFailedError
+from autopar.ranks.together import RankFailedError
 
 BATCH, LENGTH, ROWS = 4, 8, 20
 Row = dict[str, Tensor]

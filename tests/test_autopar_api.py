@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 import autopar
 from autopar import examples, meshes, planning
 from autopar.options import Options
-from autopar.together import RankFailedError
+from autopar.ranks.together import RankFailedError
 from costmodel.presets import hardware
 from passes.errors import PlanMismatchError
 

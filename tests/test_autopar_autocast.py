@@ -10,8 +10,8 @@ from small_models import build
 from torch.distributed.device_mesh import init_device_mesh
 
 import autopar
-from passes.autocast import autocast_as, autocast_dtype
-from passes.capture import capture
+from passes.capture.autocast import autocast_as, autocast_dtype
+from passes.capture.capture import capture
 
 BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
 

@@ -6,7 +6,7 @@ import torch
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
-from autopar.batches import BatchRanks
+from autopar.modules.batches import BatchRanks
 
 
 def _checked(rank: int, ranks: int) -> list[str]:

@@ -10,7 +10,7 @@ from commands import Here, autopar, edit
 
 from autopar.cli import main
 from autopar.cli.comparing import compare_plans
-from passes.plan import Plan
+from passes.plan.plan import Plan
 
 
 def test_diff_says_what_changed_and_exits_1_where_it_got_worse(here: Here) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 import autopar
 from autopar import examples
 from autopar.cli import main
-from autopar.styles import styles_of
+from autopar.plans.styles import styles_of
 
 STEPS = 3
 MODELS = """

@@ -11,7 +11,7 @@ from commands import MODELS, Here, autopar
 from schemas import conforms
 
 from autopar.cli import main
-from passes.plan import Plan
+from passes.plan.plan import Plan
 
 
 @pytest.fixture(scope="module")

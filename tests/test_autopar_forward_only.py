@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import autopar
 from autopar.examples import as_described, described
-from passes.autocast import autocast_dtype
-from passes.capture import capture
+from passes.capture.autocast import autocast_dtype
+from passes.capture.capture import capture
 
 OPTIONS = autopar.Options(compile=False)
 MESH = {"dp": 2, "tp": 2}

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from autopar.gradient import Gradient
-from autopar.stored import spec
+from autopar.modules.gradient import Gradient
+from autopar.modules.stored import spec
 
 LAYOUTS = {
     "whole": [(Replicate(), Replicate())],

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from autopar.leads import chosen, close, is_enough
-from autopar.search import Candidate
-from autopar.verdict import verdict
+from autopar.runs.leads import chosen, close, is_enough
+from autopar.runs.search import Candidate
+from autopar.runs.verdict import verdict
 from costmodel.collectives import LEAST_TAKEN, collective_s, taken_shares
 from costmodel.hardware import topology
 from costmodel.presets import hardware
-from passes.setup import Setup
+from passes.runs.setup import Setup
 
 
 def gpt_flops(hidden: int, layers: int, sequence: int, samples: int, vocab: int) -> float:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import autopar
-from autopar.together import RankFailedError
+from autopar.ranks.together import RankFailedError
 from passes.errors import PlanMismatchError
 
 BATCH = 8

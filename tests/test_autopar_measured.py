@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 import autopar
 from autopar.cli import main
-from autopar.corrections import KindTimes, compared, corrected
-from autopar.measured import KINDS, Measured, measured
 from autopar.planning import hardware_in
+from autopar.plans.corrections import KindTimes, compared, corrected
+from autopar.plans.measured import KINDS, Measured, measured
 from costmodel.collectives import collective_s
 from costmodel.hardware import Device, topology
 from costmodel.hardware_file import save_hardware

@@ -25,12 +25,12 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import prune
 
 import autopar
-from autopar.groups import Groups
-from autopar.module import ParallelModule, parallel_module, preload
-from autopar.runtime import Executable
+from autopar.modules.groups import Groups
+from autopar.modules.module import ParallelModule, parallel_module, preload
+from autopar.modules.runtime import Executable
 from passes.errors import PlanMismatchError
-from passes.local import Storage, bind_groups, groups_used
-from passes.lower import lower
+from passes.lower.lower import lower
+from passes.program.local import Storage, bind_groups, groups_used
 
 AXES = ("dp", "tp")
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autopar
-from passes.capture import capture
-from passes.ledger import ledger
+from passes.capture.capture import capture
+from passes.rewrite.ledger import ledger
 
 MESH = {"dp": 2, "tp": 2}
 aten = torch.ops.aten

@@ -27,7 +27,7 @@ from autopar import planning
 from autopar.cli.main import main
 from autopar.mixed import policy_from, precision_of
 from costmodel.memory import gib
-from passes import emit_steps, rewrite
+from passes.rewrite import emit_steps, rewrite
 
 BF16, FP32 = torch.bfloat16, torch.float32
 POLICY = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=FP32)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from autopar.model_argument import load_model
-from autopar.named_model import Wanted
-from autopar.presets import presets
+from autopar.models.model_argument import load_model
+from autopar.models.named_model import Wanted
+from autopar.models.presets import presets
 
 PUBLISHED = {
     "llama2-7b": 6_738_415_616,

@@ -31,7 +31,7 @@ from autopar import Setup
 from autopar.cli.main import main, parser
 from autopar.cli.price import setup_of
 from costmodel.presets import hardware
-from passes.setup import State, as_megatron
+from passes.runs.setup import State, as_megatron
 
 HIDDEN, LAYERS, HEADS, FFN, VOCAB, LENGTH = 256, 8, 4, 512, 1000, 512
 

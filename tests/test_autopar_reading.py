@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import autopar
-from autopar import examples, reading
-from autopar.reading import MOST_GRAPHS
+from autopar import examples
+from autopar.modules import reading
+from autopar.modules.reading import MOST_GRAPHS
 from passes.errors import CaptureError
 
 OPTIONS = autopar.Options(compile=False)

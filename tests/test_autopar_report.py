@@ -11,12 +11,12 @@ import pytest
 from parity import captured, planned
 from small_models import build
 
-from autopar.report import terminal_report
-from passes.make_plan import make_plan
-from passes.plan import Baseline, Bound, Plan
-from passes.report_text import seconds_text
-from passes.schedule import Role, play
-from passes.tables import cut
+from autopar.plans.report import terminal_report
+from passes.plan.plan import Baseline, Bound, Plan
+from passes.plan.report_text import seconds_text
+from passes.plan.tables import cut
+from passes.planner.make_plan import make_plan
+from passes.play.schedule import Role, play
 
 
 @lru_cache

@@ -20,17 +20,17 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 
 import autopar
 from autopar.cli.main import main
-from autopar.profiling import Captures, Profiler
-from autopar.reach import Times, on, reach_down, reach_up, times_of
-from autopar.search import Candidate, SearchResult
-from autopar.setups import Setups
-from autopar.verdict import verdict
+from autopar.runs.profiling import Captures, Profiler
+from autopar.runs.reach import Times, on, reach_down, reach_up, times_of
+from autopar.runs.search import Candidate, SearchResult
+from autopar.runs.setups import Setups
+from autopar.runs.verdict import verdict
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
-from passes.candidate import Either, estimate, lower_bound
-from passes.recompute import Mode
-from passes.report_text import seconds_text
-from passes.setup import Setup, State
+from passes.plan.report_text import seconds_text
+from passes.runs.candidate import Either, estimate, lower_bound
+from passes.runs.setup import Setup, State
+from passes.space.recompute import Mode
 
 
 def llama(

@@ -9,13 +9,13 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import autopar
-from autopar.profiling import Captures, Profiler
-from autopar.shallow import Prefix, Shallow, _depths, shallow
+from autopar.runs.profiling import Captures, Profiler
+from autopar.runs.shallow import Prefix, Shallow, _depths, shallow
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
-from passes.depth import PLACES, Profile
-from passes.recompute import Mode
-from passes.setup import Setup
+from passes.runs.depth import PLACES, Profile
+from passes.runs.setup import Setup
+from passes.space.recompute import Mode
 
 LAYERS = 9
 

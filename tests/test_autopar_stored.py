@@ -17,8 +17,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from autopar.stored import cut, distributed, is_stored_as, local_part, pad, placements, spec, unpad
-from passes.local import DimShard, Storage
+from autopar.modules.stored import cut, distributed, is_stored_as, local_part, pad, placements, spec, unpad
+from passes.program.local import DimShard, Storage
 
 ROWS, COLUMNS = DimShard(0), DimShard(1)
 

@@ -19,11 +19,11 @@ from ranks import RankError, rank_outcomes, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 import autopar
-from autopar.groups import Groups
-from autopar.module import ParallelModule
+from autopar.modules.groups import Groups
+from autopar.modules.module import ParallelModule
 from autopar.options import Options
-from autopar.together import RankFailedError, Together, together, watch
-from autopar.watch import Watch
+from autopar.ranks.together import RankFailedError, Together, together, watch
+from autopar.ranks.watch import Watch
 
 
 def _agrees(rank: int, ranks: int) -> tuple[str, bool, bool, str]:
@@ -130,8 +130,8 @@ def test_a_rank_that_ends_before_its_first_call_is_not_waited_for() -> None:
 
 
 def test_a_rank_that_waits_says_for_whom(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autopar.together._ROUND_S", 0.1)
-    monkeypatch.setattr("autopar.together._SAID_S", 0.3)
+    monkeypatch.setattr("autopar.ranks.together._ROUND_S", 0.1)
+    monkeypatch.setattr("autopar.ranks.together._SAID_S", 0.3)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     first, second, third = (Together(store, rank, 3) for rank in range(3))
     first.session = second.session = third.session

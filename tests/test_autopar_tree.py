@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import autopar
-from autopar.tree import copied
+from autopar.modules.tree import copied
 
 
 class Indirect(nn.Module):

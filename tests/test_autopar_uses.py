@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 import autopar
 from autopar.examples import described, restored
-from passes.capture import capture
+from passes.capture.capture import capture
+from passes.capture.inputs import flatten_inputs
+from passes.capture.one_process import as_one_process
 from passes.errors import CaptureError, PlanMismatchError
-from passes.inputs import flatten_inputs
-from passes.one_process import as_one_process
 
 
 @dataclass(slots=True)

@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 import autopar
 from autopar import planning
-from autopar.certificate import Tolerances
 from autopar.options import Options
-from autopar.tensor_errors import compare
-from autopar.varied import varied_batch
-from autopar.verify import verify
+from autopar.parity.certificate import Tolerances
+from autopar.parity.tensor_errors import compare
+from autopar.parity.varied import varied_batch
+from autopar.parity.verify import verify
 from passes.errors import PlanMismatchError
-from passes.local import WAIT, LocalProgram
-from passes.simulate import StepValues
+from passes.parity.simulate import StepValues
+from passes.program.local import WAIT, LocalProgram
 
 c10d = torch.ops._c10d_functional
 MESH = {"dp": 2, "tp": 2}

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from autopar.waiting import TooLarge, Waiting
-from passes.recompute import Mode
-from passes.setup import Setup
+from autopar.runs.waiting import TooLarge, Waiting
+from passes.runs.setup import Setup
+from passes.space.recompute import Mode
 
 MODES: tuple[Mode, ...] = ("pointwise", "widening", "full")
 SETUPS = [Setup(micro_batch=micro, recompute=mode) for micro in (1, 2, 4) for mode in MODES]

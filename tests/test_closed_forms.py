@@ -24,17 +24,17 @@ from costmodel import symbolic as sym
 from costmodel.hardware import topology
 from costmodel.layout import Shard
 from costmodel.presets import hardware
-from passes.analysis import Analysis, analyse
-from passes.itinerary import itinerary
-from passes.moves import Run
-from passes.per_rank import local_work, option_local_shapes
-from passes.price import price
-from passes.program import Program
-from passes.recompute import recomputation
-from passes.schedule import Schedule, play
-from passes.solve import solve
-from passes.space import Space, search_space
-from passes.strategies import Option
+from passes.analysis.analysis import Analysis, analyse
+from passes.analysis.moves import Run
+from passes.analysis.strategies import Option
+from passes.play.itinerary import itinerary
+from passes.play.schedule import Schedule, play
+from passes.price.per_rank import local_work, option_local_shapes
+from passes.price.price import price
+from passes.program.program import Program
+from passes.solver.solve import solve
+from passes.space.recompute import recomputation
+from passes.space.space import Space, search_space
 
 CASE: dict[str, Any] = {"b": 2, "s": 512, "h": 256, "a": 8, "L": 3, "V": 2048, "B": 8}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -96,13 +97,21 @@ def test_files_that_are_named_exist() -> None:
             assert (ROOT / name).exists() or (ROOT / "docs" / name).exists() or name in packages, (document.name, name)
 
 
-def test_the_map_has_every_file() -> None:
-    """Of rules and of the command line their folders do."""
+def test_the_map_has_every_folder_and_every_file_outside_of_them() -> None:
     told = (ROOT / "docs" / "design.md").read_text()
-    assert "`passes/rules/`" in told
-    assert "`autopar/cli/`" in told
-    files = [path for package in ("autopar", "passes", "costmodel") for path in (ROOT / package).glob("[!_]*.py")]
-    assert [path.name for path in files if not re.search(rf"[`/]{path.name}`", told)] == []
+    for package in (ROOT / name for name in ("autopar", "passes", "costmodel")):
+        folders = [path.parent.relative_to(ROOT) for path in package.glob("*/__init__.py")]
+        assert [folder for folder in folders if f"`{folder}/`" not in told] == []
+        assert [path.name for path in package.glob("[!_]*.py") if not re.search(rf"[`/]{path.name}`", told)] == []
+
+
+def test_a_folder_says_where_to_start() -> None:
+    for package in ("autopar", "passes"):
+        for first in (ROOT / package).glob("*/__init__.py"):
+            told = ast.get_docstring(ast.parse(first.read_text()))
+            assert told, first
+            for name in re.findall(r"`(\w+\.py)`", told):
+                assert (first.parent / name).exists(), (first, name)
 
 
 def test_links_lead_somewhere() -> None:

@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import autopar
 from costmodel.hardware_file import load_hardware
-from passes.retarget import retarget
-from passes.simulate import simulate_step
+from passes.lower.retarget import retarget
+from passes.parity.simulate import simulate_step
 
 DEVICE = torch.device(os.environ.get("AUTOPAR_GPU_TESTS_ON", "cuda"))
 """The tests' own logic can be tried on a CPU."""

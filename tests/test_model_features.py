@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autopar
-from passes.capture import capture
+from passes.capture.capture import capture
 from passes.errors import CaptureError
 
 Example = tuple[nn.Module, dict[str, Any]]

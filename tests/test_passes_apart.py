@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import autopar
-from passes.outer import op_step
+from passes.lower.outer import op_step
 
 c10d = torch.ops._c10d_functional
 

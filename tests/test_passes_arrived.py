@@ -9,9 +9,9 @@ import torch
 from parity import captured, planned, relative
 from torch import fx, nn
 
-from passes.arrived import of_arrived
-from passes.local import COLLECTIVES
-from passes.lower import lower
+from passes.lower.arrived import of_arrived
+from passes.lower.lower import lower
+from passes.program.local import COLLECTIVES
 
 OUTPUTS = ("plain", "overflows", "at_zero", "joined", "apart")
 

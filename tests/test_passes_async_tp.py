@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import autopar
 from autopar import api
 from costmodel.presets import hardware
-from passes import inductor, lower
-from passes.report_text import seconds_text
+from passes.lower import inductor, lower
+from passes.plan.report_text import seconds_text
 
 
 def llama(hidden: int = 64, heads: int = 4) -> LlamaForCausalLM:

@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 import autopar
-from passes.analysis import analyse
-from passes.capture import capture
-from passes.pipeline import prepare
+from passes.analysis.analysis import analyse
+from passes.capture.capture import capture
+from passes.planner.pipeline import prepare
 
 BATCH = 4
 LENGTH = 8

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._inductor import config
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from passes.lower import compiled
+from passes.lower.lower import compiled
 
 c10d = torch.ops._c10d_functional
 CODES, WIDTH, SAMPLES = 12, 24, 40

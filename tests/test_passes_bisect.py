@@ -12,9 +12,9 @@ from parity import captured, planned
 from small_models import build
 from torch import fx
 
-from passes.bisect import Divergence, difference, first_divergence
-from passes.local import WAIT, LocalProgram
-from passes.simulate import local_inputs
+from passes.parity.bisect import Divergence, difference, first_divergence
+from passes.parity.simulate import local_inputs
+from passes.program.local import WAIT, LocalProgram
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional

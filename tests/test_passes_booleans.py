@@ -9,9 +9,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import fx
 
-from passes.booleans import as_bytes
-from passes.local import WAIT
-from passes.lower import compiled
+from passes.lower.booleans import as_bytes
+from passes.lower.lower import compiled
+from passes.program.local import WAIT
 
 aten = torch.ops.aten
 GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default

@@ -11,7 +11,7 @@ from parity import captured, errors, planned
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes.by_reductions import by_reductions
+from passes.prepare.by_reductions import by_reductions
 
 aten = torch.ops.aten
 BATCH, LENGTH, WIDTH = 4, 8, 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from passes.bytes_of import bytes_of, digest
+from passes.program.bytes_of import bytes_of, digest
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64, torch.int16, torch.complex64)
 

@@ -14,12 +14,12 @@ import torch
 from small_models import tokens
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-from autopar.profiling import Captures, Profiler
+from autopar.runs.profiling import Captures, Profiler
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
-from passes.candidate import estimate
-from passes.estimate import Estimate
-from passes.setup import Setup
+from passes.runs.candidate import estimate
+from passes.runs.estimate import Estimate
+from passes.runs.setup import Setup
 
 B, S, H, HEADS, V = 2, 2048, 2048, 16, 65536
 LAYER = 12 * H**2 + 13 * H

@@ -17,9 +17,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes.capture import capture
+from passes.capture.capture import capture
 from passes.errors import CaptureError
-from passes.program import Program
+from passes.program.program import Program
 
 transformers = pytest.importorskip("transformers")
 

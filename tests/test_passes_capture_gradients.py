@@ -12,7 +12,7 @@ from test_passes_capture import gradients, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from passes.capture import capture
+from passes.capture.capture import capture
 from passes.errors import CaptureError
 
 aten = torch.ops.aten

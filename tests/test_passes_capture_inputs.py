@@ -10,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import autopar
 from costmodel.hardware import topology
 from costmodel.presets import hardware
-from passes.capture import capture
-from passes.default_inputs import default_inputs
+from passes.capture.capture import capture
+from passes.capture.default_inputs import default_inputs
+from passes.capture.inputs import global_inputs, one_sample
 from passes.errors import CaptureError
-from passes.inputs import global_inputs, one_sample
-from passes.pipeline import prepare
-from passes.space import Space, search_space
+from passes.planner.pipeline import prepare
+from passes.space.space import Space, search_space
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ from parity import captured, errors, planned
 from torch import Tensor, nn
 
 import autopar
-from passes.chunks import split_chunks
+from passes.prepare.chunks import split_chunks
 
 aten = torch.ops.aten
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from passes.collector import settled
+from passes.capture.collector import settled
 
 
 class Ring:

@@ -13,7 +13,7 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch._ops import HigherOrderOperator
 
-from passes.capture import capture
+from passes.capture.capture import capture
 from passes.errors import CaptureError
 
 

@@ -12,8 +12,8 @@ from rule_samples import b, f, i, p
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.decompositions import DECOMPOSITIONS
-from passes.ledger import ledger
+from passes.capture.decompositions import DECOMPOSITIONS
+from passes.rewrite.ledger import ledger
 
 aten = torch.ops.aten
 

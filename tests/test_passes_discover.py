@@ -7,8 +7,8 @@ import torch
 from rule_check import Sample, check, one_op
 from rule_samples import SAMPLES, f, s
 
-from passes.discover import discover
 from passes.rules.call import Call
+from passes.rules.discover import discover
 from passes.rules.table import whole_form
 
 aten = torch.ops.aten

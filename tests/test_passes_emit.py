@@ -16,11 +16,11 @@ from costmodel.layout import Layout, Partial, Replicate, Shard, layout_text, loc
 from costmodel.presets import hardware
 from costmodel.reshard import steps
 from costmodel.state import chunks, state_gather, state_scatter
-from passes.emit import Emitter
-from passes.emit_steps import emit_steps
-from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
-from passes.program import Program
-from passes.simulate import simulate
+from passes.parity.simulate import simulate
+from passes.program.emit import Emitter
+from passes.program.local import LocalInput, LocalOutput, LocalProgram, Storage
+from passes.program.program import Program
+from passes.rewrite.emit_steps import emit_steps
 
 MESHES = [{"a": 2}, {"a": 1, "b": 2}, {"a": 2, "b": 2}, {"a": 2, "b": 3}, {"a": 2, "b": 2, "c": 2}]
 DIMS = ((4, 6), (12,), (1,), (6,))

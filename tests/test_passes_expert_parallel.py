@@ -11,17 +11,17 @@ from small_models import sized_llama, tokens
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import autopar
-from autopar.profiling import Captures, Profiler
+from autopar.runs.profiling import Captures, Profiler
 from costmodel.collectives import collective_s, taken_shares
 from costmodel.compute import matmul, op_s
 from costmodel.hardware import topology
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
 from costmodel.token_exchange import token_exchange_s
-from passes.candidate import estimate
-from passes.estimate import Estimate
-from passes.expert_parallel import with_fewer_experts
-from passes.setup import Setup
+from passes.runs.candidate import estimate
+from passes.runs.estimate import Estimate
+from passes.runs.expert_parallel import with_fewer_experts
+from passes.runs.setup import Setup
 
 S, H, F, E, K, LAYERS = 1024, 512, 1024, 8, 2, 8
 EXPERTS = LAYERS * E * 3 * H * F
@@ -259,7 +259,7 @@ def test_whole_experts_have_nothing_among_tensor_parallel_ranks(monkeypatch: pyt
     assert found.layer("among experts.gathered") == pytest.approx(rows * H + rows * F)
 
     whole = estimate(setup, profiler())
-    monkeypatch.setattr("passes.candidate_replicated.has_whole_experts", lambda setup: False)
+    monkeypatch.setattr("passes.runs.candidate_replicated.has_whole_experts", lambda setup: False)
     cut = estimate(setup, profiler())
     slowed_s = taken_shares((1,), mesh)[0] * sum(hidden_s.values())
     spared_s = setup.accumulate * LAYERS * (sum(exposed_s.values()) + slowed_s)

@@ -14,14 +14,14 @@ import small_models
 import torch
 from small_models import build
 
-from passes import fitting, pipeline, proposals
-from passes.capture import capture
-from passes.fitting import Candidate, Enough, Posed, Request, looked_at_longer
-from passes.paddings import PaddingsOf
-from passes.pipeline import compile_plan, on_mesh, prepare
-from passes.price import price
-from passes.proposals import Search
-from passes.solve import solve
+from passes.capture.capture import capture
+from passes.padding.paddings import PaddingsOf
+from passes.planner import fitting, pipeline, proposals
+from passes.planner.fitting import Candidate, Enough, Posed, Request, looked_at_longer
+from passes.planner.pipeline import compile_plan, on_mesh, prepare
+from passes.planner.proposals import Search
+from passes.price.price import price
+from passes.solver.solve import solve
 
 MESH = on_mesh("h100", (("dp", 2), ("tp", 2)))
 

@@ -13,10 +13,10 @@ from parity import captured, planned
 from small_models import sized_llama
 from torch import fx, nn
 
-from passes.program import Program
-from passes.recompute import Mode, recomputation
-from passes.rewrite import rewrite
-from passes.schedule import play
+from passes.play.schedule import play
+from passes.program.program import Program
+from passes.rewrite.rewrite import rewrite
+from passes.space.recompute import Mode, recomputation
 
 
 @lru_cache

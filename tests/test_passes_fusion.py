@@ -8,7 +8,7 @@ from moved_bytes import bytes_a_logit
 from torch import nn
 
 from autopar import planning
-from passes.analysis import Analysis, analyse
+from passes.analysis.analysis import Analysis, analyse
 
 ROWS, WIDTH = 4, 8
 

@@ -12,9 +12,9 @@ from ranks import run_ranks
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from passes.gloo import for_gloo, gloo_step
-from passes.local import TOGETHER, WAIT
-from passes.outer import assembled, op_step
+from passes.lower.gloo import for_gloo, gloo_step
+from passes.lower.outer import assembled, op_step
+from passes.program.local import TOGETHER, WAIT
 
 c10d = torch.ops._c10d_functional
 SCATTER, REDUCE, GATHER = (

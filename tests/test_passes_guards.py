@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.capture import capture
-from passes.guards import broken
-from passes.pipeline import prepare
-from passes.program import Fixed, Guards, Program
+from passes.capture.capture import capture
+from passes.capture.guards import broken
+from passes.planner.pipeline import prepare
+from passes.program.program import Fixed, Guards, Program
 
 
 class Reads(nn.Module):

@@ -16,12 +16,12 @@ from autopar import Options
 from autopar import plan as plan_of
 from costmodel.layout import parse_layout
 from costmodel.presets import hardware
-from passes import infeasible
-from passes.capture import capture
+from passes.capture.capture import capture
 from passes.errors import NoFeasiblePlanError
-from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
-from passes.plan import Plan
-from passes.program import Program
+from passes.plan.plan import Plan
+from passes.planner import infeasible
+from passes.planner.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
+from passes.program.program import Program
 
 MESH = (("dp", 2), ("tp", 2))
 ROWS, WIDTH = 64, 256

@@ -10,7 +10,7 @@ from parity import captured, errors, planned
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes.joined import split_joined
+from passes.prepare.joined import split_joined
 
 aten = torch.ops.aten
 BATCH, LENGTH, WIDTH = 4, 16, 16

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from costmodel.hardware import topology
 from costmodel.presets import hardware
-from passes import fitting
 from passes.errors import NoFeasiblePlanError
-from passes.ledger import ledger
-from passes.lower import lower
-from passes.pipeline import Manner, Request, compile_plan, local_program
-from passes.plan import Plan
-from passes.schedule import Schedule, play
-from passes.space import Space
+from passes.lower.lower import lower
+from passes.plan.plan import Plan
+from passes.planner import fitting
+from passes.planner.pipeline import Manner, Request, compile_plan, local_program
+from passes.play.schedule import Schedule, play
+from passes.rewrite.ledger import ledger
+from passes.space.space import Space
 
 IDS = {"ids": torch.randint(0, 16, (16, 6), generator=torch.Generator().manual_seed(0))}
 ONE_NODE = topology(hardware("a100-80gb"), {"dp": 8})

@@ -12,7 +12,7 @@ from random_plans import every_option, random_plan
 from small_models import build
 from torch import nn
 
-from passes.program import Program
+from passes.program.program import Program
 
 
 def _mixtral() -> tuple[nn.Module, dict[str, Any]]:

@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend
 
-from passes.cuda_attention import kernel_of
-from passes.local import LocalInput, LocalOutput, LocalProgram, Storage
-from passes.lower import lower
-from passes.partition import split
-from passes.program import Input, Output, Program
-from passes.retarget import retarget
+from passes.lower.cuda_attention import kernel_of
+from passes.lower.lower import lower
+from passes.lower.partition import split
+from passes.lower.retarget import retarget
+from passes.program.local import LocalInput, LocalOutput, LocalProgram, Storage
+from passes.program.program import Input, Output, Program
 
 aten = torch.ops.aten
 

@@ -13,9 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from passes.capture import capture
-from passes.masks import use_causal_flag
-from passes.program import Program
+from passes.capture.capture import capture
+from passes.prepare.masks import use_causal_flag
+from passes.program.program import Program
 
 aten = torch.ops.aten
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default

@@ -10,8 +10,15 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from passes.capture import capture
-from passes.normalize import copy_single_parts, drop_no_ops, drop_written_slices, fingerprint, merge_equal, normalize
+from passes.capture.capture import capture
+from passes.capture.normalize import (
+    copy_single_parts,
+    drop_no_ops,
+    drop_written_slices,
+    fingerprint,
+    merge_equal,
+    normalize,
+)
 
 aten = torch.ops.aten
 

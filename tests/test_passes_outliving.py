@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.capture import capture
-from passes.program import Program
+from passes.capture.capture import capture
+from passes.program.program import Program
 
 
 @functools.lru_cache

@@ -24,22 +24,22 @@ import autopar
 from costmodel.hardware import topology
 from costmodel.layout import Replicate, Shard
 from costmodel.presets import hardware
-from passes import proposals
-from passes.analysis import Analysis, analyse
-from passes.bisect import run_program
-from passes.blocks import NotPeriodicError
-from passes.fitting import Candidate
-from passes.ledger import ledger
-from passes.local import LocalProgram, Storage
-from passes.pad import Pad, pad
-from passes.pipeline import Request, compile_plan, local_program, on_mesh
-from passes.plan import Plan
-from passes.program import Program
-from passes.repeat import is_worth_repeating, repeat_keys
-from passes.simulate import simulate_step
-from passes.strategies import stored_options
-from passes.uneven import uneven_dims
-from passes.uniform import UNIFORM, uniform_values
+from passes.analysis.analysis import Analysis, analyse
+from passes.analysis.strategies import stored_options
+from passes.padding.pad import Pad, pad
+from passes.padding.repeat import is_worth_repeating, repeat_keys
+from passes.padding.uneven import uneven_dims
+from passes.parity.bisect import run_program
+from passes.parity.simulate import simulate_step
+from passes.plan.plan import Plan
+from passes.planner import proposals
+from passes.planner.fitting import Candidate
+from passes.planner.pipeline import Request, compile_plan, local_program, on_mesh
+from passes.play.blocks import NotPeriodicError
+from passes.program.local import LocalProgram, Storage
+from passes.program.program import Program
+from passes.program.uniform import UNIFORM, uniform_values
+from passes.rewrite.ledger import ledger
 
 aten = torch.ops.aten
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor, fx
 
-from passes.gloo import for_gloo
-from passes.local import TOGETHER, WAIT
-from passes.lower import compiled
-from passes.pairs import as_pairs
+from passes.lower.gloo import for_gloo
+from passes.lower.lower import compiled
+from passes.lower.pairs import as_pairs
+from passes.program.local import TOGETHER, WAIT
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional

@@ -7,8 +7,8 @@ import torch
 from parity import captured, planned
 from torch import fx, nn
 
-from passes.lower import lower
-from passes.partition import split
+from passes.lower.lower import lower
+from passes.lower.partition import split
 
 
 class Rows(nn.Module):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes.analysis import analyse
-from passes.capture import capture
-from passes.parts import followed
-from passes.pipeline import prepare
+from passes.analysis.analysis import analyse
+from passes.capture.capture import capture
+from passes.plan.parts import followed
+from passes.planner.pipeline import prepare
 
 
 class Between(nn.Module):

@@ -19,16 +19,16 @@ import autopar
 from costmodel.hardware import Hardware
 from costmodel.layout import parse_layout
 from costmodel.presets import hardware
-from passes.capture import capture
+from passes.capture.capture import capture
 from passes.errors import NoFeasiblePlanError, PlanMismatchError
-from passes.ledger import ledger
-from passes.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
-from passes.plan import Plan
-from passes.plan_notes import launch_note
-from passes.price import price
-from passes.program import Program
-from passes.solve import solve
-from passes.space import Pin, search_space
+from passes.plan.plan import Plan
+from passes.planner.pipeline import Manner, Request, compile_plan, local_program, on_mesh, prepare
+from passes.planner.plan_notes import launch_note
+from passes.price.price import price
+from passes.program.program import Program
+from passes.rewrite.ledger import ledger
+from passes.solver.solve import solve
+from passes.space.space import Pin, search_space
 
 MESH = (("dp", 2), ("tp", 2))
 

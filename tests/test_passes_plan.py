@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity import planned
 
-from passes.decisions import assignment_of
 from passes.errors import PlanMismatchError
-from passes.local import LocalProgram
-from passes.make_plan import baseline, make_plan
-from passes.plan import Baseline, Bound, Plan
-from passes.schedule import play
-from passes.space import Space, search_space
-from passes.words import fold_names, unfold_names
+from passes.plan.plan import Baseline, Bound, Plan
+from passes.planner.decisions import assignment_of
+from passes.planner.make_plan import baseline, make_plan
+from passes.play.schedule import play
+from passes.program.local import LocalProgram
+from passes.space.space import Space, search_space
+from passes.space.words import fold_names, unfold_names
 
 program_of = lru_cache(small_models.program_of)
 

@@ -13,9 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from passes.local import COLLECTIVES, WAIT, LocalProgram
-from passes.lower import compiled
-from passes.schedule import play
+from passes.lower.lower import compiled
+from passes.play.schedule import play
+from passes.program.local import COLLECTIVES, WAIT, LocalProgram
 
 aten = torch.ops.aten
 

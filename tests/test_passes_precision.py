@@ -13,14 +13,14 @@ from random_plans import every_option, random_plan
 from small_models import build
 from torch import fx, nn
 
-from passes.ledger import ledger
-from passes.local import COLLECTIVES, LocalProgram
-from passes.precision import Dtypes, Precision
-from passes.program import Program
-from passes.schedule import play
-from passes.simulate import simulate_step
-from passes.space import Space
-from passes.tracks import tracks
+from passes.parity.simulate import simulate_step
+from passes.play.schedule import play
+from passes.play.tracks import tracks
+from passes.program.local import COLLECTIVES, LocalProgram
+from passes.program.precision import Dtypes, Precision
+from passes.program.program import Program
+from passes.rewrite.ledger import ledger
+from passes.space.space import Space
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MIXED = Precision(BF16, FP32)

@@ -12,11 +12,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.errors import UnsupportedOpError
-from passes.local import DimShard, LocalInput, LocalOutput, LocalProgram, Storage
-from passes.program import Input, Output, Program
-from passes.randomness import own_randomness
-from passes.simulate import simulate_step
-from passes.uniform import UNIFORM, emit_uniform, uniform_values
+from passes.parity.simulate import simulate_step
+from passes.prepare.randomness import own_randomness
+from passes.program.local import DimShard, LocalInput, LocalOutput, LocalProgram, Storage
+from passes.program.program import Input, Output, Program
+from passes.program.uniform import UNIFORM, emit_uniform, uniform_values
 
 aten = torch.ops.aten
 Step = Callable[[Tensor], Any]

@@ -20,13 +20,13 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from autopar.profiling import Captures
-from passes.capture import capture
-from passes.inputs import global_inputs
-from passes.pipeline import prepare
-from passes.program import Program
-from passes.rebatch import rebatched, told
+from autopar.runs.profiling import Captures
+from passes.capture.capture import capture
+from passes.capture.inputs import global_inputs
+from passes.planner.pipeline import prepare
+from passes.program.program import Program
 from passes.rules.call import facts_of
+from passes.runs.rebatch import rebatched, told
 
 SEQUENCE = 64
 

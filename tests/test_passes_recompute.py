@@ -14,18 +14,18 @@ from torch import nn
 
 from costmodel.hardware import topology
 from costmodel.presets import hardware
-from passes.analysis import Analysis, analyse
-from passes.ledger import ledger
-from passes.moves import Run
-from passes.partition import split
-from passes.price import price
-from passes.recompute import MODES, Mode, recomputation
-from passes.rewrite import rewrite
-from passes.schedule import play
-from passes.solve import solve
-from passes.space import Space, search_space
-from passes.strategies import Option
-from passes.tracks import Tracks, tracks
+from passes.analysis.analysis import Analysis, analyse
+from passes.analysis.moves import Run
+from passes.analysis.strategies import Option
+from passes.lower.partition import split
+from passes.play.schedule import play
+from passes.play.tracks import Tracks, tracks
+from passes.price.price import price
+from passes.rewrite.ledger import ledger
+from passes.rewrite.rewrite import rewrite
+from passes.solver.solve import solve
+from passes.space.recompute import MODES, Mode, recomputation
+from passes.space.space import Space, search_space
 
 program_of = lru_cache(small_models.program_of)
 
@@ -216,7 +216,7 @@ class Dropped(nn.Module):
 
 
 def test_a_random_mask_computed_again_is_the_same_mask() -> None:
-    from passes.simulate import simulate_step
+    from passes.parity.simulate import simulate_step
 
     torch.manual_seed(0)
     model, x = Dropped(), torch.randn(8, 16)

@@ -15,12 +15,12 @@ from costmodel import symbolic as sym
 from costmodel.hardware import Topology, topology
 from costmodel.presets import hardware
 from passes.errors import NoFeasiblePlanError
-from passes.ledger import ledger
-from passes.lower import lower
-from passes.pipeline import Manner, Request, compile_plan, local_program
-from passes.plan import Plan
-from passes.program import Program
-from passes.recompute import Mode
+from passes.lower.lower import lower
+from passes.plan.plan import Plan
+from passes.planner.pipeline import Manner, Request, compile_plan, local_program
+from passes.program.program import Program
+from passes.rewrite.ledger import ledger
+from passes.space.recompute import Mode
 
 LAYERS, BATCH, LENGTH, HIDDEN = 6, 4, 1024, 1024
 

@@ -12,12 +12,12 @@ from parity import captured, planned
 from stacks import Stack
 from torch import fx, nn
 
-from passes.local import COLLECTIVES, WAIT, LocalProgram
-from passes.lower import _interpreted, _Runner, lower
-from passes.overlap import arranged
-from passes.partition import split
-from passes.regions import Cut, Region, cut
-from passes.simulate import local_inputs, simulate
+from passes.lower.lower import _interpreted, _Runner, lower
+from passes.lower.overlap import arranged
+from passes.lower.partition import split
+from passes.lower.regions import Cut, Region, cut
+from passes.parity.simulate import local_inputs, simulate
+from passes.program.local import COLLECTIVES, WAIT, LocalProgram
 
 IDS = torch.arange(4 * 6).view(4, 6) % 16
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from test_passes_plan import made
 
-from passes.plan import Plan
-from passes.report_html import plan_html
-from passes.schedule import play
-from passes.timeline import timeline_of
+from passes.plan.plan import Plan
+from passes.plan.report_html import plan_html
+from passes.play.schedule import play
+from passes.play.timeline import timeline_of
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 EVIL = "<script>alert('x')</script>\"&"

@@ -10,7 +10,7 @@ import torch
 from parity import captured, errors, planned
 from small_models import MODELS, build
 
-from passes.ledger import Issued, ledger
+from passes.rewrite.ledger import Issued, ledger
 
 MESHES = {
     "dp4": ({"dp": 4}, (0,)),

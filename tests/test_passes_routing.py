@@ -14,14 +14,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import autopar
-from passes.capture import capture
+from passes.capture.capture import capture
 from passes.errors import CaptureError
-from passes.ledger import ledger
-from passes.program import Program
-from passes.routed_ops import ROUTED_MM, TAKE_ROWS
-from passes.routing import has_routed, route_by_blocks
+from passes.program.program import Program
+from passes.program.routed_ops import ROUTED_MM, TAKE_ROWS
+from passes.rewrite.ledger import ledger
 from passes.rules.call import Call, TensorFacts
-from passes.work import work_of
+from passes.rules.work import work_of
+from passes.tokens.routing import has_routed, route_by_blocks
 
 DP_TP = {"dp": 2, "tp": 2}
 

@@ -23,17 +23,17 @@ from costmodel.layout import Replicate
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
 from costmodel.reshard import Step
-from passes.by_parts import ByParts, by_parts
-from passes.decisions import option_text
-from passes.ledger import ledger
-from passes.moves import Move, Run
-from passes.player import Player
-from passes.price import price
-from passes.program import Program
-from passes.schedule import Schedule, play
-from passes.solve import solve
-from passes.space import Site, Space, search_space
-from passes.tracks import OpCost, Slot, Tracks, op_cost, tracks
+from passes.analysis.moves import Move, Run
+from passes.planner.decisions import option_text
+from passes.play.by_parts import ByParts, by_parts
+from passes.play.player import Player
+from passes.play.schedule import Schedule, play
+from passes.play.tracks import OpCost, Slot, Tracks, op_cost, tracks
+from passes.price.price import price
+from passes.program.program import Program
+from passes.rewrite.ledger import ledger
+from passes.solver.solve import solve
+from passes.space.space import Site, Space, search_space
 
 # -- by hand: ops and collectives of given seconds ---------------------------------------------------------------------
 

@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import fx, nn
 
-import passes.pipeline
-from passes.blocks import Block as Unit
-from passes.blocks import NotPeriodicError, blocks
-from passes.capture import capture
-from passes.decisions import assignment_of
-from passes.fitting import Request
-from passes.moves import Run
-from passes.pipeline import Manner, compile_plan, on_mesh, prepare, space_of
-from passes.plan import Plan
-from passes.player import Player
-from passes.program import Program, Repeated
-from passes.recompute import Mode
-from passes.schedule import Schedule, play
-from passes.shorten import all_names, shorten
-from passes.tracks import Slot, Tracks
-from passes.words import unfold_names
+import passes.planner.pipeline
+from passes.analysis.moves import Run
+from passes.capture.capture import capture
+from passes.plan.plan import Plan
+from passes.planner.decisions import assignment_of
+from passes.planner.fitting import Request
+from passes.planner.pipeline import Manner, compile_plan, on_mesh, prepare, space_of
+from passes.play.blocks import Block as Unit
+from passes.play.blocks import NotPeriodicError, blocks
+from passes.play.player import Player
+from passes.play.schedule import Schedule, play
+from passes.play.tracks import Slot, Tracks
+from passes.prepare.shorten import all_names, shorten
+from passes.program.program import Program, Repeated
+from passes.space.recompute import Mode
+from passes.space.words import unfold_names
 
 LAYERS = 11
 
@@ -159,7 +159,9 @@ def test_what_wide_layers_share_is_made_once(strategy: str, monkeypatch: pytest.
     whole = program(*[512, 512, 1024] * 8, 512, waves=True)
     (repeated,) = shorten(whole).repeated
     assert (repeated.length, repeated.more) == (3, 4)
-    monkeypatch.setattr(passes.pipeline, "NotPeriodicError", KeyboardInterrupt)  # no way out: it has to be played short
+    monkeypatch.setattr(
+        passes.planner.pipeline, "NotPeriodicError", KeyboardInterrupt
+    )  # no way out: it has to be played short
     request = Request(strategy=strategy)
     plan = compile_plan(whole, on_mesh("h100", (("dp", 16), ("tp", 2))), (0,), request)
     played = layer_by_layer(whole, plan, request)

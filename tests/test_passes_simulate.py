@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from passes.ledger import ledger
-from passes.local import DimShard, LocalInput, LocalOutput, LocalProgram, Storage, bind_groups
-from passes.program import Input, Output, Program
-from passes.scattered import ReplicaMismatchError, SimulationError, coordinates, gather, groups, scatter
-from passes.simulate import simulate, simulate_step
+from passes.parity.scattered import ReplicaMismatchError, SimulationError, coordinates, gather, groups, scatter
+from passes.parity.simulate import simulate, simulate_step
+from passes.program.local import DimShard, LocalInput, LocalOutput, LocalProgram, Storage, bind_groups
+from passes.program.program import Input, Output, Program
+from passes.rewrite.ledger import ledger
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional

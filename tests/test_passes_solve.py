@@ -10,14 +10,14 @@ from itertools import product
 import numpy as np
 import pytest
 
-from passes import linear
-from passes import solve as solving
-from passes.descent import Descent
 from passes.errors import NoFeasiblePlanError
-from passes.messages import Messages
-from passes.problem import Flow, Hold, Problem, Reader
-from passes.relaxation import Relaxation
-from passes.solve import solve
+from passes.solver import linear
+from passes.solver import solve as solving
+from passes.solver.descent import Descent
+from passes.solver.messages import Messages
+from passes.solver.problem import Flow, Hold, Problem, Reader
+from passes.solver.relaxation import Relaxation
+from passes.solver.solve import solve
 
 
 def random_problem(seed: int) -> Problem:

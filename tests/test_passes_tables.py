@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passes.tables import broken, text_rows, text_table
+from passes.plan.tables import broken, text_rows, text_table
 
 WORDS = st.lists(st.text("abc", min_size=1, max_size=9), min_size=1, max_size=12).map(" ".join)
 

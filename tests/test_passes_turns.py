@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import autopar
 from autopar import Options
-from passes.ledger import ledger
-from passes.program import Program
-from passes.turns import take_turns_by_blocks, turns_of
+from passes.program.program import Program
+from passes.rewrite.ledger import ledger
+from passes.tokens.turns import take_turns_by_blocks, turns_of
 
 aten = torch.ops.aten
 BATCH, LENGTH, WIDTH, VOCAB, IGNORED = 8, 8, 16, 32, 3

@@ -14,8 +14,8 @@ from torch._inductor import config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.torch_version import TorchVersion
 
-from passes import inductor
-from passes.lower import compiled
+from passes.lower import inductor
+from passes.lower.lower import compiled
 
 SIZE = 4  # of every dim, so that any order of dims can be multiplied
 

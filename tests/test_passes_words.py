@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import autopar
 from costmodel.hardware import topology
 from costmodel.presets import hardware
-from passes.routing import route_by_blocks
-from passes.space import search_space
-from passes.words import Words, fold_names, unfold_names
+from passes.space.space import search_space
+from passes.space.words import Words, fold_names, unfold_names
+from passes.tokens.routing import route_by_blocks
 
 ATTENTION = "model.layers.*.self_attn"
 EXPERTS = {

@@ -9,9 +9,9 @@ from torch import nn
 
 from costmodel.compute import matmul, op_s
 from costmodel.presets import hardware
-from passes.model_flops import model_flops
 from passes.rules.call import call_of
-from passes.work import work_of
+from passes.rules.work import work_of
+from passes.runs.model_flops import model_flops
 
 BATCH, IN, OUT, LENGTH = 2, 8, 12, 40
 

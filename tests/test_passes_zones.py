@@ -12,7 +12,7 @@ from rule_samples import SAMPLES
 from test_passes_rules import pointwise_ops
 from torch import Tensor, fx
 
-from passes.zones import Zone, is_pointwise, join, pointwise_zone
+from passes.padding.zones import Zone, is_pointwise, join, pointwise_zone
 
 aten = torch.ops.aten
 LEAST, COUNT = torch.finfo(torch.float32).min, 24

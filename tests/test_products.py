@@ -11,10 +11,10 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
-from autopar.measured import _MATMUL_OP
+from autopar.plans.measured import _MATMUL_OP
 from costmodel import products
-from passes.lower import compiled
-from passes.products import for_onednn
+from passes.lower.lower import compiled
+from passes.lower.products import for_onednn
 
 mm, addmm = torch.ops.autopar.mm.default, torch.ops.autopar.addmm.default
 

@@ -13,11 +13,11 @@ from random_plans import every_option, random_plan
 from random_transformers import Sketch, build, sketches
 from torch import Tensor, fx, nn
 
-from passes.local import LocalProgram
-from passes.program import Program
-from passes.routing import token_parts
-from passes.simulate import StepValues, simulate_step
-from passes.token_blocks import by_blocks
+from passes.parity.simulate import StepValues, simulate_step
+from passes.program.local import LocalProgram
+from passes.program.program import Program
+from passes.tokens.routing import token_parts
+from passes.tokens.token_blocks import by_blocks
 
 SEED = (7, 3)
 EXAMPLES = 400 if settings.get_current_profile_name() == "hundreds" else 10

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from test_passes_report_html import with_timeline
 
-from passes import plots
-from passes.frontier import FrontierPoint
-from passes.report_html import plan_html
+from passes.plan import plots
+from passes.plan.frontier import FrontierPoint
+from passes.plan.report_html import plan_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")

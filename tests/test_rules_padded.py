@@ -19,12 +19,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from passes import harmless
-from passes.analysis import Analysis, analyse
-from passes.dims import value_of
-from passes.pad import Pad, _Padding, pad
-from passes.program import Input, Output, Program
-from passes.work import VIEWS
+from passes.analysis.analysis import Analysis, analyse
+from passes.analysis.dims import value_of
+from passes.padding import harmless
+from passes.padding.pad import Pad, _Padding, pad
+from passes.program.program import Input, Output, Program
+from passes.rules.work import VIEWS
 
 aten = torch.ops.aten
 STEADY = [s for s in SAMPLES if torch.Tag.nondeterministic_seeded not in getattr(s.target, "tags", ())]

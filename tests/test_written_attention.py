@@ -24,18 +24,18 @@ from transformers import (
 import autopar
 from costmodel.compute import attention as attention_work
 from costmodel.presets import hardware
-from passes.analysis import analyse
-from passes.candidate_replicated import _context
-from passes.capture import capture
-from passes.depth import Profile
-from passes.masks import masks_as_shares
-from passes.pad import pad
-from passes.pipeline import prepare
+from passes.analysis.analysis import analyse
+from passes.capture.capture import capture
+from passes.capture.written_attention import WrittenAttention
+from passes.padding.pad import pad
+from passes.padding.uneven import uneven_dims
+from passes.planner.pipeline import prepare
+from passes.prepare.masks import masks_as_shares
 from passes.rules.call import call_of
-from passes.setup import Setup
-from passes.uneven import uneven_dims
-from passes.work import work_of
-from passes.written_attention import WrittenAttention
+from passes.rules.work import work_of
+from passes.runs.candidate_replicated import _context
+from passes.runs.depth import Profile
+from passes.runs.setup import Setup
 
 aten = torch.ops.aten
 FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default

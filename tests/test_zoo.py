@@ -9,9 +9,9 @@ import pytest
 import torch
 from parity import captured, errors, planned
 
-from passes.analysis import analyse
-from passes.pad import padded_atom
-from passes.uneven import uneven_dims
+from passes.analysis.analysis import analyse
+from passes.padding.pad import padded_atom
+from passes.padding.uneven import uneven_dims
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -16,15 +16,15 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from autopar import examples
-from autopar.model_argument import load_model
-from autopar.named_model import Named, Wanted
+from autopar.models.model_argument import load_model
+from autopar.models.named_model import Named, Wanted
 from autopar.options import Options, Recompute
 from costmodel.layout import parse_layout
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware, hardware_names
-from passes.named import STRATEGIES
-from passes.plan import Plan
-from passes.precision import dtype_named
+from passes.plan.plan import Plan
+from passes.program.precision import dtype_named
+from passes.space.named import STRATEGIES
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}

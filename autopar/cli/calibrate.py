@@ -24,16 +24,16 @@ from autopar import planning
 from autopar.cli.arguments import add_json, check_outputs, count, known_hardware, output, writing
 from autopar.cli.comparing import print_measured
 from autopar.cli.terminal import clean_output, painted, progress, table, wrapped
-from autopar.corrections import compared, corrected
-from autopar.measured import measured
+from autopar.plans.corrections import compared, corrected
+from autopar.plans.measured import measured
 from costmodel.calibrate import save_calibration
 from costmodel.files import write_whole
 from costmodel.hardware import Hardware
 from costmodel.hardware_file import save_hardware
 from costmodel.memory import gib
 from costmodel.presets import hardware
-from passes.plan import Plan
-from passes.report_text import seconds_text
+from passes.plan.plan import Plan
+from passes.plan.report_text import seconds_text
 
 HELP = "measure this machine"
 

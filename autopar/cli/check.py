@@ -20,11 +20,11 @@ from autopar.cli.arguments import add_json, check_outputs, count, output, share,
 from autopar.cli.comparing import compare_plans, comparison_json, print_comparison
 from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, progress
-from autopar.model_argument import load_model
-from autopar.named_model import Wanted
-from passes.named import STRATEGIES
-from passes.pipeline import Manner
-from passes.plan import Plan, check_solved
+from autopar.models.model_argument import load_model
+from autopar.models.named_model import Wanted
+from passes.plan.plan import Plan, check_solved
+from passes.planner.pipeline import Manner
+from passes.space.named import STRATEGIES
 
 HELP = "plan again and fail where the plan got worse (for CI)"
 

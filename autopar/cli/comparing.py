@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from autopar.cli.terminal import painted, table, wrapped
-from autopar.corrections import KindTimes
-from autopar.measured import Measured
+from autopar.plans.corrections import KindTimes
+from autopar.plans.measured import Measured
 from costmodel.memory import gib
-from passes.plan import Plan
-from passes.report_text import seconds_text
+from passes.plan.plan import Plan
+from passes.plan.report_text import seconds_text
 
 _SLACK = 1e-9
 """Relative difference that is rounding of a file."""

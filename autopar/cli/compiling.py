@@ -11,17 +11,17 @@ from torch import nn
 from autopar import examples, meshes, planning
 from autopar.api import skeleton
 from autopar.mixed import precision_of
-from autopar.model_argument import load_model
-from autopar.named_model import Named, Wanted
+from autopar.models.model_argument import load_model
+from autopar.models.named_model import Named, Wanted
+from autopar.modules.reading import inputs_read
 from autopar.options import Options
-from autopar.reading import inputs_read
-from autopar.subject import sequence_of
+from autopar.runs.subject import sequence_of
 from costmodel.hardware import Hardware
 from costmodel.presets import hardware as hardware_of
-from passes.inputs import global_inputs, one_sample
-from passes.pipeline import Manner, Progress
-from passes.plan import Plan
-from passes.program import Program
+from passes.capture.inputs import global_inputs, one_sample
+from passes.plan.plan import Plan
+from passes.planner.pipeline import Manner, Progress
+from passes.program.program import Program
 
 
 @dataclass(frozen=True)

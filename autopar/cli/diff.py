@@ -15,9 +15,9 @@ import json
 
 from autopar.cli.arguments import add_json, share
 from autopar.cli.comparing import compare_plans, comparison_json, measured_json, print_comparison, print_measured
-from autopar.corrections import compared
-from autopar.measured import measured
-from passes.plan import Plan
+from autopar.plans.corrections import compared
+from autopar.plans.measured import measured
+from passes.plan.plan import Plan
 
 HELP = "print what changed between two plans, or how a measured step differs"
 

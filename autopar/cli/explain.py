@@ -21,17 +21,17 @@ from autopar import examples, planning
 from autopar.cli.arguments import add_json, count, stored_dtype
 from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, painted, progress, table, table_rows, wrapped
-from autopar.deciding import Alternative, Decision, Question, leading, ops_decided, parameter_decided
-from autopar.looking_up import Found, look_up
-from autopar.model_argument import load_model
-from autopar.named_model import Wanted
+from autopar.models.model_argument import load_model
+from autopar.models.named_model import Wanted
+from autopar.plans.deciding import Alternative, Decision, Question, leading, ops_decided, parameter_decided
+from autopar.plans.looking_up import Found, look_up
 from costmodel.layout import Shard, parse_layout
 from costmodel.memory import gib
-from passes.decisions import Place
-from passes.pipeline import Progress
-from passes.plan import Placements, Plan, check_solved
-from passes.report_text import seconds_text
-from passes.schedule import Collective
+from passes.plan.plan import Placements, Plan, check_solved
+from passes.plan.report_text import seconds_text
+from passes.planner.decisions import Place
+from passes.planner.pipeline import Progress
+from passes.play.schedule import Collective
 
 HELP = "print why parameters and ops lie as they do, and what else would cost"
 

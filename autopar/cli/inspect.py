@@ -21,14 +21,14 @@ from autopar.cli.compiling import captured
 from autopar.cli.terminal import clean_output, fits, painted, progress, table_rows, wrapped
 from autopar.options import Options
 from costmodel.memory import gib
-from passes.dims import Value
-from passes.pipeline import on_mesh
-from passes.program import Program
+from passes.analysis.dims import Value
+from passes.planner.pipeline import on_mesh
+from passes.program.program import Program
 from passes.rules.call import op_text
-from passes.space import Space, search_space
-from passes.token_blocks import by_blocks
-from passes.words import Words
-from passes.work import work_of
+from passes.rules.work import work_of
+from passes.space.space import Space, search_space
+from passes.space.words import Words
+from passes.tokens.token_blocks import by_blocks
 
 HELP = "print the captured graph, repeated layers folded"
 

@@ -34,15 +34,15 @@ from autopar.cli.arguments import (
 )
 from autopar.cli.compiling import planned
 from autopar.cli.terminal import clean_output, painted, progress, wrapped
-from autopar.eject import eject
 from autopar.examples import Call
 from autopar.options import Options
-from autopar.report import terminal_report
-from autopar.trace import trace_json
+from autopar.plans.eject import eject
+from autopar.plans.report import terminal_report
+from autopar.plans.trace import trace_json
 from costmodel.files import write_whole
-from passes.pipeline import Progress
-from passes.plan import Plan
-from passes.tables import terminal_width
+from passes.plan.plan import Plan
+from passes.plan.tables import terminal_width
+from passes.planner.pipeline import Progress
 
 HELP = "plan a model on a mesh; print the sharding report"
 

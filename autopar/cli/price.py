@@ -28,9 +28,9 @@ from autopar.cli.arguments import (
 from autopar.cli.compiling import sampled
 from autopar.cli.terminal import clean_output, progress
 from autopar.options import Options
-from autopar.pricing import price
-from passes.recompute import Mode
-from passes.setup import Setup, State, as_megatron
+from autopar.runs.pricing import price
+from passes.runs.setup import Setup, State, as_megatron
+from passes.space.recompute import Mode
 
 HELP = "price one way to run: ranks of each kind, what they shard, what is computed again"
 

@@ -33,10 +33,10 @@ from autopar.cli.arguments import (
 from autopar.cli.compiling import planned, sampled
 from autopar.cli.terminal import clean_output, progress
 from autopar.options import Options
-from autopar.search import search
-from autopar.search_result import SearchResult
-from passes.inputs import global_inputs
-from passes.pipeline import Progress
+from autopar.runs.search import search
+from autopar.runs.search_result import SearchResult
+from passes.capture.inputs import global_inputs
+from passes.planner.pipeline import Progress
 
 HELP = "rank mesh shapes by predicted step time and memory"
 

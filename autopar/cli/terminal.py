@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from autopar.stages import Stages
-from passes.tables import Row, table_width, terminal_width, text_rows, text_table
+from passes.plan.tables import Row, table_width, terminal_width, text_rows, text_table
 
 _LIBRARY_LOGGERS = ("torch._subclasses.fake_tensor",)
 """What logs a stack for an error that is raised anyway, and then told in one line."""

@@ -15,7 +15,6 @@ import argparse
 from dataclasses import replace
 
 from autopar import examples, planning
-from autopar.certificate import Tolerances, parity_text
 from autopar.cli.arguments import (
     add_json,
     add_mesh,
@@ -27,10 +26,11 @@ from autopar.cli.arguments import (
     tolerance,
 )
 from autopar.cli.terminal import clean_output, painted, progress
-from autopar.named_model import Named, check_playable
-from autopar.verify import verify
-from passes.plan import Plan
-from passes.tables import terminal_width
+from autopar.models.named_model import Named, check_playable
+from autopar.parity.certificate import Tolerances, parity_text
+from autopar.parity.verify import verify
+from passes.plan.plan import Plan
+from passes.plan.tables import terminal_width
 
 HELP = "check on a CPU that a plan computes what one device does"
 

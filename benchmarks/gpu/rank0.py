@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import autopar
-from autopar.corrections import compared
-from autopar.measured import measured as measured_kinds
-from autopar.measured import read_trace
+from autopar.plans.corrections import compared
+from autopar.plans.measured import measured as measured_kinds
+from autopar.plans.measured import read_trace
 from costmodel.compute import matmul, op_s
 from costmodel.hardware import Device
 from costmodel.presets import hardware, preset_of

@@ -6,7 +6,7 @@ rows are zero); of the rows, a range of them, of whatever experts these are.
 
 from __future__ import annotations
 
-from passes.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
+from passes.program.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
 from passes.rules.call import Call
 from passes.rules.form import Form, FormBuilder
 from passes.rules.table import rule

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from passes.routed_ops import ROUTED_MM, ROUTED_MM_WEIGHT
+from passes.program.routed_ops import ROUTED_MM, ROUTED_MM_WEIGHT
 from passes.rules.call import Call
 from passes.rules.form import Form, FormBuilder, broadcast, einsum_form
 from passes.rules.table import RULES, rule

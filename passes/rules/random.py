@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from passes import uniform as _registers_the_op  # noqa: F401
+from passes.program import uniform as _registers_the_op  # noqa: F401
 from passes.rules.call import Call
 from passes.rules.form import Form, FormBuilder
 from passes.rules.table import rule

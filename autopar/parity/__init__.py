@@ -1,0 +1,1 @@
+"""`verify`: a planned step against the unmodified model: start at `verify.py`."""

@@ -1,0 +1,1 @@
+"""Agreement between ranks, and what goes wrong on one told to the others."""

@@ -1,0 +1,1 @@
+"""A rank's program as compiled callables: halves, regions, Inductor: start at `lower.py`."""

@@ -1,0 +1,1 @@
+"""Programs that compute the same and can be split better: a file per change."""

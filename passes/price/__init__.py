@@ -1,0 +1,1 @@
+"""A space as numbers alone, seconds and bytes: start at `price.py`."""

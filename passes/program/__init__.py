@@ -1,0 +1,1 @@
+"""What all stages read and write: the step, whole and of one rank, as torch.fx graphs, and ways through them."""

@@ -1,0 +1,1 @@
+"""Numbers in, picks out: no graph, tensor or mesh. Start at `problem.py`, then `solve.py`."""
