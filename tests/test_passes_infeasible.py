@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,13 @@ def test_a_fixed_recompute_conflicts_with_the_budget() -> None:
     (way,) = [way for way in error.ways if way.startswith("without recompute 'none'")]
     assert planned(Request(budget_bytes=budget)).peak_memory_bytes <= budget
     assert "any one less would do" in str(error)
-    assert re.search(r"MiB, [\d.]+ ms per step", way)
+    assert re.search(r"MiB, [\d.]+ [mu]s per step", way)
+
+
+def test_a_way_out_has_its_step_in_seconds_where_it_takes_some() -> None:
+    schedule = SimpleNamespace(peak_memory_bytes=3 << 30, step_time_s=12.25)
+    plan: Any = SimpleNamespace(schedule=schedule, recompute="full", strategy="fsdp")
+    assert str(infeasible.Way("with sgd", plan)) == "with sgd: 3.00 GiB, 12.25 s per step (fsdp, recompute 'full')"
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,23 @@ def planned(program: Program, mesh: Mapping[str, int], strategy: str, name: str 
     return plan, local_program(program, again, topology_, {})
 
 
+class Narrow(torch.nn.Module):
+    """What lies between two products is three wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(64, 64)
+        self.narrow, self.wide = torch.nn.Linear(64, 3), torch.nn.Linear(3, 64)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.wide(self.narrow(self.table(ids)).relu()).sum()
+
+
+def test_a_dim_padded_to_twice_its_size_is_twice_the_work() -> None:
+    plan, _ = planned(captured(Narrow(), {"ids": torch.randint(0, 64, (2, 16))}), {"tp": 6}, "megatron", "h100")
+    assert "a dim of narrow.weight 3 padded to 6 over tp, 100% more work" in plan.notes
+
+
 def test_one_position_leaves_the_other_dims_padded() -> None:
     """A step of decoding: what counts its one position has no dim to be padded."""
     model, kwargs = drawn({"kv_heads": 2, "group": 3, "ffn": 10, "vocab": 13, "length": 1})

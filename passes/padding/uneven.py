@@ -48,9 +48,10 @@ def padding_notes(padding: Padding, space: Space, assignment: Sequence[int], unt
         word = words.named(atom) if atom is not None else ""
         axes = " and ".join(space.topology.axes[axis].name for axis in sorted(split.get(atom, set())))
         over = f" over {axes}" if axes else ", as it is stored"
+        more = 100 * (each.padded - each.size) / each.size
         notes.append(
             f"{word or 'a dim of ' + names.get(each.node, each.node)} {each.size} padded to {each.padded}{over}, "
-            f"{100 * (each.padded - each.size) / each.size:.2g}% more work"
+            f"{f'{more:.2g}' if more < 99 else f'{more:.0f}'}% more work"
             f"{'; there was no time to plan without that' if each in untried else ''}"
         )
     return notes

@@ -20,6 +20,7 @@ from typing import Any
 from costmodel.memory import OPTIMIZERS, at_rest, gib
 from passes.errors import NoFeasiblePlanError
 from passes.padding.paddings import PaddingsOf
+from passes.plan.report_text import step_text
 from passes.planner.fitting import Candidate, Request, best, smallest
 from passes.planner.proposals import SIMPLEST_FIRST, Search
 from passes.program.program import Program
@@ -51,7 +52,7 @@ class Way:
         made = self.plan.schedule
         again = "" if self.plan.recompute == "pointwise" else f", recompute {self.plan.recompute!r}"
         how = f"{self.plan.strategy}{again}"
-        return f"{self.change}: {gib(made.peak_memory_bytes)}, {made.step_time_s * 1e3:.3g} ms per step ({how})"
+        return f"{self.change}: {gib(made.peak_memory_bytes)}, {step_text(made.step_time_s)} per step ({how})"
 
 
 class _OutOfTimeError(Exception):
