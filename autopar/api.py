@@ -320,7 +320,7 @@ def _shapes_given(job: _Job, program: Program) -> str:
             shape = list(node.meta["val"].shape)
             if given.batch_dim is not None:
                 shape[given.batch_dim] //= job.batch_ranks
-            found.append(f"{given.name} {shape}")
+            found.append(f"{given.path} {shape}")
     return ", ".join(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from parity import captured, errors, planned
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -262,3 +263,39 @@ def test_a_function_of_torch_that_reads_where_no_trace_sees_it_is_named() -> Non
     told = r"test_passes_capture_inputs\.py:\d+: torch\.nn\.modules\.rnn\.GRU\.forward reads the values .* padded"
     with pytest.raises(CaptureError, match=told):
         capture(Packed(), (torch.zeros(3, 5, 4), torch.tensor([5, 2, 3])), {}, batch_dims=[0, 0], batch_size=3)
+
+
+class Renamed(nn.Module):
+    """Takes inputs under the names of a parameter and a buffer that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.arange(1.0, 7.0))
+        self.register_buffer("shift", torch.ones(6))
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            self.shift += x.mean(0)
+        grown = x * 2 if shift.sum() > 0 else x
+        return {"loss": (grown * self.scale * scale[:, None] + shift[:, None]).square().mean()}
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "megatron"])
+def test_an_input_may_have_the_name_of_a_parameter_or_buffer(strategy: str) -> None:
+    model = Renamed()
+    random = torch.Generator().manual_seed(0)
+    given = {"x": torch.randn(4, 6, generator=random), "scale": torch.rand(4, generator=random), "shift": torch.ones(4)}
+    program = captured(model, given)
+    assert len({entry.name for entry in program.inputs if entry.kind != "tangent"}) == 5
+    assert program.guards is not None
+    assert program.guards.inputs == ("shift",)
+    *_, local = planned(program, {"dp": 2, "tp": 2}, strategy)
+    assert errors(model, local, given).gradient < 1e-6
+    assert autopar.verify(model, {"dp": 2, "tp": 2}, given, strategy=strategy, hardware="h100").ok
+
+
+def test_gradients_of_an_input_and_a_parameter_of_one_name_are_two() -> None:
+    given = {"x": torch.randn(4, 6), "scale": torch.rand(4, requires_grad=True), "shift": torch.ones(4)}
+    found = autopar.verify(Renamed(), {"dp": 2}, given, strategy="fsdp", hardware="h100")
+    assert found.ok
+    assert {t.name: t.shape for t in found.tensors if t.kind == "gradient"} == {"scale": (6,), "scale (input)": (8,)}

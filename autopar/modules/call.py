@@ -94,7 +94,7 @@ def _check_modules(runtime: Runtime) -> None:
 
 def _check_batch(runtime: Runtime, executable: Executable, inputs: Sequence[torch.Tensor]) -> None:
     given = [entry for entry in executable.local.program.inputs if entry.kind == "input"]
-    runtime.batch.check([(e.name, e.batch_dim, value) for e, value in zip(given, inputs, strict=True)])
+    runtime.batch.check([(e.path, e.batch_dim, value) for e, value in zip(given, inputs, strict=True)])
 
 
 def _fitting(runtime: Runtime, key: Any, inputs: Sequence[torch.Tensor]) -> Executable | None:

@@ -47,7 +47,7 @@ def gatherer(batch: BatchRanks) -> Gather:
 
 
 def inputs_read(program: Program) -> tuple[str, ...]:
-    """Names of the user's inputs that the program's guards look at."""
+    """Paths of the user's inputs that the program's guards look at."""
     return program.guards.inputs if program.guards else ()
 
 
@@ -83,7 +83,7 @@ def captured_together(
 
 
 def _dims_read(program: Program) -> list[tuple[str, int | None]]:
-    dims = {i.name: i.batch_dim for i in program.inputs if i.kind == "input"}
+    dims = {i.path: i.batch_dim for i in program.inputs if i.kind == "input"}
     return [(name, dims[name]) for name in inputs_read(program)]
 
 
@@ -142,7 +142,7 @@ class Values:
         seen: dict[str, Seen],
     ):
         names = [i for i in program.inputs if i.kind == "input"]
-        self._parts = {i.name: (x, i.batch_dim) for i, x in zip(names, inputs, strict=True)}
+        self._parts = {i.path: (x, i.batch_dim) for i, x in zip(names, inputs, strict=True)}
         self._gather = gather or (lambda part, dim: part.detach().cpu())
         self._whole: dict[str, Tensor] = {}
         self._buffer = buffer

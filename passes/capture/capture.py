@@ -173,7 +173,7 @@ def _capture(
     provenance = Provenance()
     tracer = Tracer(fake_mode(), provenance, branches)
     held = slots_of(model, precision)
-    user = [user_slot(name, leaf, dim) for name, leaf, dim in zip(names, leaves, dims, strict=True)]
+    user = [user_slot(name, leaf, dim, held) for name, leaf, dim in zip(names, leaves, dims, strict=True)]
     slots = [*held, *filter(None, user)]
     for slot in slots:
         slot.place(tracer, backward)

@@ -53,7 +53,7 @@ def guards_of(
     of_model = [node for node in leaves if inputs[node].kind != "input"]
     return Guards(
         graph_module(root, _computing(kept, [*of_user, *of_model])),
-        inputs=tuple(inputs[node].name for node in of_user),
+        inputs=tuple(inputs[node].path for node in of_user),
         buffers=tuple(inputs[node].name for node in of_model),
         fixed=tuple(read.fixed for read, _ in kept),
     )

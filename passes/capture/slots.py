@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +91,11 @@ def slots_of(model: nn.Module, precision: Precision) -> list[Slot]:
     return slots
 
 
-def user_slot(name: str, leaf: Any, batch_dim: int | None) -> Slot | None:
-    """The slot of one leaf of the user's inputs; None for what is no tensor."""
+def user_slot(path: str, leaf: Any, batch_dim: int | None, held: Sequence[Slot]) -> Slot | None:
+    """The slot of one leaf of the user's inputs, named apart from what the model holds; None for what is no tensor."""
     if not isinstance(leaf, Tensor):
         return None
-    return Slot(Input("input", name, leaf.requires_grad and torch.is_grad_enabled(), batch_dim), leaf)
+    wants = leaf.requires_grad and torch.is_grad_enabled()
+    if any(path in (slot.input.name, *slot.aliases) for slot in held):
+        return Slot(Input("input", f"{path} (input)", wants, batch_dim, passed_as=path), leaf)
+    return Slot(Input("input", path, wants, batch_dim), leaf)

@@ -34,8 +34,10 @@ class Input:
     """What a placeholder stands for.
 
     `name` is an FQN for a parameter or buffer (the first of its names, where it is tied), a path such as `input_ids`
-    or `args.0` for what the user passes, and the path of the output for a tangent. A "seed" comes last, where the
-    program has random ops (`randomness.own_randomness`): int64 of shape (2,), the user's seed and the step's number.
+    or `args.0` for what the user passes, and the path of the output for a tangent. What the user passes under the name
+    of a parameter or buffer has another, and `path` is what it is passed under: a name is of one of these three. A
+    "seed" comes last, where the program has random ops (`randomness.own_randomness`): int64 of shape (2,), the user's
+    seed and the step's number.
     `requires_grad`: its gradient is among the outputs. `batch_dim` is the dim that the batch axes split, for inputs and
     tangents that have one. `shape` is that of a parameter or input outside the graph, where its placeholder (and a
     parameter's gradient) is larger: padded with zeros at the end of its dims (`pad.pad`). `dtypes`, of a parameter
@@ -50,6 +52,12 @@ class Input:
     shape: tuple[int, ...] | None = None
     dtypes: Dtypes | None = None
     at_rest: Storage | None = None
+    passed_as: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Where the user's arguments have it."""
+        return self.name if self.passed_as is None else self.passed_as
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,7 @@ class Guards:
 
     graph: fx.GraphModule
     inputs: tuple[str, ...]
-    """Names of the program's inputs, by placeholder."""
+    """Paths of the program's inputs, by placeholder."""
     buffers: tuple[str, ...]
     """Names of its buffers, whose placeholders come behind."""
     fixed: tuple[Fixed, ...]
