@@ -21,6 +21,7 @@ def test_megatron_mixed_precision_keeps_eighteen_bytes() -> None:
     """bf16 parameter, fp32 gradient, fp32 master copy, two fp32 states."""
     rest = at_rest((1000,), "adamw-master", item_bytes=2, gradient_item_bytes=4)
     assert rest.by_kind() == {"parameters": 2000, "gradients": 4000, "optimizer": 8000, "master": 4000}
+    assert (rest.states, rest.total) == (12000, 18000)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
@@ -73,6 +74,8 @@ def test_peak_by_hand() -> None:
     assert found.by_kind == {"parameters": 100, "saved": 120}
     assert found.top == (weight, b)
     assert found.describe()[0] == "peak 220 B at 2"
+    sooner = [x._replace(birth=x.birth / 8, death=x.death and x.death / 8) for x in (weight, a, b, c)]
+    assert timeline(sooner) == [(0, 100), (0.125, 150), (0.25, 220), (0.375, 210)]
 
 
 @pytest.mark.parametrize("seed", range(25))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -192,3 +193,11 @@ def test_a_rack_has_a_host_for_every_two_gpus() -> None:
     for ranks in (2, 8, 64):
         assert host_update_s(1e9, ranks, machine) == pytest.approx(30e9 / 128e9 + wire_s, rel=0.01)
     assert host_update_s(1e9, 1, machine) == pytest.approx(30e9 / 256e9 + wire_s, rel=0.01)
+
+
+def test_a_gpu_with_several_hosts_uses_one_and_slow_links_count_twice() -> None:
+    machine = replace(hardware("h100"), ranks_per_node=1, hosts_per_node=2, host_bytes_per_s=400e9)
+    wire_s = 2e9 / machine.pcie_bytes_per_s
+    assert host_update_s(1e9, 4, machine) == pytest.approx(30e9 / 200e9 + wire_s)
+    slow = replace(machine, pcie_bytes_per_s=1e9)
+    assert host_update_s(1e9, 4, slow, item_bytes=4, state_bytes=8) == pytest.approx(2 * 4.0)

@@ -22,6 +22,17 @@ class Rows(nn.Module):
         return {"loss": (x @ torch.cat([self.upper, self.lower]).t()).square().mean()}
 
 
+class Turned(nn.Module):
+    """Two weights whose gradients are rows of one product, turned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(6, 3)), nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (x @ torch.cat([self.left.t(), self.right.t()]).t()).square().mean()}
+
+
 class Overlapping(nn.Module):
     """Four biases of one sum: two have one gradient, the third a part of it, the fourth another that overlaps."""
 
@@ -48,7 +59,7 @@ class Complex(nn.Module):
         return {"loss": (x * turned.abs()).mean() + self.scale}
 
 
-@pytest.mark.parametrize(("model", "copies"), [(Rows, 0), (Overlapping, None), (Complex, None)])
+@pytest.mark.parametrize(("model", "copies"), [(Rows, 0), (Turned, 0), (Overlapping, None), (Complex, None)])
 def test_gradients_do_not_share_memory(model: type[nn.Module], copies: int | None) -> None:
     torch.manual_seed(0)
     program = captured(model(), {"x": torch.randn(4, 6)})
