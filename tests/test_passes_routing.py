@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import autopar
 from passes.capture.capture import capture
 from passes.errors import CaptureError
+from passes.padding.paddings import PaddingsOf
 from passes.program.program import Program
 from passes.program.routed_ops import ROUTED_MM, TAKE_ROWS
 from passes.rewrite.ledger import ledger
@@ -98,6 +99,7 @@ COUNTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "bincount": lambda expert, ordered: torch.bincount(expert, minlength=4),
     "one_hot": lambda expert, ordered: F.one_hot(expert.view(-1, 2), 4).sum((0, 1)),
     "scatter_add": lambda expert, ordered: torch.zeros(4).scatter_add(0, ordered, torch.ones(ordered.shape)),
+    "index_add": lambda expert, ordered: torch.zeros(4).index_add(0, ordered, torch.ones(ordered.shape)),
 }
 """How many rows each of four experts has."""
 UNTOLD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -107,6 +109,8 @@ UNTOLD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "weighted": lambda expert, ordered: torch.bincount(expert, torch.full(expert.shape, 0.5), minlength=4),
     "two in a bin": lambda expert, ordered: torch.histc(ordered.float(), bins=4, min=0, max=7),
     "but the last": lambda expert, ordered: torch.histc(ordered.float(), bins=4, min=0, max=2),
+    "half of each": lambda expert, ordered: torch.zeros(4).index_add(0, ordered, torch.ones(ordered.shape), alpha=0.5),
+    "as many each": lambda expert, ordered: torch.tensor([12, 12, 12, 12]),
     "one more each": lambda expert, ordered: torch.ones(4).scatter_add(0, ordered, torch.ones(ordered.shape)),
 }
 """Other numbers, which the groups of rows may follow from too."""
@@ -274,6 +278,34 @@ def test_rows_stay_in_the_batchs_order_where_an_op_notices_it(name: str) -> None
     values = [known[one.name].detach() if one.name in known else x for one in program.inputs]
     for one, other in zip(*(fx.Interpreter(p.graph).run(*values) for p in (blocks, program)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class EqualGroups(Ordered):
+    """Experts that take a quarter of the sorted rows each, wherever one expert's end."""
+
+    def rows(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        places = torch.sort(self.router(flat).argmax(-1), stable=True)[1]
+        ends = torch.arange(12, 49, 12, dtype=torch.int32)
+        return torch.ops.transformers.grouped_mm_fallback(flat[places], self.weight, ends), places
+
+
+def test_groups_that_no_count_ends_are_of_the_whole_batch() -> None:
+    import transformers.integrations.moe  # noqa: F401  registers the op
+
+    program = captured(EqualGroups(lambda rows, places: rows), {"x": torch.randn(8, 6, 16)})
+    blocks = route_by_blocks(program, 4)
+    assert TAKE_ROWS not in _targets(blocks)
+    assert any("groups are not counted from the sorted experts" in note for note in blocks.notes)
+
+
+def test_what_is_planned_routes_the_tokens_of_each_part() -> None:
+    program = captured(Ordered(lambda rows, places: rows), {"x": torch.randn(8, 6, 16)})
+    paddings = PaddingsOf(program, (4, 2), (0,))
+    takes = [
+        node.args[-1] for node in paddings.under("ddp").whole.program.graph.graph.nodes if node.target is TAKE_ROWS
+    ]
+    assert takes
+    assert set(takes) == {4}
 
 
 def test_rows_are_added_into_a_table_of_more_than_the_tokens() -> None:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autopar
 from autopar import Options
+from passes.padding.paddings import PaddingsOf
 from passes.program.program import Program
 from passes.rewrite.ledger import ledger
 from passes.tokens.turns import take_turns_by_blocks, turns_of
@@ -249,6 +250,12 @@ def test_any_number_of_parts_gives_the_same(name: str, parts: int) -> None:
     assert found.fingerprint == program.fingerprint
     for one, other in zip(_through(found, model, kwargs), _through(program, model, kwargs), strict=True):
         assert_near(one, other, "")
+
+
+def test_what_is_planned_takes_turns_in_each_part() -> None:
+    program = captured(Tokens(_chunks), _batch())
+    planned_for = PaddingsOf(program, (4, 2), (0,)).under("ddp").whole.program
+    assert str(planned_for.graph.graph) == str(take_turns_by_blocks(program, 4).graph.graph) != str(program.graph.graph)
 
 
 def _across(h: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:

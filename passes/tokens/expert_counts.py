@@ -25,8 +25,7 @@ def counted_entries(counts: fx.Node, experts: int) -> Any:
         return None
     call, args = call_of(counts), counts.args
     if counts.target is aten.histc.default:
-        wide = call.get("bins", 100) == experts and call.get("min", 0) == 0
-        return args[0] if wide and call.get("max", 0) in (experts - 1, experts) else None
+        return args[0] if call.get("min", 0) == 0 and call.get("max", 0) in (experts - 1, experts) else None
     if counts.target in (aten.scatter_add.default, aten.index_add.default) and len(args) == 4:
         ones = _number(args[0]) == 0 and _number(args[3]) == 1 and call.get("alpha", 1) == 1
         return args[2] if ones else None
