@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -399,6 +400,30 @@ def test_outputs_of_any_kind(kind: str) -> None:
     leaves = torch.utils._pytree.tree_leaves(model(x))
     assert program.out_spec.num_leaves == len(leaves)
     assert sum(one.kind == "output" for one in program.outputs) == sum(isinstance(one, Tensor) for one in leaves)
+
+
+class Hides(nn.Module):
+    """Returns what no graph can look into."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.linear = kind, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> object:
+        y = self.linear(x).square().mean()
+        match self.kind:
+            case "SimpleNamespace":
+                return SimpleNamespace(loss=y)
+            case "set":
+                return {y}
+            case _:
+                return {"0": y, 0: 2 * y}
+
+
+@pytest.mark.parametrize("kind", ["SimpleNamespace", "set", "two of the model's outputs are called '0'"])
+def test_outputs_that_would_be_lost_are_refused(kind: str) -> None:
+    with pytest.raises(CaptureError, match=f"{kind}(, in which no tensor is found: return tensors|; give)"):
+        capture(Hides(kind), (torch.randn(8, 16),))
 
 
 class SharedGradient(nn.Module):

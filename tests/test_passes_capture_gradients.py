@@ -188,3 +188,36 @@ def test_running_statistics_that_would_be_lost_are_an_error() -> None:
 
     with pytest.raises(CaptureError, match=r"capture_gradients.py:\d+: .*running statistics would be lost"):
         capture(Raw(), (torch.randn(4, 3, 5),))
+
+
+class GoesBack(nn.Module):
+    """Runs a backward in its forward."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of, self.linear = of, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        loss = self.linear(x).square().mean()
+        match self.of:
+            case "method":
+                (2 * loss).backward(retain_graph=True)
+            case "function":
+                torch.autograd.backward(loss, retain_graph=True)
+            case _:
+                loss.backward(inputs=[x], retain_graph=True)
+                assert x.grad is not None
+                return loss + x.grad.square().sum()
+        return loss
+
+
+@pytest.mark.parametrize("of", ["method", "function"])
+def test_a_backward_in_the_forward_is_refused_with_its_line(of: str) -> None:
+    where = r"test_passes_capture_gradients\.py:\d+" if of == "method" else "the model"
+    with pytest.raises(CaptureError, match=f"{where}: .* gradients of linear.weight and 1 more, .*autograd.grad"):
+        capture(GoesBack(of), (torch.randn(2, 4),))
+
+
+def test_a_backward_in_the_forward_to_what_it_made_itself_is_captured() -> None:
+    _assert_eagers(GoesBack("own"), torch.randn(2, 4))

@@ -372,3 +372,23 @@ def _on_real_ranks(rank: int, ranks: int) -> None:
 
 def test_real_ranks_give_the_numbers_of_one_device() -> None:
     run_ranks(_on_real_ranks, 4)
+
+
+class Picked(nn.Module):
+    """Of each sample the tokens that are not ignored: how many these are follows from the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        picked = [self.head(self.embed(row[row > IGNORED])) for row in ids.flatten().chunk(len(ids))]
+        return {"loss": torch.stack([each.square().mean() for each in picked]).mean()}
+
+
+def test_a_turn_may_pick_rows_by_their_values() -> None:
+    torch.manual_seed(0)
+    model, inputs = Picked(), {"ids": torch.randint(0, VOCAB, (4, LENGTH))}
+    program = captured(model, inputs)
+    assert turns_of(take_turns_by_blocks(program, 1))
+    assert errors(model, planned(program, {"dp": 2, "tp": 2}, "fsdp")[-1], inputs).gradient < 1e-5

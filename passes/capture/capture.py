@@ -21,7 +21,15 @@ from torch import Tensor, fx, nn
 
 from passes.capture.autocast import autocast_as, autocast_dtype
 from passes.capture.collector import settled
-from passes.capture.differentiated import Result, Tangent, Tangents, flatten_outputs, gradients, tangents_of
+from passes.capture.differentiated import (
+    Result,
+    Tangent,
+    Tangents,
+    flatten_outputs,
+    gradients,
+    refuse_own_backward,
+    tangents_of,
+)
 from passes.capture.guards import guards_of
 from passes.capture.inputs import flatten_inputs, refuse_hidden_tensors
 from passes.capture.left_behind import left_behind, left_note
@@ -200,6 +208,7 @@ def _capture(
             with autocast_as(autocast), settings_read(model) as read:
                 out = run_model(model, traced_args, {**traced_kwargs, **extra})
             refuse_hidden_tensors(leaves, names)
+            refuse_own_backward(slots, tracer.went_back)
             result, more_notes = flatten_outputs(out, precision)
             given = tangents_of(tracer, result, tangents) if backward else []
             with provenance.backward():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,7 +39,11 @@ class Tangent:
 
 
 def flatten_outputs(out: Any, precision: Precision) -> tuple[Result, list[str]]:
-    """What the model returned, as tensors with the names of their paths, and constants by leaf index."""
+    """What the model returned, as tensors with the names of their paths, and constants by leaf index.
+
+    Raises:
+        CaptureError: it holds no tensor that is found, or two of one name.
+    """
     while unknown := {type(x) for x in pytree.tree_leaves(out) if dataclasses.is_dataclass(x)}:
         for cls in unknown:
             pytree.register_dataclass(cls)
@@ -51,6 +56,8 @@ def flatten_outputs(out: Any, precision: Precision) -> tuple[Result, list[str]]:
     tensors: list[tuple[str, Tensor]] = []
     constants: dict[int, Any] = {}
     notes: list[str] = []
+    if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
+        raise CaptureError(f"two of the model's outputs are called {twice[0]!r}; give one another name")
     for i, (name, leaf) in enumerate(named):
         if isinstance(leaf, Tensor):
             tensors.append((name, precision.cast_output(leaf)))
@@ -59,7 +66,31 @@ def flatten_outputs(out: Any, precision: Precision) -> tuple[Result, list[str]]:
         else:
             constants[i] = None
             notes.append(f"output {name or 'of the model'}: a {type(leaf).__name__} is returned as None")
+    if notes and not tensors:
+        kind = next(type(leaf).__name__ for _, leaf in named if leaf is not None)
+        raise CaptureError(
+            f"the model returns a {kind}, in which no tensor is found: return tensors, in tuples, lists, dicts or "
+            "dataclasses"
+        )
     return Result(tensors, spec, constants), notes
+
+
+def refuse_own_backward(slots: Sequence[Slot], where: str) -> None:
+    """A step brings the gradients of what a model returns, not those that its forward adds to `.grad`.
+
+    where: the line that called `backward`, where it is known.
+
+    Raises:
+        CaptureError: the forward left a gradient in what it was given.
+    """
+    left = [slot.input.path for slot in slots if slot.view.grad is not None]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise CaptureError(
+            f"{where or 'the model'}: the forward runs a backward, which adds to the gradients of {left[0]}{more}, and "
+            "a captured step would lose them. Return the loss, or the sum of losses, and run backward outside; "
+            "gradients that the forward itself reads are had by torch.autograd.grad"
+        )
 
 
 def tangents_of(tracer: Tracer, result: Result, which: Tangents) -> list[Tangent]:
@@ -95,9 +126,8 @@ def gradients(given: list[Tangent], slots: list[Slot]) -> list[tuple[Slot, Tenso
     except Exception as error:
         file, line = error_line(error)
         where = f"{file}:{line}: " if file else ""
-        raise CaptureError(
-            f"{where}the backward of {', '.join(t.name for t in given)} raised {type(error).__name__}: {error}"
-        ) from error
+        of = ", ".join(t.name for t in given if t.name) or "what the model returns"
+        raise CaptureError(f"{where}the backward of {of} raised {type(error).__name__}: {error}") from error
     return [(slot, grad) for slot, grad in zip(wanted, found, strict=True) if grad is not None]
 
 

@@ -108,6 +108,8 @@ class Tracer(TorchDispatchMode):
         self.values = ExampleValues()
         self.notes: list[str] = []
         self.reads: list[Read] = []
+        self.went_back = ""
+        """Where the model called `backward`, if it did."""
         self.fake_mode = fake_mode
         self._provenance = provenance
         self._nodes: dict[int, fx.Node] = {}
@@ -486,6 +488,8 @@ class _Calls(TorchFunctionMode):
             real = self._tracer.values_read(unwrapped(args[0]), "the model reads the values of a tensor")
             with off_the_record():
                 return func(real, *args[1:], **kwargs)
+        if func is Tensor.backward:
+            self._tracer.went_back = self._tracer.location()
         if self._attention is not None:
             return self._attention.call(func, args, kwargs, INSTEAD.get(func, func))
         return INSTEAD.get(func, func)(*args, **kwargs)

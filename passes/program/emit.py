@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_map_only
 
 from costmodel.hardware import Topology
-from passes.program.fakes import FakeTensorMode
+from passes.program.fakes import DynamicOutputShapeException, FakeTensorMode
 from passes.program.graphs import graph_module
 from passes.program.local import WAIT
 from passes.program.program import Program
@@ -94,6 +94,13 @@ class Emitter:
         node.meta.update(self.meta)
         node.meta["val"] = self._value(node)
         return node
+
+    def call_again(self, node: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
+        """`call` of a node's op; where the shape of its result depends on values, on such as the node had."""
+        try:
+            return self.call(node.target, *args, **kwargs)
+        except DynamicOutputShapeException:
+            return self.known(node.meta["val"], node.target, *args, **kwargs)
 
     def known(self, value: Any, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """`call`, for an op whose result has a data-dependent shape that is known to be that of `value`."""

@@ -12,7 +12,6 @@ from torch import fx
 from costmodel.layout import Layout, Partial, Shard, local_shape
 from passes.analysis.dims import ExpandedOp
 from passes.program.emit import Emitter, Parts
-from passes.program.fakes import DynamicOutputShapeException
 from passes.rules.call import Call, map_operands
 
 aten = torch.ops.aten
@@ -42,10 +41,7 @@ class LocalOp:
                 positional[index] = value
             else:
                 kwargs[name] = value
-        try:
-            return self.emit.call(self.node.target, *positional, **kwargs)
-        except DynamicOutputShapeException:  # it runs whole, so its result is the program's
-            return self.emit.known(self.node.meta["val"], self.node.target, *positional, **kwargs)
+        return self.emit.call_again(self.node, *positional, **kwargs)  # what depends on values runs whole
 
     def operand_start(self, operand: int, dim: int) -> fx.Node | None:
         """Global index of the first local entry of an operand's dim, None where the dim is whole."""

@@ -243,7 +243,7 @@ class _Move:
             return self.emit.view(cut, old.meta["val"].shape)
 
         args, kwargs = map_operands(node, operand)
-        return self.emit.call(node.target, *args, **kwargs)
+        return self.emit.call_again(node, *args, **kwargs)
 
     def _total(self, node: fx.Node, turn: int) -> fx.Node:
         """The sum over the rows that a turn had. Each part of the batch adds its own, of all turns."""
