@@ -90,9 +90,9 @@ class Copies(nn.Module):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         h, weight = self.up(x), self.up.weight.detach()
-        copy = h.clone()
+        copy, kept = h.clone(), self.up(x + 1)
         return {
-            "loss": h.sin().square().mean(),
+            "loss": h.sin().square().mean() + kept.sin().mean(),
             "h": h,
             "weight": weight * 1.0,
             "flat": (weight / 1).view(-1),
@@ -104,6 +104,7 @@ class Copies(nn.Module):
             "copy": copy,
             "again": copy,
             "other": h.clone(),
+            "of what is kept": kept.clone(),
             "powers": weight.exp(),
             "equal": weight.exp(),
             "table": self.table.clone(),

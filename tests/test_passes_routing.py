@@ -300,12 +300,9 @@ def test_groups_that_no_count_ends_are_of_the_whole_batch() -> None:
 
 def test_what_is_planned_routes_the_tokens_of_each_part() -> None:
     program = captured(Ordered(lambda rows, places: rows), {"x": torch.randn(8, 6, 16)})
-    paddings = PaddingsOf(program, (4, 2), (0,))
-    takes = [
-        node.args[-1] for node in paddings.under("ddp").whole.program.graph.graph.nodes if node.target is TAKE_ROWS
-    ]
-    assert takes
-    assert set(takes) == {4}
+    found = PaddingsOf(program, (4, 2), (0,)).under("ddp").whole.program.graph.graph
+    takes = found.find_nodes(op="call_function", target=TAKE_ROWS)
+    assert {node.args[-1] for node in takes} == {4}
 
 
 def test_rows_are_added_into_a_table_of_more_than_the_tokens() -> None:
