@@ -8,7 +8,7 @@ over all mesh axes, gathered in the forward and again in the backward, and its g
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,20 @@ class Net(nn.Module):
             logits = logits * 2
         loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return NetOutput(loss, logits)
+
+
+def stored_rows(storage: Storage, axis_sizes: Sequence[int]) -> tuple[int, ...]:
+    """Rows of the computed part that each rank of the state axes stores, first state axis slowest.
+
+    A gather over those axes gives each rank's rows padded to `padded_shape`'s, so the part is the concatenation
+    of the first `stored_rows` of each. That matters where nested cuts are uneven: 9 rows over axes of 2 and 4 lie
+    as 2, 2, 1, 0, 1, 1, 1, 1, and padding is not all at the end.
+    """
+    rows = [storage.computed_shape(axis_sizes)[storage.state_dim]] if storage.state_axes else []
+    for axis in storage.state_axes:
+        size = axis_sizes[axis]
+        rows = [min(max(n - i * -(-n // size), 0), -(-n // size)) for n in rows for i in range(size)]
+    return tuple(rows)
 
 
 def local_step(
@@ -187,7 +201,7 @@ def local_step(
         storages["parameter" + entry.name] = storage
         if ranks == 1:
             continue
-        rows, padded = storage.stored_rows(sizes), storage.padded_shape(sizes)[0]
+        rows, padded = stored_rows(storage, sizes), storage.padded_shape(sizes)[0]
         users = list(node.users)
         with mode:
             node.meta["val"] = torch.empty(storage.padded_shape(sizes))
@@ -214,7 +228,7 @@ def local_step(
                 pass
             elif result.kind == "gradient":
                 storage = storages["parameter" + result.name]
-                rows, padded = storage.stored_rows(sizes), storage.padded_shape(sizes)[0]
+                rows, padded = stored_rows(storage, sizes), storage.padded_shape(sizes)[0]
                 starts = [sum(rows[:i]) for i in range(len(rows))]
                 parts = []
                 for start, n in zip(starts, rows, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from local_steps import stored_rows
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.checkpoint import load, save
@@ -60,7 +61,7 @@ def _as_dtensor_cuts(rank: int, ranks: int) -> None:
                 index = 0
                 for axis in storage.state_axes:
                     index = index * 2 + coordinate[axis]
-                assert storage.stored_rows((2, 2))[index] == part.shape[storage.state_dim]
+                assert stored_rows(storage, (2, 2))[index] == part.shape[storage.state_dim]
             assert padded.abs().sum() == part.abs().sum()
 
 
@@ -112,7 +113,7 @@ def test_cuts_are_fsdp2s(shape: tuple[int, ...], names: tuple[str, ...]) -> None
 
 def test_uneven_rows_by_hand() -> None:
     def rows(n: int, sizes: tuple[int, ...], state: tuple[int, ...]) -> tuple[int, ...]:
-        return Storage((n, 2), (None,) * len(sizes), state).stored_rows(sizes)
+        return stored_rows(Storage((n, 2), (None,) * len(sizes), state), sizes)
 
     assert rows(10, (4,), (0,)) == (3, 3, 3, 1)
     assert rows(3, (4,), (0,)) == (1, 1, 1, 0)

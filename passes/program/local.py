@@ -81,19 +81,6 @@ class Storage:
             local[self.state_dim] = -(-local[self.state_dim] // axis_sizes[axis])
         return tuple(local)
 
-    def stored_rows(self, axis_sizes: Sequence[int]) -> tuple[int, ...]:
-        """Rows of the computed part that each rank of the state axes stores, first state axis slowest.
-
-        A gather over those axes gives each rank's rows padded to `padded_shape`'s, so the part is the concatenation
-        of the first `stored_rows` of each. That matters where nested cuts are uneven: 9 rows over axes of 2 and 4 lie
-        as 2, 2, 1, 0, 1, 1, 1, 1, and padding is not all at the end.
-        """
-        rows = [self.computed_shape(axis_sizes)[self.state_dim]] if self.state_axes else []
-        for axis in self.state_axes:
-            size = axis_sizes[axis]
-            rows = [min(max(n - i * -(-n // size), 0), -(-n // size)) for n in rows for i in range(size)]
-        return tuple(rows)
-
     def uneven_dims(self, axis_sizes: Sequence[int]) -> tuple[int, ...]:
         """Dims whose split for computation leaves some ranks with less than a full chunk."""
         split = [
