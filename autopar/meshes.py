@@ -64,10 +64,10 @@ def batch_axes_of(axes: Axes, chosen: Sequence[str] | None) -> tuple[int, ...]:
         return tuple(index for index, name in enumerate(names) if name.lower() in BATCH_NAMES)
     if unknown := [name for name in chosen if name not in names]:
         raise ValueError(
-            f"batch_axes names {unknown}, but the mesh has {names}; name axes of the mesh, or others in it"
+            f"batch_axes={tuple(chosen)!r}: the mesh has no axis {unknown[0]!r}; it has {', '.join(names)}"
         )
     if len(set(chosen)) < len(chosen):
-        raise ValueError(f"batch_axes names an axis more than once: {', '.join(chosen)}")
+        raise ValueError(f"batch_axes={tuple(chosen)!r} names an axis more than once")
     return tuple(index for index, name in enumerate(names) if name in chosen)
 
 

@@ -103,8 +103,8 @@ def machine_of(
         check_async_tp(options, axes, batch_axes)
         if mesh.device.is_cpu:
             raise ValueError(
-                f"async_tp is for GPUs that reach each other's memory; {mesh.hardware.name!r} is a CPU; leave it "
-                "out, or name the hardware"
+                f"Options(async_tp=True) is for GPUs that reach each other's memory; {mesh.hardware.name!r} is a CPU; "
+                "leave it out, or name the hardware"
             )
     return mesh
 

@@ -169,9 +169,9 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"options": Options(memory_budget=-1)}, "a positive number"),
         ({"options": Options(memory_budget=math.inf)}, r"memory_budget=inf\): bytes per device"),  # type: ignore[arg-type]
         ({"options": Options(memory_budget="80GiB")}, r"memory_budget='80GiB'\): bytes per device"),  # type: ignore[arg-type]
-        ({"options": Options(batch_axes=("cp",))}, r"batch_axes names \['cp'\], but the mesh has \['dp'\]"),
-        ({"options": Options(batch_axes=("dp", "dp"))}, "batch_axes names an axis more than once: dp, dp"),
-        ({"options": Options(batch_dims={"mask": 0})}, "batch_dims names"),
+        ({"options": Options(batch_axes=("cp",))}, r"batch_axes=\('cp',\): the mesh has no axis 'cp'; it has dp"),
+        ({"options": Options(batch_axes=("dp", "dp"))}, r"batch_axes=\('dp', 'dp'\) names an axis more than once"),
+        ({"options": Options(batch_dims={"mask": 0})}, r"batch_dims=\{'mask': 0\}: the inputs are"),
         ({"mesh": {"dp": 0}}, "mesh axis 'dp' has size 0"),
         ({"mesh": 4}, "mesh is a int"),
         ({"mesh": {}}, "the mesh has 0 axes"),
@@ -465,7 +465,7 @@ class NeverRun(nn.Module):
         ("h100", {"pins": {"weight": "Q"}}, "pin 'weight': 'Q' is no layout"),
         ("h100", {"pins": {"weight": "R"}}, "R has 1 placement, but the mesh has 2 axes"),
         ("h100", {"pins": {"weight": "PR"}}, "PR, but a parameter is no partial sum"),
-        ("cpu", {"async_tp": True}, "async_tp is for GPUs"),
+        ("cpu", {"async_tp": True}, r"Options\(async_tp=True\) is for GPUs"),
     ],
 )
 def test_what_needs_no_graph_to_be_wrong_is_told_before_a_capture(

@@ -10,7 +10,8 @@ import pytest
 from commands import MODELS, Here, autopar, environment
 
 from autopar.cli import main
-from autopar.cli.main import with_flags
+from autopar.cli.arguments import FLAGS
+from autopar.cli.flags import with_flags
 
 MISTAKES = [
     ("frob", "invalid choice: 'frob'"),
@@ -25,10 +26,16 @@ MISTAKES = [
     ("plan MODEL --mesh dp=2,dp=2", "stands twice"),
     ("plan MODEL --mesh dp=0", "is no axis"),
     ("plan MODEL --mesh dp=2 --hardware h100 --batch-axes ep", "ep"),
-    ("plan MODEL --mesh dp=2 --hardware h100 --batch-axes ep", "autopar plan: --batch-axes names ['ep']"),
+    (
+        "plan MODEL --mesh dp=2 --hardware h100 --batch-axes ep",
+        "plan: --batch-axes ep: the mesh has no axis 'ep'",
+    ),
     ("plan MODEL --mesh dp=2 --batch-axes 2", "names no axes; write dp or dp,ep"),
     ("plan MODEL --mesh dp=2,tp=2 --hardware cpu --async-tp", "autopar plan: --async-tp is for GPUs"),
-    ("price MODEL --gpus 2 --hardware h100 --global-batch 2 --virtual 4", "without stages; give --pp, or leave it out"),
+    (
+        "price MODEL --gpus 2 --hardware h100 --global-batch 2 --virtual 4",
+        "--virtual 4, but --pp 1; there are no",
+    ),
     (
         "price MODEL --gpus 1 --global-batch 1 --layers 1",
         "autopar price: unrecognized arguments: --layers 1; see autopar",
@@ -97,7 +104,10 @@ MISTAKES = [
         "verify HERE/models.py:unclear --mesh dp=2 --hardware h100",
         "where the batch is, for example --batch-dim weight=0",
     ),
-    ("plan HERE/models.py:weighed --mesh dp=2 --batch-dim wieght=none", "--batch-dim names ['wieght'], but the inputs"),
+    (
+        "plan HERE/models.py:weighed --mesh dp=2 --batch-dim wieght=none",
+        "--batch-dim wieght=none: the inputs are w",
+    ),
     ("plan HERE/models.py:weighed --mesh dp=2 --batch-dim weight=2", "--batch-dim weight=2, but the input is"),
     ("inspect HERE/models.py:weighed --mesh dp=2 --batch-dim x=0 --batch-dim x=1", "--batch-dim names 'x' twice, as 0"),
     (
@@ -155,9 +165,12 @@ MISTAKES = [
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --measured 0", "'0' is no time; write seconds, as in 2.5"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware a100-80gb --fp8", "has no fp8 matrix products"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware a100-80gb --fp8", "price: --fp8: a100-80gb has no fp8"),
-    ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --whole-layers", "--whole-layers, but --recompute is"),
+    (
+        "price MODEL --gpus 8 --global-batch 8 --hardware h100 --whole-layers",
+        "--whole-layers, but --recompute poi",
+    ),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --balanced-stages", "--balanced-stages, but --pp 1"),
-    ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --experts-beside", "--experts-beside, but --ep is 1"),
+    ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --experts-beside", "--experts-beside, but --ep 1"),
     (
         "price MODEL --gpus 8 --global-batch 8 --hardware h100 --state zero1 --keep-gathered",
         "--keep-gathered, but --st",
@@ -166,11 +179,11 @@ MISTAKES = [
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --tp-collectives parts", "--tp-collectives parts, but --t"),
     (
         "price MODEL --gpus 8 --global-batch 8 --hardware h100 --state-collectives waited",
-        "--state-collectives waited, but --state is zero3",
+        "--state-collectives waited, but --state zero3",
     ),
     (
         "price MODEL --gpus 8 --global-batch 8 --hardware h100 --state zero0 --state-collectives gradients",
-        "--state-collectives gradients, but --state is zero0",
+        "--state-collectives gradients, but --state zero0",
     ),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --regather-activations", "--regather-activations, but --t"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --no-sequence-parallel", "--no-sequence-parallel, but --t"),
@@ -291,14 +304,21 @@ def test_closed_standard_output_is_no_traceback(here: Here) -> None:
 
 def test_what_does_not_fit_is_told_in_flags() -> None:
     told = (
-        "no plan fits in 2 GiB: the smallest found (fsdp, recompute 'pointwise') needs 3 GiB. What conflicts:"
-        " the memory budget of 2 GiB, strategy 'fsdp' and the pin 'layers.*.up': S(0)S(0) -> RS(0); any one less will "
-        "do. What would fit: without the pin 'layers.*.up': RS(0): 1 GiB, 3 ms per step (fsdp, recompute 'full'); the "
-        "mesh dp=2 x tp=8: 1 GiB; a memory budget of 3.5 GiB (3758096384 bytes), if the device has that much."
+        "the smallest found (fsdp, recompute 'pointwise') needs 3 GiB. What conflicts: the memory budget of 2 GiB, "
+        "strategy='fsdp' and pins={'layers.*.up': 'S(0)S(0) -> RS(0)'}; any one less would do. What would fit: without "
+        "pins={'layers.*.up': 'RS(0)'}: 1 GiB, 3 ms per step (fsdp, recompute='full'); mesh={'dp': 2, 'tp': 8}: 1 GiB; "
+        "memory_budget=3758096384 (3.5 GiB), if the device has that much."
     )
-    assert with_flags(told) == (
-        "no plan fits in 2 GiB: the smallest found (fsdp, recompute 'pointwise') needs 3 GiB. What conflicts:"
-        " the memory budget of 2 GiB, --strategy fsdp and --pin 'layers.*.up=S(0)S(0) -> RS(0)'; any one less will do. "
-        "What would fit: without --pin 'layers.*.up=RS(0)': 1 GiB, 3 ms per step (fsdp, --recompute full); --mesh "
-        "dp=2,tp=8: 1 GiB; --memory-budget 3758096384 (3.5 GiB), if the device has that much."
+    assert with_flags(told, FLAGS) == (
+        "the smallest found (fsdp, recompute 'pointwise') needs 3 GiB. What conflicts: the memory budget of 2 GiB, "
+        "--strategy fsdp and --pin 'layers.*.up=S(0)S(0) -> RS(0)'; any one less would do. What would fit: without "
+        "--pin 'layers.*.up=RS(0)': 1 GiB, 3 ms per step (fsdp, --recompute full); --mesh dp=2,tp=8: 1 GiB; "
+        "--memory-budget 3758096384 (3.5 GiB), if the device has that much."
+    )
+
+
+def test_what_is_no_parameter_of_the_command_stays_as_it_is() -> None:
+    told = "Options(batch_dims={name: dim}), Options(seed=3), cp=2 and reshard=True, but reshard=False"
+    assert with_flags(told, {"batch_dims": "--batch-dim", "reshard=False": "--keep-gathered"}) == told.replace(
+        "reshard=False", "--keep-gathered"
     )

@@ -279,7 +279,7 @@ def test_activations_gathered_again_without_tensor_parallel_ranks_are_named(
 ) -> None:
     words = ["--gpus", "8", "--global-batch", "8", "--seq", "512", "--hardware", "h100", "--state", state]
     assert main(["price", str(folder), *words, "--regather-activations"]) == 2
-    assert "--regather-activations, but --tp is 1" in capsys.readouterr().err
+    assert "--regather-activations, but --tp 1" in capsys.readouterr().err
 
 
 def test_experts_stay_on_a_rank_where_no_flag_says_what_is_sharded() -> None:
@@ -461,54 +461,54 @@ def test_without_tokens_samples_are_counted() -> None:
 
 
 MISTAKES: list[tuple[Setup, str]] = [
-    (Setup(tp=0), "tp is 0; at least 1"),
-    (Setup(micro_batch=-1), "micro_batch is -1; at least 1"),
-    (Setup(state="zero4"), "state is 'zero4'; one of zero0, zero1, zero2, zero3"),  # type: ignore[arg-type]
-    (Setup(recompute="some"), "recompute is 'some'; one of none"),  # type: ignore[arg-type]
-    (Setup(gradient_bytes=3), "gradient_bytes is 3; 2 or 4"),
+    (Setup(tp=0), "tp=0: at least 1"),
+    (Setup(micro_batch=-1), "micro_batch=-1: at least 1"),
+    (Setup(state="zero4"), "state='zero4': one of zero0, zero1, zero2, zero3"),  # type: ignore[arg-type]
+    (Setup(recompute="some"), "recompute='some': one of none"),  # type: ignore[arg-type]
+    (Setup(gradient_bytes=3), "gradient_bytes=3: 2 or 4"),
     (Setup(dp_shard=12), "12 GPUs fill no whole number of nodes of 8; use 8 or 16"),
     (Setup(dp_replicate=2, dp_shard=2, state="zero1"), "count all data-parallel ranks in dp_shard"),
-    (Setup(virtual=2), "virtual is 2 without stages; give pp"),
-    (Setup(pp=16), "pp is 16, but the model has 8 repeated layers; at most that"),
+    (Setup(virtual=2), "virtual=2, but pp=1; there are no stages"),
+    (Setup(pp=16), "pp=16, but the model has 8 repeated layers; at most that"),
     (Setup(pp=2, virtual=3), "a stage's 4 of 8 layers are not cut evenly into that many parts"),
-    (Setup(cp=8, dp_shard=1), "cp is 8, which does not divide a sequence of 500"),
+    (Setup(cp=8, dp_shard=1), "cp=8 does not divide a sequence of 500"),
     (Setup(ep=2, dp_shard=4), "ep=2, but the model has no routed experts"),
     (Setup(ep=2, dp_shard=4, state="zero1"), "ep=2, but the model has no routed experts"),
     (Setup(ep=3, dp_shard=4, state="zero1"), "ep=3: not a part of the 4 ranks with the same layers"),
     (Setup(ep=2, dp_shard=2, tp=4, state="zero1"), "split them; priced are multiples of 4 that divide 8"),
-    (Setup(whole_blocks=True), "whole_blocks=True, but recompute is 'pointwise'; layers are run again to their end"),
-    (Setup(reshard=False, dp_shard=4, state="zero1"), "reshard=False, but state is 'zero1'; gathered parameters are"),
-    (Setup(sequence_parallel=False), "sequence_parallel=False, but tp is 1; there are no tensor-parallel ranks"),
-    (Setup(tp_overlap=True), "tp_overlap=True, but tp is 1"),
-    (Setup(tp_waits=True), "tp_waits=True, but tp is 1"),
-    (Setup(tp=2, tp_waits=True, tp_overlap=True), "tp_overlap=True, but so is tp_waits"),
-    (Setup(micro_batch=1.5), "micro_batch is 1.5; a whole number"),  # type: ignore[arg-type]
-    (Setup(dp_shard=True), "dp_shard is True; a whole number"),
-    (Setup(dp_shard=8, gather_bytes_per_s=-1e9), "gather_bytes_per_s is -1000000000.0; bytes per second, or 0"),
-    (Setup(dp_shard=8, gather_bytes_per_s=math.nan), "gather_bytes_per_s is nan; bytes per second, or 0"),
+    (Setup(whole_blocks=True), "whole_blocks=True, but recompute='pointwise'; layers are run again to their end"),
+    (Setup(reshard=False, dp_shard=4, state="zero1"), "reshard=False, but state='zero1'; gathered parameters are"),
+    (Setup(sequence_parallel=False), "sequence_parallel=False, but tp=1; there are no tensor-parallel ranks"),
+    (Setup(tp_overlap=True), "tp_overlap=True, but tp=1"),
+    (Setup(tp_waits=True), "tp_waits=True, but tp=1"),
+    (Setup(tp=2, tp_waits=True, tp_overlap=True), "tp_overlap=True, but tp_waits=True"),
+    (Setup(micro_batch=1.5), "micro_batch=1.5: a whole number"),  # type: ignore[arg-type]
+    (Setup(dp_shard=True), "dp_shard=True: a whole number"),
+    (Setup(dp_shard=8, gather_bytes_per_s=-1e9), "gather_bytes_per_s=-1000000000.0: bytes per second, or 0"),
+    (Setup(dp_shard=8, gather_bytes_per_s=math.nan), "gather_bytes_per_s=nan: bytes per second, or 0"),
     (Setup(dp_shard=8, state="zero1", gather_bytes_per_s=1e9), "gather_bytes_per_s=1e+09, but gathers are waited for"),
     (Setup(dp_shard=8, state="zero1", gathers_late=True), "gathers_late=True, but gathers are waited for so under"),
     (Setup(dp_shard=2, pp=2, gathers_late=True), "gathers_late=True, but gathers are waited for so under"),
-    (Setup(dp_replicate=2, gathers_late=True), "gathers_late=True, but dp_shard is 1; there is nothing to gather"),
-    (Setup(dp_shard=2, reshard=False, gathers_late=True), "gathers_late=True, but reshard is False"),
+    (Setup(dp_replicate=2, gathers_late=True), "gathers_late=True, but dp_shard=1; there is nothing to gather"),
+    (Setup(dp_shard=2, reshard=False, gathers_late=True), "gathers_late=True, but reshard=False"),
     (Setup(dp_shard=2, gather_bytes_per_s=1e9, gathers_late=True), "gathers_late=True, but gather_bytes_per_s has"),
-    (Setup(dp_shard=8, gathers_waited=True), "gathers_waited=True, but state is 'zero3'; what was updated is gathered"),
-    (Setup(dp_shard=8, state="zero0", gathers_waited=True), "gathers_waited=True, but state is 'zero0'"),
+    (Setup(dp_shard=8, gathers_waited=True), "gathers_waited=True, but state='zero3'; what was updated is gathered"),
+    (Setup(dp_shard=8, state="zero0", gathers_waited=True), "gathers_waited=True, but state='zero0'"),
     (
         Setup(dp_shard=8, state="zero1", gathers_waited=True, overlap=False),
-        "gathers_waited=True, but overlap is False; all is waited for",
+        "gathers_waited=True, but overlap=False; all is waited for",
     ),
-    (Setup(dp_shard=8, overlap=False), "overlap=False, but state is 'zero3'; without stages, context or expert par"),
-    (Setup(dp_shard=8, adds_in_products=True), "adds_in_products=True, but state is 'zero3'"),
-    (Setup(dp_shard=8, experts_beside=True), "experts_beside=True, but ep is 1; no tokens are sent"),
-    (Setup(dp_shard=8, ep=2, state="zero1", experts_beside=True), "experts_beside=True, but accumulate is 1"),
+    (Setup(dp_shard=8, overlap=False), "overlap=False, but state='zero3'; without stages, context or expert par"),
+    (Setup(dp_shard=8, adds_in_products=True), "adds_in_products=True, but state='zero3'"),
+    (Setup(dp_shard=8, experts_beside=True), "experts_beside=True, but ep=1; no tokens are sent"),
+    (Setup(dp_shard=8, ep=2, state="zero1", experts_beside=True), "experts_beside=True, but accumulate=1"),
     (
         Setup(dp_shard=4, pp=2, ep=2, accumulate=2, state="zero1", experts_beside=True),
-        "experts_beside=True, but virtual is 1; a forward and a backward",
+        "experts_beside=True, but virtual=1; a forward and a backward",
     ),
-    (Setup(dp_shard=8, balanced=True), "balanced=True, but pp is 1; there are no stages"),
+    (Setup(dp_shard=8, balanced=True), "balanced=True, but pp=1; there are no stages"),
     (Setup(dp_shard=8, in_block="none"), "in_block='none', but no layers are run again to their end"),
-    (Setup(dp_shard=8, solved=True), "solved=True, but tp is 1; there are no tensor-parallel ranks"),
+    (Setup(dp_shard=8, solved=True), "solved=True, but tp=1; there are no tensor-parallel ranks"),
 ]
 
 
@@ -530,9 +530,9 @@ def test_what_a_cpu_is_not_priced_for_is_named() -> None:
 
 def test_a_model_whose_layers_do_not_repeat_has_no_stages() -> None:
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 1)).to("meta")
-    with pytest.raises(ValueError, match="pp is 2, but no repeated layers were found"):
+    with pytest.raises(ValueError, match="pp=2, but no repeated layers were found"):
         autopar.price(model, Setup(pp=2), "h100", (torch.zeros(1, 64),))
-    with pytest.raises(ValueError, match="cp is 2: a sequence can be cut where inputs come from the model's config"):
+    with pytest.raises(ValueError, match="cp=2: a sequence can be cut where inputs come from the model's config"):
         autopar.price(model, Setup(cp=2), "h100", (torch.zeros(1, 64),))
 
 

@@ -32,6 +32,20 @@ _UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 _Value = TypeVar("_Value")
 
+FLAGS = {
+    "mesh": "--mesh",
+    "batch_dims": "--batch-dim",
+    "batch_axes": "--batch-axes",
+    "strategy": "--strategy",
+    "recompute": "--recompute",
+    "memory_budget": "--memory-budget",
+    "pins": "--pin",
+    "async_tp=True": "--async-tp",
+    "reshard_after_forward=False": "--no-reshard-after-forward",
+    "regather_activations=False": "--no-regather-activations",
+}
+"""For `with_flags`: what asks for these parameters of the library, but where a command has a table of its own."""
+
 _DTYPES = ("bfloat16", "float16", "float32")
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

@@ -9,12 +9,12 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn, get_args
+from collections.abc import Sequence
+from typing import NoReturn
 
-from autopar.cli import calibrate, check, diff, explain, inspect, plan, price, search, verify
+from autopar.cli import arguments, calibrate, check, diff, explain, inspect, plan, price, search, verify
+from autopar.cli.flags import with_flags
 from autopar.cli.terminal import quiet_libraries, wrapped
-from autopar.options import Recompute
 from passes.errors import AutoparError, NoFeasiblePlanError
 
 COMMANDS = (inspect, plan, search, price, explain, diff, check, verify, calibrate)
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
             name, help=module.HELP, description=_filled(about), epilog=_filled(rest.strip()), formatter_class=_Formatter
         )
         module.add_arguments(one)
-        one.set_defaults(run=module.run)
+        one.set_defaults(run=module.run, flags=getattr(module, "FLAGS", arguments.FLAGS))
     return top
 
 
@@ -100,67 +100,17 @@ def _run(given: argparse.Namespace) -> int:
         sys.stdout.flush()
         return code
     except NoFeasiblePlanError as error:
-        return _said(given.command, with_flags(str(error)), 1)
+        return _said(given.command, with_flags(str(error), given.flags), 1)
     except (AutoparError, ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 0
         if not isinstance(error, AutoparError) and not _of_the_call(error):
             raise
-        told = error if isinstance(error, OSError) or "batch_dim" not in given else with_flags(str(error))
+        told = error if isinstance(error, OSError) else with_flags(str(error), given.flags)
         return _said(given.command, told, 2)
     except KeyboardInterrupt:
         return _said(given.command, "stopped", 130)
-
-
-_FLAGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
-    (rf"\brecompute '({'|'.join(get_args(Recompute)[1:])})'", r"--recompute \1"),
-    (r"\bstrategy '(\w+)'", r"--strategy \1"),
-    (r"\bthe pin '([^']+)': (\S+ -> \S+?|\S+?)(?=[;:,.]? |[;:,.]?$)", r"--pin '\1=\2'"),
-    (r"\ba memory budget of ([\d.]+ \w+) \((\d+) bytes\)", r"--memory-budget \2 (\1)"),
-    (r"\bthe mesh (\w+=\d+(?: x \w+=\d+)*)", lambda found: "--mesh " + found[1].replace(" x ", ",")),
-    (r"\bOptions\(async_tp=True\)|^async_tp(?= is )", "--async-tp"),
-    (r"^batch_axes(?= names )", "--batch-axes"),
-    (r"without stages; give pp,", "without stages; give --pp,"),
-    (r"\bdp_replicate is (\d+)", r"--replicas \1"),
-    (r"\b(pp|cp|virtual) is (\d+)", r"--\1 \2"),
-    (r"^(ep|cp)=(\d+)", r"--\1 \2"),
-    (r"; cp=1 is priced", "; --cp 1 is priced"),
-    (r"^fp8:", "--fp8:"),
-    (r"^whole_blocks=True, but recompute is '(\w+)'", r"--whole-layers, but --recompute is \1"),
-    (r"^whole_blocks=True, but no", "--whole-layers, but no"),
-    (r"^balanced=True, but", "--balanced-stages, but"),
-    (r"^experts_beside=True, but ep is (\d+)", r"--experts-beside, but --ep is \1"),
-    (r"^experts_beside=True, but accumulate", "--experts-beside, but accumulate"),
-    (r"^experts_beside=True, but virtual is", "--experts-beside, but --virtual is"),
-    (r"^reshard=False, but state is '(\w+)'", r"--keep-gathered, but --state is \1"),
-    (r"^sequence_parallel=False, but tp is", "--no-sequence-parallel, but --tp is"),
-    (r"^gathers_again=True, but tp is", "--regather-activations, but --tp is"),
-    (r"^tp_overlap=True, but tp is", "--tp-collectives parts, but --tp is"),
-    (r"^tp_overlap=True, but no", "--tp-collectives parts, but no"),
-    (r"^tp_waits=True, but tp is", "--tp-collectives waited, but --tp is"),
-    (r"^tp_waits=True, but no", "--tp-collectives waited, but no"),
-    (r"^overlap=False, but state is '(\w+)'", r"--state-collectives waited, but --state is \1"),
-    (r"^gathers_waited=True, but state is '(\w+)'", r"--state-collectives gradients, but --state is \1"),
-    (r"\bOptions\((batch_dims=\{[^}]*\})\)", r"\1"),
-    (r"\bbatch_dims=\{((?:'[^']+': (?:None|-?\d+)(?:, )?)+)\}", lambda found: _batch_dims(found[1])),
-    (r"\bbatch_dims\['([^']+)'\] is (-?\d+)", r"--batch-dim \1=\2"),
-    (r"\bbatch_dims(?= names )", "--batch-dim"),
-)
-"""What the library calls by its Python names, as the command line writes it."""
-
-
-def _batch_dims(told: str) -> str:
-    """`--batch-dim ids=0 --batch-dim mask=none` for `'ids': 0, 'mask': None`."""
-    named = re.findall(r"'([^']+)': (None|-?\d+)", told)
-    return " ".join(f"--batch-dim {name}={dim.lower()}" for name, dim in named)
-
-
-def with_flags(text: str) -> str:
-    """An error of the library, with the flags that ask for what it names."""
-    for pattern, flag in _FLAGS:
-        text = re.sub(pattern, flag, text)
-    return text
 
 
 def _of_the_call(error: BaseException) -> bool:

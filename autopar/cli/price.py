@@ -34,6 +34,24 @@ from passes.space.recompute import Mode
 
 HELP = "price one way to run: ranks of each kind, what they shard, what is computed again"
 
+FLAGS = {
+    **{name: f"--{name}" for name in ("tp", "pp", "cp", "ep", "virtual", "state", "recompute")},
+    "dp_replicate": "--replicas",
+    "batch_dims": "--batch-dim",
+    "experts_beside=True": "--experts-beside",
+    "balanced=True": "--balanced-stages",
+    "whole_blocks=True": "--whole-layers",
+    "reshard=False": "--keep-gathered",
+    "sequence_parallel=False": "--no-sequence-parallel",
+    "gathers_again=True": "--regather-activations",
+    "tp_overlap=True": "--tp-collectives parts",
+    "tp_waits=True": "--tp-collectives waited",
+    "overlap=False": "--state-collectives waited",
+    "gathers_waited=True": "--state-collectives gradients",
+    "fp8=True": "--fp8",
+}
+"""For `with_flags`: what asks for these fields of a `Setup`."""
+
 _BESIDE = ("beside", "parts", "waited")
 _STATE = ("beside", "gradients", "waited")
 

@@ -152,17 +152,17 @@ def _check_fields(setup: Setup, machine: Hardware) -> None:
     for name in _COUNTS:
         value = getattr(setup, name)
         if not isinstance(value, Integral) or isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}; a whole number")
+            raise ValueError(f"{name}={value!r}: a whole number")
         if value < 1:
-            raise ValueError(f"{name} is {value}; at least 1")
+            raise ValueError(f"{name}={value}: at least 1")
     for name, known in (("state", get_args(State)), ("recompute", get_args(Mode)), ("in_block", get_args(Mode))):
         if (told := getattr(setup, name)) not in known:
-            raise ValueError(f"{name} is {told!r}; one of {', '.join(known)}")
+            raise ValueError(f"{name}={told!r}: one of {', '.join(known)}")
     if setup.gradient_bytes not in (2, 4):
-        raise ValueError(f"gradient_bytes is {setup.gradient_bytes}; 2 or 4")
+        raise ValueError(f"gradient_bytes={setup.gradient_bytes}: 2 or 4")
     if not 0 <= setup.gather_bytes_per_s < math.inf:
         raise ValueError(
-            f"gather_bytes_per_s is {setup.gather_bytes_per_s}; bytes per second, or 0 where gathers run beside compute"
+            f"gather_bytes_per_s={setup.gather_bytes_per_s}: bytes per second, or 0 where gathers run beside compute"
         )
     check_nodes(setup.ranks, machine)
     if machine.shared_host and setup.priced_only:
@@ -171,32 +171,31 @@ def _check_fields(setup: Setup, machine: Hardware) -> None:
             "priced; name a GPU"
         )
     if setup.fp8 and "float8" not in machine.device.peak_flops_per_s:
-        raise ValueError(f"fp8: {machine.label} has no fp8 matrix products; leave it out")
+        raise ValueError(f"fp8=True: {machine.label} has no fp8 matrix products; leave it out")
     if setup.dp_replicate > 1 and not setup.is_played:
         raise ValueError(
-            f"dp_replicate is {setup.dp_replicate}: copies of sharded state are priced under zero3 without stages, "
+            f"dp_replicate={setup.dp_replicate}: copies of sharded state are priced under zero3 without stages, "
             "context or expert parallelism; count all data-parallel ranks in dp_shard"
         )
-    if setup.virtual > 1 and setup.pp == 1:
-        raise ValueError(f"virtual is {setup.virtual} without stages; give pp, or leave it out")
     _check_idle(setup)
 
 
 def _check_idle(setup: Setup) -> None:
     """Refuse what would change nothing: whoever asked for it takes the price to have it."""
-    full = f"recompute is {setup.recompute!r}; layers are run again to their end under 'full' alone"
+    full = f"recompute={setup.recompute!r}; layers are run again to their end under 'full' alone"
     unblocked = "no layers are run again to their end; whole_blocks=True and recompute='full' do that"
-    kept = "reshard is False; gathered parameters are kept for backward"
-    unfreed = f"state is {setup.state!r}; gathered parameters are kept or freed under 'zero3' alone"
-    unshared = f"state is {setup.state!r}; what was updated is gathered once a step under 'zero1' and 'zero2' alone"
-    alone = "tp is 1; there are no tensor-parallel ranks, leave it out"
+    kept = "reshard=False; gathered parameters are kept for backward"
+    unfreed = f"state={setup.state!r}; gathered parameters are kept or freed under 'zero3' alone"
+    unshared = f"state={setup.state!r}; what was updated is gathered once a step under 'zero1' and 'zero2' alone"
+    alone = "tp=1; there are no tensor-parallel ranks, leave it out"
     ungathered = (
-        "dp_shard is 1; there is nothing to gather"
+        "dp_shard=1; there is nothing to gather"
         if setup.is_played
         else "gathers are waited for so under 'zero3' without stages, context or expert parallelism alone"
     )
     gathers = setup.is_played and setup.dp_shard > 1
-    played = "state is 'zero3'; without stages, context or expert parallelism it runs as a plan does"
+    staged = "pp=1; there are no stages, leave it out"
+    played = "state='zero3'; without stages, context or expert parallelism it runs as a plan does"
     for idle, name, why in (
         (setup.whole_blocks and not setup.runs_whole, "whole_blocks=True", full),
         (not setup.reshard and setup.state != "zero3", "reshard=False", unfreed),
@@ -204,28 +203,29 @@ def _check_idle(setup: Setup) -> None:
         (setup.gathers_again and setup.tp == 1, "gathers_again=True", alone),
         (setup.tp_overlap and setup.tp == 1, "tp_overlap=True", alone),
         (setup.tp_waits and setup.tp == 1, "tp_waits=True", alone),
-        (setup.tp_overlap and setup.tp_waits, "tp_overlap=True", "so is tp_waits; collectives do one of them"),
+        (setup.tp_overlap and setup.tp_waits, "tp_overlap=True", "tp_waits=True; collectives do one of them"),
         (setup.solved and setup.tp == 1, "solved=True", alone),
         (setup.in_block != "pointwise" and not setup.runs_whole, f"in_block={setup.in_block!r}", unblocked),
-        (setup.experts_beside and setup.ep == 1, "experts_beside=True", "ep is 1; no tokens are sent, leave it out"),
+        (setup.experts_beside and setup.ep == 1, "experts_beside=True", "ep=1; no tokens are sent, leave it out"),
         (
             setup.experts_beside and setup.accumulate == 1,
             "experts_beside=True",
-            "accumulate is 1; there is no other micro-batch to send them beside",
+            "accumulate=1; there is no other micro-batch to send them beside",
         ),
         (
             setup.experts_beside and setup.pp > 1 and setup.virtual == 1,
             "experts_beside=True",
-            f"virtual is 1; a forward and a backward run in pairs where the {setup.pp} stages are interleaved alone",
+            f"virtual=1; a forward and a backward run in pairs where the {setup.pp} stages are interleaved alone",
         ),
-        (setup.balanced and setup.pp == 1, "balanced=True", "pp is 1; there are no stages, leave it out"),
+        (setup.virtual > 1 and setup.pp == 1, f"virtual={setup.virtual}", staged),
+        (setup.balanced and setup.pp == 1, "balanced=True", staged),
         (setup.gather_bytes_per_s and not gathers, f"gather_bytes_per_s={setup.gather_bytes_per_s:g}", ungathered),
         (setup.gathers_late and not gathers, "gathers_late=True", ungathered),
         (setup.gathers_late and not setup.reshard, "gathers_late=True", kept),
         (setup.gathers_late and setup.gather_bytes_per_s, "gathers_late=True", "gather_bytes_per_s has all waited for"),
         (not setup.overlap and setup.is_played, "overlap=False", played),
         (setup.gathers_waited and setup.state not in ("zero1", "zero2"), "gathers_waited=True", unshared),
-        (setup.gathers_waited and not setup.overlap, "gathers_waited=True", "overlap is False; all is waited for"),
+        (setup.gathers_waited and not setup.overlap, "gathers_waited=True", "overlap=False; all is waited for"),
         (setup.adds_in_products and setup.is_played, "adds_in_products=True", played),
     ):
         if idle:
@@ -240,17 +240,17 @@ def _check_model(setup: Setup, asked: Subject) -> None:
             "token through all of them; leave it out"
         )
     if setup.pp > 1 and not layers:
-        raise ValueError(f"pp is {setup.pp}, but {NO_LAYERS}; pp=1 is priced")
+        raise ValueError(f"pp={setup.pp}, but {NO_LAYERS}; pp=1 is priced")
     if setup.pp > max(1, layers):
-        raise ValueError(f"pp is {setup.pp}, but the model has {layers} repeated layers; at most that")
+        raise ValueError(f"pp={setup.pp}, but the model has {layers} repeated layers; at most that")
     if setup.virtual > 1 and (most := math.ceil(layers / setup.pp)) % setup.virtual:
         raise ValueError(
-            f"virtual is {setup.virtual}: a stage's {most} of {layers} layers are not cut evenly into that many parts"
+            f"virtual={setup.virtual}: a stage's {most} of {layers} layers are not cut evenly into that many parts"
         )
     if setup.cp > 1 and asked.cut_length is None:
-        raise ValueError(f"cp is {setup.cp}: a sequence can be cut where inputs come from the model's config alone")
+        raise ValueError(f"cp={setup.cp}: a sequence can be cut where inputs come from the model's config alone")
     if setup.cp > 1 and asked.cut_length is not None and asked.cut_length % setup.cp:
-        raise ValueError(f"cp is {setup.cp}, which does not divide a sequence of {asked.cut_length}")
+        raise ValueError(f"cp={setup.cp} does not divide a sequence of {asked.cut_length}")
 
 
 def _balance_notes(found: Estimate, asked: Subject) -> list[str]:

@@ -79,12 +79,12 @@ def _checked(
     Raises:
         ValueError: one names no input, or no dim of it.
     """
-    if unknown := sorted(set(batch_dims) - set(names)):
-        raise ValueError(f"batch_dims names {unknown}, but the inputs are {names}")
+    if unknown := {name: dim for name, dim in batch_dims.items() if name not in names}:
+        raise ValueError(f"batch_dims={unknown}: the inputs are {', '.join(names)}")
     found: dict[str, int | None] = {}
     for name, dim in batch_dims.items():
         if dim is not None and (name not in tensors or not -tensors[name].dim() <= dim < tensors[name].dim()):
-            raise ValueError(f"batch_dims[{name!r}] is {dim}, but the input is {_describe(tensors.get(name))}")
+            raise ValueError(f"batch_dims={{{name!r}: {dim}}}, but the input is {_describe(tensors.get(name))}")
         found[name] = dim if dim is None else dim % tensors[name].dim()
     return found
 

@@ -50,7 +50,7 @@ class Way:
 
     def __str__(self) -> str:
         made = self.plan.schedule
-        again = "" if self.plan.recompute == "pointwise" else f", recompute {self.plan.recompute!r}"
+        again = "" if self.plan.recompute == "pointwise" else f", recompute={self.plan.recompute!r}"
         how = f"{self.plan.strategy}{again}"
         return f"{self.change}: {gib(made.peak_memory_bytes)}, {step_text(made.step_time_s)} per step ({how})"
 
@@ -98,7 +98,7 @@ def why_nothing_fits(
     changes = [str(way) for way in ways]
     if found and _BUDGET in conflict:
         needed = smallest(found).schedule.peak_memory_bytes
-        changes.append(f"a memory budget of {gib(needed)} ({needed} bytes), if the device has that much")
+        changes.append(f"memory_budget={needed} ({gib(needed)}), if the device has that much")
     if changes:
         parts.append(f"What would fit: {'; '.join(changes)}.")
     if missed:
@@ -130,17 +130,17 @@ def _constraints(request: Request) -> dict[str, Callable[[Request], Request]]:
     """What was asked for, by name, with what lets go of it; the budget last."""
     found: dict[str, Callable[[Request], Request]] = {}
     if request.recompute != "auto":
-        found[f"recompute {request.recompute!r}"] = lambda r: replace(r, recompute="auto")
+        found[f"recompute={request.recompute!r}"] = lambda r: replace(r, recompute="auto")
     if request.reshard is False:
         found["reshard_after_forward=False"] = lambda r: replace(r, reshard=None)
     if request.regather is False:
         found["regather_activations=False"] = lambda r: replace(r, regather=None)
     if request.strategy != "auto":
-        found[f"strategy {request.strategy!r}"] = lambda r: replace(r, strategy="auto")
+        found[f"strategy={request.strategy!r}"] = lambda r: replace(r, strategy="auto")
     for pattern, pin in request.pins.items():
         wanted = pin if isinstance(pin, Pin) else Pin(pin)
-        name = f"the pin {pattern!r}: {wanted}"
-        found[name] = lambda r, p=pattern: replace(r, pins={k: v for k, v in r.pins.items() if k != p})  # type: ignore[misc]
+        asked = {pattern: str(wanted)}
+        found[f"pins={asked}"] = lambda r, p=pattern: replace(r, pins={k: v for k, v in r.pins.items() if k != p})  # type: ignore[misc]
     if request.stored is not None:
         found["the layouts that the parameters have"] = lambda r: replace(r, stored=None)
     return {_BUDGET: lambda r: r, **found}
@@ -242,7 +242,8 @@ def _on(look: _Look, sizes: Sequence[int]) -> Candidate | None:
 
 
 def _mesh_text(asked: Search, sizes: Sequence[int]) -> str:
-    return " x ".join(f"{axis.name}={size}" for axis, size in zip(asked.topology.axes, sizes, strict=True))
+    mesh = {axis.name: size for axis, size in zip(asked.topology.axes, sizes, strict=True)}
+    return f"mesh={mesh}"
 
 
 def _other_mesh(look: _Look) -> Way | None:
@@ -268,7 +269,7 @@ def _other_mesh(look: _Look) -> Way | None:
                 raise
             break
         if plan is not None:
-            ways.append(Way(f"the mesh {_mesh_text(look.asked, shape)}", plan))
+            ways.append(Way(_mesh_text(look.asked, shape), plan))
     return min(ways, key=lambda way: way.plan.schedule.step_time_s, default=None)
 
 
