@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.program.emit import Emitter, emitter_like, written_anew
+from passes.program.emit import Rewriter
 from passes.program.program import Program
 
 aten = torch.ops.aten
@@ -47,19 +47,14 @@ def is_worth_repeating(program: Program, parts: int) -> bool:
 
 def repeat_keys(program: Program) -> Program:
     """The program with the keys and values of grouped attention repeated. It keeps its fingerprint."""
-    old = program.graph.graph
-    emit = emitter_like(old)
-    new: dict[fx.Node, fx.Node] = {}
-    for node in old.nodes:
-        if node in new:  # a part of an attention's gradient
-            continue
+    emit = Rewriter(program)
+
+    def write(node: fx.Node) -> fx.Node | None:
         if node.target not in _KEYS or _heads(node) is None:
-            new[node] = emit.graph.node_copy(node, lambda x: new[x])
-            continue
-        emit.stand_for(node)
-        new[node] = _forward(emit, node, new) if node.target is _FORWARD else _backward(emit, node, new)
-    emit.graph.eliminate_dead_code()
-    return written_anew(program, emit)
+            return None
+        return _forward(emit, node) if node.target is _FORWARD else _backward(emit, node)
+
+    return emit.written(write)
 
 
 def _heads(node: fx.Node) -> tuple[int, int] | None:
@@ -69,26 +64,26 @@ def _heads(node: fx.Node) -> tuple[int, int] | None:
     return (heads, kv_heads) if heads != kv_heads else None
 
 
-def _repeated(emit: Emitter, node: fx.Node, new: dict[fx.Node, fx.Node]) -> tuple[list[object], fx.Node]:
+def _repeated(emit: Rewriter, node: fx.Node) -> tuple[list[object], fx.Node]:
     """The attention's arguments with keys and values repeated, and the key-value head of each query head."""
     heads, kv_heads = _heads(node) or (1, 1)
     index = emit.call(aten.arange.start, 0, heads, dtype=torch.int64, device=torch.device("cpu"))
     index = emit.call(aten.div.Tensor_mode, index, heads // kv_heads, rounding_mode="floor")
-    args: list[object] = list(fx.map_arg(node.args, lambda x: new[x]))
+    args: list[object] = list(fx.map_arg(node.args, emit.new.__getitem__))
     for place in _KEYS[node.target]:
         args[place] = emit.call(aten.index_select.default, args[place], 1, index)
     return args, index
 
 
-def _forward(emit: Emitter, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.Node:
-    args, _ = _repeated(emit, node, new)
-    return emit.call(node.target, *args, **fx.map_arg(node.kwargs, lambda x: new[x]))
+def _forward(emit: Rewriter, node: fx.Node) -> fx.Node:
+    args, _ = _repeated(emit, node)
+    return emit.call(node.target, *args, **fx.map_arg(node.kwargs, emit.new.__getitem__))
 
 
-def _backward(emit: Emitter, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.Node:
+def _backward(emit: Rewriter, node: fx.Node) -> fx.Node:
     """The gradients of repeated keys and values added up."""
-    args, index = _repeated(emit, node, new)
-    made = emit.call(node.target, *args, **fx.map_arg(node.kwargs, lambda x: new[x]))
+    args, index = _repeated(emit, node)
+    made = emit.call(node.target, *args, **fx.map_arg(node.kwargs, emit.new.__getitem__))
     for user in list(node.users):
         position = user.args[1]
         part = emit.call(operator.getitem, made, position)
@@ -96,5 +91,5 @@ def _backward(emit: Emitter, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.N
             shape = [int(n) for n in user.meta["val"].shape]
             zeros = emit.call(aten.full.default, shape, 0, dtype=user.meta["val"].dtype, device=torch.device("cpu"))
             part = emit.call(aten.index_add.default, zeros, 1, index, part)
-        new[user] = part
+        emit.new[user] = part
     return made

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.analysis.dims import is_getitem
-from passes.program.emit import Emitter, emitter_like, written_anew
+from passes.program.emit import Emitter, Rewriter
 from passes.program.program import Program
 from passes.program.walks import made_of
 from passes.rules.call import call_of, operand_nodes
@@ -38,21 +38,17 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 def by_reductions(program: Program) -> Program:
     """The program with softmax and argmax over a vocabulary, and their gradients, written as reductions. The
     fingerprint is kept."""
-    old = program.graph.graph
     taken = _taken(program)
     if not taken:
         return program
-    emit = emitter_like(old)
-    new: dict[fx.Node, fx.Node] = {}
-    most: dict[fx.Node, fx.Node] = {}
-    for node in old.nodes:
-        emit.stand_for(node)
+    emit = Rewriter(program)
+    new, most = emit.new, dict[fx.Node, fx.Node]()
+
+    def write(node: fx.Node) -> fx.Node | None:
         arguments: Any = node.args
-        if node not in taken:
-            new[node] = emit.graph.node_copy(node, new.__getitem__)
-        elif node.target is _MAX:
-            continue
-        elif is_getitem(node):
+        if node not in taken or node.target is _MAX:  # whose results are written one by one
+            return None
+        if is_getitem(node):
             x, dim, *rest = arguments[0].args
             keep, dim = bool(rest and rest[0]), dim % x.meta["val"].dim()
             if arguments[0] not in most:
@@ -60,17 +56,17 @@ def by_reductions(program: Program) -> Program:
             made = index = most[arguments[0]]
             if not arguments[1]:  # the value
                 made = emit.call(aten.sum.dim_IntList, _where_it_is(emit, index, new[x], dim), [dim], True)
-            new[node] = made if keep else emit.view(made, node.meta["val"].shape)
-        elif node.target is _SCATTER:
-            new[node] = _where_it_is(emit, new[arguments[2]], new[arguments[3]], arguments[1], node.meta["val"].shape)
-        elif node.target is _SOFTMAX:
-            new[node] = _softmax(emit, new[arguments[0]], arguments[1], node.meta["val"].dtype)
-        elif node.target is _BACKWARD:
-            new[node] = _softmax_backward(emit, new[arguments[0]], new[arguments[1]], *arguments[2:])
-        else:
-            keep = bool(arguments[2]) if len(arguments) > 2 else bool(node.kwargs.get("keepdim", False))
-            new[node] = _argmax(emit, new[arguments[0]], arguments[1], keep)
-    return written_anew(program, emit)
+            return made if keep else emit.view(made, node.meta["val"].shape)
+        if node.target is _SCATTER:
+            return _where_it_is(emit, new[arguments[2]], new[arguments[3]], arguments[1], node.meta["val"].shape)
+        if node.target is _SOFTMAX:
+            return _softmax(emit, new[arguments[0]], arguments[1], node.meta["val"].dtype)
+        if node.target is _BACKWARD:
+            return _softmax_backward(emit, new[arguments[0]], new[arguments[1]], *arguments[2:])
+        keep = bool(arguments[2]) if len(arguments) > 2 else bool(node.kwargs.get("keepdim", False))
+        return _argmax(emit, new[arguments[0]], arguments[1], keep)
+
+    return emit.written(write)
 
 
 def _taken(program: Program) -> set[fx.Node]:

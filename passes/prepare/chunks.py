@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from passes.program.emit import emitter_like, written_anew
+from passes.program.emit import Rewriter
 from passes.program.program import Program
 
 aten = torch.ops.aten
@@ -27,32 +27,30 @@ _Part = tuple[fx.Node, int, int]
 
 def split_chunks(program: Program) -> Program:
     """The program with equal parts of a product's columns as a dim of their own. The fingerprint is kept."""
-    old = program.graph.graph
-    parts = {part: found for source in old.nodes for part, found in _parts(source)}
+    parts = {part: found for source in program.graph.graph.nodes for part, found in _parts(source)}
     if not parts:
         return program
     counts = {(count, _columns(part)) for part, (_, count, _) in parts.items()}
-    emit = emitter_like(old)
-    new: dict[fx.Node, fx.Node] = {}
-    whole: dict[fx.Node, fx.Node] = {}
-    for node in old.nodes:
-        emit.stand_for(node)
+    emit = Rewriter(program)
+    new, whole = emit.new, dict[fx.Node, fx.Node]()
+
+    def write(node: fx.Node) -> fx.Node | None:
         if node in parts:
             source, count, which = parts[node]
             if source not in whole:
                 shape = source.meta["val"].shape
                 whole[source] = emit.view(new[source], [*shape[:-1], count, shape[-1] // count])
-            new[node] = emit.call(aten.select.int, whole[source], -2, which)
-        elif node.target is aten.slice_backward.default and (cut := _cut_of(node)) and cut[:2] in counts:
-            grad, sizes = new[node.args[0]], node.meta["val"].shape
+            return emit.call(aten.select.int, whole[source], -2, which)
+        if node.target is aten.slice_backward.default and (cut := _cut_of(node)) and cut[:2] in counts:
+            grad, sizes = new[cast(Any, node.args[0])], node.meta["val"].shape
             apart = [*sizes[:-1], *cut[:2]]
-            new[node] = emit.view(emit.call(aten.select_backward.default, grad, apart, -2, cut[2]), sizes)
-        elif (joined := _joined(node)) and (len(joined), _columns(joined[0])) in counts:
+            return emit.view(emit.call(aten.select_backward.default, grad, apart, -2, cut[2]), sizes)
+        if (joined := _joined(node)) and (len(joined), _columns(joined[0])) in counts:
             entries = [emit.call(aten.unsqueeze.default, new[part], -2) for part in joined]
-            new[node] = emit.view(emit.call(aten.cat.default, entries, -2), node.meta["val"].shape)
-        else:
-            new[node] = emit.graph.node_copy(node, new.__getitem__)
-    return written_anew(program, emit)
+            return emit.view(emit.call(aten.cat.default, entries, -2), node.meta["val"].shape)
+        return None
+
+    return emit.written(write)
 
 
 def _parts(source: fx.Node) -> Iterator[tuple[fx.Node, _Part]]:

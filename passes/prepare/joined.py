@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from passes.program.emit import Emitter, emitter_like, written_anew
+from passes.program.emit import Emitter, Rewriter
 from passes.program.program import Program
 from passes.program.walks import cut_of, following
 
@@ -34,34 +34,32 @@ class _Run:
 
 def split_joined(program: Program) -> Program:
     """The program with the batches that a `cat` joins as a dim of their own. The fingerprint is kept."""
-    old = program.graph.graph
-    batch = program.batch_size
+    graph, batch = program.graph.graph, program.batch_size
     if batch is None or batch < 2:
         return program
-    joined = _joined(old, program.batch_dims, batch)
+    joined = _joined(graph, program.batch_dims, batch)
     if not joined:
         return program
-    lengths, behind = {node.meta["val"].shape[0] for node in joined}, following(old, joined)
-    emit = emitter_like(old)
-    new: dict[fx.Node, fx.Node] = {}
-    for node in old.nodes:
-        emit.stand_for(node)
+    lengths, behind = {node.meta["val"].shape[0] for node in joined}, following(graph, joined)
+    emit = Rewriter(program)
+
+    def write(node: fx.Node) -> fx.Node | None:
         run = _run(node, batch, lengths) if node in behind else None
         arguments: Any = node.args
         if node in joined:
-            entries = [_apart(emit, new[part], batch) for part in arguments[0]]
-            made = emit.call(aten.cat.default, entries)
-        elif run is not None and node.target is aten.slice.Tensor:
-            made = emit.call(aten.slice.Tensor, _apart(emit, new[arguments[0]], batch), 0, run.start, run.end)
-        elif run is not None:
-            grad, sizes = _apart(emit, new[arguments[0]], batch), arguments[1]
-            apart = [sizes[0] // batch, batch, *sizes[1:]]
-            made = emit.call(aten.slice_backward.default, grad, apart, 0, run.start, run.end, 1)
+            made = emit.call(aten.cat.default, [_apart(emit, emit.new[part], batch) for part in arguments[0]])
+        elif run is None:
+            return None
         else:
-            new[node] = emit.graph.node_copy(node, new.__getitem__)
-            continue
-        new[node] = emit.view(made, node.meta["val"].shape)
-    return written_anew(program, emit)
+            given = _apart(emit, emit.new[arguments[0]], batch)
+            if node.target is aten.slice.Tensor:
+                made = emit.call(aten.slice.Tensor, given, 0, run.start, run.end)
+            else:
+                apart = [arguments[1][0] // batch, batch, *arguments[1][1:]]
+                made = emit.call(aten.slice_backward.default, given, apart, 0, run.start, run.end, 1)
+        return emit.view(made, node.meta["val"].shape)
+
+    return emit.written(write)
 
 
 def _joined(graph: fx.Graph, of_batch: Collection[fx.Node], batch: int) -> set[fx.Node]:

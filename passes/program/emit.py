@@ -1,13 +1,13 @@
-"""Building a rank's graph: nodes with fake values, and reshapes that always work.
+"""Building graphs: nodes with fake values, and reshapes that always work.
 
-Every tensor of the local graph has the shape of the rank's part.
+`Emitter` builds a rank's, where every tensor has the shape of the rank's part; `Rewriter` a program's anew.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -172,10 +172,35 @@ class Emitter:
         return self.call(WAIT, x)
 
 
-def emitter_like(graph: fx.Graph) -> Emitter:
-    """An emitter of an empty graph on the fake tensors of `graph`, for programs that are not laid out yet."""
-    mode = next(v.fake_mode for n in graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
-    return Emitter(fx.Graph(), mode, None)  # type: ignore[arg-type]
+class Rewriter(Emitter):
+    """Writes a program that is not laid out yet anew; `new`: what stands for each of its nodes so far."""
+
+    def __init__(self, program: Program) -> None:
+        self.old = program.graph.graph
+        mode = next(v.fake_mode for node in self.old.nodes if hasattr(v := node.meta.get("val"), "fake_mode"))
+        super().__init__(fx.Graph(), mode, None)  # type: ignore[arg-type]
+        self.program = program
+        self.new: dict[fx.Node, fx.Node] = {}
+
+    def written(self, write: Callable[[fx.Node], fx.Node | None]) -> Program:
+        """The program with what `write` makes of each node, and a copy of it where that is None."""
+        self.write(write)
+        return self.finished()
+
+    def write(self, write: Callable[[fx.Node], fx.Node | None], nodes: Iterable[fx.Node] | None = None) -> None:
+        """Add what `write` makes of each node, or a copy where that is None; `nodes`: in an order of their own."""
+        for node in self.old.nodes if nodes is None else nodes:
+            if node not in self.new:
+                self.stand_for(node)
+                made = write(node)
+                self.new[node] = self.graph.node_copy(node, self.new.__getitem__) if made is None else made
+
+    def finished(self) -> Program:
+        """The program with the new graph in the place of its own, less what nothing reads; the fingerprint is kept."""
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        relax_views(self.graph)
+        self.graph.lint()
+        return replace(self.program, graph=graph_module(self.program.graph, self.graph))
 
 
 def relax_views(graph: fx.Graph) -> None:
@@ -183,13 +208,6 @@ def relax_views(graph: fx.Graph) -> None:
     for view in SAME_STRIDES:
         for node in graph.find_nodes(op="call_function", target=view):
             node.target = aten.reshape.default
-
-
-def written_anew(program: Program, emit: Emitter) -> Program:
-    """`program` with the graph that was emitted in the place of its own; it keeps its fingerprint."""
-    relax_views(emit.graph)
-    emit.graph.lint()
-    return replace(program, graph=graph_module(program.graph, emit.graph))
 
 
 def _key(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.program.emit import emitter_like, written_anew
+from passes.program.emit import Rewriter
 from passes.program.program import Program
 from passes.program.walks import following
 from passes.rules.call import call_of, is_tensor, operand_nodes
@@ -35,34 +35,32 @@ def chunks_as_rows(program: Program) -> Program:
     if not taken:
         return program
     shapes = {tuple(source.meta["val"].shape[:2]) for source in taken}
-    emit = emitter_like(old)
-    new: dict[fx.Node, fx.Node] = {}
-    flat: dict[fx.Node, fx.Node] = {}
-    for node in old.nodes:
-        emit.stand_for(node)
+    emit = Rewriter(program)
+    new, flat = emit.new, dict[fx.Node, fx.Node]()
+
+    def write(node: fx.Node) -> fx.Node | None:
         arguments: Any = node.args
         if _is_entry(node) and arguments[0] in follow and tuple(arguments[0].meta["val"].shape[:2]) in shapes:
             count, rows, *rest = arguments[0].meta["val"].shape
             if arguments[0] not in flat:
                 flat[arguments[0]] = emit.view(new[arguments[0]], [count * rows, *rest])
             start = arguments[2] % count * rows
-            new[node] = emit.call(aten.slice.Tensor, flat[arguments[0]], 0, start, start + rows)
-        elif node.target is aten.select_backward.default and arguments[2] == 0 and tuple(arguments[1][:2]) in shapes:
+            return emit.call(aten.slice.Tensor, flat[arguments[0]], 0, start, start + rows)
+        if node.target is aten.select_backward.default and arguments[2] == 0 and tuple(arguments[1][:2]) in shapes:
             count, rows, *rest = arguments[1]
             start, whole = arguments[3] % count * rows, [count * rows, *rest]
             made = emit.call(aten.slice_backward.default, new[arguments[0]], whole, 0, start, start + rows, 1)
-            new[node] = emit.view(made, arguments[1])
-        elif (stacked := _stacked(node)) and tuple(node.meta["val"].shape[:2]) in shapes:
-            made = emit.call(aten.cat.default, [new[part] for part in stacked])
-            new[node] = emit.view(made, node.meta["val"].shape)
-        else:
-            new[node] = emit.graph.node_copy(node, new.__getitem__)
+            return emit.view(made, arguments[1])
+        if (stacked := _stacked(node)) and tuple(node.meta["val"].shape[:2]) in shapes:
+            return emit.view(emit.call(aten.cat.default, [new[part] for part in stacked]), node.meta["val"].shape)
+        return None
+
+    emit.write(write)
     for node in emit.graph.nodes:
         source = node.args[0] if node.target in RESHAPES else None
         if isinstance(source, fx.Node) and source.target in RESHAPES and tuple(source.meta["val"].shape[:2]) in shapes:
             node.update_arg(0, source.args[0])
-    emit.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return written_anew(program, emit)
+    return emit.finished()
 
 
 def _is_taken(source: fx.Node, batch: int) -> bool:

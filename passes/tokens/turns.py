@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.analysis.dims import is_getitem
-from passes.program.emit import Emitter, emitter_like, written_anew
+from passes.program.emit import Rewriter
 from passes.program.program import Program
 from passes.program.provenance import place_of
 from passes.program.walks import cut_of
@@ -125,26 +125,9 @@ def _by_blocks(program: Program, turns: Turns, parts: int, where: str) -> Progra
     old = program.graph.graph
     walk = walked(old, turns)
     after = _in_blocks(turns, parts, where)
-    emit = emitter_like(old)
-    new: dict[fx.Node, fx.Node] = {}
-    move = _Move(emit, new, walk, parts, after)
-    for node in _in_turn(old, walk):
-        emit.stand_for(node)
-        state = walk.known.get(node)
-        if node in walk.moved:
-            new[node] = move.moved(node)
-        elif node in walk.same_as:
-            new[node] = new[walk.same_as[node]]
-            if node.target is aten.sub.Tensor and node.args[1] is walk.same_as[node]:
-                new[node] = emit.call(aten.neg.default, new[node])
-        elif node in walk.in_order:
-            new[node] = move.in_order(node)
-        elif isinstance(state, Own) and (after.length(state.turn) != turns.length(state.turn) or walk.beside(node)):
-            new[node] = move.resized(node, state)
-        else:
-            new[node] = emit.graph.node_copy(node, new.__getitem__)
-    emit.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return written_anew(program, emit)
+    emit = Rewriter(program)
+    emit.write(_Move(emit, walk, parts, after).written, _in_turn(old, walk))
+    return emit.finished()
 
 
 def _in_turn(graph: fx.Graph, walk: Walk) -> list[fx.Node]:
@@ -192,8 +175,8 @@ def _in_blocks(turns: Turns, parts: int, where: str) -> Turns:
 class _Move:
     """Emits turns of what they were in the old graph as they are `after`, in blocks."""
 
-    def __init__(self, emit: Emitter, new: dict[fx.Node, fx.Node], walk: Walk, parts: int, after: Turns) -> None:
-        self.emit, self.new, self.walk, self.parts, self.after = emit, new, walk, parts, after
+    def __init__(self, emit: Rewriter, walk: Walk, parts: int, after: Turns) -> None:
+        self.emit, self.new, self.walk, self.parts, self.after = emit, emit.new, walk, parts, after
         self.shared: dict[object, fx.Node] = {}
         self.together: dict[int | tuple[fx.Node, ...], fx.Node] = {}
         """What is made alike of all turns' rows, by its key; and what they have beside these, as `(parts, rows)`."""
@@ -202,7 +185,23 @@ class _Move:
         """By key, sums over each turn's rows."""
         self.had: list[fx.Node] = []
 
-    def moved(self, node: fx.Node) -> fx.Node:
+    def written(self, node: fx.Node) -> fx.Node | None:
+        """What stands for a node; None where that is a copy of it."""
+        state = self.walk.known.get(node)
+        if node in self.walk.moved:
+            return self._moved(node)
+        if node in self.walk.same_as:
+            total = self.walk.same_as[node]
+            taken = node.target is aten.sub.Tensor and node.args[1] is total
+            return self.emit.call(aten.neg.default, self.new[total]) if taken else self.new[total]
+        if node in self.walk.in_order:
+            return self._in_order(node)
+        if isinstance(state, Own):
+            resized = self.after.length(state.turn) != self.walk.turns.length(state.turn)
+            return self._resized(node, state) if resized or self.walk.beside(node) else None
+        return None
+
+    def _moved(self, node: fx.Node) -> fx.Node:
         """What cuts rows into turns, or puts them in their places."""
         arguments: Any = node.args
         turn, rows = self.walk.moved[node]
@@ -227,7 +226,7 @@ class _Move:
         value: Tensor = node.meta["val"]
         return self.emit.view(node, [self.parts, value.shape[0] // self.parts, *value.shape[1:]])
 
-    def in_order(self, node: fx.Node) -> fx.Node:
+    def _in_order(self, node: fx.Node) -> fx.Node:
         """What reads a number of each row that its turn had: all of them are put together, and cut as they were."""
         turns, turn = self.walk.turns, self.walk.in_order[node]
         if is_total(node):
@@ -312,7 +311,7 @@ class _Move:
         """A number of each row as `(parts, n / parts)`."""
         return self.emit.view(node, [self.parts, node.meta["val"].numel() // self.parts])
 
-    def resized(self, node: fx.Node, state: Own) -> fx.Node:
+    def _resized(self, node: fx.Node, state: Own) -> fx.Node:
         """What a turn makes of its rows, of as many as it has now."""
         beside = self.walk.beside(node)
         values = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else [node.meta["val"]]
