@@ -38,6 +38,7 @@ from passes.capture.rebind import rebind
 from passes.capture.settings import attributes, settings_read
 from passes.capture.side_effects import attribute_notes, empty_buffers, mutated_notes, unchanged
 from passes.capture.slots import Slot, slots_of, user_slot
+from passes.capture.surroundings import tracing
 from passes.capture.tracing import (
     NO_OTHER_RANKS,
     WRITES_OUTSIDE,
@@ -46,7 +47,6 @@ from passes.capture.tracing import (
     TooLargeToReadError,
     Tracer,
     fake_mode,
-    tracing,
     unwrapped,
 )
 from passes.capture.written_attention import WrittenAttention

@@ -4,37 +4,30 @@
 
 Autograd runs above, so forward and backward land in one graph; functionalisation has turned in-place ops and writes
 through views into pure ones. The tracer is a dispatch mode of its own, not `make_fx`: a node then costs about one fake
-dispatch, carries where it came from at once, and a value that the model reads can be answered (see `values`).
+dispatch, carries where it came from at once, and a value that the model reads can be answered (see `values`). What else
+is in force while a model runs so is in `surroundings`.
 
-All use of torch's private tracing API is in this file, `provenance`, `values` and, of fake tensors, `fakes`.
+All use of torch's private tracing API is in these files, `provenance` and, of fake tensors, `fakes`.
 """
 
 from __future__ import annotations
 
 import operator
-import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from passes.capture.control_flow import control_flow_as_python
 from passes.capture.decompositions import DECOMPOSITIONS
 from passes.capture.guards import Read, shapes
-from passes.capture.one_process import as_one_process
 from passes.capture.outliving import give_values, remade
-from passes.capture.torch_functions import INSTEAD
 from passes.capture.values import ExampleValues, TooLargeError, UnknownValueError, off_the_record, run_real
-from passes.capture.written_attention import WrittenAttention
 from passes.errors import CaptureError
 from passes.program.fakes import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from passes.program.program import Fixed
@@ -50,7 +43,6 @@ _CHECKS = {
     aten._assert_tensor_metadata.default,
 }
 _READS = {aten._local_scalar_dense.default, aten.equal.default}
-_PYTHON_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 _SHAPED_BY_INTEGERS = {aten._ctc_loss.Tensor}
 _INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
 _MAX_INLINE_ELEMENTS = 2**24
@@ -474,83 +466,6 @@ def _map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-class _Calls(TorchFunctionMode):
-    """Handles what is caught above aten: reads of values, and functions of torch that run as others (`INSTEAD`)."""
-
-    def __init__(self, tracer: Tracer, attention: WrittenAttention | None) -> None:
-        super().__init__()
-        self._tracer = tracer
-        self._attention = attention
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _PYTHON_READS and isinstance(args[0], Tensor):
-            real = self._tracer.values_read(unwrapped(args[0]), "the model reads the values of a tensor")
-            with off_the_record():
-                return func(real, *args[1:], **kwargs)
-        if func is Tensor.backward:
-            self._tracer.went_back = self._tracer.location()
-        if self._attention is not None:
-            return self._attention.call(func, args, kwargs, INSTEAD.get(func, func))
-        return INSTEAD.get(func, func)(*args, **kwargs)
-
-
-_ASKS = re.compile("compiling|tracing")
-"""Names of functions that libraries wrap `torch.compiler.is_compiling` in."""
-
-
-@contextmanager
-def tracing(tracer: Tracer, attention: WrittenAttention | None = None) -> Iterator[None]:
-    """Record what is run inside, attention as `attention` has it. Random state and global settings are as before
-    afterwards."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    compiling, is_compiling = torch.compiler._is_compiling_flag, torch.compiler.is_compiling
-    torch.compiler._is_compiling_flag = tracer.branches.as_compiled
-    asking: dict[str, None] = {}
-
-    def answered() -> bool:
-        """`torch.compiler.is_compiling`, with a look at who asks: some models compute something else when told so."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and _ASKS.search(frame.f_code.co_name):
-            frame = frame.f_back
-        if place := short_location(*model_line(frame)):
-            asking[place] = None
-        return is_compiling()
-
-    torch.compiler.is_compiling = answered
-    torch.backends.mha.set_fastpath_enabled(False)
-    # oneDNN has LSTMs and GRUs as one op, for the CPU alone; without it they are products and pointwise ops.
-    one_dnn = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    torch._enable_functionalization(reapply_views=True)
-    try:
-        with (
-            control_flow_as_python(tracer.location),
-            as_one_process(),
-            tracer.fake_mode,
-            tracer,
-            _Calls(tracer, attention),
-        ):
-            yield
-    finally:
-        torch._disable_functionalization()
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        torch._C._set_mkldnn_enabled(one_dnn)
-        torch.compiler._is_compiling_flag, torch.compiler.is_compiling = compiling, is_compiling
-        if asking and tracer.branches.as_compiled:
-            places = ", ".join(list(asking)[:3]) + (", ..." if len(asking) > 3 else "")
-            tracer.notes.append(f"the model asks whether it is compiled, and is told that it is, at {places}")
-        tracer.notes.extend(
-            f"the forward draws random numbers from {library}: every step finds those of the first one, where torch's "
-            "are new in each"
-            for library in _drawn_from(*states[1:])
-        )
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-
-
 def _drops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a random op is one: attention without dropout draws nothing."""
     for place, argument in enumerate(func._schema.arguments):
@@ -561,14 +476,6 @@ def _drops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 def _random_state() -> bytes:
     return bytes(torch.get_rng_state().numpy().tobytes())
-
-
-def _drawn_from(python: Any, numpy: Any) -> Iterator[str]:
-    """Libraries whose random numbers no graph has as ops, where their state is another than it was."""
-    if random.getstate() != python:
-        yield "Python's random"
-    if any(np.any(now != then) for now, then in zip(np.random.get_state(), numpy, strict=True)):
-        yield "NumPy"
 
 
 def wrapped(fake: Tensor, requires_grad: bool) -> Tensor:
