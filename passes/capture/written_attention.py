@@ -11,7 +11,7 @@ the model's own ops stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -125,37 +125,13 @@ class WrittenAttention:
             return self._chosen(func, args)
         of = [(arg, self._of(arg)) for arg in args if isinstance(arg, Tensor)]
         followed = [(arg, scores) for arg, scores in of if scores is not None]
-        if len(followed) != 1:
+        if func not in _RULES or len(followed) != 1:
             return None
         ((given, scores),) = followed
-        others = [arg for arg, known in of if known is None and arg.numel() > 1]
         if args[0] is not given and func not in _SUMS | _TIMES:
             return None
-        if func in _SOFTMAXES:
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            last = dim in (-1, given.dim() - 1) and not scores.weights
-            return replace(scores, weights=True) if last else None
-        if func in _DROPOUTS:
-            return scores if scores.weights else None
-        if func in _SOME:
-            return scores if _leaves_sinks_out(scores, given, out) else None
-        if func in _VIEWS:
-            return _viewed(scores, given, out)
-        if func in _CASTS and out.shape == given.shape:
-            return scores
-        if scores.weights:
-            return scores if func in _ALIKE and not others and out.shape == given.shape else None
-        if func in _FILLS and len(args) == 3 and isinstance(args[1], Tensor):
-            return replace(scores, seen=(*scores.seen, ~args[1]))
-        if func in _SUMS or func in _DIFFERENCES:
-            if out.shape != given.shape:
-                return None
-            if not others or others[0].shape[-1] == 1:  # the same of every key, such as their maximum
-                return scores
-            return _with_added(scores, others[0]) if func in _SUMS else None
-        if func in _ALIKE and out.shape == given.shape and all(not each.requires_grad for each in others):
-            return scores
-        return None
+        others = [arg for arg, known in of if known is None and arg.numel() > 1]
+        return _RULES[func](_Step(func, args, kwargs, given, scores, others, out))
 
     def _with_sinks(self, parts: Any, out: Tensor) -> _Scores | None:
         """Scores with further ones behind them, which have no values."""
@@ -268,16 +244,84 @@ def _with_added(scores: _Scores, added: Any) -> _Scores | None:
     return None if added.requires_grad else replace(scores, added=(*scores.added, added))
 
 
-def _leaves_sinks_out(scores: _Scores, given: Tensor, out: Tensor) -> bool:
-    """Whether weights without those of sinks are taken, which lie behind the others."""
-    first = out.storage_offset() == given.storage_offset()
-    return scores.weights and first and out.shape == (*given.shape[:-1], scores.keys)
+@dataclass(frozen=True)
+class _Step:
+    """A call that reads scores or weights, `given`; `others`: tensors of more than one number that it reads too."""
+
+    func: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    given: Tensor
+    scores: _Scores
+    others: Sequence[Tensor]
+    out: Tensor
+
+    @property
+    def keeps_shape(self) -> bool:
+        return self.out.shape == self.given.shape
 
 
-def _viewed(scores: _Scores, given: Tensor, out: Tensor) -> _Scores | None:
+def _softmaxed(step: _Step) -> _Scores | None:
+    dim = step.kwargs.get("dim", step.args[1] if len(step.args) > 1 else None)
+    last = dim in (-1, step.given.dim() - 1) and not step.scores.weights
+    return replace(step.scores, weights=True) if last else None
+
+
+def _dropped(step: _Step) -> _Scores | None:
+    return step.scores if step.scores.weights else None
+
+
+def _without_sinks(step: _Step) -> _Scores | None:
+    """Weights without those of sinks, which lie behind the others."""
+    first = step.out.storage_offset() == step.given.storage_offset()
+    taken = first and step.out.shape == (*step.given.shape[:-1], step.scores.keys)
+    return step.scores if step.scores.weights and taken else None
+
+
+def _viewed(step: _Step) -> _Scores | None:
     """Where heads are joined to the batch or told apart again."""
-    same = out.dim() in (3, 4) and out.shape[-2:] == given.shape[-2:]
-    return scores if same else None
+    same = step.out.dim() in (3, 4) and step.out.shape[-2:] == step.given.shape[-2:]
+    return step.scores if same else None
+
+
+def _cast(step: _Step) -> _Scores | None:
+    return step.scores if step.keeps_shape else None
+
+
+def _filled(step: _Step) -> _Scores | None:
+    if step.scores.weights or len(step.args) != 3 or not isinstance(step.args[1], Tensor):
+        return None
+    return replace(step.scores, seen=(*step.scores.seen, ~step.args[1]))
+
+
+def _summed(step: _Step) -> _Scores | None:
+    if step.scores.weights or not step.keeps_shape:
+        return None
+    if not step.others or step.others[0].shape[-1] == 1:  # the same of every key, such as their maximum
+        return step.scores
+    return _with_added(step.scores, step.others[0]) if step.func in _SUMS else None
+
+
+def _alike(step: _Step) -> _Scores | None:
+    constant = not step.others if step.scores.weights else not any(each.requires_grad for each in step.others)
+    return step.scores if step.keeps_shape and constant else None
+
+
+_RULES: dict[Any, Callable[[_Step], _Scores | None]] = {
+    func: rule
+    for functions, rule in (
+        (_SOFTMAXES, _softmaxed),
+        (_DROPOUTS, _dropped),
+        (_SOME, _without_sinks),
+        (_VIEWS, _viewed),
+        (_CASTS, _cast),
+        (_FILLS, _filled),
+        (_SUMS | _DIFFERENCES, _summed),
+        (_ALIKE, _alike),
+    )
+    for func in functions
+}
+"""What calls make of scores or weights; None where that is neither."""
 
 
 def _mask(scores: _Scores, shape: Sequence[int]) -> Tensor | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import partial
@@ -139,46 +139,35 @@ def _longest_run(stack: _Stack, unit: int) -> tuple[int, int]:
 
 def _signature(stack: _Stack, layer: int, unit: int) -> tuple[object, ...]:
     """Equal for layers that do the same with what lies alike around them, up to `unit` layers away."""
+    near = range(layer - unit, layer + unit + 1)
 
-    of, low, high = stack.of, layer - unit, layer + unit
-    found: list[object] = [layer in stack.makers]
-    add = found.append
+    def from_here(place: Position) -> Position:
+        return place[0], place[1] - layer, place[2]
 
-    def tell(values: Iterable[Any]) -> None:
-        for value in values:
-            kind = type(value)
-            if kind is fx.Node:
-                place = of.get(value)
-                if place is None or not low <= place[1] <= high:
-                    add(value)
-                else:
-                    add((place[0], place[1] - layer, place[2]))
-            elif kind in _PLAIN:
-                add(value)
-            elif isinstance(value, list | tuple):
-                add(len(value))
-                tell(value)
-            elif isinstance(value, slice):
-                tell((value.start, value.stop, value.step))
-            else:
-                add(str(value))
+    def told(value: Any) -> object:
+        kind = type(value)
+        if kind is fx.Node:
+            place = stack.of.get(value)
+            return value if place is None or place[1] not in near else from_here(place)
+        if kind in _PLAIN:
+            return value
+        if isinstance(value, list | tuple):
+            return tuple(map(told, value))
+        return told((value.start, value.stop, value.step)) if isinstance(value, slice) else str(value)
 
-    for phase in ("given", "forward", "backward"):
-        for node in stack.nodes.get((phase, layer), ()):
-            if node.op == "placeholder":
-                add((phase, stack.inputs[node]))
-                continue
-            arguments, kwargs = node.args, node.kwargs
-            found += (phase, node.op, node.target, stack.inside[node.meta["module"]], len(arguments))
-            # a random op's number is its name
-            tell(arguments if node.target is not UNIFORM else arguments[:1] + arguments[2:])
-            if kwargs:
-                for key, value in kwargs.items():
-                    if key != "salt":
-                        tell((key, value))
-            if (places := stack.stored.get(node)) is not None:
-                add([(place[0], place[1] - layer, place[2]) for place in places])
-    return tuple(found)
+    def signature(node: fx.Node) -> tuple[object, ...]:
+        if node.op == "placeholder":
+            return (stack.inputs[node],)
+        args, kwargs = node.args, node.kwargs
+        if node.target is UNIFORM:  # its number is its name
+            args, kwargs = args[:1] + args[2:], {key: value for key, value in kwargs.items() if key != "salt"}
+        stored = tuple(map(from_here, stack.stored.get(node, ())))
+        return node.op, node.target, stack.inside[node.meta["module"]], told(args), told((*kwargs.items(),)), stored
+
+    nodes = (
+        (phase, node) for phase in ("given", "forward", "backward") for node in stack.nodes.get((phase, layer), ())
+    )
+    return (layer in stack.makers, *((phase, signature(node)) for phase, node in nodes))
 
 
 def _without(program: Program, stack: _Stack, repeated: Repeated) -> Program | None:
