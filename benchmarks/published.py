@@ -78,7 +78,8 @@ copied once more, and compute waited for it (its pull request 1188)."""
 
 _OPTIONAL = {
     **dict.fromkeys(("tp", "pp", "virtual", "cp"), "1"),
-    **dict.fromkeys(("tp_overlap", "balanced", "experts_beside"), "no"),
+    **dict.fromkeys(("tp_overlap", "balanced", "experts_beside", "ends"), "no"),
+    "dispatcher": "hybridep",
     "state_overlap": "yes",
     **dict.fromkeys(("ep", "replicas", "node_gbps", "node_gpus", "gathers", "peak_gib", "peak_of", "assumed"), ""),
     **dict.fromkeys(("head", "experts", "experts_per_token", "window", "added"), ""),
@@ -104,6 +105,8 @@ _WORDS = {
     "gradients": ("bf16", "fp32"),
     "balanced": ("yes", "no"),
     "experts_beside": ("yes", "no"),
+    "ends": ("yes", "no"),
+    "dispatcher": ("hybridep", "deepep", "alltoall"),
     "gathers": ("", "waited", "late"),
     "sequence_parallel": ("yes", "no"),
     "recompute": ("none", "full", "attention", "selective"),
@@ -209,7 +212,8 @@ class Run:
             state=cast(Any, state), fp8=self.line["precision"] == "fp8", offload="offload" in self.line["state"],
             gather_bytes_per_s=_WAITED_BYTES_PER_S if self.line["gathers"] == "waited" else 0.0,
             gathers_late=self.line["gathers"] == "late", balanced=self.line["balanced"] == "yes",
-            experts_beside=self.line["experts_beside"] == "yes",
+            experts_beside=self.line["experts_beside"] == "yes", ends_count=self.line["ends"] == "yes",
+            dispatcher=cast(Any, self.line["dispatcher"]),
             overlap=self.line["state_overlap"] != "no", gathers_waited=self.line["state_overlap"] == "gradients",
             gradient_bytes=4 if self.line["gradients"] == "fp32" else 2, adds_in_products=self.adds_in_products,
         )  # fmt: skip
@@ -362,6 +366,10 @@ def _contradictions(run: Run) -> list[tuple[str, str, str]]:
         refuse("added", "nothing would do: they are added in products where 'layers' are fused by hand alone")
     if line["experts_beside"] == "yes" and line["ep"] in ("", "1"):
         refuse("experts_beside", "'no' would do where no tokens are sent")
+    if line["dispatcher"] != "hybridep" and line["ep"] in ("", "1"):
+        refuse("dispatcher", "nothing would do where no tokens are sent")
+    if line["ends"] == "yes" and (pp == 1 or (n("layers") + 2) % pp):
+        refuse("ends", f"'no' would do, or stages that divide {n('layers') + 2} layers, embedding and head included")
     if bool(line["peak_gib"]) != bool(line["peak_of"]):
         refuse("peak_of", "with a peak_gib 'allocated' or 'reserved' would do, without one nothing")
     machine = hardware(line["hardware"])

@@ -47,15 +47,21 @@ def alone_share(stages: int, micro_batches: int, virtual: int = 1) -> float:
     return min(1.0, ((virtual - 1) * stages + 1) / (virtual * micro_batches))
 
 
-def spread(layers: int, layer_s: float, outside_s: float, stages: int, *, balanced: bool = False) -> tuple[int, int]:
+def spread(
+    layers: int, layer_s: float, outside_s: float, stages: int, *, balanced: bool = False, ends: bool = False
+) -> tuple[int, int]:
     """Layers of the stages but the last, the most that one of them has, and of the last.
 
     `outside_s` is what comes before and after the layers; nearly all of it is the head, so it lies on the last stage.
     Layers are spread evenly where the stages divide them, as frameworks do unless told otherwise; else, and where they
-    are to be `balanced`, the last stage gets fewer, as far as that helps.
+    are to be `balanced`, the last stage gets fewer, as far as that helps. `ends`: the embedding and the head count as a
+    layer each, so that the first stage and the last have one less than those between.
     """
     if stages == 1:
         return layers, layers
+    if ends and (layers + 2) % stages == 0:
+        most = (layers + 2) // stages
+        return (most if stages > 2 else most - 1), most - 1
     if layers % stages == 0 and not balanced:
         return layers // stages, layers // stages
     ways = ((ceil((layers - last) / (stages - 1)), last) for last in range(ceil(layers / stages), -1, -1))

@@ -166,6 +166,15 @@ def test_uneven_layers_are_spread_at_best(layers: int, stages: int, balanced: bo
     assert any(max(split[:-1]) == most and split[-1] == last for split in splits)
 
 
+@pytest.mark.parametrize(("layers", "stages"), [(94, 8), (94, 32), (94, 4), (6, 2), (4, 6), (10, 3)])
+def test_ends_that_count_have_a_layer_less(layers: int, stages: int) -> None:
+    """What Megatron-LM's `--account-for-...-in-pipeline-split` does: an embedding, layers and a head, cut evenly."""
+    places = ["embedding", *["layer"] * layers, "head"]
+    size = len(places) // stages
+    counts = [places[i * size : (i + 1) * size].count("layer") for i in range(stages)]
+    assert spread(layers, 1.0, 3.0, stages, ends=True) == (max(counts[:-1]), counts[-1])
+
+
 def test_stages_that_divide_layers_have_as_many_each() -> None:
     assert spread(8, 1.0, 3.0, 2) == (4, 4)
     assert spread(8, 1.0, 3.0, 2, balanced=True) == (5, 3)

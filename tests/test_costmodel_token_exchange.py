@@ -45,6 +45,26 @@ def test_bytes_are_those_of_drawn_experts(ranks: int, experts: int) -> None:
         assert token_exchange_s(size, experts, (0,), mesh) == pytest.approx(counted / SLOW, rel=0.03, abs=1e-3)
 
 
+@pytest.mark.parametrize(("ranks", "experts"), [(8, 2), (8, 8), (32, 8), (64, 4)])
+def test_sent_for_each_expert_a_token_goes_as_often_as_it_has_experts(ranks: int, experts: int) -> None:
+    """Rank 0's rows of drawn experts: those that leave its node, and those that go to others in it."""
+    drawn = random.Random(ranks * 31 + experts)
+    homes = [drawn.randrange(ranks) for _ in range(TOKENS * experts)]
+    across, inside = sum(home >= 8 for home in homes), sum(0 < home < 8 for home in homes)
+    size = float(TOKENS * TOKEN_BYTES)
+    for links, counted in (((SLOW, 1e15), inside), ((1e15, SLOW), across)):
+        mesh = topology(_with_links(*links), {"ep": ranks})
+        taken_s = token_exchange_s(size, experts, (0,), mesh, each=True)
+        assert taken_s == pytest.approx(counted * TOKEN_BYTES / SLOW, rel=0.05, abs=1e-3)
+
+
+def test_of_one_expert_both_ways_are_the_same() -> None:
+    for ranks in (4, 8, 32):
+        mesh = topology(hardware("h100"), {"ep": ranks})
+        once_s, each_s = (token_exchange_s(1e9, 1, (0,), mesh, each=each) for each in (False, True))
+        assert once_s == pytest.approx(each_s, rel=0.2)  # on several nodes, sent once, all of it goes on inside
+
+
 def test_one_rank_sends_nothing() -> None:
     assert token_exchange_s(1e9, 8, (0,), topology(hardware("h100"), {"ep": 1, "dp": 8})) == 0.0
 

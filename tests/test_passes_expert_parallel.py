@@ -11,14 +11,16 @@ from small_models import sized_llama, tokens
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import autopar
+from autopar.runs.pricing import launches_notes
 from autopar.runs.profiling import Captures, Profiler
 from costmodel.collectives import collective_s, taken_shares
-from costmodel.compute import matmul, op_s
+from costmodel.compute import matmul, op_s, pointwise
 from costmodel.hardware import topology
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
 from costmodel.token_exchange import token_exchange_s
 from passes.runs.candidate import estimate
+from passes.runs.dispatchers import copied_s
 from passes.runs.estimate import Estimate
 from passes.runs.expert_parallel import with_fewer_experts
 from passes.runs.setup import Setup
@@ -26,6 +28,7 @@ from passes.runs.setup import Setup
 S, H, F, E, K, LAYERS = 1024, 512, 1024, 8, 2, 8
 EXPERTS = LAYERS * E * 3 * H * F
 """Elements of all experts' matrices: gate, up and down."""
+LAUNCH_S = hardware("h100").device.kernel_launch_s
 
 
 def mixtral() -> MixtralForCausalLM:
@@ -111,6 +114,100 @@ def test_each_micro_batch_sends_tokens_four_times() -> None:
     assert again.seconds["experts"] == pytest.approx(6 * LAYERS * 4 * once_s)
 
 
+def test_an_all_to_all_sends_a_row_for_each_expert_and_sorts_what_arrives() -> None:
+    """Two experts on a rank (ep 4): rows go out in their experts' order, arrive by sender, and are read and written
+    once more each way; of one (ep 8) they are in order."""
+    rate = 3.35e12 * 0.87
+    for ep, sorted_ in ((4, 1), (8, 0)):
+        mesh = topology(hardware("h100"), {"dp": 16 // ep, "ep": ep})
+        once_s = token_exchange_s(S * H * 2, K, (1,), mesh, each=True)
+        each, once = priced(ep=ep, dispatcher="alltoall"), priced(ep=ep)
+        assert each.seconds["experts"] == pytest.approx(4 * LAYERS * 4 * once_s)
+        arrived = ep * (1 - (1 - 1 / ep) ** K)
+        copied = 2 * K * sorted_ - (arrived - 1)
+        taken_s = 4 * LAYERS * 4 * (copied * S * H * 2 / rate + sorted_ * LAUNCH_S)
+        assert each.seconds["compute"] - once.seconds["compute"] == pytest.approx(taken_s, rel=0.02)
+
+
+def test_rows_are_padded_for_fp8_by_copies_of_their_own() -> None:
+    """Read and written each way, but by HybridEP, which pads as it goes."""
+    hybrid, deep = (priced(ep=8, fp8=True, dispatcher=each) for each in ("hybridep", "deepep"))
+    padded_s = 4 * LAYERS * 4 * (2 * K * S * H * 2 / (3.35e12 * 0.87) + LAUNCH_S)
+    assert deep.seconds["compute"] - hybrid.seconds["compute"] == pytest.approx(padded_s, rel=0.02)
+    assert deep.seconds["experts"] == hybrid.seconds["experts"]
+    assert priced(ep=8, dispatcher="deepep").step_s == priced(ep=8).step_s
+
+
+MEASURED = {
+    ("mixtral", "alltoall", "bfloat16"): (4.327, 7.684), ("mixtral", "alltoall", "float8"): (3.788, 6.618),
+    ("mixtral", "deepep", "bfloat16"): (4.636, 7.854), ("mixtral", "deepep", "float8"): (4.101, 6.827),
+    ("mixtral", "hybridep", "bfloat16"): (4.343, 7.741), ("mixtral", "hybridep", "float8"): (3.701, 6.572),
+    ("deepseek", "alltoall", "bfloat16"): (7.119, 10.483), ("deepseek", "alltoall", "float8"): (7.609, 10.126),
+    ("deepseek", "deepep", "bfloat16"): (5.682, 9.055), ("deepseek", "deepep", "float8"): (6.035, 8.602),
+    ("deepseek", "hybridep", "bfloat16"): (5.391, 8.795), ("deepseek", "hybridep", "float8"): (5.143, 7.687),
+}  # fmt: skip
+"""Milliseconds forward and backward of a layer's experts alone on 8 H100, 4096 tokens a rank: Megatron-LM's own test
+(`moe_perf/baseline.json` @d98e8a64)."""
+
+
+@lru_cache
+def layer_ms(model: str, dispatcher: str, dtype: str) -> tuple[float, float]:
+    """The same, of what prices are made of: products at the clocks of a short run, rows sent and copied, the
+    activation, in fp8 casts."""
+    hidden, ffn, experts, k, shared = {"mixtral": (4096, 14336, 8, 2, 0), "deepseek": (7168, 2048, 32, 8, 2048)}[model]
+    given = hardware("h100")
+    device = replace(given.device, sustained=1.0, speed_spread=0.0)
+    mesh = topology(replace(given, device=device), {"ep": 8})
+    fp8, rows = dtype == "float8", 4096 * k
+    own = experts // 8
+
+    def product_s(m: int, n: int, inner: int, batch: int = 1) -> float:
+        return op_s(matmul(m, n, inner, batch=batch, dtype=dtype, item_bytes=1 if fp8 else 2), device)
+
+    def moved_s(elements: float) -> float:
+        return op_s(pointwise(2 * elements, 0), device)
+
+    forward = backward = 0.0
+    for width, m, batch in ((ffn, rows // own, own), *([(shared, 4096, 1)] if shared else [])):
+        forward += product_s(m, 2 * width, hidden, batch) + product_s(m, hidden, width, batch)
+        backward += product_s(m, hidden, 2 * width, batch) + product_s(m, width, hidden, batch)
+        backward += product_s(hidden, 2 * width, m, batch) + product_s(width, hidden, m, batch)
+        forward, backward = forward + moved_s(batch * m * 3 * width), backward + moved_s(batch * m * 5 * width)
+    tokens = 4096 * hidden
+    setup = Setup(dp_shard=8, ep=8, fp8=fp8, dispatcher=dispatcher)  # type: ignore[arg-type]
+    each = dispatcher == "alltoall"
+    sent_s = token_exchange_s(2 * tokens, k, (0,), mesh, each=each) + copied_s(setup, 2 * tokens, k, own, mesh)
+    ways_s = 2 * (sent_s + moved_s(tokens + k * tokens))
+    if fp8:  # 2 bytes read, two times 1 written
+        forward += 2 * moved_s(rows * (hidden + ffn) + own * 3 * hidden * ffn)
+        backward += 2 * moved_s(rows * (hidden + 2 * ffn))
+    return 1e3 * (forward + ways_s), 1e3 * (backward + ways_s)
+
+
+@pytest.mark.parametrize(("model", "dispatcher", "dtype"), MEASURED)
+def test_a_layers_experts_take_what_megatrons_own_test_measures(model: str, dispatcher: str, dtype: str) -> None:
+    for found, measured in zip(layer_ms(model, dispatcher, dtype), MEASURED[model, dispatcher, dtype], strict=True):
+        assert found == pytest.approx(measured, rel=0.26)
+
+
+def test_and_do_so_on_average() -> None:
+    """11%, and no figure of these set a price. Of DeepSeek's 8 experts a token finds 4 ranks' alone, which is not told
+    here."""
+    errors = [sum(layer_ms(*key)) / sum(measured) - 1 for key, measured in MEASURED.items()]
+    assert sum(map(abs, errors)) / len(errors) < 0.12
+
+
+def test_layers_shorter_than_their_launches_are_told() -> None:
+    """8 of them in each of 4 micro-batches, as many as that on half the stages."""
+    short = priced(ep=8)
+    layer_ms_ = 1e3 * (short.seconds["compute"] + short.seconds["experts"] + short.seconds["slowed"]) / (4 * LAYERS)
+    (note,) = launches_notes(short, LAYERS)
+    assert f"a layer takes the GPU {layer_ms_:.1f} ms" in note
+    assert "7 to 13 ms, unless the step was one CUDA graph" in note
+    longer = replace(short, seconds={name: 40 * seconds for name, seconds in short.seconds.items()})
+    assert launches_notes(longer, LAYERS) == launches_notes(priced(), LAYERS) == []
+
+
 def test_tokens_may_be_sent_beside_another_micro_batch() -> None:
     """Of 4 micro-batches 3 quarters, as the first forward and the last backward have nothing beside them; that takes
     26% of its time from compute, and is no more than there is compute."""
@@ -138,7 +235,8 @@ def test_of_interleaved_stages_the_forwards_before_the_first_backward_wait_for_t
 
 
 def test_products_of_fewer_experts_are_faster() -> None:
-    """By the products themselves: forward of gate and up (one), of down, and for each two backward, on one rank."""
+    """By the products themselves: forward of gate and up (one), of down, and for each two backward, on one rank; less
+    what it reads of others' tokens, of which it finds 4 (1 - (3 / 4)^2) times as many as it has."""
     device = hardware("h100").device
 
     def products_s(experts: int, rows: int) -> float:
@@ -150,7 +248,9 @@ def test_products_of_fewer_experts_are_faster() -> None:
     spared_s = products_s(E, S * K // E) - products_s(E // 4, 4 * S * K // E)
     alone, together = priced(), priced(ep=4)
     assert spared_s > 0
-    assert alone.seconds["compute"] - together.seconds["compute"] == pytest.approx(4 * LAYERS * spared_s, rel=0.02)
+    read_s = 4 * (4 * (1 - (3 / 4) ** K) - 1) * S * H * 2 / (device.memory_bytes_per_s * device.memory_efficiency)
+    won_s = alone.seconds["compute"] - together.seconds["compute"]
+    assert won_s == pytest.approx(4 * LAYERS * (spared_s - read_s), rel=0.03)
 
 
 def test_fewer_ranks_share_an_expert() -> None:

@@ -78,8 +78,8 @@ PIPELINE = next(row for row in ROWS if row.number("virtual") > 1 and row.number(
 COPIES = next(row for row in ROWS if row.told("replicas"))
 ON_B200 = next(row for row in ROWS if row.line["hardware"] == "b200")
 OPTIONAL = ("tp", "pp", "virtual", "cp", "tp_overlap", "state_overlap", "balanced", "experts_beside", "gathers",
-            "replicas", "node_gbps", "node_gpus", "ep", "head", "experts", "experts_per_token", "peak_gib", "peak_of",
-            "assumed", "added")  # fmt: skip
+            "dispatcher", "ends", "replicas", "node_gbps", "node_gpus", "ep", "head", "experts", "experts_per_token",
+            "peak_gib", "peak_of", "assumed", "added")  # fmt: skip
 
 
 def write(path: Path, lines: list[dict[str, str]]) -> Path:
@@ -241,6 +241,8 @@ def test_what_of_state_was_waited_for() -> None:
 def test_experts_of_a_model_without_them_are_refused() -> None:
     assert columns(PLAIN, ep="2", experts="8", experts_beside="yes") == ["ep", "experts"]
     assert columns(PLAIN, experts_beside="yes") == ["experts_beside"]
+    assert columns(PLAIN, dispatcher="deepep") == ["dispatcher"]
+    assert columns(PLAIN, ends="yes") == ["ends"]
     row = next(row for row in ROWS if row.line["experts"])
     assert columns(row, experts="", head="") == ["head", "experts"]
 

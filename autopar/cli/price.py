@@ -29,17 +29,18 @@ from autopar.cli.compiling import sampled
 from autopar.cli.terminal import clean_output, progress
 from autopar.options import Options
 from autopar.runs.pricing import price
-from passes.runs.setup import Setup, State, as_megatron
+from passes.runs.setup import Dispatcher, Setup, State, as_megatron
 from passes.space.recompute import Mode
 
 HELP = "price one way to run: ranks of each kind, what they shard, what is computed again"
 
 FLAGS = {
-    **{name: f"--{name}" for name in ("tp", "pp", "cp", "ep", "virtual", "state", "recompute")},
+    **{name: f"--{name}" for name in ("tp", "pp", "cp", "ep", "virtual", "state", "recompute", "dispatcher")},
     "dp_replicate": "--replicas",
     "batch_dims": "--batch-dim",
     "experts_beside=True": "--experts-beside",
     "balanced=True": "--balanced-stages",
+    "ends_count=True": "--ends-count",
     "whole_blocks=True": "--whole-layers",
     "reshard=False": "--keep-gathered",
     "sequence_parallel=False": "--no-sequence-parallel",
@@ -71,11 +72,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the last stage has fewer layers where its head would make it the slowest, as in the search (all have as "
         "many, where the stages divide them)",
     )  # fmt: skip
+    parser.add_argument(
+        "--ends-count", action="store_true",
+        help="embedding and head count as a layer each when layers are spread over stages (Megatron-LM's "
+        "--account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split)",
+    )  # fmt: skip
     parser.add_argument("--cp", type=count, default=1, metavar="N", help="context-parallel ranks (1)")
     parser.add_argument("--ep", type=count, default=1, metavar="N", help="ranks that share a layer's experts (1)")
     parser.add_argument(
         "--experts-beside", action="store_true",
         help="tokens go to their experts beside another micro-batch's compute (it waits for them)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dispatcher", choices=get_args(Dispatcher), default="hybridep",
+        help="what sends them: once to each rank that has some of their experts (hybridep, deepep), or once for each "
+        "expert (alltoall); hybridep pads rows for fp8 products as it goes, the others by copies (hybridep)",
     )  # fmt: skip
     parser.add_argument(
         "--replicas", type=count, default=1, metavar="N", help="copies of sharded state, as HSDP keeps (1)"
@@ -166,7 +177,8 @@ def setup_of(given: argparse.Namespace) -> Setup:
     usual: State = ("zero1" if data * given.cp > 1 else "zero0") if staged else "zero3"
     setup = Setup(
         dp_replicate=given.replicas, dp_shard=data // given.replicas, tp=given.tp, pp=given.pp, cp=given.cp,
-        ep=given.ep, experts_beside=given.experts_beside, virtual=given.virtual, balanced=given.balanced_stages,
+        ep=given.ep, experts_beside=given.experts_beside, dispatcher=given.dispatcher, virtual=given.virtual,
+        balanced=given.balanced_stages, ends_count=given.ends_count,
         micro_batch=given.micro_batch, accumulate=given.global_batch // (data * given.micro_batch),
         recompute=given.recompute,
         whole_blocks=given.whole_layers, sequence_parallel=given.sequence_parallel, state=given.state or usual,

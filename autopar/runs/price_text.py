@@ -79,6 +79,7 @@ def ranks_text(setup: Setup) -> str:
     """Who does what, in a sentence."""
     stages = f"{setup.pp} balanced stages" if setup.balanced else f"{setup.pp} stages"
     stages += f" of {setup.virtual} parts in turn" if setup.virtual > 1 else ""
+    stages += " (embedding and head as a layer each)" if setup.ends_count else ""
     copies = f"{setup.dp_replicate} copies x {setup.dp_shard}" if setup.dp_replicate > 1 else str(setup.data_ranks)
     parts = [
         *([stages] if setup.pp > 1 else []),
@@ -87,7 +88,8 @@ def ranks_text(setup: Setup) -> str:
         *([f"{setup.tp} tensor-parallel"] if setup.tp > 1 else []),
     ]
     beside = ", tokens sent beside another micro-batch" if setup.experts_beside else ""
-    shared = [f"{setup.ep} ranks share a layer's experts{beside}"] if setup.ep > 1 else []
+    each = {"alltoall": ", tokens sent for each expert", "deepep": ", tokens sent by DeepEP"}.get(setup.dispatcher, "")
+    shared = [f"{setup.ep} ranks share a layer's experts{each}{beside}"] if setup.ep > 1 else []
     kept = [] if setup.reshard or setup.state != "zero3" else ["gathered parameters kept for backward"]
     waited = ["compute waits for what of state is sent"] if not setup.overlap else []
     waited += ["compute waits for what was updated"] if setup.gathers_waited else []

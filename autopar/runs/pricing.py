@@ -25,7 +25,7 @@ from passes.planner.pipeline import Progress
 from passes.program.precision import Precision
 from passes.runs.candidate import NO_LAYERS, estimate
 from passes.runs.estimate import Estimate
-from passes.runs.setup import Setup, State
+from passes.runs.setup import Dispatcher, Setup, State
 from passes.space.recompute import Mode
 
 _COUNTS = (
@@ -33,6 +33,10 @@ _COUNTS = (
 )  # fmt: skip
 _LEAST_BALANCE = 0.02
 """Of a step, that balanced stages may save where a price says so."""
+_LAUNCHES_S = 7e-3, 13e-3
+"""What a layer with experts took Megatron-LM in a micro-batch of one sequence, forward and backward, whatever the GPU
+and the model: 7.4 and 7.5 ms of Qwen3-30B on H100, 8.6 with stages, 9.2 on B200; 11 to 13 of Qwen3-235B on B200 and
+B300 (benchmarks/data/experts.csv). With the step as one CUDA graph it took 5."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,11 @@ def _check_fields(setup: Setup, machine: Hardware) -> None:
             raise ValueError(f"{name}={value!r}: a whole number")
         if value < 1:
             raise ValueError(f"{name}={value}: at least 1")
-    for name, known in (("state", get_args(State)), ("recompute", get_args(Mode)), ("in_block", get_args(Mode))):
+    words = {
+        "state": get_args(State), "recompute": get_args(Mode), "in_block": get_args(Mode),
+        "dispatcher": get_args(Dispatcher),
+    }  # fmt: skip
+    for name, known in words.items():
         if (told := getattr(setup, name)) not in known:
             raise ValueError(f"{name}={told!r}: one of {', '.join(known)}")
     if setup.gradient_bytes not in (2, 4):
@@ -217,8 +225,15 @@ def _check_idle(setup: Setup) -> None:
             "experts_beside=True",
             f"virtual=1; a forward and a backward run in pairs where the {setup.pp} stages are interleaved alone",
         ),
+        (
+            setup.dispatcher != "hybridep" and setup.ep == 1,
+            f"dispatcher={setup.dispatcher!r}",
+            "ep=1; no tokens are sent, leave it out",
+        ),
         (setup.virtual > 1 and setup.pp == 1, f"virtual={setup.virtual}", staged),
         (setup.balanced and setup.pp == 1, "balanced=True", staged),
+        (setup.ends_count and setup.pp == 1, "ends_count=True", staged),
+        (setup.ends_count and setup.balanced, "ends_count=True", "balanced=True; one says how layers are spread"),
         (setup.gather_bytes_per_s and not gathers, f"gather_bytes_per_s={setup.gather_bytes_per_s:g}", ungathered),
         (setup.gathers_late and not gathers, "gathers_late=True", ungathered),
         (setup.gathers_late and not setup.reshard, "gathers_late=True", kept),
@@ -247,6 +262,11 @@ def _check_model(setup: Setup, asked: Subject) -> None:
         raise ValueError(
             f"virtual={setup.virtual}: a stage's {most} of {layers} layers are not cut evenly into that many parts"
         )
+    if setup.ends_count and (layers + 2) % setup.pp:
+        raise ValueError(
+            f"ends_count=True, but {layers} layers, an embedding and a head are not spread evenly over {setup.pp} "
+            "stages"
+        )
     if setup.cp > 1 and asked.cut_length is None:
         raise ValueError(f"cp={setup.cp}: a sequence can be cut where inputs come from the model's config alone")
     if setup.cp > 1 and asked.cut_length is not None and asked.cut_length % setup.cp:
@@ -258,7 +278,7 @@ def _balance_notes(found: Estimate, asked: Subject) -> list[str]:
     setup = found.setup
     if setup.pp == 1 or setup.balanced:
         return []
-    balanced = estimate(replace(setup, balanced=True), asked.profiler)
+    balanced = estimate(replace(setup, balanced=True, ends_count=False), asked.profiler)
     if balanced.step_s >= (1 - _LEAST_BALANCE) * found.step_s:
         return []
     return [
@@ -267,12 +287,29 @@ def _balance_notes(found: Estimate, asked: Subject) -> list[str]:
     ]
 
 
+def launches_notes(found: Estimate, layers: int) -> list[str]:
+    """What is said of a layer with shared experts that takes the GPU less than launching it takes a CPU."""
+    setup = found.setup
+    if setup.ep == 1:
+        return []
+    passes = setup.accumulate * layers / setup.pp
+    layer_s = sum(found.seconds[name] for name in ("compute", "experts", "slowed")) / passes
+    least_s, most_s = _LAUNCHES_S
+    if layer_s >= most_s:
+        return []
+    return [
+        f"launches are not priced: a layer takes the GPU {1e3 * layer_s:.1f} ms in a micro-batch, and launching it has "
+        f"taken Megatron-LM {1e3 * least_s:.0f} to {1e3 * most_s:.0f} ms, unless the step was one CUDA graph "
+        "(--cuda-graph-impl full_iteration); larger micro-batches hide that too"
+    ]
+
+
 def _notes(found: Estimate, asked: Subject) -> list[str]:
     setup, notes = found.setup, list[str]()
     if not asked.hardware.shared_host:
         error = EXPERTS_ERROR if setup.ep > 1 else asked.hardware.device.step_error
         notes.append(f"predictions of such steps are off by {error:.0%} on average")
-    notes += asked.attention_notes(setup) + asked.experts_notes(setup)
+    notes += asked.attention_notes(setup) + asked.experts_notes(setup) + launches_notes(found, asked.profiler.layers)
     node = asked.hardware.ranks_per_node
     if setup.tp > node:
         notes.append(

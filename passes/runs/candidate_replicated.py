@@ -23,6 +23,7 @@ from passes.runs.candidate_layers import (
 from passes.runs.candidate_memory import parameters_of, replicated_bytes
 from passes.runs.candidate_state import Sent, added_gradients_s, experts_mesh, sent_state, tied_gradients_s, update_s
 from passes.runs.depth import Profile
+from passes.runs.dispatchers import copied_s
 from passes.runs.estimate import Estimate, Profiler
 from passes.runs.setup import Setup
 
@@ -31,8 +32,10 @@ def replicated(setup: Setup, profiler: Profiler) -> Estimate:
     """Parameters whole on every data-parallel rank (but for tensor parallelism), layers spread over stages."""
     hardware, found = profiler.hardware, profiler.profile(setup, replica=True)
     layers, stages, micro = max(1, found.layers), setup.pp, setup.accumulate
-    layer, outside_s = _layer(setup, found, hardware), found.outside["micro_s"]
-    most, last = pipeline.spread(layers, layer.seconds, outside_s, stages, balanced=setup.balanced)
+    layer, outside_s = _layer(setup, found, profiler), found.outside["micro_s"]
+    most, last = pipeline.spread(
+        layers, layer.seconds, outside_s, stages, balanced=setup.balanced, ends=setup.ends_count
+    )  # fmt: skip
     slowest_s = max(most * layer.seconds, last * layer.seconds + outside_s)
     average_s = (layers * layer.alone_s + outside_s) / stages
     message_s = _message_s(setup, found, hardware)
@@ -74,12 +77,14 @@ class _Layer:
     to_experts: Sent
 
 
-def _layer(setup: Setup, found: Profile, hardware: Hardware) -> _Layer:
+def _layer(setup: Setup, found: Profile, profiler: Profiler) -> _Layer:
+    hardware = profiler.hardware
     ring_s, attention_s = _context(setup, found, hardware)
     seconds = found.layer("micro_s") + attention_s + ring_s + rest_again_s(setup, found)
     by_parts_s = _hidden_by_parts_s(setup, found)
     seconds += _waited_by_layer_s(setup, found, hardware) - by_parts_s + _gathered_again_s(setup, found, hardware)
     seconds -= _spared_by_experts_s(setup, found) + _among_experts_s(setup, found, hardware)
+    seconds += _copied_for_experts_s(setup, found, profiler)
     to_experts = _sent_to_experts(setup, found, hardware, seconds)
     seconds += to_experts.waits_s + to_experts.slowed_s
     if setup.fp8:
@@ -159,14 +164,30 @@ def _sent_to_experts(setup: Setup, found: Profile, hardware: Hardware, compute_s
         return Sent()
     tokens = found.layer("routed tokens")
     mesh = experts_mesh(setup, hardware)
-    one_way_s = token_exchange_s(tokens / setup.tp, found.layer("routed") / tokens, (2,), mesh)
-    again = 2 if setup.runs_whole else 1 if setup.recompute == "full" else 0
-    sent_s = (4 + again) * one_way_s
+    each = setup.dispatcher == "alltoall"
+    one_way_s = token_exchange_s(tokens / setup.tp, found.layer("routed") / tokens, (2,), mesh, each=each)
+    sent_s = _ways(setup) * one_way_s
     if not setup.experts_beside:
         return Sent(waits_s=sent_s)
     paired = 1 - pipeline.alone_share(setup.pp, setup.accumulate, setup.virtual)
     hidden_s = paired * min(sent_s, compute_s)
     return Sent(sent_s - hidden_s, hidden_s, taken_shares((2,), mesh)[0] * hidden_s)
+
+
+def _ways(setup: Setup) -> int:
+    """How often a layer sends rows to experts or has them back: forward, backward, and what is computed again."""
+    return 4 + (2 if setup.runs_whole else 1 if setup.recompute == "full" else 0)
+
+
+def _copied_for_experts_s(setup: Setup, found: Profile, profiler: Profiler) -> float:
+    """Per layer and micro-batch: what a rank copies of rows that are sent and arrive."""
+    if setup.ep == 1:
+        return 0.0
+    tokens = found.layer("routed tokens")
+    mesh = experts_mesh(setup, profiler.hardware)
+    experts = found.layer("routed") / tokens
+    once_s = copied_s(setup, tokens / setup.tp, experts, max(1, profiler.experts // setup.ep), mesh)
+    return _ways(setup) * once_s
 
 
 def _spared_by_experts_s(setup: Setup, found: Profile) -> float:

@@ -37,5 +37,9 @@ class Profiler(Protocol):
     def optimizer(self) -> OptimizerSpec:
         """What the optimizer keeps."""
 
+    @property
+    def experts(self) -> int:
+        """Routed experts of a layer; 0 where there are none."""
+
     def profile(self, setup: Setup, *, replica: bool) -> Profile:
         """Of the setup's mesh; `replica`: of one data-parallel rank and one context-parallel part alone."""

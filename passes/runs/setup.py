@@ -8,6 +8,8 @@ from typing import Literal
 from passes.space.recompute import Mode
 
 State = Literal["zero0", "zero1", "zero2", "zero3"]
+Dispatcher = Literal["hybridep", "deepep", "alltoall"]
+"""What sends tokens to their experts (`passes/runs/dispatchers.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +29,17 @@ class Setup:
     """Whether tokens go to their experts beside another micro-batch's compute, the forward of one beside the backward
     of another, as by DeepSeek-V3's DualPipe (arXiv 2412.19437, section 3.2.1) and Megatron-LM's
     `--overlap-moe-expert-parallel-comm`; else compute waits."""
+    dispatcher: Dispatcher = "hybridep"
+    """What sends them: once to each rank that has some of their experts ("hybridep", "deepep"), or once for each expert
+    ("alltoall", the default of Megatron-LM and torchtitan)."""
     virtual: int = 1
     balanced: bool = False
     """Whether the last stage of a pipeline has fewer layers where its head would make it the slowest, as nanotron and
     torchtitan do, and Megatron-LM by its options."""
+    ends_count: bool = False
+    """Whether embedding and head count as a layer each when layers are spread over stages, so that the first stage and
+    the last have one less: Megatron-LM's `--account-for-embedding-in-pipeline-split` and
+    `--account-for-loss-in-pipeline-split`."""
     micro_batch: int = 1
     accumulate: int = 1
     recompute: Mode = "pointwise"
