@@ -13,6 +13,8 @@ sys.path[:0] = [
     path for path in (str(Path(__file__).parent.parent), str(Path(__file__).parent)) if path not in sys.path
 ]
 
+import seldom  # noqa: E402, F401
+
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=_SLOW)
 settings.register_profile("hundreds", deadline=None, suppress_health_check=_SLOW, print_blob=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import pickle
 import runpy
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PRELOAD = (
     "torch.distributed.checkpoint.state_dict",
@@ -39,6 +41,7 @@ PRELOAD = (
     "autopar.trainer",
     "hypothesis",
     "pytest",
+    "fork_server",
 )
 
 
@@ -179,6 +182,9 @@ def _alone(work: bytes, writer: Any) -> None:
 def _fork_server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with mock.patch.dict(os.environ, PYTHONPATH=path):  # what it is told of the path holds for its processes alone
+        multiprocessing.forkserver.ensure_running()
     return context
 
 
