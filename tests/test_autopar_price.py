@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from schemas import conforms
+from shared_captures import captured_once
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -58,6 +60,12 @@ def wide() -> nn.Module:
     told.num_attention_heads = told.num_key_value_heads = 16
     with torch.device("meta"):
         return LlamaForCausalLM(told).to(torch.bfloat16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def captures_of_all() -> Iterator[None]:
+    with captured_once():
+        yield
 
 
 @pytest.fixture(scope="module")

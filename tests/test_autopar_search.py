@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from shared_captures import captured_once
 from small_models import sized_llama, tokens
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
@@ -44,6 +45,12 @@ def small() -> nn.Module:
 
 
 OPTIONS = autopar.Options(recompute="full")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def captures_of_all() -> Iterator[None]:
+    with captured_once():
+        yield
 
 
 @pytest.fixture(scope="module")
