@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import functools
+import weakref
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+from parity import captured
 from torch import Tensor, nn
 
 import autopar
@@ -22,9 +28,54 @@ class Indirect(nn.Module):
         self.run = _WAYS[way](self.inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        held = self.run
-        run = held[0]["inner"] if isinstance(held, list) else held
-        return self.out(run(x).relu()).square().mean()
+        return self.out(_found(self.run)(x).relu()).square().mean()
+
+
+def _found(held: Any) -> Any:
+    """What is called, out of what holds it."""
+    match held:
+        case weakref.ref():
+            return held()
+        case dict():
+            return held["inner"]
+        case set() | frozenset():
+            return next(iter(held))
+        case list() | tuple() | deque():
+            return _found(held[0])
+        case SimpleNamespace():
+            return held.inner
+        case _:
+            return held
+
+
+class Stage(NamedTuple):
+    inner: nn.Module
+
+
+@dataclass(frozen=True)
+class Runs:
+    inner: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+class RunsBySlot:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: nn.Module) -> None:
+        self.inner = inner
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+class Named(dict[str, Any]):
+    """A dict of a class of its own, with an attribute."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner=inner)
+        self.too = inner
 
 
 def _compiled_in_place(inner: nn.Module) -> nn.Module:
@@ -38,6 +89,17 @@ _WAYS: dict[str, Callable[[nn.Module], object]] = {
     "lambda of a tensor": lambda inner: lambda x, w=None: x @ inner.weight.t() + _bias(inner),
     "partial": lambda inner: functools.partial(inner.forward),
     "list": lambda inner: [{"inner": inner}],
+    "deque": lambda inner: deque([inner], maxlen=1),
+    "set": lambda inner: {inner},
+    "named tuple": Stage,
+    "dict of a class of its own": Named,
+    "object": Runs,
+    "object in an object": lambda inner: SimpleNamespace(inner=Runs(inner)),
+    "object without a dict": RunsBySlot,
+    "default argument": lambda inner: lambda x, run=inner: run(x),
+    "default of a keyword": lambda inner: lambda x, *, run=inner: run(x),
+    "lru_cache": lambda inner: functools.lru_cache(lambda x: inner(x)),
+    "weak reference": weakref.ref,
     "torch.compile of it": torch.compile,
     "torch.compile of its method": lambda inner: torch.compile(inner.forward),
     "compile()": _compiled_in_place,
@@ -87,3 +149,40 @@ def test_models_that_hold_their_parts_otherwise_are_planned() -> None:
         parity = autopar.verify(Indirect(way), {"dp": 2, "tp": 2}, (torch.randn(4, 8),), strategy="megatron")
         assert parity.ok, (way, parity)
         assert sum(tensor.kind == "gradient" for tensor in parity.tensors) == 4, way
+
+
+class Gained(nn.Module):
+    """Reads a frozen weight and a buffer through an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.frozen = nn.Linear(4, 4), nn.Parameter(torch.ones(4, 4), requires_grad=False)
+        self.register_buffer("gain", torch.ones(()))
+        self.run = Gains(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.linear(x)).square().mean()
+
+
+class Gains:
+    def __init__(self, model: Gained) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x @ self.model.frozen) * self.model.gain
+
+
+def test_what_an_object_reads_of_the_model_is_read_in_each_step() -> None:
+    program = captured(Gained(), {"x": torch.randn(4, 4)})
+    assert {given.name for given in program.inputs} >= {"linear.weight", "frozen", "gain"}
+    read = {node.target for node in program.graph.graph.nodes if node.op == "get_attr"}
+    assert not read
+
+
+def test_what_holds_no_part_of_the_model_stays_the_same_object() -> None:
+    model = nn.Linear(2, 2)
+    held = [Runs(nn.ReLU()), RunsBySlot(nn.ReLU()), SimpleNamespace(a=1), lambda x, y=2: x, deque([1]), {1, 2}]
+    held.append(held)  # type: ignore[arg-type]
+    model.held = held  # type: ignore[assignment]
+    copy = copied(model, lambda _, old: nn.Parameter(old.detach()), lambda _, old: old)
+    assert copy.held is held
