@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import torch
 import torch.distributed as dist
 from local_steps import Net
 from ranks import RankError, rank_outcomes, run_ranks
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autopar
 from autopar.modules.groups import Groups
@@ -31,6 +33,7 @@ def _agrees(rank: int, ranks: int) -> tuple[str, bool, bool, str]:
         Together(None, 0, 1).agree()  # as a plan for a mesh that is only named, which concerns nobody else
     ours = together()
     ours.agree()
+    assert watch() is watch()
     text = ours.from_first(lambda: f"plan of {rank}")
     again = together()
     return text, ours.same("alike"), ours.same(f"rank {rank}"), again.from_first(lambda: "second session")
@@ -184,6 +187,8 @@ def test_one_rank_agrees_with_itself() -> None:
     with pytest.raises(KeyError), alone.agreeing():
         raise KeyError("mine")
     assert isinstance(alone, Together)
+    with watch().watching(), watch().making_program():
+        watch().doing(lambda: "a step")
 
 
 def _groups(rank: int, ranks: int) -> list[list[int]]:
@@ -204,6 +209,19 @@ def test_groups_join_the_ranks_of_their_axes() -> None:
     found = run_ranks(_groups, 4)
     assert found[0] == [[0, 1], [0, 2], [0, 1, 2, 3], [0, 2]]
     assert found[3] == [[2, 3], [1, 3], [0, 1, 2, 3], [1, 3]]
+
+
+def test_axes_are_not_joined_where_ranks_do_not_rise_along_them() -> None:
+    """torch sorts a group's ranks, so parts would be gathered in another order than the mesh has them in."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        mesh = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("dp", "tp"))
+        groups = Groups(mesh, ("dp", "tp"))
+        assert groups.names_for(("tp", "dp")) == {axis: mesh.get_group(axis).group_name for axis in ("tp", "dp")}
+        with pytest.raises(ValueError, match=r"join ranks \[0, 2, 1, 3\]: their order must rise"):
+            groups.names_for(("dp,tp",))
+    finally:
+        dist.destroy_process_group()
 
 
 def _raises_on_one(rank: int, ranks: int) -> int:
@@ -308,6 +326,13 @@ class _Store(dict[str, bytes]):
         return all(key in self for key in keys)
 
 
+def _wait_for(happened: Callable[[], bool]) -> None:
+    """Until it has, ten seconds at most."""
+    end_s = time.monotonic() + 10.0
+    while not happened() and time.monotonic() < end_s:
+        time.sleep(0.02)
+
+
 def test_a_mistake_that_all_ranks_made_does_not_end_a_later_step() -> None:
     store = _Store()
     watches = [Watch(store, rank, 2, end=lambda text: None) for rank in range(2)]
@@ -331,14 +356,52 @@ def test_a_rank_that_is_stuck_a_half_later_is_told_of_its_other_call(second: str
     with watches[0].watching(), watches[1].watching():
         for each in watches:
             each.doing(lambda each=each: calls[each.rank][1])
-        time.sleep(0.5)
+        if second == "trains":
+            time.sleep(0.5)
+        else:
+            _wait_for(lambda: all(each.another() for each in watches))
         told = [failure.text for each in watches if (failure := each.another())]
     if second == "trains":
         assert not told
     else:
         assert all("rank 1 runs evaluates where rank 0 runs trains" in text or
                    "rank 0 runs trains where rank 1 runs evaluates" in text for text in told)  # fmt: skip
-        assert told
+        assert len(told) == 2
+
+
+def test_a_rank_that_waits_for_a_failed_one_ends_after_a_grace() -> None:
+    store, ended = _Store(), list[str]()
+    waiting, failing = (Watch(store, r, 2, patience_s=0.05, grace_s=1.0, end=ended.append) for r in range(2))
+    start = time.monotonic()
+    with waiting.watching():
+        with pytest.raises(ValueError, match="no such file"), failing.watching():
+            raise ValueError("no such file")
+        _wait_for(lambda: bool(ended))
+    assert time.monotonic() - start > 1.0
+    assert ended == ["rank 1 failed: ValueError: no such file"]
+
+
+def test_a_rank_that_runs_what_it_has_is_told_of_one_that_makes_a_program() -> None:
+    store = _Store()
+    watches = [Watch(store, rank, 2, patience_s=0.05, end=lambda text: None) for rank in range(2)]
+    with watches[0].watching(), watches[1].watching():
+        with watches[0].making_program(), watches[1].making_program():
+            pass
+        time.sleep(0.3)
+        assert not any(each.another() for each in watches)  # both have made it
+    with watches[0].watching(), watches[1].watching(), watches[1].making_program():
+        _wait_for(lambda: all(each.another() for each in watches))
+        told = [failure.text for each in watches if (failure := each.another())]
+    assert len(told) == 2
+    assert all(text.startswith(f"{OTHER} 0 in the same step") for text in told)
+
+
+def test_a_lost_connection_that_nobody_explains_is_raised_as_it_is() -> None:
+    ours = Watch(_Store(), 0, 2, end=lambda text: None)
+    with pytest.raises(RuntimeError, match="reset") as raised, ours.watching():
+        raise RuntimeError("gloo: Connection reset")
+    assert not isinstance(raised.value, RankFailedError)
+    assert "ended without a word" in raised.value.__notes__[0]
 
 
 def test_who_waits_says_once_who_has_not_come() -> None:
@@ -376,6 +439,7 @@ def test_an_error_outside_a_step_is_told_as_the_process_ends(monkeypatch: pytest
             pass
     monkeypatch.setattr(sys, "last_value", KeyError("no such file"), raising=False)
     watches[1].leave()
+    assert store.get("autopar/ended/1") == b"KeyError: 'no such file'"
     with pytest.raises(RankFailedError, match="rank 1 failed: KeyError: 'no such file'"), watches[0].watching():
         raise RuntimeError("gloo: Connection closed by peer")
 

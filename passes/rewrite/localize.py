@@ -30,8 +30,7 @@ aten = torch.ops.aten
 
 def run_locally(op: LocalOp) -> fx.Node:
     """Emit the op on local operands. Several results may come as `Parts`, which stand for the node that yields them."""
-    target = op.call.target
-    run = LOCAL.get(target) or LOCAL.get(str(target)) or LocalOp.as_is
+    run = LOCAL.get(op.call.target, LocalOp.as_is)
     return cast(fx.Node, run(op))
 
 
