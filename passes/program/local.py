@@ -143,7 +143,7 @@ class LocalProgram:
 def bind_groups(graph: fx.GraphModule, group_names: Mapping[str, str]) -> fx.GraphModule:
     """Put process groups' names where collectives name mesh axes; `group_names` maps "dp,tp" to a group's name."""
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in COLLECTIVES:
+        if node.target in COLLECTIVES:
             node.args = (*node.args[:-1], group_names[node.args[-1]])
     graph.recompile()
     return graph
@@ -151,8 +151,4 @@ def bind_groups(graph: fx.GraphModule, group_names: Mapping[str, str]) -> fx.Gra
 
 def groups_used(graph: fx.GraphModule) -> tuple[str, ...]:
     """The axis groups ("tp", "dp,tp") whose collectives the graph issues, in order of first use."""
-    return tuple(
-        dict.fromkeys(
-            node.args[-1] for node in graph.graph.nodes if node.op == "call_function" and node.target in COLLECTIVES
-        )
-    )
+    return tuple(dict.fromkeys(node.args[-1] for node in graph.graph.nodes if node.target in COLLECTIVES))

@@ -43,9 +43,7 @@ class Issued:
 
 def ledger(local: LocalProgram) -> tuple[Issued, ...]:
     """The collectives in the order in which the graph issues them."""
-    return tuple(
-        _issued(node) for node in local.graph.graph.nodes if node.op == "call_function" and node.target in COLLECTIVES
-    )
+    return tuple(_issued(node) for node in local.graph.graph.nodes if node.target in COLLECTIVES)
 
 
 def _issued(node: fx.Node) -> Issued:
