@@ -240,11 +240,6 @@ def ring_all_reduce_s() -> Expr:
     return 2 * ring_s() - gamma - COPY_PASSES * S / n / mu
 
 
-def bandwidth_s(kind: str) -> Expr:
-    """The part of a collective's time that bytes make: ring volume over bandwidth. Reports print this one."""
-    return ring_elements(kind, S, n) / beta
-
-
 def on_link(expression: Expr, link: Link, device: Device) -> Expr:
     """`expression` with the figures of a link and a device filled in; bytes and ranks stay symbols."""
     return expression.subs(

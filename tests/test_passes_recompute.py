@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import get_args
 
 import pytest
 import small_models
@@ -24,7 +25,7 @@ from passes.price.price import price
 from passes.rewrite.ledger import ledger
 from passes.rewrite.rewrite import rewrite
 from passes.solver.solve import solve
-from passes.space.recompute import MODES, Mode, recomputation
+from passes.space.recompute import Mode, recomputation
 from passes.space.space import Space, search_space
 
 program_of = lru_cache(small_models.program_of)
@@ -129,7 +130,7 @@ def test_what_widens_is_told_by_sizes() -> None:
 def test_each_mode_keeps_no_more_than_the_one_before(name: str) -> None:
     analysis = analysed(name)
     sizes = []
-    for mode in MODES:
+    for mode in get_args(Mode):
         found = recomputation(analysis, mode)
         held = found.held
         sizes.append(
@@ -161,7 +162,7 @@ def kept_bytes(tracks: Tracks) -> int:
 
 
 @pytest.mark.parametrize(("name", "mode", "strategy"), [
-    *(("llama", mode, strategy) for mode in MODES for strategy in ("fsdp", "megatron")),
+    *(("llama", mode, strategy) for mode in get_args(Mode) for strategy in ("fsdp", "megatron")),
     ("gpt2", "selective", "megatron"), ("gpt2", "widening", "megatron"), ("t5", "full", "megatron"),
     ("hand", "pointwise", "fsdp"),
 ])  # fmt: skip

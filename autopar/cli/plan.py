@@ -37,10 +37,10 @@ from autopar.cli.terminal import clean_output, painted, progress, wrapped
 from autopar.examples import Call
 from autopar.options import Options
 from autopar.plans.eject import eject
-from autopar.plans.report import terminal_report
 from autopar.plans.trace import trace_json
 from costmodel.files import write_whole
 from passes.plan.plan import Plan
+from passes.plan.report_text import plan_text
 from passes.plan.tables import terminal_width
 from passes.planner.pipeline import Progress
 
@@ -81,7 +81,7 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print(made.to_json())
         return 0 if made.fits else 1
-    print(terminal_report(made, terminal_width()), end="")
+    print(plan_text(made, terminal_width()), end="")
     if ejected is not None and ejected.notes:
         print("\n" + painted("What the script does not say", "bold"))
         for note in ejected.notes:

@@ -39,7 +39,6 @@ from passes.space.cut import UNBOUNDED, Values, cheapest_cut, reached
 aten = torch.ops.aten
 
 Mode = Literal["none", "pointwise", "selective", "widening", "full"]
-MODES: tuple[Mode, ...] = ("none", "pointwise", "selective", "widening", "full")
 """From the least computed again to the most."""
 
 COPIES = {
