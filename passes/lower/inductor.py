@@ -19,10 +19,10 @@ from torch._inductor.output_code import CompiledFxGraph
 from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from passes.lower.apart import with_parts_apart
-from passes.lower.behind import behind_writes
-from passes.lower.scaled import with_scales_apart
-from passes.lower.unfused import attention_as_written
+from passes.lower.workarounds.scaled_sums import with_scales_apart
+from passes.lower.workarounds.shared_parts import with_parts_apart
+from passes.lower.workarounds.unfused_attention import attention_as_written
+from passes.lower.workarounds.write_order import behind_writes
 from passes.program.fakes import FakeTensorMode
 from passes.program.graphs import graph_module
 from passes.program.local import COLLECTIVES

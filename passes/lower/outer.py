@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.lower.apart import is_shared
+from passes.lower.workarounds.shared_parts import is_shared
 
 aten = torch.ops.aten
 _REDUCE = torch.ops._c10d_functional.all_reduce.default
