@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.program.bytes_of import bytes_of
+from passes.program.graphs import drop_unread
 from passes.program.order import settle_order
 from passes.program.program import Output, Program
 from passes.program.walks import results_of
@@ -29,9 +30,9 @@ def normalize(program: Program) -> Program:
     drop_no_ops(graph)
     copy_single_parts(graph)
     drop_written_slices(graph)
-    graph.eliminate_dead_code(is_impure_node=_is_impure)
+    drop_unread(graph)
     merge_equal(graph)
-    graph.eliminate_dead_code(is_impure_node=_is_impure)
+    drop_unread(graph)
     program.graph.recompile()
     return settled_in_order(dataclasses.replace(program, outputs=_with_memories(program, bases)))
 
@@ -154,10 +155,6 @@ def drop_written_slices(graph: fx.Graph) -> None:
         if node.args[1:] == written.args[2:] and not node.kwargs and not written.kwargs and not cast:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-
-
-def _is_impure(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output")
 
 
 def _is_random(node: fx.Node) -> bool:

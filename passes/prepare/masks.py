@@ -21,6 +21,7 @@ from costmodel.compute import ATTENTION_ROWS
 from passes.capture.normalize import fingerprint
 from passes.prepare.constant_values import MOST_ELEMENTS, Value, compute, padded, values_of
 from passes.prepare.tile_bounds import TILE, bounds
+from passes.program.graphs import drop_unread
 from passes.program.program import Program
 
 aten = torch.ops.aten
@@ -92,7 +93,7 @@ def _without_dead(program: Program) -> Program:
     """Without what only dropped masks needed, and with a fingerprint of its own."""
     gm = program.graph
     held = _attributes(gm.graph)
-    gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    drop_unread(gm.graph)
     for name in held - _attributes(gm.graph):
         if name in gm._buffers:
             del gm._buffers[name]

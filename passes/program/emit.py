@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from costmodel.hardware import Topology
 from passes.program.fakes import DynamicOutputShapeException, FakeTensorMode
-from passes.program.graphs import graph_module
+from passes.program.graphs import drop_unread, graph_module
 from passes.program.local import WAIT
 from passes.program.program import Program
 
@@ -197,7 +197,7 @@ class Rewriter(Emitter):
 
     def finished(self) -> Program:
         """The program with the new graph in the place of its own, less what nothing reads; the fingerprint is kept."""
-        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        drop_unread(self.graph)
         relax_views(self.graph)
         self.graph.lint()
         return replace(self.program, graph=graph_module(self.program.graph, self.graph))

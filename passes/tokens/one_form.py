@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from passes.program.adder import AdderBefore, adder_before
+from passes.program.graphs import drop_unread
 from passes.program.program import Program
 from passes.program.routed_ops import ROUTED_MM, ROUTED_MM_WEIGHT
 from passes.rules.call import operand_nodes
@@ -37,7 +38,7 @@ def one_form(program: Program) -> Program:
         else:
             node.replace_all_uses_with(made)
     if changed:
-        graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        drop_unread(graph)
         program.graph.recompile()
     return program
 

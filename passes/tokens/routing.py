@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.program.adder import adder_before
-from passes.program.graphs import graph_module
+from passes.program.graphs import drop_unread, graph_module
 from passes.program.program import Program
 from passes.program.routed_ops import PUT_ROWS, ROUTED_MM, ROUTED_MM_WEIGHT, TAKE_ROWS
 from passes.rules.call import call_of, operand_nodes
@@ -87,7 +87,7 @@ def route_by_blocks(program: Program, blocks: int) -> Program:
     for region in regions:
         if region.products:
             _cut(region, blocks)
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    drop_unread(graph)
     module = graph_module(program.graph, graph, class_name="Step")
     return replace(program, graph=module, notes=(*program.notes, *notes))
 
