@@ -32,7 +32,7 @@ from passes.padding.harmless import Key, Part, Reading, fill_of, keeps_values, n
 from passes.padding.padded_operands import PaddedOperands
 from passes.padding.versions import Origin, PaddedTensor, Version, Versions
 from passes.padding.zones import Zone, is_number, is_pointwise, is_zero
-from passes.program.emit import Rewriter, meta_of
+from passes.program.emit import ProgramWriter, meta_of
 from passes.program.program import Input, Output, Program
 from passes.program.uniform import UNIFORM
 from passes.program.walks import results_of
@@ -101,7 +101,7 @@ class _Padding:
         self.program = analysis.program
         self.pads = {id(padded_atom(analysis, each)): each for each in pads}
         """By id of the atom."""
-        self.emit = Rewriter(self.program)
+        self.emit = ProgramWriter(self.program)
         self.versions = Versions(self.emit, {atom: each.padded for atom, each in self.pads.items()})
         self.tensors: dict[fx.Node, PaddedTensor] = {}
         self.results: dict[fx.Node, list[PaddedTensor]] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.program.emit import Rewriter
+from passes.program.emit import ProgramWriter
 from passes.program.program import Program
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ def is_worth_repeating(program: Program, parts: int) -> bool:
 
 def repeat_keys(program: Program) -> Program:
     """The program with the keys and values of grouped attention repeated. It keeps its fingerprint."""
-    emit = Rewriter(program)
+    emit = ProgramWriter(program)
 
     def write(node: fx.Node) -> fx.Node | None:
         if node.target not in _KEYS or _heads(node) is None:
@@ -64,7 +64,7 @@ def _heads(node: fx.Node) -> tuple[int, int] | None:
     return (heads, kv_heads) if heads != kv_heads else None
 
 
-def _repeated(emit: Rewriter, node: fx.Node) -> tuple[list[object], fx.Node]:
+def _repeated(emit: ProgramWriter, node: fx.Node) -> tuple[list[object], fx.Node]:
     """The attention's arguments with keys and values repeated, and the key-value head of each query head."""
     heads, kv_heads = _heads(node) or (1, 1)
     index = emit.call(aten.arange.start, 0, heads, dtype=torch.int64, device=torch.device("cpu"))
@@ -75,12 +75,12 @@ def _repeated(emit: Rewriter, node: fx.Node) -> tuple[list[object], fx.Node]:
     return args, index
 
 
-def _forward(emit: Rewriter, node: fx.Node) -> fx.Node:
+def _forward(emit: ProgramWriter, node: fx.Node) -> fx.Node:
     args, _ = _repeated(emit, node)
     return emit.call(node.target, *args, **fx.map_arg(node.kwargs, emit.new.__getitem__))
 
 
-def _backward(emit: Rewriter, node: fx.Node) -> fx.Node:
+def _backward(emit: ProgramWriter, node: fx.Node) -> fx.Node:
     """The gradients of repeated keys and values added up."""
     args, index = _repeated(emit, node)
     made = emit.call(node.target, *args, **fx.map_arg(node.kwargs, emit.new.__getitem__))

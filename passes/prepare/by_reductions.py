@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.analysis.dims import is_getitem
-from passes.program.emit import Emitter, Rewriter
+from passes.program.emit import Emitter, ProgramWriter
 from passes.program.program import Program
 from passes.program.walks import made_of
 from passes.rules.call import call_of, operand_nodes
@@ -41,7 +41,7 @@ def by_reductions(program: Program) -> Program:
     taken = _taken(program)
     if not taken:
         return program
-    emit = Rewriter(program)
+    emit = ProgramWriter(program)
     new, most = emit.new, dict[fx.Node, fx.Node]()
 
     def write(node: fx.Node) -> fx.Node | None:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from passes.program.emit import Rewriter
+from passes.program.emit import ProgramWriter
 from passes.program.program import Program
 
 aten = torch.ops.aten
@@ -31,7 +31,7 @@ def split_chunks(program: Program) -> Program:
     if not parts:
         return program
     counts = {(count, _columns(part)) for part, (_, count, _) in parts.items()}
-    emit = Rewriter(program)
+    emit = ProgramWriter(program)
     new, whole = emit.new, dict[fx.Node, fx.Node]()
 
     def write(node: fx.Node) -> fx.Node | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from passes.program.emit import Emitter, Rewriter
+from passes.program.emit import Emitter, ProgramWriter
 from passes.program.program import Program
 from passes.program.walks import cut_of, following
 
@@ -41,7 +41,7 @@ def split_joined(program: Program) -> Program:
     if not joined:
         return program
     lengths, behind = {node.meta["val"].shape[0] for node in joined}, following(graph, joined)
-    emit = Rewriter(program)
+    emit = ProgramWriter(program)
 
     def write(node: fx.Node) -> fx.Node | None:
         run = _run(node, batch, lengths) if node in behind else None

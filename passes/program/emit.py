@@ -1,6 +1,6 @@
 """Building graphs: nodes with fake values, and reshapes that always work.
 
-`Emitter` builds a rank's, where every tensor has the shape of the rank's part; `Rewriter` a program's anew.
+`Emitter` builds a rank's, where every tensor has the shape of the rank's part; `ProgramWriter` a program's anew.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Emitter:
         return self.call(WAIT, x)
 
 
-class Rewriter(Emitter):
+class ProgramWriter(Emitter):
     """Writes a program that is not laid out yet anew; `new`: what stands for each of its nodes so far."""
 
     def __init__(self, program: Program) -> None:

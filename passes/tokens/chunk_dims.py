@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.program.emit import Rewriter
+from passes.program.emit import ProgramWriter
 from passes.program.program import Program
 from passes.program.walks import following
 from passes.rules.call import call_of, is_tensor, operand_nodes
@@ -35,7 +35,7 @@ def chunks_as_rows(program: Program) -> Program:
     if not taken:
         return program
     shapes = {tuple(source.meta["val"].shape[:2]) for source in taken}
-    emit = Rewriter(program)
+    emit = ProgramWriter(program)
     new, flat = emit.new, dict[fx.Node, fx.Node]()
 
     def write(node: fx.Node) -> fx.Node | None:

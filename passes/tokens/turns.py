@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.analysis.dims import is_getitem
-from passes.program.emit import Rewriter
+from passes.program.emit import ProgramWriter
 from passes.program.program import Program
 from passes.program.provenance import place_of
 from passes.program.walks import cut_of
@@ -125,7 +125,7 @@ def _by_blocks(program: Program, turns: Turns, parts: int, where: str) -> Progra
     old = program.graph.graph
     walk = walked(old, turns)
     after = _in_blocks(turns, parts, where)
-    emit = Rewriter(program)
+    emit = ProgramWriter(program)
     emit.write(_Move(emit, walk, parts, after).written, _in_turn(old, walk))
     return emit.finished()
 
@@ -175,7 +175,7 @@ def _in_blocks(turns: Turns, parts: int, where: str) -> Turns:
 class _Move:
     """Emits turns of what they were in the old graph as they are `after`, in blocks."""
 
-    def __init__(self, emit: Rewriter, walk: Walk, parts: int, after: Turns) -> None:
+    def __init__(self, emit: ProgramWriter, walk: Walk, parts: int, after: Turns) -> None:
         self.emit, self.new, self.walk, self.parts, self.after = emit, emit.new, walk, parts, after
         self.shared: dict[object, fx.Node] = {}
         self.together: dict[int | tuple[fx.Node, ...], fx.Node] = {}
