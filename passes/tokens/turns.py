@@ -36,8 +36,9 @@ from passes.program.provenance import place_of
 from passes.program.walks import cut_of
 from passes.rules.call import call_of, map_operands, operand_nodes
 from passes.rules.table import POINTWISE, rule_of
-from passes.tokens.alike import TOLD, MattersError, Own, Turns, Walk, is_total, walked
+from passes.tokens.alike import TOLD, Walk, is_total, walked
 from passes.tokens.chunk_dims import chunks_as_rows
+from passes.tokens.turn_states import MattersError, Own, Turns
 
 aten = torch.ops.aten
 Beside = dict[fx.Node, tuple[fx.Node, ...]]
