@@ -203,7 +203,7 @@ def test_layers_shorter_than_their_launches_are_told() -> None:
     layer_ms_ = 1e3 * (short.seconds["compute"] + short.seconds["experts"] + short.seconds["slowed"]) / (4 * LAYERS)
     (note,) = launches_notes(short, LAYERS)
     assert f"a layer takes the GPU {layer_ms_:.1f} ms" in note
-    assert "7 to 13 ms, unless the step was one CUDA graph" in note
+    assert "priced 41% too fast, unless the step was one CUDA graph" in note
     longer = replace(short, seconds={name: 40 * seconds for name, seconds in short.seconds.items()})
     assert launches_notes(longer, LAYERS) == launches_notes(priced(), LAYERS) == []
 
@@ -315,6 +315,11 @@ def test_the_search_prices_it_where_there_are_experts() -> None:
     assert f"ep {fastest.setup.ep}," in said
     assert "  ep  " in found.text()
     assert any(c.setup.experts_beside for c in found.candidates)
+    sharded = [c for c in found.candidates if c.setup.ep > 1 and c.setup.state == "zero3"]
+    assert sharded
+    alone = autopar.price(mixtral(), sharded[0].setup, "h100", sequence=S, options=options)
+    assert alone.step_time_s == pytest.approx(sharded[0].step_time_s)
+    assert not any(c.setup.offload and c.setup.ep > 1 for c in found.candidates)  # of plans alone
     assert ", beside" in found.text()
     assert "--overlap-moe-expert-parallel-comm" in found.text()
 

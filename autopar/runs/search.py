@@ -184,7 +184,7 @@ class _Search:
 
     def offloaded(self, found: Sequence[Candidate]) -> Iterator[Candidate]:
         """What comes nearest to fitting, with its optimizer offloaded."""
-        plans = [c for c in found if c.setup.state == "zero3" and not self.hardware.shared_host]
+        plans = [c for c in found if c.setup.is_played and not self.hardware.shared_host]
         for candidate in sorted(plans, key=lambda c: (c.over_bytes, c.step_time_s))[:6]:
             yield self.candidate(estimate(replace(candidate.setup, offload=True), self.profiler))
 
@@ -195,7 +195,7 @@ class _Search:
         else_ = [c for c in else_ if c.setup.ep == 1]  # which no verdict rests on
         fastest = sorted((c for c in else_ if not c.setup.offload), key=lambda c: c.step_time_s)
         kept = [c.setup for c in distinct(c for c in fastest if c.setup.pp > 1)][:_ELSEWHERE]
-        plans = [c.setup for c in fastest if c.setup.pp == c.setup.cp == 1 and c.setup.state == "zero3"]
+        plans = [c.setup for c in fastest if c.setup.is_played]
         widths = {setup.tp: setup for setup in reversed(plans)}.values()  # the fastest of each: one may divide no more
         kept += widths
         if gpus < self.gpus:  # in as many micro-batches as here, too

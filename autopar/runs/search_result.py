@@ -90,7 +90,7 @@ class SearchResult:
         asked = self.asked
         recompute: Recompute = "auto" if setup.recompute == "pointwise" else setup.recompute
         reshard = asked.reshard_after_forward if setup.reshard else False
-        regather = True if setup.gathers_again and setup.state == "zero3" else asked.regather_activations
+        regather = True if setup.gathers_again and setup.is_played else asked.regather_activations
         return replace(
             asked, accumulate=setup.accumulate, recompute=recompute, reshard_after_forward=reshard,
             regather_activations=regather, async_tp=asked.async_tp and setup.tp > 1,

@@ -58,7 +58,7 @@ class Setups:
             sizes = setup.dp_shard, setup.tp, setup.pp, setup.cp, setup.ep
             fastest.setdefault((setup.state, *(size > 1 for size in sizes)), candidate)
         for setup in (candidate.setup for candidate in fastest.values()):
-            if setup.state == "zero3":
+            if setup.is_played:
                 setup = replace(setup, reshard=self.reshard, gathers_again=self.regather and setup.tp > 1)
             local = setup.micro_batch * setup.accumulate
             more = [size for size in range(setup.micro_batch + 1, local + 1) if local % size == 0]
@@ -114,12 +114,15 @@ class Setups:
                                     yield replace(each, experts_beside=True)
 
     def ways(self, setup: Setup) -> Iterator[Setup]:
-        """ZeRO-1, and ZeRO-2 where gradients need not wait for a pipeline's other micro-batches; plain and interleaved
-        stages, with layers that full recompute runs again to their end, collectives too, or as plans do."""
+        """ZeRO-1, and ZeRO-2 where gradients need not wait for a pipeline's other micro-batches, ZeRO-3 where experts
+        are shared, which no plan does; plain and interleaved stages, with layers that full recompute runs again to
+        their end, collectives too, or as plans do."""
         if setup.pp == setup.cp == 1:
             if setup.data_ranks > 1:
                 yield setup
                 yield replace(setup, state="zero2")
+                if setup.ep > 1:
+                    yield replace(setup, state="zero3")
             return
         staged, most = [setup], math.ceil(self.profiler.layers / setup.pp)
         if setup.pp > 1 and most > 1:

@@ -72,8 +72,8 @@ def fastest_of(found: Sequence[Priced]) -> Ways:
 
 
 def is_simple(setup: Setup) -> bool:
-    """Whether a plan can run it: no stages, no parts of sequences, no offload."""
-    return setup.pp == setup.cp == 1 and not setup.offload
+    """Whether a plan can run it: no stages, no parts of sequences, no shared experts, no offload."""
+    return setup.pp == setup.cp == setup.ep == 1 and not setup.offload
 
 
 def is_state(setup: Setup) -> bool:
