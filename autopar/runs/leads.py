@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 EXPERTS_ERROR = 0.26
-"""By how much predicted steps with expert parallelism are off on average: 61 published runs, most of which took
+"""By how much predicted steps with expert parallelism are off on average: 75 published runs, most of which took
 longer."""
 ENOUGH = 0.05
 """Slower than the best by up to this share, the simpler way is called enough."""
