@@ -78,7 +78,7 @@ copied once more, and compute waited for it (its pull request 1188)."""
 
 _OPTIONAL = {
     **dict.fromkeys(("tp", "pp", "virtual", "cp"), "1"),
-    **dict.fromkeys(("tp_overlap", "balanced", "experts_beside", "ends"), "no"),
+    **dict.fromkeys(("tp_overlap", "balanced", "experts_beside", "ends", "experts_cut"), "no"),
     "dispatcher": "hybridep",
     "state_overlap": "yes",
     **dict.fromkeys(("ep", "replicas", "node_gbps", "node_gpus", "gathers", "peak_gib", "peak_of", "assumed"), ""),
@@ -106,6 +106,7 @@ _WORDS = {
     "balanced": ("yes", "no"),
     "experts_beside": ("yes", "no"),
     "ends": ("yes", "no"),
+    "experts_cut": ("yes", "no"),
     "dispatcher": ("hybridep", "deepep", "alltoall"),
     "gathers": ("", "waited", "late"),
     "sequence_parallel": ("yes", "no"),
@@ -213,7 +214,7 @@ class Run:
             gather_bytes_per_s=_WAITED_BYTES_PER_S if self.line["gathers"] == "waited" else 0.0,
             gathers_late=self.line["gathers"] == "late", balanced=self.line["balanced"] == "yes",
             experts_beside=self.line["experts_beside"] == "yes", ends_count=self.line["ends"] == "yes",
-            dispatcher=cast(Any, self.line["dispatcher"]),
+            dispatcher=cast(Any, self.line["dispatcher"]), experts_cut=self.line["experts_cut"] == "yes",
             overlap=self.line["state_overlap"] != "no", gathers_waited=self.line["state_overlap"] == "gradients",
             gradient_bytes=4 if self.line["gradients"] == "fp32" else 2, adds_in_products=self.adds_in_products,
         )  # fmt: skip
@@ -368,6 +369,8 @@ def _contradictions(run: Run) -> list[tuple[str, str, str]]:
         refuse("experts_beside", "'no' would do where no tokens are sent")
     if line["dispatcher"] != "hybridep" and line["ep"] in ("", "1"):
         refuse("dispatcher", "nothing would do where no tokens are sent")
+    if line["experts_cut"] == "yes" and (line["ep"] in ("", "1") or tp == 1):
+        refuse("experts_cut", "'no' would do where no tensor-parallel ranks share experts")
     if line["ends"] == "yes" and (pp == 1 or (n("layers") + 2) % pp):
         refuse("ends", f"'no' would do, or stages that divide {n('layers') + 2} layers, embedding and head included")
     if bool(line["peak_gib"]) != bool(line["peak_of"]):

@@ -518,6 +518,8 @@ MISTAKES: list[tuple[Setup, str]] = [
     (Setup(dp_shard=8, ends_count=True), "ends_count=True, but pp=1; there are no stages"),
     (Setup(pp=2, balanced=True, ends_count=True), "ends_count=True, but balanced=True; one says how"),
     (Setup(pp=4, ends_count=True), "an embedding and a head are not spread evenly over 4 stages"),
+    (Setup(dp_shard=2, tp=2, experts_cut=True), "experts_cut=True, but ep=1; tensor-parallel ranks cut experts"),
+    (Setup(dp_shard=8, ep=2, state="zero1", experts_cut=True), "experts_cut=True, but tp=1; there are no tensor-pa"),
     (Setup(dp_shard=8, dispatcher="deepep"), "dispatcher='deepep', but ep=1; no tokens are sent"),
     (Setup(dp_shard=8, dispatcher="nccl"), "dispatcher='nccl': one of hybridep, deepep, alltoall"),  # type: ignore[arg-type]
     (Setup(dp_shard=8, in_block="none"), "in_block='none', but no layers are run again to their end"),

@@ -78,7 +78,7 @@ PIPELINE = next(row for row in ROWS if row.number("virtual") > 1 and row.number(
 COPIES = next(row for row in ROWS if row.told("replicas"))
 ON_B200 = next(row for row in ROWS if row.line["hardware"] == "b200")
 OPTIONAL = ("tp", "pp", "virtual", "cp", "tp_overlap", "state_overlap", "balanced", "experts_beside", "gathers",
-            "dispatcher", "ends", "replicas", "node_gbps", "node_gpus", "ep", "head", "experts", "experts_per_token",
+            "dispatcher", "ends", "experts_cut", "replicas", "node_gbps", "node_gpus", "ep", "head", "experts", "experts_per_token",
             "peak_gib", "peak_of", "assumed", "added")  # fmt: skip
 
 
@@ -243,6 +243,7 @@ def test_experts_of_a_model_without_them_are_refused() -> None:
     assert columns(PLAIN, experts_beside="yes") == ["experts_beside"]
     assert columns(PLAIN, dispatcher="deepep") == ["dispatcher"]
     assert columns(PLAIN, ends="yes") == ["ends"]
+    assert columns(PLAIN, experts_cut="yes") == ["experts_cut"]
     row = next(row for row in ROWS if row.line["experts"])
     assert columns(row, experts="", head="") == ["head", "experts"]
 

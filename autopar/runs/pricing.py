@@ -232,6 +232,8 @@ def _check_idle(setup: Setup) -> None:
             f"dispatcher={setup.dispatcher!r}",
             "ep=1; no tokens are sent, leave it out",
         ),
+        (setup.experts_cut and setup.ep == 1, "experts_cut=True", "ep=1; tensor-parallel ranks cut experts anyway"),
+        (setup.experts_cut and setup.tp == 1, "experts_cut=True", alone),
         (setup.virtual > 1 and setup.pp == 1, f"virtual={setup.virtual}", staged),
         (setup.balanced and setup.pp == 1, "balanced=True", staged),
         (setup.ends_count and setup.pp == 1, "ends_count=True", staged),

@@ -38,7 +38,7 @@ def activations_s(setup: Setup, found: Profile, kind: str, phase: str = "") -> f
 
 def has_whole_experts(setup: Setup) -> bool:
     """Whether a tensor-parallel rank has some of the experts whole, and its part of the sequence to send to others."""
-    return setup.ep > 1 and setup.tp > 1 and setup.sequence_parallel
+    return setup.ep > 1 and setup.tp > 1 and setup.sequence_parallel and not setup.experts_cut
 
 
 def without_whole_blocks(setup: Setup, profiler: Profiler, *, replica: bool) -> Profile | None:

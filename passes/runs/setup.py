@@ -32,6 +32,9 @@ class Setup:
     dispatcher: Dispatcher = "hybridep"
     """What sends them: once to each rank that has some of their experts ("hybridep", "deepep"), or once for each expert
     ("alltoall", the default of Megatron-LM and torchtitan)."""
+    experts_cut: bool = False
+    """Whether tensor-parallel ranks cut each expert among themselves, as Megatron-LM does unless told
+    `--expert-tensor-parallel-size 1`; else each has some experts whole, and its part of the sequence for others."""
     virtual: int = 1
     balanced: bool = False
     """Whether the last stage of a pipeline has fewer layers where its head would make it the slowest, as nanotron and
