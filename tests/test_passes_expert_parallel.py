@@ -197,6 +197,16 @@ def test_and_do_so_on_average() -> None:
     assert sum(map(abs, errors)) / len(errors) < 0.12
 
 
+def test_tensor_parallel_ranks_that_cut_experts_gather_rows_and_add_up() -> None:
+    """What the replica's do, which those with whole experts do not: waited for, and the rest's 26% of compute."""
+    cut, whole = (priced(dp_shard=8, tp=2, ep=8, experts_cut=each) for each in (True, False))
+    found = profiler().profile(Setup(dp_shard=8, tp=2, state="zero1"), replica=True)
+    waited_s, hidden_s = (found.layer_total(f"among experts.{kind}.") for kind in ("exposed", "hidden"))
+    assert waited_s > 0
+    more_s = 4 * LAYERS * (waited_s + 0.26 * hidden_s)
+    assert cut.step_s - whole.step_s == pytest.approx(more_s, rel=0.02)
+
+
 def test_layers_shorter_than_their_launches_are_told() -> None:
     """8 of them in each of 4 micro-batches, as many as that on half the stages."""
     short = priced(ep=8)

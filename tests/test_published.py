@@ -78,8 +78,8 @@ PIPELINE = next(row for row in ROWS if row.number("virtual") > 1 and row.number(
 COPIES = next(row for row in ROWS if row.told("replicas"))
 ON_B200 = next(row for row in ROWS if row.line["hardware"] == "b200")
 OPTIONAL = ("tp", "pp", "virtual", "cp", "tp_overlap", "state_overlap", "balanced", "experts_beside", "gathers",
-            "dispatcher", "ends", "experts_cut", "replicas", "node_gbps", "node_gpus", "ep", "head", "experts", "experts_per_token",
-            "peak_gib", "peak_of", "assumed", "added")  # fmt: skip
+            "dispatcher", "ends", "experts_cut", "replicas", "node_gbps", "node_gpus", "ep", "head", "experts",
+            "experts_per_token", "peak_gib", "peak_of", "assumed", "added")  # fmt: skip
 
 
 def write(path: Path, lines: list[dict[str, str]]) -> Path:
