@@ -39,8 +39,10 @@ def test_ranks_and_batch_are_those_of_the_gpus(path: str) -> None:
 def test_no_run_computes_faster_than_its_gpus() -> None:
     """Products and causal attention, by hand: 2 per multiply-add, three times a forward, four with full recompute.
 
-    An RTX 4090 clocks above what its peak is told for: 81%.
+    An RTX 4090 clocks above what its peak is told for: 81%. Where a source tells the rate itself, it is that: AWS's runs
+    of one sequence at a time reach 1% and 3%.
     """
+    told = {15.76: 153.9, 33.36: 72.7, 12.21: 198.6, 34.17: 71.0, 8.6: 43.9, 27.89: 13.5, 9.24: 40.8, 27.14: 13.9}
     for row in ROWS:
         n = row.number
         hidden, head = n("hidden"), n("hidden") // n("heads")
@@ -53,6 +55,9 @@ def test_no_run_computes_faster_than_its_gpus() -> None:
         flops = times * forward * n("seq") * n("global_batch") / n("gpus")
         dtype = {"fp8": "float8", "fp16": "float16"}.get(row.line["precision"], "bfloat16")
         peak = row.machine.device.peak_flops_per_s[dtype]
+        if row.line["source"].startswith("awslabs"):
+            assert flops / row.measured_s == pytest.approx(1e12 * told[row.measured_s], rel=0.02)
+            continue
         assert 0.04 < flops / row.measured_s / peak < 0.82, f"{row.source} {row.line['model']}: {row.measured_s} s"
 
 
