@@ -1,7 +1,7 @@
-"""Parameters and buffers of a model that are two tensors in the same memory.
+"""Parameters, buffers and plain tensors of a model that are two tensors in the same memory.
 
-On one device a write to one changes the other. A parallel module has each apart, so what training or the step writes to
-has to be alone; what is only read may share.
+On one device a write to one changes the other. A parallel module has each apart (a graph has a plain tensor's values),
+so what training or the step writes to has to be alone; what is only read may share.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from passes.capture.settings import attributes
 from passes.program.program import Program
 
 
 class Overlap(NamedTuple):
-    """Two names, the model's first one first; `alike`: they are of one kind, shape, layout and dtype."""
+    """Two names, the model's first one first.
+
+    `alike`: they are of one kind, shape, layout and dtype. `plain`: the other is a tensor that a module holds as it
+    does a number (`self.w = self.embed.weight.data`).
+    """
 
     one: str
     other: str
     alike: bool
+    plain: bool = False
 
 
 class _Placed(NamedTuple):
@@ -33,9 +39,11 @@ class _Placed(NamedTuple):
 
 
 def overlapping(model: nn.Module) -> tuple[Overlap, ...]:
-    """Pairs of parameters and buffers that share memory without being one tensor. Tensors without memory (meta) share
-    none."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    """Pairs of parameters, buffers and plain tensors that share memory without being one tensor, no two of them plain.
+    Tensors without memory (meta) share none."""
+    held = [*model.named_parameters(), *model.named_buffers()]
+    plain = {name: value for name, value in attributes(model).values() if isinstance(value, Tensor)}
+    tensors = [*held, *plain.items()]
     names = {id(tensor): name for name, tensor in reversed(tensors)}
     placed = [_placed(name, tensor) for name, tensor in tensors if names[id(tensor)] == name and _has_memory(tensor)]
     order = {each.name: number for number, each in enumerate(placed)}
@@ -43,7 +51,9 @@ def overlapping(model: nn.Module) -> tuple[Overlap, ...]:
     for _, of_one in groupby(sorted(placed, key=lambda p: p[:3]), key=lambda p: p.device):
         for pair in _touching(list(of_one)):
             one, other = sorted(pair, key=lambda p: order[p.name])
-            found.append(Overlap(one.name, other.name, _alike(one.tensor, other.tensor)))
+            if one.name not in plain:
+                alike = _alike(one.tensor, other.tensor)
+                found.append(Overlap(one.name, other.name, alike, other.name in plain))
     return tuple(found)
 
 
@@ -55,9 +65,13 @@ def check_apart(overlaps: Sequence[Overlap], program: Program) -> None:
     """
     written = {entry.name for entry in program.inputs if entry.kind == "parameter" and entry.requires_grad}
     written |= {output.name for output in program.outputs if output.kind == "buffer"}
-    for one, other, alike in overlaps:
+    for one, other, alike, plain in overlaps:
+        if plain and other not in program.attributes:
+            continue  # what the forward does not read may lie behind
         if one in written or other in written:
             helps = f"make them one, model.{other} = model.{one}" if alike else "clone one of them"
+            if plain:
+                helps = f"read {one} in the forward ({one}.detach() where it gets no gradient there), or clone {other}"
             raise ValueError(
                 f"{one} and {other} are two tensors in the same memory, and what training writes to one would not "
                 f"reach the other; {helps}"

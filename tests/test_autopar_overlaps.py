@@ -116,3 +116,31 @@ def test_a_buffer_in_another_is_refused_where_the_step_writes_to_it() -> None:
     with pytest.raises(ValueError, match=r"^both and first are two tensors in the same memory.*clone one of them$"):
         autopar.verify(Views(True), MESH, {"x": x}, hardware="cpu")
     assert autopar.verify(Views(False), MESH, {"x": x}, hardware="cpu").ok
+
+
+class Holds(nn.Module):
+    """Keeps a tensor in the memory of its weight as a plain attribute, and reads that or does not."""
+
+    def __init__(self, reads: bool, clones: bool = False) -> None:
+        super().__init__()
+        self.linear, self.reads = nn.Linear(8, 8), reads
+        self.tied = self.linear.weight.data[:4].clone() if clones else self.linear.weight.data[:4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return (y @ self.tied.T if self.reads else y).square().mean()
+
+
+def test_a_plain_tensor_in_a_weights_memory_is_refused_where_it_is_read() -> None:
+    x = torch.randn(4, 8)
+    said = r"^linear.weight and tied are two .*; read linear.weight in the forward .*, or clone tied$"
+    for made in (autopar.plan, autopar.verify):
+        with pytest.raises(ValueError, match=said):
+            made(Holds(True), MESH, {"x": x}, hardware="cpu")
+    for model in (Holds(False), Holds(True, clones=True)):
+        autopar.plan(model, MESH, {"x": x}, hardware="cpu")
+    frozen = Holds(True)
+    frozen.linear.weight.requires_grad_(False)
+    autopar.plan(frozen, MESH, {"x": x}, hardware="cpu")
+    old = nn.utils.spectral_norm(nn.Linear(8, 8))
+    autopar.plan(nn.Sequential(old), MESH, (x,), hardware="cpu")

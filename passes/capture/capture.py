@@ -238,6 +238,7 @@ def _capture(
         has_loss=bool(given) and all(t.is_loss for t in given),
         guards=guards,
         settings=read.settings,
+        attributes=frozenset(read.before),
     )
     return normalize(program)
 

@@ -157,6 +157,8 @@ class Program:
     """What the graph takes for granted about its inputs' values; None: nothing."""
     settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
     """Plain values of modules that the forward read: see `passes/capture/settings.py`."""
+    attributes: frozenset[str] = frozenset()
+    """Numbers and tensors that modules hold as plain attributes and the forward read as they were before it."""
     repeated: tuple[Repeated, ...] = ()
     """Layers that stand for others, where some were left out."""
 
