@@ -637,11 +637,14 @@ class Products(nn.Module):
         return {"loss": self.b(self.a(x)).sum()}
 
 
+WHOLE = "()R,->[] "
+"""What is told of options that are whole everywhere."""
+
+
 def test_memory_of_two_products_by_hand() -> None:
     program = captured(Products(), {"x": torch.randn(64, 256)})
     space = search_space(program, topology(hardware("h100"), {"tp": 2}), ())
-    whole = "()R,->[] "
-    assignment = [next(i for i, o in enumerate(x.options) if set(option_text(o)) <= set(whole)) for x in space.sites]
+    assignment = [next(i for i, o in enumerate(x.options) if set(option_text(o)) <= set(WHOLE)) for x in space.sites]
     schedule = play(space, assignment, optimizer="sgd")
     assert not schedule.collectives
     a, b, x, hidden = 1024 * 256 * 4, 128 * 1024 * 4, 64 * 256 * 4, 64 * 1024 * 4
@@ -655,6 +658,26 @@ def test_memory_of_two_products_by_hand() -> None:
     }
     assert schedule.peak_moment == "backward: mm in a"
     assert schedule.peak_memory_bytes == 2 * (a + b) + x + hidden + 512
+
+
+def test_an_update_on_a_gpu_has_one_temporary_per_parameter() -> None:
+    """All at once, beside parameters, gradients and two states: torch's Adam takes the roots of all in one go."""
+    program = captured(Products(), {"x": torch.randn(64, 256)})
+    held = (1024 * 256 + 128 * 1024) * 4
+    for name, optimizer, working in (("h100", "adamw", held), ("cpu", "adamw", None), ("h100", "lion", None)):
+        space = search_space(program, topology(hardware(name), {"tp": 2}), ())
+        assignment = [
+            next(i for i, o in enumerate(s.options) if set(option_text(o)) <= set(WHOLE)) for s in space.sites
+        ]
+        memory = play(space, assignment, optimizer=optimizer).memory
+        assert memory.by_kind["parameters"] == memory.by_kind["gradients"] == held
+        if working is None:
+            assert memory.by_kind["working"] == 64 * 1024 * 4
+        else:
+            assert (memory.by_kind["working"], memory.by_kind["optimizer"]) == (held, 2 * held)
+            assert memory.moment_s == max(moment for moment, _ in memory.timeline)
+            sizes = [top.bytes for top in memory.top]
+            assert sizes == sorted(sizes, reverse=True)
 
 
 def test_state_sharding_divides_what_is_at_rest() -> None:
