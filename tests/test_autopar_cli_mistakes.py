@@ -172,6 +172,7 @@ MISTAKES = [
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --balanced-stages", "--balanced-stages, but --pp 1"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --experts-beside", "--experts-beside, but --ep 1"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --dispatcher deepep", "--dispatcher deepep, but --ep 1;"),
+    ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --experts-cut", "--experts-cut, but --ep 1; tensor-par"),
     ("price MODEL --gpus 8 --global-batch 8 --hardware h100 --ends-count", "--ends-count, but --pp 1; there are no"),
     (
         "price MODEL --gpus 8 --global-batch 8 --hardware h100 --state zero1 --keep-gathered",

@@ -41,6 +41,7 @@ FLAGS = {
     "experts_beside=True": "--experts-beside",
     "balanced=True": "--balanced-stages",
     "ends_count=True": "--ends-count",
+    "experts_cut=True": "--experts-cut",
     "whole_blocks=True": "--whole-layers",
     "reshard=False": "--keep-gathered",
     "sequence_parallel=False": "--no-sequence-parallel",
@@ -82,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts-beside", action="store_true",
         help="tokens go to their experts beside another micro-batch's compute (it waits for them)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--experts-cut", action="store_true",
+        help="tensor-parallel ranks cut each expert among themselves (each has some whole, as with Megatron-LM's "
+        "--expert-tensor-parallel-size 1)",
     )  # fmt: skip
     parser.add_argument(
         "--dispatcher", choices=get_args(Dispatcher), default="hybridep",
@@ -178,7 +184,7 @@ def setup_of(given: argparse.Namespace) -> Setup:
     setup = Setup(
         dp_replicate=given.replicas, dp_shard=data // given.replicas, tp=given.tp, pp=given.pp, cp=given.cp,
         ep=given.ep, experts_beside=given.experts_beside, dispatcher=given.dispatcher, virtual=given.virtual,
-        balanced=given.balanced_stages, ends_count=given.ends_count,
+        balanced=given.balanced_stages, ends_count=given.ends_count, experts_cut=given.experts_cut,
         micro_batch=given.micro_batch, accumulate=given.global_batch // (data * given.micro_batch),
         recompute=given.recompute,
         whole_blocks=given.whole_layers, sequence_parallel=given.sequence_parallel, state=given.state or usual,

@@ -89,7 +89,8 @@ def ranks_text(setup: Setup) -> str:
     ]
     beside = ", tokens sent beside another micro-batch" if setup.experts_beside else ""
     each = {"alltoall": ", tokens sent for each expert", "deepep": ", tokens sent by DeepEP"}.get(setup.dispatcher, "")
-    shared = [f"{setup.ep} ranks share a layer's experts{each}{beside}"] if setup.ep > 1 else []
+    cut = f", cut in {setup.tp}" if setup.experts_cut else ""
+    shared = [f"{setup.ep} ranks share a layer's experts{cut}{each}{beside}"] if setup.ep > 1 else []
     kept = [] if setup.reshard or setup.state != "zero3" else ["gathered parameters kept for backward"]
     waited = ["compute waits for what of state is sent"] if not setup.overlap else []
     waited += ["compute waits for what was updated"] if setup.gathers_waited else []
