@@ -39,8 +39,8 @@ def test_ranks_and_batch_are_those_of_the_gpus(path: str) -> None:
 def test_no_run_computes_faster_than_its_gpus() -> None:
     """Products and causal attention, by hand: 2 per multiply-add, three times a forward, four with full recompute.
 
-    An RTX 4090 clocks above what its peak is told for: 81%. Where a source tells the rate itself, it is that: AWS's runs
-    of one sequence at a time reach 1% and 3%.
+    An RTX 4090 clocks above what its peak is told for: 81%. Where a source tells the rate itself, it is that: AWS's
+    runs of one sequence at a time reach 1% and 3%.
     """
     told = {15.76: 153.9, 33.36: 72.7, 12.21: 198.6, 34.17: 71.0, 8.6: 43.9, 27.89: 13.5, 9.24: 40.8, 27.14: 13.9}
     for row in ROWS:
