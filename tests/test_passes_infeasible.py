@@ -106,7 +106,7 @@ def test_a_fixed_recompute_conflicts_with_the_budget() -> None:
 def test_a_way_out_has_its_step_in_seconds_where_it_takes_some() -> None:
     schedule = SimpleNamespace(peak_memory_bytes=3 << 30, step_time_s=12.25)
     plan: Any = SimpleNamespace(schedule=schedule, recompute="full", strategy="fsdp")
-    assert str(infeasible.Way("with sgd", plan)) == "with sgd: 3.00 GiB, 12.25 s per step (fsdp, recompute 'full')"
+    assert str(infeasible.Way("with sgd", plan)) == "with sgd: 3.00 GiB, 12.25 s per step (fsdp, recompute='full')"
 
 
 @pytest.mark.parametrize(
