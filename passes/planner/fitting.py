@@ -21,6 +21,7 @@ from passes.errors import NoFeasiblePlanError
 from passes.padding.pad import Pad
 from passes.padding.paddings import Padding
 from passes.play.schedule import Schedule, play
+from passes.play.tracks import Costs, tracks
 from passes.price.price import Priced, price
 from passes.program.local import Storage
 from passes.solver.linear import Near
@@ -115,7 +116,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Posed:
-    """A problem under one strategy, with these dims padded, whose step is to be played within `budget` bytes."""
+    """A problem under one strategy, with these dims padded, whose step is to be played within `budget` bytes; `costs`:
+    see `tracks`."""
 
     request: Request
     budget: float
@@ -124,6 +126,7 @@ class Posed:
     padding: Padding
     space: Space
     priced: Priced
+    costs: Costs
 
 
 @dataclass
@@ -199,7 +202,7 @@ def _played(posed: Posed, assignment: tuple[int, ...], origin: Origin) -> tuple[
     quickest_s = math.inf
     for postpone in (True, False):
         space = replace(posed.space, recomputed=replace(posed.space.recomputed, postpone=postpone))
-        schedule = as_asked(space, assignment, posed.request)
+        schedule = as_asked(space, assignment, posed.request, costs=posed.costs)
         quickest_s = min(quickest_s, schedule.step_time_s)
         fits = schedule.peak_memory_bytes <= posed.budget
         if fits or not any(c.role == "activation" and c.phase == "backward" for c in schedule.collectives):
@@ -218,7 +221,7 @@ def looked_at_longer(chosen: Candidate, request: Request, budget: float) -> list
     origin, known = chosen.origin, chosen.origin.solution
     space = replace(chosen.space, recomputed=origin.recomputed)
     priced = price(space, OPTIMIZERS[request.optimizer], {})
-    posed = Posed(request, budget, chosen.strategy, origin.joined, chosen.padding, space, priced)
+    posed = Posed(request, budget, chosen.strategy, origin.joined, chosen.padding, space, priced, {})
     end_s = time.process_time() + _PROOF_S
     limit, bound_s, near = origin.limit_bytes, known.bound_s, Near()
     cheaper: list[Candidate] = []
@@ -246,9 +249,11 @@ def looked_at_longer(chosen: Candidate, request: Request, budget: float) -> list
     return [*cheaper, replace(chosen, origin=replace(origin, solution=proved))]
 
 
-def as_asked(space: Space, assignment: Sequence[int], request: Request, *, events: bool = False) -> Schedule:
+def as_asked(
+    space: Space, assignment: Sequence[int], request: Request, *, events: bool = False, costs: Costs | None = None
+) -> Schedule:
     """The step as it is played with the optimizer, micro-batches and compiler that were asked for; `events`: see
-    `play`."""
+    `play`, `costs`: see `tracks`."""
     return play(
         space,
         assignment,
@@ -256,6 +261,7 @@ def as_asked(space: Space, assignment: Sequence[int], request: Request, *, event
         accumulate=request.accumulate,
         events=events,
         compiled=request.compiled,
+        laid=tracks(space, assignment, costs),
     )
 
 

@@ -31,6 +31,7 @@ from passes.planner.fitting import (
     smallest,
 )
 from passes.play.blocks import NotPeriodicError
+from passes.play.tracks import Costs
 from passes.price.price import price
 from passes.space.named import alike_axes, tensor_axes
 from passes.space.pins import PinError
@@ -286,6 +287,7 @@ class Search:
         seen: set[tuple[frozenset[Value], frozenset[int], bool]] = set()
         enough = Enough(self.fastest_s)
         known: dict[tuple[int, int], float] = {}
+        costs: Costs = {}
         for turn, way in enumerate(ways or self._ways(name)):
             if any(_takes_less(way, than) for than in suffices):
                 continue
@@ -302,7 +304,7 @@ class Search:
                 continue  # the mode adds nothing here
             seen.add(again)
             priced = price(space, OPTIMIZERS[self.request.optimizer], known)
-            posed = Posed(self.request, self.budget, name, self.joined, padding, space, priced)
+            posed = Posed(self.request, self.budget, name, self.joined, padding, space, priced, costs)
             unbound = True
             for share in shares:
                 if not unbound and self._is_late():
