@@ -24,6 +24,7 @@ from passes.price.price import price
 from passes.solver.solve import solve
 
 MESH = on_mesh("h100", (("dp", 2), ("tp", 2)))
+FOUR = on_mesh("h100", (("dp", 1), ("tp", 4)))
 
 
 program = lru_cache(small_models.program_of)
@@ -33,6 +34,12 @@ program = lru_cache(small_models.program_of)
 def peak() -> int:
     """Bytes of the plan that no budget binds."""
     return compile_plan(program(), MESH, (0,), Request()).peak_memory_bytes
+
+
+@lru_cache
+def gpt2_peak() -> int:
+    """The same of GPT-2 on four tensor-parallel ranks."""
+    return compile_plan(program("gpt2"), FOUR, (0,), Request()).peak_memory_bytes
 
 
 def search(share: float, **how: Any) -> Search:
@@ -157,12 +164,10 @@ def test_nothing_is_looked_for_twice(share: float, monkeypatch: pytest.MonkeyPat
         asked[posed.joined, posed.padding.pads, recomputed.held, recomputed.again, recomputed.regather, share] += 1
         return fitting.fitting(posed, share, enough)
 
+    budget = int(share * gpt2_peak())
     monkeypatch.setattr(proposals, "fitting", counted)
-    mesh = on_mesh("h100", (("dp", 1), ("tp", 4)))
-    free = compile_plan(program("gpt2"), mesh, (0,), Request()).peak_memory_bytes
-    paddings = PaddingsOf(program("gpt2"), mesh.sizes, (0,))
-    asked.clear()
-    Search(paddings, mesh, (0,), Request(), int(share * free), most=1).candidates("auto")
+    paddings = PaddingsOf(program("gpt2"), FOUR.sizes, (0,))
+    Search(paddings, FOUR, (0,), Request(), budget, most=1).candidates("auto")
     assert len({pads for _, pads, *_ in asked}) > 1
     assert set(asked.values()) == {1}
 
