@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from autopar.modules.gradient import Gradient
+from autopar.modules.gradient import Gradient, _plain
 from autopar.modules.stored import spec
 
 LAYOUTS = {
@@ -152,6 +152,38 @@ def test_it_is_copied_pickled_and_computed_with_as_a_dtensor(gradient: Gradient)
     parameter.grad = Gradient.of(parameter.grad._local_tensor, parameter.grad._spec)
     twice = copy.deepcopy(parameter)
     assert torch.equal(twice.grad.to_local(), torch.ones(2, 3))
+
+
+@OF_OUR_CLASS
+def test_what_clips_and_updates_is_done_on_local_parts(gradient: Gradient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DTensor's own way takes Python per tensor; what it gives is the same."""
+    asked: list[object] = []
+
+    def plain(value: object) -> object:
+        asked.extend([value] if isinstance(value, Gradient) else [])
+        return _plain(value)
+
+    parameter = nn.Parameter(distribute_tensor(torch.ones(2, 3), gradient.device_mesh, [Shard(0)]))
+    parameter.grad = gradient
+    ours, other = gradient, Gradient.of(torch.ones(2, 3), gradient._spec)
+    held = DTensor(torch.ones(2, 3), gradient._spec, requires_grad=False)
+    nn.utils.clip_grad_norm_([parameter], 100.0)  # asks DTensor once how a norm lies
+    monkeypatch.setattr("autopar.modules.gradient._plain", plain)
+    total = nn.utils.clip_grad_norm_([parameter, parameter], 100.0)
+    with torch.no_grad():
+        torch._foreach_mul_([ours, other], 2.0)
+        torch._foreach_add_([held], [ours], alpha=-0.5)
+        held.sub_(other)
+        ours.add_(other).mul_(0.5)
+    assert not asked
+    assert total.to_local().item() == pytest.approx((2 * 55) ** 0.5)
+    assert (torch.tensor(2.0) * total).to_local().item() == pytest.approx(2 * (2 * 55) ** 0.5)
+    assert not asked
+    assert ours.to_local().tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert held.to_local().tolist() == [[-1, -2, -3], [-4, -5, -6]]
+    rows = torch.stack([ours, other])  # of matrices a dim comes before the one that is split
+    assert len(asked) == 2
+    assert (type(rows), rows.placements) == (DTensor, (Shard(1),))
 
 
 def test_a_compiled_optimizer_takes_them_after_dtensors(gradient: Gradient) -> None:

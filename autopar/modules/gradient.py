@@ -266,7 +266,7 @@ def _together(
     whole: list[tuple[int, torch.Tensor]] = []
     for axis, placed in enumerate(zip(*layouts, strict=True)):
         terms = {placement for placement in placed if not isinstance(placement, Replicate)}
-        if len(terms) > 1 or not all(placement.is_partial() for placement in terms):
+        if len(terms) > 1:
             return None, ()
         layout.append(next(iter(terms), Replicate()))
         if terms and len(set(placed)) > 1:
