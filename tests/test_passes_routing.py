@@ -230,6 +230,7 @@ TELLS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "the first rows": lambda rows, places: rows * rows[torch.tensor([0, 1, 5])].detach().sum(),
     "a row for each": lambda rows, places: rows[torch.arange(48).flip(0)],
     "counted rows": lambda rows, places: rows * torch.arange(48)[:, None],
+    "counted rows, cast and viewed": lambda rows, places: rows * torch.arange(48).double().view(48, 1).float(),
     "rows times rows": lambda rows, places: rows + rows.repeat(1, 3) @ rows / 16,
     "a norm's gradients, counted": lambda rows, places: (
         rows * (_norms_gradient(rows) * torch.arange(48)[:, None]).sum()
