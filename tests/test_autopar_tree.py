@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from parity import captured
 from torch import Tensor, nn
@@ -177,6 +178,40 @@ def test_what_an_object_reads_of_the_model_is_read_in_each_step() -> None:
     assert {given.name for given in program.inputs} >= {"linear.weight", "frozen", "gain"}
     read = {node.target for node in program.graph.graph.nodes if node.op == "get_attr"}
     assert not read
+
+
+class Linked:
+    """Refers to the one that made it, and to the next."""
+
+    def __init__(self, made_by: object, after: Linked | None = None) -> None:
+        self.made_by, self.after = made_by, after
+
+
+@pytest.mark.parametrize("names", [("holder", "held"), ("held", "holder")])
+def test_what_objects_that_hold_each_other_reach_is_the_copys(names: tuple[str, ...]) -> None:
+    """Wherever one starts: from the object that has the model, or from what has that object alone."""
+    model = nn.Linear(2, 2)
+    holder = SimpleNamespace(model=model)
+    held = Linked(holder)
+    holder.held = (held, lambda held=held: (held.made_by.model, model, holder))
+    for name in names:
+        setattr(model, name, {"holder": holder, "held": [held]}[name])
+    copy: Any = copied(model, lambda _, old: nn.Parameter(old.detach()), lambda _, old: old)
+    assert copy.holder.model is copy
+    assert copy.held[0].made_by is copy.holder
+    assert copy.holder.held[0] is copy.held[0]
+    assert all(a is b for a, b in zip(copy.holder.held[1](), (copy, copy, copy.holder), strict=True))
+    assert (holder.model, held.made_by) == (model, holder)
+
+
+def test_a_long_chain_of_objects_is_followed() -> None:
+    model = nn.Linear(2, 2)
+    chain: Linked | None = None
+    for _ in range(3000):
+        chain = Linked(None, chain)
+    model.chain = chain  # type: ignore[assignment]
+    copy: Any = copied(model, lambda _, old: nn.Parameter(old.detach()), lambda _, old: old)
+    assert copy.chain is chain
 
 
 def test_what_holds_no_part_of_the_model_stays_the_same_object() -> None:

@@ -6,8 +6,9 @@ import copy
 import functools
 import sys
 import weakref
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -25,67 +26,112 @@ def rebind(root: nn.Module, new: Mapping[int, Any]) -> None:
     """Have what the modules of `root` hold refer to `new[id(old)]` in the place of old modules and tensors.
 
     A lambda, a bound method, a list or an object of the user's in a module's attributes would otherwise still run the
-    old modules. Functions and modules that `torch.compile` wrapped are replaced by what they wrap.
+    old modules. Functions and modules that `torch.compile` wrapped are replaced by what they wrap. What holds nothing
+    of all that stays the same object.
     """
-    done: dict[int, Any] = {}
+    tables = [module.__dict__ for module in root.modules()]
+    attributes = [(table, name) for table in tables for name in table if name not in _TABLES]
+    apart = _taken_apart((table[name] for table, name in attributes), new)
+    changed = _that_reach(new.keys() | {key for key, one in apart.items() if one.changes}, apart)
+    # What can be filled later is begun first, so that nothing that holds itself, over whatever, finds what it was.
+    again = {key: apart[key].begin(changed | new.keys()) for key in changed if apart[key].fill is not None}
 
     def rebound(value: Any) -> Any:
-        """`value` itself where nothing that it holds has changed."""
-        if type(value) in _HOLD_NOTHING:
+        key = id(value)
+        if key in new:
+            return new[key]
+        if key not in changed:
             return value
-        if id(value) in new:
-            return new[id(value)]
-        if id(value) not in done:
-            done[id(value)] = value  # where it holds itself
-            done[id(value)] = remade(value)
-        return done[id(value)]
+        if key not in again:
+            again[key] = apart[key].make([rebound(part) for part in apart[key].held])
+        return again[key]
 
-    def remade(value: Any) -> Any:
-        compiled = getattr(value, "_torchdynamo_orig_callable", None) if isinstance(value, FunctionType) else None
-        if compiled is not None:
-            return rebound(compiled)
-        held, make = _parts(value)
-        parts = [rebound(part) for part in held]
-        return value if all(a is b for a, b in zip(held, parts, strict=True)) else make(parts)
-
-    for module in root.modules():
-        for key, value in module.__dict__.items():
-            if key not in _TABLES:
-                module.__dict__[key] = rebound(value)
+    for key in sorted(changed, key=lambda key: apart[key].hashes):
+        if (fill := apart[key].fill) is not None:
+            fill(again[key], [rebound(part) for part in apart[key].held])
+    for table, name in attributes:
+        table[name] = rebound(table[name])
 
 
-def _parts(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """What a container, function or object holds, and what makes one like it of other parts."""
+@dataclass(frozen=True)
+class _Apart:
+    """What a value holds, and how to have one like it of other parts.
+
+    Either `make` makes it of these at once, or `begin` makes one without them (given the ids of what changes), which
+    `fill` then gives them. `changes`: another stands for it in any case. `hashes`: filling it asks for its parts' hash.
+    """
+
+    value: Any
+    """Alive, so that its id stays its own."""
+    held: Sequence[Any] = ()
+    make: Callable[[list[Any]], Any] = tuple
+    begin: Callable[[set[int]], Any] = id
+    fill: Callable[[Any, list[Any]], None] | None = None
+    changes: bool = False
+    hashes: bool = False
+
+
+def _taken_apart(values: Iterable[Any], new: Mapping[int, Any]) -> dict[int, _Apart]:
+    """By id: these, what they hold, what that holds and so on, up to what `new` has another for."""
+    apart: dict[int, _Apart] = {}
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if type(value) not in _HOLD_NOTHING and id(value) not in apart and id(value) not in new:
+            apart[id(value)] = one = _parts(value)
+            waiting.extend(one.held)
+    return apart
+
+
+def _that_reach(wanted: Iterable[int], apart: Mapping[int, _Apart]) -> set[int]:
+    """Ids of what is taken apart and is one of `wanted`, or holds one of them, at whatever depth."""
+    holders = defaultdict(list)
+    for key, one in apart.items():
+        for part in one.held:
+            holders[id(part)].append(key)
+    found: set[int] = set()
+    waiting = [holder for key in wanted for holder in ([key] if key in apart else holders[key])]
+    while waiting:
+        key = waiting.pop()
+        if key not in found:
+            found.add(key)
+            waiting.extend(holders[key])
+    return found
+
+
+def _parts(value: Any) -> _Apart:
     kind = type(value)
-    if isinstance(value, (dict, list, set, frozenset, deque)):
+    if isinstance(value, frozenset):
+        return _Apart(value, list(value), kind)
+    if isinstance(value, (dict, list, set, deque)):
         return _of_container(value)
     if isinstance(value, tuple):
-        return list(value), getattr(kind, "_make", kind)
+        return _Apart(value, value, getattr(kind, "_make", kind))
     if isinstance(value, MethodType):
-        return [value.__self__], lambda parts: MethodType(value.__func__, *parts)
+        return _Apart(value, [value.__self__], lambda parts: MethodType(value.__func__, *parts))
     if isinstance(value, functools.partial):
-        return [value.func, value.args, value.keywords], lambda parts: kind(parts[0], *parts[1], **parts[2])
+        held = [value.func, value.args, value.keywords]
+        return _Apart(value, held, lambda parts: kind(parts[0], *parts[1], **parts[2]))
     if isinstance(value, functools._lru_cache_wrapper):  # what it keeps is of the old parts
-        return [value.__wrapped__], lambda parts: functools.lru_cache(**value.cache_parameters())(*parts)
+        cached = functools.lru_cache(**value.cache_parameters())
+        return _Apart(value, [value.__wrapped__], lambda parts: cached(*parts))
     if isinstance(value, weakref.ref):
-        return [value()], lambda parts: weakref.ref(*parts)
+        return _Apart(value, [value()], lambda parts: weakref.ref(*parts))
     if kind is _WrappedHook:  # of `load_state_dict`; refers to its module weakly
-        return [value.hook, value.module() if value.with_module else None], lambda parts: _WrappedHook(*parts)
+        held = [value.hook, value.module() if value.with_module else None]
+        return _Apart(value, held, lambda parts: _WrappedHook(*parts))
     if isinstance(value, FunctionType):
         return _of_function(value)
     return _of_object(value)
 
 
-def _of_container(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def _of_container(value: Any) -> _Apart:
     """What a container holds, and attributes of a class of its own."""
-    own: dict[str, Any] = getattr(value, "__dict__", {})
+    own: dict[str, Any] = dict(getattr(value, "__dict__", {}))
     held = list(value.values()) if isinstance(value, dict) else list(value)
 
-    def made(parts: list[Any]) -> Any:
-        inside, attributes = parts[: len(held)], dict(zip(own, parts[len(held) :], strict=True))
-        if isinstance(value, frozenset):
-            return type(value)(inside)
-        new = copy.copy(value)
+    def fill(new: Any, parts: list[Any]) -> None:
+        inside = parts[: len(held)]
         if isinstance(value, dict):
             for key, part in zip(value, inside, strict=True):
                 dict.__setitem__(new, key, part)
@@ -95,43 +141,66 @@ def _of_container(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         else:
             for place, part in enumerate(inside):
                 new[place] = part
-        if attributes:
-            new.__dict__.update(attributes)
-        return new
+        if own:
+            new.__dict__.update(zip(own, parts[len(held) :], strict=True))
 
-    return [*held, *own.values()], made
+    def begin(changed: set[int]) -> Any:
+        return copy.copy(value)
+
+    return _Apart(value, [*held, *own.values()], begin=begin, fill=fill, hashes=isinstance(value, set))
 
 
-def _of_object(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def _of_object(value: Any) -> _Apart:
     """The attributes of an object of a class that is neither torch's nor Python's own."""
     kind = type(value)
     slots = [name for each in kind.__mro__ for name in _slots(each) if hasattr(value, name)]
-    own: dict[str, Any] = getattr(value, "__dict__", {})
+    own: dict[str, Any] = dict(getattr(value, "__dict__", {}))
     if isinstance(value, _OPAQUE) or not (own or slots):
-        return [], lambda parts: value
+        return _Apart(value)
     if kind is not SimpleNamespace and kind.__module__.partition(".")[0] in _NOT_ENTERED:
-        return [], lambda parts: value
+        return _Apart(value)
 
-    def made(parts: list[Any]) -> Any:
+    def begin(changed: set[int]) -> Any:
         try:
-            new = SimpleNamespace() if kind is SimpleNamespace else object.__new__(kind)
+            return SimpleNamespace() if kind is SimpleNamespace else object.__new__(kind)
         except TypeError:  # of a class that is not Python's alone, whose state is not all here
             return value
+
+    def fill(new: Any, parts: list[Any]) -> None:
+        if new is value:
+            return
         for name, part in zip((*slots, *own), parts, strict=True):
             if name in own:
                 new.__dict__[name] = part
             else:
                 object.__setattr__(new, name, part)
+
+    held = [*(getattr(value, name) for name in slots), *own.values()]
+    return _Apart(value, held, begin=begin, fill=fill)
+
+
+def _of_function(value: FunctionType) -> _Apart:
+    """What a function has in its closure and in the defaults of its arguments; of what `torch.compile` made, what it
+    runs."""
+    if (compiled := getattr(value, "_torchdynamo_orig_callable", None)) is not None:
+        return _Apart(value, [compiled], lambda parts: parts[0], changes=True)
+    cells = list(value.__closure__ or ())
+    filled = [i for i, cell in enumerate(cells) if _is_filled(cell)]
+
+    def begin(changed: set[int]) -> FunctionType:
+        own = [CellType() if i in filled and id(c.cell_contents) in changed else c for i, c in enumerate(cells)]
+        new = FunctionType(value.__code__, value.__globals__, value.__name__, None, tuple(own))
+        new.__dict__.update(value.__dict__)
         return new
 
-    return [*(getattr(value, name) for name in slots), *own.values()], made
+    def fill(new: Any, parts: list[Any]) -> None:
+        *inside, new.__defaults__, new.__kwdefaults__ = parts
+        for i, part in zip(filled, inside, strict=True):
+            if new.__closure__[i] is not cells[i]:
+                new.__closure__[i].cell_contents = part
 
-
-def _of_function(value: FunctionType) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """What a function has in its closure and in the defaults of its arguments."""
-    filled = [i for i, cell in enumerate(value.__closure__ or ()) if _is_filled(cell)]
-    held = [value.__closure__[i].cell_contents for i in filled]  # type: ignore[index]
-    return [*held, value.__defaults__, value.__kwdefaults__], lambda parts: _function(value, filled, parts)
+    held = [*(cells[i].cell_contents for i in filled), value.__defaults__, value.__kwdefaults__]
+    return _Apart(value, held, begin=begin, fill=fill)
 
 
 def _slots(kind: type) -> tuple[str, ...]:
@@ -146,15 +215,3 @@ def _is_filled(cell: CellType) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _function(old: FunctionType, where: list[int], parts: list[Any]) -> FunctionType:
-    """`old` with these contents in the cells of its closure, and behind them its defaults."""
-    *inside, defaults, by_name = parts
-    cells = list(old.__closure__ or ())
-    for i, part in zip(where, inside, strict=True):
-        cells[i] = cells[i] if cells[i].cell_contents is part else CellType(part)
-    made = FunctionType(old.__code__, old.__globals__, old.__name__, defaults, tuple(cells))
-    made.__kwdefaults__ = by_name
-    made.__dict__.update(old.__dict__)
-    return made
