@@ -8,9 +8,8 @@ import sys
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
@@ -53,8 +52,7 @@ def rebind(root: nn.Module, new: Mapping[int, Any]) -> None:
         table[name] = rebound(table[name])
 
 
-@dataclass(frozen=True)
-class _Apart:
+class _Apart(NamedTuple):
     """What a value holds, and how to have one like it of other parts.
 
     Either `make` makes it of these at once, or `begin` makes one without them (given the ids of what changes), which
@@ -88,7 +86,8 @@ def _that_reach(wanted: Iterable[int], apart: Mapping[int, _Apart]) -> set[int]:
     holders = defaultdict(list)
     for key, one in apart.items():
         for part in one.held:
-            holders[id(part)].append(key)
+            if type(part) not in _HOLD_NOTHING:
+                holders[id(part)].append(key)
     found: set[int] = set()
     waiting = [holder for key in wanted for holder in ([key] if key in apart else holders[key])]
     while waiting:
