@@ -139,7 +139,7 @@ def test_the_user_can_say_where_the_batch_is() -> None:
     assert found.batch_size == 4
     assert found.batch_dims == (1, 1)
     assert found.args[0].shape == (9, 4, 16)
-    with pytest.raises(ValueError, match=r"batch_dims=\{'x': None\}: the inputs are args.0"):
+    with pytest.raises(ValueError, match=r"batch_dims=\{'x': 0\}: the inputs are args.0"):
         global_inputs((source,), {}, 2, {"x": 0})
     with pytest.raises(ValueError, match=r"batch_dims=\{'args.0': 3\}"):
         global_inputs((source,), {}, 2, {"args.0": 3})
