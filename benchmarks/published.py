@@ -43,6 +43,7 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
+from autopar.runs.pricing import layer_seconds
 from autopar.runs.profiling import Captures, Profiler
 from costmodel.hardware import Hardware
 from costmodel.memory import OPTIMIZERS
@@ -784,6 +785,10 @@ def grouped(found: Sequence[Result]) -> dict[str, list[Result]]:
         mine = [r for r in found if r.run.source == name]
         for several, text in ((False, ""), (True, ", pp or cp")):
             put(name + text, [r for r in mine if r.run.pipelined == several])
+    shared = [(r, layer_seconds(r.estimate, int(r.run.number("layers")))) for r in found if r.estimate.setup.ep > 1]
+    put("experts shared, a layer under 7 ms", [r for r, layer_s in shared if layer_s < 7e-3])
+    put("experts shared, a layer of 7 to 13 ms", [r for r, layer_s in shared if 7e-3 <= layer_s < 13e-3])
+    put("experts shared, a layer of 13 ms or more", [r for r, layer_s in shared if layer_s >= 13e-3])
     put("fitted on: MPT-30b, H100", [r for r in found if r.run.fitted])
     put("not fitted on, without pp or cp", [r for r in found if not r.run.fitted and not r.run.pipelined])
     return groups
