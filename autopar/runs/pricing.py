@@ -206,6 +206,7 @@ def _check_idle(setup: Setup) -> None:
     )
     gathers = setup.is_played and setup.dp_shard > 1
     staged = "pp=1; there are no stages, leave it out"
+    unsent = "ep=1; no tokens are sent, leave it out"
     played = "state='zero3'; without stages, context or expert parallelism it runs as a plan does"
     for idle, name, why in (
         (setup.whole_blocks and not setup.runs_whole, "whole_blocks=True", full),
@@ -217,7 +218,7 @@ def _check_idle(setup: Setup) -> None:
         (setup.tp_overlap and setup.tp_waits, "tp_overlap=True", "tp_waits=True; collectives do one of them"),
         (setup.solved and setup.tp == 1, "solved=True", alone),
         (setup.in_block != "pointwise" and not setup.runs_whole, f"in_block={setup.in_block!r}", unblocked),
-        (setup.experts_beside and setup.ep == 1, "experts_beside=True", "ep=1; no tokens are sent, leave it out"),
+        (setup.experts_beside and setup.ep == 1, "experts_beside=True", unsent),
         (
             setup.experts_beside and setup.accumulate == 1,
             "experts_beside=True",
@@ -228,11 +229,7 @@ def _check_idle(setup: Setup) -> None:
             "experts_beside=True",
             f"virtual=1; a forward and a backward run in pairs where the {setup.pp} stages are interleaved alone",
         ),
-        (
-            setup.dispatcher != "hybridep" and setup.ep == 1,
-            f"dispatcher={setup.dispatcher!r}",
-            "ep=1; no tokens are sent, leave it out",
-        ),
+        (setup.dispatcher != "hybridep" and setup.ep == 1, f"dispatcher={setup.dispatcher!r}", unsent),
         (setup.experts_cut and setup.ep == 1, "experts_cut=True", "ep=1; tensor-parallel ranks cut experts anyway"),
         (setup.experts_cut and setup.tp == 1, "experts_cut=True", alone),
         (setup.virtual > 1 and setup.pp == 1, f"virtual={setup.virtual}", staged),

@@ -31,9 +31,11 @@ def rebind(root: nn.Module, new: Mapping[int, Any]) -> None:
     tables = [module.__dict__ for module in root.modules()]
     attributes = [(table, name) for table in tables for name in table if name not in _TABLES]
     apart = _taken_apart((table[name] for table, name in attributes), new)
-    changed = _that_reach(new.keys() | {key for key, one in apart.items() if one.changes}, apart)
+    changed = _that_reach({*new, *(key for key, one in apart.items() if isinstance(one, _Made) and one.changes)}, apart)
+    filled = {key: one for key in changed if isinstance(one := apart[key], _Filled)}
     # What can be filled later is begun first, so that nothing that holds itself, over whatever, finds what it was.
-    again = {key: apart[key].begin(changed | new.keys()) for key in changed if apart[key].fill is not None}
+    anew = {*changed, *new}
+    again = {key: one.begin(anew) for key, one in filled.items()}
 
     def rebound(value: Any) -> Any:
         key = id(value)
@@ -41,32 +43,41 @@ def rebind(root: nn.Module, new: Mapping[int, Any]) -> None:
             return new[key]
         if key not in changed:
             return value
-        if key not in again:
-            again[key] = apart[key].make([rebound(part) for part in apart[key].held])
+        if isinstance(one := apart[key], _Made) and key not in again:
+            again[key] = one.make([rebound(part) for part in one.held])
         return again[key]
 
-    for key in sorted(changed, key=lambda key: apart[key].hashes):
-        if (fill := apart[key].fill) is not None:
-            fill(again[key], [rebound(part) for part in apart[key].held])
+    for key, one in sorted(filled.items(), key=lambda item: item[1].hashes):
+        one.fill(again[key], [rebound(part) for part in one.held])
     for table, name in attributes:
         table[name] = rebound(table[name])
 
 
-class _Apart(NamedTuple):
-    """What a value holds, and how to have one like it of other parts.
-
-    Either `make` makes it of these at once, or `begin` makes one without them (given the ids of what changes), which
-    `fill` then gives them. `changes`: another stands for it in any case. `hashes`: filling it asks for its parts' hash.
-    """
+class _Made(NamedTuple):
+    """What `make` makes of its parts at once. `changes`: another stands for it whatever they are."""
 
     value: Any
     """Alive, so that its id stays its own."""
     held: Sequence[Any] = ()
     make: Callable[[list[Any]], Any] = tuple
-    begin: Callable[[set[int]], Any] = id
-    fill: Callable[[Any, list[Any]], None] | None = None
     changes: bool = False
+
+
+class _Filled(NamedTuple):
+    """What is begun without its parts, given the ids of what changes, and filled with them later.
+
+    `hashes`: filling it asks for its parts' hash.
+    """
+
+    value: Any
+    held: Sequence[Any]
+    begin: Callable[[set[int]], Any]
+    fill: Callable[[Any, list[Any]], None]
     hashes: bool = False
+
+
+_Apart = _Made | _Filled
+"""A value, what it holds, and how to have one like it of other parts."""
 
 
 def _taken_apart(values: Iterable[Any], new: Mapping[int, Any]) -> dict[int, _Apart]:
@@ -101,24 +112,24 @@ def _that_reach(wanted: Iterable[int], apart: Mapping[int, _Apart]) -> set[int]:
 def _parts(value: Any) -> _Apart:
     kind = type(value)
     if isinstance(value, frozenset):
-        return _Apart(value, list(value), kind)
+        return _Made(value, list(value), kind)
     if isinstance(value, (dict, list, set, deque)):
         return _of_container(value)
     if isinstance(value, tuple):
-        return _Apart(value, value, getattr(kind, "_make", kind))
+        return _Made(value, value, getattr(kind, "_make", kind))
     if isinstance(value, MethodType):
-        return _Apart(value, [value.__self__], lambda parts: MethodType(value.__func__, *parts))
+        return _Made(value, [value.__self__], lambda parts: MethodType(value.__func__, *parts))
     if isinstance(value, functools.partial):
         held = [value.func, value.args, value.keywords]
-        return _Apart(value, held, lambda parts: kind(parts[0], *parts[1], **parts[2]))
+        return _Made(value, held, lambda parts: kind(parts[0], *parts[1], **parts[2]))
     if isinstance(value, functools._lru_cache_wrapper):  # what it keeps is of the old parts
         cached = functools.lru_cache(**value.cache_parameters())
-        return _Apart(value, [value.__wrapped__], lambda parts: cached(*parts))
+        return _Made(value, [value.__wrapped__], lambda parts: cached(*parts))
     if isinstance(value, weakref.ref):
-        return _Apart(value, [value()], lambda parts: weakref.ref(*parts))
+        return _Made(value, [value()], lambda parts: weakref.ref(*parts))
     if kind is _WrappedHook:  # of `load_state_dict`; refers to its module weakly
         held = [value.hook, value.module() if value.with_module else None]
-        return _Apart(value, held, lambda parts: _WrappedHook(*parts))
+        return _Made(value, held, lambda parts: _WrappedHook(*parts))
     if isinstance(value, FunctionType):
         return _of_function(value)
     return _of_object(value)
@@ -146,7 +157,7 @@ def _of_container(value: Any) -> _Apart:
     def begin(changed: set[int]) -> Any:
         return copy.copy(value)
 
-    return _Apart(value, [*held, *own.values()], begin=begin, fill=fill, hashes=isinstance(value, set))
+    return _Filled(value, [*held, *own.values()], begin, fill, hashes=isinstance(value, set))
 
 
 def _of_object(value: Any) -> _Apart:
@@ -155,9 +166,9 @@ def _of_object(value: Any) -> _Apart:
     slots = [name for each in kind.__mro__ for name in _slots(each) if hasattr(value, name)]
     own: dict[str, Any] = dict(getattr(value, "__dict__", {}))
     if isinstance(value, _OPAQUE) or not (own or slots):
-        return _Apart(value)
+        return _Made(value)
     if kind is not SimpleNamespace and kind.__module__.partition(".")[0] in _NOT_ENTERED:
-        return _Apart(value)
+        return _Made(value)
 
     def begin(changed: set[int]) -> Any:
         try:
@@ -175,14 +186,14 @@ def _of_object(value: Any) -> _Apart:
                 object.__setattr__(new, name, part)
 
     held = [*(getattr(value, name) for name in slots), *own.values()]
-    return _Apart(value, held, begin=begin, fill=fill)
+    return _Filled(value, held, begin, fill)
 
 
 def _of_function(value: FunctionType) -> _Apart:
     """What a function has in its closure and in the defaults of its arguments; of what `torch.compile` made, what it
     runs."""
     if (compiled := getattr(value, "_torchdynamo_orig_callable", None)) is not None:
-        return _Apart(value, [compiled], lambda parts: parts[0], changes=True)
+        return _Made(value, [compiled], lambda parts: parts[0], changes=True)
     cells = list(value.__closure__ or ())
     filled = [i for i, cell in enumerate(cells) if _is_filled(cell)]
 
@@ -199,7 +210,7 @@ def _of_function(value: FunctionType) -> _Apart:
                 new.__closure__[i].cell_contents = part
 
     held = [*(cells[i].cell_contents for i in filled), value.__defaults__, value.__kwdefaults__]
-    return _Apart(value, held, begin=begin, fill=fill)
+    return _Filled(value, held, begin, fill)
 
 
 def _slots(kind: type) -> tuple[str, ...]:
