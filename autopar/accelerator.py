@@ -13,9 +13,13 @@ import os
 from collections.abc import Iterator
 from typing import Any, cast
 
-import accelerate
 import torch
 import torch.distributed as dist
+
+try:
+    import accelerate
+except ImportError as error:
+    raise ImportError("autopar.accelerator needs the accelerate library: pip install 'autopar[trainer]'") from error
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, DynamoBackend, recursively_apply
 from torch import nn

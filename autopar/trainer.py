@@ -13,7 +13,11 @@ from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
-import transformers
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError("autopar.trainer needs the transformers library: pip install 'autopar[trainer]'") from error
 from torch import nn
 
 from autopar.accelerator import Accelerator

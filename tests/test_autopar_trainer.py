@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +226,11 @@ def test_arguments_that_could_not_be_followed_are_errors(tmp_path: Path) -> None
         object.__setattr__(changed, name, value)
         with pytest.raises(ValueError, match=rf"TrainingArguments\({name}.* does not work with a parallel module: \w"):
             _check_arguments(changed)
+
+
+@pytest.mark.parametrize(("module", "library"), [("trainer", "transformers"), ("accelerator", "accelerate")])
+def test_a_library_that_is_not_installed_is_named(module: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"autopar.{module}", raising=False)
+    with pytest.raises(ImportError, match=rf"autopar\.{module} needs .*{library}.*: pip install 'autopar\[trainer\]'"):
+        importlib.import_module(f"autopar.{module}")
