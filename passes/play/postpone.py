@@ -46,21 +46,17 @@ def postponed(program: Program, items: Sequence[Run | Move], gradients: Gradient
             waiting.append(item)
             continue
         if waiting and sent[index]:
-            share = -(-len(waiting) // _sent_from(items, labels, sent, range(index, last + 1), gradients))
+            share = -(-len(waiting) // _sent_from(items, sent, range(index, last + 1), gradients))
             found += waiting[:share]
             del waiting[:share]
         found.append(item)
     return found + waiting
 
 
-def _sent_from(
-    items: Sequence[Run | Move], labels: Sequence[object], sent: Sequence[bool], rest: range, gradients: Gradients
-) -> int:
+def _sent_from(items: Sequence[Run | Move], sent: Sequence[bool], rest: range, gradients: Gradients) -> int:
     """How many collectives the rest of a layer has before its next weight gradient; the first item is one."""
     found = 0
     for index in rest:
-        if labels[index] != labels[rest.start]:
-            continue
         if _is_weight_gradient(items[index], gradients):
             break
         found += sent[index]
@@ -69,7 +65,7 @@ def _sent_from(
 
 def _is_weight_gradient(item: Run | Move, gradients: Gradients) -> bool:
     """Whether an item is a product of activations that is a parameter's gradient, and nothing else."""
-    if not isinstance(item, Run) or item.phase != "backward" or item.node.target not in _PRODUCTS:
+    if not isinstance(item, Run) or item.node.target not in _PRODUCTS:
         return False
     return gradients.of(item.node) is not None and not gradients.is_late(item)
 
