@@ -315,7 +315,7 @@ def _shared_plan(
 def _shapes_given(job: _Job, program: Program) -> str:
     """What this rank was given: `input_ids [2, 128]`."""
     found = []
-    for node, given in zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
+    for node, given in program.placeholders.items():
         if given.kind == "input":
             shape = list(node.meta["val"].shape)
             if given.batch_dim is not None:

@@ -17,7 +17,7 @@ from passes.lower.overlap import arranged
 from passes.lower.partition import split
 from passes.lower.regions import Cut, Region, cut
 from passes.parity.simulate import local_inputs, simulate
-from passes.program.local import COLLECTIVES, WAIT, LocalProgram
+from passes.program.local import COLLECTIVES, WAIT, LocalInput, LocalInputKind, LocalOutput, LocalProgram, Storage
 
 IDS = torch.arange(4 * 6).view(4, 6) % 16
 
@@ -186,8 +186,9 @@ def test_a_gradient_whose_part_a_coordinate_picks_is_reduced_outside_of_regions_
     """All of it is added up, then each rank takes the rows it stores."""
     c10d, aten = torch.ops._c10d_functional, torch.ops.aten
     graph = fx.Graph()
-    x, coordinate = (graph.placeholder(name) for name in ("x", "coordinate"))
+    x, coordinate, weight = (graph.placeholder(name) for name in ("x", "coordinate", "weight"))
     x.meta["val"], coordinate.meta["val"] = torch.arange(8.0).view(4, 2), torch.tensor(1)
+    weight.meta["val"] = torch.ones(2)
 
     def call(target: Any, *args: Any) -> fx.Node:
         made = graph.call_function(target, args)
@@ -203,9 +204,13 @@ def test_a_gradient_whose_part_a_coordinate_picks_is_reduced_outside_of_regions_
     gm = fx.GraphModule(nn.Module(), graph)
     parts = cut(gm, [coordinate], lambda _: "", True)
     assert [region.nodes for region in parts.regions] == [(gradient,)]
-    made = _Runner(torch.device("cpu"), _interpreted, lambda _: "", {"coordinate"}).apart(gm, [True], {"coordinate"})
+    kinds: dict[str, LocalInputKind] = {"x": "tangent", "dp": "coordinate", "weight": "parameter"}
+    inputs = tuple(LocalInput(kind, name, Storage((), (None,))) for name, kind in kinds.items())
+    outputs = (LocalOutput("gradient", "weight", Storage((), (None,))),)
+    local = LocalProgram(gm, inputs, outputs, (("dp", 1),), None)  # type: ignore[arg-type]
+    made = _Runner(local, torch.device("cpu"), _interpreted).apart(gm)
     assert (made.gradients, made.partial) == (1, 1)
-    held, partial, place = made.first([x.meta["val"], coordinate.meta["val"]])
+    held, partial, place = made.first([x.meta["val"], coordinate.meta["val"], torch.ones(2)])
     assert held is None
     assert torch.equal(partial, 2 * x.meta["val"])
     assert torch.equal(place, coordinate.meta["val"])

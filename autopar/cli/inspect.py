@@ -115,8 +115,7 @@ def op_rows(space: Space) -> list[OpRow]:
 
 def graph_facts(program: Program, space: Space, rows: list[OpRow]) -> dict[str, Any]:
     """What the graph is as a whole."""
-    nodes = program.graph.graph.find_nodes(op="placeholder")
-    parameters = [n.meta["val"] for n, i in zip(nodes, program.inputs, strict=True) if i.kind == "parameter"]
+    parameters = [node.meta["val"] for node in program.placeholders_of("parameter")]
     return {
         "mesh": {axis.name: axis.size for axis in space.topology.axes},
         "fingerprint": program.fingerprint,
@@ -128,7 +127,9 @@ def graph_facts(program: Program, space: Space, rows: list[OpRow]) -> dict[str, 
         "forward_flops": sum(row.flops for row in rows if row.phase == "forward"),
         "backward_flops": sum(row.flops for row in rows if row.phase == "backward"),
         "inputs": {
-            i.name: list(n.meta["val"].shape) for n, i in zip(nodes, program.inputs, strict=True) if i.kind == "input"
+            given.name: list(node.meta["val"].shape)
+            for node, given in program.placeholders.items()
+            if given.kind == "input"
         },
         "without_rule": list(space.replicated),
     }

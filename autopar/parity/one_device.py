@@ -44,8 +44,7 @@ class Values:
         buffers: dict[str, Tensor] = {}
         tangents, placeholders = [], []
         inputs = iter(batch.tensors)
-        nodes = program.graph.graph.find_nodes(op="placeholder")
-        for node, given in zip(nodes, program.inputs, strict=True):
+        for node, given in program.placeholders.items():
             fake = node.meta["val"]
             if given.kind in ("parameter", "buffer"):
                 value = tensors[given.name].detach().clone()

@@ -249,7 +249,7 @@ def _captured(call: examples.Call, model: nn.Module) -> Ran:
 def _read_outside(program: Program) -> frozenset[str]:
     """Modules whose parameters are read by what is not their own forward."""
     found = set()
-    for node, given in zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
+    for node, given in program.placeholders.items():
         owner = given.name.rpartition(".")[0]
         views = [node]
         for view in views:

@@ -241,7 +241,7 @@ def _folded_places(
     weights: Mapping[fx.Node, int],
 ) -> Iterator[OpenSite]:
     """The folded nodes: ops, what is stored and what is given."""
-    inputs = dict(zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
+    inputs = program.placeholders
     for members, call, op, moves in zip(folding.members, calls, ops, moved, strict=True):
         node, count = members[0], sum(weights.get(member, 1) for member in members)
         if call is not None:
@@ -329,7 +329,7 @@ def _blocked(place: OpenSite) -> frozenset[int]:
 def _data_atoms(program: Program, folding: Folding, ops: Sequence[ExpandedOp]) -> tuple[frozenset[int], frozenset[int]]:
     """Identities of the batch's and the sequence's logical dims, read off what the user passes."""
     batch, sequence = set(), set()
-    for node, given in zip(program.graph.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
+    for node, given in program.placeholders.items():
         if given.kind != "input" or given.batch_dim is None or not is_tensor(node):
             continue
         atoms = ops[folding.of[node]].result_atoms[0]

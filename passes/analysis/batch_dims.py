@@ -96,10 +96,8 @@ class _Finder:
 
     def __init__(self, program: Program, folding: Folding, unified: Unified, batch: frozenset[int]) -> None:
         self.folding, self.unified, self.batch = folding, unified, batch
-        nodes = program.graph.graph.find_nodes(op="placeholder")
-        given = list(zip(nodes, program.inputs, strict=True))
-        self.held = {node for node, what in given if what.kind in ("parameter", "buffer")}
-        self.passed = {node for node, what in given if what.kind == "input"}
+        self.held = set(program.placeholders_of("parameter", "buffer"))
+        self.passed = set(program.placeholders_of("input"))
         self.others = {id(a) for node in self.held | self.passed for dim in self._dims(node) for a in dim} - batch
 
     def batch_dim(self, node: fx.Node, guess: int | None) -> int | None:

@@ -131,10 +131,9 @@ def outputs_of(program: Program) -> list[tuple[Output, fx.Node | None, fx.Node |
 
     A gradient belongs to its parameter or input, a new buffer to the old one: they are stored alike.
     """
-    placeholders = program.graph.graph.find_nodes(op="placeholder")
     by_name = {
         given.name: (node, given)
-        for given, node in zip(program.inputs, placeholders, strict=True)
+        for node, given in program.placeholders.items()
         if given.kind in ("parameter", "buffer", "input")
     }
     found = []

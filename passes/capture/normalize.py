@@ -52,8 +52,7 @@ def _with_memories(program: Program, bases: Sequence[fx.Node]) -> tuple[Output, 
 def settled_in_order(program: Program) -> Program:
     """What follows from inputs and buffers alone put in an order that is the same in every process; the fingerprint
     set."""
-    placeholders = program.graph.graph.find_nodes(op="placeholder")
-    given = zip(placeholders, program.inputs, strict=True)
+    given = program.placeholders.items()
     free = {node: f"{entry.kind} {entry.name}" for node, entry in given if entry.kind in ("input", "buffer")}
     settle_order(program.graph.graph, free, lambda node, known: _line(program, node, known))
     return dataclasses.replace(program, fingerprint=fingerprint(program))

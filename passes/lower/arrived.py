@@ -9,7 +9,7 @@ sends together seems to follow from all of it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -18,7 +18,7 @@ from torch import fx
 from passes.lower.partition import extract, with_own_results
 from passes.program.local import WAIT
 from passes.program.program import Program
-from passes.program.walks import made_of, results_of
+from passes.program.walks import following, made_of, results_of
 from passes.rules.work import is_view
 
 aten = torch.ops.aten
@@ -56,18 +56,9 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 def _nowhere(program: Program, arrived: Collection[str]) -> AbstractSet[fx.Node]:
     """The nodes of a program that follow from tangents, but from none of `arrived`."""
     graph = program.graph.graph
-    places = zip(_placeholders(program.graph), program.inputs, strict=True)
-    tangents = {node: given.name in arrived for node, given in places if given.kind == "tangent"}
-    others = _followers(graph, (node for node, there in tangents.items() if not there))
-    return others - _followers(graph, (node for node, there in tangents.items() if there))
-
-
-def _followers(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
-    found = set(roots)
-    for node in graph.nodes:
-        if any(operand in found for operand in node.all_input_nodes):
-            found.add(node)
-    return found
+    names = {node: given.name for node, given in program.placeholders.items() if given.kind == "tangent"}
+    others = following(graph, (node for node, name in names.items() if name not in arrived))
+    return others - following(graph, (node for node, name in names.items() if name in arrived))
 
 
 def _lost(graph: fx.Graph, tangents: Mapping[str, bool], nowhere: AbstractSet[str]) -> AbstractSet[fx.Node]:

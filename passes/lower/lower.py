@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -30,18 +29,17 @@ from passes.lower.on_sums import is_linear
 from passes.lower.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.lower.overlap import arranged
 from passes.lower.pairs import as_pairs
-from passes.lower.partition import Halves, parameter_chain, split
+from passes.lower.partition import CONSTANT_KINDS, Halves, parameter_chain, split
 from passes.lower.products import for_onednn
 from passes.lower.regions import Call, Cut, Region, calls, cut, is_shaped_by_values
 from passes.lower.retarget import retarget
-from passes.program.local import LocalProgram
+from passes.program.local import LocalInputKind, LocalProgram
 from passes.program.strides import laid_out
 from passes.program.walks import made_of, results_of
 
 aten = torch.ops.aten
 Tensors = Sequence[torch.Tensor]
-CONSTANT_KINDS = ("parameter", "buffer", "coordinate")
-_FIXED_KINDS = ("parameter", "coordinate")
+_FIXED_KINDS: tuple[LocalInputKind, ...] = ("parameter", "coordinate")
 """Of placeholders that are the same in all backwards of a step: a forward may write buffers, and so may the user."""
 
 
@@ -157,37 +155,26 @@ def lower(
         for_onednn(local.graph)
     as_bytes(local.graph)
     halves = split(local)
-    placeholders = {node.name: node for node in local.graph.graph.find_nodes(op="placeholder")}
-    tangents = [n for n, i in zip(placeholders.values(), local.inputs, strict=True) if i.kind == "tangent"]
-    ordered = [*(n for n in placeholders.values() if n not in tangents), *tangents]
+    tangents = local.placeholders_of("tangent")
+    ordered = [*(node for node in local.placeholders if node not in tangents), *tangents]
     strides = tuple(tuple(node.meta["val"].stride()) for node in ordered)
-    layer_of = _layers(local)
-    kinds = {n.name: i.kind for n, i in zip(placeholders.values(), local.inputs, strict=True)}
-    constant = {name for name, kind in kinds.items() if kind in CONSTANT_KINDS}
-    fixed = {name for name, kind in kinds.items() if kind in _FIXED_KINDS}
-    parameters = {i.name for i in local.inputs if i.kind == "parameter"}
-    owned = [o.name in parameters for o in local.outputs if o.kind == "gradient"]
-    body = functools.partial(compiled, pipelined=pipelined) if compile else _interpreted
-    run = _Runner(device, body, layer_of, constant)
+    run = _Runner(local, device, functools.partial(compiled, pipelined=pipelined) if compile else _interpreted)
     run.compile_all(halves, rank)
     forward = run(halves.forward, backward=False)
-    backward = None if halves.backward is None else run(halves.backward, backward=True)
     if halves.backward is None:
-        return Lowered(halves, forward, backward, strides, len(run.bodies))
-    make_apart = functools.cache(functools.partial(run.apart, halves.backward, owned, fixed))
+        return Lowered(halves, forward, None, strides, len(run.bodies))
+    backward = run(halves.backward, backward=True)
+    make_apart = functools.cache(functools.partial(run.apart, halves.backward))
     lowered = Lowered(halves, forward, backward, strides, len(run.bodies), make_apart)
-    of_some = functools.partial(_of_some, lowered, local, run, halves.backward, owned, fixed)
+    of_some = functools.partial(_of_some, lowered, local, run, halves.backward)
     return replace(lowered, of_arrived=functools.cache(of_some))
 
 
 def _of_some(
-    lowered: Lowered, local: LocalProgram, run: _Runner, whole: fx.GraphModule, owned: Sequence[bool],
-    fixed: AbstractSet[str], arrived: frozenset[str],
-) -> Lowered:  # fmt: skip
+    lowered: Lowered, local: LocalProgram, run: _Runner, whole: fx.GraphModule, arrived: frozenset[str]
+) -> Lowered:
     """`lowered` with a backward of the outputs `arrived` alone in the place of `whole`."""
-    placeholders = [node.name for node in local.graph.graph.find_nodes(op="placeholder")]
-    given = zip(placeholders, local.inputs, strict=True)
-    tangents = {name: entry.name for name, entry in given if entry.kind == "tangent"}
+    tangents = {node.name: given.name for node, given in local.placeholders.items() if given.kind == "tangent"}
     gm = of_arrived(local.program, whole, tangents, arrived)
     missing = {name for name, output in tangents.items() if output not in arrived}
     there = [n.name for n in whole.graph.find_nodes(op="placeholder") if n.name not in missing]
@@ -196,7 +183,7 @@ def _of_some(
     of_tangents = zip(tangents, lowered.strides[first:], strict=True)
 
     def apart() -> Apart:
-        made = run.apart(gm, owned, fixed)
+        made = run.apart(gm)
         return replace(made, first=_of_these(made.first, wanted))
 
     return replace(
@@ -228,14 +215,15 @@ def _layers(local: LocalProgram) -> Callable[[str], str]:
 class _Runner:
     """Makes callables of graphs; what is alike is compiled once."""
 
-    def __init__(
-        self, device: torch.device, run: Callable[[fx.GraphModule], Boxed], layer_of: Callable[[str], str],
-        constants: AbstractSet[str],
-    ) -> None:  # fmt: skip
+    def __init__(self, local: LocalProgram, device: torch.device, run: Callable[[fx.GraphModule], Boxed]) -> None:
         self.device = device
         self.run = run
-        self.layer_of = layer_of
-        self.constants = constants
+        self.layer_of = _layers(local)
+        self.constants = {node.name for node in local.placeholders_of(*CONSTANT_KINDS)}
+        self.fixed = {node.name for node in local.placeholders_of(*_FIXED_KINDS)}
+        parameters = {given.name for given in local.inputs if given.kind == "parameter"}
+        self.owned = [out.name in parameters for out in local.outputs if out.kind == "gradient"]
+        """Of each gradient, whether it is a parameter's."""
         self.bodies: dict[fx.GraphModule, Boxed] = {}
 
     def compile_all(self, halves: Halves, rank: int) -> None:
@@ -271,22 +259,19 @@ class _Runner:
         )
         return assembled(inputs, (each for each in planned if each is not None), results, attributes)
 
-    def apart(self, gm: fx.GraphModule, owned: Sequence[bool], fixed: AbstractSet[str]) -> Apart:
-        """The backward `gm` in two: up to the reductions of gradients, and these.
-
-        owned: of each gradient, whether it is a parameter's. fixed: placeholders that no backward of a step changes.
-        """
+    def apart(self, gm: fx.GraphModule) -> Apart:
+        """The backward `gm` in two: up to the reductions of gradients, and these."""
         parts, each = self._parts(gm, True)
         if not _in_regions(each):
             parts, each = self._parts(gm, True, whole=True)
         results = results_of(gm.graph)
         drains, placeholders = set(parts.drains), gm.graph.find_nodes(op="placeholder")
-        same = parameter_chain(gm.graph, [n for n in placeholders if n.name in fixed], gathered=False)
+        same = parameter_chain(gm.graph, [n for n in placeholders if n.name in self.fixed], gathered=False)
         linear: set[fx.Node] = set(same)
         for node in parts.drains:
             if is_linear(node, same) and all(x in linear for x in node.all_input_nodes if x in drains):
                 linear.add(node)
-        late = [mine and node in linear for mine, node in zip(owned, results, strict=True)]
+        late = [mine and node in linear for mine, node in zip(self.owned, results, strict=True)]
         ours = [None if later else node for node, later in zip(results, late, strict=True)]
         rest = [node if later else None for node, later in zip(results, late, strict=True)]
 

@@ -18,12 +18,14 @@ import torch
 from torch import fx
 
 from passes.program.graphs import graph_module
-from passes.program.local import COLLECTIVES, TOGETHER, WAIT, LocalProgram
+from passes.program.local import COLLECTIVES, TOGETHER, WAIT, LocalInputKind, LocalProgram
 from passes.program.walks import made_of, results_of
 from passes.rules.work import base_of, is_view, is_view_op
 from passes.space.recompute import is_cheap_op
 
 aten = torch.ops.aten
+CONSTANT_KINDS: tuple[LocalInputKind, ...] = ("parameter", "buffer", "coordinate")
+"""Of placeholders that hold nothing of a call: what is made of them alone is there in backward too."""
 ALONE: dict[Any, Any] = {together: single for single, together in TOGETHER.items()}
 
 
@@ -58,17 +60,13 @@ class Halves:
 def split(local: LocalProgram) -> Halves:
     """Forward and backward of `local`; the graph of `local` is left as it is."""
     graph = local.graph.graph
-    placeholders = list(graph.find_nodes(op="placeholder"))
-    results = results_of(local.graph.graph)
+    results = results_of(graph)
     kinds = [result.kind for result in local.outputs]
     outputs = [node for node, kind in zip(results, kinds, strict=True) if kind != "gradient"]
     gradients = [node for node, kind in zip(results, kinds, strict=True) if kind == "gradient"]
-    tangents = [p for p, i in zip(placeholders, local.inputs, strict=True) if i.kind == "tangent"]
-    inputs = [p for p in placeholders if p not in tangents]
+    tangents = local.placeholders_of("tangent")
+    inputs = [node for node in local.placeholders if node not in tangents]
     memories = [output.memory for output in local.program.outputs if output.kind != "gradient"]
-    constants = [
-        p for p, i in zip(placeholders, local.inputs, strict=True) if i.kind in ("parameter", "buffer", "coordinate")
-    ]
 
     backward = _backward_nodes(graph, tangents, outputs)
     if misplaced := [node.name for node in outputs if node in backward]:
@@ -77,7 +75,7 @@ def split(local: LocalProgram) -> Halves:
         forward = extract(local.graph, inputs, outputs, frozenset(), {})
         return Halves(_with_copies(forward, memories), None, len(outputs), ())
 
-    of_parameters = parameter_chain(graph, constants)
+    of_parameters = parameter_chain(graph, local.placeholders_of(*CONSTANT_KINDS))
     twins = _twins(graph, of_parameters, backward)
     wanted = made_of(gradients, stop=lambda node: node not in backward)
     demands = [node for node in wanted if node not in backward and node not in twins]

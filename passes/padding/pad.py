@@ -159,8 +159,7 @@ class _Padding:
         outputs = []
         values: list[Any] = []
         padded = {given.name for given in inputs if given.shape is not None and given.kind == "parameter"}
-        placeholders = self.program.graph.graph.find_nodes(op="placeholder")
-        by_name = {given.name: node for given, node in zip(self.program.inputs, placeholders, strict=True)}
+        by_name = {given.name: node for node, given in self.program.placeholders.items()}
         returned = results_of(self.program.graph.graph)
         for (out, node, _, _), old in zip(outputs_of(self.program), returned, strict=True):
             if node is None:

@@ -39,8 +39,7 @@ def padding_notes(padding: Padding, space: Space, assignment: Sequence[int], unt
     """A line per padded dim: what it is, which axes split it, how much more work it is, and whether there was no time
     to plan without it."""
     words, split = Words(space), _split_atoms(space, assignment)
-    taken = space.program.graph.graph.find_nodes(op="placeholder")
-    names = {node.name: what.name for node, what in zip(taken, space.program.inputs, strict=True)}
+    names = {node.name: what.name for node, what in space.program.placeholders.items()}
     notes = ["keys and values of grouped attention are repeated, so that query heads can be split"]
     notes = notes if padding.repeated_keys else []
     for each in padding.pads:
@@ -155,9 +154,8 @@ def _dims(analysis: Analysis, node: fx.Node) -> list[list[Atom]]:
 
 def stored_pads(analysis: Analysis, stored: Mapping[str, Storage], axis_sizes: Sequence[int]) -> tuple[Pad, ...]:
     """The dims that parameters which already lie somewhere are stored padded along."""
-    nodes = analysis.program.graph.graph.find_nodes(op="placeholder")
     pads: dict[int, Pad] = {}
-    for node, given in zip(nodes, analysis.program.inputs, strict=True):
+    for node, given in analysis.program.placeholders.items():
         storage = stored.get(given.name)
         if given.kind != "parameter" or storage is None:
             continue

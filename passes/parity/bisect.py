@@ -103,8 +103,7 @@ def run_program(program: Program, values: Sequence[Any]) -> list[Any]:
 def _padded(program: Program, values: Sequence[Any]) -> list[Any]:
     """The values with zeros up to their placeholders' shapes."""
     padded = list(values)
-    nodes = program.graph.graph.find_nodes(op="placeholder")
-    for index, (node, given) in enumerate(zip(nodes, program.inputs, strict=True)):
+    for index, (node, given) in enumerate(program.placeholders.items()):
         if given.shape is not None:
             sizes = zip(reversed(node.meta["val"].shape), reversed(given.shape), strict=True)
             zeros = [n for whole, part in sizes for n in (0, int(whole) - part)]

@@ -322,8 +322,7 @@ def local_inputs(
     batch_dims = {(one.kind, one.name): one.batch_dim for one in local.program.inputs}
     where = coordinates(local.axes)
     columns: list[list[Tensor]] = []
-    nodes = local.graph.graph.find_nodes(op="placeholder")
-    for described, node in zip(local.inputs, nodes, strict=True):
+    for node, described in local.placeholders.items():
         device = node.meta["val"].device
         match described.kind:
             case "parameter" | "buffer":

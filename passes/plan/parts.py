@@ -168,8 +168,7 @@ def _dim(dims: Sequence[Sequence[int]], layout: Layout) -> int:
 
 def _parameters(analysis: Analysis) -> dict[int, frozenset[str]]:
     """Site -> the parameters that it stands for."""
-    nodes = analysis.program.graph.graph.find_nodes(op="placeholder")
-    given = dict(zip(nodes, analysis.program.inputs, strict=True))
+    given = analysis.program.placeholders
     return {
         site: frozenset(given[node].name for node in members)
         for site, members in enumerate(analysis.folding.members)

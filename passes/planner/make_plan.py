@@ -127,7 +127,7 @@ def folded(collectives: Sequence[Collective], words: Words) -> tuple[Collective,
 def _parameters(space: Space, assignment: Sequence[int], words: Words, pinned: Container[int]) -> dict[str, Placements]:
     read_as = _read_as(space, assignment)
     found: dict[str, Placements] = {}
-    inputs = dict(zip(space.program.graph.graph.find_nodes(op="placeholder"), space.program.inputs, strict=True))
+    inputs = space.program.placeholders
     for line, index in parameter_lines(space.analysis).items():
         site, members = space.sites[index], space.folding.members[index]
         option = site.options[assignment[index]]

@@ -72,8 +72,7 @@ def by_reductions(program: Program) -> Program:
 def _taken(program: Program) -> set[fx.Node]:
     """Softmaxes, argmaxes and maxima along dims that a product made wider, and gradients of these."""
     graph = program.graph.graph
-    given = zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)
-    held = {node for node, what in given if what.kind in ("parameter", "buffer")}
+    held = set(program.placeholders_of("parameter", "buffer"))
     found: set[fx.Node] = set()
     for node in graph.nodes:
         arguments: Any = node.args

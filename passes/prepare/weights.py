@@ -23,8 +23,7 @@ _CHEAP = VIEWS | {aten._to_copy.default, aten.clone.default, torch.ops.prims.con
 def prepare_again(program: Program) -> Program:
     """The program with views and casts of parameters repeated in backward, where backward reads them."""
     graph = program.graph.graph
-    given = dict(zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True))
-    parameters = {node for node, what in given.items() if what.kind in ("parameter", "buffer")}
+    parameters = set(program.placeholders_of("parameter", "buffer"))
     chains: set[fx.Node] = set()
     copies: dict[fx.Node, fx.Node] = {}
 

@@ -139,6 +139,15 @@ class LocalProgram:
     program: Program
     """What it was made from: specs of inputs and outputs, aliases, has_loss."""
 
+    @property
+    def placeholders(self) -> dict[fx.Node, LocalInput]:
+        """What each placeholder of the graph is, in order."""
+        return dict(zip(self.graph.graph.find_nodes(op="placeholder"), self.inputs, strict=True))
+
+    def placeholders_of(self, *kinds: LocalInputKind) -> list[fx.Node]:
+        """The placeholders of these kinds, in order."""
+        return [node for node, given in self.placeholders.items() if given.kind in kinds]
+
 
 def bind_groups(graph: fx.GraphModule, group_names: Mapping[str, str]) -> fx.GraphModule:
     """Put process groups' names where collectives name mesh axes; `group_names` maps "dp,tp" to a group's name."""

@@ -172,9 +172,18 @@ class Program:
         return {given.name: given.at_rest for given in self.inputs if given.at_rest is not None}
 
     @property
+    def placeholders(self) -> dict[fx.Node, Input]:
+        """What each placeholder of the graph is, in order."""
+        return dict(zip(self.graph.graph.find_nodes(op="placeholder"), self.inputs, strict=True))
+
+    def placeholders_of(self, *kinds: InputKind) -> list[fx.Node]:
+        """The placeholders of these kinds, in order."""
+        return [node for node, given in self.placeholders.items() if given.kind in kinds]
+
+    @property
     def batch_dims(self) -> dict[fx.Node, int]:
         """Inputs that have a batch: placeholder -> its dim."""
-        given = zip(self.graph.graph.find_nodes(op="placeholder"), self.inputs, strict=True)
+        given = self.placeholders.items()
         return {n: what.batch_dim for n, what in given if what.kind == "input" and what.batch_dim is not None}
 
     @property

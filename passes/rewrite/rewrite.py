@@ -92,8 +92,7 @@ class _Rewriter:
         sizes = space.topology.sizes
         found: list[LocalInput] = []
         placed: list[tuple[fx.Node, fx.Node, StoredOption]] = []
-        nodes = space.program.graph.graph.find_nodes(op="placeholder")
-        for node, given in zip(nodes, space.program.inputs, strict=True):
+        for node, given in space.program.placeholders.items():
             option = self._option(node)
             assert isinstance(option, StoredOption)
             value = node.meta["val"]
@@ -116,7 +115,7 @@ class _Rewriter:
                 local.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
             option = self._option(node)
             placed.append((node, local, option))  # type: ignore[arg-type]
-        tangents = {node for node, given in zip(nodes, space.program.inputs, strict=True) if given.kind == "tangent"}
+        tangents = set(space.program.placeholders_of("tangent"))
         for node, local, option in placed:
             self._put(node, read_state(option), self._averaged(local) if node in tangents else local)
         return tuple(found)

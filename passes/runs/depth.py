@@ -236,9 +236,7 @@ def _between(found: dict[str, float], space: Space, words: Words, laid: Tracks) 
 
 def _of_parameters(program: Program) -> set[fx.Node]:
     """Nodes that follow from a parameter."""
-    graph = program.graph.graph
-    given = zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)
-    return following(graph, [node for node, what in given if what.kind == "parameter"])
+    return following(program.graph.graph, program.placeholders_of("parameter"))
 
 
 def _gathered(found: dict[str, float], space: Space, laid: Tracks) -> dict[str, float]:

@@ -65,7 +65,7 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
     tied: dict[str, list[str]] = {}
     for alias, first in analysis.program.aliases.items():
         tied.setdefault(first, []).append(alias)
-    given = dict(zip(analysis.program.graph.graph.find_nodes(op="placeholder"), analysis.program.inputs, strict=True))
+    given = analysis.program.placeholders
     found: dict[int, tuple[str, Pin]] = {}
     lines, laid = parameter_lines(analysis), bool(analysis.program.stored)
     for pattern, wanted in pins.items():

@@ -38,12 +38,7 @@ class Words:
         self._tensor_atoms = stored_atoms(space)
         self._atoms = atom_names(space, self._tensor_atoms)
         self._gradients = space.analysis.gradients
-        self._given = {
-            node: given.name
-            for node, given in zip(
-                space.program.graph.graph.find_nodes(op="placeholder"), space.program.inputs, strict=True
-            )
-        }
+        self._given = {node: given.name for node, given in space.program.placeholders.items()}
 
     def pattern(self, name: str) -> str:
         """`model.layers.*.mlp` for `model.layers.3.mlp`."""
