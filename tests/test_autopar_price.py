@@ -34,6 +34,7 @@ from autopar.cli.main import main, parser
 from autopar.cli.price import setup_of
 from costmodel.presets import hardware
 from passes.runs.setup import State, as_megatron
+from passes.space.recompute import Mode
 
 HIDDEN, LAYERS, HEADS, FFN, VOCAB, LENGTH = 256, 8, 4, 512, 1000, 512
 
@@ -207,6 +208,21 @@ def test_an_update_on_the_host_moves_what_the_optimizer_keeps(optimizer: str, by
         elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
         by_hand = elements * bytes_each / 200e9 + elements / setup.ranks * 2 / 55.4e9
         assert found.seconds["optimizer"] == pytest.approx(by_hand, rel=0.01)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_an_update_on_the_host_takes_no_memory_of_the_rank(recompute: Mode) -> None:
+    """By hand: where most is alive as the optimizer updates, that is parameters and gradients in bf16, three fp32
+    numbers each, and the roots of one of them. On the host there are but the first two, and less than their bytes again
+    in backward: a layer's gathered parameters."""
+    elements = sum(p.numel() for p in wide().parameters()) / 2
+
+    def taken(setup: Setup) -> float:
+        return sum(autopar.price(wide(), setup, "h100", sequence=16).bytes.values())
+
+    setup = Setup(dp_shard=2, recompute=recompute)
+    assert taken(setup) == pytest.approx((2 + 2 + 12 + 4) * elements, rel=0.01)
+    assert (2 + 2) * elements < taken(replace(setup, offload=True)) < 2 * (2 + 2) * elements
 
 
 @pytest.mark.parametrize(("state", "staged"), [("zero0", False), ("zero1", True), ("zero2", False)])

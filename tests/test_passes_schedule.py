@@ -660,21 +660,29 @@ def test_memory_of_two_products_by_hand() -> None:
     assert schedule.peak_memory_bytes == 2 * (a + b) + x + hidden + 512
 
 
-def test_an_update_on_a_gpu_has_one_temporary_per_parameter() -> None:
-    """All at once, beside parameters, gradients and two states: torch's Adam takes the roots of all in one go."""
-    program = captured(Products(), {"x": torch.randn(64, 256)})
-    held = (1024 * 256 + 128 * 1024) * 4
-    for name, optimizer, working in (("h100", "adamw", held), ("cpu", "adamw", None), ("h100", "lion", None)):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_on_a_gpu_has_one_temporary_per_parameter(dtype: torch.dtype) -> None:
+    """All at once, beside parameters, gradients and two fp32 states: torch's Adam takes the roots of one of these of
+    all parameters in one go."""
+    program = captured(Products().to(dtype), {"x": torch.randn(64, 256, dtype=dtype)})
+    held = 1024 * 256 + 128 * 1024
+    for name, optimizer, each in (
+        ("h100", "adamw", 4),
+        ("h100", "adamw-master", 4),
+        ("cpu", "adamw", 0),
+        ("h100", "lion", 0),
+    ):
         space = search_space(program, topology(hardware(name), {"tp": 2}), ())
         assignment = [
             next(i for i, o in enumerate(s.options) if set(option_text(o)) <= set(WHOLE)) for s in space.sites
         ]
         memory = play(space, assignment, optimizer=optimizer).memory
-        assert memory.by_kind["parameters"] == memory.by_kind["gradients"] == held
-        if working is None:
-            assert memory.by_kind["working"] == 64 * 1024 * 4
+        assert memory.by_kind["parameters"] == memory.by_kind["gradients"] == dtype.itemsize * held
+        if each == 0:
+            assert memory.by_kind["working"] == 64 * 1024 * dtype.itemsize
         else:
-            assert (memory.by_kind["working"], memory.by_kind["optimizer"]) == (held, 2 * held)
+            states = 12 if optimizer == "adamw-master" else 8
+            assert (memory.by_kind["working"], memory.by_kind["optimizer"]) == (each * held, states * held)
             assert memory.moment_s == max(moment for moment, _ in memory.timeline)
             sizes = [top.bytes for top in memory.top]
             assert sizes == sorted(sizes, reverse=True)

@@ -132,9 +132,9 @@ def _at_rest(
         if accumulate > 1 and trainable:
             buffers.append(Buffer(name, kept.gradients, 0.0, None, "gradients", site.count))
         if trainable:
-            scratch += kept.parameters * site.count
+            scratch += kept.optimizer // 2 * site.count
     if scratch and spec.name.startswith("adam") and not space.topology.device.is_cpu:
-        # torch's multi-tensor update on GPUs computes one temporary per parameter, all of them at once.
+        # torch's multi-tensor update on GPUs takes the roots of one of the two states, of all parameters at once.
         buffers.append(Buffer("temporaries of the update", scratch, end_s, None, "working"))
     return buffers
 

@@ -49,14 +49,18 @@ def parameters_of(setup: Setup, found: Profile, layers: float, of: str = "") -> 
     return Parameters(elements, found.layer(f"{of}experts") * layers, setup.expert_parts)
 
 
-def sharded_peak_bytes(found: Profile, layer: Profile | None) -> float:
-    """The peak of a played schedule; `layer`: where layers are run again as a whole, the schedule without that."""
-    if layer is None:
-        return found.peak_bytes
-    spared = layer.saved_bytes - layer.layer("boundary")
-    inputs_alone = {"forward": layer.layers, "last layers": layer.layers - 1, "first layers": 1, "end": 0}
-    """Layers that have their input and nothing else when most is alive there."""
-    return max(layer.whole.get(f"alive.{place}", 0.0) - inputs_alone[place] * spared for place in PLACES)
+def sharded_peak_bytes(setup: Setup, found: Profile, layer: Profile | None) -> float:
+    """The peak of a played schedule, which updates on the rank unless the host does; `layer`: where layers are run
+    again as a whole, the schedule without that."""
+    alive = {place: (layer or found).whole.get(f"alive.{place}", 0.0) for place in PLACES}
+    if setup.offload:
+        del alive["update"]
+    if layer is not None:
+        spared = layer.saved_bytes - layer.layer("boundary")
+        # layers that have their input and nothing else when most is alive there
+        for place, inputs_alone in (("forward", layer.layers), ("last layers", layer.layers - 1), ("first layers", 1)):
+            alive[place] -= inputs_alone * spared
+    return max(alive.values())
 
 
 def at_rest(found: Profile, setup: Setup) -> dict[str, float]:

@@ -51,7 +51,7 @@ def sharded(setup: Setup, profiler: Profiler) -> Estimate:
     seconds["compute"] += added_s
     seconds["optimizer"] = update_s
     bytes_ = at_rest(found, setup)
-    peak = sharded_peak_bytes(found, without_whole_blocks(setup, profiler, replica=False))
+    peak = sharded_peak_bytes(setup, found, without_whole_blocks(setup, profiler, replica=False))
     if setup.offload:
         item = whole["stored bytes"] / whole["stored"]
         seconds["optimizer"] = host_update_s(setup, whole["gradients"] / item, found, profiler)

@@ -4,7 +4,7 @@
     Profile                                 numbers of the whole model, and of what no repeated layer is part of
 
 The peak of memory is not linear in depth, but the bytes alive at a given place of the step are: each place is a number
-of its own, and the peak is their largest (`peak_bytes`).
+of its own, and the peak is their largest (`candidate_memory.sharded_peak_bytes`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from passes.runs.expert_parallel import expert_numbers
 from passes.space.space import Space, trained_elements
 from passes.space.words import Words
 
-PLACES = ("forward", "last layers", "first layers", "end")
-"""Where memory may peak: until backward reaches a repeated layer; in the last one or two; in the first two; after."""
+PLACES = ("forward", "last layers", "first layers", "end", "update")
+"""Where memory may peak: until backward reaches a repeated layer; in the last one or two; in the first two; after; as
+the optimizer updates."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,6 @@ class Profile:
     def saved_bytes(self) -> float:
         """Activations that one layer keeps for backward."""
         return self.layer("alive.forward") - self.layer("rest")
-
-    @property
-    def peak_bytes(self) -> float:
-        """The largest peak over the places where one is sampled."""
-        return max(self.whole.get(f"alive.{place}", 0.0) for place in PLACES)
 
 
 def profile(samples: Sequence[Mapping[str, float]], weights: Sequence[float], outside: Sequence[float],
@@ -148,20 +144,24 @@ def _alive(found: dict[str, float], schedule: Schedule) -> None:
     found["states"] = schedule.memory.by_kind.get("optimizer", 0)
     backward = [start for phase, layer, start in schedule.layers if phase == "backward" and layer]
     entered = _entered(schedule)
-    timelines = {"alive": schedule.memory.timeline, "bare": schedule.memory.bare}
+    update = schedule.micro_batch_s
+    moments = []
+    for name, timeline in (("alive", schedule.memory.timeline), ("bare", schedule.memory.bare)):
+        moments += [(name, moment, alive) for moment, alive in timeline if moment < update]
+        found[f"{name}.update"] = timeline[-1][1] if timeline else 0
     if len(entered) < 3:  # too few layers to tell places apart
-        for name, timeline in timelines.items():
-            most = max((alive for _, alive in timeline), default=0)
-            found |= dict.fromkeys([f"{name}.{place}" for place in PLACES[:2]], most)
+        for name, _, alive in moments:
+            for place in PLACES[:2]:
+                found[f"{name}.{place}"] = max(found[f"{name}.{place}"], alive)
         return
     after = [s for phase, layer, s in schedule.layers if phase == "backward" and not layer and s > backward[-1]]
     end, first = min(after, default=math.inf), entered[-2]
     # As many layers whatever the depth; between the ends memory changes by as much from layer to layer.
     last_end = entered[1 if len(entered) <= 4 else 2]
-    for name, moment, alive in ((name, *each) for name, timeline in timelines.items() for each in timeline):
+    for name, moment, alive in moments:
         if moment < entered[0]:
             place = PLACES[0]
-        elif moment >= end or moment >= schedule.micro_batch_s:
+        elif moment >= end:
             place = PLACES[3]
         elif moment >= first:
             place = PLACES[2]
