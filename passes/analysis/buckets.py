@@ -22,7 +22,6 @@ from costmodel.reshard import Step
 from passes.analysis.dims import is_getitem, outputs_of
 from passes.analysis.layers import layer_patterns
 from passes.analysis.moves import Move, Run
-from passes.analysis.strategies import StoredOption
 from passes.program.program import Program
 
 TOGETHER = ("state_gather", "state_scatter", "all_reduce", "state_slice", "state_pad", "state_cut", "cast")
@@ -94,19 +93,19 @@ def layer_labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
     """
     pattern, layers = layer_patterns([x.name for x in program.inputs if x.kind in ("parameter", "buffer")])
     found: list[object] = []
-    between, inside, last_phase = 0, False, ""
+    between, last_phase = 0, ""
     label: object = None
     for item in items:
         node = item.node if isinstance(item, Run) else item.reader or item.value
         name = node.meta.get("module", "")
         phase = item.phase
         if layer := pattern.layer(name):
-            between += not inside
-            inside, label = True, (phase, layer)
+            between += 1
+            label = (phase, layer)
         elif not layers:
             label = (phase, name)
-        elif name or label is None or not inside or phase != last_phase:
-            inside, label = False, (phase, between)
+        elif name or phase != last_phase:
+            label = (phase, between)
         last_phase = phase
         found.append(label)
     return found
@@ -114,14 +113,19 @@ def layer_labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
 
 def _home(item: Run | Move, home: Mapping[fx.Node, object], label: object) -> object:
     """The layer that computed what an item works on; `label` where none did."""
-    node = item.node.all_input_nodes[0] if isinstance(item, Run) else item.value
-    while is_getitem(node) and node not in home:
+    node = _read(item)
+    while is_getitem(node):
         node = node.all_input_nodes[0]
     return home.get(node, label)
 
 
+def _read(item: Run | Move) -> fx.Node:
+    """What an item works on that works on one value."""
+    return item.node.all_input_nodes[0] if isinstance(item, Run) else item.value
+
+
 def _is_gather(move: Move) -> bool:
-    return isinstance(move.source, StoredOption) and move.reader is not None and sends_one_gather(move.steps)
+    return move.reader is not None and sends_one_gather(move.steps)
 
 
 def _small_sums(items: Sequence[Run | Move], moved: Container[int]) -> dict[int, list[Move]]:
@@ -163,7 +167,6 @@ class Gradients:
             if out.kind == "gradient" and node is not None and given is not None and given.kind == "parameter"
         }
         self._found: dict[fx.Node, fx.Node | None] = {}
-        self._late: dict[fx.Node, bool] = {}
 
     def of(self, node: fx.Node) -> fx.Node | None:
         """The parameter whose gradient a value leads to, through ops on it alone; None where it leads to anything
@@ -174,7 +177,7 @@ class Gradients:
                 found = node if all(user.op == "output" for user in node.users) else None
             elif len(node.users) == 1:
                 (user,) = node.users
-                if user.op == "call_function" and len(user.all_input_nodes) == 1 and not is_getitem(user):
+                if len(user.all_input_nodes) == 1 and not is_getitem(user):
                     found = self.of(user)
             self._found[node] = found
         return self._found[node]
@@ -183,12 +186,7 @@ class Gradients:
         """Whether an item works only on finished gradients."""
         if isinstance(item, Move):
             return (item.stores or item.reader is not None) and self.of(item.value) is not None
-        late = self._late.get(item.node)
-        if late is None:
-            operands = item.node.all_input_nodes
-            late = bool(operands) and all(self.of(operand) is not None for operand in operands)
-            self._late[item.node] = late
-        return late
+        return any(self.of(operand) is not None for operand in item.node.all_input_nodes)  # then it has no other
 
 
 def _levels(items: Sequence[Run | Move]) -> Iterable[list[Run | Move]]:
@@ -197,8 +195,7 @@ def _levels(items: Sequence[Run | Move]) -> Iterable[list[Run | Move]]:
     levels: dict[int, list[Run | Move]] = {}
     for item in items:
         is_run = isinstance(item, Run)
-        reads = item.node.all_input_nodes if isinstance(item, Run) else [item.value]
-        level = max((made[node] for node in reads if node in made), default=0)
+        level = made.get(_read(item), 0)
         level += level % 2 if is_run else 1 + level % 2  # ops on even levels, moves on odd ones
         made[item.node if isinstance(item, Run) else item.value] = level
         levels.setdefault(level, []).append(item)
