@@ -489,7 +489,11 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         ("0::/job/step\n", {"job/memory.max": "3000000", "job/step/memory.max": "max"}, 3_000_000),
         ("0::/of/the/host\n", {"memory.max": "2000000"}, 2_000_000),
         ("0::/../..\n", {"memory.max": "2000000"}, 2_000_000),
-        ("5:cpu:/\n4:memory:/pod\n0::/\n", {"memory/pod/memory.limit_in_bytes": "4000000"}, 4_000_000),
+        (
+            "5:cpu:/step\n4:memory:/po:d\n0::/\n",
+            {"memory/po:d/memory.limit_in_bytes": "4000000", "memory/step/memory.limit_in_bytes": "1000000"},
+            4_000_000,
+        ),
         ("4:memory:/\n", {"memory/memory.limit_in_bytes": str(2**63 - 4096)}, None),
         ("0::/\n", {}, None),
     ],

@@ -105,6 +105,8 @@ def test_a_few_layers_take_what_all_take(strategy: str, hardware: str, recompute
     short = layer_by_layer(shorten(whole), plan, request)
     assert short.micro_batch_s == pytest.approx(played.micro_batch_s, rel=1e-9)
     assert short.kernels == pytest.approx(played.kernels)
+    assert short.memory.by_kind == played.memory.by_kind
+    assert short.memory.top == played.memory.top
     assert sum(c.count for c in plan.collectives) == len(played.collectives)
     assert sum(c.count * c.bytes for c in plan.collectives) == sum(c.bytes for c in played.collectives)
 
