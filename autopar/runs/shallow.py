@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 
 from autopar.modules.tree import copied
-from passes.analysis.layers import layer_patterns
+from passes.analysis.layers import layer_pattern_of
 
 _LEAST = 3
 """Layers in the shallowest prefix (of each kind, where kinds are counted): the first and the last are not like those
@@ -72,15 +72,13 @@ def shallow(model: nn.Module) -> Shallow:
 
 def _stack(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
     """The list of repeated layers with most parameters, where it is the only one."""
-    names = [name for name, _ in model.named_parameters()]
-    _, patterns = layer_patterns(names)
     stacks = []
-    for pattern in patterns:
+    for pattern, count in layer_pattern_of([name for name, _ in model.named_parameters()]).layers.items():
         name = pattern.removesuffix(".*")
         if "*" in name:
             continue
         module = model.get_submodule(name)
-        if isinstance(module, nn.ModuleList) and len(module) == patterns[pattern]:
+        if isinstance(module, nn.ModuleList) and len(module) == count:
             stacks.append((name, list(module)))
     return stacks[0] if len(stacks) == 1 else None
 

@@ -20,7 +20,7 @@ from torch import fx
 
 from costmodel.reshard import Step
 from passes.analysis.dims import is_getitem, outputs_of
-from passes.analysis.layers import layer_patterns
+from passes.analysis.layers import layer_pattern
 from passes.analysis.moves import Move, Run
 from passes.program.program import Program
 
@@ -91,7 +91,7 @@ def layer_labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
 
     What no module is named for belongs to the layer around it; backward never to the layer that forward ended with.
     """
-    pattern, layers = layer_patterns([x.name for x in program.inputs if x.kind in ("parameter", "buffer")])
+    pattern = layer_pattern(program)
     found: list[object] = []
     between, last_phase = 0, ""
     label: object = None
@@ -102,7 +102,7 @@ def layer_labels(program: Program, items: Sequence[Run | Move]) -> list[object]:
         if layer := pattern.layer(name):
             between += 1
             label = (phase, layer)
-        elif not layers:
+        elif not pattern.layers:
             label = (phase, name)
         elif name or phase != last_phase:
             label = (phase, between)

@@ -13,12 +13,13 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
+from passes.program.local import LocalProgram
 from passes.program.program import Program
 from passes.rules.call import call_key, facts_of
 
@@ -41,7 +42,7 @@ _SALT = re.compile(r"'salt': \d+")
 
 def fold(program: Program) -> Folding:
     """Group the graph's nodes, placeholders included (the output node is left out)."""
-    pattern, layers = layer_patterns([i.name for i in program.inputs if i.kind in ("parameter", "buffer")])
+    pattern = layer_pattern(program)
     classes: dict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
     seen: dict[tuple[object, ...], int] = defaultdict(int)
     calls = [node for node in program.graph.graph.nodes if node.op not in ("placeholder", "output")]
@@ -75,10 +76,10 @@ def fold(program: Program) -> Folding:
         classes[key].append(node)
         of[node] = numbers.setdefault(key, len(numbers))
     members = tuple(tuple(nodes) for nodes in classes.values())
-    return Folding(members, {node: c for c, nodes in enumerate(members) for node in nodes}, layers)
+    return Folding(members, {node: c for c, nodes in enumerate(members) for node in nodes}, pattern.layers)
 
 
-def _uneven(places: Iterable[_Place], pattern: _Pattern) -> set[_Place]:
+def _uneven(places: Iterable[_Place], pattern: LayerPattern) -> set[_Place]:
     """Calls that some layers make more often than others, which take what those share from them: counting does not tell
     which is which, but what they are made of in their layer does."""
     counts: dict[_Place, Counter[str]] = defaultdict(Counter)
@@ -96,11 +97,15 @@ def _key(node: fx.Node) -> str:
     return _SALT.sub("", call_key(node))
 
 
-class _Pattern:
-    """Names with the indices of repeated layers replaced by `*`."""
+class LayerPattern:
+    """Names of modules and parameters with the indices of repeated layers replaced by `*`.
 
-    def __init__(self, prefixes: frozenset[str]) -> None:
-        self.prefixes = prefixes
+    `layers`: pattern of a repeated module (`model.layers.*`) -> how many there are.
+    """
+
+    def __init__(self, layers: Mapping[str, int]) -> None:
+        self.layers = layers
+        self.prefixes = {pattern.removesuffix(".*") for pattern in layers}
         self.cache: dict[str, str] = {}
         self.layer_of: dict[str, str] = {}
 
@@ -125,12 +130,16 @@ class _Pattern:
         return self.layer(name) or name
 
 
-def layer_patterns(names: list[str]) -> tuple[_Pattern, dict[str, int]]:
-    """A function from a module's or parameter's name to its pattern, and the repeated modules with their counts."""
+def layer_pattern(program: Program | LocalProgram) -> LayerPattern:
+    """The repeated layers of a program's model, told by its parameters and buffers."""
+    return layer_pattern_of([given.name for given in program.inputs if given.kind in ("parameter", "buffer")])
+
+
+def layer_pattern_of(names: Sequence[str]) -> LayerPattern:
+    """The repeated layers of a model with parameters of these names."""
     layers: dict[str, int] = {}
-    prefixes: set[str] = set()
     while True:
-        pattern = _Pattern(frozenset(prefixes))
+        pattern = LayerPattern(dict(layers))
         children: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
         for name in names:
             parts = pattern(name).split(".")
@@ -138,15 +147,12 @@ def layer_patterns(names: list[str]) -> tuple[_Pattern, dict[str, int]]:
                 if part.isdigit():
                     children[".".join(parts[:depth])][part].add(".".join(parts[depth + 1 :]))
                     break
-        grown = False
         for prefix, members in children.items():
             deep = [index for index, leaves in members.items() if any(re.search(r"\.", leaf) for leaf in leaves)]
             if len(deep) > 1 and len(deep) == len(members):
-                prefixes.add(prefix)
                 layers[f"{prefix}.*"] = len(members)
-                grown = True
-        if not grown:
-            return pattern, layers
+        if len(layers) == len(pattern.layers):
+            return pattern
 
 
 def unique(key: str, taken: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd  # ops go to their kernels at once
 
-from passes.analysis.layers import layer_patterns
+from passes.analysis.layers import layer_pattern
 from passes.lower.arrived import of_arrived
 from passes.lower.booleans import as_bytes
 from passes.lower.gloo import for_gloo, gloo_step
@@ -206,19 +206,13 @@ def _of_these(run: Boxed, wanted: Sequence[int]) -> Boxed:
     return picking
 
 
-def _layers(local: LocalProgram) -> Callable[[str], str]:
-    """A module's name -> the repeated layer it is in, "" outside of layers."""
-    pattern, _ = layer_patterns([entry.name for entry in local.inputs if entry.kind in ("parameter", "buffer")])
-    return pattern.layer
-
-
 class _Runner:
     """Makes callables of graphs; what is alike is compiled once."""
 
     def __init__(self, local: LocalProgram, device: torch.device, run: Callable[[fx.GraphModule], Boxed]) -> None:
         self.device = device
         self.run = run
-        self.layer_of = _layers(local)
+        self.layer_of = layer_pattern(local).layer
         self.constants = {node.name for node in local.placeholders_of(*CONSTANT_KINDS)}
         self.fixed = {node.name for node in local.placeholders_of(*_FIXED_KINDS)}
         parameters = {given.name for given in local.inputs if given.kind == "parameter"}

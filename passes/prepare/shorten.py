@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import fx
 
-from passes.analysis.layers import layer_patterns
+from passes.analysis.layers import layer_pattern
 from passes.program.program import Program, Repeated
 from passes.program.uniform import UNIFORM
 from passes.program.walks import results_of
@@ -37,9 +37,7 @@ Position = tuple[Phase, int, int]
 
 def shorten(program: Program) -> Program:
     """`program` with as few layers as tell its costs; itself, where too few repeat for that to pay."""
-    names = [given.name for given in program.inputs if given.kind in ("parameter", "buffer")]
-    _, found = layer_patterns(names)
-    for pattern, count in found.items():
+    for pattern, count in layer_pattern(program).layers.items():
         stack = pattern.removesuffix(".*")
         if "*" not in stack and count > 5:
             program = _shortened(program, stack)

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from passes.analysis.layers import layer_patterns
+from passes.analysis.layers import layer_pattern
 from passes.capture.normalize import content_of, settled_in_order
 from passes.program.graphs import graph_module
 from passes.program.program import Input, Program
@@ -156,7 +156,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 def _key_of(program: Program) -> Callable[[fx.Node], Key]:
     """What a node of the program, or of one with the same inputs, computes; asked in the order of its graph."""
-    pattern, _ = layer_patterns([given.name for given in program.inputs if given.kind in ("parameter", "buffer")])
+    pattern = layer_pattern(program)
     inputs = iter(program.inputs)
     facts: dict[fx.Node, object] = {}
 

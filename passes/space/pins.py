@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from costmodel.layout import Layout, Partial, layout_text
 from passes.analysis.analysis import Analysis
-from passes.analysis.layers import layer_patterns, unique
+from passes.analysis.layers import layer_pattern, unique
 
 
 class PinError(ValueError):
@@ -105,7 +105,7 @@ def pinned_layouts(analysis: Analysis, pins: Mapping[str, Layout | Pin], axes: i
 def parameter_lines(analysis: Analysis) -> dict[str, int]:
     """The lines that a plan has of parameters, by name: `layers.*.up.weight`, and `layers.*.up.weight#2` where layers
     are not all laid out alike; each with its site."""
-    pattern, _ = layer_patterns([x.name for x in analysis.program.inputs if x.kind in ("parameter", "buffer")])
+    pattern = layer_pattern(analysis.program)
     found: dict[str, int] = {}
     for index in range(len(analysis.folding.members)):
         place = analysis.places[index]

@@ -13,7 +13,7 @@ from torch import fx
 from costmodel.layout import Layout, Partial, Shard
 from costmodel.reshard import Step
 from passes.analysis.dims import Leaf, Value, is_getitem, value_of
-from passes.analysis.layers import layer_patterns
+from passes.analysis.layers import layer_pattern
 from passes.analysis.moves import Move
 from passes.analysis.strategies import StoredOption
 from passes.rules.call import op_text
@@ -33,8 +33,8 @@ class Words:
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        names = [given.name for given in space.program.inputs if given.kind in ("parameter", "buffer")]
-        self._pattern, self.layers = layer_patterns(names)
+        self._pattern = layer_pattern(space.program)
+        self.layers = self._pattern.layers
         self._tensor_atoms = stored_atoms(space)
         self._atoms = atom_names(space, self._tensor_atoms)
         self._gradients = space.analysis.gradients
