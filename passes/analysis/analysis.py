@@ -7,7 +7,7 @@ gets. Sites read and give values; a `Wire` is a group of alike values with the s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -33,7 +33,7 @@ from passes.analysis.fusion import Fused, Traffic, traffic
 from passes.analysis.layers import Folding, fold
 from passes.errors import UnsupportedOpError
 from passes.program.program import Input, Output, Program
-from passes.rules.call import Call, call_of, facts_of, is_tensor, operand_nodes
+from passes.rules.call import Call, call_of, facts_of, is_tensor
 from passes.rules.discover import discover, form_of_rule
 from passes.rules.form import Form, FormBuilder
 from passes.rules.matmul import PRODUCTS
@@ -94,6 +94,7 @@ class Analysis:
 
     program: Program
     folding: Folding
+    flow: Flow
     unified: Unified
     places: tuple[OpenSite, ...]
     wires: tuple[Wire, ...]
@@ -118,11 +119,6 @@ class Analysis:
     added_in: Mapping[Value, torch.dtype] = field(default_factory=dict)
     """Values on their way to parameters' gradients and nowhere else, whose partial sums are added in another dtype than
     theirs."""
-
-    @cached_property
-    def flow(self) -> Flow:
-        """Which node reads which."""
-        return flow_of(self.program, self.folding)
 
     @cached_property
     def gradients(self) -> Gradients:
@@ -188,13 +184,16 @@ def analyse(program: Program, known: Mapping[str, str] | None = None, *, fused: 
     places = [
         *_folded_places(program, folding, calls, ops, moved, weights), *_returned_places(folding, ops, returned)
     ]  # fmt: skip
-    wires = _wires(program, folding, returned, len(folding.members), weights)
-    from_parameters = _from_parameters(places, wires)
-    from_data = _from_data(places, wires)
+    flow = flow_of(program, folding)
+    wires = _wires(program, folding, flow, returned, weights)
+    reads = _reads(wires)
+    from_parameters = _from_parameters(places, reads)
+    from_data = _from_data(places, reads)
     class_atoms, contracted_atoms = _weight_atoms(places, wires, from_parameters)
     return Analysis(
         program=program,
         folding=folding,
+        flow=flow,
         unified=atoms,
         places=tuple(places),
         wires=wires,
@@ -343,70 +342,66 @@ def _data_atoms(program: Program, folding: Folding, ops: Sequence[ExpandedOp]) -
 def _wires(
     program: Program,
     folding: Folding,
+    flow: Flow,
     returned: Sequence[tuple[fx.Node, Output]],
-    first_output: int,
     weights: Mapping[fx.Node, int],
 ) -> tuple[Wire, ...]:
     """Values grouped by class and by who reads them."""
     ports: dict[fx.Node, dict[Port, None]] = defaultdict(dict)
-    source: dict[fx.Node, fx.Node] = {}
-    picks: dict[tuple[fx.Node, int], fx.Node] = {}
-    for node in program.graph.graph.nodes:
-        if is_getitem(node):
-            source[node] = picks.setdefault((node.args[0], node.args[1]), node)
-        if node.op != "call_function" or is_getitem(node):
-            continue
-        for index, operand in enumerate(operand_nodes(node)):
-            read = source.get(operand, operand)
-            ports[read][Port(folding.of[node], index, node.meta.get("phase", "forward"))] = None
-    for offset, (node, out) in enumerate(returned):
+    for node, operands in flow.operands.items():
+        for index, operand in enumerate(operands):
+            ports[operand][Port(folding.of[node], index, node.meta.get("phase", "forward"))] = None
+    for site, (node, out) in enumerate(returned, start=len(folding.members)):
         phase = "forward" if out.kind != "gradient" else "backward"
-        ports[source.get(node, node)][Port(first_output + offset, 0, phase)] = None
+        ports[flow.source.get(node, node)][Port(site, 0, phase)] = None
     for out, gradient, placeholder, given in outputs_of(program):
         if out.kind == "gradient" and gradient is not None and given is not None and given.kind == "parameter":
             assert placeholder is not None
-            ports[source.get(gradient, gradient)][Port(folding.of[placeholder], 0, "backward", stores=True)] = None
+            ports[flow.source.get(gradient, gradient)][Port(folding.of[placeholder], 0, "backward", stores=True)] = None
     grouped: dict[tuple[Value, frozenset[Port]], int] = defaultdict(int)
     order: dict[tuple[Value, frozenset[Port]], tuple[Port, ...]] = {}
     for node, read_by in ports.items():
-        key = (value_of(node, folding), frozenset(read_by))
+        key = (flow.value[node], frozenset(read_by))
         grouped[key] += weights.get(node, 1)
         order.setdefault(key, tuple(read_by))
     return tuple(Wire(key[0], order[key], count) for key, count in grouped.items())
 
 
-def _from_parameters(places: Sequence[OpenSite], wires: Sequence[Wire]) -> frozenset[int]:
-    readers: dict[int, set[int]] = defaultdict(set)
-    sources: dict[int, set[int]] = defaultdict(set)
+def _reads(wires: Sequence[Wire]) -> dict[int, set[int]]:
+    """Per site, the sites whose values it reads; a gradient's storage reads nothing."""
+    reads: dict[int, set[int]] = defaultdict(set)
     for wire in wires:
         for port in wire.ports:
             if not port.stores:
-                readers[wire.value.op].add(port.site)
-                sources[port.site].add(wire.value.op)
-    found = {i for i, place in enumerate(places) if place.parameter is not None}
-    queue = list(found)
-    while queue:
-        for reader in readers[queue.pop()]:
-            if reader not in found and places[reader].kind == "op" and sources[reader] <= found:
-                found.add(reader)
-                queue.append(reader)
-    return frozenset(found)
+                reads[port.site].add(wire.value.op)
+    return reads
 
 
-def _from_data(places: Sequence[OpenSite], wires: Sequence[Wire]) -> frozenset[int]:
+def _from_parameters(places: Sequence[OpenSite], reads: Mapping[int, set[int]]) -> frozenset[int]:
+    parameters = {i for i, place in enumerate(places) if place.parameter is not None}
+    return _grown(parameters, reads, lambda site, found: places[site].kind == "op" and reads[site] <= found)
+
+
+def _from_data(places: Sequence[OpenSite], reads: Mapping[int, set[int]]) -> frozenset[int]:
+    data = {i for i, place in enumerate(places) if place.given is not None and place.given.kind in ("input", "tangent")}
+    return _grown(data, reads, lambda site, found: True)
+
+
+def _grown(
+    sites: Iterable[int], reads: Mapping[int, set[int]], joins: Callable[[int, set[int]], bool]
+) -> frozenset[int]:
+    """`sites`, and then every site that reads one of those found so far and joins them."""
+    found = set(sites)
     readers: dict[int, set[int]] = defaultdict(set)
-    for wire in wires:
-        for port in wire.ports:
-            if not port.stores:
-                readers[wire.value.op].add(port.site)
-    found = {
-        i for i, place in enumerate(places) if place.given is not None and place.given.kind in ("input", "tangent")
-    }
+    for site, sources in reads.items():
+        for source in sources:
+            readers[source].add(site)
     queue = list(found)
     while queue:
         for reader in readers[queue.pop()] - found:
-            found.add(reader)
-            queue.append(reader)
+            if joins(reader, found):
+                found.add(reader)
+                queue.append(reader)
     return frozenset(found)
 
 
