@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import get_args
@@ -248,6 +249,25 @@ def test_an_axis_of_one_rank_changes_nothing_that_is_kept() -> None:
         schedule = play(space, priced.assignment(solve(priced.problem).picks, len(space.sites)))
         peaks.append(schedule.peak_memory_bytes)
     assert peaks[0] == peaks[1]
+
+
+def test_one_rank_gathers_and_cuts_nothing() -> None:
+    """Alone it has in memory what `ddp` has, and outputs are no copies: that is what a mesh without the axis takes."""
+    analysis = analysed("llama")
+
+    def memory(strategy: str, batch_axes: tuple[int, ...], **axes: int) -> Mapping[str, int]:
+        mesh = topology(hardware("h100"), axes)
+        space = search_space(analysis.program, mesh, batch_axes, strategy=strategy, analysis=analysis)
+        priced = price(space)
+        picks = priced.assignment(solve(priced.problem).picks, len(space.sites))
+        return play(space, picks).memory.by_kind
+
+    alone = memory("fsdp", (0,), dp=1)
+    assert "gathered" not in alone
+    assert alone == memory("ddp", (0,), dp=1) == memory("fsdp", (0,), dp=1, tp=1)
+    two = memory("fsdp", (0,), dp=2)
+    assert two == memory("fsdp", (0,), dp=2, tp=1) == memory("fsdp", (0, 1), dp_replicate=1, dp_shard=2)
+    assert two == memory("fsdp", (0, 1), dp_shard=2, dp_replicate=1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

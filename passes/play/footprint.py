@@ -235,7 +235,7 @@ class _Lives:
         in_forward: dict[int, _Read] = {}
         for index, item in enumerate(self.tracks.items):
             at_s = self.times.op_start_s[index]
-            if isinstance(item, Move) and (done := self.times.steps[index]):
+            if isinstance(item, Move) and (done := self.times.steps.get(index)):
                 at_s = done[0][2]
             for operand in self.tracks.reads[index]:
                 for base in self.bases[operand]:

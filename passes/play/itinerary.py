@@ -102,11 +102,9 @@ class _Walk:
             path = conversion(self.space, value, source, target)
             assert path is not None, f"{node.name}: no way from {source} to {target}"
             self.memo[key] = path
-        if self.memo[key] and all(step.ranks == 1 for step in self.memo[key]):
+        if not self.memo[key]:
             era = phase  # an axis of one rank brings nothing that would be worth keeping for backward
         self.seen.add((node, era, target))
-        if not self.memo[key] and not stores:
-            return
         yield Move(node, source, target, self.memo[key], phase, era, reader, stores)
 
     def _is_regathered(self, value: Value, source: Layout | StoredOption, target: Layout | StoredOption) -> bool:

@@ -214,7 +214,7 @@ class _Ledger:
             if not isinstance(item, Move):
                 continue
             alike: dict[object, list[Played]] = defaultdict(list)
-            for i in self.player.of_item[index]:
+            for i in self.player.of_item.get(index, ()):
                 played = self.player.played[i]
                 if played.counts and played.step.is_collective:
                     alike[id(played.step), played.also, played.exposed_s].append(played)

@@ -150,6 +150,12 @@ def conversion(space: Space, value: Value, given: State, asked: State) -> tuple[
 
 
 def steps_between(of: Moved, given: State, asked: State) -> tuple[Step, ...] | None:
+    """As `conversion`; steps over one rank, which move nothing, are none."""
+    path = _path(of, given, asked)
+    return path if path is None else tuple(step for step in path if step.ranks != 1)
+
+
+def _path(of: Moved, given: State, asked: State) -> tuple[Step, ...] | None:
     if isinstance(asked, StoredOption):
         return _gradient_steps(of, given.layout if isinstance(given, StoredOption) else given, asked)
     if isinstance(given, StoredOption):

@@ -40,8 +40,6 @@ def emit_steps(
     `storage` and `padding` are those of the `StoredOption` that the steps come from or go to, if any.
     """
     for step in steps:
-        if step.ranks == 1:
-            continue
         if step.kind == "cast" or step.kind.startswith("state_"):
             (x,) = emit_together(emit, [x], [[step]], [(storage, padding)])
         else:
@@ -68,8 +66,6 @@ def emit_together(
             continue
         if first.kind in _PADDING:
             parts = [_PADDING[first.kind](emit, x, padding) for x, (_, padding) in zip(parts, stored, strict=True)]
-            continue
-        if first.ranks == 1:
             continue
         ranks, name = emit.group(first.axes)
         if first.kind == "all_reduce":
