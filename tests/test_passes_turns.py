@@ -392,3 +392,26 @@ def test_a_turn_may_pick_rows_by_their_values() -> None:
     program = captured(model, inputs)
     assert turns_of(take_turns_by_blocks(program, 1))
     assert errors(model, planned(program, {"dp": 2, "tp": 2}, "fsdp")[-1], inputs).gradient < 1e-5
+
+
+class Cancelled(nn.Module):
+    """Squares of what turns of 48 rows add up to: in each half of the batch much, in both together 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": sum(rows.sum().square() for rows in (x.flatten(0, 1) * self.weight).split(48))}  # type: ignore[dict-item]
+
+
+def test_sums_in_half_precision_are_rounded_once() -> None:
+    """As eager's, neither each row's nor each rank's: of these, 257 is no bf16, nor is any sum of a rank."""
+    x = torch.zeros(8, 8, 2, dtype=torch.bfloat16)
+    x[:4] = torch.tensor([256.0, 1.0])
+    x[4:6] = torch.tensor([-512.0, -2.0])
+    x[0, 0, 1] = 2.0
+    model = Cancelled()
+    assert model(x)["loss"] == 1.0
+    _, _, local = planned(captured(model, {"x": x}), {"dp": 2}, "ddp")
+    assert errors(model, local, {"x": x}).output == 0.0
