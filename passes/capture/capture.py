@@ -8,11 +8,11 @@ every other attribute of its modules.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import traceback
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,30 +93,25 @@ def capture(
     Under `torch.autocast` the forward is captured as it is cast, and the backward as autograd makes it outside.
     """
     backward = backward and torch.is_grad_enabled()
-    precision = precision or Precision()
-    dtype = autocast_dtype()
+    asked = _Asked(
+        model, tuple(args), dict(kwargs or {}), batch_dims, batch_size, tangents, backward, precision or Precision(),
+        autocast_dtype(), fused_attention,
+    )  # fmt: skip
     with settled(), autocast_as(None), torch.inference_mode(False), torch.set_grad_enabled(backward):
-
-        def taken(branches: Branches) -> Program:
-            return _capture(
-                model, args, kwargs, batch_dims, batch_size, tangents, backward, precision, dtype, branches,
-                WrittenAttention() if fused_attention else None,
-            )  # fmt: skip
-
         # Eager's numbers are the ones to give, so its branches come first, though a compiled model's read less.
         try:
-            return taken(Branches())
+            return _capture(asked, Branches())
         except ReadsInputsError:
             with suppress(CaptureError):
-                return taken(Branches(may_read_inputs=True))
+                return _capture(asked, Branches(may_read_inputs=True))
         except TooLargeToReadError:
             raise
         except CaptureError:
             pass
         try:
-            return taken(Branches(may_read_inputs=True, as_compiled=True))
+            return _capture(asked, Branches(may_read_inputs=True, as_compiled=True))
         except CaptureError as error:
-            helps = _of_rows(args, kwargs, batch_dims, batch_size, error)
+            helps = _of_rows(asked, error)
             if getattr(model, "_can_set_experts_implementation", lambda: False)():
                 helps += _of_experts(model, error)
             if not helps:
@@ -124,17 +119,27 @@ def capture(
             raise CaptureError(f"{str(error).rstrip('.')}{helps}") from error
 
 
-def _of_rows(
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    batch_dims: Sequence[int | None] | None,
-    batch_size: int | None,
-    error: CaptureError,
-) -> str:
+@dataclass(frozen=True)
+class _Asked:
+    """What `capture` was asked for; `autocast`: the dtype of `torch.autocast` around it."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batch_dims: Sequence[int | None] | None
+    batch_size: int | None
+    tangents: Tangents
+    backward: bool
+    precision: Precision
+    autocast: torch.dtype | None
+    fused_attention: bool
+
+
+def _of_rows(asked: _Asked, error: CaptureError) -> str:
     """Where the forward failed: inputs that were taken for several rows per sample, or for one number of each, and may
     be none of the batch."""
-    leaves, _, names = flatten_inputs(tuple(args), dict(kwargs or {}))
-    dims = batch_dims or [None] * len(leaves)
+    leaves, _, names = flatten_inputs(asked.args, asked.kwargs)
+    dims, batch_size = asked.batch_dims or [None] * len(leaves), asked.batch_size
     rows = {
         name: leaf.shape[dim] // batch_size
         for name, leaf, dim in zip(names, leaves, dims, strict=True)
@@ -160,22 +165,11 @@ def _of_experts(model: nn.Module, error: CaptureError) -> str:
     return ""
 
 
-def _capture(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    batch_dims: Sequence[int | None] | None,
-    batch_size: int | None,
-    tangents: Tangents,
-    backward: bool,
-    precision: Precision,
-    autocast: torch.dtype | None,
-    branches: Branches,
-    attention: WrittenAttention | None,
-) -> Program:
-    call_args, call_kwargs = tuple(args), dict(kwargs or {})
-    leaves, in_spec, names = flatten_inputs(call_args, call_kwargs)
-    dims = list(batch_dims) if batch_dims is not None else [None] * len(leaves)
+def _capture(asked: _Asked, branches: Branches) -> Program:
+    """The step with these of the model's branches."""
+    model, precision, backward, batch_size = asked.model, asked.precision, asked.backward, asked.batch_size
+    leaves, in_spec, names = flatten_inputs(asked.args, asked.kwargs)
+    dims = list(asked.batch_dims) if asked.batch_dims is not None else [None] * len(leaves)
     if len(dims) != len(leaves):
         raise ValueError(f"batch_dims has {len(dims)} entries, but the inputs have {len(leaves)} leaves: {names}")
     provenance = Provenance()
@@ -185,14 +179,14 @@ def _capture(
     slots = [*held, *filter(None, user)]
     for slot in slots:
         slot.place(tracer, backward)
-    extra, notes = extra_arguments(model, call_args, call_kwargs)
+    extra, notes = extra_arguments(model, asked.args, asked.kwargs)
 
     with (
         tracer.leaving_values(),
         unchanged(model),
         torch.set_grad_enabled(backward),
         told_once(),
-        tracing(tracer, attention),
+        tracing(tracer, WrittenAttention() if asked.fused_attention else None),
     ):
         for slot in slots:
             slot.wrap()
@@ -205,12 +199,12 @@ def _capture(
         ]
         traced_args, traced_kwargs = pytree.tree_unflatten(values, in_spec)
         with provenance.watching(model):
-            with autocast_as(autocast), settings_read(model) as read:
+            with autocast_as(asked.autocast), settings_read(model) as read:
                 out = run_model(model, traced_args, {**traced_kwargs, **extra})
             refuse_hidden_tensors(leaves, names)
             refuse_own_backward(slots, tracer.went_back)
             result, more_notes = flatten_outputs(out, precision)
-            given = tangents_of(tracer, result, tangents) if backward else []
+            given = tangents_of(tracer, result, asked.tangents) if backward else []
             with provenance.backward():
                 found = gradients(given, slots)
         outputs, nodes = _outputs(tracer, result, held, found, backward, batch_size)
@@ -312,7 +306,7 @@ def _inputs(
 ) -> tuple[Input, ...]:
     """What the step reads, tangents last; what is `trained` has a gradient."""
     return (
-        *(dataclasses.replace(slot.input, requires_grad=slot.input.name in trained) for slot in slots),
+        *(replace(slot.input, requires_grad=slot.input.name in trained) for slot in slots),
         *(Input("tangent", t.name, False, _batch_dim(t.output, batch_size)) for t in given),
     )
 
@@ -326,7 +320,7 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     except Exception as error:
         file, line = error_line(error)
         where = f"{file}:{line}" if file else type(model).__name__
-        if _passed_through(error, "flex_attention"):
+        if _passed_through_flex_attention(error):
             raise CaptureError(
                 f"{where}: FlexAttention is not supported, as its mask is a function that no rule can split; use "
                 "attn_implementation='sdpa', or torch.nn.functional.scaled_dot_product_attention with a mask"
@@ -350,14 +344,10 @@ def _raised_by_distributed(error: BaseException) -> bool:
     return "/torch/distributed/" in frame.f_code.co_filename
 
 
-def _passed_through(error: BaseException, module: str) -> bool:
-    """Whether a file of that name in torch's own attention code was running when it was raised."""
-    place = error.__traceback__
-    while place is not None:
-        if place.tb_frame.f_code.co_filename.endswith(f"torch/nn/attention/{module}.py"):
-            return True
-        place = place.tb_next
-    return False
+def _passed_through_flex_attention(error: BaseException) -> bool:
+    """Whether torch's code of FlexAttention was running when it was raised."""
+    running = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(file.endswith("torch/nn/attention/flex_attention.py") for file in running)
 
 
 def extra_arguments(

@@ -118,18 +118,14 @@ class Tracer(TorchDispatchMode):
         if like.layout != torch.strided:
             raise CaptureError(f"{name}: a {like.layout} tensor; only strided tensors are supported")
         fake = self._fake_like(like)
-        anchor = self._last_placeholder
-        where = self.graph.inserting_after(anchor) if anchor is not None else self.graph.inserting_before(self._first())
-        with where:
+        last = self._last_placeholder
+        with self.graph.inserting_before() if last is None else self.graph.inserting_after(last):
             node = self.graph.placeholder(re.sub(r"\W", "_", name))
         node.target = node.name  # a name of its own: two inputs may read the same once dots are gone
         self._last_placeholder = node
         self._set(node, fake, Place("forward", "", ""))
         self._nodes[id(fake)] = node
         return fake
-
-    def _first(self) -> fx.Node | None:
-        return next(iter(self.graph.nodes), None)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """Node that yields `tensor`: a fake tensor of this trace, or any other, which becomes a constant."""
@@ -421,11 +417,11 @@ class Tracer(TorchDispatchMode):
     def _without_masks(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Index arguments with each boolean mask replaced by the positions of its true elements."""
         x, indices, *rest = args
-        if not any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices):
+        if not any(map(_is_mask, indices)):
             return args
         plain: list[Any] = []
         for index in indices:
-            if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+            if _is_mask(index):
                 with self:
                     where = aten.nonzero.default(index)
                     plain.extend(aten.select.int(where, 1, i) for i in range(index.dim()))
@@ -439,6 +435,10 @@ class Tracer(TorchDispatchMode):
         if not file:
             return self._provenance.here().source or "in the model"
         return short_location(file, line) if short else f"{file}:{line}"
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def _simple(value: Tensor) -> tuple[Any, tuple[Any, ...]] | None:
