@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -599,3 +600,22 @@ def test_a_gradient_that_is_zero_but_for_rounding_leaves_its_parameter_equal() -
         found = StepValues({}, {}, {"weight": weight, "bias": torch.full((2,), off)})
         tensors, _ = compare(found, wanted, parameters, Tolerances())
         assert [tensor.ok for tensor in tensors if tensor.name == "bias"] == [ok, ok]
+
+
+class OwnKind(nn.Module):
+    """Returns a dataclass that each forward makes anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        @dataclasses.dataclass
+        class Result:
+            loss: torch.Tensor
+
+        return Result(self.linear(x).square().mean())
+
+
+def test_outputs_may_be_a_dataclass_that_each_forward_makes() -> None:
+    assert verify(OwnKind(), {"dp": 2}, (torch.randn(2, 4),), strategy="ddp").ok

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autopar.parity.varied import Batch
 from passes.capture.autocast import autocast_as
-from passes.capture.inputs import path_name
+from passes.capture.differentiated import named_leaves
 from passes.parity.bisect import difference, run_program
 from passes.parity.double import doubled
 from passes.parity.simulate import StepValues
@@ -100,7 +100,8 @@ def eager(
     def step() -> dict[str, Tensor]:
         with warnings.catch_warnings(), torch.set_grad_enabled(bool(differentiated)):
             warnings.simplefilter("ignore")
-            outputs = _named_outputs(_forward(model, args, kwargs, precision))
+            named, _ = named_leaves(_forward(model, args, kwargs, precision))
+            outputs = {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
         if differentiated:
             with autocast_as(None):
                 torch.autograd.backward([outputs[name] for name in differentiated], tangents)
@@ -178,11 +179,3 @@ def restore(before: Held) -> None:
     for table, key, tensor, old in before.values():
         table[key] = tensor
         tensor.data.copy_(old)
-
-
-def _named_outputs(out: Any) -> dict[str, Tensor]:
-    try:
-        named = [(path_name(path), leaf) for path, leaf in pytree.tree_flatten_with_path(out)[0]]
-    except (ValueError, NotImplementedError):  # a container that does not name its parts
-        named = [(str(i), leaf) for i, leaf in enumerate(pytree.tree_leaves(out))]
-    return {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}

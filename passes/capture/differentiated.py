@@ -38,21 +38,26 @@ class Tangent:
     is_loss: bool
 
 
+def named_leaves(out: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
+    """Leaves of what a model returned, with the names of their paths; dataclasses are taken apart."""
+    while unknown := {type(x) for x in pytree.tree_leaves(out) if dataclasses.is_dataclass(x)}:
+        for cls in unknown:
+            pytree.register_dataclass(cls)
+    try:
+        paths, spec = pytree.tree_flatten_with_path(out)
+        return [(path_name(path), leaf) for path, leaf in paths], spec
+    except (ValueError, NotImplementedError):  # a container that does not name its parts
+        leaves, spec = pytree.tree_flatten(out)
+        return [(str(i), leaf) for i, leaf in enumerate(leaves)], spec
+
+
 def flatten_outputs(out: Any, precision: Precision) -> tuple[Result, list[str]]:
     """What the model returned, as tensors with the names of their paths, and constants by leaf index.
 
     Raises:
         CaptureError: it holds no tensor that is found, or two of one name.
     """
-    while unknown := {type(x) for x in pytree.tree_leaves(out) if dataclasses.is_dataclass(x)}:
-        for cls in unknown:
-            pytree.register_dataclass(cls)
-    try:
-        paths, spec = pytree.tree_flatten_with_path(out)
-        named = [(path_name(path), leaf) for path, leaf in paths]
-    except (ValueError, NotImplementedError):  # a container that does not name its parts
-        leaves, spec = pytree.tree_flatten(out)
-        named = [(str(i), leaf) for i, leaf in enumerate(leaves)]
+    named, spec = named_leaves(out)
     tensors: list[tuple[str, Tensor]] = []
     constants: dict[int, Any] = {}
     notes: list[str] = []
