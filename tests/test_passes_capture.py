@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import logging
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -815,3 +816,30 @@ def test_a_product_that_eager_refuses_is_refused_with_its_line() -> None:
         capture(model, (ids,))
     model.positions = model.positions.bfloat16()
     assert capture(model, (ids,)).has_loss
+
+
+class InThreads(nn.Module):
+    """Two branches, each in a thread of its own; `modules`: by modules, else by functions alone."""
+
+    def __init__(self, modules: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.by_modules = nn.Linear(4, 4), nn.Linear(4, 4), modules
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: dict[int, Tensor] = {}
+
+        def run(number: int, branch: nn.Linear) -> None:
+            found[number] = branch(x) if self.by_modules else F.linear(x, branch.weight)
+
+        for number, branch in enumerate((self.one, self.two)):
+            thread = threading.Thread(target=run, args=(number, branch))
+            thread.start()
+            thread.join()
+        return (found[0] * found[1]).sum()
+
+
+@pytest.mark.parametrize("modules", [True, False])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_part_that_runs_in_another_thread_is_refused_as_one(modules: bool) -> None:
+    with pytest.raises(CaptureError, match="^one ran in another thread" if modules else "computed in another thread"):
+        capture(InThreads(modules), (torch.randn(2, 4),))

@@ -31,7 +31,7 @@ from passes.capture.values import ExampleValues, TooLargeError, UnknownValueErro
 from passes.errors import CaptureError
 from passes.program.fakes import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from passes.program.program import Fixed
-from passes.program.provenance import Place, Provenance, model_line, short_location, torch_function
+from passes.program.provenance import IN_ANOTHER_THREAD, Place, Provenance, model_line, short_location, torch_function
 
 aten = torch.ops.aten
 
@@ -296,6 +296,10 @@ class Tracer(TorchDispatchMode):
             self._constants[id(tensor)] = again
             self._alive.append(tensor)
             return again
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.fake_mode:
+            raise CaptureError(
+                f"{self.location()}: uses a {tuple(tensor.shape)} tensor that was computed {IN_ANOTHER_THREAD}"
+            )
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             raise CaptureError(
                 f"{self.location()}: uses a {tuple(tensor.shape)} tensor without values (meta or fake) that is no "

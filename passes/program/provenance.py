@@ -8,6 +8,7 @@ created it.
 from __future__ import annotations
 
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from passes.errors import CaptureError
+
 _TORCH = f"{Path(torch.__file__).parent}/"
 _OWN = f"{Path(__file__).parent.parent}/"
 _PLUMBING = ("/module.py", "/container.py", "/functional.py", "/linear.py", "/activation.py", "/normalization.py")
@@ -27,6 +30,10 @@ _CALLED = tuple(f"{_TORCH}{part}" for part in ("nn/", "distributions/", "functio
 """What of torch models call, and what may read values itself."""
 _BOUNDARIES = ("run_model", "gradients")
 """Functions of ours that call the model and autograd: frames outside them are not the model's."""
+
+IN_ANOTHER_THREAD = (
+    "in another thread, where no op is captured; run all of the forward in the thread that calls the model"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +78,31 @@ class Provenance:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Follow which module of `model` is running."""
+        """Follow which module of `model` is running, in this thread alone.
+
+        Raises:
+            CaptureError: one of them ran in another thread.
+        """
         names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+        here, elsewhere = threading.get_ident(), list[str]()
 
         def enter(module: nn.Module, _args: Any) -> None:
-            self._modules.append(names.get(id(module), self._modules[-1]))
+            if threading.get_ident() == here:
+                self._modules.append(names.get(id(module), self._modules[-1]))
+            elif id(module) in names:
+                elsewhere.append(names[id(module)])
 
         def leave(module: nn.Module, _args: Any, _out: Any) -> None:
-            self._modules.pop()
+            if threading.get_ident() == here:
+                self._modules.pop()
 
         hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
         try:
             yield
+        except Exception as error:
+            if elsewhere:
+                raise CaptureError(f"{elsewhere[0]} ran {IN_ANOTHER_THREAD}") from error
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
