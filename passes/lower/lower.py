@@ -22,13 +22,13 @@ from torch import fx
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd  # ops go to their kernels at once
 
 from passes.analysis.layers import layer_pattern
-from passes.lower.arrived import of_arrived
 from passes.lower.booleans import as_bytes
+from passes.lower.complex_pairs import as_pairs
 from passes.lower.gloo import for_gloo, gloo_step
-from passes.lower.on_sums import is_linear
+from passes.lower.linear_ops import is_linear
 from passes.lower.outer import Boxed, Planned, assembled, op_step, region_step
 from passes.lower.overlap import arranged
-from passes.lower.pairs import as_pairs
+from passes.lower.partial_backward import of_arrived
 from passes.lower.partition import CONSTANT_KINDS, Halves, parameter_chain, split
 from passes.lower.products import for_onednn
 from passes.lower.regions import Call, Cut, Region, calls, cut, is_shaped_by_values

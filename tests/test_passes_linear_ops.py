@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from passes.lower.on_sums import is_linear
+from passes.lower.linear_ops import is_linear
 
 Op = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LINEAR: dict[str, Op] = {

@@ -9,8 +9,8 @@ import torch
 from parity import captured, planned, relative
 from torch import fx, nn
 
-from passes.lower.arrived import of_arrived
 from passes.lower.lower import lower
+from passes.lower.partial_backward import of_arrived
 from passes.program.local import COLLECTIVES
 
 OUTPUTS = ("plain", "overflows", "at_zero", "joined", "apart")

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor, fx
 
+from passes.lower.complex_pairs import as_pairs
 from passes.lower.gloo import for_gloo
 from passes.lower.lower import compiled
-from passes.lower.pairs import as_pairs
 from passes.program.local import TOGETHER, WAIT
 
 aten = torch.ops.aten
