@@ -15,6 +15,7 @@ from costmodel.reshard import Step
 from passes.analysis.buckets import Gradients, bucketed, layer_labels
 from passes.analysis.moves import Move, Run
 from passes.analysis.strategies import StoredOption
+from passes.program.program import Input, InputKind, Output, OutputKind, Program
 
 WHOLE, SUM = (Replicate(),), (Partial("sum"),)
 STORED: Any = StoredOption.__new__(StoredOption)
@@ -123,7 +124,7 @@ def _called(graph: fx.Graph, name: str, target: Any, *operands: fx.Node, module:
 
 def test_what_leads_to_one_gradient_and_to_nothing_else() -> None:
     graph, aten = fx.Graph(), torch.ops.aten
-    kinds = dict.fromkeys("abcde", "parameter") | {"h": "buffer", "x": "input"}
+    kinds: dict[str, InputKind] = {**dict.fromkeys("abcde", "parameter"), "h": "buffer", "x": "input"}
     a, b, c, d, e, h, x = (_node(graph, name, "") for name in kinds)
     product = _called(graph, "product", aten.mm.default, x, a)
     turned = _called(graph, "turned", aten.t.default, product)
@@ -133,17 +134,21 @@ def test_what_leads_to_one_gradient_and_to_nothing_else() -> None:
     squared = _called(graph, "squared", aten.mul.Tensor, alone, alone)
     pair = _called(graph, "pair", aten.split.Tensor, d)
     half = _called(graph, "half", operator.getitem, pair)
+    half.args = pair, 0
     one = _called(graph, "one", aten.mm.default, x, e)
     both = _called(graph, "both", aten.add.Tensor, one, norm)
     new, of_x = _called(graph, "new", aten.neg.default, h), _called(graph, "of_x", aten.neg.default, x)
     changed, made = _called(graph, "changed", aten.neg.default, b), _called(graph, "made", aten.full.default)
     outputs = {turned: "a", read: "b", squared: "c", half: "d", both: "e", of_x: "x"}
     graph.output([*outputs, new, changed, norm, made])
-    told = [*(("gradient", of) for of in outputs.values()), ("buffer", "h"), ("buffer", "b"), *[("output", "")] * 2]
-    program: Any = SimpleNamespace(
-        graph=SimpleNamespace(graph=graph),
-        inputs=[SimpleNamespace(name=name, kind=kind) for name, kind in kinds.items()],
-        outputs=[SimpleNamespace(kind=kind, name=name) for kind, name in told],
+    told: list[tuple[OutputKind, str]] = [("gradient", of) for of in outputs.values()]
+    told += [("buffer", "h"), ("buffer", "b"), *[("output", "")] * 2]
+    program = Program(
+        graph=fx.GraphModule(torch.nn.Module(), graph),
+        inputs=tuple(Input(kind, name) for name, kind in kinds.items()),
+        outputs=tuple(Output(kind, name) for kind, name in told),
+        out_spec=None,
+        out_constants={},
     )
     gradients = Gradients(program)
     leads = {node.name: found.name for node in graph.nodes if node.op != "output" and (found := gradients.of(node))}
