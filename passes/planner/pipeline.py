@@ -133,7 +133,7 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
     competing = [candidate for name in _competing(request) for candidate in found.get(name, [])]
     competing += _with_parameters_kept(competing, search)
     chosen = best(competing, budget)
-    if chosen is not None and (keeping := search.keeping(chosen)):
+    if chosen is not None and (keeping := search.keeping(chosen, competing)):
         competing += keeping
         chosen = best(competing, budget)
     if chosen is None:

@@ -237,24 +237,33 @@ class Search:
         except (NoFeasiblePlanError, NotPeriodicError, PinError):
             return []
 
-    def keeping(self, chosen: Candidate) -> list[Candidate]:
-        """Solutions with gathered parameters kept for backward, where `chosen` keeps them but was solved with them
-        freed.
+    def keeping(self, chosen: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
+        """Solutions with gathered parameters kept for backward, where those `found` that keep them, but were solved
+        with them freed, are no slower than `chosen`; they may be too large.
 
-        They are solved under its strategy and `auto`, with the same dims padded. None without tensor axes, where
-        layouts do not depend on it.
+        They are solved under the strategy of the best of those and `auto`, with the same dims padded, in each way that
+        these compute again. None without tensor axes, where layouts do not depend on it.
         """
-        freed = chosen.origin.recomputed.reshard and not chosen.space.recomputed.reshard
-        if not freed or not tensor_axes(self.topology.sizes, self.batch_axes):
+        enough_s = chosen.schedule.step_time_s
+        kept = [each for each in found if _is_kept_late(each) and each.schedule.step_time_s <= enough_s]
+        if not kept or not tensor_axes(self.topology.sizes, self.batch_axes):
             return []
-        request = replace(self.request, reshard=False)
-        search = replace(self, request=request, joined=chosen.origin.joined, fastest_s=chosen.schedule.step_time_s)
-        found: list[Candidate] = []
-        for name in dict.fromkeys((chosen.strategy, "auto")):
-            paddings = self.paddings.under(name, chosen.padding.repeated_keys)
-            with suppress(NoFeasiblePlanError, NotPeriodicError, PinError):
-                found += search._solved(name, paddings, chosen.padding.pads, ways=[_way_of(chosen)])
-        return found
+        near = chosen if _is_kept_late(chosen) else best(kept, math.inf) or chosen
+        tried = {_way_of(each) for each in kept}
+        search = replace(
+            self,
+            request=replace(self.request, reshard=False),
+            joined=near.origin.joined,
+            fastest_s=enough_s,
+            _end_s=time.process_time() + self.budgeted_s,
+        )
+        kept_early: list[Candidate] = []
+        for name in dict.fromkeys((near.strategy, "auto")):
+            paddings = self.paddings.under(name, near.padding.repeated_keys)
+            if ways := [way for way in self._ways(name) if way in tried]:
+                with suppress(NoFeasiblePlanError, NotPeriodicError, PinError):
+                    kept_early += search._solved(name, paddings, near.padding.pads, ways=ways)
+        return kept_early
 
     def _binds(self, name: str, chosen: Candidate) -> bool:
         """Whether the budget kept the chosen candidate from being faster."""
@@ -348,6 +357,11 @@ class Search:
             analysis=padding.analysis,
         )
         return without(replace(space, async_tp=request.async_tp), request.without)
+
+
+def _is_kept_late(candidate: Candidate) -> bool:
+    """Whether gathered parameters are kept that were freed in what was solved."""
+    return candidate.origin.recomputed.reshard and not candidate.space.recomputed.reshard
 
 
 def _way_of(candidate: Candidate) -> Way:
