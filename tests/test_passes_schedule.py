@@ -210,7 +210,7 @@ def test_packed_sums_are_sent_once_when_the_last_of_them_is_there() -> None:
 
 def test_moves_that_go_together_wait_for_the_last_of_them_and_are_cut_once() -> None:
     """Of two sums the second is brought over a slower axis; behind their collective each is cut in 1 s."""
-    tape = Tape(quiet(dp=2, tp=2))
+    tape = Tape(quiet(dp=2, tp=8))
     first, second = tape.op(1, module="layers.0"), tape.op(1, module="layers.0")
     came = tape.send(3, first, "layers.0", (0,)), tape.send(9, second, "layers.0", (1,))
     sums = [tape.send(3, each, "layers.0", (0,)) for each in came]
@@ -271,16 +271,47 @@ def test_views_of_a_gradient_on_its_way_make_nothing_wait() -> None:
 
 
 def test_a_group_over_two_axes_occupies_both_streams() -> None:
-    tape = Tape(quiet(dp=2, tp=2))
+    tape = Tape(quiet(dp=2, tp=8))
     made = tape.op(1, module="layers.0")
     both = tape.send(3, made, "layers.0", axes=(0, 1))
     one = tape.send(3, made, "layers.0", axes=(1,))
     tape.op(1, both, one, module="layers.0")
-    apart = Tape(quiet(dp=2, tp=2))
+    apart = Tape(quiet(dp=2, tp=8))
     made = apart.op(1, module="layers.0")
     apart.op(1, *(apart.send(3, made, "layers.0", axes=(axis,)) for axis in (0, 1)), module="layers.0")
     assert tape.play().now_s == 8
     assert apart.play().now_s == 5
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sent_s", "gathered_s"),
+    [({"dp": 2, "tp": 2}, 5, 12), ({"dp": 16, "tp": 8}, 3, 10), ({"dp": 2, "tp": 2, "pp": 8}, 5, 12)],
+    ids=["inside a node", "between nodes and inside", "both between nodes"],
+)
+def test_collectives_share_the_links_that_both_use(mesh: dict[str, int], sent_s: float, gathered_s: float) -> None:
+    """A gather of 10 s runs from 0, 2 s are sent from 1 on: at half the rate from 1 to 5, the gather has 7 s left
+    then. Where one goes between nodes and the other inside, neither is slowed."""
+    tape = Tape(quiet(**mesh))
+    weight = tape.gather(10, "layers.0", (0,))
+    made = tape.op(1, module="layers.0")
+    sent = tape.send(2, made, "layers.0", (1,))
+    read = tape.op(1, sent, module="layers.0")
+    tape.op(1, read, weight, module="layers.0")
+    player = tape.play()
+    assert {each.item: each.end_s for each in player.played if each.item in (0, 2)} == {0: gathered_s, 2: sent_s}
+    assert player.now_s == gathered_s + 1
+    assert sum(each.exposed_s for each in player.played) == player.now_s - 3
+
+
+def test_the_last_of_what_is_queued_is_delayed_by_the_shorter() -> None:
+    """Gathers of 2 and 2 s queue on one axis from 0; 8 s are sent beside them from 1 on, 3 s at half the rate: they
+    end at 12, and the gathers, with 3 s left at 1, at 7."""
+    tape = Tape(quiet(dp=2, tp=2))
+    weights = [tape.gather(2, "layers.0", (0,)) for _ in range(2)]
+    made = tape.op(1, module="layers.0")
+    sent = tape.send(8, made, "layers.0", (1,))
+    tape.op(1, sent, *weights, module="layers.0")
+    assert [each.end_s for each in tape.play().played] == [2, 7, 12]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Played:
     """A step of a move, or one of several moves together, as it ran.
 
     `own` is the move's own share of it. `after` is the collective it had to wait for last, if any. `also`: the other
-    moves that take part, whose entries are no collectives of their own.
+    moves that take part, whose entries are no collectives of their own. `slowed_s`: what it takes longer than alone.
     """
 
     item: int
@@ -56,6 +56,12 @@ class Played:
     exposed_s: float = 0.0
     also: tuple[int, ...] = ()
     counts: bool = True
+    slowed_s: float = 0.0
+
+    def went_as(self, other: Played) -> None:
+        """It took as long, and as much longer, as the same step in another layer, and compute waited as long."""
+        self.end_s = self.start_s + other.end_s - other.start_s
+        self.exposed_s, self.slowed_s = other.exposed_s, other.slowed_s
 
 
 class Arrival(NamedTuple):
@@ -194,16 +200,17 @@ class Clocks:
         return done
 
     def _collective(self, indices: Sequence[int], step: Step, own: Sequence[Step], arrival: Arrival) -> Arrival:
-        """A collective, on the streams of its axes as soon as they are free."""
+        """A collective, on the streams of its axes as soon as they are free, and beside what others send."""
         start_s, after = arrival.at_s, arrival.after
         for axis in self.streams_of(step):
             if self.free_s[axis] > start_s:
                 start_s, after = self.free_s[axis], self.last_on[axis]
-        end_s = start_s + step.seconds
+        slowed_s = self._beside_others(step, start_s)
+        end_s = start_s + step.seconds + slowed_s
         early = bool(self.by_parts.sent_early_s.get(indices[0], 0.0))
         if early:  # the last part is sent when it is made
             end_s = max(end_s, self.now_s + step.seconds / self.space.topology.sizes[step.axes[0]])
-        number = self._record(indices, step, own, start_s, end_s, after)
+        number = self._record(indices, step, own, start_s, end_s, after, slowed_s)
         for axis in self.streams_of(step):
             self.free_s[axis], self.last_on[axis] = end_s, number
         if step.axes not in self.shares:
@@ -214,6 +221,40 @@ class Clocks:
         if sms or memory:
             self.running.append(Running(start_s, end_s, sms, memory))
         return Arrival(end_s, number, arrival.slices_s)
+
+    def _beside_others(self, step: Step, start_s: float) -> float:
+        """Seconds that a collective from `start_s` on takes longer, as those on other streams use the same links.
+
+        Each gets half of the rate while both run, so both take longer by what the shorter one takes alone. On another
+        stream it is the last collective issued that ends so much later.
+        """
+        longer_s, own = 0.0, self.streams_of(step)
+        others = {last for axis, last in enumerate(self.last_on) if last is not None and axis not in own}
+        for last in others:
+            beside = self.played[last]
+            shared_s = min(step.seconds, beside.end_s - start_s)
+            if shared_s > 0.0 and self._crosses_nodes(beside.step) == self._crosses_nodes(step):
+                longer_s += shared_s
+                self._delay(last, shared_s)
+        return longer_s
+
+    def _delay(self, number: int, by_s: float) -> None:
+        """The collective with this number, the last on its streams, ends later."""
+        first = self.played[number]
+        for axis in self.streams_of(first.step):
+            self.free_s[axis] += by_s
+        sms, memory = self.shares[first.step.axes]
+        self.running.append(Running(first.end_s, first.end_s + by_s, sms, memory))
+        for each in self.played[number : number + 1 + len(first.also)]:
+            each.end_s += by_s
+            each.slowed_s += by_s
+            for slot in self.tracks.writes[each.item]:
+                if (arrival := self.arrivals.get(slot, _ARRIVED)).after == number:
+                    self.arrivals[slot] = arrival._replace(at_s=arrival.at_s + by_s)
+
+    def _crosses_nodes(self, step: Step) -> bool:
+        """Whether a collective is bound by links between nodes, or by those inside."""
+        return any(self.space.topology.axes[axis].crosses_nodes for axis in step.axes)
 
     def streams_of(self, step: Step) -> Sequence[int]:
         """The streams that a collective occupies: on a CPU all, as its cores do what any collective does."""
@@ -231,15 +272,18 @@ class Clocks:
         return replace(first, full_bytes=size, seconds=collective_s(kind, size, first.axes, self.space.topology))
 
     def _record(
-        self, indices: Sequence[int], step: Step, own: Sequence[Step], start_s: float, end_s: float, after: int | None
-    ) -> int:
+        self, indices: Sequence[int], step: Step, own: Sequence[Step], start_s: float, end_s: float, after: int | None,
+        slowed_s: float = 0.0,
+    ) -> int:  # fmt: skip
         """Notes a step of moves that go together; the number of the first one's entry."""
         number = len(self.played)
         for index, mine in zip(indices, own, strict=True):
             first = index == indices[0]
             also = tuple(indices[1:]) if first else ()
             self.of_item.setdefault(index, []).append(len(self.played))
-            self.played.append(Played(index, step, mine, start_s, end_s, after, also=also, counts=first))
+            self.played.append(
+                Played(index, step, mine, start_s, end_s, after, also=also, counts=first, slowed_s=slowed_s)
+            )
         return number
 
     def wait_for(self, slot: int, early_s: float = 0.0) -> None:

@@ -17,7 +17,7 @@ from costmodel.reshard import Step
 from passes.analysis.fusion import Fused
 from passes.analysis.moves import Move, Run
 from passes.play.blocks import Block, blocks
-from passes.play.clocks import Arrival, Clocks, Event, Played, Running
+from passes.play.clocks import Arrival, Clocks, Event, Running
 from passes.play.issue import issue_points
 from passes.play.tracks import Tracks
 from passes.rules.call import op_text
@@ -183,10 +183,10 @@ class Player(Clocks):
         last, settled = marks[-1], marks[-1 - _SETTLED]
         period_s, size = self.now_s - last.now_s, len(self.played) - last.played
         oldest = marks[1].played
-        done = [each.exposed_s for each in self.played[settled.played : settled.played + size]]
+        done = self.played[settled.played : settled.played + size]
         pattern = self.played[last.played :]
         since = marks[-_SETTLED].played
-        open_s = [each.exposed_s for each in self.played[since:]]  # what comes may still wait for these
+        still_open = [replace(each) for each in self.played[since:]]  # what comes may wait for these, or slow them down
         for run in range(1, runs + 1):
             later_s = run * period_s
             for each in pattern:
@@ -195,16 +195,12 @@ class Player(Clocks):
                     after += run * size
                 self.of_item[each.item].append(len(self.played))
                 start_s, end_s = each.start_s + later_s, each.end_s + later_s
-                self.played.append(
-                    Played(
-                        each.item, each.step, each.own, start_s, end_s, after, each.exposed_s, each.also, each.counts
-                    )
-                )
+                self.played.append(replace(each, start_s=start_s, end_s=end_s, after=after))
             marks.append(replace(last, now_s=last.now_s + later_s))
         for i, each in enumerate(self.played[since:]):
-            each.exposed_s = done[i % size]
-        for each, exposed_s in zip(self.played[len(self.played) - len(open_s) :], open_s, strict=True):
-            each.exposed_s = exposed_s
+            each.went_as(done[i % size])
+        for each, as_yet in zip(self.played[len(self.played) - len(still_open) :], still_open, strict=True):
+            each.went_as(as_yet)
 
         def moved(arrival: Arrival, run: int) -> Arrival:
             at_s, after, slices_s = arrival

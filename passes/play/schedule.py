@@ -4,7 +4,8 @@
     dp     g0 | g1 |   g2 |                        |  r3 | r2 |     r1 | r0 |
 
 Ops run in the program's order. A collective waits for its axes' streams (all of them, where it runs over several) and
-then runs beside compute, as a runtime with asynchronous collectives has it:
+then runs beside compute, as a runtime with asynchronous collectives has it, and beside those of other axes, with which
+it shares the links inside nodes or those between them:
 
     stored parameters are gathered while the layer before computes (never earlier: two layers' worth is in memory)
     gradients are reduced behind backward, and what is done to them then is put off; the optimizer waits for them
@@ -217,7 +218,7 @@ class _Ledger:
             for i in self.player.of_item.get(index, ()):
                 played = self.player.played[i]
                 if played.counts and played.step.is_collective:
-                    alike[id(played.step), played.also, played.exposed_s].append(played)
+                    alike[id(played.step), played.also, played.exposed_s, played.slowed_s].append(played)
             for copies in alike.values():
                 one = self._said(item, copies[0], len(copies))
                 found.append(one)
@@ -229,15 +230,16 @@ class _Ledger:
         """What is moved and why, over which axes, and what that takes."""
         step, node = played.step, item.place
         value, reason = self._texts(item, played)
-        exposed_s = min(played.exposed_s, step.seconds)
+        took_s = step.seconds + played.slowed_s
+        exposed_s = min(played.exposed_s, took_s)
         return Collective(
             kind=KINDS.get(step.kind, step.kind),
             axes=self.groups.setdefault(step.axes, tuple(self.names[axis] for axis in step.axes)),
             bytes=step.full_bytes,
-            seconds=count * step.seconds,
+            seconds=count * took_s,
             phase=item.phase,
             exposed_s=count * exposed_s,
-            hidden_s=count * (step.seconds - exposed_s),
+            hidden_s=count * (took_s - exposed_s),
             role=self._role(item, played),
             source=node.meta.get("source", ""),
             module=node.meta.get("module", ""),
