@@ -31,7 +31,7 @@ from autopar.modules.reading import Gather, captured_together, gatherer, inputs_
 from autopar.modules.runtime import Executable
 from autopar.optimizers import warn_of_optimizers
 from autopar.options import Options, check_async_tp, check_options
-from autopar.overlaps import Overlap, check_apart, overlapping
+from autopar.overlaps import Placed, check_apart, placed
 from autopar.ranks.together import Together, together, watch
 from autopar.stages import Stages
 from autopar.unwrapped import check_unwrapped
@@ -61,7 +61,7 @@ class _Job:
     options: Options
     precision: Precision | None
     stages: Stages
-    overlaps: tuple[Overlap, ...]
+    held: tuple[Placed, ...]
 
     @property
     def batch_ranks(self) -> int:
@@ -207,7 +207,7 @@ def _job(model: nn.Module, mesh: Any, options: Options | None) -> _Job:
         _check_async_tp(options, mesh, axes, batch_axes)
     speaks = not dist.is_initialized() or dist.get_rank() == 0
     stages = Stages(shown=options.progress, speaks=speaks, prefix="autopar: ")
-    return _Job(axes, batch_axes, options, precision, stages, overlapping(model))
+    return _Job(axes, batch_axes, options, precision, stages, placed(model))
 
 
 def _example(ours: Together, model: nn.Module, example_inputs: Any) -> tuple[examples.Call, str]:
@@ -269,7 +269,7 @@ def _captured(
         model, args, kwargs, batch_dims=whole.batch_dims, batch_size=whole.batch_size, tangents=tangents,
         backward=backward, precision=job.precision,
     )  # fmt: skip
-    check_apart(job.overlaps, program)
+    check_apart(job.held, program)
     return replace(program, notes=(*program.notes, *whole.notes))
 
 

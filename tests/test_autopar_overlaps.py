@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import autopar
-from autopar.overlaps import Overlap, overlapping
+from autopar.overlaps import check_apart, placed
+from passes.capture.capture import capture
+from passes.program.program import Constant
+from passes.program.spans import sharing, span_of
 
 MESH = {"dp": 2}
 
@@ -78,9 +85,6 @@ def test_which_tensors_share_a_byte() -> None:
         "low": pairs[:, 0], "high": pairs[:, 1], "last": memory[95:], "many": memory[20].expand(3, 4),
         "none": memory[:0], "other": torch.zeros(96), "one": memory[3],
     }  # fmt: skip
-    model = nn.Module()
-    for name, view in views.items():
-        model.register_buffer(name, view)
     wanted = []
     for i, (one, view) in enumerate(views.items()):
         for other, read in list(views.items())[i + 1 :]:
@@ -90,9 +94,8 @@ def test_which_tensors_share_a_byte() -> None:
             (memory[20] if one == "many" else view).fill_(value)
             if bool((read.flatten().clone().view(torch.uint8) != 0).any()):
                 wanted.append((one, other))
-    found = overlapping(model)
-    assert sorted(wanted) == sorted((each.one, each.other) for each in found)
-    assert not any(each.alike for each in found)
+    names, spans = zip(*((name, span) for name, view in views.items() if (span := span_of(view))), strict=True)
+    assert sorted(wanted) == sorted((names[one], names[other]) for one, other in sharing(spans))
 
 
 class Views(nn.Module):
@@ -112,35 +115,93 @@ class Views(nn.Module):
 
 def test_a_buffer_in_another_is_refused_where_the_step_writes_to_it() -> None:
     x = torch.randn(4, 8)
-    assert overlapping(Views(True)) == (Overlap("both", "first", False),)
     with pytest.raises(ValueError, match=r"^both and first are two tensors in the same memory.*clone one of them$"):
         autopar.verify(Views(True), MESH, {"x": x}, hardware="cpu")
     assert autopar.verify(Views(False), MESH, {"x": x}, hardware="cpu").ok
 
 
-class Holds(nn.Module):
-    """Keeps a tensor in the memory of its weight as a plain attribute, and reads that or does not."""
+class Reads(nn.Module):
+    """Reads a tensor that it keeps in something of its own."""
 
-    def __init__(self, reads: bool, clones: bool = False) -> None:
+    def __init__(self, kept: Callable[[nn.Linear], Tensor], form: str) -> None:
         super().__init__()
-        self.linear, self.reads = nn.Linear(8, 8), reads
-        self.tied = self.linear.weight.data[:4].clone() if clones else self.linear.weight.data[:4]
+        self.linear, self.form = nn.Linear(8, 8), form
+        tensor = kept(self.linear)
+        forms = {"attribute": tensor, "list": [tensor], "dict": {0: tensor}, "object": SimpleNamespace(tensor=tensor)}
+        self.held: Any = forms.get(form, lambda: tensor)
+        ELSEWHERE[:] = [tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        return (y @ self.tied.T if self.reads else y).square().mean()
+        tensor = self.held
+        match self.form:
+            case "list" | "dict":
+                tensor = self.held[0]
+            case "object":
+                tensor = self.held.tensor
+            case "closure":
+                tensor = self.held()
+            case "global":
+                tensor = ELSEWHERE[0]
+            case "nothing":
+                return self.linear(x).square().mean()
+        return (self.linear(x) @ tensor.T).square().mean()
 
 
-def test_a_plain_tensor_in_a_weights_memory_is_refused_where_it_is_read() -> None:
-    x = torch.randn(4, 8)
-    said = r"^linear.weight and tied are two .*; read linear.weight in the forward .*, or clone tied$"
+ELSEWHERE: list[Tensor] = []
+X = torch.arange(32.0).view(4, 8) / 8
+FORMS = ("attribute", "list", "dict", "object", "closure", "global")
+
+
+def _lies_in(linear: nn.Linear) -> Tensor:
+    return linear.weight.data[:4]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_plain_tensor_in_a_weights_memory_is_refused_where_it_is_read(form: str) -> None:
+    said = (
+        r"^\S+test_autopar_overlaps.py:\d+: reads a \(4, 8\) tensor in the memory of linear.weight, .* or keep a clone$"
+    )
     for made in (autopar.plan, autopar.verify):
         with pytest.raises(ValueError, match=said):
-            made(Holds(True), MESH, {"x": x}, hardware="cpu")
-    for model in (Holds(False), Holds(True, clones=True)):
-        autopar.plan(model, MESH, {"x": x}, hardware="cpu")
-    frozen = Holds(True)
+            made(Reads(_lies_in, form), MESH, {"x": X}, hardware="cpu")
+    autopar.plan(Reads(lambda linear: _lies_in(linear).clone(), form), MESH, {"x": X}, hardware="cpu")
+    frozen = Reads(_lies_in, form)
     frozen.linear.weight.requires_grad_(False)
-    autopar.plan(frozen, MESH, {"x": x}, hardware="cpu")
+    autopar.plan(frozen, MESH, {"x": X}, hardware="cpu")
+
+
+def test_what_is_not_read_may_lie_in_a_weights_memory() -> None:
+    autopar.plan(Reads(_lies_in, "nothing"), MESH, {"x": X}, hardware="cpu")
     old = nn.utils.spectral_norm(nn.Linear(8, 8))
-    autopar.plan(nn.Sequential(old), MESH, (x,), hardware="cpu")
+    autopar.plan(nn.Sequential(old), MESH, (X,), hardware="cpu")
+
+
+def test_an_evaluation_between_steps_reads_what_training_writes() -> None:
+    model = Reads(_lies_in, "list")
+    held = placed(model)
+    with torch.no_grad():
+        program = capture(model, (X,))
+        check_apart(placed(model), program)  # for evaluation alone
+        with pytest.raises(ValueError, match=r"reads a .* in the memory of linear.weight"):
+            check_apart(held, program)
+
+
+def test_memory_that_is_another_tensors_by_now_is_no_weights() -> None:
+    model = Reads(lambda linear: X, "nothing")
+    held = placed(model)
+    reads = replace(capture(model, (X,)), constants=(Constant("model.py:1", held[0].span),))
+    with pytest.raises(ValueError, match=r"^model.py:1: reads a \(8, 8\) tensor in the memory of linear.weight"):
+        check_apart(held, reads)
+    del model
+    gc.collect()
+    check_apart(held, reads)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tensor_whose_gradient_would_be_lost_is_refused(form: str) -> None:
+    for kept in (lambda linear: linear.weight.view(8, 8), lambda linear: linear.weight * 2):
+        for made in (autopar.plan, autopar.verify):
+            with pytest.raises(autopar.CaptureError, match="requires a gradient and is none of the model's"):
+                made(Reads(kept, form), MESH, {"x": X}, hardware="cpu")
+        with torch.no_grad():
+            autopar.plan(Reads(lambda linear: linear.weight * 2, form), MESH, {"x": X}, hardware="cpu")

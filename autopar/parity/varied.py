@@ -9,7 +9,7 @@ something) are exchanged for one another too: every 7 becomes a 12. Masks and po
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autopar.modules import tree
 from passes.capture.inputs import flatten_inputs, global_inputs
-from passes.capture.rebind import rebind
+from passes.capture.rebind import rebind, tensors_beside
 
 _TOKENS = frozenset({"input_ids", "decoder_input_ids", "labels"})
 
@@ -144,7 +144,14 @@ def _ordered(leaf: Tensor) -> bool:
 def real_copy(model: nn.Module, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
     """A copy of `model` on the CPU that shares no tensor with it, and notes; what was on the meta device has values."""
     if not any(tensor.is_meta for _, tensor in _tensors(model)):
-        memo: dict[int, Any] = dict(_computed(model))
+        memo: dict[int, Any] = {}
+        # `deepcopy` gives a parameter memory of its own, and takes nothing that autograd made.
+        for weight in model.parameters():
+            if type(weight) is nn.Parameter:
+                memo[id(weight)] = nn.Parameter(copy.deepcopy(weight.detach(), memo), weight.requires_grad)
+        for tensor in tensors_beside(model):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = copy.deepcopy(tensor.detach(), memo).requires_grad_()
         copied = copy.deepcopy(model, memo).cpu()
         rebind(copied, {key: new for key, new in memo.items() if isinstance(new, (nn.Module, Tensor))})
         copied.zero_grad()
@@ -167,14 +174,6 @@ def real_copy(model: nn.Module, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
         torch.manual_seed(seed)
         _fill(copied, frozenset(invented))
     return copied, (f"{len(invented)} tensors of the model are on the meta device: random values stand for them",)
-
-
-def _computed(model: nn.Module) -> Iterator[tuple[int, Tensor]]:
-    """Copies of tensors that modules hold and autograd made, by id (`weight` under `torch.nn.utils.weight_norm`)."""
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                yield id(value), value.detach().clone()
 
 
 def _fill(model: nn.Module, names: frozenset[str]) -> None:

@@ -24,7 +24,7 @@ from autopar.api import skeleton
 from autopar.machine import priced_for
 from autopar.mixed import precision_of
 from autopar.options import Options, check_options
-from autopar.overlaps import check_apart, overlapping
+from autopar.overlaps import check_apart, placed
 from autopar.parity.certificate import Parity, TensorError, Tolerances
 from autopar.parity.one_device import Values, eager, held_buffers, on_one_device, restore
 from autopar.parity.tensor_errors import compare, limits, rounding
@@ -95,8 +95,8 @@ def verify(
             hardware = priced_for(hardware, mesh)
             planning.machine_of(hardware, axes, batch_axes, options)
         progress("copying the model")
-        overlaps = overlapping(model)
         copied, notes = real_copy(model, options.seed)
+        held = (*placed(model), *placed(copied))
         call_args, call_kwargs = examples.on_cpu(examples.call_of(model, example_inputs))
         ways = meshes.batch_ranks(axes, batch_axes)
         for batch in _batches(copied, call_args, call_kwargs, ways, options):
@@ -105,7 +105,7 @@ def verify(
                 autocast,
             )  # fmt: skip
             program = check.captured()
-            check_apart(overlaps, program)
+            check_apart(held, program)
             if plan is None or program.fingerprint == plan.fingerprint or program.guards is None:
                 break  # else the plan is for a graph that follows from other values
         return check.parity(program, plan, (*notes, *batch.notes))

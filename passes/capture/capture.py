@@ -232,7 +232,7 @@ def _capture(asked: _Asked, branches: Branches) -> Program:
         has_loss=bool(given) and all(t.is_loss for t in given),
         guards=guards,
         settings=read.settings,
-        attributes=frozenset(read.before),
+        constants=tuple(tracer.constants),
     )
     return normalize(program)
 

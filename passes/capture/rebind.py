@@ -28,9 +28,8 @@ def rebind(root: nn.Module, new: Mapping[int, Any]) -> None:
     old modules. Functions and modules that `torch.compile` wrapped are replaced by what they wrap. What holds nothing
     of all that stays the same object.
     """
-    tables = [module.__dict__ for module in root.modules()]
-    attributes = [(table, name) for table in tables for name in table if name not in _TABLES]
-    apart = _taken_apart((table[name] for table, name in attributes), new)
+    attributes = _attributes(root)
+    apart = _taken_apart((value for _, _, value in attributes), new)
     changed = _that_reach({*new, *(key for key, one in apart.items() if isinstance(one, _Made) and one.changes)}, apart)
     filled = {key: one for key in changed if isinstance(one := apart[key], _Filled)}
     # What can be filled later is begun first, so that nothing that holds itself, over whatever, finds what it was.
@@ -49,8 +48,20 @@ def rebind(root: nn.Module, new: Mapping[int, Any]) -> None:
 
     for key, one in sorted(filled.items(), key=lambda item: item[1].hashes):
         one.fill(again[key], [rebound(part) for part in one.held])
-    for table, name in attributes:
-        table[name] = rebound(table[name])
+    for table, name, value in attributes:
+        table[name] = rebound(value)
+
+
+def tensors_beside(root: nn.Module) -> list[Tensor]:
+    """Tensors that the modules of `root` hold, or reach, beside their parameters and buffers."""
+    apart = _taken_apart((value for _, _, value in _attributes(root)), {})
+    return [one.value for one in apart.values() if isinstance(one.value, Tensor)]
+
+
+def _attributes(root: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """What modules hold beside parameters, buffers and modules, with the table and the name that have it."""
+    tables = [module.__dict__ for module in root.modules()]
+    return [(table, name, value) for table in tables for name, value in table.items() if name not in _TABLES]
 
 
 class _Made(NamedTuple):

@@ -30,8 +30,9 @@ from passes.capture.outliving import give_values, remade
 from passes.capture.values import ExampleValues, TooLargeError, UnknownValueError, off_the_record, run_real
 from passes.errors import CaptureError
 from passes.program.fakes import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
-from passes.program.program import Fixed
+from passes.program.program import Constant, Fixed
 from passes.program.provenance import IN_ANOTHER_THREAD, Place, Provenance, model_line, short_location, torch_function
+from passes.program.spans import span_of
 
 aten = torch.ops.aten
 
@@ -100,13 +101,14 @@ class Tracer(TorchDispatchMode):
         self.values = ExampleValues()
         self.notes: list[str] = []
         self.reads: list[Read] = []
+        self.constants: list[Constant] = []
         self.went_back = ""
         """Where the model called `backward`, if it did."""
         self.fake_mode = fake_mode
         self._provenance = provenance
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Any] = []
-        self._constants: dict[int, Tensor] = {}
+        self._constant_of: dict[int, Tensor] = {}
         self._remade: dict[fx.Node, Any] = {}
         self._drawn: dict[Any, Any] = {}
         self._random_state = _random_state()
@@ -192,7 +194,7 @@ class Tracer(TorchDispatchMode):
             )
 
     def _same(self, func: Any, x: Tensor) -> Tensor:
-        x = x if isinstance(x, FakeTensor) else self._constant(x)
+        x = x if isinstance(x, FakeTensor) else self._constant(x, trains=func is not aten.detach.default)
         out: Tensor = func(x)
         self._nodes[id(out)] = self.node_of(x)
         self._alive.append(out)
@@ -276,24 +278,27 @@ class Tracer(TorchDispatchMode):
         return value, value
 
     # --------------------------------------------------------------------------------------------------- constants
-    def _constant(self, tensor: Tensor) -> Tensor:
-        """A tensor from outside the trace, as a constructor where it is simple, else as a buffer of the graph."""
-        known = self._constants.get(id(tensor))
+    def _constant(self, tensor: Tensor, trains: bool = True) -> Tensor:
+        """A tensor from outside the trace, as a constructor where it is simple, else as a buffer of the graph.
+
+        trains: eager would give it a gradient, where it asks for one.
+        """
+        if trains and tensor.requires_grad and torch.is_grad_enabled() and not isinstance(tensor, FakeTensor):
+            raise CaptureError(
+                f"{self.location()}: uses a {tuple(tensor.shape)} tensor that requires a gradient and is none of the "
+                "model's parameters, so that its gradient would be lost; register it (nn.ModuleList and "
+                "nn.ParameterList do so for a list), compute it from parameters in the forward, or detach() it"
+            )
+        known = self._constant_of.get(id(tensor))
         if known is not None:
             return known
-        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and torch.is_grad_enabled():
-            raise CaptureError(
-                f"{self.location()}: uses a {tuple(tensor.shape)} parameter that is none of the model's, so that its "
-                "gradient would be lost; register it (nn.ModuleList and nn.ParameterList do so for a list), or set "
-                "requires_grad=False"
-            )
         if tensor.is_nested:
             raise CaptureError(
                 f"{self.location()}: makes a nested tensor, which no rule can split; pass rows padded to one length, "
                 "or packed ones with a document's number for each token"
             )
         if (again := remade(tensor, self._remade, self._run, self._constant)) is not None:
-            self._constants[id(tensor)] = again
+            self._constant_of[id(tensor)] = again
             self._alive.append(tensor)
             return again
         if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.fake_mode:
@@ -305,6 +310,8 @@ class Tracer(TorchDispatchMode):
                 f"{self.location()}: uses a {tuple(tensor.shape)} tensor without values (meta or fake) that is no "
                 "parameter, buffer or input; register it as a buffer, or build the model on a real device"
             )
+        if (span := span_of(tensor)) is not None:
+            self.constants.append(Constant(self.location(), span))
         with off_the_record():
             value = tensor.detach().cpu().clone()
             simple = _simple(value)
@@ -313,14 +320,14 @@ class Tracer(TorchDispatchMode):
             with self:
                 fake: Tensor = constructor(*args, dtype=value.dtype, device=value.device)
         else:
-            name = f"_tensor_constant{len(self._constants)}"
+            name = f"_tensor_constant{len(self._constant_of)}"
             self.root.register_buffer(name, value)
             fake = self._fake_like(value)
             node = self.graph.get_attr(name)
             self._set(node, fake, self._provenance.here())
             self.values.set(node, value)
             self._nodes[id(fake)] = node
-        self._constants[id(tensor)] = fake
+        self._constant_of[id(tensor)] = fake
         self._alive.append(tensor)
         return fake
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import fx
 
 from passes.program.precision import Dtypes
+from passes.program.spans import Span
 
 if TYPE_CHECKING:
     from passes.program.local import Storage
@@ -107,6 +108,13 @@ class Guards:
     fixed: tuple[Fixed, ...]
 
 
+class Constant(NamedTuple):
+    """A tensor that the model's code read and that is no input: the line that read it first, and where it lay."""
+
+    where: str
+    span: Span
+
+
 @dataclass(frozen=True, slots=True)
 class Repeated:
     """Layers `first` to `first + length` of the list `stack` stand for `more` copies of theirs that come right behind
@@ -157,8 +165,8 @@ class Program:
     """What the graph takes for granted about its inputs' values; None: nothing."""
     settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
     """Plain values of modules that the forward read: see `passes/capture/settings.py`."""
-    attributes: frozenset[str] = frozenset()
-    """Numbers and tensors that modules hold as plain attributes and the forward read as they were before it."""
+    constants: tuple[Constant, ...] = ()
+    """Tensors that the model's code read besides, whose values the graph has."""
     repeated: tuple[Repeated, ...] = ()
     """Layers that stand for others, where some were left out."""
 
