@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections import deque
@@ -143,6 +144,32 @@ def test_hooks_of_loading_get_the_copys_modules() -> None:
     del model, seen[:]
     copy.load_state_dict(state)
     assert seen == [copy[0]]  # type: ignore[index]
+
+
+def test_handles_of_hooks_are_the_copys() -> None:
+    """Also where the hook is a method, for which the copy has another."""
+
+    class Hooked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.handles = [self.register_forward_hook(self.doubled, with_kwargs=True)]
+
+        def doubled(self, module: nn.Module, args: object, kwargs: object, out: Tensor) -> Tensor:
+            return out + self.weight.sum()
+
+    x = torch.ones(1, 4)
+    model = Hooked()
+    plain = nn.functional.linear(x, model.weight, model.bias)
+    once = copied(model, lambda _, old: nn.Parameter(old.detach()), lambda _, old: old)
+    once.handles[0].remove()  # type: ignore[union-attr, index, operator]
+    torch.testing.assert_close(once(x), plain)
+    torch.testing.assert_close(model(x), plain + model.weight.sum())
+    other = copied(model, lambda _, old: nn.Parameter(old.detach()), lambda _, old: old)
+    del model
+    again = copy.deepcopy(other)
+    again.handles[0].remove()  # type: ignore[union-attr, index, operator]
+    torch.testing.assert_close(again(x), plain)
+    torch.testing.assert_close(other(x), plain + other.weight.sum())  # type: ignore[operator]
 
 
 def test_models_that_hold_their_parts_otherwise_are_planned() -> None:

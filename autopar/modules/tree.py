@@ -48,10 +48,12 @@ def copied(root: nn.Module, parameter: Callable[[str, Any], Any], buffer: Callab
     """A copy of `root`'s tree with `parameter(name, old)` and `buffer(name, old)` in the place of what it holds.
 
     Names are the first of each tensor's; what is shared (a tied weight, a module used twice) stays shared. What modules
-    hold beside (lists of modules, bound methods, lambdas) belongs to the copy, and what was compiled is plain there.
+    hold beside (lists of modules, bound methods, lambdas, hooks' handles) belongs to the copy, and what was compiled is
+    plain there.
     """
     modules: dict[int, nn.Module] = {}
     tensors: dict[int, Any] = {}
+    tables: dict[int, Any] = {}
 
     def tensor(name: str, old: Any, make: Callable[[str, Any], Any]) -> Any:
         if old is not None and id(old) not in tensors:
@@ -66,7 +68,7 @@ def copied(root: nn.Module, parameter: Callable[[str, Any], Any], buffer: Callab
         new.__dict__.update(old.__dict__)
         for table in TABLES:
             if table in old.__dict__:
-                new.__dict__[table] = copy.copy(old.__dict__[table])
+                tables[id(old.__dict__[table])] = new.__dict__[table] = copy.copy(old.__dict__[table])
         for key, weight in old._parameters.items():
             new._parameters[key] = tensor(prefix + key, weight, parameter)
         for key, value in old._buffers.items():
@@ -76,7 +78,7 @@ def copied(root: nn.Module, parameter: Callable[[str, Any], Any], buffer: Callab
         return new
 
     new = visit(root, "")
-    rebind(new, {**modules, **tensors})
+    rebind(new, {**modules, **tensors, **tables})
     return new
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
+from torch.utils.hooks import RemovableHandle
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOLD_NOTHING = frozenset({bool, int, float, complex, str, bytes, type(None)})
@@ -22,7 +23,7 @@ _OPAQUE = (type, ModuleType, Tensor)
 
 
 def rebind(root: nn.Module, new: Mapping[int, Any]) -> None:
-    """Have what the modules of `root` hold refer to `new[id(old)]` in the place of old modules and tensors.
+    """Have what the modules of `root` hold refer to `new[id(old)]` in the place of old modules, tensors and tables.
 
     A lambda, a bound method, a list or an object of the user's in a module's attributes would otherwise still run the
     old modules. Functions and modules that `torch.compile` wrapped are replaced by what they wrap. What holds nothing
@@ -37,10 +38,8 @@ def rebind(root: nn.Module, new: Mapping[int, Any]) -> None:
     again = {key: one.begin(anew) for key, one in filled.items()}
 
     def rebound(value: Any) -> Any:
-        key = id(value)
-        if key in new:
-            return new[key]
-        if key not in changed:
+        value = new.get(id(value), value)
+        if (key := id(value)) not in changed:
             return value
         if isinstance(one := apart[key], _Made) and key not in again:
             again[key] = one.make([rebound(part) for part in one.held])
@@ -138,12 +137,21 @@ def _parts(value: Any) -> _Apart:
         return _Made(value, [value.__wrapped__], lambda parts: cached(*parts))
     if isinstance(value, weakref.ref):
         return _Made(value, [value()], lambda parts: weakref.ref(*parts))
+    if kind is RemovableHandle:  # of a hook; refers to a module's tables weakly
+        tables = [ref() for ref in (value.hooks_dict_ref, *value.extra_dict_ref)]
+        return _Made(value, tables, lambda parts: _handle(value.id, *parts))
     if kind is _WrappedHook:  # of `load_state_dict`; refers to its module weakly
         held = [value.hook, value.module() if value.with_module else None]
         return _Made(value, held, lambda parts: _WrappedHook(*parts))
     if isinstance(value, FunctionType):
         return _of_function(value)
     return _of_object(value)
+
+
+def _handle(number: int, hooks: Any, *extra: Any) -> RemovableHandle:
+    handle = object.__new__(RemovableHandle)
+    handle.__setstate__((hooks, number, extra))
+    return handle
 
 
 def _of_container(value: Any) -> _Apart:
