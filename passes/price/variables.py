@@ -1,6 +1,7 @@
 """The solver's variables: sites whose layout follows from another's decide together with it.
 
-A view, a cast, a pointwise op on one tensor takes its operand as it comes. That leaves a few variables per layer.
+A view, a cast, a pointwise op on one tensor takes its operand as it comes, where nothing else reads that: beside other
+readers it may want to follow a gather that serves them all. That leaves a few variables per layer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from costmodel.layout import Layout
 from passes.analysis.dims import Value
 from passes.analysis.strategies import Option, StoredOption
 from passes.price.conversion import State, given_state, stored_state
-from passes.rules.work import VIEWS
 from passes.solver.problem import Reader
 from passes.space.space import Port, Space
 
@@ -113,7 +113,7 @@ class _Merging:
         self.group_of[index] = group
 
     def _joinable(self, index: int) -> list[Value]:
-        """What the op reads, a value per operand, where ops of one group make it as often as the op runs; else none."""
+        """What the op alone reads, a value per operand, where ops of one group make it as often as it runs; or none."""
         sites = self.space.sites
         site = sites[index]
         if site.kind != "op" or site.op is None or site.call is None:
@@ -124,8 +124,8 @@ class _Merging:
         values = [next(iter(values)) for values in sources]
         if len({self.group_of.get(value.op) for value in values}) != 1 or values[0].op not in self.group_of:
             return []
-        if site.call.target in VIEWS and any(len(self.readers[value]) > 1 for value in values):
-            return []  # a view of a tensor with other readers may want to follow a gather that serves them all
+        if any(len(self.readers[value]) > 1 for value in values):
+            return []
         alike = all(sites[v.op].kind == "op" and sites[v.op].count == site.count for v in values)
         return values if alike else []
 
