@@ -220,6 +220,9 @@ PyTorch FSDP's runs of GPT-175B on 128 to 512 A100s (arXiv 2304.11277, section 5
 samples per GPU are steps of 17.0 and 31.6 s, so 2.4 s do not shrink with the batch, of 9.2 s that are sent. The SMs
 that channels run on are less, 15% to 22%; clocks, caches and what lies between launches come on top."""
 
+MOST_CHANNELS = 32
+"""NCCL's `MAXCHANNELS`: each keeps an SM busy, and a rack's GPUs have as many as a node's (NVIDIA/nccl issue 1429)."""
+
 
 def taken_shares(axes: Sequence[int], topology: Topology) -> tuple[float, float]:
     """Of SMs and of the memory rate, what a running collective over these axes takes from compute beside it.
@@ -229,7 +232,7 @@ def taken_shares(axes: Sequence[int], topology: Topology) -> tuple[float, float]
     """
     members, device = group(axes, topology), topology.device
     link = _slow_link(members, topology)
-    sms = link.sms * (members.in_node if members.nodes > 1 else 1)
+    sms = link.sms if members.nodes == 1 else min(MOST_CHANNELS, link.sms * members.in_node)
     if not sms:
         return 0.0, 0.0
     if device.is_cpu:

@@ -398,3 +398,9 @@ def test_a_collective_takes_sms_and_memory_from_compute(
     assert taken == pytest.approx(tuple(max(0.26, share) for share in own))
     assert taken_shares(axes, topology(H100, mesh)) == (0.26, 0.26)
     assert taken_shares((0,), topology(hardware("cpu"), {"dp": 4})) == (0.0, 0.0)
+
+
+def test_a_rack_has_no_more_channels_than_nccl() -> None:
+    """64 cards of a rack would be 128 channels, of the 148 SMs that a GPU has; there are 32, here of 64 SMs."""
+    rack = replace(hardware("gb200"), device=replace(hardware("gb200").device, sm_count=64))
+    assert taken_shares((0,), topology(rack, {"dp": 256}))[0] == 0.5
