@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from commands import Here, autopar, edit
 
 from autopar.cli import main
 from autopar.cli.comparing import compare_plans
+from passes.padding.pad import Pad
 from passes.plan.plan import Plan
 
 
@@ -44,7 +46,7 @@ def test_diff_is_of_whole_steps(here: Here) -> None:
 
 def test_check_plans_again_and_fails_on_a_plan_that_got_worse(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(here.plan), here.model]) == 0
-    assert "The same decisions" in capsys.readouterr().out
+    assert "The same layouts" in capsys.readouterr().out
     better = json.loads(here.plan.read_text())
     better["step_time_s"] /= 2
     kept = here.folder / "better.json"
@@ -64,6 +66,24 @@ def test_diff_with_a_plan_of_another_model_counts_the_names_that_both_have(here:
     (change,) = compare_plans(plan, fewer).made_for
     assert (change.name, change.before) == ("parameters", f"{kept}")
     assert change.after == f"{kept - gone}, of which {kept - gone} by the same name"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("recompute", "full", ("recompute", "pointwise", "full")),
+        ("reshard", False, ("reshard_after_forward", "True", "False")),
+        ("regather", True, ("regather_activations", "False", "True")),
+        ("accumulate", 2, ("accumulate", "1", "2")),
+        ("batch_axes", ("dp", "tp"), ("batch_axes", "dp", "dp,tp")),
+        ("options", {"optimizer": "sgd"}, ("optimizer", "adamw", "sgd")),
+        ("padded", (Pad("mm", 0, 0, 257, 260),), ("padded dims", "none", "257 as 260")),
+    ],
+)
+def test_diff_tells_what_is_no_layout(here: Here, field: str, value: Any, told: tuple[str, str, str]) -> None:
+    plan = Plan.load(here.plan)
+    (change,) = compare_plans(plan, replace(plan, **{field: value})).made_for
+    assert (change.name, change.before, change.after) == told
 
 
 def test_diff_counts_a_tied_parameter_once(here: Here) -> None:

@@ -55,7 +55,7 @@ class Comparison:
     """What `diff` and `check` print."""
 
     made_for: tuple[Change, ...]
-    """Graph, parameters' names, mesh, hardware and strategy, where they differ."""
+    """Graph, parameters' names, mesh, hardware, and what was asked for or decided beside layouts, where they differ."""
     figures: tuple[Figure, ...]
     parameters: tuple[Change, ...]
     decisions: tuple[Change, ...]
@@ -67,15 +67,14 @@ class Comparison:
 
 def compare_plans(before: Plan, after: Plan) -> Comparison:
     """What changed from one plan to the other."""
+    beside, beside_after = _beside_layouts(before), _beside_layouts(after)
     made_for = [
         Change(name, str(one), str(other))
         for name, one, other in (
             ("graph", before.fingerprint[:12], after.fingerprint[:12]),
             ("parameters", *_names(before, after)),
             ("shapes", *_shapes(before, after)),
-            ("mesh", _mesh(before), _mesh(after)),
-            ("hardware", before.hardware, after.hardware),
-            ("strategy", before.strategy, after.strategy),
+            *((name, one, beside_after[name]) for name, one in beside.items()),
         )
         if one != other
     ]
@@ -104,6 +103,22 @@ def _shapes(before: Plan, after: Plan) -> tuple[str, str]:
 
 def _mesh(plan: Plan) -> str:
     return ",".join(f"{name}={size}" for name, size in plan.axes)
+
+
+def _beside_layouts(plan: Plan) -> dict[str, Any]:
+    """What a plan is for, and what it decides beside layouts, under the names that `Options` has for it."""
+    return {
+        "mesh": _mesh(plan),
+        "batch_axes": ",".join(plan.batch_axes),
+        "hardware": plan.hardware,
+        "strategy": plan.strategy,
+        "optimizer": plan.options.get("optimizer", ""),
+        "accumulate": plan.accumulate,
+        "recompute": plan.recompute,
+        "reshard_after_forward": plan.reshard,
+        "regather_activations": plan.regather,
+        "padded dims": ", ".join(f"{pad.size} as {pad.padded}" for pad in plan.padded) or "none",
+    }
 
 
 def _changes(before: Any, after: Any) -> tuple[Change, ...]:
@@ -188,7 +203,7 @@ def print_comparison(comparison: Comparison, allowed: float, *, decisions: bool 
     elif other:
         print(f"\n{len(other)} other decisions differ; --decisions lists them.")
     if not comparison.parameters and not comparison.decisions:
-        print("\nThe same decisions.")
+        print("\nThe same layouts.")
     worse = comparison.worse(allowed)
     for figure in worse:
         print(painted(f"WORSE: {figure.name} {_percent(figure.change)}, where +{allowed:.1%} is allowed", "red"))
