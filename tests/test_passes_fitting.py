@@ -17,7 +17,7 @@ from small_models import build
 from passes.capture.capture import capture
 from passes.padding.paddings import PaddingsOf
 from passes.planner import fitting, pipeline, proposals
-from passes.planner.fitting import Candidate, Enough, Posed, Request, looked_at_longer
+from passes.planner.fitting import Candidate, Enough, Posed, Request, best, looked_at_longer
 from passes.planner.pipeline import compile_plan, on_mesh, prepare
 from passes.planner.proposals import Search
 from passes.price.price import price
@@ -43,9 +43,10 @@ def gpt2_peak() -> int:
 
 
 def search(share: float, **how: Any) -> Search:
-    """Within a share of what the plan without a budget takes; one proposal of each kind."""
+    """Within a share of what the plan without a budget takes; one proposal of each kind, no activations gathered
+    again."""
     paddings = PaddingsOf(program(), MESH.sizes, (0,))
-    return Search(paddings, MESH, (0,), Request(), int(share * peak()), most=1, **how)
+    return Search(paddings, MESH, (0,), Request(regather=False), int(share * peak()), most=1, **how)
 
 
 @lru_cache
@@ -105,9 +106,11 @@ def test_a_plan_within_a_budget_is_proved_however_little_time_each_of_many_has(
     strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fitting, "_QUICK_S", 0.0)
-    plan = compile_plan(program(), MESH, (0,), Request(strategy=strategy, budget_bytes=int(0.7 * peak())))
+    within = Request(strategy=strategy, budget_bytes=int(0.7 * peak()), regather=False)
+    plan = compile_plan(program(), MESH, (0,), within)
     assert plan.peak_memory_bytes <= 0.7 * peak()
     assert plan.bound.gap < 0.01
+    assert not any("not looked at" in note for note in plan.notes)
 
 
 def test_after_its_time_a_search_stops_where_something_fits() -> None:
@@ -116,10 +119,7 @@ def test_after_its_time_a_search_stops_where_something_fits() -> None:
     patient, hurried = search(0.7, fastest_s=fast), search(0.7, fastest_s=fast, budgeted_s=0.0)
     every, some = patient.candidates("auto"), hurried.candidates("auto")
     assert not patient.missed
-    modes = ("pointwise", "selective", "widening", "full")
-    again = [f"recompute {mode!r}{more}" for mode in modes for more in ("", " with activations gathered again")]
-    assert set(hurried.missed) <= set(again)
-    assert "recompute 'pointwise'" not in hurried.missed
+    assert set(hurried.missed) <= {f"recompute {mode!r}" for mode in ("selective", "widening", "full")}
     assert "recompute 'full'" in hurried.missed
     assert {c.recompute for c in some} == {"pointwise"} < {c.recompute for c in every}
     assert {c.assignment for c in some} <= {c.assignment for c in every}
@@ -143,9 +143,8 @@ def test_without_anything_that_fits_it_goes_on_unless_it_gives_up() -> None:
 
 
 def test_a_plan_names_what_there_was_no_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    within = Request(budget_bytes=int(0.7 * peak()))
+    within = Request(budget_bytes=int(0.7 * peak()), regather=False)
     told = "not looked at after 0 s of the processor: "
-    assert not any("not looked at" in note for note in compile_plan(program(), MESH, (0,), within).notes)
     monkeypatch.setattr(pipeline, "Search", partial(Search, budgeted_s=0.0))
     (note,) = (note for note in compile_plan(program(), MESH, (0,), within).notes if told in note)
     left_out = note.partition(told)[2].split(", ")
@@ -192,13 +191,20 @@ def test_how_much_less_the_solver_may_count_for_a_lower_peak(
 
 
 def test_with_uneven_dims_what_backward_computes_again_is_chosen_with_and_without_padding() -> None:
-    """`auto` may compute again what `widening` does, so it is no slower than a plan that was asked for that, of which
-    no dim is padded. It was 1.09 times as slow where padded dims fit while less is computed again."""
+    """`auto` may compute again what `widening` does, so it is no slower than what was asked for that, which pads no
+    dim. It was 1.07 times as slow where padded dims fit while less is computed again."""
     model, _, inputs = build("gpt2")
     twice = {name: torch.cat([each, each]) for name, each in inputs.items()}
-    program = prepare(capture(model, (), twice, batch_dims=[0, 0], batch_size=16))
-    plan = partial(compile_plan, program, on_mesh("h100", (("dp", 2), ("tp", 3))), (0,))
-    budget = int(0.8 * plan(Request()).peak_memory_bytes)
-    asked = plan(Request(budget_bytes=budget, recompute="widening"))
-    assert asked.peak_memory_bytes <= budget
-    assert plan(Request(budget_bytes=budget)).step_time_s <= asked.step_time_s * 1.008
+    mesh = on_mesh("h100", (("dp", 2), ("tp", 3)))
+    paddings = PaddingsOf(prepare(capture(model, (), twice, batch_dims=[0, 0], batch_size=16)), mesh.sizes, (0,))
+
+    def fastest(budget: float, **asked: Any) -> Candidate:
+        request = Request(regather=False, **asked)
+        chosen = best(Search(paddings, mesh, (0,), request, budget, most=1).candidates("auto"), budget)
+        assert chosen is not None
+        return chosen
+
+    budget = 0.8 * fastest(math.inf).schedule.peak_memory_bytes
+    asked = fastest(budget, recompute="widening")
+    assert not asked.padding.pads
+    assert fastest(budget).schedule.step_time_s <= asked.schedule.step_time_s * 1.008
