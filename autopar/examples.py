@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from costmodel.files import read_json
 from passes.capture.autocast import autocast_as, autocast_dtype
 from passes.capture.default_inputs import default_inputs
 from passes.capture.inputs import flatten_inputs, part_of_batch
@@ -187,8 +188,8 @@ def restored(text: str) -> Call:
         return content
 
     try:
-        whole = json.loads(text)
-    except json.JSONDecodeError as error:
+        whole = read_json(text)
+    except ValueError as error:
         raise PlanMismatchError(f"the plan's inputs ('example') are no JSON: {error}; make the plan again") from None
     try:
         args, kwargs = decode(whole.get("call", whole))

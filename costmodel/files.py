@@ -1,9 +1,12 @@
-"""Files that people keep: written whole or not at all."""
+"""Files that people keep: written whole or not at all, and read as JSON."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 
@@ -28,3 +31,22 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(target)) from error
+
+
+def read_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is none, is nested deeper than Python reads, or has a whole number that is more than any float.
+    """
+    try:
+        return json.loads(text, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _whole(digits: str) -> int:
+    number = int(digits)
+    if abs(number) > sys.float_info.max:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return number

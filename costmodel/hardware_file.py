@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from costmodel.collectives import KINDS
-from costmodel.files import write_whole
+from costmodel.files import read_json, write_whole
 from costmodel.hardware import Device, Hardware, Link
 
 FILE_FORMAT = "autopar-hardware"
@@ -48,7 +48,7 @@ def load_hardware(path: str | os.PathLike[str], preset: Callable[[str], Hardware
     """
     where = os.fspath(path)
     try:
-        content = json.loads(Path(path).read_text())
+        content = read_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"hardware file {where!r} cannot be read: {error.strerror}; pass a preset's name, or a file that "
@@ -117,6 +117,8 @@ def hardware_of(body: Any, where: str) -> Hardware:
             f"{where}: hardware.device.reserve_bytes: found {device.reserve_bytes}, expected less than memory_bytes, "
             f"{device.memory_bytes}"
         )
+    if device.cache_bytes and not device.cache_bytes_per_s:
+        raise ValueError(f"{where}: hardware.device.cache_bytes_per_s: found 0, expected the rate of its cache_bytes")
     for link in ("intra_node", "inter_node"):
         if isinstance(parts[link], dict):  # files that were written before there were these figures
             parts[link] = {"wide_bytes_per_s": 0.0, "peer_bytes_per_s": 0.0, **parts[link]}

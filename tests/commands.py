@@ -176,6 +176,7 @@ def made_here(folder: Path) -> Here:
     as_json = autopar(*on, "--strategy", "fsdp", "--json", "-o", other)
     edit(plan, folder / "edited.json", "up.weight", at_rest="RS(0)", in_compute="RS(0)")
     (folder / "bytes.json").write_bytes(b"\xd8\x00\xff")
+    (folder / "deep.json").write_text("[" * 10**5, encoding="utf-8")
     figures = {"format": "autopar-hardware", "version": 2, "base": "h100", "hardware": {}}
     (folder / "hardware.json").write_text(json.dumps(figures), encoding="utf-8")
     (folder / "heads").mkdir()

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all; what is no JSON to read is told."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from costmodel.files import write_whole
+from costmodel.files import read_json, write_whole
 
 
 def test_a_file_is_replaced_and_keeps_its_mode(tmp_path: Path) -> None:
@@ -48,3 +48,13 @@ def test_a_link_stays_and_a_pipe_is_written_to(tmp_path: Path) -> None:
     assert os.read(read, 20) == b"through"
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("{", "Expecting"), ("[" * 10**5, "nested too deep"), ("9" * 400, "of 400 digits"), (b"\xff\xfe{", "utf-16")],
+)
+def test_what_is_no_json_is_a_value_error(text: str | bytes, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        read_json(text)
+    assert read_json('{"a": [1, -2.5, 1e3]}') == {"a": [1, -2.5, 1000.0]}

@@ -452,6 +452,8 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
             lambda c: c["hardware"]["device"].update(reserve_bytes=10**12),
             "reserve_bytes: found 1000000000000, expected",
         ),
+        (lambda c: c["hardware"]["device"].update(cache_bytes=10**6), "cache_bytes_per_s: found 0, expected"),
+        (lambda c: c["hardware"].update(ranks_per_node=10**400), "not JSON: a number of 401 digits"),
         (lambda c: c["hardware"]["device"].update(peak_flops_per_s={}), "peak_flops_per_s"),
         (
             lambda c: c["hardware"]["device"].update(sustained=1.2),

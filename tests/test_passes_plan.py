@@ -146,7 +146,7 @@ def edited(change: str, value: object) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"here: not JSON \(line 1"),
+        ("{", r"here: not JSON \(.*line 1 column 2"),
         ("[]", "here: not a plan: found format 'list'"),
         ('{"format": "other"}', "found format 'other', expected 'autopar-plan'"),
         ('{"format": "autopar-plan", "version": 99}', "version 99, but this autopar reads version 1"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 
 from autopar.models.named_model import Named, Wanted, check_playable
 from autopar.models.presets import presets
+from costmodel.files import read_json
 from passes.capture.default_inputs import default_inputs, position_limits
 from passes.program.precision import default_dtype
 
@@ -62,7 +62,7 @@ def from_config(path: Path, wanted: Wanted) -> Named:
         ValueError: no config, or one that transformers makes no model of.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no JSON ({error}); pass a Hugging Face config.json") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):

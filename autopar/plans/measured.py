@@ -9,7 +9,6 @@ Steps are `ProfilerStep#N` marks (`profiler.step()`); a trace without them is on
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import re
 import zlib
@@ -19,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from costmodel.files import read_json
 
 COMPUTE = ("matmul", "attention", "other")
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
@@ -73,7 +74,7 @@ def read_trace(path: str | Path) -> list[Slice]:
     """
     raw = Path(path).read_bytes()
     try:
-        content = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
+        content = read_json(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not JSON ({error}); pass what torch.profiler's export_chrome_trace wrote") from None
     events = content.get("traceEvents") if isinstance(content, dict) else content

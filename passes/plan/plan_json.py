@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from costmodel.files import read_json
+
 FORMAT = "autopar-plan"
 VERSION = 1
 NOT_IN_THE_FILE: Mapping[str, Any] = types.MappingProxyType({"in_file": False})
@@ -59,11 +61,9 @@ def parse(kind: type[T], text: str, where: str) -> T:
         ValueError: not JSON, not a plan, another version, or a missing, unknown or wrong field.
     """
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not JSON (line {error.lineno}: {error.msg}); pass a file that Plan.save wrote"
-        ) from None
+        data = read_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}); pass a file that Plan.save wrote") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"{where}: not a plan: found format {found!r}, expected {FORMAT!r}")
