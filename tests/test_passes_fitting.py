@@ -208,3 +208,29 @@ def test_with_uneven_dims_what_backward_computes_again_is_chosen_with_and_withou
     asked = fastest(budget, recompute="widening")
     assert not asked.padding.pads
     assert fastest(budget).schedule.step_time_s <= asked.schedule.step_time_s * 1.008
+
+
+def test_kept_parameters_are_solved_for_in_each_way_that_may_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of solutions with parameters freed, which keep them as played: in the ways of those that take no longer than
+    the chosen one. They may be too large, which those solved with parameters kept need not be."""
+    found = next(iter(binding(0.7)))
+
+    def candidate(seconds: float, recompute: str, *, kept: bool) -> Candidate:
+        recomputed = replace(found.space.recomputed, mode=recompute, reshard=not kept, regather=False)  # type: ignore[arg-type]
+        space, schedule = replace(found.space, recomputed=recomputed), replace(found.schedule, step_time_s=seconds)
+        return replace(found, strategy="auto", space=space, schedule=schedule)
+
+    chosen = candidate(3.0, "full", kept=False)
+    too_large = [candidate(1.0, "pointwise", kept=True), candidate(3.0, "widening", kept=True)]
+    slower = candidate(4.0, "selective", kept=True)
+    asked: list[tuple[bool | None, float, object]] = []
+
+    def solved(self: Search, name: str, paddings: object, pads: object, ways: object) -> list[Candidate]:
+        asked.append((self.request.reshard, self.fastest_s, ways))
+        return too_large[:1]
+
+    monkeypatch.setattr(Search, "_solved", solved)
+    assert search(0.7).keeping(chosen, [chosen, slower]) == []
+    assert not asked
+    assert search(0.7).keeping(chosen, [chosen, *too_large, slower]) == too_large[:1]
+    assert asked == [(False, 3.0, [("pointwise", False), ("widening", False)])]
