@@ -616,6 +616,13 @@ def test_the_verdict_says_how_far_it_goes() -> None:
     assert found.text[-1].endswith("up to 64 GPUs, where each has one sample; more it cannot use.")
 
 
+def test_on_one_gpu_nothing_is_said_to_be_sharded() -> None:
+    alone = Candidate(Setup(), 10.0, 2**30, 0, {"compute": 9.0}, {})
+    unused: Any = None
+    found = verdict([alone], unused, 1, 64, 2**31)
+    assert found.text == ("One GPU is enough: 10.00 s a step, in 1.00 GiB of 2.00 GiB.",)
+
+
 def test_only_token_ids_make_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
 

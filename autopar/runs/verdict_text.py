@@ -49,7 +49,7 @@ def verdict_text(basis: Basis, profiler: Profiler) -> tuple[str, ...]:
         text.append(_too_close(basis))
     if answer in ("computation", "context", "pipeline", "nothing"):
         text += _why_not_state(basis, profiler)
-    if answer in ("state", "computation", "context"):
+    if answer in ("state", "computation", "context") and basis.gpus > 1:
         text.append(_pipeline_text(basis))
     if answer == "state":
         text += _rests_on_overlap(ways)
@@ -73,13 +73,15 @@ def _answer_text(basis: Basis) -> list[str]:
 def _state_text(basis: Basis) -> str:
     best = basis.ways.resident["state"]
     fastest_s = min(c.step_time_s for c in basis.ways.resident.values())
+    memory = f"{gib(best.peak_memory_bytes)} of {gib(basis.budget)}"
+    if basis.gpus == 1:
+        return f"One GPU is enough: {_s(best.step_time_s)} a step, in {memory}."
     way, waits = "Sharding the state (FSDP2)", "parameters and gradients"
     if is_copied(best.setup):
         way, waits = "Splitting the batch over copies of the model (DDP)", "gradients"
     return (
-        f"{way} is enough: {_s(best.step_time_s)} a step{_beside(best, fastest_s)}, in "
-        f"{gib(best.peak_memory_bytes)} of {gib(basis.budget)}; {_share(best, 'exposed state')} of the step waits "
-        f"for {waits}."
+        f"{way} is enough: {_s(best.step_time_s)} a step{_beside(best, fastest_s)}, in {memory}; "
+        f"{_share(best, 'exposed state')} of the step waits for {waits}."
     )
 
 
