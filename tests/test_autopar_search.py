@@ -323,12 +323,12 @@ def test_larger_micro_batches_keep_more(profiler: Profiler) -> None:
 
 
 def test_larger_micro_batches_are_tried_as_long_as_they_pay() -> None:
-    """Short sequences: of a rank's 64 samples, no size that divides them is faster than what was found."""
+    """Short sequences: of a rank's 32 samples, no size that divides them is faster than what was found."""
     options = autopar.Options(recompute="none")
-    found = autopar.search(llama(512, 4, 8, 1024, 1000), 2, "h100", 128, sequence=64, options=options, top=1)
+    found = autopar.search(llama(512, 4, 8, 1024, 1000), 2, "h100", 64, sequence=64, options=options, top=1)
     best = found.best.setup
     assert best.micro_batch > 8
-    assert "x 64 x 1" not in found.text() or best.micro_batch == 64
+    assert "x 32 x 1" not in found.text() or best.micro_batch == 32
 
     def short(parts: int) -> dict[str, torch.Tensor]:
         ids = torch.empty(1, 64 // parts, dtype=torch.long, device="meta")
@@ -336,8 +336,8 @@ def test_larger_micro_batches_are_tried_as_long_as_they_pay() -> None:
 
     captures = Captures(llama(512, 4, 8, 1024, 1000), short)
     mine = Profiler(captures, hardware("h100"), OPTIMIZERS["adamw-master"])
-    for size in (1, 2, 4, 8, 16, 32, 64):
-        other = replace(best, micro_batch=size, accumulate=64 // size)
+    for size in (1, 2, 4, 8, 16, 32):
+        other = replace(best, micro_batch=size, accumulate=32 // size)
         assert found.best.step_time_s <= estimate(other, mine).step_s * (1 + 1e-9)
 
 
@@ -363,7 +363,8 @@ def test_copies_of_the_model_are_tried_too() -> None:
     )
     assert copied.step_time_s == pytest.approx(plan.step_time_s, rel=1e-6)
     assert copied.peak_memory_bytes == pytest.approx(plan.peak_memory_bytes, rel=1e-3)
-    wide = autopar.search(llama(64, 4, 4, 128, 100), 2, "h100", 128, sequence=64)
+    keeping = autopar.Options(recompute="none")
+    wide = autopar.search(llama(64, 4, 4, 128, 100), 2, "h100", 128, sequence=64, options=keeping, top=1)
     assert wide.best.mesh == {"dp_replicate": 2}
     assert wide.verdict.text[0].startswith("Splitting the batch over copies of the model (DDP) is enough")
 
@@ -697,10 +698,10 @@ def test_images_are_no_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """Nor are their pixels in another dtype than the model's parameters, which a Swin's convolution refuses."""
     content = {
         "model_type": "swinv2", "architectures": ["Swinv2ForImageClassification"], "image_size": 32, "patch_size": 4,
-        "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4,
+        "embed_dim": 24, "depths": [1], "num_heads": [2], "window_size": 4,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert main(["search", str(tmp_path), "--gpus", "2", "--hardware", "h100", "--global-batch", "4", "--json"]) == 0
+    assert main(["search", str(tmp_path), "--gpus", "2", "--hardware", "h100", "--global-batch", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sequence"] is None
 
 
@@ -719,7 +720,7 @@ def gpt(hidden: int, layers: int, heads: int) -> nn.Module:
 def test_sharded_state_is_enough_for_7b_on_a_node() -> None:
     """As LLaMA-2 7B and MPT-7b are trained: FSDP alone (llm-foundry's and torchtitan's published runs)."""
     options = autopar.Options(recompute="full")
-    result = autopar.search(llama(4096, 32, 32, 11008), 8, "h100", 64, sequence=2048, options=options, top=1)
+    result = autopar.search(llama(4096, 32, 32, 11008), 8, "h100", 32, sequence=2048, options=options, top=1)
     assert result.verdict.answer == "state"
     assert result.best.setup.tp == 1
     assert any("fp8" in candidate.priced_only for candidate in result.candidates)
