@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
+from ranks import forked
 
 from passes.capture.collector import settled
 
@@ -17,7 +19,7 @@ class Ring:
         self.mine = self
 
 
-def test_what_is_there_is_not_collected_meanwhile_and_what_is_new_is() -> None:
+def what_is_there_is_not_collected_meanwhile_and_what_is_new_is() -> None:
     gc.collect()
     old = weakref.ref(Ring())
     before = gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()
@@ -31,13 +33,7 @@ def test_what_is_there_is_not_collected_meanwhile_and_what_is_new_is() -> None:
     assert (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()) == before
 
 
-def test_an_error_ends_it_and_it_nests() -> None:
-    with pytest.raises(KeyError), settled(), settled():
-        raise KeyError
-    assert gc.get_freeze_count() == 0
-
-
-def test_one_within_another_leaves_out_what_was_made_between_them_until_the_outer_ends() -> None:
+def one_within_another_leaves_out_what_was_made_between_them_until_the_outer_ends() -> None:
     gc.collect()
     with settled():
         between = weakref.ref(Ring())
@@ -52,6 +48,24 @@ def test_one_within_another_leaves_out_what_was_made_between_them_until_the_oute
     assert gc.get_freeze_count() == 0
     gc.collect()
     assert between() is None
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        what_is_there_is_not_collected_meanwhile_and_what_is_new_is,
+        one_within_another_leaves_out_what_was_made_between_them_until_the_outer_ends,
+    ],
+)
+def test_in_a_process_without_what_other_tests_left(check: Callable[[], None]) -> None:
+    """Of that, each collection would take seconds."""
+    forked(check)
+
+
+def test_an_error_ends_it_and_it_nests() -> None:
+    with pytest.raises(KeyError), settled(), settled():
+        raise KeyError
+    assert gc.get_freeze_count() == 0
 
 
 def test_what_the_user_froze_stays_frozen() -> None:
