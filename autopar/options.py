@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -93,13 +93,14 @@ def check_options(options: Any, told: Callable[[str, Any], str] = _as_argument) 
         ("seed", _is_whole(options.seed), "an int"),
         ("compile", isinstance(options.compile, bool), either),
         ("async_tp", isinstance(options.async_tp, bool), either),
+        ("progress", isinstance(options.progress, bool), either),
         (
             "batch_axes", options.batch_axes is None or _are_names(options.batch_axes),
             "names of mesh axes, as in ('dp', 'ep')",
         ),
         (
-            "batch_dims", options.batch_dims is None or isinstance(options.batch_dims, Mapping),
-            "a mapping of inputs' names to dims",
+            "batch_dims", options.batch_dims is None or _are_dims(options.batch_dims),
+            "a mapping of inputs' names to dims, or to None where all samples share the input",
         ),
         (
             "pins", isinstance(options.pins, Mapping) and _are_names([*options.pins, *options.pins.values()]),
@@ -134,4 +135,10 @@ def _is_whole(value: Any) -> bool:
 
 
 def _are_names(values: Any) -> bool:
-    return not isinstance(values, str) and all(isinstance(value, str) for value in values)
+    return (
+        isinstance(values, Iterable) and not isinstance(values, str) and all(isinstance(value, str) for value in values)
+    )
+
+
+def _are_dims(values: Any) -> bool:
+    return isinstance(values, Mapping) and all(value is None or _is_whole(value) for value in values.values())

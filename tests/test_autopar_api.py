@@ -164,6 +164,9 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"options": Options(recompute="some")}, r"Options\(recompute='some'\): known are auto"),  # type: ignore[arg-type]
         ({"options": Options(optimizer="lamb2")}, r"Options\(optimizer='lamb2'\)"),
         ({"options": Options(accumulate=0)}, "at least 1 micro-batch"),
+        ({"options": Options(batch_axes=3)}, r"batch_axes=3\): names of mesh axes"),  # type: ignore[arg-type]
+        ({"options": Options(batch_dims={"ids": "a"})}, "a mapping of inputs' names to dims"),  # type: ignore[dict-item]
+        ({"options": Options(progress="x")}, "True or False"),  # type: ignore[arg-type]
         ({"options": Options(accumulate=True)}, r"accumulate=True\): at least 1 micro-batch"),
         ({"options": Options(compile=1)}, r"compile=1\): True or False"),  # type: ignore[arg-type]
         ({"options": Options(memory_budget=-1)}, "a positive number"),

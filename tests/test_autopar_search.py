@@ -226,11 +226,13 @@ def test_ranks_of_one_host_share_its_memory() -> None:
         (12, 24, "12 GPUs fill no whole number of nodes of 8; use 8 or 16"),
         (0, 8, "at least 1"),
         (8, 0, "global_batch is 0"),
+        ("8", 8, "gpus is '8'; a whole number, at least 1"),
+        (8, True, "global_batch is True"),
         (128, 3, "no mesh of 128 GPUs divides a global batch of 3: .* up to 8 it is split over 16 ranks"),
         (7, 8, "no mesh of 7 GPUs divides a global batch of 8: .* up to 1 it is split over 7 ranks"),
     ],
 )
-def test_mistakes_are_named(gpus: int, batch: int, said: str) -> None:
+def test_mistakes_are_named(gpus: Any, batch: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         autopar.search(small(), gpus, "h100", batch, sequence=64)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -83,12 +84,13 @@ def search(
 
 
 def _check(gpus: int, global_batch: int, top: int, machine: Hardware) -> None:
-    if gpus < 1:
-        raise ValueError(f"gpus is {gpus}; at least 1")
-    if global_batch < 1:
-        raise ValueError(f"global_batch is {global_batch}; give the samples of one step over all GPUs")
-    if top < 1:
-        raise ValueError(f"top is {top}; at least 1 plan is played to its end")
+    for name, value, wanted in (
+        ("gpus", gpus, "a whole number, at least 1"),
+        ("global_batch", global_batch, "give the samples of one step over all GPUs, a whole number"),
+        ("top", top, "a whole number: at least 1 plan is played to its end"),
+    ):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; {wanted}")
     check_nodes(gpus, machine)
 
 
