@@ -9,14 +9,13 @@ memory rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
 from costmodel.collectives import CHUNK_BYTES, COPY_PASSES
-from costmodel.hardware import Device, Link
 
 Expr = Any
 """A sympy expression (sympy is untyped)."""
@@ -240,19 +239,6 @@ def ring_all_reduce_s() -> Expr:
     return 2 * ring_s() - gamma - COPY_PASSES * S / n / mu
 
 
-def on_link(expression: Expr, link: Link, device: Device) -> Expr:
-    """`expression` with the figures of a link and a device filled in; bytes and ranks stay symbols."""
-    return expression.subs(
-        {
-            alpha: link.latency_s,
-            pi: link.pipeline_s,
-            gamma: link.base_s,
-            beta: link.bytes_per_s,
-            mu: device.memory_bytes_per_s,
-        }
-    )
-
-
 def number(expression: Expr, values: Mapping[str | Expr, float]) -> float:
     """`expression` with `values` (by symbol or its name) filled in.
 
@@ -264,9 +250,3 @@ def number(expression: Expr, values: Mapping[str | Expr, float]) -> float:
     if left:
         raise ValueError(f"no value for {', '.join(left)} in {expression}")
     return float(expression.subs({symbol: by_name[str(symbol)] for symbol in expression.free_symbols}))
-
-
-def function_of(expression: Expr, *symbols: Expr) -> Callable[..., float]:
-    """A fast plain-float function of `symbols`."""
-    compiled: Callable[..., float] = sympy.lambdify(symbols, expression, "math")
-    return compiled

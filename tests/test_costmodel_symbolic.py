@@ -102,10 +102,10 @@ def test_ring_formulas_are_the_prices(kind: str, ranks: int, size: float) -> Non
     machine = hardware("h100")
     machine = replace(machine, intra_node=replace(machine.intra_node, multicast_bytes_per_s=0))
     formula = sym.ring_all_reduce_s() if kind == "all_reduce" else sym.ring_s()
-    seconds = sym.on_link(formula, machine.intra_node, machine.device)
-    mesh = topology(machine, {"x": ranks})
-    assert sym.number(seconds, {"S": size, "n": ranks}) == pytest.approx(collective_s(kind, size, (0,), mesh))
-    assert sym.function_of(seconds, sym.S, sym.n)(size, ranks) == pytest.approx(collective_s(kind, size, (0,), mesh))
+    link, rate = machine.intra_node, machine.device.memory_bytes_per_s
+    figures = {"alpha": link.latency_s, "pi": link.pipeline_s, "gamma": link.base_s, "beta": link.bytes_per_s}
+    seconds = sym.number(formula, {**figures, "mu": rate, "S": size, "n": ranks})
+    assert seconds == pytest.approx(collective_s(kind, size, (0,), topology(machine, {"x": ranks})))
 
 
 def test_a_large_price_tends_to_its_bandwidth_term() -> None:

@@ -108,11 +108,6 @@ class Schedule:
     layers: tuple[tuple[str, str, float], ...] = ()
     """(phase, layer, start) whenever compute enters another layer; "" is what no repeated layer is part of."""
 
-    @property
-    def exposed_total_s(self) -> float:
-        """Seconds that compute waits, over all groups."""
-        return sum(self.exposed_s.values())
-
 
 def play(
     space: Space,
