@@ -205,3 +205,18 @@ def test_a_tensor_whose_gradient_would_be_lost_is_refused(form: str) -> None:
                 made(Reads(kept, form), MESH, {"x": X}, hardware="cpu")
         with torch.no_grad():
             autopar.plan(Reads(lambda linear: linear.weight * 2, form), MESH, {"x": X}, hardware="cpu")
+
+
+def test_a_detached_tensor_is_a_constant_unless_it_may_be_trained() -> None:
+    class Detaches(nn.Module):
+        def __init__(self, kept: Tensor) -> None:
+            super().__init__()
+            self.linear, self.kept = nn.Linear(8, 8), [kept]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.linear(x) @ self.kept[0].detach()).square().mean()
+
+    weight = nn.Parameter(torch.ones(8, 8))
+    autopar.plan(Detaches(weight * 2), MESH, {"x": X}, hardware="cpu")
+    with pytest.raises(autopar.CaptureError, match=r"requires a gradient and is none of the model's"):
+        autopar.plan(Detaches(weight), MESH, {"x": X}, hardware="cpu")

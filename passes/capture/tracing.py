@@ -194,7 +194,7 @@ class Tracer(TorchDispatchMode):
             )
 
     def _same(self, func: Any, x: Tensor) -> Tensor:
-        x = x if isinstance(x, FakeTensor) else self._constant(x, trains=func is not aten.detach.default)
+        x = x if isinstance(x, FakeTensor) else self._constant(x, detached=func is aten.detach.default)
         out: Tensor = func(x)
         self._nodes[id(out)] = self.node_of(x)
         self._alive.append(out)
@@ -278,12 +278,13 @@ class Tracer(TorchDispatchMode):
         return value, value
 
     # --------------------------------------------------------------------------------------------------- constants
-    def _constant(self, tensor: Tensor, trains: bool = True) -> Tensor:
+    def _constant(self, tensor: Tensor, detached: bool = False) -> Tensor:
         """A tensor from outside the trace, as a constructor where it is simple, else as a buffer of the graph.
 
-        trains: eager would give it a gradient, where it asks for one.
+        detached: it gets no gradient here; its values stay what they are, unless it is a leaf, which may be trained.
         """
-        if trains and tensor.requires_grad and torch.is_grad_enabled() and not isinstance(tensor, FakeTensor):
+        trains = tensor.requires_grad and torch.is_grad_enabled() and not isinstance(tensor, FakeTensor)
+        if trains and (tensor.is_leaf or not detached):
             raise CaptureError(
                 f"{self.location()}: uses a {tuple(tensor.shape)} tensor that requires a gradient and is none of the "
                 "model's parameters, so that its gradient would be lost; register it (nn.ModuleList and "
