@@ -30,10 +30,12 @@ class Placed(NamedTuple):
 def placed(model: nn.Module) -> tuple[Placed, ...]:
     """The parameters and buffers of a model that have memory; meta ones have none."""
     trains = torch.is_grad_enabled()
+    named = (*model.named_parameters(), *model.named_buffers())
+    first = {id(tensor): name for name, tensor in reversed(named)}  # a parameter may be a buffer too
     return tuple(
         Placed(name, type(tensor), trains and tensor.requires_grad, span, weakref.ref(tensor.untyped_storage()))
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if (span := span_of(tensor)) is not None
+        for name, tensor in named
+        if first[id(tensor)] == name and (span := span_of(tensor)) is not None
     )
 
 
