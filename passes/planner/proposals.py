@@ -241,15 +241,17 @@ class Search:
         """Solutions with gathered parameters kept for backward, where those `found` that keep them, but were solved
         with them freed, are no slower than `chosen`; they may be too large.
 
-        They are solved under the strategy of the best of those and `auto`, with the same dims padded, in each way that
-        these compute again. None without tensor axes, where layouts do not depend on it.
+        They are solved under the strategy of the best of those and `auto`, with the same dims padded, and with as much
+        computed again as in the fastest of those and in the chosen one. None without tensor axes, where layouts do not
+        depend on it.
         """
         enough_s = chosen.schedule.step_time_s
         kept = [each for each in found if _is_kept_late(each) and each.schedule.step_time_s <= enough_s]
         if not kept or not tensor_axes(self.topology.sizes, self.batch_axes):
             return []
-        near = chosen if _is_kept_late(chosen) else best(kept, math.inf) or chosen
-        tried = {_way_of(each) for each in kept}
+        fastest = min(kept, key=lambda each: each.schedule.step_time_s)
+        near = chosen if _is_kept_late(chosen) else fastest
+        tried = {_way_of(near), _way_of(fastest)}
         search = replace(
             self,
             request=replace(self.request, reshard=False),
