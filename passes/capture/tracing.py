@@ -285,10 +285,12 @@ class Tracer(TorchDispatchMode):
         """
         trains = tensor.requires_grad and torch.is_grad_enabled() and not isinstance(tensor, FakeTensor)
         if trains and (tensor.is_leaf or not detached):
+            helps = "compute it from parameters in the forward, or detach() it"
+            if tensor.is_leaf:
+                helps = "register it (nn.ModuleList and nn.ParameterList do so for a list), or set requires_grad=False"
             raise CaptureError(
                 f"{self.location()}: uses a {tuple(tensor.shape)} tensor that requires a gradient and is none of the "
-                "model's parameters, so that its gradient would be lost; register it (nn.ModuleList and "
-                "nn.ParameterList do so for a list), compute it from parameters in the forward, or detach() it"
+                f"model's parameters, so that its gradient would be lost; {helps}"
             )
         known = self._constant_of.get(id(tensor))
         if known is not None:
