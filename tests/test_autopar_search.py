@@ -295,6 +295,21 @@ def test_what_is_not_played_could_not_be_listed(profiler: Profiler) -> None:
     assert result.played < 18  # setups, each with parameters freed and kept
 
 
+def test_what_is_listed_does_not_depend_on_how_much_is(found: SearchResult) -> None:
+    """Nor do the verdict and the fastest of each kind of plan, where what is priced alone fills the list."""
+    more = autopar.search(small(), 4, "h100", 8, sequence=512, options=OPTIONS, top=10)
+    assert found.played < more.played
+    assert found.candidates[:2] == more.candidates[:2]
+    assert all(c.priced_only for c in found.candidates[:2])
+    assert found.verdict.text == more.verdict.text
+    assert found.best == more.best
+
+    def fastest(result: SearchResult) -> Candidate:
+        return next(c for c in result.candidates if c.setup.tp > 1 and not c.priced_only)
+
+    assert fastest(found) == fastest(more)
+
+
 def test_what_the_solver_finds_for_sharded_state_may_need_less_than_for_a_replica(profiler: Profiler) -> None:
     """Where each gather of state costs, it splits parameters over the tensor axis too, which a replica has no reason
     for: bounds are below what is played all the same."""
@@ -306,6 +321,18 @@ def test_what_the_solver_finds_for_sharded_state_may_need_less_than_for_a_replic
                 bound_s, bound_bytes = lower_bound(solved, profiler)
                 assert bound_s <= played.step_s * (1 + 1e-9)
                 assert bound_bytes <= played.peak_bytes
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_solver_may_send_less_than_for_a_replica(ranks: int) -> None:
+    """Long sequences on eight tensor-parallel ranks: what it finds beside sharded state, or once for each micro-batch
+    of several, is a tenth faster than what it finds for a replica."""
+    profiler = Profiler(
+        Captures(llama(2048, 8, 16, 5632, 8000), tokens(2048)), hardware("a100-80gb"), OPTIMIZERS["adamw-master"]
+    )
+    setup = Setup(dp_shard=ranks, tp=8, micro_batch=8, accumulate=4, solved=True)
+    for each in (setup, replace(setup, reshard=False)):
+        assert lower_bound(setup, profiler)[0] <= estimate(each, profiler).step_s
 
 
 def test_larger_micro_batches_keep_more(profiler: Profiler) -> None:

@@ -6,7 +6,8 @@
     played       plans' candidates in the order of their lower bounds, until no other can come among the best
 
 The lower bound of a plan's candidate is its replica's step, to which state sharding only adds. What is not played has a
-bound above the slowest that is listed, or above another of its mesh, so nothing that could be listed is left out.
+bound above the slowest that is listed and above the fastest plan of its kind (state sharded alone, or computation too),
+or above another of its mesh, so nothing that could be listed, or change the verdict, is left out.
 """
 
 from __future__ import annotations
@@ -63,9 +64,10 @@ def search(
 
     example_inputs: of one sample; None: taken from the model's config, `sequence` long (Hugging Face models).
     options: `memory_budget`, `optimizer` ("adamw": with an fp32 copy of parameters in a lower precision), `recompute`,
-        `reshard_after_forward`, `regather_activations` and `batch_dims` are heeded. top: as many plans as are played to
-        their end. fused_attention: attention that the model writes out, or gives a mask or dropout, is priced as a
-        framework's kernel for it, though plans run it as written.
+        `reshard_after_forward`, `regather_activations` and `batch_dims` are heeded. top: so many of the fastest are
+        certain, as are the fastest plan that shards state alone and that which shards computation too.
+    fused_attention: attention that the model writes out, or gives a mask or dropout, is priced as a framework's kernel
+        for it, though plans run it as written.
 
     Raises:
         ValueError: options that mean nothing here, GPUs that fill no nodes, a batch that no mesh divides, inputs of
@@ -87,7 +89,7 @@ def _check(gpus: int, global_batch: int, top: int, machine: Hardware) -> None:
     for name, value, wanted in (
         ("gpus", gpus, "a whole number, at least 1"),
         ("global_batch", global_batch, "give the samples of one step over all GPUs, a whole number"),
-        ("top", top, "a whole number: at least 1 plan is played to its end"),
+        ("top", top, "a whole number: of the fastest, at least 1 is looked for"),
     ):
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; {wanted}")
@@ -216,34 +218,27 @@ class _Search:
         """Plans that can be listed beside `others`, played; how many were not, and what those take at least."""
         if plans:
             self.progress(f"bounding {len(plans)} plans")
-        played = _Played(self.top)
+        played = _Played(self.top, others)
         unplayed_s = math.inf
         asked = 0
-        tried = {True: 0, False: 0}
-        """Whether state alone is sharded -> how many were played until one fits: the verdict asks for one of each."""
         waiting = Waiting(plans, self.bound, self.budget, self.turn)
         for seconds, setup in waiting:
             if seconds >= played.fastest_s.get(parallelism(setup), math.inf):
                 continue  # its mesh is listed with what was played
             if _by_hand(setup) in played.fits and self.gains_little(setup):
                 continue
-            alone = setup.tp == 1
-            is_known = tried[alone] >= _TRIED or any((c.setup.tp == 1) == alone and c.fits for c in played.candidates)
-            if is_known and not played.would_list(seconds):
+            if not played.would_tell(seconds, setup):
                 unplayed_s = min(unplayed_s, seconds)
                 continue
-            tried[alone] += 1
             asked += 1
             ways = self.played(setup)
             for candidate in map(self.candidate, ways):
                 played.add(candidate)
                 if candidate.fits:
                     played.fits.add(setup)
+            played.tried[setup.tp == 1] += 1
             if not is_settled(ways, self.profiler, self.budget, self.either):
                 waiting.ask_for_more(setup)
-        for candidate in others:
-            if not candidate.fits:
-                played.note(candidate)
         for over_bytes, _, setup in sorted(waiting.too_large):
             if played.would_list_as_too_large(setup, over_bytes):
                 asked += 1
@@ -288,33 +283,45 @@ class _Search:
 
 
 class _Played:
-    """Candidates as they are played, and the best of each kind of parallelism; `top` are listed."""
+    """Candidates as they are played, and the best of each kind of parallelism, among `others`; `top` are listed."""
 
-    def __init__(self, top: int) -> None:
+    def __init__(self, top: int, others: Sequence[Candidate]) -> None:
         self.top = top
         self.candidates: list[Candidate] = []
         self.fits: set[Setup] = set()
         """What was played and fits."""
+        self.tried = {True: 0, False: 0}
+        """Whether state alone is sharded -> how many were played."""
+        self.plan_s = {True: math.inf, False: math.inf}
+        """The same -> the fastest of them that fits: the verdict compares the two."""
         self.fastest_s: dict[Setup, float] = {}
         """Of what fits, by kind."""
         self.over_bytes: dict[Setup, int] = {}
         """Of what does not fit, the least by kind."""
+        for candidate in others:
+            self._note(candidate)
 
     def add(self, candidate: Candidate) -> None:
-        """Keep a candidate, and note it."""
+        """Keep a candidate, and compare it with the best of its kind."""
         self.candidates.append(candidate)
-        self.note(candidate)
+        self._note(candidate)
+        alone = candidate.setup.tp == 1
+        if candidate.fits:
+            self.plan_s[alone] = min(self.plan_s[alone], candidate.step_time_s)
 
-    def note(self, candidate: Candidate) -> None:
-        """Compare a candidate with the best of its kind."""
+    def _note(self, candidate: Candidate) -> None:
         kind = parallelism(candidate.setup)
         if candidate.fits:
             self.fastest_s[kind] = min(self.fastest_s.get(kind, math.inf), candidate.step_time_s)
         else:
             self.over_bytes[kind] = min(self.over_bytes.get(kind, candidate.over_bytes), candidate.over_bytes)
 
-    def would_list(self, seconds: float) -> bool:
-        """Whether a plan that takes so long would be among those that are listed."""
+    def would_tell(self, seconds: float, setup: Setup) -> bool:
+        """Whether `setup` would be listed if it takes so long, or be the fastest of those that shard state alone, or of
+        the others; of a kind of which none fits, few are tried."""
+        alone = setup.tp == 1
+        if seconds < self.plan_s[alone] < math.inf or (self.plan_s[alone] == math.inf and self.tried[alone] < _TRIED):
+            return True
         return len(self.fastest_s) < self.top or seconds < sorted(self.fastest_s.values())[self.top - 1]
 
     def would_list_as_too_large(self, setup: Setup, over_bytes: float) -> bool:

@@ -159,10 +159,10 @@ def _gathered_bytes(found: Profile) -> float:
 def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
     """Seconds and bytes that a plan's setup cannot go below.
 
-    Seconds: its replica's step, slowed down by parameters gathered once and gradients reduced behind it, less what it
-    would not gather again if it kept parameters. Bytes: its share of the state at rest, and what is alive as forward
-    ends, less gradients and what is gathered again; of what a solver finds for a replica or of what is done by hand,
-    the less, as the solver's picks for sharded state are others.
+    Seconds: its replica's step, slowed down by parameters gathered once and gradients reduced behind it; of what a
+    solver finds its compute alone, so slowed down, as what it sends for a plan is other than for a replica. Bytes: its
+    share of the state at rest, and what is alive as forward ends, less gradients and what is gathered again; of what a
+    solver finds for a replica or of what is done by hand, the less, as the solver's picks for sharded state are others.
     """
     found = profiler.profile(setup, replica=True)
     whole = found.whole
@@ -172,10 +172,8 @@ def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
     spared = found.layers * found.layer("gathered") if setup.gathers_again else 0.0  # parts may be made again
     working_bytes = max(found.layers * found.saved_bytes, forward_bytes) - spared
     micro_s = whole["micro_s"] + _slowed_at_least_s(setup, found, profiler.hardware)
-    if setup.solved:  # its tensor-parallel ranks may gather parameters too
-        waited_s, behind_s = (found.total(f"{kind}.parameter.backward.") for kind in ("exposed", "hidden"))
-        mesh = topology(profiler.hardware, {"dp": setup.data_ranks, "tp": setup.tp})
-        micro_s -= waited_s + max(taken_shares((1,), mesh)) * behind_s
+    if setup.solved:
+        micro_s -= found.total("exposed.") + whole["slowed_s"]
     added_s = (setup.accumulate - 1) * whole["added_s"] / setup.dp_shard
     size = at_rest_bytes + working_bytes
     if setup.solved:  # one replica alone has no state to gather, and less reason to split its parameters
