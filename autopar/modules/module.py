@@ -1,7 +1,7 @@
 """The module a user trains: the model's own class and names, DTensor parameters, and one compiled step per call shape.
 
-    call -> key (inputs, modes) -> Executable: forward(this rank's values) -> outputs, saved
-                                               backward(saved, tangents)   -> gradients as DTensors
+    call -> kind (inputs, modes) -> Executable: forward(this rank's values) -> outputs, saved
+                                                backward(saved, tangents)   -> gradients as DTensors
 
 The tree is a copy that shares everything with the user's model but its tensors, so that stays as it was. The forward of
 the model's class is never run: a call looks its executable up, or has it made by `remake`, which captures the model
@@ -28,7 +28,8 @@ from autopar.modules import buffers as buffers_
 from autopar.modules import hooks, stored, tree, whole
 from autopar.modules.alone import guard
 from autopar.modules.batches import BatchRanks
-from autopar.modules.call import call, call_key
+from autopar.modules.call import call
+from autopar.modules.kinds import kind_of
 from autopar.modules.reading import Gather
 from autopar.modules.runtime import OWN_FORWARD, Executable, Remake, Runtime, device_of, has_gradients, runtime_of
 from passes.capture.inputs import flatten_call
@@ -249,7 +250,7 @@ def preload(module: ParallelModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     leaves, in_spec = flatten_call(*by_name(runtime.original.forward, args, kwargs))
     requires = tuple(table[key].requires_grad for table, key in runtime.parameter_slots)
     trained = requires if has_gradients(executable.local) else None
-    runtime.executables[call_key(runtime, leaves, in_spec, trained)] = [executable]
+    runtime.executables[kind_of(runtime, leaves, in_spec, trained)] = [executable]
 
 
 def state_bytes(module: ParallelModule) -> int:
