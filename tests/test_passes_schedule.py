@@ -166,6 +166,17 @@ def test_gathers_run_one_layer_ahead_and_no_further() -> None:
     assert starts(tape.play()) == [0, 1, 11, 21]  # layer 2's when layer 1 begins, not at 2
 
 
+def test_gathers_that_go_together_run_one_layer_ahead_too() -> None:
+    tape = Tape(quiet(dp=4))
+    for layer in range(3):
+        both = [tape.gather(1, f"layers.{layer}") for _ in range(2)]
+        tape.items[-2:] = [replace(move, bucket=layer) for move in tape.items[-2:]]  # type: ignore[call-arg]
+        tape.op(10, *both, module=f"layers.{layer}")
+    played = tape.play()
+    took_s = played.played[0].step.seconds
+    assert starts(played) == pytest.approx([0, 0, took_s, took_s, took_s + 10, took_s + 10])
+
+
 def test_a_gather_is_issued_where_the_layer_before_begins_not_where_that_gathers() -> None:
     tape = Tape(quiet(dp=4))
     first = tape.op(10, tape.op(7, module="layers.0"), tape.gather(4, "layers.0"), module="layers.0")
