@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from passes.program.routed_ops import ROUTED_MM, TAKE_ROWS
 from passes.rewrite.ledger import ledger
 from passes.rules.call import Call, TensorFacts
 from passes.rules.work import work_of
-from passes.tokens.routing import has_routed, route_by_blocks
+from passes.tokens.routing import has_routed, route_by_blocks, token_parts
 
 DP_TP = {"dp": 2, "tp": 2}
 
@@ -391,3 +393,24 @@ def test_products_of_groups_of_any_number_of_rows() -> None:
                 assert torch.allclose(made[at], rows[at] @ matrices[expert], rtol=1e-4, atol=1e-4)
                 wanted[expert] += torch.outer(rows[at], gradient[at])
     assert torch.allclose(by_matrix, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shape", "parts"),
+    [
+        ("ddp", (16, 6), 4),  # the batch axis alone splits the batch
+        ("fsdp", (16, 6), 8),  # both axes do
+        ("fsdp", (4, 6), 8),  # a sample per data-parallel rank, its sequence in two
+        ("fsdp", (4, 7), 4),
+        ("fsdp", (4,), 4),  # no sequence
+        ("fsdp", (12, 6), 4),  # three samples per rank
+        ("fsdp", None, 4),  # no batch
+    ],
+)
+def test_under_fsdp_all_axes_split_the_batch_else_the_sequence(
+    strategy: str, shape: tuple[int, ...] | None, parts: int
+) -> None:
+    given = fx.Graph().placeholder("ids")
+    given.meta["val"] = torch.empty(shape or (), device="meta")
+    program: Any = SimpleNamespace(batch_dims={given: 0} if shape else {})
+    assert token_parts(program, strategy, (4, 2), (0,)) == parts
