@@ -24,7 +24,7 @@ come. On a chain that is dynamic programming. The layers of a Transformer are ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -280,15 +280,8 @@ class Messages:
         for variable, ends in enumerate(self._ends):
             paid = self._own(variable)
             for index in self._tables_of[variable]:
-                table = self.tables[index]
-                price = self.s_per_byte[:, None] if table.of_bytes else 1.0
-                if table.producer == variable:
-                    paid += (price * (asked[index] @ table.cost.T))[:, table.given]
-                elif table.producer < variable:
-                    row = np.where(asked[index], 0.0, price * table.cost[given[index]])
-                    for reader, of in zip(table.readers, table.asked, strict=True):
-                        if reader == variable:
-                            paid += row[:, of]
+                for cost in self._paid(variable, self.tables[index], given[index], asked[index]):
+                    paid += cost
             costs = paid.copy()
             for end in ends:
                 if end.other > variable:
@@ -303,6 +296,16 @@ class Messages:
                     if reader == variable:
                         asked[index][cases, of[pick]] = True
         return [tuple(map(int, of)) for of in picked.T]
+
+    def _paid(self, variable: int, table: Table, given: Indices, asked: Flags) -> Iterator[Floats]:
+        """What a table costs by case and option of the variable, once for each time that it reads it: what those picked
+        so far have `asked` for, by case and state, or what the variable asks for first."""
+        price = self.s_per_byte[:, None] if table.of_bytes else 1.0
+        if table.producer == variable:
+            yield (price * (asked @ table.cost.T))[:, table.given]
+        elif table.producer < variable:
+            row = np.where(asked, 0.0, price * table.cost[given])
+            yield from (row[:, of] for reader, of in zip(table.readers, table.asked, strict=True) if reader == variable)
 
     def excess_s(self) -> tuple[Floats, ...]:
         """By variable, per case and option: how much more than the bound a plan with that option costs at least."""
