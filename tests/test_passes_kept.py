@@ -12,7 +12,14 @@ from parity import captured, errors
 from small_models import sized_llama
 from stacks import Stack
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+)
 
 from costmodel.hardware import topology
 from costmodel.presets import hardware
@@ -100,6 +107,22 @@ def test_auto_keeps_them_where_that_is_faster_and_fits() -> None:
     tight = _plan(Request(budget_bytes=played[True].peak_memory_bytes))
     assert tight.peak_memory_bytes <= played[True].peak_memory_bytes
     assert tight.step_time_s <= played[True].step_time_s
+
+
+def test_auto_keeps_them_where_no_layout_for_freed_ones_gains_by_it() -> None:
+    """Experts are split over the tensor axis where each is gathered twice, and gathered whole where they are once."""
+    config = MixtralConfig(
+        hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4,
+        num_local_experts=8, vocab_size=32000, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config).to(torch.bfloat16)
+        ids = torch.empty(4, 1024, dtype=torch.long)
+    program = captured(model, {"input_ids": ids, "labels": ids})
+    where = topology(hardware("h100"), {"dp": 2, "tp": 4})
+    free, kept = (compile_plan(program, where, [0], Request(recompute="none", reshard=r)) for r in (None, False))
+    assert not free.reshard
+    assert free.step_time_s <= kept.step_time_s * (1 + 1e-3)
 
 
 def test_auto_keeps_them_where_gathers_are_hidden_but_take_cores_from_compute() -> None:

@@ -133,7 +133,7 @@ def _compiled(program: Program, asked: _Asked, found: dict[str, list[Candidate]]
     competing = [candidate for name in _competing(request) for candidate in found.get(name, [])]
     competing += _with_parameters_kept(competing, search)
     chosen = best(competing, budget)
-    if chosen is not None and (keeping := search.keeping(chosen, competing)):
+    if chosen is not None and _may_keep(request) and (keeping := search.keeping(chosen, competing)):
         competing += keeping
         chosen = best(competing, budget)
     if chosen is None:
@@ -197,11 +197,13 @@ def _look(search: Search, found: dict[str, list[Candidate]]) -> dict[str, str]:
 
 
 def _with_parameters_kept(candidates: Sequence[Candidate], search: Search) -> list[Candidate]:
-    """Where `auto` is left to decide it: the candidates that keep gathered parameters, as far as that fits."""
-    request = search.request
-    if request.strategy != "auto" or request.reshard is not None:
-        return []
-    return with_parameters_kept(candidates, search.budget, request)
+    """The candidates with gathered parameters kept, where that is left to decide, as far as they fit."""
+    return with_parameters_kept(candidates, search.budget, search.request) if _may_keep(search.request) else []
+
+
+def _may_keep(request: Request) -> bool:
+    """Whether it is left to `auto` to keep gathered parameters."""
+    return request.strategy == "auto" and request.reshard is None
 
 
 _CHEAPEST: tuple[Mode, ...] = ("none", "pointwise")

@@ -238,18 +238,18 @@ class Search:
             return []
 
     def keeping(self, chosen: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
-        """Solutions with gathered parameters kept for backward, where those `found` that keep them, but were solved
-        with them freed, are no slower than `chosen`; they may be too large.
+        """Solutions with gathered parameters kept for backward; they may be too large.
 
-        They are solved under the strategy of the best of those and `auto`, with the same dims padded, and with as much
-        computed again as in the fastest of those and in the chosen one. None without tensor axes, where layouts do not
-        depend on it.
+        Where some of those `found` that keep them, but were solved with them freed, are no slower than `chosen`, they
+        are solved under the strategy of the best of those and `auto`, with as much computed again as in the fastest of
+        those and in the chosen one; else as the chosen one is, with all time counted. The same dims are padded. None
+        without tensor axes, where layouts do not depend on it.
         """
+        if not tensor_axes(self.topology.sizes, self.batch_axes):
+            return []
         enough_s = chosen.schedule.step_time_s
         kept = [each for each in found if _is_kept_late(each) and each.schedule.step_time_s <= enough_s]
-        if not kept or not tensor_axes(self.topology.sizes, self.batch_axes):
-            return []
-        fastest = min(kept, key=lambda each: each.schedule.step_time_s)
+        fastest = min(kept, key=lambda each: each.schedule.step_time_s, default=chosen)
         near = chosen if _is_kept_late(chosen) else fastest
         tried = {_way_of(near), _way_of(fastest)}
         search = replace(
@@ -260,11 +260,12 @@ class Search:
             _end_s=time.process_time() + self.budgeted_s,
         )
         kept_early: list[Candidate] = []
-        for name in dict.fromkeys((near.strategy, "auto")):
+        for name in dict.fromkeys((near.strategy, "auto") if kept else ("auto",)):
             paddings = self.paddings.under(name, near.padding.repeated_keys)
             if ways := [way for way in self._ways(name) if way in tried]:
                 with suppress(NoFeasiblePlanError, NotPeriodicError, PinError):
-                    kept_early += search._solved(name, paddings, near.padding.pads, ways=ways)
+                    shares = None if kept else HIDDEN_SHARES[:1]
+                    kept_early += search._solved(name, paddings, near.padding.pads, shares, ways)
         return kept_early
 
     def _binds(self, name: str, chosen: Candidate) -> bool:
