@@ -219,7 +219,8 @@ def test_with_uneven_dims_what_backward_computes_again_is_chosen_with_and_withou
 
 def test_kept_parameters_are_solved_for_as_the_fastest_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of solutions with parameters freed, which keep them as played: as the fastest of those computes again, and the
-    chosen one where it is such. They may be too large, which those solved with parameters kept need not be."""
+    chosen one where it is such. They may be too large, which those solved with parameters kept need not be. Where none
+    of them is as fast as the chosen one, once, as that computes again."""
     found = next(iter(binding(0.7)))
 
     def candidate(seconds: float, recompute: str, *, kept: bool) -> Candidate:
@@ -232,14 +233,19 @@ def test_kept_parameters_are_solved_for_as_the_fastest_has_them(monkeypatch: pyt
     too_large = [candidate(2.0, "widening", kept=True), candidate(1.0, "pointwise", kept=True)]
     slower = candidate(4.0, "selective", kept=True)
     asked: list[tuple[bool | None, float, object]] = []
+    counted: list[object] = []
 
-    def solved(self: Search, name: str, paddings: object, pads: object, ways: object) -> list[Candidate]:
+    def solved(
+        self: Search, name: str, paddings: object, pads: object, shares: object, ways: object
+    ) -> list[Candidate]:
         asked.append((self.request.reshard, self.fastest_s, ways))
+        counted.append(shares)
         return too_large[:1]
 
     monkeypatch.setattr(Search, "_solved", solved)
-    assert search(0.7).keeping(chosen, [chosen, slower]) == []
-    assert not asked
+    assert search(0.7).keeping(chosen, [chosen, slower]) == too_large[:1]
     assert search(0.7).keeping(chosen, [chosen, *too_large, slower]) == too_large[:1]
     search(0.7).keeping(stays, [stays, *too_large, slower])
-    assert asked == [(False, 3.0, [("pointwise", False)]), (False, 3.0, [("pointwise", False), ("full", False)])]
+    of_chosen, of_fastest = ("full", False), ("pointwise", False)
+    assert asked == [(False, 3.0, ways) for ways in ([of_chosen], [of_fastest], [of_fastest, of_chosen])]
+    assert counted == [(1.0,), None, None]
