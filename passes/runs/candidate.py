@@ -159,10 +159,10 @@ def _gathered_bytes(found: Profile) -> float:
 def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
     """Seconds and bytes that a plan's setup cannot go below.
 
-    Seconds: its replica's step, slowed down by parameters gathered once and gradients reduced behind it; of what a
-    solver finds its compute alone, so slowed down, as what it sends for a plan is other than for a replica. Bytes: its
-    share of the state at rest, and what is alive as forward ends, less gradients and what is gathered again; of what a
-    solver finds for a replica or of what is done by hand, the less, as the solver's picks for sharded state are others.
+    Seconds: its replica's step, slowed down by parameters gathered once and gradients reduced behind it. Bytes: its
+    share of the state at rest, and what is alive as forward ends, less gradients and what is gathered again. What a
+    solver finds for sharded state is other than for a replica: its seconds are the replica's compute alone, and
+    slowed down, and its bytes, as what it finds for a replica or as what is done by hand, whichever is less.
     """
     found = profiler.profile(setup, replica=True)
     whole = found.whole
@@ -170,15 +170,16 @@ def lower_bound(setup: Setup, profiler: Profiler) -> tuple[float, float]:
     at_rest_bytes = (whole["stored bytes"] + whole["states"]) / setup.dp_shard
     forward_bytes = whole["alive.forward"] - whole["rest"] - found.outside["gradients"]
     spared = found.layers * found.layer("gathered") if setup.gathers_again else 0.0  # parts may be made again
-    working_bytes = max(found.layers * found.saved_bytes, forward_bytes) - spared
-    micro_s = whole["micro_s"] + _slowed_at_least_s(setup, found, profiler.hardware)
-    if setup.solved:
-        micro_s -= found.total("exposed.") + whole["slowed_s"]
-    added_s = (setup.accumulate - 1) * whole["added_s"] / setup.dp_shard
-    size = at_rest_bytes + working_bytes
+    size = at_rest_bytes + max(found.layers * found.saved_bytes, forward_bytes) - spared
+    micro_s, slowed_s = whole["micro_s"], _slowed_at_least_s(setup, found, profiler.hardware)
     if setup.solved:  # one replica alone has no state to gather, and less reason to split its parameters
-        size = min(size, lower_bound(replace(setup, solved=False), profiler)[1])
-    return setup.accumulate * micro_s + added_s + update_s, size
+        by_hand = replace(setup, solved=False)
+        micro_s -= found.total("exposed.") + whole["slowed_s"]
+        split = profiler.profile(by_hand, replica=True)
+        slowed_s = min(slowed_s, _slowed_at_least_s(setup, split, profiler.hardware))
+        size = min(size, lower_bound(by_hand, profiler)[1])
+    added_s = (setup.accumulate - 1) * whole["added_s"] / setup.dp_shard
+    return setup.accumulate * (micro_s + slowed_s) + added_s + update_s, size
 
 
 def _slowed_at_least_s(setup: Setup, found: Profile, hardware: Hardware) -> float:
