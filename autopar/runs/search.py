@@ -7,7 +7,7 @@
 
 The lower bound of a plan's candidate is its replica's step, to which state sharding only adds. What is not played has a
 bound above the slowest that is listed and above the fastest plan of its kind (state sharded alone, or computation too),
-or above another of its mesh, so nothing that could be listed, or change the verdict, is left out.
+or above another of its mesh, so nothing that could be listed is left out, nor what the verdict compares on these GPUs.
 """
 
 from __future__ import annotations
