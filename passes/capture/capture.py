@@ -34,6 +34,7 @@ from passes.capture.guards import guards_of
 from passes.capture.inputs import flatten_inputs, refuse_hidden_tensors
 from passes.capture.left_behind import left_behind, left_note
 from passes.capture.normalize import normalize
+from passes.capture.picked_rows import PickedRowsError, picked_as_all
 from passes.capture.rebind import rebind
 from passes.capture.settings import attributes, settings_read
 from passes.capture.side_effects import attribute_notes, empty_buffers, mutated_notes, unchanged
@@ -111,12 +112,15 @@ def capture(
         try:
             return _capture(asked, Branches(may_read_inputs=True, as_compiled=True))
         except CaptureError as error:
-            helps = _of_rows(asked, error)
-            if getattr(model, "_can_set_experts_implementation", lambda: False)():
-                helps += _of_experts(model, error)
-            if not helps:
-                raise
-            raise CaptureError(f"{str(error).rstrip('.')}{helps}") from error
+            if helps := _of_rows(asked, error) + _of_experts(model, error):
+                raise CaptureError(f"{str(error).rstrip('.')}{helps}") from error
+            failed = error
+        try:
+            return _capture(asked, Branches(may_read_inputs=True, every_row=True))
+        except PickedRowsError as picked:
+            raise picked from failed
+        except CaptureError:
+            raise failed from None
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,8 @@ def _of_rows(asked: _Asked, error: CaptureError) -> str:
 
 def _of_experts(model: nn.Module, error: CaptureError) -> str:
     """What helps a model of `transformers` with routed experts that could not be captured, where it is known."""
+    if not getattr(model, "_can_set_experts_implementation", lambda: False)():
+        return ""
     if getattr(getattr(model, "config", None), "_experts_implementation", None) == "eager":
         return (
             ". The model runs its experts in a Python loop: call model.set_experts_implementation('grouped_mm') before"
@@ -220,6 +226,8 @@ def _capture(asked: _Asked, branches: Branches) -> Program:
     guards = guards_of(tracer.root, tracer.reads, {tracer.node_of(slot.fake): slot.input for slot in slots}, changed)
     more_notes += _changing_notes(guards)
     tracer.graph.output(tuple(nodes))
+    if branches.every_row:
+        picked_as_all(tracer.graph, tracer.picking.picks, tracer.picking.asked)
     program = Program(
         graph=graph_module(tracer.root, tracer.graph, class_name="Step"),
         inputs=_inputs(slots, given, {slot.input.name for slot, _ in found}, batch_size),

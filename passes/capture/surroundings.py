@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from passes.capture.control_flow import control_flow_as_python
 from passes.capture.one_process import as_one_process
+from passes.capture.picked_counts import counted, is_size, refuse_counts
 from passes.capture.torch_functions import INSTEAD
 from passes.capture.tracing import Tracer, unwrapped
 from passes.capture.values import off_the_record
@@ -62,6 +63,12 @@ class _Calls(TorchFunctionMode):
                 return func(real, *args[1:], **kwargs)
         if func is Tensor.backward:
             self._tracer.went_back = self._tracer.location()
+        if self._tracer.picking.picks:
+            refuse_counts(func, args, kwargs)
+            if func is Tensor.__getitem__ and self._tracer.is_row_number(args[1]):
+                return torch.ops.aten.index.Tensor(args[0], [args[1]])  # Tensor.__getitem__ would read it
+            if is_size(func) and (picked := self._tracer.picked(args[0])):
+                return counted(func, args, kwargs, picked, self._tracer.picking.refuse)
         run = INSTEAD.get(func, func)
         return run(*args, **kwargs) if self._attention is None else self._attention.call(func, args, kwargs, run)
 

@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from passes.capture.decompositions import DECOMPOSITIONS
 from passes.capture.guards import Read, shapes
 from passes.capture.outliving import give_values, remade
+from passes.capture.picked_rows import PICKS
+from passes.capture.picking import Picking
 from passes.capture.values import ExampleValues, TooLargeError, UnknownValueError, off_the_record, run_real
 from passes.errors import CaptureError
 from passes.program.fakes import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
@@ -46,6 +48,7 @@ _CHECKS = {
 _READS = {aten._local_scalar_dense.default, aten.equal.default}
 _SHAPED_BY_INTEGERS = {aten._ctc_loss.Tensor}
 _INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
+_PUTTING = {aten.index_put.default, aten._unsafe_index_put.default}
 _MAX_INLINE_ELEMENTS = 2**24
 WRITES_OUTSIDE = (
     "writes in place to a tensor that is no parameter, buffer or input, so that what it wrote would be lost; register "
@@ -83,11 +86,13 @@ class Branches:
 
     `may_read_inputs`: those that follow from what its inputs hold (is there any padding?), for inputs that hold the
     same. `as_compiled`: those of a model that is told, by `torch.compiler.is_compiling`, that it is being compiled:
-    fewer values are read there, but some models compute something else.
+    fewer values are read there, but some models compute something else. `every_row`: where parameters say which rows a
+    mask picks, all are computed (`picked_rows`).
     """
 
     may_read_inputs: bool = False
     as_compiled: bool = False
+    every_row: bool = False
 
 
 class Tracer(TorchDispatchMode):
@@ -102,6 +107,7 @@ class Tracer(TorchDispatchMode):
         self.notes: list[str] = []
         self.reads: list[Read] = []
         self.constants: list[Constant] = []
+        self.picking = Picking(self.values, self.location)
         self.went_back = ""
         """Where the model called `backward`, if it did."""
         self.fake_mode = fake_mode
@@ -151,6 +157,8 @@ class Tracer(TorchDispatchMode):
         device = kwargs.get("device")
         if device is not None and torch.device(device).type != "cpu":
             kwargs = {**kwargs, "device": torch.device("cpu")}
+        if self.picking.picks and args:
+            self.picking.refuse_counting(self._nodes.get(id(args[0])), func, args, kwargs)
         decomposition = DECOMPOSITIONS.get(func)
         if decomposition is not None:
             with self:
@@ -158,7 +166,7 @@ class Tracer(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         self._refuse(func, args)
-        if func in _INDEXING:
+        if func in _INDEXING or (func in _PUTTING and self._puts_picked(args)):
             args = self._without_masks(args)
         try:
             return self._record(func, args, kwargs)
@@ -251,6 +259,7 @@ class Tracer(TorchDispatchMode):
         node = self.graph.call_function(func, node_args, node_kwargs)
         place = self._provenance.here()
         self._set(node, out, place)
+        self.picking.follow(node, out)
         if isinstance(out, Tensor):
             self._nodes[id(out)] = node
         elif isinstance(out, (tuple, list)):
@@ -258,6 +267,7 @@ class Tracer(TorchDispatchMode):
                 if isinstance(part, Tensor):
                     item = self.graph.call_function(operator.getitem, (node, i))
                     self._set(item, part, place)
+                    self.picking.follow(item, part)
                     self._nodes[id(part)] = item
         return out
 
@@ -381,6 +391,8 @@ class Tracer(TorchDispatchMode):
         return value
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.branches.every_row and (some := self.picking.answer(self.node_of(args[0]))) is not None:
+            return some
         what, instead = "the model reads the value of a tensor", _BRANCHES_INSTEAD
         if called := torch_function(sys._getframe(1)):
             what, instead = f"{called} itself reads the value of a tensor", _WITHOUT_CHECKS_INSTEAD
@@ -397,6 +409,8 @@ class Tracer(TorchDispatchMode):
             x, mask = torch.broadcast_tensors(*args) if args[0].shape != args[1].shape else args
             with self:
                 return aten.index.Tensor(x, [mask])
+        if func is PICKS and self.branches.every_row and (positions := self._every_position(args[0])) is not None:
+            return positions
         what = f"the shape of {func} depends on the value of a tensor"
         node_args, _ = self._map(args)
         node_kwargs, _ = self._map(kwargs)
@@ -408,6 +422,30 @@ class Tracer(TorchDispatchMode):
         shaping_args, shaping_kwargs = _map_tensors((args, kwargs), lambda t: self._shaping_node(func, t))
         self.reads.append(Read(None, func, shaping_args, shaping_kwargs, fixed))
         return made
+
+    def _every_position(self, mask: Tensor) -> Tensor | None:
+        """`nonzero` of a mask that follows from parameters, as if all were picked; None for any other."""
+        node = self.node_of(mask)
+        if self.picking.is_known(node):
+            return None
+        with off_the_record(), self.fake_mode:
+            every = torch.empty((mask.numel(), mask.dim()), dtype=torch.int64, device="cpu")
+        found: Tensor = self._emit(PICKS, (node,), {}, every)
+        self.picking.add(self.node_of(found), mask.shape)
+        self._note(
+            f"{self.location(short=True)}: a mask picks rows by what parameters say: all {mask.numel()} are computed, "
+            "those not picked left out, and what runs over those that were hit runs over all"
+        )
+        return found
+
+    def is_row_number(self, index: Any) -> bool:
+        """Whether `index` is the number of one row that a mask picks."""
+        is_scalar = isinstance(index, Tensor) and index.dim() == 0
+        return is_scalar and self.picking.is_number(self._nodes.get(id(unwrapped(index))))
+
+    def picked(self, tensor: Tensor) -> frozenset[int]:
+        """The sizes of `tensor` that are numbers of picked rows."""
+        return self.picking.sizes(self._nodes.get(id(unwrapped(tensor))))
 
     def _shaping_value(self, func: Any, tensor: Tensor, what: str) -> Any:
         """The value of an operand, or zeros where the shape of `func`'s result does not depend on it."""
@@ -427,6 +465,11 @@ class Tracer(TorchDispatchMode):
         """An unrecorded fake CPU tensor of the same shape, strides and dtype."""
         with off_the_record(), self.fake_mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+    def _puts_picked(self, args: tuple[Any, ...]) -> bool:
+        """Whether parameters say where a mask has something written to."""
+        masks = filter(_is_mask, args[1]) if self.branches.every_row else ()
+        return not all(self.picking.is_known(self.node_of(mask)) for mask in masks)
 
     def _without_masks(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Index arguments with each boolean mask replaced by the positions of its true elements."""
