@@ -406,9 +406,8 @@ class Tracer(TorchDispatchMode):
     def _record_dynamic(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an op whose shape depends on values, with the shape that the example inputs give."""
         if func is aten.masked_select.default:
-            x, mask = torch.broadcast_tensors(*args) if args[0].shape != args[1].shape else args
             with self:
-                return aten.index.Tensor(x, [mask])
+                return aten.index.Tensor(*_broadcast(*args))
         if func is PICKS and self.branches.every_row and (positions := self._every_position(args[0])) is not None:
             return positions
         what = f"the shape of {func} depends on the value of a tensor"
@@ -492,6 +491,13 @@ class Tracer(TorchDispatchMode):
         if not file:
             return self._provenance.here().source or "in the model"
         return short_location(file, line) if short else f"{file}:{line}"
+
+
+def _broadcast(x: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A tensor and a mask of its shape, as arguments of an index."""
+    shape = torch.broadcast_shapes(x.shape, mask.shape)
+    x, mask = (t if t.shape == shape else aten.expand.default(t, shape) for t in (x, mask))
+    return x, [mask]
 
 
 def _is_mask(index: Any) -> bool:
