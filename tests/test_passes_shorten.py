@@ -203,6 +203,33 @@ def test_nothing_is_left_out_where_layers_do_not_repeat(ffns: list[int]) -> None
     assert shorten(whole) is whole
 
 
+def test_nothing_is_left_out_where_each_layer_shortens_what_it_reads() -> None:
+    """As the convolutions do that wav2vec2 hears by: the same calls on ever shorter sounds."""
+
+    class Halving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(8, 8, 2, stride=2), nn.GroupNorm(1, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.gelu(self.norm(self.conv(x)))
+
+    class Hearing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Halving() for _ in range(7))
+
+        def forward(self, sound: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                sound = layer(sound)
+            return sound.square().mean()
+
+    whole = prepare(capture(Hearing(), (torch.zeros(4, 8, 256),), batch_dims=[0], batch_size=4))
+    assert shorten(whole) is whole
+    plan = compile_plan(whole, on_mesh("h100", (("dp", 2), ("tp", 2))), (0,), Request())
+    assert plan.peak_memory_bytes > 0
+
+
 def test_nothing_is_left_out_where_a_result_of_every_layer_is_read() -> None:
     whole = program(*[1024] * LAYERS, collects=True)
     assert shorten(whole) is whole

@@ -3,8 +3,8 @@
     layers      0 1 2 3 4 5 ... 60 61 62 63
     kept        0 1 2 3 4             62 63        layer 3 stands for itself and for 5 ... 61, say
 
-Layers are left out only where they are copies of their neighbours: the same calls on the same positions of the layer
-itself, the layer before (forward) or behind (backward), or on one value that all share. A run of such layers keeps
+Layers are left out only where they are copies of their neighbours: the same calls, with results of the same shapes (a
+stack of convolutions shortens what it reads), on the same positions of the layer itself, the layer before (forward) or behind (backward), or on one value that all share. A run of such layers keeps
 three copies: what comes before settles, the one in the middle *stands for* those left out, and the one behind reads it.
 `Repeated` says which and how many, and everything that counts, adds up or plays the step goes by it.
 """
@@ -160,7 +160,8 @@ def _signature(stack: _Stack, layer: int, unit: int) -> tuple[object, ...]:
         if node.target is UNIFORM:  # its number is its name
             args, kwargs = args[:1] + args[2:], {key: value for key, value in kwargs.items() if key != "salt"}
         stored = tuple(map(from_here, stack.stored.get(node, ())))
-        return node.op, node.target, stack.inside[node.meta["module"]], told(args), told((*kwargs.items(),)), stored
+        place = node.op, node.target, stack.inside[node.meta["module"]]
+        return *place, told(args), told((*kwargs.items(),)), facts_of(node.meta.get("val")), stored
 
     nodes = (
         (phase, node) for phase in ("given", "forward", "backward") for node in stack.nodes.get((phase, layer), ())
