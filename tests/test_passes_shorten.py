@@ -209,10 +209,10 @@ def test_nothing_is_left_out_where_each_layer_shortens_what_it_reads() -> None:
     class Halving(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.norm = nn.Conv1d(8, 8, 2, stride=2), nn.GroupNorm(1, 8)
+            self.conv, self.norm = nn.Conv1d(8, 8, 2, stride=2), nn.LayerNorm(8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.gelu(self.norm(self.conv(x)))
+            return torch.nn.functional.gelu(self.norm(self.conv(x).mT).mT)
 
     class Hearing(nn.Module):
         def __init__(self) -> None:

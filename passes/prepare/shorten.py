@@ -4,9 +4,10 @@
     kept        0 1 2 3 4             62 63        layer 3 stands for itself and for 5 ... 61, say
 
 Layers are left out only where they are copies of their neighbours: the same calls, with results of the same shapes (a
-stack of convolutions shortens what it reads), on the same positions of the layer itself, the layer before (forward) or behind (backward), or on one value that all share. A run of such layers keeps
-three copies: what comes before settles, the one in the middle *stands for* those left out, and the one behind reads it.
-`Repeated` says which and how many, and everything that counts, adds up or plays the step goes by it.
+stack of convolutions shortens what it reads), on the same positions of the layer itself, the layer before (forward) or
+behind (backward), or on one value that all share. A run of such layers keeps three copies: what comes before settles,
+the one in the middle *stands for* those left out, and the one behind reads it. `Repeated` says which and how many, and
+everything that counts, adds up or plays the step goes by it.
 """
 
 from __future__ import annotations
