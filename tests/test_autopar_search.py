@@ -386,7 +386,7 @@ def test_the_search_says_where_the_allocator_has_little_room(found: SearchResult
 
 def test_copies_of_the_model_are_tried_too() -> None:
     """DDP's step is that of the plan for it; where it is the fastest that fits, the verdict says so."""
-    result = autopar.search(small(), 2, "h100", 4, sequence=512)
+    result = autopar.search(small(), 2, "h100", 4, sequence=512, options=OPTIONS)
     copied = next(c for c in result.candidates if c.mesh == {"dp_replicate": 2})
     ids = torch.empty(copied.setup.micro_batch, 512, dtype=torch.long, device="meta")
     options = result.options(copied)
@@ -752,7 +752,7 @@ def gpt(hidden: int, layers: int, heads: int) -> nn.Module:
 def test_sharded_state_is_enough_for_7b_on_a_node() -> None:
     """As LLaMA-2 7B and MPT-7b are trained: FSDP alone (llm-foundry's and torchtitan's published runs)."""
     options = autopar.Options(recompute="full")
-    result = autopar.search(llama(4096, 32, 32, 11008), 8, "h100", 32, sequence=2048, options=options, top=1)
+    result = autopar.search(llama(4096, 32, 32, 11008), 8, "h100", 8, sequence=2048, options=options, top=1)
     assert result.verdict.answer == "state"
     assert result.best.setup.tp == 1
     assert any("fp8" in candidate.priced_only for candidate in result.candidates)

@@ -163,19 +163,18 @@ def test_what_fits_no_better_with_products_at_once_is_not_played_again(monkeypat
 
 
 def test_activations_gathered_again_make_room_for_kept_parameters() -> None:
-    """Within budgets where both fit together, the plan is not behind what does both, as it is told to."""
+    """Within a budget where both fit together, the plan is not behind what does both, as it is told to."""
     model = sized_llama(2048, 8192, 3, 16, 16, 4096).to(torch.bfloat16)
     ids = torch.empty(8, 2048, dtype=torch.long, device="meta")
     program = captured(model, {"input_ids": ids, "labels": ids})
     where = topology(hardware("h100"), {"dp": 4, "tp": 4})
     free = compile_plan(program, where, [0], Request())
     both = compile_plan(program, where, [0], Request(reshard=False, regather=True))
-    for share in (0.98, 0.9):
-        budget = int(share * free.peak_memory_bytes)
-        assert both.peak_memory_bytes < budget < free.peak_memory_bytes
-        within = compile_plan(program, where, [0], Request(budget_bytes=budget))
-        assert within.peak_memory_bytes <= budget, share
-        assert within.step_time_s <= both.step_time_s * (1 + 1e-3), share
+    budget = int(0.98 * free.peak_memory_bytes)
+    assert both.peak_memory_bytes < budget < free.peak_memory_bytes
+    within = compile_plan(program, where, [0], Request(budget_bytes=budget))
+    assert within.peak_memory_bytes <= budget
+    assert within.step_time_s <= both.step_time_s * (1 + 1e-3)
 
 
 LLAMA = LlamaConfig(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autopar
+from passes.capture.guards import broken
 from passes.errors import CaptureError
 
 HIDDEN, FFN, EXPERTS, VOCAB = 16, 32, 4, 48
@@ -91,6 +92,8 @@ def by_numbers(self: Mixture, x: Tensor, weights: Tensor, chosen: Tensor) -> Ten
         hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
     for e in hit:
         e = e[0]
+        if e == EXPERTS:
+            continue
         slot, token = torch.where(mask[e])
         rows = F.silu(x[token] @ self.up[e]) @ self.down[e]
         out.index_add_(0, token, rows * weights[token, slot, None])
@@ -180,6 +183,27 @@ def _trained(rank: int, ranks: int) -> None:
             optimizer.zero_grad()
             losses.append(loss.item())
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def told(self: Mixture, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """Reads an expert's number beside a buffer, which may change."""
+    for e in F.one_hot(chosen, EXPERTS).sum((0, 1)).nonzero():
+        token, nth = torch.where(chosen == e)
+        if float(e[0] + self.avoided[0]) < EXPERTS:
+            x = x.index_add(0, token, self.experts[int(e)](x[token]) * weights[token, nth, None])
+    return x
+
+
+def test_what_is_read_of_positions_follows_from_no_parameter() -> None:
+    for route, buffers in ((by_numbers, 0), (told, 2)):
+        model, inputs = _built(route)
+        program = captured(model, inputs)
+        assert program.guards is None if not buffers else len(program.guards.buffers) == buffers
+        if program.guards is not None:
+            known = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            assert not broken(program.guards, inputs, known)
+            known["mixtures.1.avoided"][0] = 7.0
+            assert {fixed.value for fixed in broken(program.guards, inputs, known)} == {0.0, 1.0, 2.0, 3.0}
 
 
 def test_training_on_ranks_is_that_of_one_device() -> None:

@@ -223,7 +223,8 @@ def _capture(asked: _Asked, branches: Branches) -> Program:
         more_notes += precision.notes([slot.tensor for slot in held if slot.input.kind == "parameter"])
 
     _refuse_mixed_products(tracer.graph)
-    guards = guards_of(tracer.root, tracer.reads, {tracer.node_of(slot.fake): slot.input for slot in slots}, changed)
+    known = {tracer.node_of(slot.fake): slot.input for slot in slots}
+    guards = guards_of(tracer.root, tracer.reads, known, changed, tracer.picking.picks)
     more_notes += _changing_notes(guards)
     tracer.graph.output(tuple(nodes))
     if branches.every_row:

@@ -37,12 +37,17 @@ class Read:
 
 
 def guards_of(
-    root: torch.nn.Module, reads: Sequence[Read], inputs: Mapping[fx.Node, Input], changed: Collection[str]
+    root: torch.nn.Module,
+    reads: Sequence[Read],
+    inputs: Mapping[fx.Node, Input],
+    changed: Collection[str],
+    picks: Collection[fx.Node] = (),
 ) -> Guards | None:
-    """The reads that follow from the user's inputs or from buffers; the step changes those named in `changed`."""
+    """The reads that follow from the user's inputs or from buffers; the step changes those named in `changed`. What
+    `picks` give, every position of a mask, follows from its shape alone."""
     kept = []
     for read in reads:
-        needed = _ancestors([read.node] if read.node is not None else _nodes((read.args, read.kwargs)))
+        needed = _ancestors([read.node] if read.node is not None else _nodes((read.args, read.kwargs)), picks)
         given = [inputs[node] for node in needed if node in inputs]
         if given:
             kept.append((replace(read, fixed=_of_buffers(read.fixed, given, changed)), needed))
@@ -52,7 +57,7 @@ def guards_of(
     of_user = [node for node in leaves if inputs[node].kind == "input"]
     of_model = [node for node in leaves if inputs[node].kind != "input"]
     return Guards(
-        graph_module(root, _computing(kept, [*of_user, *of_model])),
+        graph_module(root, _computing(kept, [*of_user, *of_model], picks)),
         inputs=tuple(inputs[node].path for node in of_user),
         buffers=tuple(inputs[node].name for node in of_model),
         fixed=tuple(read.fixed for read, _ in kept),
@@ -66,14 +71,20 @@ def _of_buffers(fixed: Fixed, given: Sequence[Input], changed: Collection[str]) 
     return replace(fixed, buffers=buffers if len(buffers) == len(given) else (), written=written)
 
 
-def _computing(reads: Sequence[tuple[Read, Sequence[fx.Node]]], leaves: Sequence[fx.Node]) -> fx.Graph:
+def _computing(
+    reads: Sequence[tuple[Read, Sequence[fx.Node]]], leaves: Sequence[fx.Node], picks: Collection[fx.Node]
+) -> fx.Graph:
     """A graph from `leaves` to what was read, each with the nodes that it follows from."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in leaves}
     results = []
     for read, needed in reads:
         for node in needed:
-            if node not in copies:
+            if node in picks:
+                shape = list(node.all_input_nodes[0].meta["val"].shape)
+                every = graph.call_function(aten.ones.default, (shape,), {"dtype": torch.bool})
+                copies[node] = graph.call_function(aten.nonzero.default, (every,))
+            elif node not in copies:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         if read.node is not None:
             results.append(copies[read.node])
@@ -94,8 +105,8 @@ def _nodes(value: Any) -> list[fx.Node]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node)]
 
 
-def _ancestors(leaves: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes that `leaves` follow from and they themselves, in an order in which they can run."""
+def _ancestors(leaves: Sequence[fx.Node], picks: Collection[fx.Node]) -> list[fx.Node]:
+    """The nodes that `leaves` follow from, up to `picks`, and they themselves, in an order in which they can run."""
     order: dict[fx.Node, None] = {}
     stack = [(node, False) for node in leaves]
     while stack:
@@ -104,7 +115,7 @@ def _ancestors(leaves: Sequence[fx.Node]) -> list[fx.Node]:
             order[node] = None
         elif node not in order:
             stack.append((node, True))
-            stack.extend((parent, False) for parent in node.all_input_nodes)
+            stack.extend((parent, False) for parent in node.all_input_nodes if node not in picks)
     return list(order)
 
 
