@@ -3,6 +3,7 @@
     python benchmarks/zoo.py                              all of zoo.csv: 75 CPU minutes
     python benchmarks/zoo.py --resume                     those that the result file lacks
     python benchmarks/zoo.py --only llama,t5@s2s          some, by name
+    python benchmarks/zoo.py --others --simulate --out zoo_of_others.csv      all that zoo.csv does not list
     python benchmarks/zoo.py --failed                     those that failed, again
     python benchmarks/zoo.py --simulate                   all ranks played in one process: a fifth of the time
     python benchmarks/zoo.py --simulate --tp 3 --out zoo_of_three.csv     no dim is even
@@ -580,13 +581,28 @@ def _kinds(rows: dict[tuple[str, str], Row]) -> str:
     return ", ".join(f"{count} steps on {kind} ranks" for kind, count in sorted(counts.items()))
 
 
+def _families() -> dict[str, str]:
+    """Architectures in `zoo.csv` and what kind they are of."""
+    with (FOLDER / "zoo.csv").open() as file:
+        return {record["name"]: record["family"] for record in csv.DictReader(file)}
+
+
+def _asked(arguments: argparse.Namespace) -> list[str]:
+    """All that may be run: those in `zoo.csv`, or with `--others` every other one that `transformers` has."""
+    if not arguments.others:
+        return list(_families())
+    import zoo_models
+
+    every = [f"{kind}@{task}" if task else kind for task, kinds in zoo_models.TASKS.items() for kind in kinds]
+    return [name for name in every if name not in _families()]
+
+
 def _chosen(
     arguments: argparse.Namespace, rows: dict[tuple[str, str], Row]
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(architecture, family, strategies to run)."""
-    with (FOLDER / "zoo.csv").open() as file:
-        listed = {record["name"]: record["family"] for record in csv.DictReader(file)}
-    names = arguments.only.split(",") if arguments.only else list(listed)
+    listed = _families()
+    names = arguments.only.split(",") if arguments.only else _asked(arguments)
     for name in names:
         strategies = tuple(arguments.strategies.split(","))
         if arguments.resume:
@@ -601,6 +617,7 @@ def _chosen(
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="names, separated by commas")
+    parser.add_argument("--others", action="store_true", help="what zoo.csv does not list; give --out")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--resume", action="store_true", help="skip what the result file has")
     parser.add_argument("--failed", action="store_true", help="run again what the result file has as failed")
@@ -611,11 +628,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=dict(MESH)["tp"], help="ranks of the tensor axis, with --simulate")
     parser.add_argument("--no-run", action="store_true", help="only make the .md from the .csv")
     arguments = parser.parse_args()
-    if arguments.tp != dict(MESH)["tp"]:
-        if not arguments.simulate:
-            parser.error("--tp goes with --simulate: there are four ranks")
-        if arguments.out == parser.get_default("out"):
-            parser.error("--tp: give --out, as the results kept are of another mesh")
+    another_mesh = arguments.tp != dict(MESH)["tp"]
+    if another_mesh and not arguments.simulate:
+        parser.error("--tp goes with --simulate: there are four ranks")
+    if (arguments.others or another_mesh) and arguments.out == parser.get_default("out"):
+        parser.error("--tp and --others: give --out, as the results kept are of another mesh and of zoo.csv")
     return arguments
 
 
@@ -651,9 +668,7 @@ def main() -> int:
                 ranks = None
     if ranks is not None:
         ranks.stop()
-    with (FOLDER / "zoo.csv").open() as file:
-        asked = sum(1 for _ in csv.DictReader(file))
-    text = summary(rows, asked, mesh)
+    text = summary(rows, len(_asked(arguments)), mesh)
     arguments.out.with_suffix(".md").write_text(text)
     print(text.partition("## Each architecture")[0])
     return 0 if all(row.right for row in rows.values()) else 1

@@ -441,6 +441,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SWIN = {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "patch_size": 4}
 _VOCABMAP = {"vocabulary_map": {"<image>": 250, **{f"IMGIMG{c}Z": 200 + i for i, c in enumerate("ABCDEFGH")}}}
 OVERRIDES = {  # model_type -> {field: value}; a value may be a callable of the kwargs so far
+    "cvt": {"drop_path_rate": [0.0, 0.0, 0.0]},
     # causal LMs
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {
