@@ -122,14 +122,23 @@ def by_mask(self: Mixture, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor
 
 
 def by_score(self: Mixture, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """Picked by numbers that are not zero; weights looked up by row and by expert."""
+    """Picked by numbers that are not zero, by which rows are divided; looked up by row and by expert."""
     out, scores = torch.zeros_like(x), torch.zeros(len(x), EXPERTS).scatter(1, chosen, weights)
     for e, expert in enumerate(self.experts):
         if (scores[:, e] != 0).sum() == 0:
             continue
         (token,) = (scores[:, e] != 0).nonzero(as_tuple=True)
-        out = out.index_add(0, token, expert(x[token]) * scores[token, e, None])
+        out = out.index_add(0, token, expert(x[token] / scores[token, e, None]) * scores[token, e, None])
     return out
+
+
+def written_twice(self: Mixture, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """Tokens that chose two experts of a group are written twice, the same."""
+    out = torch.zeros_like(x)
+    for group in range(2):
+        token, _ = torch.where(chosen // 2 == group)
+        out[token] = self.experts[group](x[token])
+    return out * weights.amax(-1, keepdim=True)
 
 
 def of_sequences(self: Mixture, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -142,7 +151,7 @@ def of_sequences(self: Mixture, x: Tensor, weights: Tensor, chosen: Tensor) -> T
     return out
 
 
-ROUTES = (by_expert, by_experts_hit, by_numbers, written_back, by_mask, by_score, of_sequences)
+ROUTES = (by_expert, by_experts_hit, by_numbers, written_back, by_mask, by_score, written_twice, of_sequences)
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)

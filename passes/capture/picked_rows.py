@@ -51,7 +51,7 @@ _SUMS = {
     aten.sum.default, aten.sum.dim_IntList, aten.mm.default, aten.bmm.default, aten.addmm.default,
     aten.baddbmm.default, aten.mv.default, aten.dot.default, aten.native_layer_norm_backward.default,
 }  # fmt: skip
-"""Ops that are linear in each operand, or in the first, and sum."""
+"""Ops that sum over what all their operands have in common, each row's part of which is zero where its operands are."""
 _SAME = {
     aten.view.default, aten._unsafe_view.default, aten.clone.default, aten.squeeze.default, aten.squeeze.dim,
     aten.squeeze.dims,
@@ -95,8 +95,6 @@ class PickedRowsError(CaptureError):
 
 _Tags = Mapping[int | None, Rows]
 """Of one tensor: the dims of which not every element is there; under None, whether the tensor is."""
-
-
 _COPIES = {aten.view.default, aten._to_copy.default, aten.clone.default}
 _ANY = {aten.any.default, aten.any.dim, aten.any.dims}
 _COUNTS = {aten.sum.default, aten.sum.dim_IntList}
@@ -130,12 +128,13 @@ def picked_as_all(graph: fx.Graph, picks: Sequence[fx.Node], asked: Sequence[fx.
 
     Raises:
         PickedRowsError: something is done with picked rows but what treats each by itself.
+        CaptureError: something else was asked.
     """
     picked = {_text(node.all_input_nodes[0]) for node in picks}
     for node in asked:
         found = asked_of_mask(node)
         if found is not None and _text(found[0]) not in picked:
-            raise PickedRowsError(
+            raise CaptureError(
                 f"{place_of(node)}: the model reads whether any of a tensor, which parameters say, is true. Use tensor "
                 "ops (torch.where, masks) instead"
             )
@@ -368,7 +367,7 @@ def _summed(node: fx.Node, form: Form, factor: int) -> frozenset[int]:
     """The operands that get zeros where `factor` is not there, so that sums leave it out."""
     having = [i for i, dims in enumerate(form.operands) if any(factor in of for of in dims)]
     if node.target in _SUMS:
-        return frozenset(having[:1])
+        return frozenset(having)  # all: what was computed of rows that are not there may be no number
     groups = (group.intersection(having) for group in form.linear)
     if found := next(filter(None, groups), None):
         return found

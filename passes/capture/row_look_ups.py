@@ -54,9 +54,8 @@ class LookUp:
             return add(aten.unsqueeze.default, of, self.first) if self.mask else of
         order = self._order(len(shape_of(of)))
         of = _permuted(add, of, order)
-        for dim in range(len(self.mask)):
-            if dim not in self.where:
-                of = add(aten.unsqueeze.default, of, dim)
+        for dim in self._others:
+            of = add(aten.unsqueeze.default, of, dim)
         left = shape_of(of)[len(self.mask) :]
         of = add(aten.expand.default, of, [*self.mask, *left])
         return _moved(add, packed_view(add, of, [math.prod(self.mask), *left]), 0, self.first)
@@ -81,12 +80,28 @@ class LookUp:
             values = add(aten.squeeze.dim, values, self.first) if self.mask else values
             new = add(aten.where.self, there.valid, values, old)
             return add(aten.select_scatter.default, into, new, dim, number)
-        rows = both(add, self.rows, there)
+        rows = self._last(add, both(add, self.rows, there))
         new = self._gathered(add, masked(add, values, self.first, rows))
         count = _along(add, rows.valid, 0, 1 + len(shape_of(into)) - len(self.where))
         count = add(aten._to_copy.default, _moved(add, count, 0, self.first), dtype=torch.float32)
         written = add(aten.gt.Scalar, self._gathered(add, count), 0)
         return add(aten.where.self, written, new, into)
+
+    def _last(self, add: AdderBefore, rows: Rows) -> Rows:
+        """Of rows that are written to one place the last, as eager leaves it."""
+        if not self._others:
+            return rows
+        ones = [size if dim in self._others else 1 for dim, size in enumerate(self.mask)]
+        order = add(aten.arange.start_step, 1, math.prod(ones) + 1, 1, dtype=torch.int64, device=torch.device("cpu"))
+        valid = add(aten.view.default, rows.valid, list(self.mask))
+        order = add(aten.mul.Tensor, add(aten.view.default, order, ones), valid)
+        is_last = add(aten.eq.Tensor, order, add(aten.amax.default, order, self._others, True))
+        return Rows(packed_view(add, add(aten.logical_and.default, valid, is_last), [math.prod(self.mask)]))
+
+    @property
+    def _others(self) -> list[int]:
+        """The mask's dims that the tensor has not."""
+        return [dim for dim in range(len(self.mask)) if dim not in self.where]
 
     def _gathered(self, add: AdderBefore, values: fx.Node) -> fx.Node:
         """Sums of rows at one place, as dims of the tensor that they are looked up in (less those in `numbers`)."""
@@ -95,8 +110,8 @@ class LookUp:
         values = _moved(add, values, self.first, 0)
         left = shape_of(values)[1:]
         values = packed_view(add, values, [*self.mask, *left])
-        if others := [dim for dim in range(len(self.mask)) if dim not in self.where]:
-            values = add(aten.sum.dim_IntList, values, others, False, dtype=values.meta["val"].dtype)
+        if self._others:
+            values = add(aten.sum.dim_IntList, values, self._others, False, dtype=values.meta["val"].dtype)
         order = self._order(len(shape_of(values)))
         return _permuted(add, values, [order.index(dim) for dim in range(len(order))])
 
@@ -107,6 +122,7 @@ class LookUp:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of what a node gives."""
     return tuple(node.meta["val"].shape)
 
 
@@ -134,6 +150,7 @@ def _along(add: AdderBefore, valid: fx.Node, dim: int, dims: int) -> fx.Node:
 
 
 def packed_view(add: AdderBefore, of: fx.Node, shape: Sequence[int]) -> fx.Node:
+    """The same elements in another shape, copied where they do not lie in order."""
     if list(shape_of(of)) == list(shape):
         return of
     if not of.meta["val"].is_contiguous():
