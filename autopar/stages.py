@@ -37,7 +37,7 @@ class Stages:
     """
 
     def __init__(self, *, shown: bool = True, speaks: bool = True, prefix: str = "") -> None:
-        self._shown = shown and speaks
+        self._shown = shown and speaks and sys.stderr is not None  # None where a process has it closed
         self._speaks = speaks
         self._prefix = prefix
         self._start_s = time.monotonic()

@@ -185,6 +185,7 @@ def made_here(folder: Path) -> Here:
     seeing = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "num_hidden_layers": 2}
     (folder / "seeing.json").write_text(json.dumps(seeing), encoding="utf-8")
     (folder / "wordless.json").write_text('{"model_type": "llama", "vocab_size": 0}', encoding="utf-8")
+    (folder / "kindless.json").write_text('{"model_type": 5}', encoding="utf-8")
     (folder / "numbered.json").write_text('{"model_type": "llama", "architectures": [3]}', encoding="utf-8")
     edit(plan, folder / "misspelt.json", "up.weight", in_compute="RQ")
     edit(plan, folder / "short.json", "up.weight", in_compute="R")

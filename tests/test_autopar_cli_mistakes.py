@@ -84,8 +84,11 @@ MISTAKES = [
     ("plan MODEL --from HERE/inputs.json", "the plan's inputs ('example') are no JSON"),
     ("plan MODEL --from HERE/newer.json", "a plan of version 2, but this autopar reads version 1"),
     ("plan MODEL --from HERE/edited.json --mesh tp=2", "RS(0) has 2 placements, but the mesh has 1 axis"),
-    ("plan llama3-8 --mesh dp=2", "did you mean llama3-8b"),
-    ("plan nope --mesh dp=2", "A model is a preset"),
+    (
+        "plan llama3-8c --mesh dp=2",
+        "did you mean llama3-8b or llama3-70b or llama3-405b? A model is a preset, a Hugging",
+    ),
+    ("plan nope --mesh dp=2", "A model is a preset (llama2-7b, "),
     ("plan HERE/nope.py:build --mesh dp=2", "no such file"),
     ("plan HERE/models.py --mesh dp=2", "name the function"),
     ("plan HERE/nope.py --mesh dp=2", "nope.py: no such file; pass file.py:function"),
@@ -125,6 +128,7 @@ MISTAKES = [
     ("plan MODEL --mesh dp=2 --memory-budget 0", "is nothing"),
     (f"plan MODEL --mesh dp=2 --memory-budget {'9' * 400}", "9' is more than a device has; write bytes, or 80GiB"),
     (f"plan MODEL --mesh dp=2 --accumulate {'9' * 400}", "9' is no positive whole number of at most 18 digits"),
+    ("plan HERE/kindless.json --mesh dp=2", "'model_type' is 5; the name of an architecture is wanted"),
     ("plan HERE/numbered.json --mesh dp=2", "'architectures' is [3]; a list of names of classes"),
     (
         "plan HERE/seeing.json --mesh dp=2 --seq 99",
@@ -307,6 +311,18 @@ def test_closed_standard_output_is_no_traceback(here: Here) -> None:
     closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
     ran = subprocess.run(closed, stderr=subprocess.PIPE, text=True, env=environment(), check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_closed_standard_error_hides_stages_and_mistakes_alone(
+    here: Here, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["inspect", f"{here.folder}/models.py:build", "--mesh", "dp=2"]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    for words, code, out in ((command, 0, told), (["inspect", "nothing", "--mesh", "dp=2"], 2, "")):
+        monkeypatch.setattr(sys, "stderr", None)
+        assert main(words) == code
+        assert capsys.readouterr().out == out
 
 
 def test_what_does_not_fit_is_told_in_flags() -> None:

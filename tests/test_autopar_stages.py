@@ -61,6 +61,13 @@ def test_a_stage_of_many_parts_is_one_line(capfd: pytest.CaptureFixture[str]) ->
     assert told == ["pricing", "playing: 1 x 4 x 1", "drawing"]
 
 
+def test_no_standard_error_is_no_failure(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with Stages() as tell:
+        tell("pricing")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_stage_that_takes_long_is_told_again_with_its_time(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

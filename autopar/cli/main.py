@@ -68,8 +68,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
-    if sys.stdout is None:  # closed: nobody looks on, and no file that is written may take its number
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: nobody looks on, and no file that is written may take its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         given, unknown = parser().parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # argparse has said why

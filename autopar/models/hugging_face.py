@@ -65,9 +65,11 @@ def from_config(path: Path, wanted: Wanted) -> Named:
         config = read_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no JSON ({error}); pass a Hugging Face config.json") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(f"{path}: no 'model_type' in it; pass a Hugging Face config.json")
     kind = config.pop("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"{path}: 'model_type' is {kind!r}; the name of an architecture is wanted, such as 'llama'")
     classes = config.pop("architectures", None) or [""]
     if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes):
         raise ValueError(f"{path}: 'architectures' is {classes!r}; a list of names of classes is wanted")

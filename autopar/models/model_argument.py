@@ -37,8 +37,8 @@ def load_model(argument: str, wanted: Wanted | None = None) -> Named:
     if argument.endswith(".json"):
         raise ValueError(f"{argument}: no such file; pass a Hugging Face config.json")
     near = difflib.get_close_matches(argument.lower(), presets(), n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    hint, known = (f"; did you mean {' or '.join(near)}?", "") if near else (".", f" ({', '.join(presets())})")
     raise ValueError(
-        f"no model {argument!r}{hint} A model is a preset ({', '.join(presets())}), a Hugging Face config.json or its "
-        "folder, or file.py:function"
+        f"no model {argument!r}{hint} A model is a preset{known}, a Hugging Face config.json or its folder, or "
+        "file.py:function"
     )
