@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import autopar
 from passes.capture.capture import capture
@@ -375,6 +376,15 @@ def test_experts_in_a_python_loop_are_refused_with_what_to_do() -> None:
     model.set_experts_implementation("eager")
     with pytest.raises(CaptureError, match=r"modeling_mixtral.py:\d+.*set_experts_implementation\('grouped_mm'\)"):
         capture(model, (), kwargs)
+
+
+def test_experts_whose_widths_a_grouped_product_refuses_get_its_own_error_alone() -> None:
+    sizes = {"hidden_size": 20, "intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_hidden_layers=1, vocab_size=32)).bfloat16()
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    with pytest.raises(CaptureError, match="multiple of 16 bytes") as caught:
+        capture(model, (), {"input_ids": ids, "labels": ids})
+    assert "5.23" not in str(caught.value)
 
 
 def test_products_of_groups_of_any_number_of_rows() -> None:
