@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small_models import sized_llama, tokens
@@ -14,7 +16,7 @@ from autopar.runs.shallow import Prefix, Shallow, _depths, shallow
 from costmodel.memory import OPTIMIZERS
 from costmodel.presets import hardware
 from passes.runs.candidate_memory import sharded_peak_bytes
-from passes.runs.depth import PLACES, Profile
+from passes.runs.depth import PLACES, Profile, _entered
 from passes.runs.setup import Setup
 from passes.space.recompute import Mode
 
@@ -161,6 +163,13 @@ def test_scales_computed_again_before_the_loss_are_no_layers_backward() -> None:
     )  # fmt: skip
     assert planned.recompute == "pointwise"
     assert peak_bytes(found) == pytest.approx(planned.peak_memory_bytes, rel=0.02)
+
+
+def test_a_layer_is_entered_behind_the_next_one() -> None:
+    """Not where it makes what all of them read, as a loop's masks are."""
+    phases = [("forward", layer) for layer in "abcd "] + [("backward", layer) for layer in "dad dcba"]
+    played = [(phase, layer.strip(), float(i)) for i, (phase, layer) in enumerate(phases)]
+    assert _entered(SimpleNamespace(layers=played)) == [5.0, 10.0, 11.0, 12.0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

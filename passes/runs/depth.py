@@ -176,7 +176,7 @@ def _entered(schedule: Schedule) -> list[float]:
     """When backward first enters each repeated layer, from the last one to the first.
 
     What backward computes again of all layers may come before the loss, in forward's order (scales made of weights):
-    that is no backward of theirs.
+    that is no backward of theirs. Nor is what one layer makes for those behind it (a table that all of them read).
     """
     order = [layer for phase, layer, _ in schedule.layers if phase == "forward" and layer]
     visits = [
@@ -187,10 +187,11 @@ def _entered(schedule: Schedule) -> list[float]:
     if visits and order and visits[0][0] != order[-1]:
         last = [i for i, (layer, _) in enumerate(visits) if layer == order[-1]]
         visits = visits[last[0] + 1 if len(last) > 1 else 0 :]
-    firsts: dict[str, float] = {}
-    for layer, start in visits:
-        firsts.setdefault(layer, start)
-    return list(firsts.values())
+    entered: list[float] = []
+    for layer in reversed(dict.fromkeys(order)):
+        after = [start for visited, start in visits if visited == layer and (not entered or start > entered[-1])]
+        entered += after[:1]
+    return entered
 
 
 def _counts(found: dict[str, float], space: Space, assignment: Sequence[int]) -> None:
