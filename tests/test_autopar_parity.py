@@ -23,7 +23,7 @@ STRATEGIES = {(4,): ("ddp", "fsdp", "auto"), (2, 2): ("fsdp", "megatron", "auto"
 """By mesh; without a tensor axis `megatron` stores and computes as `fsdp` does, and with one `ddp` leaves it idle."""
 RUNS = [*((name, (2, 2)) for name in MODELS), ("gpt2", (4,)), ("hand", (4,))]
 """On one axis a tied table that four ranks do not divide, and frozen parameters; the other models have neither."""
-STEPS = 5
+STEPS = 3
 
 
 def local_batch(value: Any, mesh: DeviceMesh) -> Any:

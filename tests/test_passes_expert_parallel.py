@@ -314,10 +314,10 @@ def test_what_is_not_priced_is_refused(setup: Setup, said: str) -> None:
 
 def test_the_search_prices_it_where_there_are_experts() -> None:
     options = autopar.Options(recompute="none")
-    found = autopar.search(mixtral(), 16, "h100", 64, sequence=S, options=options, top=2)
+    found = autopar.search(mixtral(), 8, "h100", 16, sequence=S, options=options, top=2)
     sizes = {c.setup.ep for c in (*found.candidates, *found.too_large)}
     assert sizes > {1}
-    assert all(E % c.setup.ep == 0 and 16 % c.setup.ep == 0 for c in found.candidates)
+    assert all(E % c.setup.ep == 0 and 8 % c.setup.ep == 0 for c in found.candidates)
     assert all(("expert parallelism" in c.priced_only) == (c.setup.ep > 1) for c in found.candidates)
     assert found.best.setup.ep == 1
     fastest = min((c for c in found.candidates if c.setup.ep > 1 and not c.setup.fp8), key=lambda c: c.step_time_s)
@@ -348,7 +348,7 @@ def test_the_search_sends_tokens_beside_a_micro_batch_where_megatron_does() -> N
 
 def test_no_search_prices_it_without() -> None:
     model = sized_llama(256, 512, 4, 8, 8).to(torch.bfloat16)
-    found = autopar.search(model, 8, "h100", 16, sequence=256, options=autopar.Options(recompute="full"), top=1)
+    found = autopar.search(model, 4, "h100", 4, sequence=256, options=autopar.Options(recompute="full"), top=1)
     assert {c.setup.ep for c in found.candidates} == {1}
     assert not any("Expert" in line for line in found.verdict.text)
 

@@ -24,10 +24,6 @@ def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(1), v)
 
 
-def over_samples(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(0), v)
-
-
 def keys_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(torch.bmm(q, k.permute(1, 0, 2)).softmax(-1), v)
 
@@ -40,11 +36,10 @@ def of_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ("attention", "scores", "dim", "scale"),
     [
         (over_queries, "bqd,bkd->bqk", 1, 1.0),
-        (over_samples, "bqd,bkd->bqk", 0, 1.0),
         (keys_first, "bqd,dbk->bqk", 2, 1.0),
         (of_heads, "bqd,bkd->bqk", 1, 0.5),
     ],
-    ids=["over_queries", "over_samples", "keys_first", "of_heads"],
+    ids=["over_queries", "keys_first", "of_heads"],
 )
 def test_dims_are_those_of_the_model(
     attention: Callable[[Tensor, Tensor, Tensor], Tensor], scores: str, dim: int, scale: float

@@ -28,7 +28,7 @@ SAMPLE = (
     "wav2vec2@audio",  # convolutions over sound, a connectionist loss
     "llava@mmi",  # images and text
 )
-STRATEGIES = ("megatron", "fsdp", "auto")
+STRATEGIES = ("megatron", "auto")
 
 
 @pytest.mark.parametrize("name", SAMPLE)
