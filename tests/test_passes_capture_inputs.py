@@ -181,7 +181,13 @@ def test_hugging_face_models_tell_what_they_want() -> None:
     both = transformers.BertConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
+    sound = transformers.HubertConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        conv_dim=(4,) * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
     for model in (
+        transformers.HubertForCTC(sound),
+        transformers.HubertForSequenceClassification(sound),
         transformers.LlamaForCausalLM(text),
         transformers.LlamaForSequenceClassification(text),
         transformers.BertForQuestionAnswering(both),
@@ -196,6 +202,8 @@ def test_hugging_face_models_tell_what_they_want() -> None:
         assert {v.shape[0] for v in inputs.values()} == {2}
     assert inputs["labels"].shape == (2, 8)
     assert default_inputs(transformers.LlamaForCausalLM(text))["input_ids"].shape == (2, 64)
+    heard = transformers.HubertForCTC(sound)
+    assert heard(default_inputs(heard, sequence_length=50)["input_values"]).logits.shape == (2, 50, 32)
 
 
 def test_a_model_that_does_not_tell_asks() -> None:

@@ -1,4 +1,4 @@
-"""What a Hugging Face model is fed where nobody says it: tokens, images or speech of the sizes its config tells."""
+"""What a Hugging Face model is fed where nobody says it: tokens, images or sound of the sizes its config tells."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ from torch import Tensor, nn
 
 _MOST_BYTES = 1 << 32
 """Of inputs that are made as an example."""
+_POSITIONS_PER_LABEL = 4
+"""Of sound that is written down: a label needs one position, or two where the one before is the same."""
 _CHOICES = 2
 """Of each question to a model for multiple choice."""
 
 
 def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int = 128) -> dict[str, Tensor]:
-    """Keyword arguments that train a Hugging Face model: token ids, images or mel spectrograms of its own size, and
-    labels.
+    """Keyword arguments that train a Hugging Face model: token ids, images or mel spectrograms of its own size, sound,
+    and labels.
 
     Raises ValueError, saying what to pass, where the model does not tell what it wants, and for a batch of over 4 GiB.
     """
     of = _Model(model, batch_size, sequence_length)
     if of.config is None or of.main not in of.wanted:
         raise of.ask("the model does not say what its inputs look like")
-    for main, make in (("input_ids", _text), ("pixel_values", _images), ("input_features", _speech)):
+    for main, make in (
+        ("input_ids", _text),
+        ("pixel_values", _images),
+        ("input_features", _speech),
+        ("input_values", _sound),
+    ):
         if of.main == main and (inputs := make(of)) is not None:
             return inputs
     raise of.ask(f"what a {of.kind} takes as {of.main} is not known")
@@ -154,3 +161,16 @@ def _speech(of: _Model) -> dict[str, Tensor] | None:
         return None
     labels = of.ids(of.config.vocab_size, of.length_in(of.config))
     return {"input_features": of.floats(bins, 2 * frames), "labels": labels}
+
+
+def _sound(of: _Model) -> dict[str, Tensor] | None:
+    """wav2vec2 and its kin: samples of which convolutions make one position more than wanted, at most."""
+    strides, vocabulary = (getattr(of.config, name, None) for name in ("conv_stride", "vocab_size"))
+    if not isinstance(strides, (list, tuple)) or not isinstance(vocabulary, int):
+        return None
+    samples = of.floats(prod(strides) * (of.length + 1))
+    if of.kind.endswith("ForSequenceClassification"):
+        return {"input_values": samples, "labels": of.classes()}
+    if not of.kind.endswith("ForCTC"):
+        return None
+    return {"input_values": samples, "labels": of.ids(vocabulary, max(1, of.length // _POSITIONS_PER_LABEL))}
