@@ -29,12 +29,8 @@ def default_inputs(model: nn.Module, batch_size: int = 2, sequence_length: int =
     of = _Model(model, batch_size, sequence_length)
     if of.config is None or of.main not in of.wanted:
         raise of.ask("the model does not say what its inputs look like")
-    for main, make in (
-        ("input_ids", _text),
-        ("pixel_values", _images),
-        ("input_features", _speech),
-        ("input_values", _sound),
-    ):
+    makers = {"input_ids": _text, "pixel_values": _images, "input_features": _speech, "input_values": _sound}
+    for main, make in makers.items():
         if of.main == main and (inputs := make(of)) is not None:
             return inputs
     raise of.ask(f"what a {of.kind} takes as {of.main} is not known")
