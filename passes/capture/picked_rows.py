@@ -395,7 +395,7 @@ def _replace(node: fx.Node, new: fx.Node) -> None:
 
 def _refuse(node: fx.Node, what: str) -> NoReturn:
     raise PickedRowsError(
-        f"{place_of(node)}: rows that a mask picks, by what parameters say, {what}. Their number is another in each "
-        "step, so all rows are computed and those not picked left out, which only works where each is treated by "
-        "itself: compute every row and multiply what was not picked by zero"
+        f"{place_of(node)}: rows that a mask picks, by what parameters or chance say, {what}. Their number is another "
+        "in each step, so all rows are computed and those not picked left out, which only works where each is treated "
+        "by itself: compute every row and multiply what was not picked by zero"
     )

@@ -26,9 +26,8 @@ _MEANS = {
     aten.binary_cross_entropy.default, aten.binary_cross_entropy_with_logits.default,
 }  # fmt: skip
 """Ops that divide by a number of elements."""
-
-
 _FILLS = {aten.ones_like.default, aten.full_like.default}
+"""Ops that make as many elements as there are, rows that were not picked among them."""
 
 
 class Picking:

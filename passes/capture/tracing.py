@@ -432,8 +432,8 @@ class Tracer(TorchDispatchMode):
         found: Tensor = self._emit(PICKS, (node,), {}, every)
         self.picking.add(self.node_of(found), mask.shape)
         self._note(
-            f"{self.location(short=True)}: a mask picks rows by what parameters say: all {mask.numel()} are computed, "
-            "those not picked left out, and what runs over those that were hit runs over all"
+            f"{self.location(short=True)}: a mask picks rows by what parameters or chance say: all {mask.numel()} are "
+            "computed, those not picked left out, and what runs over those that were hit runs over all"
         )
         return found
 
